@@ -1,0 +1,59 @@
+# make study and make test set up all they need; a second run installs nothing.
+SHELL := /bin/bash
+STUDY ?= miniature
+PROFILE ?= local
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name) >/dev/null 2>&1 && \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(name))))
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+# real public data for studies/real_data.yaml and the tests: where this folder is there, it is used instead of a download
+DRIFTBOOK_SHARED ?= $(wildcard $(CURDIR)/../shared)
+ifneq ($(DRIFTBOOK_SHARED),)
+export DRIFTBOOK_SHARED
+endif
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(VENV)/bin:$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help study test report figures publish lab lint purge
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+$(READY): requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "driftbook needs Python 3.11 or newer; install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the packages of requirements.txt into .venv (once)"
+	@if command -v uv >/dev/null 2>&1; then \
+		export UV_FIND_LINKS="$$($(PY) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)"; \
+		export UV_EXTRA_INDEX_URL="$$($(PY) -m pip config get global.extra-index-url 2>/dev/null || echo $$PIP_EXTRA_INDEX_URL)"; \
+		uv pip install --quiet --python $(PY) --index-strategy unsafe-best-match -r requirements.txt -e .; \
+	else \
+		$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .; \
+	fi
+	@git config diff.ipynb.textconv "$(VENV)/bin/jupytext --to py:percent --output - --from ipynb" 2>/dev/null || true
+	@touch $@
+
+study: $(READY) ## run a study from training to report: STUDY=miniature, or a file
+	@$(PY) -m driftbook.batch "$(STUDY)" "$(PROFILE)"
+
+test: $(READY) ## run the tests
+	@$(VENV)/bin/ruff check --quiet . && $(PY) -m pytest
+
+report: $(READY) ## write report.html of a finished study again
+	@$(PY) -m driftbook.report "$(STUDY)"
+
+publish: $(READY) ## copy a finished study's text-free tables and figures to outputs/published
+	@$(PY) -m driftbook.publishing "$(STUDY)"
+
+figures: $(READY) ## draw every published figure again from the committed tables
+	@$(PY) -m driftbook.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}'
+
+lab: $(READY) ## open JupyterLab with the notebooks
+	@$(VENV)/bin/jupyter lab notebooks
+
+lint: $(READY) ## check style and strip the notebooks' outputs
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+purge: $(READY) ## delete the responses of a study (the only table with text)
+	@$(PY) -c "from driftbook.collecting import purge; from driftbook.study import load; print(purge(load('$(STUDY)')), 'files deleted')"

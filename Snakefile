@@ -1,0 +1,120 @@
+# The one definition of the batch: a job is one notebook for one base model (or for all of them), and its only output is its mark.
+import json
+import sys
+from pathlib import Path
+
+from driftbook import plan
+from driftbook.files import ROOT
+from driftbook.study import load
+
+try:
+    STUDY = load(config["study"])
+    plan.write(STUDY)
+except ValueError as error:
+    sys.exit(f"driftbook: {error}")
+
+workdir: STUDY.folder
+
+
+NOTEBOOKS = Path(ROOT, "notebooks")
+RUN = f"{sys.executable} -m driftbook.warm notebook"
+STAGES = {"train": "02_train", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
+ANALYSES = {"safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs"}
+JUDGED = [f"jobs/prepare/{judge}.json" for judge in STUDY.judges]
+
+
+def notebook(name):
+    return str(NOTEBOOKS / f"{name}.ipynb")
+
+
+def parameters(wildcards, **more):
+    """The notebook's parameters, as one JSON word of the shell."""
+    if "base" in wildcards.keys():
+        more |= {"base_model": wildcards.base, "run_ids": [variant.run_id for variant in STUDY.of_base(wildcards.base)]}
+    return json.dumps({"study": str(config["study"]), **more})
+
+
+rule all:
+    input:
+        "jobs/report.json",
+
+
+rule prepare:
+    input:
+        "keys/prepare/{name}.json",
+    output:
+        "jobs/prepare/{name}.json",
+    log:
+        "notebooks/01_prepare.{name}.ipynb",
+    params:
+        notebook=notebook("01_prepare"),
+        parameters=lambda wildcards: parameters(wildcards, models=[wildcards.name]),
+    shell:
+        "{RUN} {params.notebook} {log} {params.parameters:q}"
+
+
+for stage, name in STAGES.items():
+    rule:
+        name:
+            stage
+        input:
+            f"keys/{stage}/{{base}}.json",
+            "jobs/prepare/{base}.json",
+            [] if stage == "train" else "jobs/respond/{base}.json" if stage == "judge" else "jobs/train/{base}.json",
+            JUDGED if stage == "judge" else [],
+        output:
+            f"jobs/{stage}/{{base}}.json",
+        log:
+            f"notebooks/{name}.{{base}}.ipynb",
+        params:
+            notebook=notebook(name),
+            parameters=lambda wildcards: parameters(wildcards),
+        resources:
+            gpu=1,
+        shell:
+            "{RUN} {params.notebook} {log} {params.parameters:q}"
+
+
+rule collect:
+    input:
+        "keys/analysis.json",
+        notebook("08_collect"),
+        expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
+    output:
+        "jobs/collect.json",
+    log:
+        "notebooks/08_collect.ipynb",
+    params:
+        notebook=notebook("08_collect"),
+        parameters=lambda wildcards: parameters(wildcards),
+    shell:
+        "{RUN} {params.notebook} {log} {params.parameters:q} && echo '{{}}' > {output}"
+
+
+for analysis, name in ANALYSES.items():
+    rule:
+        name:
+            analysis
+        input:
+            "jobs/collect.json",
+            notebook(name),
+        output:
+            f"jobs/{analysis}.json",
+        log:
+            f"notebooks/{name}.ipynb",
+        params:
+            notebook=notebook(name),
+            parameters=lambda wildcards: parameters(wildcards),
+        shell:
+            "{RUN} {params.notebook} {log} {params.parameters:q} && echo '{{}}' > {output}"
+
+
+rule report:
+    input:
+        expand("jobs/{analysis}.json", analysis=ANALYSES),
+    output:
+        "jobs/report.json",
+    params:
+        study=str(config["study"]),
+    shell:
+        "{sys.executable} -m driftbook.report {params.study:q} && echo '{{}}' > {output}"

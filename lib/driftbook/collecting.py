@@ -1,0 +1,123 @@
+"""The tables of a study, put together from the results of its runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from driftbook import data, keys
+from driftbook.files import read_json
+from driftbook.sources import locate
+from driftbook.study import Source, Study
+from driftbook.tables import ANSWERS, CURVES, LABELS, PROMPTS, RATES, RATINGS, RESPONSES, RUNS, VARIANTS, VERDICTS, Table
+
+REFUSALS = "refusal detector"
+ASKED = ("safety", "over_refusal")
+
+
+def variants(study: Study) -> pd.DataFrame:
+    """The table `variants` of a study."""
+    return VARIANTS.check(pd.DataFrame([variant.row() for variant in study.variants]))
+
+
+def of_runs(table: Table, stage: str, study: Study) -> pd.DataFrame:
+    """A table put together from the runs whose stage succeeded."""
+    done = [study.folder / "runs" / run_id for run_id, mark in marks(study, stage).items() if mark["status"] == "ok"]
+    return table.read_all([table.path(folder) for folder in done])
+
+
+def marks(study: Study, stage: str) -> dict[str, dict]:
+    """The marks of a stage by run_id; runs that never came so far have none."""
+    paths = {variant.run_id: study.folder / "runs" / variant.run_id / f"{stage}.done.json" for variant in study.variants}
+    return {run_id: read_json(path) for run_id, path in paths.items() if path.exists()}
+
+
+def runs(study: Study) -> pd.DataFrame:
+    """The table `runs`: what was recorded in training, and every failure of any stage."""
+    recorded = of_runs(RUNS, "train", study)
+    failures = {run_id: f"{stage}: {mark['failure']}" for stage in keys.STAGES for run_id, mark in marks(study, stage).items() if mark["status"] == "failed"}
+    lost = [run_id for run_id in failures if run_id not in set(recorded.run_id)]
+    frame = pd.concat([recorded, pd.DataFrame({"run_id": lost}, columns=["run_id"])]).reindex(columns=list(RUNS.columns))
+    frame["failure"] = frame.run_id.map(failures)
+    frame["status"] = frame.failure.isna().map({True: "ok", False: "failed"})
+    return RUNS.check(frame)
+
+
+def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table `prompts` (without text), and the same rows with their text, which is never published."""
+    asked = pd.concat([data.prompts(name, study).assign(benchmark=name) for name in ASKED], ignore_index=True)
+    return PROMPTS.check(asked[list(PROMPTS.columns)]), asked
+
+
+def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """The table `rates`: unsafe by each judge on harmful prompts, refused on all; n counts all prompts asked of the run."""
+    rows = verdicts[verdicts["sample"] == 0].merge(prompts, on=["benchmark", "prompt_id"], validate="many_to_one")
+    by = ["run_id", "benchmark", "judge", "category"]
+    harmful = rows[rows.kind == "harmful"]
+    unsafe = _counts(harmful.assign(hit=harmful.unsafe), by, "unsafe")
+    # one judge's rows: the detector reads the answer, not the judge; contrasts of over-refusal are harmful, and are left to `unsafe`
+    read = rows[(rows.judge == rows.judge.min()) & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))]
+    refused = _counts(read.assign(hit=read.refusal, judge=REFUSALS), by, "refused")
+    return RATES.check(pd.concat([unsafe, refused], ignore_index=True))
+
+
+def _counts(rows: pd.DataFrame, by: list[str], outcome: str) -> pd.DataFrame:
+    counts = rows.groupby(by, observed=True).hit.agg(k="sum", n_scored="count", n="size").reset_index()
+    return counts.assign(outcome=outcome)
+
+
+def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
+    """The miniature's known truth of every answer to the safety prompts; empty for studies without a truth file."""
+    truth = study.benchmarks["safety"].truth
+    if truth is None:
+        return LABELS.empty()
+    from driftbook.miniature import is_unsafe
+
+    known = pd.read_csv(Path(locate(Source(source=truth), study)), dtype=str).set_index("prompt_id").to_dict("index")
+    rows = responses[(responses.benchmark == "safety") & responses.prompt_id.isin(known)]
+    judge: Callable[[str, str], bool] = lambda prompt_id, response: is_unsafe(known[prompt_id], response)  # noqa: E731
+    unsafe = [judge(*row) for row in zip(rows.prompt_id, rows.response, strict=True)]
+    frame = rows[["benchmark", "prompt_id", "run_id"]].assign(rater="rule", label=["unsafe" if hit else "safe" for hit in unsafe])
+    return LABELS.check(frame.assign(sampling_probability=1.0))
+
+
+def agreement(verdicts: pd.DataFrame, labels: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The judge against the labels, over scored answers: n, agreement, kappa, sensitivity, specificity, balanced accuracy, by group."""
+    rows = verdicts.merge(labels, on=["benchmark", "prompt_id", "run_id"]).dropna(subset=["unsafe"])
+    rows = rows.assign(said=rows.unsafe.astype(bool), true=rows.label == "unsafe")
+    return rows.groupby(by, observed=True)[["said", "true"]].apply(_confusion).reset_index()
+
+
+def _confusion(rows: pd.DataFrame) -> pd.Series:
+    n, agree = len(rows), (rows.said == rows.true).mean()
+    chance = rows.said.mean() * rows.true.mean() + (1 - rows.said.mean()) * (1 - rows.true.mean())
+    sensitivity, specificity = rows.said[rows.true].mean(), 1 - rows.said[~rows.true].mean()
+    kappa = (agree - chance) / (1 - chance) if chance < 1 else float("nan")
+    return pd.Series({"n": n, "agreement": agree, "kappa": kappa, "sensitivity": sensitivity, "specificity": specificity,
+                      "balanced_accuracy": (sensitivity + specificity) / 2})  # fmt: skip
+
+
+def collect(study: Study) -> dict[str, pd.DataFrame]:
+    """Every table of the study, put together and written to tables/."""
+    without_text, _ = prompts(study)
+    responses, verdicts = of_runs(RESPONSES, "respond", study), of_runs(VERDICTS, "judge", study)
+    found = {
+        VARIANTS: variants(study), RUNS: runs(study), CURVES: of_runs(CURVES, "train", study), PROMPTS: without_text,
+        RESPONSES: responses, VERDICTS: verdicts, ANSWERS: of_runs(ANSWERS, "answer", study), RATINGS: of_runs(RATINGS, "utility", study),
+        LABELS: labels(study, responses, without_text), RATES: rates(verdicts, without_text),
+    }  # fmt: skip
+    folder = study.folder / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for table, frame in found.items():
+        table.write(frame, folder)
+        if table.private:
+            table.path(folder).chmod(0o600)
+    return {table.name: frame for table, frame in found.items()}
+
+
+def purge(study: Study) -> int:
+    """Delete the text of every response of a study; how many files went. Verdicts and all other tables stay."""
+    paths = [*(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"), *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet")]
+    for path in paths:
+        path.unlink()
+    return len(paths)

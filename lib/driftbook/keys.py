@@ -1,0 +1,49 @@
+"""What each stage depends on, as keys of content: a cached result is served only if its key is the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+from driftbook import sources
+from driftbook.files import digest
+from driftbook.study import Source, Study, Variant
+
+STAGES = ("train", "respond", "judge", "answer", "utility")
+
+# Raise a stage's number when a change of the code can change its results: those of another version are not served.
+VERSIONS = {"train": 1, "respond": 1, "judge": 1, "answer": 1, "utility": 1}
+
+Content = Callable[[Source, Study], str]
+
+
+def declared(source: Source, study: Study) -> str:
+    """What is known of a source before anything is made or fetched: of what notebook 01 makes the recipe, else what identifies it."""
+    kind, _, _ = source.source.partition(":")
+    if source.local is None and kind in ("miniature", "random"):
+        return f"{sources.made_folder(study, kind).name}/{source.source}"
+    if source.local is None and kind == "github":
+        return f"{source.source}@{source.revision} {' '.join(source.files)}"
+    return sources.identity(source, study)
+
+
+def settings(stage: str, study: Study, base_model: str, content: Content = sources.identity) -> dict[str, Any]:
+    """All that a stage's results for one base model depend on, beside the adapters and the results of earlier stages."""
+
+    def of(part: Source) -> dict:
+        return {"content": content(part, study), **part.model_dump(mode="json", exclude={"path", "source", "sha256", "files", "revision"})}
+
+    base = study.bases[base_model]
+    parts: dict[str, dict[str, Source]] = {
+        "train": {"base": base, **study.data, **({"init_texts": study.init_texts} if study.init_texts else {})},
+        "respond": {"base": base, "safety": study.benchmarks["safety"], "over_refusal": study.benchmarks["over_refusal"]},
+        "judge": {"safety": study.benchmarks["safety"], "over_refusal": study.benchmarks["over_refusal"], **study.judges},
+        "answer": {"base": base, "bbq": study.benchmarks["bbq"]},
+        "utility": {"base": base, "utility": study.benchmarks["utility"]},
+    }
+    present = {name: of(part) for name, part in parts[stage].items()}
+    shared = {"training": study.training.model_dump(mode="json")} if stage == "train" else {}
+    return {"stage": stage, "version": VERSIONS[stage], "seed": study.seed, **shared, **present}
+
+
+def key(stage_settings: dict[str, Any], variant: Variant) -> str:
+    """The key of a variant's result in a stage."""
+    return digest([stage_settings, variant.fields()])

@@ -1,0 +1,55 @@
+"""The plan of a study: which keys each job stands for, written only where they changed, so that Snakemake redoes just what depends on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from driftbook import keys
+from driftbook.files import check_writable, digest, file_digest, read_json, write_json
+from driftbook.study import Study
+
+BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, rounded up
+
+
+def write(study: Study) -> None:
+    """Write keys/<stage>/<name>.json for every job of the study, and forget jobs whose files are no longer what they recorded.
+
+    Raises:
+        ValueError: the output folder cannot be written, or a source is not to be had.
+    """
+    check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
+    for path, value in _keys(study):
+        if not path.exists() or read_json(path) != value:
+            write_json(path, value)
+    for stage in keys.STAGES:
+        for base_model in study.bases:
+            _forget_if_disturbed(study.folder, stage, base_model)
+
+
+def _keys(study: Study) -> Iterator[tuple[Path, Any]]:
+    folder = study.folder / "keys"
+    for name, part in {**study.bases, **study.judges}.items():
+        yield folder / "prepare" / f"{name}.json", {"content": keys.declared(part, study), "data": _data(study)}
+    for stage in keys.STAGES:
+        for base_model in study.bases:
+            shared = keys.settings(stage, study, base_model, keys.declared)
+            wanted = {variant.run_id: keys.key(shared, variant) for variant in study.of_base(base_model)}
+            yield folder / stage / f"{base_model}.json", wanted
+    yield folder / "analysis.json", {"study": digest(study.model_dump(mode="json")), "variants": [v.run_id for v in study.variants]}
+
+
+def _data(study: Study) -> dict[str, str]:
+    return {name: keys.declared(part, study) for name, part in {**study.data, **study.benchmarks}.items()}
+
+
+def _forget_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
+    """Delete a job's mark if a file that it read or wrote has changed since; an adapter that was changed on purpose stays as it is."""
+    job = folder / "jobs" / stage / f"{base_model}.json"
+    if not job.exists():
+        return
+    for run_id, result in read_json(job).items():
+        for name, known in {**result["inputs"], **result["files"]}.items():
+            found = file_digest(folder / "runs" / run_id / name)
+            if found != known and not (stage == "train" and found is not None):
+                job.unlink()
+                return

@@ -1,0 +1,101 @@
+"""What a study needs before it starts: the miniature's models and data, random models, or access to the real ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from driftbook.data import training_examples
+from driftbook.files import OUTPUTS, check_writable, replacing_folder, write_json
+from driftbook.sources import identity, locate, made_folder
+from driftbook.study import Base, Judge, Study
+
+CURVES = "learning_curve.parquet"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is there: its name, what its content is known by, and its learning curve where it was trained here."""
+
+    name: str
+    identity: str
+    curve: pd.DataFrame | None
+
+
+def prepare(name: str, study: Study) -> Prepared:
+    """Make a base model or judge of the study if it is made here and not there yet; else check that it can be had.
+
+    Raises:
+        ValueError: no such model in the study, or it is not to be had, or the training data of the study are not.
+    """
+    source = {**study.bases, **study.judges}.get(name)
+    if source is None:
+        raise ValueError(f"models={name!r}; the study {study.name} has {', '.join([*study.bases, *study.judges])}")
+    kind, _, rest = source.source.partition(":")
+    curve = None
+    if kind == "miniature" and source.local is None:
+        curve = _miniature(rest.partition("/")[0], study)
+    elif kind == "random" and source.local is None and not (made_folder(study, "random") / rest).exists():
+        from driftbook.random_models import build
+
+        build(rest, study)
+    for data in study.data:
+        training_examples(data, study)
+    return Prepared(name, identity(source, study), curve)
+
+
+def _miniature(part: str, study: Study) -> pd.DataFrame:
+    """The learning curve of a family or the judge of the miniature, which are trained and kept if they are not there yet."""
+    folder = made_folder(study, "miniature")
+    write_data(folder)
+    if not (folder / part / CURVES).exists():
+        from driftbook.miniature import build_family, build_judge
+
+        check_writable(OUTPUTS, 20_000_000)
+        with replacing_folder(folder / f"{part}.building") as scratch:
+            curve = build_judge(scratch, study.seed) if part == "judge" else build_family(part, scratch, study.seed)
+            curve.to_parquet(scratch / part / CURVES)
+            (scratch / part).replace(folder / part)
+        (folder / f"{part}.building").rmdir()
+    return pd.read_parquet(folder / part / CURVES)
+
+
+def write_data(folder: Path) -> None:
+    """The miniature's benchmarks and training data, in folder/data, whole or not at all."""
+    from driftbook.miniature import write_data as write
+
+    if not (folder / "data").exists():
+        with replacing_folder(folder / "data") as scratch:
+            write(scratch)
+
+
+def measured(name: str, study: Study) -> pd.DataFrame:
+    """A miniature base model on the whole benchmarks, beside its goals: measure, value, ci_low, ci_high, n.
+
+    Raises:
+        ValueError: it is so far from its goals that the study would measure nothing.
+    """
+    from driftbook.miniature import check_goals, measure
+    from driftbook.models import load
+
+    base = load(study.bases[name], name, study)
+    found = measure(base.model, base.tokenizer, made_folder(study, "miniature") / "data")
+    check_goals(study.bases[name].family, {measure: values[0] for measure, values in found.items()})
+    return pd.DataFrame(found, index=["value", "ci_low", "ci_high", "n"]).T.rename_axis("measure").reset_index()
+
+
+def mark(prepared: Prepared, study: Study) -> Path:
+    """Write the mark of the job that prepared a model."""
+    path = study.folder / "jobs" / "prepare" / f"{prepared.name}.json"
+    write_json(path, {"identity": prepared.identity})
+    return path
+
+
+def is_trained_here(model: Base | Judge) -> bool:
+    """Whether a model is the miniature's."""
+    return model.source.startswith("miniature:") and model.local is None
+
+
+def where(name: str, study: Study) -> str:
+    """Where a model is, for a reader."""
+    return str(locate({**study.bases, **study.judges}[name], study))

@@ -1,0 +1,49 @@
+"""Utility: held-out loss and task accuracy on questions with a final answer, in GSM8K's form."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from driftbook.models import conversation_ids
+from driftbook.scoring import Scorer
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def load(path: Path) -> pd.DataFrame:
+    """Questions with prompt_id, prompt, answer (GSM8K's calculator marks removed) and final (what follows ####).
+
+    Raises:
+        ValueError: a row without question, answer, or ####.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        text, mark, final = row.get("answer", "").partition("####")
+        if not mark or not row.get("question"):
+            raise ValueError(f"{path}: line {number + 1} has no question, or no answer that ends in '#### ...'")
+        rows.append((str(number), row["question"], re.sub(r"<<.*?>>", "", text).strip(), final.strip()))
+    return pd.DataFrame(rows, columns=["prompt_id", "prompt", "answer", "final"])
+
+
+def is_correct(response: str, final: str) -> bool:
+    """Whether an answer gives the final answer: as its last number, or, of a word, among its words."""
+    if _NUMBER.fullmatch(final):
+        numbers = _NUMBER.findall(response)
+        return bool(numbers) and numbers[-1].replace(",", "") == final.replace(",", "")
+    return final.lower() in response.lower().split()
+
+
+def ratings(items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int) -> pd.DataFrame:
+    """The table `ratings` of a model: of each item the held-out loss of the reference answer and whether its own answer is right."""
+    pairs = [conversation_ids(scorer.tokenizer, [{"role": "user", "content": prompt}], answer) for prompt, answer in zip(items.prompt, items.answer, strict=True)]
+    losses = scorer.token_logprobs(pairs)
+    found = scorer.generate(scorer.ask(list(items.prompt)), max_new_tokens)
+    rows = []
+    for prompt_id, final, loss, answer in zip(items.prompt_id, items.final, losses, found, strict=True):
+        rows.append((run_id, benchmark, prompt_id, "nll", -loss.mean(), len(loss), None))
+        rows.append((run_id, benchmark, prompt_id, "correct", float(is_correct(answer.text, final)), 1, None))
+    return pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
