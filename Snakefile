@@ -27,6 +27,11 @@ def notebook(name):
     return str(NOTEBOOKS / f"{name}.ipynb")
 
 
+def code(*names):
+    """Files of the library that a cheap step depends on: an edit does it again. Costly stages have a version in keys.py instead."""
+    return [str(ROOT / "lib" / "driftbook" / f"{name}.py") for name in names]
+
+
 def parameters(wildcards, **more):
     """The notebook's parameters, as one JSON word of the shell."""
     if "base" in wildcards.keys():
@@ -79,6 +84,7 @@ rule collect:
     input:
         "keys/analysis.json",
         notebook("08_collect"),
+        code("collecting", "tables", "refusals"),
         expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
     output:
         "jobs/collect.json",
@@ -98,6 +104,8 @@ for analysis, name in ANALYSES.items():
         input:
             "jobs/collect.json",
             notebook(name),
+            code("stats", "bias", "figures"),
+            {"mixed_effects": ["jobs/safety.json"], "tradeoffs": ["jobs/safety.json", "jobs/fairness.json"]}.get(analysis, []),
         output:
             f"jobs/{analysis}.json",
         log:
@@ -112,6 +120,7 @@ for analysis, name in ANALYSES.items():
 rule report:
     input:
         expand("jobs/{analysis}.json", analysis=ANALYSES),
+        code("report"),
     output:
         "jobs/report.json",
     params:

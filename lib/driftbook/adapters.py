@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
-from safetensors import SafetensorError, safe_open
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.files import check_safetensors
 from driftbook.study import Variant
 
 CONFIGS = {"lora": LoraConfig, "ia3": IA3Config, "prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig}
@@ -87,6 +89,15 @@ def detach(model: PeftModel) -> None:
         base.__dict__.pop(name, None)
 
 
+def _strip(base: PreTrainedModel) -> None:
+    """Take off what PEFT had put on the base before it found that the adapter does not fit."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        base.__dict__.pop(name, None)
+
+
 @contextmanager
 def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
     """The base with the adapter of a folder on it, taken off when the block ends; the base itself where there is no folder.
@@ -101,6 +112,7 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
+        _strip(base)
         raise ValueError(f"the adapter {folder} does not fit this base model: {str(error).strip().partition(chr(10))[0]}") from None
     try:
         yield model.eval()
@@ -115,11 +127,7 @@ def check(folder: Path) -> None:
         pickled = [file.name for file in folder.glob("*.bin")]
         hint = f"it has {pickled[0]}, a pickle, which is never loaded; save it as safetensors" if pickled else "train the variant again"
         raise ValueError(f"the adapter {folder} has no {WEIGHTS}: {hint}")
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        raise ValueError(f"the adapter {path} is torn ({error}); delete {folder.parent} and run again") from None
+    check_safetensors(path, f"delete {folder.parent} and run again")
 
 
 def n_stored(folder: Path) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from driftbook import keys
+from driftbook import keys, plan
 from driftbook.files import OUTPUTS, ROOT, check_writable
 from driftbook.study import Study, find, load
 
@@ -75,6 +76,12 @@ def alone(study: Study) -> Iterator[None]:
         except OSError:
             raise ValueError(f"the study {study.name} is being run by another make study; wait for it or stop it") from None
         yield
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a killed batch was writing; whole files have other names."""
+    for path in folder.rglob(".new-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def has_gpu() -> bool:
@@ -189,8 +196,12 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
     try:
         path = find(study)
         checked = load(path)
+        if not (ROOT / "profiles" / profile).is_dir():
+            raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(sorted(path.name for path in (ROOT / 'profiles').iterdir()))}")
         check_writable(checked.folder)
         with alone(checked):
+            clear_unfinished(checked.folder)
+            plan.write(checked)  # the Snakefile does so too; here what is missing or torn is said at once
             started = time.time()
             status = run(checked, path, profile, targets)
     except ValueError as error:

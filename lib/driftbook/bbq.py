@@ -40,24 +40,39 @@ def load(source: str | Path, dimensions: Sequence[str] | None = None) -> pd.Data
     missing = set(dimensions or found) - set(found)
     if missing or not found:
         raise ValueError(f"{folder} has no {', '.join(f'{name}.jsonl' for name in sorted(missing)) or 'BBQ files (Age.jsonl, ...)'}")
-    return pd.DataFrame([_item(row, folder / f"{name}.jsonl") for name in found for row in _lines(folder / f"{name}.jsonl")])
+    items = pd.DataFrame([_item(row, folder / f"{name}.jsonl") for name in found for row in _lines(folder / f"{name}.jsonl")])
+    if items.item_id.duplicated().any():
+        raise ValueError(f"{folder}: item {items.item_id[items.item_id.duplicated()].iloc[0]} is repeated; remove one of the two")
+    return items
 
 
 def _lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is torn ({error}); fetch it again") from None
+    if not rows:
+        raise ValueError(f"{path} has no items; fetch it again")
+    return rows
 
 
 def _item(row: dict, path: Path) -> dict:
     absent = [name for name in FIELDS if name not in row]
     if absent:
         raise ValueError(f"{path}: item {row.get('example_id', '?')} has no field {absent[0]!r}")
+    try:
+        return _fields(row, path)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: item {row['example_id']} is not of BBQ's form: {type(error).__name__} {error}") from None
+
+
+def _fields(row: dict, path: Path) -> dict:
     groups = [row["answer_info"][f"ans{i}"] for i in range(3)]
     unknown = [i for i, group in enumerate(groups) if group[1].strip().lower() == "unknown"]
     if len(unknown) != 1:
         raise ValueError(f"{path}: item {row['example_id']} has {len(unknown)} UNKNOWN options; BBQ has one")
+    if row["label"] not in (0, 1, 2):
+        raise ValueError(f"{path}: item {row['example_id']} has the label {row['label']!r}; expected 0, 1 or 2")
     return {
         "item_id": f"{row['category']}-{row['example_id']}", "dimension": row["category"], "context": CONTEXTS[row["context_condition"]],
         "polarity": POLARITIES[row["question_polarity"]], "question_family": f"{row['category']}-{row['question_index']}",
@@ -85,16 +100,19 @@ def _target(groups: list[list[str]], unknown: int, stereotyped: list[str]) -> in
     return None
 
 
-def answers(items: pd.DataFrame, scorer: Scorer, mode: str, run_id: str, template: str | None = None, system_prompt: str | None = None) -> pd.DataFrame:
+def answers(
+    items: pd.DataFrame, scorer: Scorer, mode: str, run_id: str, template: str | None = None, stem: str = "", system_prompt: str | None = None
+) -> pd.DataFrame:
     """The table `answers` of a model: each item asked once, in the file's option order.
 
-    mode `letters` reads the probability of A, B and C as the answer's first token, `options` that of the options' texts; the answer is the
-    most probable of the three. Probabilities are normalised over the three; option_mass keeps what they had together.
+    mode `letters` reads the probability of A, B and C as the answer's first token, `options` that of the options' texts after the stem; the
+    answer is the most probable of the three. Probabilities are normalised over the three; option_mass keeps what they had together.
+    `template` and `stem` are wordings with the item's fields.
     """
     template = template or TEMPLATES[mode]
-    fields = items.rename(columns={"context": "condition", "passage": "context"})
-    texts = [template.format(**row) for row in fields[["context", "question", "ans0", "ans1", "ans2"]].to_dict("records")]
-    contexts = scorer.ask(texts, system_prompt)
+    fields = items[["passage", "question", "ans0", "ans1", "ans2"]].rename(columns={"passage": "context"}).to_dict("records")
+    contexts = scorer.ask([template.format(**row) for row in fields], system_prompt)
+    contexts = [[*context, *scorer.ids(stem.format(**row))] for context, row in zip(contexts, fields, strict=True)] if stem else contexts
     options = items[["ans0", "ans1", "ans2"]].to_numpy().tolist()
     logprobs = scorer.letters(contexts) if mode == "letters" else scorer.choices(contexts, options)
     return _scored(items, logprobs).assign(run_id=run_id, answer_mode=mode, prompt_variant="default", option_order="ABC")

@@ -35,9 +35,20 @@ def training_examples(name: str, study: Study) -> list[dict]:
     drawn = np.random.default_rng(study.seed).permutation(len(rows))[: data.n]
     read = {"alpaca": _alpaca, "preference": _preference, "gsm8k": _gsm8k}[data.format]
     try:
-        return [read(rows[i]) for i in drawn]
+        examples = [read(rows[i]) for i in drawn]
     except KeyError as error:
         raise ValueError(f"data.{name}: {data.source} has a row without {error}; it is not of the form {data.format!r}") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"data.{name}: {data.source} has a row that is not of the form {data.format!r}") from None
+    if any(_is_empty(example) for example in examples):
+        raise ValueError(f"data.{name}: {data.source} has an empty prompt or an empty answer; fill it or remove its row")
+    return examples
+
+
+def _is_empty(example: dict) -> bool:
+    """Whether an example lacks a prompt, or says nothing in it or in an answer."""
+    texts = [turn["content"] for turn in example["prompt"]] + [text for key, text in example.items() if key != "prompt"]
+    return not example["prompt"] or not all(text.strip() for text in texts)
 
 
 def _json_rows(data: TrainingData, study: Study) -> list[dict]:
@@ -89,6 +100,12 @@ def prompts(name: str, study: Study) -> pd.DataFrame:
         raise ValueError(f"benchmarks.{name}: {path} has no column {error}; it is not of the form {benchmark.format!r}") from None
     if frame.empty:
         raise ValueError(f"benchmarks.{name}: {path} has no prompts")
+    cut = frame.drop(columns="family").isna().any(axis=1)
+    if cut.any():
+        raise ValueError(f"benchmarks.{name}: {path} has {cut.sum()} rows that end too soon, first {frame.prompt_id[cut].iloc[0]}; fetch it again")
+    repeated = frame.prompt_id.duplicated()
+    if repeated.any():
+        raise ValueError(f"benchmarks.{name}: {path} has {repeated.sum()} repeated ids, first {frame.prompt_id[repeated].iloc[0]}")
     empty = frame.prompt.str.strip() == ""
     if empty.any():
         raise ValueError(f"benchmarks.{name}: {empty.sum()} empty prompts, first {frame.prompt_id[empty].iloc[0]}; fill or remove them")
@@ -122,13 +139,13 @@ def _hex_phi(folder: Path) -> Iterable[tuple]:
         if path.exists():
             with path.open(newline="", encoding="utf-8-sig") as file:
                 for line, row in enumerate(csv.reader(file), 1):
-                    yield f"{number}-{line:02d}", category, "harmful", None, row[0]
+                    yield f"{number}-{line:02d}", category, "harmful", None, row[0] if row else ""
 
 
 def _xstest(path: Path) -> Iterable[tuple]:
     for row in _rows(path):
-        kind = "harmful" if row["type"].startswith("contrast_") else "benign look-alike"
-        yield row["id"], row["type"].removeprefix("contrast_"), kind, row["focus"], row["prompt"]
+        kind = "harmful" if (row["type"] or "").startswith("contrast_") else "benign look-alike"
+        yield row["id"], (row["type"] or "").removeprefix("contrast_") or None, kind, row["focus"], row["prompt"]
 
 
 def _ailuminate(path: Path) -> Iterable[tuple]:

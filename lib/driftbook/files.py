@@ -83,6 +83,17 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
     return digest({str(path.relative_to(folder)): file_digest(path) for path in files}, 32)
 
 
+def check_safetensors(path: Path, remedy: str) -> None:
+    """Raise a ValueError where a file of weights is torn: its header cannot be read, or names more bytes than there are."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is torn ({error}); {remedy}") from None
+
+
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
     """Raise a ValueError with one sentence where `folder` cannot be written or has too little room."""
     try:

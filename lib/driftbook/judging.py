@@ -77,6 +77,9 @@ def judged(responses: pd.DataFrame, prompts: pd.DataFrame, judge: Loaded, settin
     `prompts` has benchmark, prompt_id and prompt. A judge's word on gibberish does not count as safe: its outcome is incoherent.
     """
     asked = responses.merge(prompts[["benchmark", "prompt_id", "prompt"]], on=["benchmark", "prompt_id"], how="left", validate="many_to_one")
+    lost = asked[asked.prompt.isna()]
+    if len(lost):
+        raise ValueError(f"{len(lost)} responses are to prompts that are not there, first {lost.benchmark.iloc[0]} {lost.prompt_id.iloc[0]}")
     found = verdicts(asked.prompt, asked.response, judge, settings)
     frame = pd.concat([responses.drop(columns="response").reset_index(drop=True), found], axis=1).assign(judge=judge.name)
     frame["refusal"] = is_refusal(list(responses.response))

@@ -29,7 +29,8 @@ def settings(stage: str, study: Study, base_model: str, content: Content = sourc
     """All that a stage's results for one base model depend on, beside the adapters and the results of earlier stages."""
 
     def of(part: Source) -> dict:
-        return {"content": content(part, study), **part.model_dump(mode="json", exclude={"path", "source", "sha256", "files", "revision"})}
+        elsewhere = {"path", "source", "sha256", "files", "revision", "truth"} | (set() if stage == "answer" else {"answer_mode"})
+        return {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
 
     base = study.bases[base_model]
     parts: dict[str, dict[str, Source]] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from driftbook import keys
-from driftbook.files import check_writable, digest, file_digest, read_json, write_json
+from driftbook.files import check_safetensors, check_writable, digest, file_digest, read_json, write_json
 from driftbook.study import Study
 
 BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, rounded up
@@ -42,14 +42,28 @@ def _data(study: Study) -> dict[str, str]:
     return {name: keys.declared(part, study) for name, part in {**study.data, **study.benchmarks}.items()}
 
 
+def _mark(path: Path) -> dict | None:
+    """A run's mark; None where it is lost or torn, so that the run is done again."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _forget_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
     """Delete a job's mark if a file that it read or wrote has changed since; an adapter that was changed on purpose stays as it is."""
     job = folder / "jobs" / stage / f"{base_model}.json"
     if not job.exists():
         return
     for run_id, result in read_json(job).items():
+        if _mark(folder / "runs" / run_id / f"{stage}.done.json") != result:
+            job.unlink()
+            return
         for name, known in {**result["inputs"], **result["files"]}.items():
-            found = file_digest(folder / "runs" / run_id / name)
+            path = folder / "runs" / run_id / name
+            found = file_digest(path)
+            if found is not None and found != known and path.suffix == ".safetensors":
+                check_safetensors(path, f"put the whole file back, or delete {path.parents[1]} to train the variant again")
             if found != known and not (stage == "train" and found is not None):
                 job.unlink()
                 return

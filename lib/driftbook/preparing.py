@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.data import training_examples
-from driftbook.files import OUTPUTS, check_writable, replacing_folder, write_json
+from driftbook.files import OUTPUTS, check_safetensors, check_writable, replacing_folder, write_json
 from driftbook.sources import identity, locate, made_folder
 from driftbook.study import Base, Judge, Study
 
@@ -41,6 +41,9 @@ def prepare(name: str, study: Study) -> Prepared:
         build(rest, study)
     for data in study.data:
         training_examples(data, study)
+    path = locate(source, study)
+    for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
+        check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
     return Prepared(name, identity(source, study), curve)
 
 
@@ -95,7 +98,3 @@ def is_trained_here(model: Base | Judge) -> bool:
     """Whether a model is the miniature's."""
     return model.source.startswith("miniature:") and model.local is None
 
-
-def where(name: str, study: Study) -> str:
-    """Where a model is, for a reader."""
-    return str(locate({**study.bases, **study.judges}[name], study))

@@ -94,6 +94,8 @@ class Benchmark(Source):
     format: Literal["hex_phi", "ailuminate", "xstest", "bbq", "gsm8k", "csv"]
     n: Count | None = None  # a seeded sample of this size; all items where it is not given
     max_new_tokens: Count = 64
+    template: Text | None = None  # wording of a BBQ item, with {context} {question} {ans0} {ans1} {ans2}
+    stem: str = ""  # of BBQ: how the answer begins before the option, with the same fields
     truth: Text | None = None  # the miniature's known truth, a file beside the prompts
 
 
@@ -115,12 +117,12 @@ class Block(Part):
 
     name: Text
     bases: tuple[Text, ...] = ()  # all bases where not given
-    methods: tuple[Method, ...]
-    objectives: tuple[Literal["sft", "dpo", "untrained"], ...]
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)]
+    objectives: Annotated[tuple[Literal["sft", "dpo", "untrained"], ...], Field(min_length=1)]
     learning_rates: dict[Method, tuple[Rate, ...]] = {}
     epochs: tuple[Count, ...] = (1,)
     inits: tuple[Literal[INITS], ...] = ()
-    seeds: tuple[Annotated[int, Strict(), Field(ge=0)], ...]
+    seeds: Annotated[tuple[Annotated[int, Strict(), Field(ge=0)], ...], Field(min_length=1)]
     repeated_seeds: bool = False  # True: these repetitions share a seed, so their spread says nothing about seeds
 
     @model_validator(mode="after")
@@ -192,8 +194,8 @@ class Study(Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     note: Text  # what the numbers mean, printed on every figure
     seed: Annotated[int, Strict(), Field(ge=0)] = 0
-    bases: dict[Text, Base]
-    judges: dict[Text, Judge]
+    bases: Annotated[dict[Text, Base], Field(min_length=1)]
+    judges: Annotated[dict[Text, Judge], Field(min_length=1)]
     methods: dict[Method, dict[str, Any]]
     init_texts: Source | None = None
     data: dict[Literal["sft", "dpo", "heldout"], TrainingData]
@@ -219,8 +221,15 @@ class Study(Part):
             for objective in set(block.objectives) - {"untrained"}:
                 if objective not in self.data:
                     raise ValueError(f"grid block {block.name!r} trains by {objective}, but data has no {objective}")
-        if {"task_text", "safety_text"} & {init for block in self.grid for init in block.inits} and self.init_texts is None:
+        for method, settings in self.methods.items():
+            allowed = {"prompt_tuning": INITS, "p_tuning": ("random",)}.get(method, ())
+            if "init" in settings and settings["init"] not in allowed:
+                raise ValueError(f"methods.{method}.init = {settings['init']!r}; expected {' or '.join(allowed) or 'none: it has no prompt'}")
+        chosen = {init for block in self.grid for init in block.inits} | {settings.get("init") for settings in self.methods.values()}
+        if {"task_text", "safety_text"} & chosen and self.init_texts is None:
             raise ValueError("an init from text needs init_texts, a JSON file with the keys task and safety")
+        if missing := [name for name in ("safety", "over_refusal", "bbq", "utility") if name not in self.benchmarks]:
+            raise ValueError(f"benchmarks has no {missing[0]}; a study asks all four")
         if "heldout" not in self.data:
             raise ValueError("data has no heldout: the dose is measured on held-out answers")
         return self

@@ -62,7 +62,7 @@ class Table:
             raise ValueError(f"{where}: missing columns {missing}, undeclared columns {extra}")
         try:
             frame = frame[list(self.columns)].astype({name: DTYPES[column.kind] for name, column in self.columns.items()})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: a column holds values of another kind: {error}") from None
         nulls = [name for name, column in self.columns.items() if not column.nullable and frame[name].isna().any()]
         if nulls:

@@ -21,11 +21,17 @@ def load(path: Path) -> pd.DataFrame:
     """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        row = json.loads(line)
-        text, mark, final = row.get("answer", "").partition("####")
-        if not mark or not row.get("question"):
-            raise ValueError(f"{path}: line {number + 1} has no question, or no answer that ends in '#### ...'")
+        try:
+            row = json.loads(line)
+            text, _, final = row["answer"].partition("####")
+            complete = bool(final.strip() and row["question"].strip())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            complete = False
+        if not complete:
+            raise ValueError(f"{path}: line {number + 1} is torn, or has no question, or no answer that ends in '#### ...'")
         rows.append((str(number), row["question"], re.sub(r"<<.*?>>", "", text).strip(), final.strip()))
+    if not rows:
+        raise ValueError(f"{path} has no questions")
     return pd.DataFrame(rows, columns=["prompt_id", "prompt", "answer", "final"])
 
 

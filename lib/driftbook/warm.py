@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 
 SOCKET = "DRIFTBOOK_WARM"
 
@@ -37,8 +36,11 @@ def ask(kind: str, arguments: list[str]) -> int:
 
 def serve(path: str) -> None:
     """Import, say ready, and fork for each request until the starter is gone."""
-    starter = os.getppid()
+    starter, imported = os.getppid(), threading.Event()
+    watch = _end_with_parent(imported)
     _import_heavy_packages()
+    imported.set()
+    watch.join()  # no thread may run when this process forks
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(16)
@@ -126,15 +128,18 @@ def _become(request: dict, files: list[int]) -> int:
         sys.stderr.flush()
 
 
-def _end_with_parent() -> None:
-    parent = os.getppid()
+def _end_with_parent(stop: threading.Event | None = None) -> threading.Thread:
+    """A thread that ends this process when the one that started it has ended, until `stop` is set."""
+    parent, stop = os.getppid(), stop or threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+        while not stop.wait(0.5):
+            if os.getppid() != parent:
+                os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 def _fresh_randomness() -> None:

@@ -1,0 +1,62 @@
+"""What leaves the machine: a study's text-free tables and its figures, never the text of a prompt or a response."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from driftbook import stats
+from driftbook.files import OUTPUTS, ROOT, replacing_folder, write_json
+from driftbook.study import load
+from driftbook.tables import TABLES
+
+PUBLISHED = ("variants", "runs", "curves", "prompts", "rates")  # what figures need, and the prompts' ids and categories
+
+
+def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, ...] = PUBLISHED) -> list[Path]:
+    """Copy tables, estimates and figures with captions from a study's folder to `destination`, whole or not at all; the files written.
+
+    Raises:
+        ValueError: a table is private, undeclared or missing, or a value names a folder of this machine.
+    """
+    checked = {name: _read(study_folder / "tables", name) for name in names}
+    parts = sorted((study_folder / "tables" / "estimates").glob("*.parquet"))
+    with replacing_folder(destination) as new:
+        for name, frame in checked.items():
+            TABLES[name].write(frame, new / "tables")
+        for path in parts:
+            part = TABLES["estimates"].read(path)
+            _check_paths(part, f"estimates/{path.name}")
+            stats.write_estimates(part, new / "tables", path.stem)
+        (new / "figures").mkdir()
+        for path in sorted((study_folder / "figures").glob("*.png")):
+            for file in (path, path.with_suffix(".md")):
+                if file.is_file():
+                    shutil.copyfile(file, new / "figures" / file.name)
+        write_json(new / "study.json", {"name": study_folder.name, "note": note})
+    return sorted(path for path in destination.rglob("*") if path.is_file())
+
+
+def _read(folder: Path, name: str):
+    if name not in TABLES:
+        raise ValueError(f"{name} is no declared table; known: {', '.join(TABLES)}")
+    if TABLES[name].private:
+        raise ValueError(f"{name} holds text of prompts or responses and is never published")
+    frame = TABLES[name].read(folder)
+    _check_paths(frame, name)
+    return frame
+
+
+def _check_paths(frame, where: str) -> None:
+    """Raise where a text names a folder of this machine."""
+    homes = [str(path) for path in {ROOT, OUTPUTS, Path.home()} if len(path.parts) > 1]
+    for column in frame.select_dtypes("string"):
+        for home in homes:
+            if frame[column].str.contains(home + os.sep, regex=False).fillna(False).any():
+                raise ValueError(f"{where}: column {column} names a folder of this machine, so it is not published")
+
+
+if __name__ == "__main__":
+    this = load(sys.argv[1])
+    written = publish(this.folder, OUTPUTS / "published" / this.name, this.note)
+    print(f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in {OUTPUTS / 'published' / this.name}")
