@@ -29,7 +29,7 @@ $(READY): requirements.txt pyproject.toml
 		export UV_EXTRA_INDEX_URL="$$($(PY) -m pip config get global.extra-index-url 2>/dev/null || echo $$PIP_EXTRA_INDEX_URL)"; \
 		uv pip install --quiet --python $(PY) --index-strategy unsafe-best-match -r requirements.txt -e .; \
 	else \
-		$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .; \
+		$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt -e .; \
 	fi
 	@git config diff.ipynb.textconv "$(VENV)/bin/jupytext --to py:percent --output - --from ipynb" 2>/dev/null || true
 	@touch $@

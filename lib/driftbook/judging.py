@@ -11,7 +11,6 @@ from driftbook.refusals import is_refusal
 from driftbook.scoring import Scorer
 from driftbook.study import Judge
 
-
 _HAZARDS = re.compile(r"S\d+")
 VERDICTS = {"safe": False, "unsafe": True}
 

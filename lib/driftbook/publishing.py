@@ -37,6 +37,21 @@ def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, 
     return sorted(path for path in destination.rglob("*") if path.is_file())
 
 
+def published(name: str = "") -> list[Path]:
+    """The folders of published studies: the one of this name or path, or all of them.
+
+    Raises:
+        ValueError: nothing of this name is published.
+    """
+    home = OUTPUTS / "published"
+    if not name:
+        return sorted(path.parent for path in home.glob("*/study.json"))
+    found = [path for path in (Path(name), home / name) if (path / "study.json").is_file()]
+    if not found:
+        raise ValueError(f"nothing is published as {name}; make publish STUDY={name} copies a finished study")
+    return found[:1]
+
+
 def _read(folder: Path, name: str):
     if name not in TABLES:
         raise ValueError(f"{name} is no declared table; known: {', '.join(TABLES)}")

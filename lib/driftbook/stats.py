@@ -4,7 +4,6 @@ Every estimate says over what its interval generalises. A score is kept with its
 family) moves it, so that changes, means over runs and contrasts all get their variance from the same few lines.
 """
 
-import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

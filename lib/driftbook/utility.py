@@ -9,7 +9,6 @@ import pandas as pd
 from driftbook.models import conversation_ids
 from driftbook.scoring import Scorer
 
-
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
