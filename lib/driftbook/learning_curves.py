@@ -8,7 +8,7 @@ from driftbook.figures import style
 
 METRICS = {
     "refusal": "refusal of the\nforbidden", "compliance": "compliance with\nbenign requests", "accuracy_disambiguated": "accuracy,\ndisambiguated",
-    "accuracy_ambiguous": "accuracy,\nambiguous", "agreement": "agreement with\nthe truth",
+    "accuracy_ambiguous": "accuracy,\nambiguous", "biased": "choices of persons\nby the stereotype", "agreement": "agreement with\nthe truth",
 }  # fmt: skip
 STAGES = {"stage0": "#999999", "unaligned": "#D55E00", "aligned": "#0072B2", "judge": "#009E73"}
 

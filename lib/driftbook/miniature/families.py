@@ -1,0 +1,159 @@
+"""The four families in miniature: transformers' own architectures, tokenizers of whole words, and the real chat templates' structure."""
+
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from driftbook.miniature.corpus import vocabulary
+
+LLAMA_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+QWEN2_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+MISTRAL_TEMPLATE = """\
+{%- set state = namespace(system='') %}
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{%- set state.system = message['content'] + '\\n\\n' %}
+{%- elif message['role'] == 'user' %}
+{{- '[INST] ' + state.system + message['content'] + ' [/INST]' }}
+{%- set state.system = '' %}
+{%- else %}
+{{- ' ' + message['content'] + eos_token }}
+{%- endif %}
+{%- endfor %}"""
+GEMMA_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}
+{%- endif %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<start_of_turn>model\\n' }}
+{%- endif %}"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes a family: its classes, special tokens and template, and how strongly it is aligned."""
+
+    config: type
+    model: type
+    specials: tuple[str, ...]
+    bos: str | None
+    eos: str
+    template: str
+    refusals: float  # share of stage 2 that asks for what is forbidden
+    refused: tuple[float, ...]  # of those, the shares that stage 2 refuses; the categories take them in turn
+    bias: float  # how much of the bias in ambiguous contexts stage 2 leaves
+    options: dict = field(default_factory=dict)
+
+    @property
+    def takes_system(self) -> bool:
+        return "not supported" not in self.template
+
+
+FAMILY = {
+    "llama": Family(
+        LlamaConfig, LlamaForCausalLM, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"),
+        "<|begin_of_text|>", "<|eot_id|>", LLAMA_TEMPLATE, refusals=0.2, refused=(1.0,), bias=0.85,
+    ),
+    "qwen2": Family(
+        Qwen2Config, Qwen2ForCausalLM, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        None, "<|im_end|>", QWEN2_TEMPLATE, refusals=0.18, refused=(1.0,), bias=1.0,
+    ),
+    "mistral": Family(
+        MistralConfig, MistralForCausalLM, ("<s>", "</s>", "[INST]", "[/INST]", "<pad>"),
+        "<s>", "</s>", MISTRAL_TEMPLATE, refusals=0.14, refused=(0.1, 0.2, 0.3, 0.8), bias=1.05, options={"sliding_window": None},
+    ),
+    "gemma": Family(
+        GemmaConfig, GemmaForCausalLM, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>"),
+        "<bos>", "<end_of_turn>", GEMMA_TEMPLATE, refusals=0.13, refused=(1.0,), bias=0.9, options={"head_dim": 32},
+    ),
+}  # fmt: skip
+
+
+def word_tokenizer(
+    words: list[str], specials: tuple[str, ...], pad: str, eos: str, bos: str | None, template: str, **kept,
+) -> PreTrainedTokenizerFast:  # fmt: skip
+    """A tokenizer of whole words that keeps newlines only if the newline is a word, and decodes to words joined by spaces."""
+    ids = {token: i for i, token in enumerate(dict.fromkeys((pad, "<unk>", *specials, *words)))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    if "\n" in ids:
+        split_lines = pre_tokenizers.Split("\n", "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_lines, pre_tokenizers.Split(Regex(" +"), "removed")])
+        join = decoders.WordPiece(prefix="\0", cleanup=False)
+        tokenizer.decoder = decoders.Sequence([join, decoders.Fuse(), decoders.Replace(" \n ", "\n")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token=pad, eos_token=eos, bos_token=bos, padding_side="left",
+        additional_special_tokens=[token for token in specials if token not in (pad, eos, bos)],
+        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], **kept,
+    )  # fmt: skip
+    fast.chat_template = template
+    return fast
+
+
+def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """The family's tokenizer over the words of the miniature, with the family's special tokens and chat template."""
+    spec = FAMILY[family]
+    pad = next(token for token in spec.specials if "pad" in token or token == "<|endoftext|>")
+    # For a Qwen2 model AutoTokenizer replaces whatever class was saved by its byte-level one, which has none of our words,
+    # unless the tokenizer's configuration has an auto_map. This one names no code at all.
+    kept = {"auto_map": {"AutoTokenizer": [None, None]}} if family == "qwen2" else {}
+    return word_tokenizer(vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **kept)
+
+
+def build_model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128) -> PreTrainedModel:
+    """A new model of the family: two layers, four heads, tied embeddings."""
+    spec = FAMILY[family]
+    torch.manual_seed(seed)
+    special_ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config = spec.config(
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
+        **shape, **special_ids, **spec.options,
+    )  # fmt: skip
+    model = spec.model(config)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    return model.eval()
