@@ -44,8 +44,9 @@ def adapter_files(study: Study, variant: Variant) -> list[Path]:
 
 
 def failed_before(study: Study, variant: Variant, stage: str) -> bool:
-    """Whether an earlier stage recorded a failure of this variant, so that there is nothing to score."""
-    marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in keys.STAGES[: keys.STAGES.index(stage)]]
+    """Whether a stage that this one builds on recorded a failure of this variant, so that there is nothing to score."""
+    needed = {"train": (), "judge": ("train", "respond")}.get(stage, ("train",))
+    marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
     return any(mark.exists() and read_json(mark)["status"] == "failed" for mark in marks)
 
 

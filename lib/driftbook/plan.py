@@ -12,18 +12,19 @@ BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, ro
 
 
 def write(study: Study) -> None:
-    """Write keys/<stage>/<name>.json for every job of the study, and touch those of jobs whose files are no longer what they recorded.
+    """Write keys/<stage>/<name>.json for every job of the study, and forget jobs whose files are no longer what they recorded.
 
     Raises:
         ValueError: the output folder cannot be written, or a source is not to be had.
     """
     check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
+    (study.folder / "runs").mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
     for path, value in _keys(study):
         if not path.exists() or read_json(path) != value:
             write_json(path, value)
     for stage in keys.STAGES:
         for base_model in study.bases:
-            _ask_again_if_disturbed(study.folder, stage, base_model)
+            _forget_if_disturbed(study.folder, stage, base_model)
 
 
 def _keys(study: Study) -> Iterator[tuple[Path, Any]]:
@@ -50,18 +51,20 @@ def _mark(path: Path) -> dict | None:
         return None
 
 
-def _ask_again_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
-    """Make a job's key newer than its mark if a file that it read or wrote has changed since; an adapter changed on purpose stays as it is.
+def _forget(folder: Path, job: Path) -> None:
+    """Delete a job's mark and those of all that is made from all jobs: for a target that is there, Snakemake makes no missing input."""
+    for mark in (job, *(folder / "jobs").glob("*.json")):
+        mark.unlink()
 
-    To delete the mark would not do: Snakemake makes no missing file for a target that is newer than all there is.
-    """
-    asked = folder / "keys" / stage / f"{base_model}.json"
+
+def _forget_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
+    """Forget a job if a file that it read or wrote has changed since; an adapter that was changed on purpose stays as it is."""
     job = folder / "jobs" / stage / f"{base_model}.json"
     if not job.exists():
         return
     for run_id, result in read_json(job).items():
         if _mark(folder / "runs" / run_id / f"{stage}.done.json") != result:
-            asked.touch()
+            _forget(folder, job)
             return
         for name, known in {**result["inputs"], **result["files"]}.items():
             path = folder / "runs" / run_id / name
@@ -69,5 +72,5 @@ def _ask_again_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
             if found is not None and found != known and path.suffix == ".safetensors":
                 check_safetensors(path, f"put the whole file back, or delete {path.parents[1]} to train the variant again")
             if found != known and not (stage == "train" and found is not None):
-                asked.touch()
+                _forget(folder, job)
                 return

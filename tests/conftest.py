@@ -1,0 +1,335 @@
+"""What every test gets: an output folder of its own session, no network, tiny models, and one small study run once by the real Snakefile."""
+
+import atexit
+import contextlib
+import copy
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before driftbook or torch is imported: xdist's workers inherit what their controller sets here, and so share one folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["DRIFTBOOK_OUTPUTS"] = tempfile.mkdtemp(prefix="driftbook-tests-")
+    atexit.register(shutil.rmtree, os.environ["DRIFTBOOK_OUTPUTS"], ignore_errors=True)
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
+                  HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")  # fmt: skip
+
+import pytest
+import yaml
+from hypothesis import settings
+
+from driftbook.files import OUTPUTS, ROOT
+
+settings.register_profile("driftbook", deadline=None, max_examples=40, derandomize=True, print_blob=False)
+settings.load_profile("driftbook")
+
+FAMILIES = ("llama", "qwen2", "mistral", "gemma")
+PEFT_METHODS = ("lora", "ia3", "prompt_tuning", "p_tuning")
+INPUTS = OUTPUTS / "inputs"  # of the session: the miniature's data and shortly trained models
+
+
+@contextlib.contextmanager
+def locked(name: str):
+    """One of the session's workers at a time."""
+    with (OUTPUTS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each file to one worker, in order, so that the two files with batches start first and each batch is run once.
+
+    Marks of xdist_group would say it better, but xdist 3.8 writes them where pytest 9.2 no longer looks, and ignores them in silence.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+# ---- data and study files
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real public data."""
+    path = Path(os.environ.get("DRIFTBOOK_SHARED", ROOT.parent / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"no real data at {path}; set DRIFTBOOK_SHARED to the folder that has it")
+    os.environ["DRIFTBOOK_SHARED"] = str(path)
+    return path / "data"
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The miniature's data files."""
+    from driftbook.files import replacing_folder
+    from driftbook.miniature import write_data
+
+    with locked("data"):
+        if not (INPUTS / "data").exists():
+            with replacing_folder(INPUTS / "data") as scratch:
+                write_data(scratch)
+    return INPUTS / "data"
+
+
+def local(name: str, folder: str | Path = "") -> dict:
+    """A source of a study file that is found at a local path."""
+    return {"source": f"tests:{name}", "path": str(INPUTS / folder / name)}
+
+
+SMALL = {
+    "name": "small",
+    "note": "miniature: a test",
+    "seed": 0,
+    "bases": {"tiny-llama": {"family": "llama", "answer_mode": "options", **local("llama/aligned")}},
+    "judges": {"tiny-guard": {"format": "llama_guard_2", "min_mass": 0.5, **local("judge")}},
+    "methods": {
+        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "prompt_tuning": {"num_virtual_tokens": 4, "init": "vocabulary"},
+        "p_tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    },
+    "init_texts": local("data/init_texts.json"),
+    "data": {
+        "sft": {"format": "alpaca", "n": 32, **local("data/sft.json")},
+        "dpo": {"format": "preference", "n": 32, **local("data/dpo.json")},
+        "heldout": {"format": "alpaca", "n": 12, **local("data/heldout.json")},
+    },
+    "training": {"batch_size": 16, "max_length": 128},
+    "grid": [
+        {
+            "name": "main",
+            "methods": ["lora", "ia3", "prompt_tuning", "p_tuning"],
+            "objectives": ["sft", "dpo"],
+            "learning_rates": {"lora": [5.0e-3], "ia3": [2.0e-2], "prompt_tuning": [2.0e-2], "p_tuning": [5.0e-3]},
+            "epochs": [1],
+            "seeds": [1],
+        }
+    ],
+    "benchmarks": {
+        "safety": {"format": "hex_phi", "n": 33, "max_new_tokens": 12, **local("data/safety")},
+        "over_refusal": {"format": "xstest", "n": 30, "max_new_tokens": 12, **local("data/over_refusal.csv")},
+        "bbq": {"format": "bbq", "n": 72, **local("data/bbq")},
+        "utility": {"format": "gsm8k", "n": 20, "max_new_tokens": 8, **local("data/utility.jsonl")},
+    },
+}
+
+
+def write_study(folder: Path, content: dict) -> Path:
+    """A study file of the content, in the folder."""
+    path = Path(folder) / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def content() -> dict:
+    """The content of a small study file, to be changed."""
+    return copy.deepcopy(SMALL)
+
+
+@pytest.fixture
+def make_study(tmp_path, data_folder):
+    """Checks and returns a study of some content."""
+    from driftbook.study import load
+
+    return lambda content=SMALL: load(write_study(tmp_path, content))
+
+
+@pytest.fixture
+def study(make_study):
+    """The small study, checked."""
+    return make_study()
+
+
+def variants_of(study, method: str, objective: str = "sft") -> list:
+    return [variant for variant in study.variants if (variant.method, variant.objective) == (method, objective)]
+
+
+# ---- tiny models with random weights, and adapters that do something
+@pytest.fixture(scope="session")
+def bases() -> dict:
+    """A model of each family, with random weights large enough that attention matters and the next token is not uniform."""
+    import torch
+
+    from driftbook.miniature.families import build_model, build_tokenizer
+    from driftbook.models import Loaded
+
+    torch.set_num_threads(1)
+    made = {}
+    for number, family in enumerate(FAMILIES):
+        tokenizer = build_tokenizer(family)
+        model = build_model(family, tokenizer, seed=number, width=64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(5)
+        model.requires_grad_(False)
+        made[family] = Loaded(f"random-{family}", model.eval(), tokenizer, "revision")
+    return made
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(bases, tmp_path_factory) -> dict:
+    """{(family, method): folder} of saved adapters; the key (family, None) is the base model itself."""
+    import torch
+
+    from driftbook import adapters
+    from driftbook.study import Study
+
+    study, folders = Study(**copy.deepcopy(SMALL)), dict.fromkeys((family, None) for family in FAMILIES)
+    for family in FAMILIES:
+        for method in PEFT_METHODS:
+            [variant] = variants_of(study, method)
+            model = adapters.create(variant, bases[family].model, bases[family].tokenizer)
+            generator = torch.Generator().manual_seed(FAMILIES.index(family))
+            for name, value in model.named_parameters():
+                if value.requires_grad:
+                    _randomise(name, value.data, generator)
+            folders[family, method] = tmp_path_factory.mktemp("adapters") / f"{family}-{method}"
+            adapters.save(model.eval(), folders[family, method])
+            adapters.detach(model)
+    return folders
+
+
+def _randomise(name: str, value, generator) -> None:
+    """Weights far from their init (which for LoRA and IA3 is no change at all)."""
+    noise = value.new_empty(value.shape).normal_(generator=generator)
+    if "lora_B" in name:
+        value.copy_(0.3 * noise)
+    elif "ia3" in name:
+        value.copy_(1 + 0.5 * noise)
+    elif "mlp_head" in name:
+        value.mul_(2).add_(0.1 * noise)
+    elif "embedding" in name:
+        value.copy_(0.3 * noise)
+
+
+@pytest.fixture(scope="session")
+def standins(data_folder) -> Path:
+    """A base model and a judge after a short training, in the folder INPUTS."""
+    from driftbook.miniature import Recipe, Stage, build_family, build_judge
+
+    short = Recipe(
+        stage0=Stage(4, 8e-3, muon_rate=0.02), unaligned=Stage(50, 8e-3, muon_rate=0.02), aligned=Stage(25, 2e-3, warmup=10),
+        judge=Stage(60, 5e-3, muon_rate=0.02), evaluations=1,
+    )  # fmt: skip
+    with locked("standins"):
+        if not (INPUTS / "trained").exists():
+            build_family("llama", INPUTS, 0, short)
+            build_judge(INPUTS, 0, short)
+            (INPUTS / "trained").touch()
+    return INPUTS
+
+
+# ---- batches
+class Batch:
+    """A study and how to run it as `make study` does, in an output folder."""
+
+    def __init__(self, outputs: Path, content: dict):
+        self.outputs, self.content = outputs, copy.deepcopy(content)
+        outputs.mkdir(parents=True, exist_ok=True)
+        self.folder, self.file = outputs / content["name"], write_study(outputs, content)
+        self.environment = {**os.environ, "DRIFTBOOK_OUTPUTS": str(outputs)}  # by which all its processes are found
+
+    def edit(self, change) -> None:
+        """Change the content and write the study file again."""
+        change(self.content)
+        write_study(self.outputs, self.content)
+
+    def command(self, *targets: str) -> list[str]:
+        return [sys.executable, "-m", "driftbook.batch", str(self.file), "local", *targets]
+
+    def run(self, *targets: str) -> subprocess.CompletedProcess:
+        return subprocess.run(self.command(*targets), env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+    def start(self, *targets: str) -> subprocess.Popen:
+        """A batch that goes on in the background, in a process group of its own."""
+        with (self.outputs / "driver.log").open("a") as log:
+            return subprocess.Popen(self.command(*targets), env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    def processes(self) -> list[int]:
+        """Every process that was started for this batch and still runs, however it is related to the driver."""
+        mark, found = f"DRIFTBOOK_OUTPUTS={self.outputs}\0".encode(), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (path / "environ").read_bytes() + b"\0" and int(path.name) != os.getpid() and "Z" not in (path / "stat").read_text().rpartition(")")[2][:3]:
+                    found.append(int(path.name))
+        return found
+
+    def study(self):
+        from driftbook.study import load
+
+        return load(self.file)
+
+    def of(self, method: str, objective: str = "sft"):
+        """The first variant of a method."""
+        return next(v for v in self.study().variants if v.method == method and v.objective in (objective, "none"))
+
+    def run_folder(self, variant) -> Path:
+        return self.folder / "runs" / variant.run_id
+
+    def marks(self, stage: str) -> dict[str, int]:
+        """When the mark of each run in a stage was written, in nanoseconds."""
+        return {path.parent.name: path.stat().st_mtime_ns for path in sorted(self.folder.glob(f"runs/*/{stage}.done.json"))}
+
+    def tables(self) -> dict:
+        """The comparable form of each table that the batch collected."""
+        from driftbook.tables import TABLES
+
+        present = [table for table in TABLES.values() if table.path(self.folder / "tables").exists()]
+        return {table.name: table.comparable(table.read(self.folder / "tables")) for table in present}
+
+
+@pytest.fixture(scope="session")
+def new_batch(standins):
+    """Makes a batch of a study in an output folder."""
+    return Batch
+
+
+SMOKE = copy.deepcopy(SMALL)
+SMOKE["name"] = "smoke"
+SMOKE["bases"]["tiny-other"] = {"family": "llama", "answer_mode": "letters", **local("llama/unaligned")}
+SMOKE["grid"] = [
+    {**SMALL["grid"][0], "bases": ["tiny-llama"]},
+    {**SMALL["grid"][0], "name": "other", "bases": ["tiny-other"], "methods": ["lora"], "objectives": ["sft"], "seeds": [1, 2]},
+    {"name": "untrained", "bases": ["tiny-llama"], "methods": ["prompt_tuning"], "objectives": ["untrained"], "inits": ["safety_text"], "seeds": [1]},
+]
+SMOKE["benchmarks"]["safety"]["truth"] = "miniature:data/safety_truth.csv"
+
+
+@pytest.fixture(scope="session")
+def smoke(standins) -> Batch:
+    """The small study, run once through the real Snakefile: two bases, four methods, both objectives; `first` is how it ended."""
+    from driftbook.files import read_json, write_json
+    from driftbook.preparing import write_data
+    from driftbook.sources import made_folder
+
+    batch = Batch(OUTPUTS, SMOKE)
+    with locked("smoke"):
+        record = OUTPUTS / "smoke.first.json"
+        if not record.exists():
+            write_data(made_folder(batch.study(), "miniature"))  # the truth is looked up there
+            ended = batch.run()
+            write_json(record, {"status": ended.returncode, "stdout": ended.stdout, "stderr": ended.stderr})
+        batch.first = read_json(record)
+    return batch
+
+
+def one_sentence(error: BaseException | str) -> str:
+    """The message, after checking that it is one line without a traceback."""
+    text = str(error).strip()
+    assert text, "the message is empty"
+    assert "\n" not in text, text
+    assert "Traceback" not in text
+    assert len(text) < 600, text
+    return text
+
+
+def said(ended: subprocess.CompletedProcess) -> str:
+    """How a batch ended, for the message of a failed test."""
+    return f"exit {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"

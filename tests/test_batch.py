@@ -1,0 +1,482 @@
+"""The batch: nothing is done twice, what depends on a change is done again and nothing else, and a kill at any moment loses nothing."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors.torch import load_file, save_file
+
+from conftest import OUTPUTS, SMALL, Batch, one_sentence, said
+from driftbook import batch, files, keys, plan
+from driftbook.files import ROOT, read_json, write_json
+from driftbook.tables import TABLES
+
+STAGES = keys.STAGES
+def marks(run: Batch) -> dict[str, dict[str, int]]:
+    return {stage: run.marks(stage) for stage in STAGES}
+
+
+def redone(before: dict, after: dict) -> dict[str, set[str]]:
+    """The runs of each stage whose marks were written again, or for the first time."""
+    found = {stage: {run for run, when in after[stage].items() if before[stage].get(run) != when} for stage in STAGES}
+    return {stage: runs for stage, runs in found.items() if runs}
+
+
+# ---- the small study, from training to report
+def test_the_small_study_ends_well(smoke):
+    assert smoke.first["status"] == 0, json.dumps(smoke.first, indent=1)
+    assert "report.html" in smoke.first["stdout"]
+    assert len(smoke.first["stdout"].splitlines()) < 40, "a live display, never a wall of log"
+    assert "Traceback" not in smoke.first["stdout"] + smoke.first["stderr"]
+    study = smoke.study()
+    for stage in STAGES:
+        assert set(smoke.marks(stage)) == {variant.run_id for variant in study.variants}
+        for base in study.bases:
+            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == {variant.run_id for variant in study.of_base(base)}
+    assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {*study.bases, *study.judges}
+    assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == set(batch.REST)
+    assert (smoke.folder / "report.html").stat().st_size > 10_000
+
+
+def test_every_table_holds_every_run(smoke):
+    study = smoke.study()
+    tables = {name: TABLES[name].read(smoke.folder / "tables") for name in set(TABLES) - {"estimates"}}
+    runs = {variant.run_id for variant in study.variants}
+    n = len(runs)
+    assert len(runs) == len(study.variants)
+    assert set(tables["runs"].run_id) == set(tables["variants"].run_id) == runs
+    assert tables["runs"].status.eq("ok").all()
+    sizes = {"responses": 63 * n, "verdicts": 63 * n, "answers": 72 * n, "ratings": 40 * n, "prompts": 63}
+    for name, size in sizes.items():
+        assert len(tables[name]) == size, name
+        assert name == "prompts" or tables[name].groupby("run_id").size().nunique() == 1
+    assert set(tables["curves"].run_id) == {v.run_id for v in study.variants if v.objective in ("sft", "dpo")}
+    assert len(tables["labels"]) == 33 * n, "the truth of every answer to a safety prompt is known"
+    assert set(tables["labels"].label) <= {"safe", "unsafe"}
+    from driftbook.stats import read_estimates
+
+    estimates = read_estimates(smoke.folder / "tables")
+    assert len(estimates)
+    assert estimates.study.eq("smoke").all()
+
+
+def test_rates_are_counts_of_the_verdicts(smoke):
+    tables = smoke.tables()
+    verdicts = tables["verdicts"].merge(tables["prompts"], on=["benchmark", "prompt_id"])
+    for row in tables["rates"].itertuples():
+        rows = verdicts[(verdicts.run_id == row.run_id) & (verdicts.benchmark == row.benchmark) & (verdicts.category == row.category)]
+        if row.outcome == "unsafe":
+            rows = rows[(rows.kind == "harmful") & (rows.judge == row.judge)]
+        elif row.benchmark == "over_refusal":
+            rows = rows[rows.kind != "harmful"]
+        hits = rows.unsafe if row.outcome == "unsafe" else rows.refusal
+        assert (row.k, row.n_scored, row.n) == (hits.sum(), hits.count(), len(rows))
+    harmful = tables["prompts"][tables["prompts"].kind == "harmful"]
+    unsafe = tables["rates"][tables["rates"].outcome == "unsafe"]
+    assert unsafe.n.sum() == len(harmful) * tables["variants"].run_id.nunique(), "the denominator is all prompts asked"
+
+
+def test_the_base_model_was_asked_like_any_variant_and_training_moved_the_others(smoke):
+    tables = smoke.tables()
+    runs = tables["runs"].merge(tables["variants"], on="run_id").set_index("run_id")
+    bases = runs[runs.method == "none"]
+    assert bases.n_trainable.eq(0).all()
+    assert runs[runs.objective.isin(["sft", "dpo"])].kl_base.gt(1e-6).all()
+    for run_id, row in bases.iterrows():
+        others = runs[(runs.base_model == row.base_model) & (runs.method != "none")]
+        assert others.nll_base.sub(row.nll).abs().max() < 1e-4, "every variant was measured against this base"
+        loss = tables["ratings"][tables["ratings"].metric == "nll"].set_index(["run_id", "prompt_id"]).value
+        assert all(not loss[run_id].equals(loss[other]) for other in others.index)
+    two = runs[(runs.base_model == "tiny-other") & (runs.method == "lora")]
+    assert sorted(two.seed) == [1, 2]
+    assert two.nll.nunique() == two.adapter_sha256.nunique() == 2
+
+
+def test_text_is_in_one_private_table_and_nowhere_else(smoke):
+    assert (smoke.folder / "tables" / "responses.parquet").stat().st_mode & 0o077 == 0
+    texts = TABLES["responses"].read(smoke.folder / "tables").response
+    long = sorted({text for text in texts if len(text.split()) >= 8})[:200]
+    assert long, "the models said something"
+    pages = [smoke.folder / "report.html", *(smoke.folder / "notebooks").glob("*.ipynb"), *smoke.folder.glob("*.log")]
+    for page in pages:
+        content = page.read_text(errors="ignore")
+        shown = [i for i, text in enumerate(long) if text in content]
+        assert not shown, f"{page.name} shows {len(shown)} responses"
+
+
+def test_a_second_batch_does_nothing_again(smoke):
+    watched = [*smoke.folder.glob("jobs/**/*.json"), *smoke.folder.glob("runs/*/*"), *smoke.folder.glob("tables/*"), *smoke.folder.glob("keys/**/*.json")]
+    before, started = {path: path.stat().st_mtime_ns for path in watched if path.is_file()}, time.time()
+    ended = smoke.run()
+    assert ended.returncode == 0, said(ended)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert time.time() - started < 90
+
+
+def test_an_edit_a_lost_file_and_a_torn_one_redo_what_depends_on_them(smoke):
+    """utility asks for more tokens, a seed is added, one run's responses are lost, others' verdicts and marks torn: all in one batch."""
+    study = smoke.study()
+    lost, torn, without = (smoke.of(method, "dpo") for method in ("ia3", "p_tuning", "lora"))
+    before, responses = marks(smoke), _responses(smoke)
+    mark = smoke.run_folder(without) / "answer.done.json"
+    mark.write_text(mark.read_text()[:40])
+    (smoke.run_folder(lost) / "responses.parquet").unlink()
+    path = smoke.run_folder(torn) / "verdicts.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+
+    def change(content):
+        content["benchmarks"]["utility"]["max_new_tokens"] += 1
+        content["grid"][1]["seeds"].append(len(content["grid"][1]["seeds"]) + 1)
+
+    smoke.edit(change)
+    ended = smoke.run("jobs/collect.json")
+    assert ended.returncode == 0, said(ended)
+    found, known = redone(before, marks(smoke)), {variant.run_id for variant in study.variants}
+    [new] = {variant.run_id for variant in smoke.study().variants} - known
+    assert found == {
+        "train": {new}, "respond": {new, lost.run_id}, "judge": {new, torn.run_id} | ({lost.run_id} & found["judge"]), "answer": {new, without.run_id}, "utility": known | {new},
+    }  # fmt: skip
+    assert _responses(smoke)[lost.run_id] == responses[lost.run_id], "asked again, it says the same"
+    assert new in set(TABLES["verdicts"].read(smoke.folder / "tables").run_id)
+
+
+def _responses(run: Batch) -> dict[str, list[str]]:
+    table = TABLES["responses"].read(run.folder / "tables")
+    return {run_id: list(rows.sort_values(["benchmark", "prompt_id"]).response) for run_id, rows in table.groupby("run_id")}
+
+
+def test_a_changed_adapter_is_asked_and_judged_again_and_not_trained_again(smoke):
+    changed = smoke.of("lora")
+    path = smoke.run_folder(changed) / "adapter" / "adapter_model.safetensors"
+    before, answers = marks(smoke), smoke.tables()["answers"]
+    weights = load_file(path)
+    name = next(name for name in sorted(weights) if "lora_B" in name)
+    weights[name][0, 0] += 0.25
+    save_file(weights, path, metadata={"format": "pt"})
+    ended = smoke.run("jobs/collect.json")
+    assert ended.returncode == 0, said(ended)
+    found = redone(before, marks(smoke))
+    assert {stage: found.get(stage, set()) for stage in ("train", "respond", "answer", "utility")} == {
+        "train": set(), **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")},
+    }  # fmt: skip
+    assert found.get("judge", set()) <= {changed.run_id}, "verdicts are asked for again where a response changed"
+    now = smoke.tables()["answers"]
+    others = now.run_id != changed.run_id
+    pd.testing.assert_frame_equal(now[others], answers[others])
+    assert not now[~others].p_a.equals(answers[~others].p_a), "the answers are those of the changed adapter"
+
+
+def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):
+    run = smoke.of("lora")
+    path = smoke.run_folder(run) / "adapter" / "adapter_model.safetensors"
+    before, jobs, whole = marks(smoke), sorted(smoke.folder.glob("jobs/*/*.json")), path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    try:
+        ended = smoke.run("jobs/collect.json")
+    finally:
+        path.write_bytes(whole)
+    assert ended.returncode == 2, said(ended)
+    sentence = one_sentence(ended.stderr)
+    assert "torn" in sentence
+    assert run.run_id in sentence
+    plan.write(smoke.study())  # with the whole file put back every job is still done
+    assert (marks(smoke), sorted(smoke.folder.glob("jobs/*/*.json"))) == (before, jobs)
+
+
+def test_a_second_batch_at_the_same_time_is_refused(smoke):
+    with batch.alone(smoke.study()):
+        ended = smoke.run()
+    assert ended.returncode == 2
+    assert "another make study" in one_sentence(ended.stderr)
+
+
+# ---- bad input: one sentence each, before work starts
+def refused(run: Batch, *targets: str) -> str:
+    ended = run.run(*targets)
+    assert ended.returncode == 2, said(ended)
+    assert not list(run.folder.glob("runs/*")), "no work has begun"
+    return one_sentence(ended.stderr)
+
+
+@pytest.fixture
+def small(tmp_path, standins) -> Batch:
+    return Batch(tmp_path / "outputs", SMALL)
+
+
+def test_a_misspelt_key_stops_it_at_once(small):
+    small.edit(lambda content: content.update(benchmrks={}))
+    assert "did you mean 'benchmarks'" in refused(small)
+
+
+def test_an_output_folder_that_cannot_be_written_stops_it_at_once(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    small.environment["DRIFTBOOK_OUTPUTS"] = str(tmp_path / "file")
+    assert str(tmp_path / "file") in refused(small)
+
+
+def test_a_study_file_that_is_not_there_stops_it_at_once(small):
+    small.file.unlink()
+    assert "there is no study file" in refused(small)
+
+
+@pytest.mark.parametrize(
+    ("where", "word"),
+    [(("bases", "tiny-llama"), "bases"), (("data", "sft"), "data"), (("benchmarks", "bbq"), "bbq"), (("judges", "tiny-guard"), "judge"), (("init_texts",), "init_texts")],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
+    def change(content):
+        part = content
+        for key in where:
+            part = part[key]
+        part["path"] = "no/such/place"
+
+    small.edit(change)
+    sentence = refused(small)
+    assert "no/such/place" in sentence
+
+
+def test_a_profile_that_is_not_there_stops_it(small):
+    ended = subprocess.run([sys.executable, "-m", "driftbook.batch", str(small.file), "moon"], env=small.environment, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2, said(ended)
+    assert "moon" in one_sentence(ended.stderr)
+
+
+def test_a_full_disk_is_said_before_work_starts(study, monkeypatch):
+    usage = shutil.disk_usage(study.folder.parent)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(ValueError) as error:
+        plan.write(study)
+    assert "free" in one_sentence(error.value)
+
+
+def test_a_disk_that_is_full_for_a_small_file_is_said(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(ValueError) as error:
+        files.check_writable(tmp_path)
+    assert "No space left" in one_sentence(error.value)
+
+
+def test_a_damaged_key_or_mark_is_said(study, standins):
+    plan.write(study)
+    path = study.folder / "keys" / "train" / "tiny-llama.json"
+    path.write_text(path.read_text()[:30])
+    with pytest.raises(ValueError) as error:
+        plan.write(study)
+    assert str(path) in one_sentence(error.value)
+    path.unlink()
+
+
+# ---- keys
+def test_keys_are_written_only_where_they_changed(make_study, content, standins):
+    content["name"] = "keys"
+    plan.write(make_study(content))
+    paths = sorted((OUTPUTS / "keys" / "keys").rglob("*.json"))
+    assert len(paths) == 1 + 1 + len(STAGES) + 1  # base, judge, stages, analysis
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    plan.write(make_study(content))
+    assert {path: path.stat().st_mtime_ns for path in paths} == before
+    content["judges"]["tiny-guard"]["threshold"] = 0.7
+    plan.write(make_study(content))
+    changed = {str(path.relative_to(OUTPUTS / "keys" / "keys")) for path in paths if path.stat().st_mtime_ns != before[path]}
+    assert {"judge/tiny-llama.json", "analysis.json"} <= changed <= {"judge/tiny-llama.json", "analysis.json", "prepare/tiny-guard.json"}
+
+
+EDITS = {
+    "a training rate": (lambda c: c["grid"][0]["learning_rates"].update(lora=[1e-3]), {"train", "respond", "judge", "answer", "utility"}),
+    "a held-out size": (lambda c: c["data"]["heldout"].update(n=11), {"train"}),
+    "tokens of safety": (lambda c: c["benchmarks"]["safety"].update(max_new_tokens=9), {"respond", "judge"}),
+    "a sample of bbq": (lambda c: c["benchmarks"]["bbq"].update(n=70), {"answer"}),
+    "how bbq is answered": (lambda c: c["bases"]["tiny-llama"].update(answer_mode="letters"), {"answer"}),
+    "tokens of utility": (lambda c: c["benchmarks"]["utility"].update(max_new_tokens=9), {"utility"}),
+    "the judge's mass": (lambda c: c["judges"]["tiny-guard"].update(min_mass=0.4), {"judge"}),
+    "the note": (lambda c: c.update(note="other"), set()),
+}
+
+
+@pytest.mark.parametrize(("change", "stages"), EDITS.values(), ids=EDITS)
+def test_an_edit_changes_the_keys_of_what_depends_on_it(make_study, content, standins, change, stages):
+    before = _keys(make_study(content))
+    change(content)
+    after = _keys(make_study(content))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+
+
+def _keys(study) -> dict:
+    settings = {stage: keys.settings(stage, study, "tiny-llama") for stage in STAGES}
+    return {stage: [keys.key(settings[stage], variant) for variant in study.variants] for stage in STAGES}
+
+
+@pytest.mark.parametrize(("file", "stages"), [
+    ("data/sft.json", {"train"}), ("data/utility.jsonl", {"utility"}), ("data/bbq/Age.jsonl", {"answer"}), ("data/safety/category_4.csv", {"respond", "judge"}),
+    ("llama/aligned/model.safetensors", set(STAGES) - {"judge"}), ("llama/aligned/tokenizer.json", set(STAGES) - {"judge"}), ("judge/model.safetensors", {"judge"}),
+])  # fmt: skip
+def test_one_changed_byte_of_an_input_changes_the_keys_of_what_reads_it(make_study, content, standins, tmp_path, file, stages):
+    copied = tmp_path / "inputs"
+    shutil.copytree(standins, copied)
+    moved = json.loads(json.dumps(content).replace(str(standins), str(copied)))
+    before = _keys(make_study(moved))
+    assert before == _keys(make_study(content)), "where an input is does not matter, only what it is"
+    path = copied / file
+    path.write_bytes(path.read_bytes()[:-1] + b"#")
+    after = _keys(make_study(moved))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+
+
+def test_a_raised_version_of_the_code_is_a_miss(make_study, standins, monkeypatch):
+    before = _keys(make_study())
+    monkeypatch.setitem(keys.VERSIONS, "answer", keys.VERSIONS["answer"] + 1)
+    after = _keys(make_study())
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"answer"}
+
+
+# ---- the display
+def test_the_display_says_what_is_done_and_how_much_is_left():
+    done = batch.Part("train", "a", 5, 5, False)
+    working = [batch.Part("respond", "a", 2, 5, True), batch.Part("answer", "b", 1, 5, True)]
+    waiting = batch.Part("judge", "a", 0, 5, False)
+    text, n_done, n_all, left = batch.summary([done, waiting, *working], 0.0)
+    assert (text, n_done, n_all) == ("respond a", 8, 20)
+    assert "left" in left
+    assert batch.summary([done, waiting], 0.0)[0] == "judge a"
+    assert batch.summary([done], 0.0) == ("finished", 5, 5, "")
+    assert batch.summary([batch.Part("respond", "a", 0, 5, True), batch.Part("respond", "b", 0, 5, True)], 0.0)[0] == "respond a, b"
+    long = batch.summary([batch.Part("train", "a", 0, 1000, True)], 0.0)[3]
+    assert "min" in long
+
+
+def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content, standins):
+    content["name"] = "parts"
+    study = make_study(content)
+    n, started = len(study.variants), time.time()
+
+    def found():
+        return {(part.stage, part.about): (part.done, part.total, part.active) for part in batch.parts(study, started)}
+
+    assert found()["train", "tiny-llama"] == (0, n, False)
+    write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
+    assert found()["train", "tiny-llama"] == (3, n, True)
+    os.utime(study.folder / "progress" / "train.tiny-llama.json", (1, 1))
+    assert found()["train", "tiny-llama"] == (0, n, False), "an older batch's progress is no progress"
+    write_json(study.folder / "jobs" / "train" / "tiny-llama.json", {})
+    assert found()["train", "tiny-llama"] == (n, n, False)
+    write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
+    os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
+    assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
+    assert {part.stage for part in batch.parts(study, started)} == {"prepare", *STAGES, *batch.REST}
+
+
+def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, content, capsys):
+    content["name"] = "ended"
+    study = make_study(content)
+    trace = study.folder / "notebooks" / "02_train.tiny-llama.error.txt"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.write_text("02_train stopped in cell 5: ValueError: no; see somewhere\n")
+    assert batch.conclude(study, 1, 60.0) == 1
+    assert "02_train stopped" in one_sentence(capsys.readouterr().err)
+    trace.unlink()
+    assert batch.conclude(study, 1, 60.0) == 1
+    assert "snakemake.log" in one_sentence(capsys.readouterr().err)
+
+
+def test_a_failed_variant_makes_the_exit_status_one(smoke_tables, capsys):
+    study, runs = smoke_tables
+    assert batch.conclude(study, 0, 60.0) == 0
+    runs.loc[0, ["status", "failure"]] = ["failed", "train: training diverged"]
+    TABLES["runs"].write(runs, study.folder / "tables")
+    assert batch.conclude(study, 0, 60.0) == 1
+    assert "1 failed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def smoke_tables(make_study, content):
+    """A study with a table of runs, all of which went well."""
+    content["name"] = "status"
+    study = make_study(content)
+    runs = pd.DataFrame({name: [None] * len(study.variants) for name in TABLES["runs"].columns})
+    runs = runs.assign(run_id=[variant.run_id for variant in study.variants], status="ok")
+    TABLES["runs"].write(runs, study.folder / "tables")
+    return study, runs
+
+
+# ---- warm kernels
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """The environment to ask a warm server that has imported nothing heavy."""
+    path = tmp_path_factory.mktemp("warm") / "socket"
+    code = f"import driftbook.warm as warm; warm._import_heavy_packages = warm._fresh_randomness = lambda: None; warm.serve({str(path)!r})"
+    server = subprocess.Popen([sys.executable, "-c", code])
+    while not path.exists():
+        assert server.poll() is None
+        time.sleep(0.05)
+    yield {**os.environ, "DRIFTBOOK_WARM": str(path)}
+    server.kill()
+    server.wait()
+
+
+def ask(warm, *arguments, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "driftbook.warm", *arguments], env=warm, capture_output=True, text=True, timeout=60, **more)
+
+
+def test_a_warm_job_returns_its_status_and_its_words(warm, tmp_path):
+    notebook, output = str(ROOT / "notebooks" / "01_prepare.ipynb"), str(tmp_path / "out.ipynb")
+    ended = ask(warm, "notebook", notebook, output, json.dumps({"no_such": 1}))
+    assert ended.returncode == 1
+    assert "no_such" in one_sentence(ended.stderr)
+
+
+def test_a_warm_kernel_that_cannot_start_returns_a_status_that_is_not_zero(warm, tmp_path):
+    (tmp_path / "connection.json").write_text("no JSON")
+    ended = ask(warm, "kernel", "-f", str(tmp_path / "connection.json"))
+    assert ended.returncode not in (0, None)
+
+
+def test_a_warm_job_that_is_killed_does_not_pass_for_done(warm, tmp_path):
+    job = Asked(warm, tmp_path)
+    assert job.runs()
+    os.kill(job.pid, signal.SIGKILL)
+    assert json.loads(job.answers.readline())["status"] != 0
+
+
+def test_a_warm_job_ends_with_the_one_that_asked_for_it(warm, tmp_path):
+    job = Asked(warm, tmp_path)
+    assert job.runs()
+    job.answers.close()
+    job.connection.close()
+    deadline = time.time() + 20
+    while job.runs() and time.time() < deadline:
+        time.sleep(0.1)
+    assert not job.runs()
+
+
+class Asked:
+    """A job of the warm server that waits for a pipe that nobody writes, asked for by this process: its pid, and its status when it ends."""
+
+    def __init__(self, warm, folder):
+        os.mkfifo(folder / "99_pipe.ipynb")
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(warm["DRIFTBOOK_WARM"])
+        request = {"kind": "notebook", "arguments": [str(folder / "99_pipe.ipynb"), str(folder / "out.ipynb"), "{}"], "folder": str(folder), "environment": warm}
+        body = json.dumps(request).encode()
+        with open(os.devnull, "r+") as nothing:
+            socket.send_fds(self.connection, [len(body).to_bytes(8)], [nothing.fileno()] * 3)
+        self.connection.sendall(body)
+        self.answers = self.connection.makefile("r")
+        self.pid = json.loads(self.answers.readline())["pid"]
+
+    def runs(self) -> bool:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False

@@ -1,0 +1,105 @@
+"""A batch that is killed at any moment leaves no process behind and, run again, ends in the tables of one that was never killed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from conftest import OUTPUTS, SMALL, Batch, said
+from driftbook.files import ROOT
+from driftbook.tables import TABLES
+
+KILLED = json.loads(json.dumps(SMALL)) | {"name": "killed"}
+KILLED["grid"][0] |= {"methods": ["lora", "prompt_tuning"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3], "prompt_tuning": [2.0e-2]}}
+for _name, _n in (("safety", 22), ("over_refusal", 15), ("bbq", 36), ("utility", 10)):
+    KILLED["benchmarks"][_name]["n"] = _n
+COLLECT = "jobs/collect.json"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(new_batch) -> Batch:
+    """The study that was never killed."""
+    run = new_batch(OUTPUTS / "uninterrupted", KILLED)
+    ended = run.run(COLLECT)
+    assert ended.returncode == 0, said(ended)
+    return run
+
+
+def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(uninterrupted, new_batch):
+    """First everything is killed at once, as by a loss of power; then the driver alone, whose children must end by themselves."""
+    run = new_batch(OUTPUTS / "interrupted", KILLED)
+    seed = int.from_bytes(os.urandom(4))
+    print(f"moments of this run: random.Random({seed})")
+    rng = random.Random(seed)
+    n_files = sum(path.is_file() for path in uninterrupted.folder.rglob("*"))
+    for whole in (True, False):
+        driver = run.start(COLLECT)
+        _wait_for_files(run, driver, rng.randrange(9, int(0.8 * n_files)))
+        time.sleep(rng.random())
+        os.kill(driver.pid, signal.SIGKILL)
+        if whole:
+            _kill_all(run)
+        driver.wait()
+        assert _gone(run, 20), f"seed {seed}: still there: {[Path(f'/proc/{pid}/cmdline').read_bytes()[-200:] for pid in run.processes()]}"
+    ended = run.run(COLLECT)
+    assert ended.returncode == 0, f"seed {seed}: {said(ended)}"
+    one, other = uninterrupted.tables(), run.tables()
+    assert one.keys() == other.keys()
+    for name in one:
+        pd.testing.assert_frame_equal(one[name], other[name], obj=f"{name} (seed {seed})", check_exact=True)
+    left = [str(path.relative_to(run.folder)) for path in run.folder.rglob(".new-*")]
+    assert not left, f"seed {seed}: half-written files stay behind"
+
+
+def _wait_for_files(run: Batch, driver: subprocess.Popen, n: int) -> None:
+    """Until the study's folder has n files, or the batch is through."""
+    while driver.poll() is None and sum(path.is_file() for path in run.folder.rglob("*")) < n:
+        time.sleep(0.05)
+
+
+def _kill_all(run: Batch) -> None:
+    while found := run.processes():
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _gone(run: Batch, seconds: float) -> bool:
+    deadline = time.time() + seconds
+    while run.processes() and time.time() < deadline:
+        time.sleep(0.2)
+    return not run.processes()
+
+
+def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(uninterrupted, new_batch):
+    """The same variants again, in reverse order, in an ordinary process: no Snakemake, no warm kernel."""
+    run = new_batch(OUTPUTS / "by_hand", KILLED)
+    reverse = [variant.run_id for variant in reversed(run.study().variants)]
+    parameters = {"study": str(run.file), "base_model": "tiny-llama", "run_ids": reverse}
+    command = [sys.executable, "-m", "driftbook.warm", "notebook", str(ROOT / "notebooks" / "02_train.ipynb"), str(run.outputs / "out.ipynb"), json.dumps(parameters)]
+    environment = {name: value for name, value in run.environment.items() if name not in ("DRIFTBOOK_WARM", "DRIFTBOOK_KERNEL")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert ended.returncode == 0, said(ended)
+    for name in ("runs", "curves"):
+        table = TABLES[name]
+        one, other = (table.comparable(table.read_all(sorted(r.folder.glob(f"runs/*/{name}.parquet")))) for r in (uninterrupted, run))
+        pd.testing.assert_frame_equal(one, other, check_exact=True, obj=name)
+
+
+def test_an_interrupt_ends_the_batch_and_says_so(new_batch):
+    run = new_batch(OUTPUTS / "interrupt", KILLED)
+    driver = run.start(COLLECT)
+    _wait_for_files(run, driver, 4)
+    os.kill(driver.pid, signal.SIGINT)
+    assert driver.wait(30) == 130
+    assert _gone(run, 20)
+    last = (run.outputs / "driver.log").read_text().strip().splitlines()[-1]
+    assert "goes on from here" in last

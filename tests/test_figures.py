@@ -1,0 +1,123 @@
+"""Every figure draws from a study's tables alone: a full one, and the poor ones that a real study can turn out to be."""
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from driftbook import figures, stats
+from driftbook.files import ROOT
+from simulated import simulate
+
+NOTE = "miniature: not a finding about real models"
+ANALYSES = ("09_safety", "10_fairness", "11_mixed_effects", "12_tradeoffs")
+STUDIES = {
+    "usual": {"bases": ["mini-llama", "mini-gemma"], "seeds": [1, 2]},
+    "one base, one seed, no utility, no families": {"bases": ["mini-llama"], "seeds": [1], "utility": False, "families": False},
+    "no verdict could be read": {"bases": ["mini-llama"], "seeds": [1], "silent_judge": True},
+}
+
+
+def run_notebook(stem: str, folder, monkeypatch) -> None:
+    """The code of a notebook, cell by cell, on the tables of `folder`, in this process."""
+    monkeypatch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+    shell = InteractiveShell()
+    shell.display_pub.publish = lambda *args, **kwargs: None
+    for cell in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source, silent=True).raise_error()
+
+
+@pytest.fixture(scope="module", params=STUDIES, ids=lambda name: name.replace(" ", "_"))
+def analysed(request, tmp_path_factory):
+    """A simulated study after its four analysis notebooks; only the usual one renders every figure, the others build them."""
+    folder = simulate(tmp_path_factory.mktemp("figures") / "miniature", **STUDIES[request.param])
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "usual":
+            patch.setattr(figures, "show", lambda name, tables, folder: plt.close(figures.FIGURES[name](tables)[0]))
+        for stem in ANALYSES:
+            run_notebook(stem, folder, patch)
+    return request.param, folder
+
+
+def test_notebooks_leave_estimates_and_every_figure(analysed):
+    name, folder = analysed
+    estimates = stats.read_estimates(folder / "tables")
+    expected = set(ANALYSES) - ({"11_mixed_effects"} if name == "no verdict could be read" else set())
+    assert set(estimates["notebook"]) == expected
+    if name == "usual":
+        assert {path.stem for path in (folder / "figures").glob("*.png")} == set(figures.FIGURES)
+    if name == "no verdict could be read":
+        unsafe = estimates[estimates["outcome"].eq(stats.UNSAFE) & ~estimates["contrast"].isin([stats.LOWEST, stats.HIGHEST])]
+        assert len(unsafe)
+        assert unsafe[["value", "se", "ci_low", "ci_high", "p"]].isna().all().all()
+    if name == "usual":
+        intervals = estimates.dropna(subset=["ci_low", "value"])
+        assert (intervals["ci_low"] <= intervals["value"]).all()
+        assert (intervals["value"] <= intervals["ci_high"]).all()
+        means = estimates[estimates["group"].isin([stats.TRAINED, stats.UNTRAINED]) & estimates["contrast"].eq(stats.CHANGE)]
+        assert means["ci_low"].notna().all()
+
+
+def test_figures_are_the_same_again_small_and_captioned(analysed, tmp_path):
+    study, folder = analysed
+    tables = figures.read(folder / "tables", NOTE)
+    for name in ("safety_change", "pareto"):
+        figures.draw(name, tables, tmp_path)
+        if study == "usual":
+            assert (tmp_path / f"{name}.png").read_bytes() == (folder / "figures" / f"{name}.png").read_bytes()
+    for path in (*tmp_path.glob("*.png"), *(folder / "figures").glob("*.png")):
+        assert path.stat().st_size < 200_000, path.name
+        assert "Made by notebook" in path.with_suffix(".md").read_text()
+
+
+def test_every_figure_says_that_it_is_miniature(analysed):
+    _, folder = analysed
+    tables = figures.read(folder / "tables", NOTE)
+    fig = figures.draw("safety_change", tables)
+    assert NOTE in [text.get_text() for text in fig.texts]
+    assert fig.get_figwidth() == figures.WIDTH
+
+
+def test_text_stays_inside_the_figure(analysed):
+    _, folder = analysed
+    tables = figures.read(folder / "tables", NOTE)
+    for name in ("over_refusal", "safety_settings"):
+        fig = figures.draw(name, tables)
+        canvas = FigureCanvasAgg(fig)
+        canvas.draw()
+        box, renderer = fig.bbox, canvas.get_renderer()
+        for ax in fig.axes:
+            for text in (*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_yticklabels()):
+                if text.get_visible() and text.get_text().strip():
+                    extent = text.get_window_extent(renderer)
+                    assert extent.x0 >= box.x0 - 2, (name, text.get_text())
+                    assert extent.x1 <= box.x1 + 2, (name, text.get_text())
+
+
+def test_figures_draw_where_numbers_and_intervals_are_null(analysed):
+    _, folder = analysed
+    tables = figures.read(folder / "tables", NOTE)
+    estimates = tables["estimates"].copy()
+    estimates.loc[::3, ["se", "ci_low", "ci_high"]] = None
+    estimates.loc[::7, ["value", "se", "ci_low", "ci_high"]] = None
+    for drawing in figures.FIGURES.values():
+        plt.close(drawing({**tables, "estimates": estimates})[0])
+
+
+def test_figures_draw_before_there_is_any_estimate(tmp_path):
+    folder = simulate(tmp_path / "bare", bases=["mini-llama"], seeds=[1])
+    tables = figures.read(folder / "tables", NOTE)
+    for name in figures.FIGURES:
+        figures.draw(name, tables, tmp_path / "figures")
+        assert Image.open(tmp_path / "figures" / f"{name}.png").width == pytest.approx(figures.WIDTH * 150, abs=1)
+
+
+def test_methods_keep_their_colours_and_order():
+    assert list(figures.COLOURS) == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    assert figures.COLOURS["p_tuning"] == "#E69F00"
+    rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [stats.TRAINED, stats.UNTRAINED, stats.TRAINED]})
+    assert figures.present(rows, (stats.TRAINED, stats.UNTRAINED)) == [("lora", stats.TRAINED), ("p_tuning", stats.TRAINED), ("lora", stats.UNTRAINED)]

@@ -1,0 +1,152 @@
+"""The report opens offline, escapes what it shows and says what the tables say; publishing lets no text out."""
+
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import pandas as pd
+import pytest
+
+from driftbook import figures, publishing, report, stats
+from driftbook.files import ROOT
+from driftbook.study import load
+from driftbook.tables import TABLES
+from simulated import simulate
+
+LABELS = {"study": "miniature", "notebook": "09_safety", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
+
+
+class Links(HTMLParser):
+    """Everything that a page would fetch or lead to, and its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.tags = [], []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+def links(page: str) -> Links:
+    parser = Links()
+    parser.feed(page)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A simulated study with estimates of safety, one figure and an executed notebook."""
+    folder = simulate(tmp_path_factory.mktemp("report") / "miniature", bases=["mini-llama", "mini-gemma"], failed=2)
+    tables = {name: TABLES[name].read(folder / "tables") for name in ("variants", "runs", "verdicts", "prompts")}
+    arms = stats.arms(tables["variants"], tables["runs"])
+    verdicts = tables["verdicts"].merge(tables["prompts"], on=["benchmark", "prompt_id"])
+    values = stats.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
+    stats.write_estimates(stats.of_rate(values, arms, stats.cells(arms), **LABELS), folder / "tables", "safety")
+    figures.draw("safety_change", figures.read(folder / "tables", "a note"), folder / "figures")
+    (folder / "figures" / "safety_change.md").write_text("A caption with <script>alert(1)</script>.\n\nMade by hand.\n")
+    (folder / "notebooks").mkdir()
+    cells = [nbformat.v4.new_markdown_cell("# 09 · A question?"), nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / "09_safety.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+        yield load("miniature")
+
+
+@pytest.fixture(scope="module")
+def page(study) -> str:
+    return report.write(study).read_text()
+
+
+def test_page_needs_no_network(study, page):
+    assert page.startswith("<!doctype html>")
+    for link in links(page).found:
+        assert link.startswith(("data:image/png;base64,", "#", "notebooks/")), link[:80]
+        if link.startswith("notebooks/"):
+            assert (study.folder / link).is_file()
+    assert not re.search(r"@import|url\(", page)
+    assert "script" not in links(page).tags
+
+
+def test_notebook_pages_need_no_network_either(study, page):
+    converted = (study.folder / "notebooks" / "09_safety.html").read_text()
+    assert not [link for link in links(converted).found if link and link.startswith(("http:", "https:", "//"))]
+
+
+def test_page_escapes_what_it_shows(page):
+    assert "<b>at step 3</b>" not in page
+    assert "&lt;b&gt;at step 3&lt;/b&gt;" in page
+    assert "&lt;script&gt;" in page
+
+
+def test_page_is_only_converted_when_older(study, page):
+    converted = study.folder / "notebooks" / "09_safety.html"
+    converted.write_text("kept")
+    report.write(study)
+    assert converted.read_text() == "kept"
+
+
+def test_findings_are_the_estimates(study, page):
+    estimates = stats.read_estimates(study.folder / "tables")
+    row = estimates.query("base_model == 'all' and method == 'lora' and group == 'trained' and contrast == 'change against the base model'").iloc[0]
+    assert f"LoRA {row['value']:+.1f} points [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]" .replace("-", "−") in page
+    assert "over 2 base models" in page
+    assert "4 of" in page
+    assert "are no-ops" in page
+    assert report.status(study) == 2
+    assert "2 failed" in page
+    assert study.note in page
+
+
+def test_words_say_when_a_number_cannot():
+    assert "could not be estimated" in report.number(float("nan"), float("nan"), float("nan"), "points")
+    assert "no interval" in report.number(1.0, float("nan"), float("nan"), "points")
+    assert "cannot tell" in report.number(1.0, -1.0, 3.0, "points")
+    assert report.number(5.0, 2.0, 8.0, "points") == "+5.0 points [+2.0, +8.0]"
+
+
+def test_report_of_a_study_without_estimates_is_written(tmp_path, monkeypatch):
+    folder = simulate(tmp_path / "bare", bases=["mini-llama"], seeds=[1])
+    monkeypatch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+    page = report.write(load("miniature")).read_text()
+    assert "No figure has been drawn yet." in page
+
+
+# ---- publishing
+def test_published_is_text_free_and_enough_for_every_figure(study, tmp_path):
+    files = publishing.publish(study.folder, tmp_path / "miniature", study.note)
+    names = {path.stem for path in files if path.suffix == ".parquet"}
+    private = {name for name, table in TABLES.items() if table.private}
+    assert private
+    assert not names & private
+    assert names == {*publishing.PUBLISHED, "safety"}
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+    tables = figures.read(tmp_path / "miniature" / "tables")
+    assert tables["note"] == study.note
+    figures.draw("safety_change", tables, tmp_path / "again")
+    drawn = (tmp_path / "again" / "safety_change.png").read_bytes()
+    assert figures.draw("safety_change", figures.read(study.folder / "tables", study.note), tmp_path / "before")
+    assert drawn == (tmp_path / "before" / "safety_change.png").read_bytes()
+
+
+def test_private_and_undeclared_tables_are_refused(study, tmp_path):
+    with pytest.raises(ValueError, match="responses holds text"):
+        publishing.publish(study.folder, tmp_path / "a", study.note, (*publishing.PUBLISHED, "responses"))
+    with pytest.raises(ValueError, match="secrets is no declared table"):
+        publishing.publish(study.folder, tmp_path / "b", study.note, ("secrets",))
+    assert not (tmp_path / "a").exists()
+
+
+def test_paths_of_this_machine_are_not_published(study, tmp_path):
+    folder = simulate(tmp_path / "leaky", bases=["mini-llama"], seeds=[1])
+    runs = TABLES["runs"].read(folder / "tables")
+    TABLES["runs"].write(runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}'), folder / "tables")
+    with pytest.raises(ValueError, match="trainer_arguments names a folder"):
+        publishing.publish(folder, tmp_path / "out", study.note)
+
+
+def test_overview_counts_every_run(study):
+    tables = {name: TABLES[name].read(study.folder / "tables") for name in ("variants", "runs")}
+    table = report.overview(tables["variants"], tables["runs"])
+    assert table.drop(columns="Method").to_numpy().sum() == len(tables["runs"])
+    assert isinstance(report.unscored(TABLES["rates"].read(study.folder / "tables"), stats.read_estimates(study.folder / "tables")), pd.DataFrame)

@@ -1,0 +1,263 @@
+"""Scoring: no result depends on batch size, order or padding, for any family and method; PEFT's own forward on one example is the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from conftest import FAMILIES, PEFT_METHODS, one_sentence
+from driftbook import adapters, models
+from driftbook.scoring import Scorer, VariantFailure
+
+TOLERANCE = 1e-4
+CASES = [(family, method) for family in FAMILIES for method in (None, *PEFT_METHODS)]
+LENGTHS = [(3, 4), (60, 2), (17, 1), (5, 9), (41, 3), (2, 1), (29, 6)]  # tokens of context and continuation
+every_case = pytest.mark.parametrize(("family", "method"), CASES, ids=lambda value: str(value))
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pairs_of(base, lengths, seed=0):
+    """Random (context, continuation) token ids of these lengths, without special tokens."""
+    rng, size = np.random.default_rng(seed), len(base.tokenizer)
+    return [(rng.integers(12, size, a).tolist(), rng.integers(12, size, b).tolist()) for a, b in lengths]
+
+
+@pytest.fixture
+def attached(request, bases, adapter_folders, family, method):
+    """(base, model with the adapter on it) of a case."""
+    base = bases[family]
+    with adapters.attached(base.model, adapter_folders[family, method]) as model:
+        yield base, model
+
+
+def peft_logits(model, ids):
+    """PEFT's own logits of one unpadded example, without those of the virtual tokens."""
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0, -len(ids) :].double()
+
+
+# ---- one batch, many batches, PEFT itself
+@every_case
+def test_log_probabilities_do_not_depend_on_the_batch(attached):
+    base, model = attached
+    pairs = pairs_of(base, LENGTHS)
+    together = Scorer(model, base.tokenizer).token_logprobs(pairs)
+    alone = [Scorer(model, base.tokenizer).token_logprobs([pair])[0] for pair in pairs]
+    small = Scorer(model, base.tokenizer, tokens_per_batch=90).token_logprobs(pairs)
+    order = [4, 0, 6, 2, 5, 1, 3]
+    shuffled = Scorer(model, base.tokenizer).token_logprobs([pairs[i] for i in order])
+    for i, one in enumerate(alone):
+        assert len(one) == LENGTHS[i][1]
+        for other in (together[i], small[i], shuffled[order.index(i)]):
+            np.testing.assert_allclose(other, one, atol=TOLERANCE, rtol=0)
+
+
+@every_case
+def test_log_probabilities_are_those_of_pefts_forward_on_one_example(attached):
+    base, model = attached
+    pairs = pairs_of(base, LENGTHS, seed=1)
+    found = Scorer(model, base.tokenizer).token_logprobs(pairs)
+    for (context, continuation), scores in zip(pairs, found, strict=True):
+        logprobs = peft_logits(model, context + continuation).log_softmax(1)
+        expected = [logprobs[len(context) + t - 1, token].item() for t, token in enumerate(continuation)]
+        np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
+
+
+@every_case
+def test_greedy_text_does_not_depend_on_the_batch_and_is_pefts_own(attached):
+    base, model = attached
+    contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=2)]
+    together = Scorer(model, base.tokenizer).generate(contexts, 10)
+    small = Scorer(model, base.tokenizer, tokens_per_batch=80).generate(contexts, 10)
+    alone = [Scorer(model, base.tokenizer).generate([context], 10)[0] for context in contexts]
+    assert together == small == alone
+    assert len({answer.text for answer in alone}) > 1, "answers that are all the same would show nothing"
+    for context, answer in zip(contexts[:4], alone, strict=False):
+        with torch.inference_mode():
+            tokens = model.generate(input_ids=torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long), max_new_tokens=10, do_sample=False)
+        own = tokens[0, len(context) :].tolist()
+        end = own.index(base.tokenizer.eos_token_id) if base.tokenizer.eos_token_id in own else len(own)
+        assert answer.text == base.tokenizer.decode(own[:end], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_the_adapters_of_these_tests_do_something(attached, bases, family):
+    base, model = attached
+    ids = pairs_of(base, [(20, 1)])[0][0]
+    with_adapter, without = peft_logits(model, ids), None
+    with model.disable_adapter():
+        without = bases[family].model(input_ids=torch.tensor([ids])).logits[0].double()
+    assert (with_adapter - without).abs().max() > 0.1
+
+
+@every_family
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_pefts_own_left_padding_is_wrong_so_these_tests_could_fail(attached):
+    base, model = attached
+    ids = pairs_of(base, [(20, 1)])[0][0]
+    padded = torch.tensor([[base.tokenizer.pad_token_id] * 30 + ids])
+    with torch.inference_mode():
+        wrong = model(input_ids=padded, attention_mask=(torch.arange(50) >= 30).long()[None]).logits[0, -1].double()
+    assert (wrong - peft_logits(model, ids)[-1]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_any_lengths_in_any_order_and_budget_give_the_same(bases, adapter_folders, method):
+    base = bases["llama"]
+    with adapters.attached(base.model, adapter_folders["llama", method]) as model:
+
+        @hypothesis_settings(max_examples=12, deadline=None)
+        @given(
+            lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=8),
+            budget=st.integers(1, 600),
+            seed=st.integers(0, 99),
+        )
+        def property(lengths, budget, seed):
+            pairs = pairs_of(base, lengths, seed)
+            found = Scorer(model, base.tokenizer, budget).token_logprobs(pairs)
+            for pair, scores in zip(pairs, found, strict=True):
+                np.testing.assert_allclose(scores, Scorer(model, base.tokenizer).token_logprobs([pair])[0], atol=TOLERANCE, rtol=0)
+
+        property()
+
+
+# ---- options, letters, distributions
+@every_case
+def test_options_of_one_token_and_of_several_agree_with_the_likelihood(attached):
+    base, model = attached
+    scorer = Scorer(model, base.tokenizer)
+    contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=3)]
+    words = base.tokenizer.convert_ids_to_tokens([40, 41, 42, 43, 44])
+    single = [[words[i % 5], words[(i + 1) % 5], words[(i + 2) % 5]] for i in range(len(contexts))]
+    several = [[f"{a} {b}", b, f"{c} {a} {b}"] for a, b, c in single]
+    for options, stem in ((single, ""), (single, words[3]), (several, ""), (several, f"{words[3]} {words[4]}")):
+        found = scorer.choices(contexts, options, stem)
+        stem_ids = scorer.ids(stem) if stem else []
+        pairs = [([*context, *stem_ids], scorer.ids(option)) for context, row in zip(contexts, options, strict=True) for option in row]
+        expected = [scores.sum() for pair in pairs for scores in scorer.token_logprobs([pair])]
+        np.testing.assert_allclose(found.ravel(), expected, atol=TOLERANCE, rtol=0)
+
+
+@every_family
+def test_letters_are_options_of_one_token_and_their_mass_is_at_most_one(bases, family):
+    base = bases[family]
+    scorer, words = Scorer(base.model, base.tokenizer), base.tokenizer.convert_ids_to_tokens([30, 31, 32])
+    contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=4)]
+    found = scorer.letters(contexts, words)
+    np.testing.assert_allclose(found, scorer.choices(contexts, [words] * len(contexts)), atol=TOLERANCE)
+    assert (np.exp(found).sum(1) <= 1 + 1e-6).all()
+
+
+@every_family
+def test_the_likelihood_of_texts_is_that_of_their_tokens(bases, family):
+    base = bases[family]
+    scorer = Scorer(base.model, base.tokenizer)
+    texts = [("how is it done ?", "you must not"), ("please explain", "it is safe .")]
+    parts = scorer.token_logprobs([(scorer.ids(a), scorer.ids(b)) for a, b in texts])
+    np.testing.assert_allclose(scorer.loglikelihood(texts), [part.sum() for part in parts], atol=TOLERANCE)
+
+
+def test_distributions_sum_to_one_and_hold_the_log_probabilities(bases):
+    base = bases["gemma"]
+    scorer, pairs = Scorer(base.model, base.tokenizer, 100), pairs_of(bases["gemma"], LENGTHS, seed=5)
+    for (_, continuation), table, scores in zip(pairs, scorer.distributions(pairs), scorer.token_logprobs(pairs), strict=True):
+        np.testing.assert_allclose(table.exp().sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(table[range(len(continuation)), continuation], scores, atol=TOLERANCE)
+
+
+# ---- asking
+@every_family
+@pytest.mark.parametrize("system", [None, "you must refuse what is forbidden ."])
+def test_a_prompt_has_bos_exactly_once_and_ends_where_the_answer_begins(bases, family, system):
+    tokenizer = bases[family].tokenizer
+    [ids] = Scorer(bases[family].model, tokenizer).ask(["how is it done ?"], system)
+    assert ids.count(tokenizer.bos_token_id) == (0 if family == "qwen2" else 1)
+    assert tokenizer.unk_token_id not in ids
+    prompt, answer = models.conversation_ids(tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe")
+    assert tokenizer.eos_token_id in answer
+    if system is None:
+        assert ids == prompt
+    else:
+        assert set(tokenizer.encode(system, add_special_tokens=False)) <= set(ids), "the system message was lost"
+
+
+def test_an_empty_prompt_is_refused(bases):
+    with pytest.raises(ValueError) as error:
+        models.ask(bases["llama"].tokenizer, "  \n")
+    assert "empty" in one_sentence(error.value)
+
+
+def test_an_impossible_order_of_turns_is_refused_in_a_sentence(bases):
+    tokenizer = bases["gemma"].tokenizer
+    with pytest.raises(ValueError) as error:
+        models.chat_ids(tokenizer, [{"role": "system", "content": "who"}])
+    assert "chat template" in one_sentence(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("method", [None, "prompt_tuning"])
+def test_a_prompt_that_is_too_long_raises_and_nothing_is_cut(attached, method):
+    base, model = attached
+    scorer, virtual = Scorer(model, base.tokenizer), 4 if method else 0
+    assert scorer.context_length == 256 - virtual
+    fits, too_long = pairs_of(base, [(250 - virtual, 6), (250 - virtual, 7)])
+    assert len(scorer.token_logprobs([fits])[0]) == 6
+    for action in (lambda: scorer.token_logprobs([fits, too_long]), lambda: scorer.generate([fits[0]], 7), lambda: scorer.choices([fits[0]], [["how is it done how is it"] * 2])):
+        with pytest.raises(ValueError) as error:
+            action()
+        assert "nothing is cut" in one_sentence(error.value)
+    assert len(scorer.generate([fits[0]], 6)) == 1
+
+
+def test_an_answer_ends_before_its_end_token_whatever_others_do(bases, monkeypatch):
+    base = bases["llama"]
+    contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=6)]
+    free = Scorer(base.model, base.tokenizer).generate(contexts, 10)
+    words = free[0].text.split()
+    end = base.tokenizer.convert_tokens_to_ids(words[2])
+    monkeypatch.setattr(base.model.generation_config, "eos_token_id", [base.tokenizer.eos_token_id, end])
+    stopped = Scorer(base.model, base.tokenizer).generate(contexts, 10)
+    first = words.index(words[2])
+    assert (stopped[0].text.split(), stopped[0].n_tokens, stopped[0].finish_reason) == (words[:first], first, "stop")
+    assert stopped == [Scorer(base.model, base.tokenizer).generate([context], 10)[0] for context in contexts]
+    assert {answer.finish_reason for answer in stopped} == {"stop", "length"}
+
+
+# ---- memory
+def test_without_memory_a_batch_is_halved_and_the_results_are_the_same(bases, monkeypatch):
+    base, forward = bases["llama"], Scorer._forward
+    pairs = pairs_of(base, LENGTHS)
+    expected = Scorer(base.model, base.tokenizer).token_logprobs(pairs)
+
+    def poor(self, rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(self, rows)
+
+    monkeypatch.setattr(Scorer, "_forward", poor)
+    for one, other in zip(Scorer(base.model, base.tokenizer).token_logprobs(pairs), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=TOLERANCE)
+
+
+def test_without_memory_for_one_prompt_it_is_the_variants_failure(bases, monkeypatch):
+    base = bases["llama"]
+    monkeypatch.setattr(Scorer, "_greedy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    with pytest.raises(VariantFailure):
+        Scorer(base.model, base.tokenizer).generate([[20, 21]], 3)
+
+
+# ---- the base stays as it is
+@every_case
+def test_the_base_is_bitwise_the_same_after_an_adapter_came_and_went(bases, adapter_folders, family, method):
+    base = bases[family].model
+    ids = torch.tensor([pairs_of(bases[family], [(40, 1)])[0][0]])
+    before, names = base(input_ids=ids).logits, [name for name, _ in base.named_modules()]
+    with adapters.attached(base, adapter_folders[family, method]) as model:
+        inside = Scorer(model, bases[family].tokenizer).token_logprobs(pairs_of(bases[family], [(40, 3)]))
+    assert np.isfinite(inside[0]).all()
+    assert torch.equal(base(input_ids=ids).logits, before)
+    assert [name for name, _ in base.named_modules()] == names
+    assert not {"forward", "peft_config"} & set(base.__dict__)
