@@ -231,4 +231,5 @@ def conclude(study: Study, status: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts it in the background has it ignored
     sys.exit(main(*sys.argv[1:]))

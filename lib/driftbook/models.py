@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from driftbook.sources import identity, locate
 from driftbook.study import Base, Judge, Study
@@ -47,17 +47,32 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def check_source(source: Base | Judge, name: str, study: Study) -> None:
+    """Raise a ValueError where a model's tokenizer and configuration cannot be had or do not fit, without loading its weights."""
+    where = locate(source, study)
+    options = {"revision": source.revision} if isinstance(where, str) else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    except Exception as error:  # as in load
+        raise ValueError(f"cannot read {name} from {source.source}: {_first_line(error)}") from error
+    _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
+
+
 def check_fit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a ValueError where the tokenizer cannot belong to the model: ids beyond the embedding table, no template, no end token."""
-    rows = model.get_input_embeddings().num_embeddings
+    _check_tokenizer(name, model.get_input_embeddings().num_embeddings, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # positions of padding are masked everywhere, so any token serves
+
+
+def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > rows:
         raise ValueError(f"{name}: its tokenizer has {len(tokenizer)} tokens and its embedding table {rows} rows; they do not belong together")
     if tokenizer.chat_template is None:
         raise ValueError(f"{name}: its tokenizer has no chat template; use the instruction-tuned model's tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # positions of padding are masked everywhere, so any token serves
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> list[int]:

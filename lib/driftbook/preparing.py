@@ -44,7 +44,18 @@ def prepare(name: str, study: Study) -> Prepared:
     path = locate(source, study)
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
         check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
+    _check(name, source, study)
     return Prepared(name, identity(source, study), curve)
+
+
+def _check(name: str, source: Base | Judge, study: Study) -> None:
+    """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting of the study's methods."""
+    from driftbook import adapters, models
+
+    models.check_source(source, name, study)
+    variants = study.of_base(name) if name in study.bases else ()
+    for variant in {variant.method: variant for variant in variants if variant.method != "none"}.values():
+        adapters.config(variant)
 
 
 def _miniature(part: str, study: Study) -> pd.DataFrame:

@@ -42,11 +42,15 @@ def is_correct(response: str, final: str) -> bool:
     return final.lower() in response.lower().split()
 
 
-def ratings(items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int) -> pd.DataFrame:
+def ratings(
+    items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int, system_prompt: str | None = None
+) -> pd.DataFrame:
     """The table `ratings` of a model: of each item the held-out loss of the reference answer and whether its own answer is right."""
-    pairs = [conversation_ids(scorer.tokenizer, [{"role": "user", "content": prompt}], answer) for prompt, answer in zip(items.prompt, items.answer, strict=True)]
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    prompts = [[*system, {"role": "user", "content": prompt}] for prompt in items.prompt]
+    pairs = [conversation_ids(scorer.tokenizer, prompt, answer) for prompt, answer in zip(prompts, items.answer, strict=True)]
     losses = scorer.token_logprobs(pairs)
-    found = scorer.generate(scorer.ask(list(items.prompt)), max_new_tokens)
+    found = scorer.generate(scorer.ask(list(items.prompt), system_prompt), max_new_tokens)
     rows = []
     for prompt_id, final, loss, answer in zip(items.prompt_id, items.final, losses, found, strict=True):
         rows.append((run_id, benchmark, prompt_id, "nll", -loss.mean(), len(loss), None))
