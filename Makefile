@@ -47,7 +47,8 @@ publish: $(READY) ## copy a finished study's text-free tables and figures to out
 	@$(PY) -m driftbook.publishing "$(STUDY)"
 
 figures: $(READY) ## draw every published figure again from the committed tables
-	@$(PY) -m driftbook.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}'
+	@$(PY) -m driftbook.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}' 2>/dev/null \
+		&& echo "drawn again: outputs/published/*/figures" || { cat outputs/figures.error.txt; exit 1; }
 
 lab: $(READY) ## open JupyterLab with the notebooks
 	@$(VENV)/bin/jupyter lab notebooks
