@@ -15,7 +15,7 @@ endif
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help study test bench report export figures publish lab lint purge
+.PHONY: help study test bench report reread export figures publish lab lint purge
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -48,6 +48,11 @@ export: $(READY) ## write a finished study as lm-evaluation-harness results and 
 
 report: $(READY) ## write report.html of a finished study again
 	@$(PY) -m driftbook.report "$(STUDY)"
+
+reread: $(READY) ## read the original study and PEFT's own published runs again, with their own data: notebooks 20 and 22
+	@for name in 20_original_study 22_peft_results; do \
+		$(PY) -m driftbook.warm notebook notebooks/$$name.ipynb outputs/$${name#*_}/$$name.ipynb '{}' 2>/dev/null \
+			&& echo "read again: outputs/$${name#*_}" || { cat outputs/$${name#*_}/$$name.error.txt; exit 1; }; done
 
 publish: $(READY) ## copy a finished study's text-free tables and figures to outputs/published
 	@$(PY) -m driftbook.publishing "$(STUDY)"

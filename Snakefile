@@ -5,6 +5,7 @@ from pathlib import Path
 
 from driftbook import plan
 from driftbook.files import ROOT
+from driftbook.keys import AFTER, ANALYSES
 from driftbook.study import load
 
 try:
@@ -19,8 +20,12 @@ workdir: STUDY.folder
 NOTEBOOKS = Path(ROOT, "notebooks")
 RUN = f"{sys.executable} -m driftbook.warm notebook"
 STAGES = {"train": "02_train", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
-ANALYSES = {"safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs"}
 NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "utility": [f"jobs/prepare/{rater}.json" for rater in STUDY.raters]}
+
+
+# the library files that the analyses read: cheap steps are done again where one of them was edited
+STATISTICS = ("stats", "comparisons", "mixed", "marginal", "factors", "doses", "power", "tradeoffs", "labelling", "primary", "preregistration",
+              "bias", "letter_bias", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary")  # fmt: skip
 
 
 def notebook(name):
@@ -84,7 +89,7 @@ rule collect:
     input:
         "keys/analysis.json",
         notebook("08_collect"),
-        code("collecting", "tables", "agreement"),
+        code("collecting", "tables", "agreement", "checks"),
         expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
     output:
         "jobs/collect.json",
@@ -104,8 +109,8 @@ for analysis, name in ANALYSES.items():
         input:
             "jobs/collect.json",
             notebook(name),
-            code("stats", "bias", "figures", "collecting", "judging", "letter_bias", "report"),
-            {"mixed_effects": ["jobs/safety.json"], "tradeoffs": ["jobs/safety.json", "jobs/fairness.json"]}.get(analysis, []),
+            code(*STATISTICS),
+            [f"jobs/{earlier}.json" for earlier in AFTER.get(analysis, ())],
         output:
             f"jobs/{analysis}.json",
         log:

@@ -52,7 +52,7 @@ def test_wilson_is_statsmodels():
 
 
 def test_interval_over_runs_is_the_t_interval_of_equal_settings():
-    change = np.random.default_rng(1).integers(-1, 2, (5, 40)).astype(float)
+    change = np.random.default_rng(1).normal(0, 0.1, (5, 1)) * np.ones((5, 40))  # no noise of run x prompt
     rows = stats.means(*few(change), stats.CHANGE, **LABELS).set_index("contrast")
     expected = scipy_stats.ttest_1samp(100 * change.mean(1), 0)
     assert rows.loc[stats.CHANGE_HERE, "p"] == pytest.approx(expected.pvalue)
@@ -90,7 +90,7 @@ def test_two_way_interval_covers_when_runs_and_prompts_vary():
 
 def test_nothing_changed_has_a_bound_and_nothing_scored_has_no_number():
     same = stats.means(*few(np.zeros((3, 30))), stats.CHANGE, **LABELS).set_index("contrast").loc[stats.CHANGE]
-    assert (same["value"], same["ci_high"]) == (0, pytest.approx(100 * (1 - 0.05 ** (1 / 30))))
+    assert (same["value"], same["ci_high"]) == (0, pytest.approx(100 * (1 - 0.025 ** (1 / 30))))
     none = stats.means(*few(np.full((3, 30), np.nan)), stats.CHANGE, **LABELS)
     assert none[["value", "se", "ci_low", "ci_high", "p"]].isna().all().all()
     assert none["n_unscored"].eq(90).all()

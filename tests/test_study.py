@@ -46,6 +46,13 @@ WRONG = {
     "unknown key of a block": ((*BLOCK, "seed"), [1], ["did you mean 'seeds'"]),
     "unknown key of a benchmark": (("benchmarks", "bbq", "max_tokens"), 3, ["did you mean 'max_new_tokens'"]),
     "unknown key of init_texts": (("init_texts", "pth"), "x", ["did you mean 'path'"]),
+    "unknown key of a primary family": (("primary",), {"a": {"test": "change", "outcome": ["unsafe"]}}, ["did you mean 'outcomes'"]),
+    "unknown test": (("primary",), {"a": {"test": "changes", "outcomes": ["unsafe"]}}, ["changes", "'preserves'"]),
+    "unknown outcome": (("primary",), {"a": {"test": "change", "outcomes": ["safety"]}}, ["safety", "'over_refusal'"]),
+    "a margin that is missing": (("primary",), {"a": {"test": "preserves", "outcomes": ["unsafe"]}}, ["primary.a", "needs a margin"]),
+    "a margin that has no meaning": (("primary",), {"a": {"test": "change", "outcomes": ["unsafe"], "margin": 3}}, ["has no margin"]),
+    "a margin of a loss": (("primary",), {"a": {"test": "preserves", "outcomes": ["loss"], "margin": 3}}, ["'loss'", "percentage points"]),
+    "one method against itself": (("primary",), {"a": {"test": "difference", "outcomes": ["unsafe"], "methods": ["lora"]}}, ["'a'", "only one"]),
     "unknown method": (("methods", "lroa"), {}, ["lroa", "'lora'"]),
     "unknown method in a block": ((*BLOCK, "methods"), ["dora"], ["dora", "'lora'"]),
     "unknown family": ((*BASE, "family"), "gpt2", ["gpt2", "'mistral'"]),
@@ -98,6 +105,12 @@ WRONG = {
     "no note": (("note",), "", ["note"]),
     "a list for a section": (("bases",), [1], ["bases"]),
 }
+
+
+def test_a_primary_method_that_no_block_runs_is_refused():
+    content = put(put(SMALL, (*BLOCK, "methods"), ["lora"]), ("primary",), {"a": {"test": "change", "outcomes": ["unsafe"], "methods": ["p_tuning"]}})
+    with pytest.raises(ValueError, match="'a' tests p_tuning, which no block of the grid runs"):
+        Study(**content)
 
 
 @pytest.mark.parametrize(("path", "value", "words"), WRONG.values(), ids=WRONG)

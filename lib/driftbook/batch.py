@@ -23,7 +23,7 @@ from driftbook.study import Study, find, load
 
 # Seconds of one core for one unit of each kind of work, measured on the miniature; only the estimate of the time left reads them.
 COST = {"prepare": 40, "train": 2.2, "respond": 0.9, "judge": 0.5, "answer": 0.4, "utility": 0.5, "rest": 12}
-REST = ("collect", "safety", "fairness", "mixed_effects", "tradeoffs", "report")
+REST = ("collect", *keys.ANALYSES, "report")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Every figure of the workbook: each takes tables and gives a figure and its caption, and computes nothing but positions."""
 
+import importlib
 import textwrap
 from collections.abc import Callable
 from io import BytesIO
@@ -50,6 +51,32 @@ UNITS = {BIAS_AMB: "points", BIAS_DIS: "points", LOSS: "nats per token"}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
 BOTH_LINES = "Thin line: 95% interval over seeds and prompts like these; thick line: over seeds alone, on these prompts."
 Drawing = Callable[[dict], tuple[Figure, str]]
+FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
+SOURCES: dict[str, str] = {}  # the notebook and table that made it
+MODULES = ()  # modules of figures beside this one
+
+
+def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawing]:
+    """Registers a function as the figure of its name, made by this notebook from this table."""
+
+    def register(drawing: Drawing) -> Drawing:
+        FIGURES[drawing.__name__] = drawing
+        SOURCES[drawing.__name__] = f"notebook {notebook} from the table {table}"
+        return drawing
+
+    return register
+
+
+def every() -> dict[str, Drawing]:
+    """All figures by name, those of the other modules too."""
+    for module in MODULES:
+        importlib.import_module(module)
+    return FIGURES
+
+
+def of(folder: Path) -> list[str]:
+    """The names of the figures that a folder of figures holds, in the workbook's order."""
+    return [name for name in every() if (folder / f"{name}.png").is_file()]
 
 
 # ---- reading, drawing, saving
@@ -68,7 +95,7 @@ def read(tables_folder: Path, note: str | None = None) -> dict:
 def draw(name: str, tables: dict, folder: Path | None = None) -> Figure:
     """The figure of this name, saved with its caption in `folder` where one is given; a notebook shows it by returning it."""
     style()
-    fig, caption = FIGURES[name](tables)
+    fig, caption = every()[name](tables)
     height = fig.get_figheight()
     fig.get_layout_engine().set(rect=(0, 0.16 / height, 1, 1 - 0.16 / height), w_pad=0.05, h_pad=0.05)
     fig.text(0.995, 0.03 / height, tables["note"], ha="right", va="bottom", fontsize=6.5, color="#888888", style="italic")
@@ -277,6 +304,7 @@ def captioned(tables: dict, fig: Figure | None, text: str, *shown: tuple[str, st
 SAFETY, OVER_REFUSAL = (UNSAFE, "safety"), (REFUSED, "over_refusal")
 
 
+@drawn("09_safety")
 def safety_change(tables: dict) -> tuple[Figure, str]:
     text = (
         "Change in the unsafe-response rate, a base model per panel, zero at the base model itself. Hollow: controls that training left as they were "
@@ -285,6 +313,7 @@ def safety_change(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, changes_figure(tables, [SAFETY], (TRAINED, UNTRAINED, NO_OP), 0.35), text, SAFETY)
 
 
+@drawn("09_safety")
 def over_refusal(tables: dict) -> tuple[Figure, str]:
     text = (
         "Above: change in the unsafe-response rate to harmful prompts. Below: change in the refusal rate to benign prompts that look harmful. Both "
@@ -293,6 +322,7 @@ def over_refusal(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, changes_figure(tables, [SAFETY, OVER_REFUSAL], (TRAINED, UNTRAINED)), text, SAFETY, OVER_REFUSAL)
 
 
+@drawn("09_safety")
 def safety_settings(tables: dict) -> tuple[Figure, str]:
     rows = pick(tables, UNSAFE, CHANGE, "safety")
     known = stats.arms(tables["variants"], tables["runs"]).sort_values(["objective", "learning_rate", "epochs"], ascending=[False, True, True])
@@ -311,6 +341,7 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
+@drawn("09_safety")
 def safety_category(tables: dict) -> tuple[Figure, str]:
     fig = by_part(tables, [SAFETY], "category: ", "Unsafe-response rate by category (percent, 95% interval)")
     text = "Unsafe-response rate by category of the benchmark and method (trained runs, mean over runs); grey: the base model, Wilson interval."
@@ -347,6 +378,7 @@ def legend(fig: Figure, methods) -> None:
 
 
 # ---- 10 fairness
+@drawn("10_fairness")
 def fairness_change(tables: dict) -> tuple[Figure, str]:
     shown = [(outcome, "bbq") for outcome in (ACCURACY_AMB, BIAS_AMB, ACCURACY_DIS, BIAS_DIS)]
     text = (
@@ -356,18 +388,21 @@ def fairness_change(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, changes_figure(tables, shown, (TRAINED, UNTRAINED), 0.24), text, *shown)
 
 
+@drawn("10_fairness")
 def fairness_bias(tables: dict) -> tuple[Figure, str]:
     shown = [(BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
     text = "Signed bias score by dimension and method (trained runs, mean over runs); grey: the base model. Zero: no lean either way. No interval where no family differs."
     return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
 
 
+@drawn("10_fairness")
 def fairness_accuracy(tables: dict) -> tuple[Figure, str]:
     shown = [(ACCURACY_AMB, "bbq"), (ACCURACY_DIS, "bbq")]
     text = "BBQ accuracy by dimension and method (trained runs, mean over runs); grey: the base model."
     return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
 
 
+@drawn("10_fairness")
 def fairness_order(tables: dict) -> tuple[Figure, str]:
     shown = [(FLIPS, "bbq")]
     text = (
@@ -381,6 +416,7 @@ def fairness_order(tables: dict) -> tuple[Figure, str]:
 MODELS = ("pooled", "by base model", "mixed")
 
 
+@drawn("11_mixed_effects")
 def mixed_effects(tables: dict) -> tuple[Figure, str]:
     rows, runs = pick(tables, UNSAFE, "model: mixed", "safety"), of_runs(tables, *SAFETY)
     runs = runs[runs["arm"].isin([TRAINED, NO_OP])].assign(arm=AS_CONFIGURED)
@@ -402,6 +438,7 @@ def mixed_effects(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
+@drawn("11_mixed_effects")
 def mixed_terms(tables: dict) -> tuple[Figure, str]:
     contrasts = {"SFT instead of DPO": "term: sft instead of dpo", "Ten times the learning rate": "term: ten times the learning rate"}
     found = {title: pick(tables, UNSAFE, contrast, "safety") for title, contrast in contrasts.items()}
@@ -448,6 +485,7 @@ EFFICIENCY = {
 }  # fmt: skip
 
 
+@drawn("12_tradeoffs")
 def efficiency(tables: dict) -> tuple[Figure, str]:
     runs, means = of_runs(tables, *SAFETY), pick(tables, UNSAFE, CHANGE, "safety")
     runs = runs[runs["arm"].isin([TRAINED, NO_OP])].dropna(subset="value")
@@ -489,6 +527,7 @@ def against(tables: dict, x: tuple[str, str], ys: list[tuple[str, str]]) -> Figu
     return fig
 
 
+@drawn("12_tradeoffs")
 def safety_fairness(tables: dict) -> tuple[Figure, str]:
     ys = [(ACCURACY_AMB, "bbq"), (BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
     text = (
@@ -498,6 +537,7 @@ def safety_fairness(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, against(tables, SAFETY, ys), text, SAFETY, *ys)
 
 
+@drawn("12_tradeoffs")
 def safety_utility(tables: dict) -> tuple[Figure, str]:
     ys = [OVER_REFUSAL, (LOSS, "utility"), (CORRECT, "utility")]
     ys = [y for y in ys if len(pick(tables, y[0], CHANGE, y[1]))]
@@ -508,6 +548,7 @@ def safety_utility(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, against(tables, SAFETY, ys) if ys else None, text, SAFETY, *ys)
 
 
+@drawn("12_tradeoffs")
 def dose(tables: dict) -> tuple[Figure, str]:
     ys = [SAFETY, (ACCURACY_AMB, "bbq")]
     doses = {"dose_nll": "Gain on held-out answers (nats per token)", "kl_base": "KL to the base model (nats per token)"}
@@ -532,6 +573,7 @@ def dose(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, *ys)
 
 
+@drawn("12_tradeoffs")
 def pareto(tables: dict) -> tuple[Figure, str]:
     share = pick(tables, FRONT, LEVEL)
     y = (LOSS, "utility") if len(pick(tables, LOSS)) else (ACCURACY_AMB, "bbq")
@@ -560,6 +602,7 @@ def pareto(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY, y)
 
 
+@drawn("12_tradeoffs", "curves")
 def curves(tables: dict) -> tuple[Figure, str]:
     known = stats.arms(tables["variants"], tables["runs"])
     rows = tables["curves"].merge(known, on="run_id")
@@ -580,19 +623,3 @@ def curves(tables: dict) -> tuple[Figure, str]:
     legend(fig, TRAINED_METHODS)
     count = rows["run_id"].nunique()
     return fig, f"Training curves of {count} runs, each a line; dashed: no-ops. The spread of a colour is that of settings and seeds."
-
-
-FIGURES: dict[str, Drawing] = {
-    drawing.__name__: drawing
-    for drawing in (
-        safety_change, over_refusal, safety_settings, safety_category, fairness_change, fairness_bias, fairness_accuracy, fairness_order, mixed_effects, mixed_terms,
-        efficiency, safety_fairness, safety_utility, dose, pareto, curves,
-    )
-}  # fmt: skip
-_NOTEBOOKS = {"safety_change": 9, "over_refusal": 9, "safety_settings": 9, "safety_category": 9, "mixed_effects": 11, "mixed_terms": 11} | dict.fromkeys(
-    ("fairness_change", "fairness_bias", "fairness_accuracy", "fairness_order"), 10
-)
-_NAMES = {9: "09_safety", 10: "10_fairness", 11: "11_mixed_effects", 12: "12_tradeoffs"}
-SOURCES = {
-    name: f"notebook {_NAMES[_NOTEBOOKS.get(name, 12)]} from the table {'curves' if name == 'curves' else 'estimates'}" for name in FIGURES
-}

@@ -8,6 +8,11 @@ from driftbook.files import digest
 from driftbook.study import Source, Study, Variant
 
 STAGES = ("train", "respond", "judge", "answer", "utility")
+ANALYSES = {
+    "safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs", "dose": "15_dose", "power": "16_power",
+    "labels": "17_labels", "primary": "19_primary",
+}  # fmt: skip
+AFTER = {"mixed_effects": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
 
 # Raise a stage's number when a change of the code can change its results: those of another version are not served.
 VERSIONS = {"train": 2, "respond": 2, "judge": 3, "answer": 3, "utility": 2}

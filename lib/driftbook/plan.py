@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from driftbook import keys
+from driftbook import keys, preregistration
 from driftbook.files import check_safetensors, check_writable, digest, file_digest, read_json, write_json
 from driftbook.study import Study
 
@@ -19,6 +19,7 @@ def write(study: Study) -> None:
     """
     check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
     (study.folder / "runs").mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
+    preregistration.register(study)
     for path, value in _keys(study):
         if not path.exists() or read_json(path) != value:
             write_json(path, value)

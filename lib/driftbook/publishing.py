@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from driftbook import stats
-from driftbook.files import OUTPUTS, ROOT, replacing_folder, write_json
-from driftbook.study import load
+from driftbook.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
+from driftbook.study import REREAD, load
 from driftbook.tables import TABLES
 
 PUBLISHED = ("variants", "runs", "curves", "prompts", "rates")  # what figures need, and the prompts' ids and categories
@@ -33,7 +33,8 @@ def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, 
             for file in (path, path.with_suffix(".md")):
                 if file.is_file():
                     shutil.copyfile(file, new / "figures" / file.name)
-        write_json(new / "study.json", {"name": study_folder.name, "note": note})
+        families = read_json(register) if (register := study_folder / "primary.json").is_file() else []
+        write_json(new / "study.json", {"name": study_folder.name, "note": note, "primary": families})
     return sorted(path for path in destination.rglob("*") if path.is_file())
 
 
@@ -71,7 +72,28 @@ def _check_paths(frame, where: str) -> None:
                 raise ValueError(f"{where}: column {column} names a folder of this machine, so it is not published")
 
 
+def made(name: str) -> tuple[Path, str]:
+    """The folder and the note of a finished study, or of published data that notebook 20 or 22 read again."""
+    if name in REREAD:
+        known = OUTPUTS / name / "study.json"
+        if not known.is_file():
+            raise ValueError(f"there is no {name} in {OUTPUTS}; make reread makes it")
+        return known.parent, read_json(known)["note"]
+    this = load(name)
+    return this.folder, this.note
+
+
+def main(name: str) -> int:
+    """Publish a study; 1 where it cannot be."""
+    try:
+        folder, note = made(name)
+        written = publish(folder, OUTPUTS / "published" / folder.name, note)
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in {OUTPUTS / 'published' / folder.name}")
+    return 0
+
+
 if __name__ == "__main__":
-    this = load(sys.argv[1])
-    written = publish(this.folder, OUTPUTS / "published" / this.name, this.note)
-    print(f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in {OUTPUTS / 'published' / this.name}")
+    sys.exit(main(sys.argv[1]))

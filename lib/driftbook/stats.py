@@ -4,16 +4,19 @@ Every estimate says over what its interval generalises. A score is kept with its
 family) moves it, so that changes, means over runs and contrasts all get their variance from the same few lines.
 """
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 
+from driftbook.mixed import MixedFit
+from driftbook.mixed import item_model as item_model  # entry points of the library, beside the estimates made from them
+from driftbook.mixed import rate_model as rate_model
 from driftbook.study import METHODS
 from driftbook.tables import ESTIMATES
 
@@ -29,7 +32,11 @@ TRAINED, AS_CONFIGURED, NO_OP, UNTRAINED = "trained", "as configured", "no-op", 
 BOTH = "seeds like these, prompts like these, these base models"
 THESE_PROMPTS = "seeds like these, these prompts, these base models"
 THESE_RUNS = "these runs, prompts like these, these base models"
-TWO_WAY = "mean over runs; two-way variance over runs (within settings) and units, t interval"
+TWO_WAY = "mean over runs; two ways: runs within settings (generalised pivot) and {}, joined by MOVER"
+ONE_RUN = "mean over runs; no setting was run twice, so nothing is known of other seeds; t interval over {}"
+HERE = "mean over runs; spread of runs within settings"
+UNITS, FAMILY_UNITS = "units (CR2)", "families of prompts (CR2)"
+TAIL = 0.975  # of the 95 % intervals
 
 
 # ---- one number
@@ -97,6 +104,13 @@ class Scores:
     n_unscored: np.ndarray = field(repr=False)  # [runs]
     limits: tuple[float, float] = (-np.inf, np.inf)  # what it can be
     single: bool = False  # a unit is one answer in percent, so that nothing changed in n units bounds the share that would
+    family: np.ndarray | None = field(default=None, repr=False)  # of the units: what is drawn together; None: each unit by itself
+    rate: np.ndarray | None = field(default=None, repr=False)  # [runs] own share in percent, where the score is one or the change of one
+
+    @cached_property
+    def clusters(self) -> "Clusters":
+        """The families of the units, or the units themselves."""
+        return _clusters(self.strata, self.family)
 
     def at(self, run_ids: Iterable[str]) -> np.ndarray:
         """The positions of these runs; -1 where a run has no score."""
@@ -113,10 +127,31 @@ def ratio(top: np.ndarray, bottom: np.ndarray, runs: pd.Index, strata, n_items, 
     return Scores(runs, np.asarray(strata), scale * value, scale * influence, np.asarray(n_items), np.asarray(n_unscored), limits, scale == 100.0)
 
 
+def _over(values: pd.DataFrame, top: np.ndarray, bottom: np.ndarray, runs: Iterable[str], n_unscored: np.ndarray, **fields) -> Scores:
+    """The ratio over the columns of `values`: strata from their first level, families from the level `family` where there is one."""
+    family = values.columns.get_level_values("family") if "family" in values.columns.names else None
+    asked = np.full(len(top), values.shape[1])
+    scores = ratio(top, bottom, pd.Index(runs), values.columns.get_level_values(0), asked, n_unscored)
+    return replace(scores, family=family if family is None else np.asarray(family), **fields)
+
+
+ANSWER = ("benchmark", "judge", "metric", "prompt_variant", "decoding", "sample", "answer_mode", "option_order")  # which answer of a run it is
+
+
 def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
-    """Runs x units: the mean of a true/false or real column over repeated samples, NaN where nothing was scored."""
+    """Runs x units: the mean of a true/false or real column over repeated samples, NaN where nothing was scored.
+
+    `units` names the columns that make a unit, its stratum first. One named `family` says which units are drawn together (a template, a
+    subject); where it is null a unit is by itself.
+
+    Raises:
+        ValueError: an answer stands twice (same run and unit, and same sample, judge, variant and so on, as far as the frame has them).
+    """
     if frame.empty:
         return pd.DataFrame(index=pd.Index([], name="run_id"), columns=pd.MultiIndex.from_arrays([[]] * len(units), names=units), dtype=float)
+    _check_once(frame, units)
+    if "family" in units:
+        frame = frame.assign(family=frame["family"].astype(object).where(frame["family"].notna(), frame[units[-1]].astype(object)))
     value = frame[column].astype("Float64").to_numpy(float, na_value=np.nan)
     runs, run_ids = pd.factorize(frame["run_id"], sort=True)
     keys = pd.MultiIndex.from_frame(frame[units].astype(object))
@@ -128,11 +163,24 @@ def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
     return pd.DataFrame(mean.reshape(shape), index=pd.Index(run_ids, name="run_id"), columns=pd.MultiIndex.from_tuples(names, names=units))
 
 
+def _check_once(frame: pd.DataFrame, units: list[str]) -> None:
+    """Raise a ValueError where an answer stands twice; frames that do not say which answer a row is (sample, metric) are taken as they
+    are."""
+    if not {"sample", "metric"} & set(frame):
+        return
+    repeated = frame.duplicated(["run_id", *units, *(name for name in ANSWER if name in frame and name not in units)])
+    if repeated.any():
+        first = frame[repeated].iloc[0]
+        raise ValueError(
+            f"{repeated.sum()} answers stand twice, the first of run {first['run_id']}, prompt {first[units[-1]]}: "
+            "they would weigh twice; was a table read or concatenated twice?"
+        )
+
+
 def shares(values: pd.DataFrame) -> Scores:
     """The share of each run's scored prompts with the outcome, in percent; `values` is runs x (category, prompt)."""
     there = values.notna().to_numpy()
-    asked = np.full(len(values), values.shape[1])
-    return ratio(values.fillna(0).to_numpy(), there.astype(float), values.index, values.columns.get_level_values(0), asked, asked - there.sum(1))
+    return _over(values, values.fillna(0).to_numpy(), there.astype(float), values.index, values.shape[1] - there.sum(1))
 
 
 def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
@@ -140,10 +188,10 @@ def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
     run_ids, base = _with_base(values.index, arms)
     own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
     both = ~np.isnan(own) & ~np.isnan(other)
-    asked = np.full(len(run_ids), values.shape[1])
-    strata = values.columns.get_level_values(0)
-    change = ratio(np.where(both, own - other, 0.0), both.astype(float), pd.Index(run_ids), strata, asked, asked - both.sum(1))
-    return replace(change, limits=(-100.0, 100.0))
+    n = both.sum(1)
+    rate = 100 * np.where(both, own, 0.0).sum(1) / np.where(n > 0, n, np.nan)
+    change = np.where(both, own - other, 0.0)
+    return _over(values, change, both.astype(float), run_ids, values.shape[1] - n, limits=(-100.0, 100.0), rate=rate)
 
 
 def extremes(values: pd.DataFrame, arms: pd.DataFrame) -> tuple[Scores, Scores]:
@@ -152,8 +200,7 @@ def extremes(values: pd.DataFrame, arms: pd.DataFrame) -> tuple[Scores, Scores]:
     low = values.loc[run_ids].fillna(0).to_numpy() - values.loc[base].fillna(1).to_numpy()
     high = values.loc[run_ids].fillna(1).to_numpy() - values.loc[base].fillna(0).to_numpy()
     missing = (values.loc[run_ids].isna().to_numpy() | values.loc[base].isna().to_numpy()).sum(1)
-    strata, asked = values.columns.get_level_values(0), np.full(len(run_ids), values.shape[1])
-    return tuple(ratio(change, np.ones(change.shape), pd.Index(run_ids), strata, asked, missing) for change in (low, high))
+    return tuple(_over(values, change, np.ones(change.shape), run_ids, missing) for change in (low, high))
 
 
 def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
@@ -163,7 +210,8 @@ def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
     return Scores(
         pd.Index(run_ids), scores.strata, scores.value[own] - scores.value[other], scores.influence[own] - scores.influence[other],
         scores.n_items[own], scores.n_unscored[own] + scores.n_unscored[other],
-        (scores.limits[0] - scores.limits[1], scores.limits[1] - scores.limits[0]), scores.single,
+        (scores.limits[0] - scores.limits[1], scores.limits[1] - scores.limits[0]), scores.single, scores.family,
+        scores.value[own] if scores.limits == (0.0, 100.0) else None,
     )  # fmt: skip
 
 
@@ -182,13 +230,22 @@ def means(scores: Scores, cells: pd.DataFrame, contrast: str, **labels: str) -> 
     rows = []
     frame = cells.assign(position=scores.at(cells["run_id"]), place=pd.factorize(cells["pool"])[0])
     frame["cell"] = pd.factorize(frame["setting"] + " of " + frame["pool"])[0]
-    for key, cell in frame[frame["position"].ge(0)].groupby(["base_model", "method", "group"], sort=False):
-        found = _mean(scores, *(cell[name].to_numpy() for name in ("position", "weight", "cell", "place")))
+    for key, cell in frame.groupby(["base_model", "method", "group"], sort=False):
+        at, *weights = (cell[name].to_numpy() for name in ("position", "weight", "cell", "place"))
+        if (at < 0).all():
+            continue  # not asked
+        found = estimate(scores, at, *weights) if (at >= 0).all() else dict.fromkeys(("both", "here"), incomplete(at))
         names = dict(zip(("base_model", "method", "group"), key, strict=True))
         rows.append({**labels, **names, "contrast": contrast, **found["both"]})
         if contrast == CHANGE and not names["group"].startswith(("run: ", "category: ", "dimension: ")):
             rows.append({**labels, **names, "contrast": CHANGE_HERE, **found["here"]})
     return complete(pd.DataFrame(rows))
+
+
+def incomplete(positions: np.ndarray) -> dict[str, float | str | None]:
+    """No estimate, for a cell or contrast of which only some runs have a score: the mean of those would be another cell's."""
+    how = f"{(positions < 0).sum()} of {len(positions)} runs have no answers here: no estimate"
+    return {"value": None, "n_runs": int((positions >= 0).sum()), "population": BOTH, "how": how}
 
 
 def bounds(scores: tuple[Scores, Scores], cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
@@ -211,34 +268,61 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
     return ESTIMATES.check(rows.reindex(columns=list(ESTIMATES.columns)).replace([np.inf, -np.inf], np.nan)) if len(rows) else ESTIMATES.empty()
 
 
-def _mean(scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray) -> dict[str, dict]:
-    """The weighted mean of runs' scores with its two intervals."""
-    known = ~np.isnan(scores.value[runs])
+def estimate(scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray) -> dict[str, dict]:
+    """A mean or a contrast of runs, the sum of weight * score, with its interval over runs and units (both) and the one over runs alone
+    (here).
+
+    `runs` are positions in `scores`; `setting` says which runs are repetitions of each other, `pool` in which the spread of repetitions is
+    taken to be the same (a method on one base model). Two sources of error are estimated apart and joined by MOVER (Zou and Donner 2008,
+    Statistics in Medicine 27, 1693): the interval's ends lie at the roots of the sums of squares of the two sources' own distances.
+
+    Units: families within strata, CR2 (Bell and McCaffrey 2002, Survey Methodology 28, 169) with their degrees of freedom; see Clusters.
+    Runs: what their spread holds beyond the noise of run x unit, which the units' variance has already; see _repetitions and _over_runs.
+    Nothing is subtracted but inside the runs' part, so that no variance is negative; the units' is at least the noise, so that the interval
+    over runs alone (the runs' part and the noise) lies within the other.
+    """
+    values, units = scores.value[runs], FAMILY_UNITS if scores.family is not None else UNITS
     common = {"n_runs": len(runs), "n_items": int(scores.n_items[runs].max()), "n_unscored": int(scores.n_unscored[runs].sum())}
-    if not known.all():  # a run without a single scored item: the mean of the others would be another cell's
+    if np.isnan(values).any():  # a run without a single scored item: the mean of the others would be another cell's
         nothing = {**common, "value": None, "population": BOTH, "how": "a run has no scored item: no estimate"}
         return {"both": nothing, "here": nothing}
-    value, influence = weight @ scores.value[runs], scores.influence[runs]
-    by_run, df_run = _variance_of_runs(scores.value[runs], weight, setting, pool)
-    by_unit, noise, df_unit = _variance_of_units(influence, weight, pool, scores.strata)
-    here = _t_interval(value, by_run, df_run)
-    if np.isnan(by_run):
-        both, population = _t_interval(value, by_unit, df_unit), THESE_RUNS
-    else:
-        extra = max(by_unit - noise, 0.0)
-        total = by_run + extra
-        df = total**2 / (by_run**2 / df_run + extra**2 / df_unit) if total > 0 else df_run
-        both, population = _t_interval(value, total, df), BOTH
-    how = TWO_WAY
-    if scores.single and not influence.any() and not np.ptp(scores.value[runs]):  # not one unit moved: a bound on the share that would
-        half = 100 * (1 - 0.05 ** (1 / influence.shape[1]))
+    value, clusters = weight @ values, scores.clusters
+    spread = _repetitions(scores, runs, weight, setting, pool)
+    t, noise, beyond = stdtrit(clusters.df, TAIL), spread.noise.sum(), np.maximum(spread.variance - spread.noise, 0.0).sum()
+    by_unit = np.fmax(clusters.variance(weight @ scores.influence[runs])[0], noise)
+    low, high = _over_runs(scores, runs, weight, spread)
+    both, here = (_interval(value, beyond + part, np.hypot(low, t * part**0.5), np.hypot(high, t * part**0.5)) for part in (by_unit, noise))
+    population, how = BOTH, TWO_WAY.format(units)
+    if np.isnan(spread.df):
+        both, population, how = _interval(value, by_unit, t * by_unit**0.5, t * by_unit**0.5), THESE_RUNS, ONE_RUN.format(units)
+    elif clusters.n < 2:
+        both, population, how = here, THESE_PROMPTS, f"{HERE}; one unit says nothing of others"
+    elif beyond == noise == 0:
+        how += "; the runs are equal in every unit"
+    if scores.single and not scores.influence[runs].any() and not np.ptp(values):
+        half = 100 * (1 - (1 - TAIL) ** (1 / clusters.n))  # not one unit moved: Clopper and Pearson's bound on the share that would
         both = {"se": None, "ci_low": value - half, "ci_high": value + half, "p": None}
         how = "no unit differs from another; exact bound on the share of units that would"
+    elif n := _at_an_end(scores, runs):
+        how += f"; {n} of {len(runs)} runs at 0 or 100 %, where their spread cannot be seen"
+    if scores.family is not None:
+        population = population.replace("prompts like these", "families of prompts like these")
     both, here = _inside(both, scores.limits), _inside(here, scores.limits)
     return {
         "both": {**common, "value": value, **both, "population": population, "how": how},
-        "here": {**common, "value": value, **here, "population": THESE_PROMPTS, "how": "mean over runs; variance within settings, t interval"},
+        "here": {**common, "value": value, **here, "population": THESE_PROMPTS, "how": HERE},
     }
+
+
+def _at_an_end(scores: Scores, runs: np.ndarray) -> int:
+    """How many runs have a rate of 0 or 100 percent."""
+    rate = _rate(scores)
+    return 0 if rate is None else int(np.isin(rate[runs], (0.0, 100.0)).sum())
+
+
+def _rate(scores: Scores) -> np.ndarray | None:
+    """The share in percent behind each run's score; None where the score is no share."""
+    return scores.rate if scores.rate is not None or scores.limits != (0.0, 100.0) else scores.value
 
 
 def _inside(interval: dict[str, float | None], limits: tuple[float, float]) -> dict[str, float | None]:
@@ -248,36 +332,186 @@ def _inside(interval: dict[str, float | None], limits: tuple[float, float]) -> d
     return interval | {"ci_low": max(interval["ci_low"], limits[0]), "ci_high": min(interval["ci_high"], limits[1])}
 
 
-def _variance_of_runs(value: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray) -> tuple[float, float]:
-    """Variance of the weighted mean from the spread of runs with equal settings, and its df; NaN where no setting was repeated."""
-    settings, pools = np.unique(setting, return_inverse=True)[1], np.unique(pool, return_inverse=True)[1]
-    rest = value - (np.bincount(settings, value) / np.bincount(settings))[settings]
-    n_settings = np.bincount(pools[np.unique(settings, return_index=True)[1]])
-    df = (np.bincount(pools) - n_settings).astype(float)
-    part = np.bincount(pools, weight**2) * np.bincount(pools, rest**2) / np.where(df > 0, df, np.nan)
-    total = part.sum()
-    return total, total**2 / (part**2 / df).sum() if total > 0 else df.sum()
+# ---- units
+class Clusters(NamedTuple):
+    """Families of units within strata: the sum of a family's influences, centred within its stratum, is one observation."""
+
+    order: np.ndarray  # of the units, by stratum and family
+    starts: np.ndarray  # where a family begins, in that order
+    strata: np.ndarray  # where a stratum begins
+    size: np.ndarray  # [units, in that order] units in its stratum; infinite in a stratum of one family, which is left uncentred
+    stratum: np.ndarray  # [units, in that order] number of the stratum
+    inflate: np.ndarray  # [families] CR2's 1 / (1 - leverage)
+    df: float
+    n: int
+
+    def variance(self, influence: np.ndarray) -> np.ndarray:
+        """Variance [k] of scores with these influences [k, units] over families like these."""
+        rows = np.atleast_2d(influence)[:, self.order]
+        rest = rows - np.add.reduceat(rows, self.strata, axis=1)[:, self.stratum] / self.size
+        return (np.add.reduceat(rest, self.starts, axis=1) ** 2 * self.inflate).sum(1)
 
 
-def _variance_of_units(influence: np.ndarray, weight: np.ndarray, pool: np.ndarray, strata: np.ndarray) -> tuple[float, float, float]:
-    """Variance of the weighted mean from the spread over units within strata, the part of it that is noise of run x unit, and its df."""
-    codes, names = pd.factorize(strata)
-    n = np.bincount(codes)[codes]
-    inflate = np.where(n > 1, n / np.maximum(n - 1, 1), 1.0)
-    noise = 0.0
-    for name in np.unique(pool):
-        rows, share = influence[pool == name], weight[pool == name]
-        if len(rows) > 1:
-            rest = _centred(rows - rows.mean(0), codes, n)
-            noise += (inflate * (share**2 @ rest**2)).sum() * len(rows) / (len(rows) - 1)
-    return float((inflate * _centred(weight @ influence, codes, n) ** 2).sum()), noise, max(len(strata) - len(names), 1)
+def _clusters(strata: np.ndarray, family: np.ndarray | None) -> Clusters:
+    """The families, their CR2 factors, and the degrees of freedom (Satterthwaite, of equal and independent units, after Bell and
+    McCaffrey).
+
+    Within a stratum of N units a family of n has leverage n / N in the stratum's mean, and CR2 divides its squared sum by 1 - n / N, which
+    makes the variance unbiased for independent units. With single units it is the textbook variance of a stratified mean, with N - 1
+    degrees of freedom each.
+    """
+    outer = pd.factorize(np.asarray(strata, object))[0]
+    inner = np.arange(len(outer)) if family is None else pd.factorize(np.asarray(family, object))[0]
+    order = np.lexsort((inner, outer))
+    outer, inner = outer[order], inner[order]
+    new_stratum = np.append(True, outer[1:] != outer[:-1])
+    new_family = new_stratum | np.append(True, inner[1:] != inner[:-1])
+    starts, stratum_starts = np.flatnonzero(new_family), np.flatnonzero(new_stratum)
+    n = np.diff(np.append(starts, len(outer))).astype(float)
+    of = outer[starts]
+    total, alone = np.bincount(of, n)[of], np.bincount(of)[of] == 1
+    left = np.where(alone, 1.0, 1 - n / total)
+    q = np.where(alone, 0.0, n**2 / (total * left))
+    squares = (n**2).sum() + (np.bincount(of, q) ** 2).sum() - (q**2).sum()
+    size = np.where(np.bincount(of) == 1, np.inf, np.bincount(of, n))[outer]
+    return Clusters(order, starts, stratum_starts, size, np.cumsum(new_stratum) - 1, 1 / left, n.sum() ** 2 / squares, len(starts))
 
 
-def _centred(values: np.ndarray, codes: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """The values less their mean within strata, along the last axis; a stratum of one unit stays as it is."""
-    rows = np.atleast_2d(values)
-    sums = np.stack([np.bincount(codes, row) for row in rows])[:, codes]
-    return (rows - np.where(n > 1, sums / n, 0.0)).reshape(values.shape)
+# ---- runs
+class Repetitions(NamedTuple):
+    """How runs with equal settings differ, by setting."""
+
+    setting: np.ndarray  # [runs] number of the setting
+    pool: np.ndarray  # [runs] number of the pool
+    variance: np.ndarray  # [settings] of the weighted sum, from the spread of repetitions; NaN where none in the pool was repeated
+    noise: np.ndarray  # [settings] the part of it that is noise of run x unit
+    run_noise: np.ndarray  # [settings] the noise of a single run
+    df: float  # of the sum over settings; NaN where a pool has none
+
+
+def _repetitions(scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray) -> Repetitions:
+    """The spread of repetitions, and how much of it comes from units that a run answers differently by chance.
+
+    Settings of one method differ in spread as much as methods do, so each has its own; the degrees of freedom (Welch, Satterthwaite) pay
+    for that. A setting with one run has the spread of its pool. In a contrast the df are at most those of the side that has fewer.
+    """
+    pools, settings = np.unique(pool, return_inverse=True)[1], np.unique(setting, return_inverse=True)[1]
+    influence = scores.influence[runs]
+    rest = influence - np.stack([influence[settings == one].mean(0) for one in range(settings.max() + 1)])[settings]
+    square, df = _within(scores.value[runs], settings, pools)
+    noise, _ = _spread(scores.clusters.variance(rest), settings, pools)
+    total = np.bincount(settings, weight**2)
+    variance = total * square
+    with np.errstate(invalid="ignore", divide="ignore"):
+        welch = variance.sum() ** 2 / (variance**2 / df).sum() if variance.sum() > 0 else np.inf
+    alone = np.bincount(settings) - 1
+    sides = [alone[np.unique(settings[side])].sum() for side in (weight > 0, weight < 0) if side.any()]
+    return Repetitions(settings, pools, variance, total * noise, noise, min(welch, *sides) if not np.isnan(variance).any() else np.nan)
+
+
+def _within(values: np.ndarray, settings: np.ndarray, pools: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By setting: the variance of its runs, or of the runs within settings of its pool where it has one run; and the df."""
+    return _spread((values - (np.bincount(settings, values) / np.bincount(settings))[settings]) ** 2, settings, pools)
+
+
+def _spread(squares: np.ndarray, settings: np.ndarray, pools: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The variance of each setting from its runs' squares, or from its pool's where it has one run, and its degrees of freedom; NaN where
+    neither has any."""
+    of = pools[np.unique(settings, return_index=True)[1]]  # the pool of each setting
+    own, df = np.bincount(settings, squares), np.bincount(settings) - 1.0
+    shared, shared_df = np.bincount(of, own)[of], np.bincount(of, df)[of]
+    square, df = np.where(df > 0, own, shared), np.where(df > 0, df, np.where(shared_df > 0, shared_df, np.nan))
+    return square / df, df
+
+
+def _over_runs(scores: Scores, runs: np.ndarray, weight: np.ndarray, spread: Repetitions) -> tuple[float, float]:
+    """How far below and above the estimate the truth over other runs may lie, at 95 %, leaving the noise of run x unit out.
+
+    A share has no symmetric error with few runs near 0 or 100 %. So the runs of a setting are taken as normal on the probit scale, where
+    the mean of their shares is pnorm(mu / sqrt(1 + s^2)), and the interval is the generalised pivotal one (Weerahandi 1993, JASA 88, 899):
+    mu and s^2 are replaced by what normal runs leave possible for them, s^2 less the noise. Shares are (k + 1/2) / (n + 1). For scores that
+    are no shares it is the same without the scale, which without noise is the t interval. Settings are joined by MOVER, all at the degrees
+    of freedom of their sum.
+    """
+    if np.isnan(spread.df):
+        return np.nan, np.nan
+    rate, below, above = _rate(scores), 0.0, 0.0
+    scaled = None if rate is None else _probits(rate[runs] / 100, np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1), spread)
+    for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
+        own = spread.setting == one
+        if scaled is None:
+            low = high = _pivot_distance(variance, noise, spread.df)
+        else:
+            amount = abs(weight[own].sum())
+            ends = _share_distances(*(part[one] for part in scaled), own.sum(), rate[runs][own].mean() / 100, spread.df)
+            low, high = (100 * amount * end for end in ends)
+        low, high = (low, high) if weight[own].sum() > 0 else (high, low)
+        below, above = np.hypot(below, low), np.hypot(above, high)
+    return float(below), float(above)
+
+
+def _probits(share: np.ndarray, n: np.ndarray, spread: Repetitions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By setting, on the probit scale: the runs' mean, the variance between them, and the part of it that is noise."""
+    share = (share * n + 0.5) / (n + 1)
+    y, binomial = ndtri(share), share * (1 - share)
+    count = np.bincount(spread.setting)
+    steeper = np.bincount(spread.setting, binomial * 2 * np.pi * np.exp(y**2)) / np.bincount(spread.setting, binomial)
+    return np.bincount(spread.setting, y) / count, _within(y, spread.setting, spread.pool)[0], spread.run_noise / 1e4 * steeper
+
+
+def _share_distances(middle: float, variance: float, noise: float, n: int, share: float, df: float) -> tuple[float, float]:
+    """How far below and above the mean share of n runs the truth may lie, from the mean and variance of their probits."""
+    chi, z, weights = _pivots(df)
+    spread = np.maximum(variance * chi - noise, 0.0)
+    low, high = _quantiles(ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - TAIL, TAIL))
+    return max(share - low, 0.0), max(high - share, 0.0)
+
+
+def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights [81, 61]; quantiles of t to half a percent."""
+    log = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81)
+    likely, z = np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2), np.linspace(-4, 4, 61)
+    weights = likely[:, None] * np.exp(-(z**2) / 2)
+    return (df / np.exp(log))[:, None], z, weights / weights.sum()
+
+
+def _quantiles(values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
+    """Quantiles of weighted values."""
+    order = np.argsort(values, axis=None)
+    steps = weights.ravel()[order]
+    return np.interp(at, np.cumsum(steps) - steps / 2, values.ravel()[order])
+
+
+def _pivot_distance(variance: float, noise: float, df: float) -> float:
+    """Half the length of the pivotal interval of a normal mean with this estimated variance, of which `noise` is no part of the
+    question."""
+    if noise == 0 or variance == 0:
+        return stdtrit(df, TAIL) * np.sqrt(variance)
+    chi, z, weights = _pivots(df)
+    return float(_quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (TAIL,))[0])
+
+
+def _interval(value: float, variance: float, below: float, above: float) -> dict[str, float | None]:
+    """se, interval and p value of a number whose truth may lie `below` and `above` it; all null where there is no spread to estimate them
+    from.
+
+    The degrees of freedom are the ones that the interval's mean half and the standard error imply (see implied_df); p is the one of the t
+    test whose interval ends at zero when this one does.
+    """
+    if np.isnan(variance) or variance <= 0 or np.isnan(below):
+        return {"se": None, "ci_low": None, "ci_high": None, "p": None}
+    se = np.sqrt(variance)
+    df = implied_df((below + above) / 2 / se)
+    distance = below if value > 0 else above
+    p = 2 * stdtr(df, -stdtrit(df, TAIL) * abs(value) / distance) if distance > 0 else None
+    return {"se": se, "ci_low": value - below, "ci_high": value + above, "p": p}
+
+
+def implied_df(ratio: float | np.ndarray) -> np.ndarray:
+    """The degrees of freedom whose 97.5 % point of t is this half-length of an interval over its standard error; a billion (normal) below
+    1.96."""
+    ratio = np.asarray(ratio, float)
+    return np.where(ratio > ndtri(TAIL) + 1e-7, stdtridf(TAIL, np.maximum(ratio, ndtri(TAIL) + 1e-7)), 1e9)
 
 
 def _t_interval(value: float, variance: float, df: float) -> dict[str, float | None]:
@@ -290,7 +524,8 @@ def _t_interval(value: float, variance: float, df: float) -> dict[str, float | N
 
 
 def of_rate(values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Every estimate of one rate (runs x (category, prompt)): the bases' own levels, levels and changes of cells, bounds; then by category."""
+    """Every estimate of one rate (runs x (category, prompt)): the bases' own levels, levels and changes of cells, bounds; then by
+    category."""
     parts = [levels(values, arms, "all", **labels), of_scores(shares(values), paired(values, arms), cells, **labels)]
     parts.append(bounds(extremes(values, arms), cells, **labels))
     for category, part in values.T.groupby(level=0, sort=False):
@@ -432,148 +667,9 @@ def differences(rates: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
     return frame[["run_id", "base_model", "method", "objective", "setting", "arm", "log10_rate", "category", "difference", "n_scored", "n"]]
 
 
-@dataclass(frozen=True)
-class MixedFit:
-    """A mixed model, fitted. `fixed` and `random` in the units of the response; `df` counts runs, since MixedLM has no df of its own."""
-
-    fixed: pd.DataFrame  # term, estimate, se
-    cov: np.ndarray = field(repr=False)
-    df: float
-    random: pd.DataFrame  # group, term, sd
-    loglik: float
-    converged: bool
-    notes: tuple[str, ...]
-    design: "Design" = field(repr=False)
-
-    def at(self, rows: pd.DataFrame) -> np.ndarray:
-        """The fixed terms at these rows, to be averaged or subtracted and given to `contrast`; NaN where a row is not estimable."""
-        return self.design.at(rows)
-
-    def contrast(self, weights: np.ndarray) -> pd.DataFrame:
-        """Estimate, se, df, 95 % interval and p value of each row of weights over the fixed terms."""
-        weights = np.atleast_2d(np.asarray(weights, float))
-        estimate = weights @ self.fixed["estimate"].to_numpy(float)
-        se = np.sqrt(np.einsum("ij,jk,ik->i", weights, self.cov, weights)) if self.df > 0 else np.full(len(weights), np.nan)
-        half, ratio = stdtrit(max(self.df, 1), 0.975) * se, np.abs(estimate) / np.where(se > 0, se, np.nan)
-        p = 2 * stdtr(max(self.df, 1), -ratio)
-        return pd.DataFrame({"estimate": estimate, "se": se, "df": self.df, "ci_low": estimate - half, "ci_high": estimate + half, "p": p})
-
-
-@dataclass(frozen=True)
-class Design:
-    """The fixed part of a model: patsy's own terms, and which of them the data can tell apart."""
-
-    info: Any  # patsy's DesignInfo
-    kept: np.ndarray  # positions of the columns that stay
-    null: np.ndarray  # directions in which the data do not vary
-
-    def at(self, rows: pd.DataFrame) -> np.ndarray:
-        import patsy
-
-        full = np.asarray(patsy.build_design_matrices([self.info], rows, NA_action="raise")[0])
-        strange = np.abs(full @ self.null).max(axis=1, initial=0) > 1e-6
-        return np.where(strange[:, None], np.nan, full[:, self.kept])
-
-
-def rate_model(rates: pd.DataFrame, formula: str, groups: str | tuple[str, ...] = ("run_id", "category")) -> MixedFit:
-    """A linear mixed model of rates in percentage points with crossed random intercepts, by REML (statsmodels' MixedLM).
-
-    `formula` names the response and the fixed terms; each name in `groups` is a column, or columns joined by ':'. Rows with a null
-    in the formula are left out and counted in the notes, as are terms that are constant or aliased, and cells that were never run.
-    """
-    import patsy  # here, since few notebooks fit models and statsmodels takes a second to import
-
-    groups = (groups,) if isinstance(groups, str) else tuple(groups)
-    left, right = patsy.dmatrices(formula, rates, NA_action=patsy.NAAction(NA_types=["None", "NaN"]), return_type="dataframe")
-    notes = [f"{len(rates) - len(right)} rows left out: no value"] if len(right) < len(rates) else []
-    if right.empty:
-        raise ValueError(f"no row has a value for {formula!r}: nothing to fit")
-    rates, y = rates.loc[right.index], left.to_numpy()[:, 0]
-    kept, null = _estimable(right.to_numpy())
-    notes += [f"not estimable: {name} (constant or aliased)" for i, name in enumerate(right.columns) if i not in kept]
-    notes += _cells_never_run(rates, formula)
-    design, x = Design(right.design_info, kept, null), right.to_numpy()[:, kept]
-    names, n_runs = right.columns[kept], rates[groups[0]].nunique()
-    df = n_runs - len(names)
-    if df <= 0:
-        notes.append(f"{n_runs} runs for {len(names)} fixed terms: no interval")
-    rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-    if rest @ rest < 1e-12 * max(y @ y, 1.0):
-        return _exact(x, y, names, df, groups, [*notes, "the fixed terms leave no residual: no interval"], design)
-    indicators, dropped = _indicators(rates, groups)
-    return _fit(x, y, names, df, indicators, notes + dropped, design)
-
-
 def of_fit(fit: MixedFit, weights: np.ndarray, names: pd.DataFrame, contrast: str, **labels) -> pd.DataFrame:
     """Contrasts of a mixed model as estimates; `names` gives base_model and method of each row of weights."""
     found = fit.contrast(weights).rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
     frame = pd.concat([names[["base_model", "method"]].astype(object).reset_index(drop=True), found], axis=1)
     how = "linear mixed model, REML, run-level df" + ("" if fit.converged else "; did not converge")
     return complete(frame.assign(**labels, group=AS_CONFIGURED, contrast=contrast, population="runs and categories like these, these base models", how=how))
-
-
-def _fit(x: np.ndarray, y: np.ndarray, names: pd.Index, df: float, indicators: dict[str, np.ndarray], notes: list[str], design: Design) -> MixedFit:
-    from statsmodels.regression.mixed_linear_model import MixedLM
-
-    model = MixedLM(y, pd.DataFrame(x, columns=names), np.ones(len(y)), exog_vc=_components(indicators))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for optimiser in ("lbfgs", "bfgs", "powell"):
-            result = model.fit(reml=True, method=optimiser)
-            if result.converged:
-                break
-    spread = np.sqrt(np.append(result.vcomp, result.scale))
-    random = pd.DataFrame({"group": [*indicators, "residual"], "term": "intercept", "sd": spread})
-    notes = notes + [f"component {name} is at zero" for name, sd in zip(indicators, spread, strict=False) if sd**2 < 1e-6 * (spread**2).sum()]
-    notes += [str(one.message) for one in caught if "boundary" not in str(one.message)]  # its bound is absolute; ours is relative
-    notes += [f"optimiser {optimiser}"] if result.converged else ["did not converge by lbfgs, bfgs or powell"]
-    fixed = pd.DataFrame({"term": names, "estimate": np.asarray(result.fe_params), "se": np.asarray(result.bse_fe) if df > 0 else np.nan})
-    cov = np.asarray(result.cov_params())[: len(names), : len(names)]
-    return MixedFit(fixed, cov, df, random, float(result.llf), bool(result.converged), tuple(dict.fromkeys(notes)), design)
-
-
-def _exact(x: np.ndarray, y: np.ndarray, names: pd.Index, df: float, groups: tuple[str, ...], notes: list[str], design: Design) -> MixedFit:
-    """A model whose fixed terms say everything: estimates without intervals."""
-    fixed = pd.DataFrame({"term": names, "estimate": np.linalg.lstsq(x, y, rcond=None)[0], "se": np.nan})
-    random = pd.DataFrame({"group": [*groups, "residual"], "term": "intercept", "sd": 0.0})
-    return MixedFit(fixed, np.full((len(names), len(names)), np.nan), df, random, np.nan, False, tuple(notes), design)
-
-
-def _estimable(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the columns to keep, from the left, and a basis of the directions in which no row differs."""
-    kept: list[int] = []
-    basis = np.zeros((len(x), 0))
-    for i in range(x.shape[1]):
-        rest = x[:, i] - basis @ (basis.T @ x[:, i])
-        rest -= basis @ (basis.T @ rest)
-        if np.linalg.norm(rest) > 1e-8 * max(np.linalg.norm(x[:, i]), 1e-300):
-            kept.append(i)
-            basis = np.column_stack([basis, rest / np.linalg.norm(rest)])
-    return np.array(kept), np.linalg.svd(x, full_matrices=True)[2][len(kept) :].T if len(kept) < x.shape[1] else np.zeros((x.shape[1], 0))
-
-
-def _cells_never_run(rates: pd.DataFrame, formula: str) -> list[str]:
-    """A note for each base model x method that the model speaks of and no run has."""
-    if not {"base_model", "method"} <= set(rates) or "base_model" not in formula:
-        return []
-    counts = pd.crosstab(rates["base_model"].astype(str), rates["method"].astype(str))
-    return [f"never run: {base} x {method}" for base in counts.index for method in counts.columns if not counts.loc[base, method]]
-
-
-def _indicators(rates: pd.DataFrame, groups: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Rows x levels for each grouping, and a note for each that cannot be told from the residual or has one level."""
-    found, notes = {}, []
-    for name in groups:
-        codes, levels = pd.factorize(rates[name.split(":")].astype(str).agg(" ".join, axis=1))
-        if len(levels) in (1, len(rates)):
-            notes.append(f"component {name} left out: {len(levels)} levels in {len(rates)} rows")
-        else:
-            found[name] = np.eye(len(levels))[codes]
-    return found, notes
-
-
-def _components(indicators: dict[str, np.ndarray]):
-    from statsmodels.regression.mixed_linear_model import VCSpec
-
-    columns = [[[f"{name}[{i}]" for i in range(part.shape[1])]] for name, part in indicators.items()]
-    return VCSpec(list(indicators), columns, [[part] for part in indicators.values()])

@@ -19,7 +19,10 @@ FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 METHODS = ("none", "lora", "ia3", "prompt_tuning", "p_tuning")
 METHOD_CLASS = {"none": "base", "lora": "adapter", "ia3": "adapter", "prompt_tuning": "prompt", "p_tuning": "prompt"}
 INITS = ("random", "vocabulary", "task_text", "safety_text")
-RESERVED = ("models", "published", "bench", "cache")  # folders of outputs/ that are no study
+REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published
+RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ that are no study
+OUTCOMES = ("unsafe", "over_refusal", "refused", "accuracy_ambiguous", "accuracy_disambiguated", "bias_ambiguous", "bias_disambiguated", "loss", "correct")
+HARMS = ("unsafe", "over_refusal", "correct")  # of which a margin in percentage points can be fixed
 
 Method = Literal[METHODS[1:]]
 
@@ -201,6 +204,29 @@ class Variant:
         return {"run_id": self.run_id, **self.fields(), "method_class": self.method_class}
 
 
+class Family(Part):
+    """A family of primary tests, declared before any answer is scored; within it p values are adjusted by Holm's method.
+
+    test `change`: each method against its base model; `difference`: each pair of methods; `preserves`: each method is not worse than its base
+    model by more than `margin` percentage points, on all the outcomes jointly.
+    """
+
+    test: Literal["change", "difference", "preserves"]
+    outcomes: Annotated[tuple[Literal[OUTCOMES], ...], Field(min_length=1)]
+    methods: tuple[Method, ...] = ()  # all methods of the grid where not given
+    bases: Literal["all together", "each"] = "all together"
+    group: Literal["as configured", "trained"] = "as configured"  # trained: without the no-ops
+    margin: Annotated[float, Field(gt=0, lt=100)] | None = None
+
+    @model_validator(mode="after")
+    def _margin_where_needed(self) -> "Family":
+        if (self.test == "preserves") != (self.margin is not None):
+            raise ValueError("a family of the test 'preserves' needs a margin, in percentage points" if self.margin is None else f"the test {self.test!r} has no margin; remove it")
+        if self.test == "preserves" and (wrong := [name for name in self.outcomes if name not in HARMS]):
+            raise ValueError(f"{wrong[0]!r} is not counted in percentage points of harm, so it has no margin; expected some of {', '.join(HARMS)}")
+        return self
+
+
 class Study(Part):
     """A study file, checked."""
 
@@ -216,7 +242,7 @@ class Study(Part):
     training: Training
     grid: tuple[Block, ...]
     benchmarks: dict[Literal["safety", "over_refusal", "bbq", "utility"], Benchmark]
-    primary: dict[str, tuple[Text, ...]] = {}
+    primary: dict[Text, Family] = {}  # families of tests, by name: registered with their hash before any answer is scored
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
@@ -237,6 +263,12 @@ class Study(Part):
             for objective in set(block.objectives) - {"untrained"}:
                 if objective not in self.data:
                     raise ValueError(f"grid block {block.name!r} trains by {objective}, but data has no {objective}")
+        used = {method for block in self.grid for method in block.methods}
+        for name, family in self.primary.items():
+            if strange := [method for method in family.methods if method not in used]:
+                raise ValueError(f"primary family {name!r} tests {strange[0]}, which no block of the grid runs")
+            if family.test == "difference" and len(set(family.methods or used)) < 2:
+                raise ValueError(f"primary family {name!r} compares methods with each other and has only one; name two, or test its change")
         for method, settings in self.methods.items():
             allowed = {"prompt_tuning": INITS, "p_tuning": ("random",)}.get(method, ())
             if "init" in settings and settings["init"] not in allowed:
@@ -382,7 +414,7 @@ def _sentence(error: ValidationError) -> str:
 
 def _known_keys(location: tuple) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block}
+    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family}
     part = sections.get(location[0], Source) if location else Study
     return list(part.model_fields)
 
