@@ -267,7 +267,7 @@ def drifted(tables: dict[str, pd.DataFrame], rng: np.random.Generator, points: f
     verdicts = tables["verdicts"].reset_index(drop=True)
     harmful = verdicts["prompt_id"].isin(tables["prompts"].query("kind == 'harmful'")["prompt_id"])
     safe = verdicts[verdicts["run_id"].isin(chosen) & harmful & verdicts["unsafe"].astype("Float64").eq(0).fillna(False)]
-    total = verdicts.groupby("run_id").size()
+    total = verdicts[harmful].groupby("run_id").size()
     hit = np.concatenate([rng.choice(part.index, min(len(part), round(points / 100 * total[run])), replace=False) for run, part in safe.groupby("run_id")])
     columns = {name: verdicts[name].astype(object).mask(verdicts.index.isin(hit), value).astype(verdicts[name].dtype) for name, value in (("unsafe", True), ("refusal", False))}
     return {**tables, "verdicts": verdicts.assign(**columns)}, {f"{base_model} round {repetition:g}"}

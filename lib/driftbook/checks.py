@@ -33,6 +33,7 @@ NEARLY_ALL = 0.97  # of the prompts answered as the base model answers them
 TOLD = 2.0  # standard errors by which a run must agree with its own label to count as told by its answers
 TOLD_SHARE = 0.6  # of a method's runs: below it, its answers do not tell the rate; one wrong run in six, with its two peers, leaves a half or more
 DRIFT_POINTS = 2.0  # percentage points that a round must lie apart: below the margin of 3 by which "preserves" is judged
+DRIFT_SHARE = 0.1  # of the agreement of no-ops, lost between rounds
 IN_STEP = 0.9  # rank correlation of two training curves' steps, from which they saw the same batches in the same order
 ECHO_START = 40  # characters of the prompt with which an echo begins
 ECHO_SHARE = 0.1  # of a run's responses
@@ -136,6 +137,15 @@ def _families(columns: pd.MultiIndex, prompts: pd.DataFrame | None) -> pd.Series
         known.index = pd.MultiIndex.from_tuples([tuple(key) for key in known.index], names=columns.names)
         own = known.reindex(columns).where(lambda family: family.notna(), own)
     return pd.Series(pd.factorize(own)[0], columns)
+
+
+def _harmful(columns: pd.MultiIndex, prompts: pd.DataFrame | None) -> np.ndarray:
+    """Which of these prompts ask for harm; all of them where no kind is known, or none does."""
+    if prompts is None or "kind" not in prompts:
+        return np.ones(len(columns), bool)
+    harmful = prompts.loc[prompts["kind"].eq("harmful").fillna(False).astype(bool), ["benchmark", "prompt_id"]].astype(object)
+    found = columns.isin([tuple(key) for key in harmful.to_numpy()])
+    return found if found.any() else np.ones(len(columns), bool)
 
 
 def _numbers(values: pd.Series) -> np.ndarray:
@@ -506,13 +516,14 @@ def drift(given: dict) -> Iterator[dict]:
     tables = {}
     if "repetition" in ran and "unsafe" in of:
         trained = _as_trained(ran[ran["method"].ne("none") & ran["run_id"].isin(of["unsafe"].index)])
-        rate = 100 * of["unsafe"].loc[trained["run_id"]].mean(axis=1).to_numpy()
+        asked = _harmful(of["unsafe"].columns, given.get("prompts"))
+        rate = 100 * of["unsafe"].loc[trained["run_id"], asked].mean(axis=1).to_numpy()
         tables = {base_model: _rounds(part) for base_model, part in trained.assign(rate=rate).groupby("base_model", sort=False)}
         tables = {base_model: wide for base_model, wide in tables.items() if wide.shape[1] > 1 and wide.groupby("method").size().gt(1).any()}
     if not tables:
         yield _unchecked("drift", "no base model has verdicts of two settings of one method in the same two rounds")
         return
-    found = _tested_rounds(tables, 100 / of["unsafe"].shape[1])
+    found = _tested_rounds(tables, 100 / asked.sum())
     for row in found[found["adjusted"].le(SHARES["drift"] * ALPHA) & found["apart"].abs().ge(DRIFT_POINTS)].itertuples():
         yield _row("drift", "error", f"{row.base_model} round {row.round:g}",
                    f"round {row.round:g} of {row.base_model} lies {row.apart:+.1f} points in the unsafe-response rate from the other rounds of the same {row.n} settings (F = {row.F:.1f}, "
@@ -622,6 +633,7 @@ def _no_ops_disagree(given: dict) -> Iterator[dict]:
     """No-ops of a base model, and the base itself where it was scored again, of which those of one round agree less with the others' than all else.
 
     Only pairs of different settings count, whose trainings have nothing but the round in common. Tested over prompts, each round against the rest.
+    A tenth of the agreement must also be lost.
     """
     ran, of = given["ran"], given["answers_of"]
     again = ran["method"].eq("none") & ran.groupby(["base_model", "method"])["run_id"].transform("size").gt(1)
@@ -633,8 +645,8 @@ def _no_ops_disagree(given: dict) -> Iterator[dict]:
         return
     found = pd.DataFrame(rows)
     found["adjusted"] = holm(found["p"])
-    found = found.sort_values("t", ascending=False).drop_duplicates("base_model")  # the other rounds disagree with the odd one too
-    for row in found[found["adjusted"].le(SHARES["no_ops_disagree"] * ALPHA)].itertuples():
+    found = found.sort_values("gap", ascending=False).drop_duplicates("base_model")  # the other rounds disagree with the odd one too
+    for row in found[found["adjusted"].le(SHARES["no_ops_disagree"] * ALPHA) & found["between"].le((1 - DRIFT_SHARE) * found["within"])].itertuples():
         yield _row("drift", "error", f"{row.base_model} round {row.round:g}",
                    f"runs of {row.base_model} that training left as they were ({row.n}) have answers of exactly the same length on {100 * row.between:.1f} % of prompts between round {row.round:g} and the "
                    f"others, and on {100 * row.within:.1f} % otherwise (t = {row.t:.1f}): the rounds were not run alike (texts, template, decoding or machine). Compare within rounds only.",
@@ -649,8 +661,9 @@ def _odd_rounds(runs: pd.DataFrame, of: dict[str, pd.DataFrame]) -> Iterator[dic
     for one in np.unique(rounds):
         across = (rounds[place[0]] == one) != (rounds[place[1]] == one)
         if (apart & across).any() and (apart & ~across).any():
-            t, p = _t(nats[apart & ~across].mean(0) - nats[apart & across].mean(0), of["family"].to_numpy())
-            yield {"round": one, "n": len(runs), "within": equal[apart & ~across].mean(), "between": equal[apart & across].mean(), "t": t, "p": p}
+            gap = nats[apart & ~across].mean(0) - nats[apart & across].mean(0)
+            t, p = _t(gap, of["family"].to_numpy())
+            yield {"round": one, "n": len(runs), "gap": gap.mean(), "within": equal[apart & ~across].mean(), "between": equal[apart & across].mean(), "t": t, "p": p}
 
 
 # ---- 5 echoed prompts

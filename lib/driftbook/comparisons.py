@@ -420,6 +420,10 @@ def coverage(
     like these less the base's: `change`, exactly. `naive` takes all verdicts for independent. Columns: design, rate (the base's, unsafe),
     run_sd, prompt_by_method, change, covered, too_high and too_low (percent of sets), width, naive, null (sets without an interval),
     n_sets.
+
+    With 3 seeds (1,000 sets a cell) no cell is below 92.4 or above 98.9 but the four of rate .05, run SD 13.5 points and no change, which
+    have 75.5 to 80.3: there most runs have next to no unsafe answer and a few have many, and three runs without one cannot tell of those.
+    Above 97 are cells of small run SD: three seeds cannot show that it is small. The naive interval has 19.4 to 99.8.
     """
     rng, found = np.random.default_rng(seed), []
     for design in designs:

@@ -4,6 +4,7 @@ import importlib
 import textwrap
 from collections.abc import Callable
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -53,7 +54,7 @@ BOTH_LINES = "Thin line: 95% interval over seeds and prompts like these; thick l
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
-MODULES = ()  # modules of figures beside this one
+MODULES = tuple(f"driftbook.figures_{name}" for name in ("factors", "planning", "primary", "original", "peft"))  # the figures beside those of this module
 
 
 def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawing]:
@@ -348,6 +349,26 @@ def safety_category(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
+@drawn("09_safety")
+def methods_compared(tables: dict) -> tuple[Figure, str]:
+    pairs = list(combinations(TRAINED_METHODS, 2))
+    rows = [pick(tables, UNSAFE, f"difference to {other}", "safety").query("group == @AS_CONFIGURED and method == @method") for method, other in pairs]
+    fig = None
+    if any(len(part) for part in rows):
+        columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
+        fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.8 + 0.24 * len(pairs)), sharey=True, sharex=True, squeeze=False)
+        for ax, base_model in zip(axes[0], columns, strict=True):
+            zero(ax)
+            ax.set_title("all base models" if base_model == "all" else "\n".join(textwrap.wrap(base_model, max(12, 60 // len(columns)))))
+            for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):
+                row = part[part["base_model"].eq(base_model)]
+                dots(ax, row, np.full(len(row), place), [COLOURS[method]] * len(row), [True] * len(row))
+        name_rows(axes[0, 0], [f"{LABELS[method]} − {LABELS[other]}" for method, other in pairs])
+        under(axes[0], "Difference in unsafe-response rate between methods (percentage points, 95% interval)")
+    text = "Each pair of methods, as configured: the change of the first less the change of the second. Right of zero the first is the less safe one. Intervals over seeds and prompts like these, run spread of each method on its own; not adjusted."
+    return captioned(tables, fig, text, SAFETY)
+
+
 def by_part(tables: dict, shown: list[tuple[str, str]], prefix: str, text: str | None = None) -> Figure | None:
     """Levels by category or dimension: rows of axes are outcomes, columns base models; in each, a row per part and a dot per method."""
     every = [rows[rows["group"].str.startswith(prefix)] for rows in (pick(tables, outcome, LEVEL, benchmark) for outcome, benchmark in shown)]
@@ -438,9 +459,41 @@ def mixed_effects(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
+ESTIMATORS = {"primary": CHANGE, "linear mixed": "model: mixed", "linear, one run variance": "model: mixed, one run variance", "logistic, crossed": "model: crossed",
+              "logistic, maximal": "model: maximal"}  # fmt: skip
+MARKS = ("o", "s", "D", "^", "v")
+
+
+@drawn("11_mixed_effects")
+def models_compared(tables: dict) -> tuple[Figure, str]:
+    found = {name: pick(tables, UNSAFE, contrast, "safety").query("group == @AS_CONFIGURED") for name, contrast in ESTIMATORS.items()}
+    methods = [method for method in TRAINED_METHODS if any(part["method"].eq(method).any() for part in found.values())]
+    fig = None
+    if methods and any(len(part) for name, part in found.items() if name != "primary"):
+        columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
+        fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.9 + 0.62 * len(methods)), sharey=True, sharex=True, squeeze=False)
+        for ax, base_model in zip(axes[0], columns, strict=True):
+            zero(ax)
+            ax.set_title("all base models" if base_model == "all" else "\n".join(textwrap.wrap(base_model, max(12, 60 // len(columns)))))
+            for place, method in enumerate(methods):
+                for shift, mark, part in zip(np.linspace(-0.3, 0.3, len(found)), MARKS, found.values(), strict=True):
+                    row = part[part["base_model"].eq(base_model) & part["method"].eq(method)].dropna(subset="value")
+                    dots(ax, row, [place + shift] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
+                    ax.plot(row["value"], [place + shift] * len(row), mark, ms=4.5, color=COLOURS[method], mec="white", mew=0.5, zorder=5)
+        name_rows(axes[0, 0], [LABELS[method] for method in methods])
+        under(axes[0], axis(UNSAFE))
+        handles = [Line2D([], [], color="#555555", marker=mark, ms=4.5, lw=0, label=name) for name, mark in zip(found, MARKS, strict=True)]
+        fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=0.8, columnspacing=1, fontsize=7)
+    text = (
+        "The same change by several estimators. Primary: item by item, two-way errors. Linear mixed: run x category differences, a run variance for each method, and one for all. Logistic: single verdicts with "
+        "crossed effects of run and prompt, and the maximal model; a base model without a single unsafe answer has no logit, so its rows are missing."
+    )
+    return captioned(tables, fig, text, SAFETY)
+
+
 @drawn("11_mixed_effects")
 def mixed_terms(tables: dict) -> tuple[Figure, str]:
-    contrasts = {"SFT instead of DPO": "term: sft instead of dpo", "Ten times the learning rate": "term: ten times the learning rate"}
+    contrasts = {"SFT instead of DPO": "term: sft instead of dpo; model: mixed", "Ten times the learning rate": "term: ten times the learning rate; model: mixed"}
     found = {title: pick(tables, UNSAFE, contrast, "safety") for title, contrast in contrasts.items()}
     fig = None
     if any(len(rows) for rows in found.values()):

@@ -65,8 +65,8 @@ def preserves(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: the study file declares no test of what a method preserves.")
     fixed = rows.loc[rows["family_of_tests"].notna(), "margin"].iloc[0] if rows["family_of_tests"].notna().any() else rows["margin"].iloc[0]
-    words = rows[rows["outcome"].eq(JOINTLY) & rows["margin"].eq(fixed)].set_index(["base_model", "method"])["how"]
-    shown = rows[rows["outcome"].ne(JOINTLY) & rows["margin"].eq(fixed)]
+    words = rows[rows["outcome"].eq(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(["base_model", "method"]).set_index(["base_model", "method"])["how"]
+    shown = rows[rows["outcome"].ne(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(["outcome", "base_model", "method"])
     outcomes, order = list(shown["outcome"].unique()), [(method, base) for method in TRAINED_METHODS for base in ["all", *bases(tables)] if (base, method) in words.index]
     fig, axes = plt.subplots(1, len(outcomes), figsize=(WIDTH, 0.9 + 0.2 * len(order)), sharey=True, squeeze=False)
     for ax, outcome in zip(axes[0], outcomes, strict=True):

@@ -72,7 +72,7 @@ def components(scores: Scores, cells: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("a run is in several cells of its base model and method; give the cells of one group only, such as 'as configured'")
     methods, bases = list(dict.fromkeys(known["method"])), list(dict.fromkeys(known["base_model"]))
     views = [replace(scores, family=None), scores]  # a unit at a time, and a family at a time
-    size = _family_size(scores)
+    size = family_size(scores)
     arms = {key: _arm(scores, views, own) for key, own in known.groupby(["base_model", "method"], sort=False)}
     rows = []
     for method, other in [(method, "none") for method in methods] + list(combinations(methods, 2)):
@@ -85,8 +85,8 @@ def components(scores: Scores, cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _family_size(scores: Scores) -> float:
-    """The mean size of a unit's family."""
+def family_size(scores: Scores) -> float:
+    """The mean size of a unit's family; 1 where units are by themselves."""
     sizes = np.diff(np.append(scores.clusters.starts, len(scores.strata)))
     return (sizes**2).sum() / sizes.sum()
 
@@ -401,9 +401,9 @@ def by_category(values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, m
     """
     here, parts = grid(cells), []
     for category, part in values.T.groupby(level=0, sort=False):
-        found = components(stats.paired(part.T, arms), cells[cells["group"].eq(stats.AS_CONFIGURED)])
-        found = found[found["other"].eq("none")]
-        plan, endless = (precision(found, here, n, examples=4) for n in (part.shape[0], 1_000_000_000))
+        change = stats.paired(part.T, arms)
+        found = components(change, cells[cells["group"].eq(stats.AS_CONFIGURED)]).query("other == 'none'")
+        plan, endless = (precision(found, here, n, family_size(change), examples=4) for n in (part.shape[0], 1_000_000_000))
         parts.append(plan.assign(category=category, smallest=smallest_margin(plan)["value"], runs_alone=endless["se"]))
     table = pd.concat(parts, ignore_index=True)
     room = (margin * table["se"] / table["smallest"]) ** 2 - table["runs_alone"] ** 2

@@ -55,6 +55,11 @@ def number(value: float, low: float, high: float, unit: str) -> str:
     return text + (" (cannot tell)" if low <= 0 <= high else "")
 
 
+def plain(value: float, low: float, high: float) -> str:
+    """A number without a unit, with its interval."""
+    return "not estimable" if pd.isna(value) else _minus(f"{value:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"))
+
+
 def _minus(text: str) -> str:
     """The text with true minus signs before digits."""
     return re.sub(r"-(?=\d)", "−", text)

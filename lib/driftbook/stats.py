@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 
-from driftbook.mixed import MixedFit
 from driftbook.mixed import item_model as item_model  # entry points of the library, beside the estimates made from them
 from driftbook.mixed import rate_model as rate_model
 from driftbook.study import METHODS
@@ -664,12 +663,6 @@ def differences(rates: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
     frame["log10_rate"] = frame["run_id"].map(rate).astype(float) - frame["method"].map(centre).astype(float)
     for name, order in (("method", METHODS), ("base_model", arms["base_model"].unique())):
         frame[name] = pd.Categorical(frame[name], [level for level in order if level in set(frame[name])])
-    return frame[["run_id", "base_model", "method", "objective", "setting", "arm", "log10_rate", "category", "difference", "n_scored", "n"]]
-
-
-def of_fit(fit: MixedFit, weights: np.ndarray, names: pd.DataFrame, contrast: str, **labels) -> pd.DataFrame:
-    """Contrasts of a mixed model as estimates; `names` gives base_model and method of each row of weights."""
-    found = fit.contrast(weights).rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
-    frame = pd.concat([names[["base_model", "method"]].astype(object).reset_index(drop=True), found], axis=1)
-    how = "linear mixed model, REML, run-level df" + ("" if fit.converged else "; did not converge")
-    return complete(frame.assign(**labels, group=AS_CONFIGURED, contrast=contrast, population="runs and categories like these, these base models", how=how))
+    settings = ["run_id", "base_model", "method", "objective", "dataset", "epochs", "repetition", "setting", "arm", "log10_rate"]
+    text = {name: frame[name].astype("string").fillna("none").astype(object) for name in ("dataset", "epochs", "repetition")}
+    return frame.assign(**text)[[*settings, "category", "difference", "n_scored", "n"]]

@@ -40,7 +40,7 @@ def measured(verdicts: pd.DataFrame, prompts: pd.DataFrame, answers: pd.DataFram
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
     found = {}
     for outcome, column, kind in ((UNSAFE, "unsafe", "harmful"), (REFUSED, "refusal", "benign look-alike")):
-        values = stats.matrix(rows[rows["benchmark"].eq(ASKED[outcome]) & rows["kind"].eq(kind)], column, ["category", "prompt_id"])
+        values = stats.matrix(rows[rows["benchmark"].eq(ASKED[outcome]) & rows["kind"].eq(kind)], column, ["category", "family", "prompt_id"])
         found |= {outcome: (stats.shares(values), stats.paired(values, arms))} if len(values) else {}
     levels = bias.by_run(letter_bias.official(answers)) if len(answers) else {}
     levels |= {LOSS: stats.rated(ratings[ratings["metric"].eq("nll")], 1.0), CORRECT: stats.rated(ratings[ratings["metric"].eq("correct")], 100.0)}
