@@ -138,10 +138,10 @@ def test_base_models_are_averaged_with_what_their_prompts_share():
 
 def test_the_interval_of_the_smallest_change_holds_the_true_one():
     rng, hits, sd, pilot = np.random.default_rng(0), 0, 4.0, 12
-    true = power.minimum_detectable(power.precision(table(component(run=sd)), arms(("b", "lora", 1, 6)), 330))["value"].iloc[0]
+    true = power.minimum_detectable(power.precision(table(component(run=sd)), arms(("b", "lora", 1, 6)), 330, examples=1))["value"].iloc[0]
     for _ in range(200):
         seen = rng.normal(0, sd, pilot).std(ddof=1)
-        row = power.minimum_detectable(power.precision(table(component(run=seen, df_run=pilot - 1)), arms(("b", "lora", 1, 6)), 330)).iloc[0]
+        row = power.minimum_detectable(power.precision(table(component(run=seen, df_run=pilot - 1)), arms(("b", "lora", 1, 6)), 330, examples=1)).iloc[0]
         hits += row["ci_low"] <= true <= row["ci_high"]
     assert 0.9 <= hits / 200 <= 0.99
 
@@ -152,7 +152,7 @@ def test_the_interval_of_the_smallest_change_holds_the_true_one():
     {"rate": 0.3, "shift": 0.0, "run": 0.2, "agree": 0.9, "margin": 7.0, "seeds": 4},
 ])  # fmt: skip
 def test_nominal_power_is_that_of_simulated_verdicts(cell):
-    found = power.simulated(160, 1, **cell)
+    found = power.simulated(120, 1, **cell)
     assert 0.2 < found["nominal"] < 0.95
     assert found["simulated"] == pytest.approx(found["nominal"], abs=3 * found["error"])
 
@@ -195,11 +195,11 @@ def test_thirty_prompts_cannot_tell_three_points():
     rates = {"llama": 6.0, "gemma": 8.0, "qwen": 16.0, "mistral": 45.0}  # the original study's base models
     grid = arms(*((base, method, 4, 12) for base in rates for method in METHODS))
     single = power.assumed(rates, METHODS).query("other == 'none'")
-    few = power.precision(single, grid, 30)
+    few = power.precision(single, grid, 30, examples=4)
     alone = few[few["base_model"].ne("all")]
     assert set(power.smallest_margin(alone)["value"].map(power.word)) == {"cannot tell"}
     assert power.power(alone, 0.0, 3.0).max() < 0.8
-    many = power.precision(single, grid, 330, n_strata=11).set_index(["base_model", "method"])
+    many = power.precision(single, grid, 330, n_strata=11, examples=4).set_index(["base_model", "method"])
     assert power.power(many.loc[[("llama", "lora")]], 0.0, 3.0)[0] > 0.9
     assert power.power(many.loc[[("llama", "p_tuning")]], 0.0, 3.0)[0] < 0.2
 
@@ -226,7 +226,7 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
 
 def test_estimates_are_complete_and_have_unique_keys():
     rows, grid = power.assumed({"a": 6.0, "b": 16.0}, METHODS), arms(*((base, method, 4, 12) for base in "ab" for method in METHODS))
-    found = pd.concat([power.of_plan(power.precision(rows, grid, 330), stats.AS_CONFIGURED, **LABELS), power.of_components(rows, stats.AS_CONFIGURED, **LABELS)])
+    found = pd.concat([power.of_plan(power.precision(rows, grid, 330, examples=2), stats.AS_CONFIGURED, **LABELS), power.of_components(rows, stats.AS_CONFIGURED, **LABELS)])
     assert not found.duplicated(list(TABLES["estimates"].key)).any()
     known = found.dropna(subset=["ci_low"])
     assert len(known) == 3 * (4 + 6) + 2 * 3 * 4 + 2 * 2 * 4

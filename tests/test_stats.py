@@ -141,11 +141,6 @@ def test_estimates_are_found_again(folder, values, arms, tmp_path):
     assert stats.read_estimates(tmp_path / "empty").empty
 
 
-def test_front_keeps_what_nothing_beats():
-    points = np.array([[0, 3], [1, 1], [3, 0], [2, 2], [1, 1]])
-    assert stats.front(points).tolist() == [True, True, True, False, True]
-
-
 # ---- mixed models
 def test_mixed_model_is_lme4s():
     reference = SHARED / "data" / "reference"

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,11 @@ import pandas as pd
 from driftbook import bbq_lite
 from driftbook.bias import scores
 from driftbook.data import local_file, sampled
-from driftbook.scoring import Scorer
 from driftbook.sources import locate
 from driftbook.study import Source, Study
+
+if TYPE_CHECKING:  # figures read this module's results without the second that torch takes to import
+    from driftbook.scoring import Scorer
 
 __all__ = ["DIMENSIONS", "LITE", "PUBLIC", "answers", "load", "load_lite", "of_study", "scores"]
 
@@ -230,7 +233,7 @@ def _target(groups: list[tuple[str, str]], unknown: int, stereotyped: list[str])
 
 
 def answers(
-    items: pd.DataFrame, scorer: Scorer, mode: str, run_id: str, template: str | None = None, stem: str = "", system_prompt: str | None = None,
+    items: pd.DataFrame, scorer: "Scorer", mode: str, run_id: str, template: str | None = None, stem: str = "", system_prompt: str | None = None,
     order: str = "ABC",
 ) -> pd.DataFrame:  # fmt: skip
     """The table `answers` of a model: each item asked once, its options shown in `order` (BCA shows the file's second option first).
@@ -247,7 +250,7 @@ def answers(
 
 
 def generated(
-    items: pd.DataFrame, scorer: Scorer, run_id: str, template: str | None = None, stem: str = "", system_prompt: str | None = None,
+    items: pd.DataFrame, scorer: "Scorer", run_id: str, template: str | None = None, stem: str = "", system_prompt: str | None = None,
     max_new_tokens: int = 32,
 ) -> pd.DataFrame:  # fmt: skip
     """The table `answers` of a model by what it writes: answer_mode `generated`, no probabilities, null with a reason where no option can be read."""
@@ -313,7 +316,7 @@ def places(order: str) -> list[int]:
     return ["ABC".index(letter) for letter in order]
 
 
-def _asked(items: pd.DataFrame, scorer: Scorer, template: str, system_prompt: str | None, order: str) -> tuple[list[dict], list[list[int]]]:
+def _asked(items: pd.DataFrame, scorer: "Scorer", template: str, system_prompt: str | None, order: str) -> tuple[list[dict], list[list[int]]]:
     """Each item's fields with its options as they are shown, and the token ids up to where the answer begins."""
     shown = {f"ans{i}": items[f"ans{place}"] for i, place in enumerate(places(order))}
     fields = items[["passage", "question"]].rename(columns={"passage": "context"}).assign(**shown).to_dict("records")

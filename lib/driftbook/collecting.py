@@ -113,8 +113,8 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def purge(study: Study) -> int:
-    """Delete the text of every response of a study, and those in the cache; how many files went. Verdicts and all other tables stay."""
-    paths = [*(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"), *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet")]
+    """Delete the text of every response of a study, the sheets for labelling, and the responses in the cache; how many files went. All tables without text stay."""
+    paths = [*(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"), *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet"), *(study.folder / "labels").glob("*.csv")]
     for path in paths:
         path.unlink()
     return len(paths) + cache.forget(RESPONSES.name)

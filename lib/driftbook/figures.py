@@ -54,7 +54,7 @@ BOTH_LINES = "Thin line: 95% interval over seeds and prompts like these; thick l
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
-MODULES = tuple(f"driftbook.figures_{name}" for name in ("factors", "planning", "primary", "original", "peft"))  # the figures beside those of this module
+MODULES = tuple(f"driftbook.figures_{name}" for name in ("factors", "planning", "labels", "primary", "original", "peft"))  # the figures beside those of this module
 
 
 def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawing]:
@@ -359,7 +359,7 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.8 + 0.24 * len(pairs)), sharey=True, sharex=True, squeeze=False)
         for ax, base_model in zip(axes[0], columns, strict=True):
             zero(ax)
-            ax.set_title("all base models" if base_model == "all" else "\n".join(textwrap.wrap(base_model, max(12, 60 // len(columns)))))
+            ax.set_title("\n".join(textwrap.wrap("all base models" if base_model == "all" else base_model, max(12, 60 // len(columns)))))
             for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):
                 row = part[part["base_model"].eq(base_model)]
                 dots(ax, row, np.full(len(row), place), [COLOURS[method]] * len(row), [True] * len(row))
@@ -474,7 +474,7 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
         fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.9 + 0.62 * len(methods)), sharey=True, sharex=True, squeeze=False)
         for ax, base_model in zip(axes[0], columns, strict=True):
             zero(ax)
-            ax.set_title("all base models" if base_model == "all" else "\n".join(textwrap.wrap(base_model, max(12, 60 // len(columns)))))
+            ax.set_title("\n".join(textwrap.wrap("all base models" if base_model == "all" else base_model, max(12, 60 // len(columns)))))
             for place, method in enumerate(methods):
                 for shift, mark, part in zip(np.linspace(-0.3, 0.3, len(found)), MARKS, found.values(), strict=True):
                     row = part[part["base_model"].eq(base_model) & part["method"].eq(method)].dropna(subset="value")
@@ -650,7 +650,7 @@ def pareto(tables: dict) -> tuple[Figure, str]:
         legend(fig, TRAINED_METHODS)
     text = (
         "Each dot is a setting (mean over its runs, 95% intervals); its size is how often it is on the Pareto front of its base model's settings, the base model itself "
-        "at zero among them, when its runs are resampled; black rim: more often than not. The front has these goals: " + FRONT.partition(": ")[2] + "."
+        "at zero among them, when runs and prompts are drawn anew; black rim: more often than not. The front has these goals: " + FRONT.partition(": ")[2] + "."
     )
     return captioned(tables, fig, text, SAFETY, y)
 

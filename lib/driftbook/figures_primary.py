@@ -1,5 +1,7 @@
 """Figures of the primary tests: what each family tested, and whether a method preserves what its base model had."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -7,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from driftbook.comparisons import JOINTLY
-from driftbook.figures import COLOURS, LABELS, SHORT, TRAINED_METHODS, UNITS, WIDTH, bases, dots, drawn, name_rows, nothing, zero
+from driftbook.figures import COLOURS, LABELS, SHORT, TRAINED_METHODS, UNITS, WIDTH, bases, dots, drawn, name_rows, nothing, under, zero
 from driftbook.stats import CHANGE
 
 NOTEBOOK = "19_primary"
@@ -71,11 +73,11 @@ def preserves(tables: dict) -> tuple[Figure, str]:
     fig, axes = plt.subplots(1, len(outcomes), figsize=(WIDTH, 0.9 + 0.2 * len(order)), sharey=True, squeeze=False)
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         _panel(ax, shown[shown["outcome"].eq(outcome)], order, sorted(rows["margin"].unique()), fixed)
-        ax.set_title(SHORT[outcome], loc="left")
+        ax.set_title("\n".join(textwrap.wrap(SHORT[outcome], 16)))
     name_rows(axes[0, 0], [f"{LABELS[method]}, all base models" if base == "all" else base for method, base in order])
     for place, (method, base) in enumerate(order):
         axes[0, -1].annotate(words[base, method].partition(":")[0], (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=7, color="#444444")
-    axes[0, 0].set_xlabel("Change toward harm against the base model (percentage points, 95% interval)", loc="left")
+    under(axes[0], "Change toward harm against the base model (percentage points, 95% interval)")
     text = (
         f"Does a method preserve what its base model had? Right of zero is worse. Full line: the margin fixed beforehand, {fixed:g} points; dotted: those of the sensitivity analysis. A method preserves if all "
         "intervals of its row end before the margin, does not if one lies wholly beyond it; else the data cannot tell. The word at the right is for all outcomes jointly."

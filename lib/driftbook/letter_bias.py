@@ -1,21 +1,24 @@
 """Whether a model answers by the letter: BBQ's options shown in other orders, the prior of each place, and what is left without it."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from driftbook.bbq import TEMPLATES, from_logprobs, generated, places
 from driftbook.bbq import answers as ask
-from driftbook.scoring import Scorer
 from driftbook.stats import Scores, ratio
 from driftbook.study import Benchmark
+
+if TYPE_CHECKING:  # figures read this module's results without the second that torch takes to import
+    from driftbook.scoring import Scorer
 
 ORDERS = ("ABC", "BCA", "CAB")  # the file's, and what turns each option through the three places
 OPTIONS = ["p_a", "p_b", "p_c"]
 
 
-def answers(items: pd.DataFrame, scorer: Scorer, mode: str, run_id: str, benchmark: Benchmark, seed: int, system_prompt: str | None = None) -> pd.DataFrame:
+def answers(items: pd.DataFrame, scorer: "Scorer", mode: str, run_id: str, benchmark: Benchmark, seed: int, system_prompt: str | None = None) -> pd.DataFrame:
     """Everything that a study asks a model of BBQ, as one table `answers`: each item in the file's order; the study's sample of `permuted` items in
     the two other orders, and all items once more without the prior of each place that these show; and `generated` items answered in text.
     """

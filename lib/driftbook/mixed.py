@@ -169,9 +169,26 @@ def _fit(x, y, names, df, indicators, notes, design, reml, started, slope=None) 
     notes.append(f"optimiser {tried[-1]}" if converged else f"did not converge by {', '.join(tried)}")
     report = {"optimiser": "MixedLM " + ", ".join(tried), "evaluations": None, "gradient_norm": flattest, "warnings": told, "at_zero": at_zero, "singular": bool(at_zero),
               "seconds": time.process_time() - started}  # fmt: skip
-    cov = np.asarray(result.cov_params())[: len(names), : len(names)]
+    cov = _covariance(x, _roots(result, indicators, slope), float(result.scale))
     fixed = pd.DataFrame({"term": names, "estimate": np.asarray(result.fe_params), "se": np.sqrt(np.diag(cov)) if df > 0 else np.nan})
     return MixedFit(fixed, cov, df, random, float(result.llf), converged, tuple(dict.fromkeys(notes)), design, report)
+
+
+def _roots(result, indicators: dict[str, np.ndarray] | None, slope: tuple | None) -> np.ndarray:
+    """Rows x random effects, each column scaled by its standard deviation, so that the response's covariance is roots @ roots.T plus the residual's."""
+    if not slope:
+        return np.hstack([np.sqrt(variance) * part for variance, part in zip(result.vcomp, indicators.values(), strict=True)] or [np.zeros((len(result.model.endog), 0))])
+    _, _, codes, columns = slope
+    values, vectors = np.linalg.eigh(np.asarray(result.cov_re))
+    effects = columns @ (vectors * np.sqrt(np.maximum(values, 0)))
+    return np.hstack([np.eye(codes.max() + 1)[codes] * effects[:, [i]] for i in range(effects.shape[1])])
+
+
+def _covariance(x: np.ndarray, roots: np.ndarray, scale: float) -> np.ndarray:
+    """Covariance of the fixed effects, (X' V^-1 X)^-1 with the variances found, as lme4's; MixedLM's own comes from a joint Hessian, which unbalanced data make up to a tenth off or negative."""
+    w = roots / np.sqrt(scale)
+    inner = w.T @ x
+    return scale * np.linalg.inv(x.T @ x - inner.T @ np.linalg.solve(np.eye(w.shape[1]) + w.T @ w, inner))
 
 
 def _steepness(model, result, slope: bool) -> float:

@@ -17,9 +17,10 @@ from scipy.special import betaincinv, ndtr, stdtrit
 from driftbook.files import OUTPUTS, ROOT, digest, read_json, write_json
 from driftbook.mixed import MixedFit, rate_model
 from driftbook.sources import locate
-from driftbook.stats import complete, front, wilson
+from driftbook.stats import complete, wilson
 from driftbook.study import FAMILIES, Source
 from driftbook.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
+from driftbook.tradeoffs import front
 
 NAME = "peft_results"
 NOTEBOOK = f"22_{NAME}"
@@ -498,8 +499,9 @@ def summary(estimates: pd.DataFrame, goal: str = "peak memory") -> str:
         f"{there.sum()} of {len(there)} runs are on the front of accuracy, forgetting and {goal} as published, {(there & sure).sum()} of these in at least 95% of draws of other questions",
         f"the run that is most often the most accurate is so in {best:.0f}% of draws",
     ]
-    for outcome, words_of in ((ACCURACY, "{0:+.1f} points of accuracy [{1:+.1f}, {2:+.1f}]"), (FACTOR, "{0:.2f} times the forgetting [{1:.2f}, {2:.2f}]")):
+    sizes = []
+    for outcome, text in ((ACCURACY, "{0:+.1f} points of accuracy [{1:+.1f}, {2:+.1f}]"), (FACTOR, "{0:.2f} times the forgetting [{1:.2f}, {2:.2f}]")):
         row = estimates[estimates["outcome"].eq(outcome) & estimates["contrast"].eq(SIZE)][["value", "ci_low", "ci_high"]].dropna()
-        if len(row):
-            words.append("ten times the trainable parameters goes with " + words_of.format(*row.iloc[0]))
+        sizes += [text.format(*row.iloc[0])] if len(row) else []
+    words += ["ten times the trainable parameters goes with " + " and ".join(sizes)] if sizes else []
     return "; ".join(words) + "."

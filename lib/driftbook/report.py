@@ -38,7 +38,10 @@ TITLES = {
     "safety_category": "Safety by category", "fairness_change": "Fairness by method and base model", "fairness_bias": "Bias by dimension",
     "fairness_accuracy": "Accuracy by dimension", "fairness_order": "Order of the options", "mixed_effects": "Pooled, by base model, mixed", "mixed_terms": "Objective and learning rate",
     "efficiency": "Efficiency against alignment", "safety_fairness": "Safety against fairness", "safety_utility": "Safety against over-refusal and utility",
-    "dose": "Change against dose", "pareto": "The Pareto view", "curves": "Training curves",
+    "dose": "Change against dose", "pareto": "The Pareto view", "front_probability": "How often on the Pareto front", "curves": "Training curves",
+    "methods_compared": "Methods against each other", "models_compared": "The same change by several estimators", "variance_shares": "What moves a run", "no_ops": "With and without no-ops",
+    "doses_reached": "How far training went", "dose_matched": "Methods at equal dose", "attenuation": "Correlations, corrected for noise", "power": "What the grid could tell",
+    "judge_correction": "The judge, corrected by labels", "primary_tests": "The declared tests", "preserves": "What is preserved",
 }  # fmt: skip
 
 

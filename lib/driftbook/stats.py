@@ -591,50 +591,6 @@ def levels_of_scores(scores: Scores, arms: pd.DataFrame, **labels: str) -> pd.Da
     return complete(frame.assign(**labels, **counts, method="none", group="all", contrast=LEVEL, population=THESE_RUNS, n_runs=1, how="t interval over units"))
 
 
-def front(points: np.ndarray) -> np.ndarray:
-    """Which rows of [..., points, goals] no other row beats: at least as low in every goal and lower in one."""
-    a, b = points[..., :, None, :], points[..., None, :, :]
-    return ~((b <= a).all(-1) & (b < a).any(-1)).any(-1)
-
-
-def front_share(changes: pd.DataFrame, cells: pd.DataFrame, n_boot: int, seed: int, **labels: str) -> pd.DataFrame:
-    """How often each cell is on the Pareto front of its base model (itself a point at no change), resampling runs within cells.
-
-    `changes` is runs x goals, less being better. A cell with a run that lacks a goal takes no part.
-    """
-    rng, rows = np.random.default_rng(seed), []
-    for base_model, frame in cells.groupby("base_model", sort=False):
-        drawn, names = [np.zeros((n_boot, changes.shape[1]))], [("none", "all", 1)]
-        for (method, group), cell in frame.groupby(["method", "group"], sort=False):
-            values = changes.reindex(cell["run_id"]).to_numpy(float)
-            if not np.isnan(values).any():
-                drawn.append(values[rng.integers(len(values), size=(n_boot, len(values)))].mean(1))
-                names.append((method, group, len(values)))
-        share = 100 * front(np.stack(drawn, 1)).mean(0)
-        rows += [
-            {"base_model": base_model, "method": method, "group": group, "n_runs": n, "value": value}
-            for (method, group, n), value in zip(names, share, strict=True)
-        ]
-    how = f"share of {n_boot} resamples of the runs of each cell"
-    return complete(pd.DataFrame(rows).assign(**labels, outcome=FRONT, benchmark="all", judge="none", contrast=LEVEL, population=THESE_PROMPTS, how=how))
-
-
-def correlations(changes: pd.DataFrame, arms: pd.DataFrame, x: str, **labels: str) -> pd.DataFrame:
-    """Pearson's correlation over the trained runs of a base model of each column's change with that of column `x`, Fisher's z interval."""
-    rows = []
-    for base_model, own in arms[arms["arm"].eq(TRAINED)].groupby("base_model", sort=False):
-        for outcome in changes.columns.drop(x) if x in changes else ():
-            pair = changes.reindex(own["run_id"])[[x, outcome]].dropna().to_numpy(float)
-            row = {"base_model": base_model, "outcome": outcome, "n_runs": len(pair), "value": None}
-            if len(pair) > 3 and pair.std(0).all():
-                r = np.corrcoef(pair.T)[0, 1]
-                half = 1.96 / np.sqrt(len(pair) - 3)
-                row |= {"value": r, "ci_low": np.tanh(np.arctanh(r) - half), "ci_high": np.tanh(np.arctanh(r) + half)}
-            rows.append(row)
-    frame = pd.DataFrame(rows).assign(**labels, benchmark="all", judge="none", method="all", group=TRAINED, contrast=f"correlation with the change in: {x}")
-    return complete(frame.assign(population="runs like these", how="Pearson, Fisher's z; not corrected for noise"))
-
-
 # ---- estimates as files
 def write_estimates(frame: pd.DataFrame, tables_folder: Path, notebook: str) -> Path:
     """Write one notebook's part of the table `estimates`: tables/estimates/NOTEBOOK.parquet."""
