@@ -39,7 +39,7 @@ def simulate(folder: Path, bases=None, seeds=None, seed=0, unscored=0.01, failed
         "answers": _answers(rng, ok, drift, unscored, families),
         "ratings": _ratings(rng, ok, drift, prompts),
         "rates": _rates(verdicts, prompts),
-        "labels": tables.LABELS.empty(),
+        "labels": _labels(rng, verdicts),
         "responses": verdicts.iloc[:5][list(tables.RESPONSE_KEY)].assign(response="made up", n_tokens=2, finish_reason="stop"),
     }
     for name, frame in made.items():
@@ -114,6 +114,13 @@ def _verdicts(rng, ok, drift, prompts, unscored, silent_judge) -> pd.DataFrame:
         unscored_reason=np.where(null, "mass below 0.9", None), coherent=True, n_tokens=12, finish_reason="stop",
         outcome=np.where(null, None, np.where(unsafe, "unsafe", np.where(refusal, "refused", "safe and useful"))),
     )  # fmt: skip
+
+
+def _labels(rng, verdicts: pd.DataFrame) -> pd.DataFrame:
+    """A known truth that the judge misses in 3 of 100 answers."""
+    rows = verdicts[verdicts["benchmark"].eq("safety")]
+    unsafe = rows["unsafe"].fillna(False).to_numpy(bool) ^ (rng.random(len(rows)) < 0.03)
+    return rows[["run_id", "benchmark", "prompt_id"]].assign(rater="rule", label=np.where(unsafe, "unsafe", "safe"), sampling_probability=1.0)
 
 
 def _rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:

@@ -132,7 +132,7 @@ def test_other_wrong_sheets(sheet):
     with pytest.raises(ValueError, match="no column 'label'"):
         labelling.taken(path.parent)
     (path.parent / labelling.KEY).unlink()
-    with pytest.raises(ValueError, match="no key.csv"):
+    with pytest.raises(ValueError, match=r"no key\.csv"):
         labelling.taken(path.parent)
 
 
@@ -252,3 +252,11 @@ def test_bounds_have_all_prompts_as_denominator():
     found = labelling.bounds(answers(unscored=0.1)).loc[("b", "lora")]
     part = answers(unscored=0.1).query("method == 'lora'")
     assert found["high"] - found["low"] == pytest.approx(100 * part["unsafe"].isna().mean()) == pytest.approx(found["unscored"])
+
+
+def test_a_judge_without_a_verdict_has_no_rate():
+    frame = answers().assign(unsafe=pd.array([pd.NA] * len(answers()), dtype="boolean"), p_unsafe=np.nan)
+    drawn = labelling.draw(frame, 120, 0)
+    found = labelling.corrected(frame, labels_of(frame, drawn), drawn)
+    assert np.isnan(row(found, "lora", LEVEL, JUDGE)["value"])
+    assert np.isfinite(row(found, "lora", LEVEL, CORRECTED)["value"])  # labels alone

@@ -5,6 +5,7 @@ study is drawn anew; a real one keeps a random part of its prompts, and its repe
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,7 @@ PLANTS: dict[str, tuple[Callable[..., Planted], str, str]] = {  # name: plant, f
     "one seed for all, copied answers": (copied_repetitions, "one_seed", "a quarter of the settings, seeds recorded as distinct, no curves"),
     "one seed for all, same batches": (same_batches, "one_seed", "one base model, curves with a tenth of their noise of their own"),
     "drift between rounds": (drifted, "drift", "5 points of unsafe responses in one round of one base model"),
+    "drift between rounds, of 6 points": (partial(drifted, points=6.0), "drift", "6 points of unsafe responses in one round of one base model"),
     "drift between rounds, seen by no-ops": (drifted_no_ops, "drift", "a fifth of the answers in one round of one base model; no-ops of two settings"),
     "echoed prompts": (echoes, "echo", "a fifth of the runs of one base model, four answers of five"),
     UNTOLD: (echoes_by_length, "echo", "a fifth of the runs of one base model, every answer; no response text"),
@@ -339,18 +341,17 @@ PLANTS: dict[str, tuple[Callable[..., Planted], str, str]] = {  # name: plant, f
 
 
 # ---- measured
-def _is_found(findings: pd.DataFrame, finding: str, planted: set[str]) -> bool:
-    """Whether alarms of this kind name all that was planted, and nothing else."""
+def _named(findings: pd.DataFrame, finding: str) -> set[str]:
+    """What the alarms of one kind name."""
     rows = checks.alarms(findings)
-    named = {name for where in rows.loc[rows["finding"].eq(finding), "where"] for name in where.split(", ")}
-    return named == planted
+    return {name for where in rows.loc[rows["finding"].eq(finding), "where"] for name in where.split(", ")}
 
 
 def detection(n_studies: int, seed: int = 0, tables: dict[str, pd.DataFrame] | None = None, plants: tuple[str, ...] = tuple(PLANTS), **settings) -> pd.DataFrame:
     """How many of n_studies with each planted flaw were found, and how many studies without a flaw raised an alarm, with Wilson intervals.
 
-    A row per flaw, and one for clean studies: studies, flaw, strength, n, hits, share, low, high, goal, met. Found means that the right finding
-    names exactly the runs (or the base model and round) that were planted. `tables`, a real study (`read`), is varied and edited; where it is
+    A row per flaw, and one for clean studies: studies, flaw, strength, n, hits, named_more, share, low, high, goal, met. A hit is a finding of
+    the right kind that names all the runs (or the base model and round) that were planted; named_more counts the hits that named others too. `tables`, a real study (`read`), is varied and edited; where it is
     not given, studies are simulated (`settings` go to `simulated`). An alarm is an error or a warning of one of the five flaws.
     """
     rng, name = np.random.default_rng(seed), "simulated" if tables is None else "real"
@@ -359,13 +360,15 @@ def detection(n_studies: int, seed: int = 0, tables: dict[str, pd.DataFrame] | N
         plant, finding, strength = PLANTS[flaw] if flaw else (None, "", "no flaw planted")
         if plant is drifted_no_ops and tables is not None:
             continue  # a real study keeps no no-ops here
-        hits = 0
+        hits, more = 0, 0
         for _ in range(n_studies):
             clean = varied(tables, rng) if tables is not None else simulated(rng, **{**settings, "no_ops": plant is drifted_no_ops})
             made, planted = plant(clean, rng) if plant else (clean, set())
             findings = checks.study(made)
-            hits += _is_found(findings, finding, planted) if plant else checks.alarms(findings)["finding"].isin(FLAWS).any()
-        rows.append({"studies": name, "flaw": flaw or "none: false alarms", "strength": strength, "n": n_studies, "hits": int(hits)})
+            named = _named(findings, finding)
+            hits += planted <= named if plant else checks.alarms(findings)["finding"].isin(FLAWS).any()
+            more += bool(plant) and planted < named
+        rows.append({"studies": name, "flaw": flaw or "none: false alarms", "strength": strength, "n": n_studies, "hits": int(hits), "named_more": int(more)})
     frame = pd.DataFrame(rows)
     low, high = wilson(frame["hits"], frame["n"])
     clean = frame["flaw"].str.startswith("none")

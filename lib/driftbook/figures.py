@@ -38,6 +38,7 @@ from driftbook.stats import (  # fmt: skip
     UNSAFE,
     UNTRAINED,
 )
+from driftbook.study import REREAD
 from driftbook.tables import TABLES
 
 COLOURS = {"none": "#777777", "lora": "#0072B2", "ia3": "#56B4E9", "prompt_tuning": "#D55E00", "p_tuning": "#E69F00"}
@@ -61,11 +62,21 @@ def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawin
     """Registers a function as the figure of its name, made by this notebook from this table."""
 
     def register(drawing: Drawing) -> Drawing:
-        FIGURES[drawing.__name__] = drawing
-        SOURCES[drawing.__name__] = f"notebook {notebook} from the table {table}"
+        name = drawing.__name__
+        FIGURES[name] = _of_its_own(notebook, drawing) if notebook.partition("_")[2] in REREAD else drawing
+        SOURCES[name] = f"notebook {notebook} from the table {table}"
         return drawing
 
     return register
+
+
+def _of_its_own(notebook: str, drawing: Drawing) -> Drawing:
+    """The drawing, or a sentence where the tables are those of another study: what was read again has figures of its own."""
+
+    def drawn_or_not(tables: dict) -> tuple[Figure, str]:
+        return drawing(tables) if tables["estimates"]["notebook"].eq(notebook).any() else nothing(f"Nothing to draw: there are no estimates of notebook {notebook}.")
+
+    return drawn_or_not
 
 
 def every() -> dict[str, Drawing]:

@@ -164,7 +164,8 @@ def _cell(cell: pd.DataFrame) -> dict:
     size, number = (np.array([(mask & (word == one)).sum() for one in (0, 1, 2)], float) for mask in (np.ones(n, bool), labelled))
     counts = {"n": n, "n_labelled": int(labelled.sum()), "n_unclear": int((drawn & cell["label"].eq("unclear").to_numpy()).sum()), "n_unscored": int(np.isnan(said).sum())}
     empty = number < np.minimum(size, 2)
-    by_judge = pd.Series(np.where(np.isnan(said), 0, said) / max((~np.isnan(said)).sum(), 1), index=cell["prompt_id"].to_numpy()).groupby(level=0).sum()
+    scored = (~np.isnan(said)).sum()  # none: no rate, rather than one of zero
+    by_judge = pd.Series(np.where(np.isnan(said), 0, said) / (scored or np.nan), index=cell["prompt_id"].to_numpy()).groupby(level=0).sum(min_count=1)
     if empty.any():  # a stratum whose labels say nothing
         return {"judge": by_judge, "value": None, "why": "a stratum has fewer than two labels", "counts": counts}
     weight = np.divide(size, number, out=np.zeros(3), where=number > 0)[word.astype(int)]
@@ -201,7 +202,7 @@ def _over_prompts(parts: list[tuple[pd.Series, float]], estimator: str) -> dict:
     total = sum(sign * part for part, sign in parts) if len(parts) == 1 else parts[0][0].sub(parts[1][0], fill_value=0.0)
     rest = total - total.mean()
     m = len(total)
-    return {"estimator": estimator, "population": LIKE, "value": 100 * total.sum(), "se": 100 * np.sqrt((rest**2).sum() * m / max(m - 1, 1)), "df": float(m - 1)}
+    return {"estimator": estimator, "population": LIKE, "value": 100 * total.sum(skipna=False), "se": 100 * np.sqrt((rest**2).sum(skipna=False) * m / max(m - 1, 1)), "df": float(m - 1)}
 
 
 def error_rates(answers: pd.DataFrame, labels: pd.DataFrame, drawn: pd.DataFrame) -> pd.Series:

@@ -117,6 +117,7 @@ def side_by_side(estimates: pd.DataFrame, models: dict[str, str]) -> pd.DataFram
     sign = np.sign(table["ci_low"].to_numpy()) * (np.sign(table["ci_low"].to_numpy()) == np.sign(table["ci_high"].to_numpy()))
     known = ~np.isnan(table["ci_low"].to_numpy())
     told = np.where(known, sign, np.nan)
-    low, high = (np.nanmin(told, axis=1), np.nanmax(told, axis=1)) if len(table) else (np.array([]), np.array([]))
-    table["word"] = np.select([low == high, (low < 0) & (high > 0)], ["agree", "sign differs"], "some see a change, others cannot tell")
+    low, high = np.where(known, told, np.inf).min(axis=1, initial=np.inf), np.where(known, told, -np.inf).max(axis=1, initial=-np.inf)
+    words = [known.sum(axis=1) < 2, low == high, (low < 0) & (high > 0)]
+    table["word"] = np.select(words, ["only one can tell", "agree", "sign differs"], "some see a change, others cannot tell")
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from driftbook import environment, stats
+from driftbook import checks, environment, preregistration, primary, stats
 from driftbook.figures import ASKED, LABELS, SHORT, UNITS
 from driftbook.files import replacing
 from driftbook.stats import (  # fmt: skip
@@ -178,13 +178,29 @@ def write(study: Study) -> Path:
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = pages.get_template("report.html").render(
         name=study.name, note=study.note, miniature=study.miniature, findings=findings(tables),
-        summary=summary(tables["estimates"]), figures=_figures(study.folder / "figures"),
+        declared=declared(study, tables["estimates"]), checked=checked(study), summary=summary(tables["estimates"]), figures=_figures(study.folder / "figures"),
         overview=overview(tables["variants"], tables["runs"]), failures=failures(tables["runs"]), no_ops=no_ops(tables["variants"], tables["runs"]),
         unscored=unscored(tables["rates"], tables["estimates"]), made=made_with(tables["runs"]), notebooks=notebook_pages(study.folder / "notebooks"),
     )  # fmt: skip
     with replacing(study.folder / "report.html") as new:
         new.write_text(page, encoding="utf-8")
     return study.folder / "report.html"
+
+
+def declared(study: Study, estimates: pd.DataFrame) -> str:
+    """What the declared tests say, with the hash and the date of their register, and every deviation from it."""
+    entries, deviations = preregistration.registered(study), preregistration.deviations(study)
+    text = primary.sentence(estimates[estimates["notebook"].eq("19_primary")], deviations)
+    registered = f" Registered as {entries[-1]['hash']} on {entries[-1]['registered']}." if entries else " Never registered."
+    return _minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
+
+
+def checked(study: Study) -> pd.DataFrame:
+    """The errors and warnings of the study check."""
+    folder = study.folder / "tables"
+    found = checks.alarms(checks.study({name: TABLES[name].read(folder) for name in ("variants", "runs", "curves", "prompts", "verdicts", "rates", "answers") if TABLES[name].path(folder).is_file()}))
+    frame = found[["finding", "severity", "sentence"]].assign(finding=found["finding"].str.replace("_", " "))
+    return frame.set_axis(["Finding", "Severity", "What was seen, and what to do"], axis=1)
 
 
 def overview(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
