@@ -420,11 +420,14 @@ def run(n_items: int = 600) -> pd.DataFrame:
     """Every figure, a row each."""
     import torch
 
+    from driftbook import bench_checks, bench_models, comparisons  # here, since they take `row` from this module
+
     torch.set_num_threads(1)
     items = bbq_items(n_items)
     parts = {
         "BBQ against lm-evaluation-harness": lambda: bbq_speed(items), "judges": lambda: [*judge_speed(), *taxonomy_speed()], "generation": lambda: generation(items),
         "adapters": lambda: many_adapters(items.head(300)), "accuracy": accuracy, "intervals": intervals,
+        "models": bench_models.rows, "coverage": comparisons.coverage_rows, "study check": bench_checks.detection_rows,
     }  # fmt: skip
     if torch.cuda.is_available():
         parts["GPU"] = lambda: gpu(bbq_items(15_876))

@@ -274,10 +274,10 @@ def sentence(found: pd.DataFrame, errors: pd.Series) -> str:
     if found.empty:
         return "No answer is labelled, so nothing is known of how wrong the judge is."
     wide = found[found["contrast"].str.startswith(CHANGE)].pivot_table(index=["base_model", "method"], columns="contrast", values="value", aggfunc="first").astype(float)
-    judge, labels, truth = (wide.get(f"{CHANGE}, {name}") for name in (JUDGE, CORRECTED, TRUTH))
+    judge, labels, truth = (wide.get(f"{CHANGE}, {name}", pd.Series(np.nan, index=wide.index)) for name in (JUDGE, CORRECTED, TRUTH))
     text = f"Sensitivity {errors['sensitivity']:.3f}, specificity {errors['specificity']:.3f}"
-    if labels is not None:
+    if (labels - judge).notna().any():
         text += f"; the labels move the changes by at most {(labels - judge).abs().max():.1f} points"
-    if labels is not None and truth is not None:
+    if (labels - judge - truth).notna().any():
         text += f"; from the truth the judge's changes are {(judge - truth).abs().mean():.2f} points on the average, the corrected ones {(labels - truth).abs().mean():.2f}"
     return text + "."
