@@ -68,7 +68,7 @@ def _runs(rng, variants: pd.DataFrame, failed: int) -> pd.DataFrame:
         n_trainable=variants["method"].map(N_TRAINABLE), n_stored=variants["method"].map(N_TRAINABLE).clip(upper=8192), nll=2.0 - dose,
         nll_base=2.0, dose_nll=np.where(is_base, np.nan, dose), kl_base=np.where(is_base, np.nan, np.abs(dose) * (0.5 + rng.random(n))),
         kl_init=np.where(trained, np.abs(dose), np.nan), no_op=[bool(flag) if had else None for flag, had in zip(tiny, trained, strict=True)],
-        adapter_sha256="0" * 16, base_revision="simulated", seconds=np.where(trained, 1 + rng.random(n), 0.0),
+        adapter_sha256=[f"{i:016x}" for i in range(n)], base_revision="simulated", seconds=np.where(trained, 1 + rng.random(n), 0.0),
         cpu_seconds=np.where(trained, 1 + rng.random(n), 0.0), peak_memory=5e8 + 1e8 * rng.random(n),
         versions=json.dumps({"python": "3.11", "torch": "2.13.0"}), hardware="CPU simulated, 2 cores", finished="2026-01-01T00:00:00Z",
     )  # fmt: skip
