@@ -3,6 +3,7 @@
 import importlib
 import textwrap
 from collections.abc import Callable
+from functools import wraps
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -73,6 +74,7 @@ def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawin
 def _of_its_own(notebook: str, drawing: Drawing) -> Drawing:
     """The drawing, or a sentence where the tables are those of another study: what was read again has figures of its own."""
 
+    @wraps(drawing)
     def drawn_or_not(tables: dict) -> tuple[Figure, str]:
         return drawing(tables) if tables["estimates"]["notebook"].eq(notebook).any() else nothing(f"Nothing to draw: there are no estimates of notebook {notebook}.")
 
