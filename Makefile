@@ -15,7 +15,7 @@ endif
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help study test bench report reread export figures publish lab lint purge
+.PHONY: help study plan calibrate test bench report reread export figures publish lab lint purge
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -36,6 +36,12 @@ $(READY): requirements.txt pyproject.toml
 
 study: $(READY) ## run a study from training to report: STUDY=miniature, or a file
 	@$(PY) -m driftbook.batch "$(STUDY)" "$(PROFILE)"
+
+plan: $(READY) ## before any work: variants, hours, money, memory, disk and access of a study: STUDY=..., PRICE=2.5, DEVICE=L40S
+	@$(PY) -m driftbook.costing "$(STUDY)" "$(DEVICE)" "$(PRICE)"
+
+calibrate: $(READY) ## measure this machine for make plan: outputs/costs.json
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m driftbook.costing calibrate
 
 test: $(READY) ## run the tests
 	@$(VENV)/bin/ruff check --quiet . && $(PY) -m pytest

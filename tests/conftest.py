@@ -112,7 +112,7 @@ SMALL = {
         }
     ],
     "benchmarks": {
-        "safety": {"format": "hex_phi", "n": 33, "max_new_tokens": 12, "samples": 1, **local("data/safety")},
+        "safety": {"format": "hex_phi", "n": 33, "max_new_tokens": 12, "samples": 1, "child_abuse": "fictional", **local("data/safety")},
         "over_refusal": {"format": "xstest", "n": 30, "max_new_tokens": 12, **local("data/over_refusal.csv")},
         "bbq": {"format": "bbq", "n": 72, "permuted": 24, "generated": 12, "max_new_tokens": 8, **local("data/bbq")},
         "utility": {"format": "gsm8k", "n": 20, "max_new_tokens": 8, **local("data/utility.jsonl")},

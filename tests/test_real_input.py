@@ -163,12 +163,12 @@ def test_the_longest_prompts_fit_and_are_answered_alike_alone_and_together(study
 def test_real_examples_become_rows_to_train_on(study, built, family):
     sft, dpo = (training.prepare(objective, built[family], study) for objective in ("sft", "dpo"))
     limit = study.training.max_length
-    assert 0 < len(sft.rows) <= study.data["sft"].n
-    assert max(len(row) for row in sft.rows["input_ids"]) <= limit
-    assert all(labels.count(-100) < len(labels) for labels in sft.rows["labels"])
-    assert max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in dpo.rows) <= limit
-    assert np.isfinite(dpo.rows["ref_chosen_logps"]).all()
-    n_out = study.data["dpo"].n - len(dpo.rows)
+    assert 0 < len(sft.examples) <= study.data["sft"].n
+    assert max(len(one.ids) for one in sft.examples) <= limit
+    assert all(len(one.counted) for one in sft.examples)
+    assert max(len(one.ids) for pair in dpo.examples for one in (pair.chosen, pair.rejected)) <= limit
+    assert np.isfinite([pair.reference for pair in dpo.examples]).all()
+    n_out = study.data["dpo"].n - len(dpo.examples)
     assert n_out == 0 or f"{n_out} examples left out" in dpo.note
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trl
 from datasets import Dataset
 
 from conftest import FAMILIES, PEFT_METHODS, SMALL, one_sentence, variants_of, write_study
-from driftbook import adapters, data, jobs, scoring, training
+from driftbook import adapters, data, fitting, jobs, scoring, training
 from driftbook.files import file_digest, read_json, write_json
 from driftbook.study import load
 from driftbook.tables import CURVES, RUNS
@@ -38,11 +39,11 @@ def trained(bases, data_folder, tmp_path_factory):
     return train
 
 
-def study_of(folder, seed=1, rate=None, dropout=0.1, epochs=1, n=32, batch=16, micro=None, init=None, warmup=0.0, max_length=128):
+def study_of(folder, seed=1, rate=None, dropout=0.1, epochs=1, n=32, batch=16, init=None, warmup=0.0, max_length=128):
     content = copy.deepcopy(SMALL)
     content["methods"]["lora"]["lora_dropout"] = dropout
     content["data"]["sft"]["n"] = content["data"]["dpo"]["n"] = n
-    content["training"] = {"batch_size": batch, "micro_batch_size": micro or batch, "max_length": max_length, "warmup_ratio": warmup}
+    content["training"] = {"batch_size": batch, "max_length": max_length, "warmup_ratio": warmup}
     [block] = content["grid"]
     block |= {"seeds": [seed], "epochs": [epochs], "objectives": ["sft", "dpo", "untrained"]}
     if rate:
@@ -129,13 +130,14 @@ def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(train
 
 
 def test_the_record_of_an_ordinary_training_is_what_was_asked_for(trained):
-    one = trained("lora", n=24, batch=8, micro=4, epochs=2)
+    one = trained("lora", n=24, batch=8, epochs=2)
     record = one.record
     assert record["trained_learning_rate"] == pytest.approx(one.variant.learning_rate)
     assert (record["trained_epochs"], record["trained_batch_size"], record["steps"], record["n_examples"]) == (2, 8, 6, 24)
     assert (record["trained_seed"], record["status"], record["failure"]) == (1, "ok", None)
     said = json.loads(record["trainer_arguments"])
-    assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["lr_scheduler_type"]) == (4, 2, "cosine")
+    assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["lr_scheduler_type"]) == (8, 1, "cosine")
+    assert (said["tokens_per_pass"], said["activations_computed_twice"], said["autocast"]) == (fitting.TOKENS_PER_PASS["cpu"], False, False)
     assert record["adapter_sha256"] == weights(one.folder)
     assert record["n_trainable"] == record["n_stored"] == 2 * 2 * (64 * 4 + 4 * 64)  # layers, modules, A and B
     assert list(one.curve.step) == list(range(1, 7))
@@ -161,17 +163,12 @@ def test_a_folder_of_an_adapter_holds_it_and_nothing_else(trained, method, objec
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_batch_size_that_cannot_be_split_is_refused(trained):
-    with pytest.raises(ValueError) as error:
-        trained("lora", batch=16, micro=5)
-    assert "micro_batch_size" in one_sentence(error.value)
-
-
 # ---- settings and init
-def test_ia3_needs_its_targets_named(bases, make_study, content):
-    del content["methods"]["ia3"]["target_modules"], content["methods"]["ia3"]["feedforward_modules"]
+@pytest.mark.parametrize("method", ["ia3", "bitfit"])
+def test_a_method_whose_default_targets_differ_by_family_needs_them_named(make_study, content, method):
+    content["methods"][method] = {}
     with pytest.raises(ValueError) as error:
-        adapters.config(variants_of(make_study(content), "ia3")[0])
+        make_study(content)
     assert "target_modules" in one_sentence(error.value)
 
 
@@ -240,13 +237,12 @@ def test_rows_and_labels_are_those_of_trls_own_preparation(bases, study, family)
     base = bases[family]
     examples = data.training_examples("sft", study)
     rows = [{"prompt": example["prompt"], "completion": [{"role": "assistant", "content": example["answer"]}]} for example in examples]
-    arguments = training.SFTConfig(output_dir="unused", max_length=128, report_to="none", use_cpu=True, completion_only_loss=True, bf16=False)
-    trainer = training.SFTTrainer(model=copy.deepcopy(base.model).requires_grad_(True), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
-    theirs, ours = trainer.train_dataset, training.prepare("sft", base, study).rows
-    assert ours["input_ids"] == theirs["input_ids"]
-    assert ours["labels"] == theirs["labels"]
-    counted = [[token for token in labels if token != -100] for labels in ours["labels"]]
-    assert all(0 < len(answer) < len(row) for answer, row in zip(counted, ours["input_ids"], strict=True))
+    arguments = trl.SFTConfig(output_dir="unused", max_length=128, report_to="none", use_cpu=True, completion_only_loss=True, bf16=False)
+    trainer = trl.SFTTrainer(model=copy.deepcopy(base.model).requires_grad_(True), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
+    theirs, ours = trainer.train_dataset, training.prepare("sft", base, study).examples
+    assert [one.ids for one in ours] == theirs["input_ids"]
+    assert [[token if i in set(one.counted) else -100 for i, token in enumerate(one.ids)] for one in ours] == theirs["labels"]
+    assert all(0 < len(one.counted) < len(one.ids) for one in ours)
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gemma", "prompt_tuning"), ("qwen2", "ia3"), ("mistral", "p_tuning")])
@@ -256,16 +252,17 @@ def test_rows_and_reference_of_dpo_are_those_that_trl_computes_itself(bases, stu
         {"prompt": example["prompt"], **{key: [{"role": "assistant", "content": example[key]}] for key in ("chosen", "rejected")}}
         for example in data.training_examples("dpo", study)
     ]
-    arguments = training.DPOConfig(output_dir="unused", max_length=None, precompute_ref_log_probs=True, report_to="none", use_cpu=True, bf16=False)
-    trainer = training.DPOTrainer(
+    arguments = trl.DPOConfig(output_dir="unused", max_length=None, precompute_ref_log_probs=True, report_to="none", use_cpu=True, bf16=False)
+    trainer = trl.DPOTrainer(
         model=copy.deepcopy(base.model).requires_grad_(True), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer,
         peft_config=adapters.config(variants_of(study, method, "dpo")[0]),
     )  # fmt: skip
-    theirs, ours = trainer.train_dataset, training.prepare("dpo", base, study).rows
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours[column] == theirs[column]
-    for column in ("ref_chosen_logps", "ref_rejected_logps"):
-        np.testing.assert_allclose(ours[column], theirs[column], atol=1e-4, rtol=1e-6)
+    theirs, ours = trainer.train_dataset, training.prepare("dpo", base, study).examples
+    for i, name in enumerate(("chosen", "rejected")):
+        sides = [getattr(pair, name) for pair in ours]
+        assert [one.ids[: one.counted[0]] for one in sides] == theirs["prompt_ids"]
+        assert [one.ids[one.counted[0] :] for one in sides] == theirs[f"{name}_ids"]
+        np.testing.assert_allclose([pair.reference[i] for pair in ours], theirs[f"ref_{name}_logps"], atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
@@ -275,12 +272,12 @@ def test_the_first_loss_of_dpo_is_log_two_because_reference_and_model_are_the_sa
 
 def test_rows_that_are_too_long_are_cut_or_left_out_and_counted(bases, tmp_path):
     base, study = bases["llama"], study_of(tmp_path, max_length=128)
-    lengths = sorted(len(row) for row in training.prepare("sft", base, study).rows["input_ids"])
+    lengths = sorted(len(one.ids) for one in training.prepare("sft", base, study).examples)
     assert training.prepare("sft", base, study).note is None
     short = study_of(tmp_path, max_length=lengths[-1] - 1)
     prepared = training.prepare("sft", base, short)
     cut = sum(length >= lengths[-1] for length in lengths)
-    assert max(map(len, prepared.rows["input_ids"])) == lengths[-1] - 1
+    assert max(len(one.ids) for one in prepared.examples) == lengths[-1] - 1
     assert f"0 examples left out, {cut} cut" in prepared.note
     with pytest.raises(ValueError) as error:
         training.prepare("sft", base, study_of(tmp_path, max_length=2))
@@ -458,16 +455,6 @@ def test_any_other_error_stops_the_job_and_names_the_variant(content, tmp_path, 
         jobs.run("train", study, "tiny-llama", study.variants[1:], lambda variant: [], lambda variant, folder: 1 / 0)
     assert study.variants[1].run_id in one_sentence(error.value)
     assert not (jobs.folder(study, study.variants[1]) / "train.done.json").exists()
-
-
-def test_out_of_memory_is_the_variants_failure(trained, monkeypatch):
-    def poor(*_):
-        raise torch.OutOfMemoryError("pretended")
-
-    monkeypatch.setattr(training, "_fit", poor)
-    with pytest.raises(scoring.VariantFailure) as error:
-        trained("lora", again="poor")
-    assert "memory" in one_sentence(error.value)
 
 
 # ---- adapters on disk

@@ -5,39 +5,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from driftbook.files import check_safetensors
-from driftbook.study import Variant
+from driftbook.study import PEFT_METHODS, Variant
 
-CONFIGS = {"lora": LoraConfig, "ia3": IA3Config, "prompt_tuning": PromptTuningConfig, "p_tuning": PromptEncoderConfig}
 WEIGHTS = "adapter_model.safetensors"
 
 
 def config(variant: Variant) -> PeftConfig:
-    """PEFT's configuration of a variant's method.
+    """PEFT's configuration of a variant's method: the study's settings, and what the method's name fixes.
 
     Raises:
-        ValueError: the study file gives a setting that PEFT's method does not have, or leaves out IA3's targets, whose default
-            differs by family.
+        ValueError: the study file gives a setting that PEFT's method does not have.
     """
-    settings = json.loads(variant.settings)["peft"]
-    if variant.method == "ia3" and "target_modules" not in settings:
-        raise ValueError("methods.ia3 has no target_modules; PEFT's default differs by family, so name them")
+    method = PEFT_METHODS[variant.method]
+    settings = json.loads(variant.settings)["peft"] | method.fixed
     if variant.init == "vocabulary":
         settings["prompt_tuning_init"] = "SAMPLE_VOCAB"
     try:
-        return CONFIGS[variant.method](task_type=TaskType.CAUSAL_LM, **settings)
+        return getattr(peft, method.config)(task_type=TaskType.CAUSAL_LM, **settings)
     except TypeError as error:
         raise ValueError(f"methods.{variant.method}: {str(error).partition('() ')[2] or error}") from None
 
 
 def create(variant: Variant, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, init_text: str | None = None) -> PeftModel:
-    """A new adapter of the variant on the base model, its init drawn by the variant's seed.
+    """A new adapter of the variant on the base model, its init drawn by the variant's seed; its weights are fp32 whatever the base's are.
 
     `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual tokens.
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from driftbook import keys, plan
+from driftbook import gpus, keys, plan
 from driftbook.files import OUTPUTS, ROOT, check_writable
 from driftbook.study import Study, find, load
 
@@ -136,7 +136,7 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
 
 def _gpus() -> int:
     """How many jobs may hold a GPU at a time; without one, models run on the cores and nothing is held."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1024
+    return len(gpus.numbers()) or 1024
 
 
 def run(study: Study, study_file: Path, profile: str = "local", targets: tuple[str, ...] = ()) -> int:

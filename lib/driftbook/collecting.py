@@ -9,11 +9,10 @@ from driftbook import cache, data, keys
 from driftbook.agreement import with_labels
 from driftbook.files import read_json
 from driftbook.sources import locate
-from driftbook.study import Source, Study
-from driftbook.tables import ANSWERS, CURVES, LABELS, PROMPTS, RATES, RATINGS, RESPONSES, RUNS, VARIANTS, VERDICTS, Table
+from driftbook.study import PROMPT_FORMATS, Source, Study
+from driftbook.tables import ANSWERS, CURVES, DRIFT, LABELS, PROMPTS, RATES, RATINGS, RESPONSES, RUNS, VARIANTS, VERDICTS, Table
 
 REFUSALS = "refusal detector"
-ASKED = ("safety", "over_refusal")
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -24,7 +23,7 @@ def variants(study: Study) -> pd.DataFrame:
 def of_runs(table: Table, stage: str, study: Study) -> pd.DataFrame:
     """A table put together from the runs whose stage succeeded."""
     done = [study.folder / "runs" / run_id for run_id, mark in marks(study, stage).items() if mark["status"] == "ok"]
-    return table.read_all([table.path(folder) for folder in done])
+    return table.read_all([path for path in map(table.path, done) if table is not DRIFT or path.is_file()])  # base models have no drift
 
 
 def marks(study: Study, stage: str) -> dict[str, dict]:
@@ -46,13 +45,13 @@ def runs(study: Study) -> pd.DataFrame:
 
 def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table `prompts` (without text), and the same rows with their text, which is never published."""
-    asked = pd.concat([data.prompts(name, study).assign(benchmark=name) for name in ASKED], ignore_index=True)
+    asked = pd.concat([data.prompts(name, study).assign(benchmark=name) for name in study.asked(PROMPT_FORMATS)], ignore_index=True)
     return PROMPTS.check(asked[list(PROMPTS.columns)]), asked
 
 
 def greedy(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of greedy answers, by which a study is scored; drawn ones stand beside them."""
-    return rows[rows.decoding == "greedy"].reset_index(drop=True)
+    """The rows of greedy answers in the benchmark's own wording, by which a study is scored; drawn ones and other wordings stand beside them."""
+    return rows[(rows.decoding == "greedy") & (rows.prompt_variant == "default")].reset_index(drop=True)
 
 
 def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
@@ -61,8 +60,8 @@ def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     by = ["run_id", "benchmark", "judge", "category"]
     harmful = rows[rows.kind == "harmful"]
     unsafe = _counts(harmful.assign(hit=harmful.unsafe), by, "unsafe")
-    # one judge's rows: the detector reads the answer, not the judge; contrasts of over-refusal are harmful, and are left to `unsafe`
-    read = rows[(rows.judge == rows.judge.min()) & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))]
+    # one row an answer: the detector reads the answer, not the judge; contrasts of over-refusal are harmful, and are left to `unsafe`
+    read = rows[~rows.duplicated(["run_id", "benchmark", "prompt_id"]) & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))]
     refused = _counts(read.assign(hit=read.refusal, judge=REFUSALS), by, "refused")
     return RATES.check(pd.concat([unsafe, refused], ignore_index=True))
 
@@ -99,7 +98,7 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
     without_text, _ = prompts(study)
     responses, verdicts = of_runs(RESPONSES, "respond", study), of_runs(VERDICTS, "judge", study)
     found = {
-        VARIANTS: variants(study), RUNS: runs(study), CURVES: of_runs(CURVES, "train", study), PROMPTS: without_text,
+        VARIANTS: variants(study), RUNS: runs(study), CURVES: of_runs(CURVES, "train", study), DRIFT: of_runs(DRIFT, "train", study), PROMPTS: without_text,
         RESPONSES: responses, VERDICTS: verdicts, ANSWERS: of_runs(ANSWERS, "answer", study), RATINGS: of_runs(RATINGS, "utility", study),
         LABELS: labels(study, responses, without_text), RATES: rates(verdicts, without_text),
     }  # fmt: skip

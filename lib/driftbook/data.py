@@ -8,41 +8,54 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from driftbook import access
 from driftbook.sources import locate
-from driftbook.study import Benchmark, Source, Study, TrainingData
+from driftbook.study import Benchmark, Source, Study, TrainingData, Wording
 
 HEX_PHI = (
     "Illegal Activity", "Child Abuse Content", "Hate/Harass/Violence", "Malware", "Physical Harm", "Economic Harm", "Fraud/Deception",
     "Adult Content", "Political Campaigning", "Privacy Violation Activity", "Tailored Financial Advice",
 )  # fmt: skip
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PARTIES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PROMPT_COLUMNS = ["prompt_id", "category", "kind", "family", "prompt"]
+# Categories whose prompts are about the sexual abuse of children. A model's answer to one may itself be illegal to make or to keep in many
+# countries, so they are off unless a study asks for them, and then no answer is generated: only the probability that it begins as a refusal is read.
+CHILD_ABUSE = ("child abuse content", "child abuse", "child sexual exploitation", "cse")
+FORM = {"real_toxicity_prompts": "Continue the following text.\n\n{prompt}"}  # how prompts are put where the study says nothing: as they are
 
 
 # ---- training data
 def training_examples(name: str, study: Study) -> list[dict]:
-    """The study's examples of `sft`, `dpo` or `heldout`: a sample of its size drawn with the study's seed, the same for all variants.
+    """The study's examples of a name under `data`, the same for all variants: drawn with the study's seed, or the first rows.
 
     An example has `prompt` (messages) and `answer`, of preferences `chosen` and `rejected`.
 
     Raises:
-        ValueError: no such data, fewer rows than asked for, or rows of another form.
+        ValueError: no such data, fewer rows than asked for, a column that is not there, or rows of another form.
     """
     data = study.data[name]
-    rows = _json_rows(data, study)
+    rows = _rows_of(name, data, study)
     if len(rows) < data.n:
         raise ValueError(f"data.{name}: {data.source} has {len(rows)} rows and the study asks for {data.n}; lower n")
-    drawn = np.random.default_rng(study.seed).permutation(len(rows))[: data.n]
-    read = {"alpaca": _alpaca, "preference": _preference, "gsm8k": _gsm8k}[data.format]
-    try:
-        examples = [read(rows[i]) for i in drawn]
-    except KeyError as error:
-        raise ValueError(f"data.{name}: {data.source} has a row without {error}; it is not of the form {data.format!r}") from None
-    except (TypeError, AttributeError):
-        raise ValueError(f"data.{name}: {data.source} has a row that is not of the form {data.format!r}") from None
+    order = np.arange(len(rows)) if data.sample == "first" else np.random.default_rng(study.seed).permutation(len(rows))
+    examples = []
+    for i in order[: data.n].tolist():
+        try:
+            examples.append(_example(rows[i], data.mapping))
+        except KeyError as error:
+            raise ValueError(f"data.{name}: {data.source} has a row without {error}, so it is not of the form {data.format or data.mapping!r}; it has {', '.join(map(str, rows[i]))}") from None
+        except (TypeError, AttributeError):
+            raise ValueError(f"data.{name}: row {i} of {data.source} is not of the form {data.format or data.mapping!r}") from None
+        except ValueError as error:
+            raise ValueError(f"data.{name}: row {i} of {data.source}: {error}") from None
     if any(_is_empty(example) for example in examples):
         raise ValueError(f"data.{name}: {data.source} has an empty prompt or an empty answer; fill it or remove its row")
     return examples
+
+
+def for_sft(examples: list[dict]) -> list[dict]:
+    """The examples with one answer each: of a preference the chosen one."""
+    return [example if "answer" in example else {"prompt": example["prompt"], "answer": example["chosen"]} for example in examples]
 
 
 def _is_empty(example: dict) -> bool:
@@ -51,53 +64,119 @@ def _is_empty(example: dict) -> bool:
     return not example["prompt"] or not all(text.strip() for text in texts)
 
 
-def _json_rows(data: TrainingData, study: Study) -> list[dict]:
+def _rows_of(name: str, data: TrainingData, study: Study):
+    """The rows, by number: a list, or a set of `datasets`, which reads those that are asked for."""
     path = locate(data, study)
-    if isinstance(path, str):
-        from datasets import load_dataset
+    if isinstance(path, Path) and path.suffix in (".json", ".jsonl"):
+        try:
+            text = path.read_text()
+            return [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
+    from datasets import load_dataset
 
-        return list(load_dataset(path, revision=data.revision, split="train"))
     try:
-        text = path.read_text()
-        return [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
+        if isinstance(path, Path) and path.is_file():
+            return load_dataset("csv" if path.suffix == ".csv" else "parquet", data_files=str(path), split="train")
+        return load_dataset(str(path), data.subset, split=data.split, **({"revision": data.revision} if isinstance(path, str) else {}))
+    except Exception as error:  # the loaders raise a dozen kinds; every one means that this set cannot be used
+        found = access.check(data, "dataset")
+        raise ValueError(f"data.{name}: {found.sentence if not found.ok else _first_line(error)}") from None
 
 
-def _alpaca(row: dict) -> dict:
-    text = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
-    return {"prompt": [{"role": "user", "content": text}], "answer": row["output"]}
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _gsm8k(row: dict) -> dict:
-    return {"prompt": [{"role": "user", "content": row["question"]}], "answer": row["answer"]}
+def _example(row: dict, mapping: dict[str, str]) -> dict:
+    """A row as an example, by the columns of its set."""
+    cell = {role: row[column] for role, column in mapping.items() if role != "input"}
+    system = [{"role": "system", "content": cell["system"]}] if cell.get("system") else []
+    if "messages" in cell:
+        turns = _turns(cell["messages"])
+        return {"prompt": system + turns[:-1], "answer": _last(turns)}
+    if "chosen" in cell:
+        chosen, rejected = _turns(cell["chosen"], "assistant"), _turns(cell["rejected"], "assistant")
+        prompt = _turns(cell["prompt"], "user") if "prompt" in cell else chosen[:-1]
+        if "prompt" not in cell and rejected[:-1] != prompt:
+            raise ValueError("the chosen and the rejected conversation differ before their last answer; a preference needs one prompt")
+        return {"prompt": system + prompt, "chosen": _last(chosen), "rejected": _last(rejected)}
+    prompt, more = _turns(cell["prompt"], "user"), row.get(mapping.get("input", ""))
+    if more:
+        prompt = [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']}\n{more}"}]
+    return {"prompt": system + prompt, "answer": _last(_turns(cell["answer"], "assistant"))}
 
 
-def _preference(row: dict) -> dict:
-    prompt = [{"role": _role(turn["from"]), "content": turn["value"]} for turn in row["conversations"]]
-    return {"prompt": prompt, "chosen": row["chosen"]["value"], "rejected": row["rejected"]["value"]}
+def _turns(cell: str | dict | list, role: str = "user") -> list[dict]:
+    """The turns of a cell: a text of a party, a turn, or a list of turns, with role and content or with from and value."""
+    if isinstance(cell, str):
+        return [{"role": role, "content": cell}]
+    turns = [{"role": role, **cell}] if isinstance(cell, dict) and "from" not in cell else [cell] if isinstance(cell, dict) else cell
+    return [{"role": _party(turn["role"] if "role" in turn else turn["from"]), "content": turn["content"] if "content" in turn else turn["value"]} for turn in turns]
 
 
-def _role(name: str) -> str:
-    if name not in ROLES:
-        raise ValueError(f"a conversation has a turn of {name!r}; known are {', '.join(ROLES)}")
-    return ROLES[name]
+def _last(turns: list[dict]) -> str:
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError("the conversation does not end in an answer of the assistant; remove the row")
+    return turns[-1]["content"]
+
+
+def _party(name: str) -> str:
+    if name not in PARTIES:
+        raise ValueError(f"a conversation has a turn of {name!r}; known are {', '.join(PARTIES)}")
+    return PARTIES[name]
 
 
 # ---- prompts
 def prompts(name: str, study: Study) -> pd.DataFrame:
     """The prompts of a benchmark of the study: prompt_id, category, kind, family and prompt (its text, never to be published).
 
+    Those about child abuse are left out: see CHILD_ABUSE and `refusal_only`.
+
     Raises:
         ValueError: the benchmark is missing, of another form, empty, or has an empty prompt.
     """
+    frame, benchmark = _all_prompts(name, study), study.benchmarks[name]
+    if benchmark.child_abuse != "fictional":
+        frame = frame[~_child_abuse(frame)].reset_index(drop=True)
+    if frame.empty:
+        raise ValueError(f"benchmarks.{name}: {benchmark.source} has no prompts but those about child abuse, to which no answers are generated")
+    return sampled(frame, benchmark, study)
+
+
+def refusal_only(name: str, study: Study) -> pd.DataFrame:
+    """The prompts about child abuse of a benchmark, where the study asks for the probability that they are refused; else none."""
+    frame = _all_prompts(name, study)
+    return frame[_child_abuse(frame) & (study.benchmarks[name].child_abuse == "refusal probability")].reset_index(drop=True)
+
+
+def _child_abuse(frame: pd.DataFrame) -> pd.Series:
+    return frame.category.str.lower().isin(CHILD_ABUSE)
+
+
+def wordings(name: str, study: Study) -> dict[str, Wording]:
+    """How a benchmark's prompts are asked, by name: `default`, and the study's other wordings."""
+    benchmark = study.benchmarks[name]
+    default = Wording.model_construct(template=benchmark.template or FORM.get(benchmark.format), system_prompt=None, n=None)
+    return {"default": default, **benchmark.wordings}
+
+
+def worded(frame: pd.DataFrame, way: Wording, study: Study) -> pd.DataFrame:
+    """Prompts as a wording puts them: all of them, or its seeded sample, in its template."""
+    rows = frame if way.n is None or way.n >= len(frame) else frame.iloc[np.sort(np.random.default_rng(study.seed).permutation(len(frame))[: way.n])]
+    rows = rows.reset_index(drop=True)
+    return rows.assign(prompt=[way.template.replace("{prompt}", text) for text in rows.prompt]) if way.template else rows
+
+
+def _all_prompts(name: str, study: Study) -> pd.DataFrame:
     benchmark = study.benchmarks[name]
     path = local_file(benchmark, study)
-    read: Callable[[Path], Iterable[tuple]] = {"hex_phi": _hex_phi, "xstest": _xstest, "ailuminate": _ailuminate, "csv": _csv}[benchmark.format]
     try:
-        frame = pd.DataFrame(list(read(path)), columns=PROMPT_COLUMNS)
+        frame = pd.DataFrame(list(READERS[benchmark.format](path)), columns=PROMPT_COLUMNS)
     except KeyError as error:
         raise ValueError(f"benchmarks.{name}: {path} has no column {error}; it is not of the form {benchmark.format!r}") from None
+    except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError):
+        raise ValueError(f"benchmarks.{name}: {path} is not of the form {benchmark.format!r}") from None
     if frame.empty:
         raise ValueError(f"benchmarks.{name}: {path} has no prompts")
     cut = frame.drop(columns="family").isna().any(axis=1)
@@ -109,7 +188,7 @@ def prompts(name: str, study: Study) -> pd.DataFrame:
     empty = frame.prompt.str.strip() == ""
     if empty.any():
         raise ValueError(f"benchmarks.{name}: {empty.sum()} empty prompts, first {frame.prompt_id[empty].iloc[0]}; fill or remove them")
-    return sampled(frame, benchmark, study)
+    return frame
 
 
 def sampled(frame: pd.DataFrame, benchmark: Benchmark, study: Study) -> pd.DataFrame:
@@ -120,11 +199,14 @@ def sampled(frame: pd.DataFrame, benchmark: Benchmark, study: Study) -> pd.DataF
 
 
 def local_file(source: Source, study: Study) -> Path:
-    """The local file or folder of a benchmark."""
+    """The local file or folder of a benchmark; of one on the hub, its snapshot at the revision, fetched once."""
     path = locate(source, study)
-    if isinstance(path, str):
-        raise ValueError(f"{source.source}: this form is read from files; give a github: source, or a local path:")
-    return path
+    if isinstance(path, Path):
+        return path
+    if not source.files:
+        raise ValueError(f"{source.source}: this form is read from files; name those of the set under files:, or give a local path:")
+    folder = access.fetch(source, "dataset", source.files)
+    return folder / source.files[0] if len(source.files) == 1 else folder
 
 
 def _rows(path: Path) -> Iterable[dict]:
@@ -156,3 +238,30 @@ def _ailuminate(path: Path) -> Iterable[tuple]:
 def _csv(path: Path) -> Iterable[tuple]:
     for row in _rows(path):
         yield row["prompt_id"], row["category"], "harmful", None, row["prompt"]
+
+
+def _strongreject(path: Path) -> Iterable[tuple]:
+    """strongreject_dataset.csv (Souly et al. 2024): category, source, forbidden_prompt; it has no ids, so rows are numbered."""
+    for number, row in enumerate(_rows(path)):
+        yield f"sr-{number:03d}", row["category"], "harmful", row["source"], row["forbidden_prompt"]
+
+
+def _simple_safety_tests(path: Path) -> Iterable[tuple]:
+    """SimpleSafetyTests (Vidgen et al. 2023): id, harm_area, and prompt (on the hub) or prompts_final (on GitHub)."""
+    for row in _rows(path):
+        yield row["id"], row["harm_area"], "harmful", None, row["prompts_final"] if "prompts_final" in row else row["prompt"]
+
+
+def _real_toxicity_prompts(path: Path) -> Iterable[tuple]:
+    """prompts.jsonl (Gehman et al. 2020): filename, begin, end, challenging, prompt with its text and toxicity. A category is how toxic the prompt is."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        toxicity = row["prompt"]["toxicity"]
+        category = "challenging" if row["challenging"] else "no score" if toxicity is None else "toxic" if toxicity >= 0.5 else "not toxic"
+        yield f"{row['filename']}-{row['begin']}-{row['end']}", category, "harmful", row["filename"], row["prompt"]["text"]
+
+
+READERS: dict[str, Callable[[Path], Iterable[tuple]]] = {
+    "hex_phi": _hex_phi, "xstest": _xstest, "ailuminate": _ailuminate, "csv": _csv, "strongreject": _strongreject,
+    "simple_safety_tests": _simple_safety_tests, "real_toxicity_prompts": _real_toxicity_prompts,
+}  # fmt: skip

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from driftbook import bias, publishing
-from driftbook.files import ROOT, digest, replacing_folder
+from driftbook import bias, licences, publishing
+from driftbook.files import ROOT, digest, replacing, replacing_folder
 from driftbook.study import Study, finite, load
 from driftbook.tables import RESPONSE_KEY, TABLES
 
@@ -138,12 +138,14 @@ def failures(study: Study) -> dict[str, str]:
 
 # ---- the study's tables
 def _load(study: Study) -> tuple[pd.DataFrame, list[Part]]:
-    """The runs, and the tasks of those that are ok."""
+    """The runs, and the tasks of those that are ok; without the benchmarks whose single items the licences keep back."""
+    licences.check_export(study, items=False)
     runs = _runs(study)
     ok = set(runs.loc[runs["status"].eq("ok"), "run_id"])
     tables = {name: _read(study, name) for name in ("prompts", "verdicts", "answers", "ratings")}
     tables |= {name: frame[frame["run_id"].isin(ok)] for name, frame in tables.items() if name != "prompts"}
-    return runs, [_part(task, tables) for task in TASKS]
+    allowed = licences.allowed_items(study)
+    return runs, [_part(task, tables) for task in TASKS if task.benchmark in allowed]
 
 
 def _runs(study: Study) -> pd.DataFrame:
@@ -510,6 +512,10 @@ def main(name: str = "miniature", *formats: str) -> None:
     for one in formats or FORMATS:
         folder = study.folder / "exports" / one
         print(f"{one}: {len(FORMATS[one](study, folder))} files in {folder}")
+    with replacing(study.folder / "exports" / "NOTICE") as new:
+        new.write_text(licences.notice(study))
+    if kept := [task.benchmark for task in TASKS if task.benchmark not in licences.allowed_items(study)]:
+        print(f"left out, since a licence keeps single items back: {', '.join(kept)}; make publish gives their rates (see exports/NOTICE)")
     if lost:
         first, reason = next(iter(lost.items()))
         runs = "1 failed run has" if len(lost) == 1 else f"{len(lost)} failed runs have"

@@ -39,12 +39,13 @@ from driftbook.stats import (  # fmt: skip
     UNSAFE,
     UNTRAINED,
 )
-from driftbook.study import REREAD
+from driftbook.study import PEFT_METHODS, REREAD
 from driftbook.tables import TABLES
 
-COLOURS = {"none": "#777777", "lora": "#0072B2", "ia3": "#56B4E9", "prompt_tuning": "#D55E00", "p_tuning": "#E69F00"}
-LABELS = {"none": "base model", "lora": "LoRA", "ia3": "IA3", "prompt_tuning": "Prompt-Tuning", "p_tuning": "P-Tuning"}
-TRAINED_METHODS = tuple(COLOURS)[1:]
+COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
+LABELS = {"none": "base model"} | {name: method.label for name, method in PEFT_METHODS.items()}
+TRAINED_METHODS = tuple(PEFT_METHODS)
+STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study, whose colours PEFT's own runs are shown beside
 WIDTH, FEW = 6.5, 50
 SHORT = {
     UNSAFE: "unsafe-response rate", REFUSED: "refusal rate", ACCURACY_AMB: "accuracy, ambiguous", ACCURACY_DIS: "accuracy, disambiguated",
@@ -102,6 +103,7 @@ def style() -> None:
 def read(tables_folder: Path, note: str | None = None) -> dict:
     """What figures are drawn from: the tables by name, and the study's note (from study.json beside published tables where not given)."""
     found = {name: TABLES[name].read(tables_folder) for name in ("variants", "runs", "curves", "rates")}
+    found["drift"] = TABLES["drift"].read(tables_folder) if TABLES["drift"].path(tables_folder).is_file() else TABLES["drift"].empty()
     note = read_json(tables_folder.parent / "study.json")["note"] if note is None else note
     return {**found, "estimates": stats.read_estimates(tables_folder), "note": note}
 
@@ -364,7 +366,7 @@ def safety_category(tables: dict) -> tuple[Figure, str]:
 
 @drawn("09_safety")
 def methods_compared(tables: dict) -> tuple[Figure, str]:
-    pairs = list(combinations(TRAINED_METHODS, 2))
+    pairs = list(combinations(methods_of(tables), 2))
     rows = [pick(tables, UNSAFE, f"difference to {other}", "safety").query("group == @AS_CONFIGURED and method == @method") for method, other in pairs]
     fig = None
     if any(len(part) for part in rows):
@@ -389,20 +391,26 @@ def by_part(tables: dict, shown: list[tuple[str, str]], prefix: str, text: str |
     if not parts:
         return None
     fig, axes = panels(tables, len(shown), [0.4 + 0.36 * len(parts)] * len(shown))
+    shades = ("none", *methods_of(tables))
     for line, rows, (outcome, _) in zip(axes, every, shown, strict=True):
         for ax, base_model in zip(line, bases(tables), strict=True):
             if outcome in (BIAS_AMB, BIAS_DIS):
                 zero(ax)
             for place, part in enumerate(parts):
-                for shift, method in zip(np.linspace(-0.32, 0.32, len(COLOURS)), COLOURS, strict=True):
+                for shift, method in zip(np.linspace(-0.32, 0.32, len(shades)), shades, strict=True):
                     row = rows[rows["base_model"].eq(base_model) & rows["group"].eq(part) & rows["method"].eq(method)]
                     dots(ax, row, [place + shift] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
                 if place:
                     ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         name_rows(line[0], [part.removeprefix(prefix).replace("_", " ") for part in parts])
         under(line, text or axis(outcome, change=False))
-    legend(fig, COLOURS)
+    legend(fig, shades)
     return fig
+
+
+def methods_of(tables: dict) -> tuple[str, ...]:
+    """The methods that a study trains, in the workbook's order."""
+    return tuple(method for method in TRAINED_METHODS if tables["variants"]["method"].eq(method).any())
 
 
 def legend(fig: Figure, methods) -> None:
@@ -514,10 +522,10 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
         for ax, (title, rows) in zip(axes, found.items(), strict=True):
             zero(ax)
             ax.set_title(title)
-            for place, method in enumerate(TRAINED_METHODS):
+            for place, method in enumerate(methods_of(tables)):
                 row = rows[rows["method"].eq(method)]
                 dots(ax, row, [place] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
-        name_rows(axes[0], [LABELS[method] for method in TRAINED_METHODS])
+        name_rows(axes[0], [LABELS[method] for method in methods_of(tables)])
         under(axes, "Difference in unsafe-response rate (percentage points, 95% interval)")
     text = "What objective and learning rate do within each method, from the mixed model (run-level degrees of freedom)."
     return captioned(tables, fig, text, SAFETY)
@@ -567,7 +575,7 @@ def efficiency(tables: dict) -> tuple[Figure, str]:
                 number_axis(ax, runs[measure] * scale)
             under(line, name)
         axes[1, 0].set_ylabel("Change in unsafe-response rate\n(percentage points, 95% interval)")
-        legend(fig, TRAINED_METHODS)
+        legend(fig, methods_of(tables))
     text = (
         "Efficiency against alignment: what a run cost and what it did to safety. Large dots: means of the methods as configured, at the median cost, with "
         "95% intervals over seeds and prompts like these; small dots: single runs, no-ops hollow."
@@ -589,7 +597,7 @@ def against(tables: dict, x: tuple[str, str], ys: list[tuple[str, str]]) -> Figu
             crosses(ax, *(rows[rows["base_model"].eq(base_model) & rows["group"].eq(TRAINED)] for rows in means))
         line[0].set_ylabel(beside(y[0]), fontsize=7.5)
     under(axes[-1], axis(x[0]))
-    legend(fig, TRAINED_METHODS)
+    legend(fig, methods_of(tables))
     return fig
 
 
@@ -631,7 +639,7 @@ def dose(tables: dict) -> tuple[Figure, str]:
                     zero(ax)
             under(line, doses[measure])
             line[0].set_ylabel(beside(y[0]), fontsize=7.5)
-        legend(fig, TRAINED_METHODS)
+        legend(fig, methods_of(tables))
     text = (
         "Change against dose, each dot a run: how far training moved the model on held-out answers. Hollow: no-ops and untrained prompts. Descriptive: dose comes "
         "after training, so equal dose is not a randomised comparison."
@@ -660,7 +668,7 @@ def pareto(tables: dict) -> tuple[Figure, str]:
                 ax.plot(row.value_x, row.value_y, "o", ms=3 + row.value / 25, color=COLOURS[row.method], mec="black" if often else "white", mew=0.8, zorder=4)
         axes[0, 0].set_ylabel(beside(y[0]))
         under(axes[0], axis(UNSAFE))
-        legend(fig, TRAINED_METHODS)
+        legend(fig, methods_of(tables))
     text = (
         "Each dot is a setting (mean over its runs, 95% intervals); its size is how often it is on the Pareto front of its base model's settings, the base model itself "
         "at zero among them, when runs and prompts are drawn anew; black rim: more often than not. The front has these goals: " + FRONT.partition(": ")[2] + "."
@@ -686,6 +694,34 @@ def curves(tables: dict) -> tuple[Figure, str]:
             ax.grid(axis="y")
         line[0].set_ylabel(f"{objective.upper()} loss, {'held-out' if split == 'heldout' else 'training'}\n({'nats per token' if objective == 'sft' else 'DPO loss'})")
     under(axes[-1], "Optimiser step")
-    legend(fig, TRAINED_METHODS)
+    legend(fig, methods_of(tables))
     count = rows["run_id"].nunique()
     return fig, f"Training curves of {count} runs, each a line; dashed: no-ops. The spread of a colour is that of settings and seeds."
+
+
+@drawn("12_tradeoffs", "drift")
+def drift(tables: dict) -> tuple[Figure, str]:
+    """What a small fixed sample showed while runs were training."""
+    rows = tables["drift"].merge(tables["variants"][["run_id", "base_model", "method"]], on="run_id")
+    if rows.empty:
+        return nothing("Nothing to draw: the study does not look at drift while it trains (key drift).")
+    names = list(dict.fromkeys(rows["outcome"]))
+    fig, axes = panels(tables, len(names), [1.45] * len(names), sharex="all")
+    for line, outcome in zip(axes, names, strict=True):
+        for ax, base_model in zip(line, bases(tables), strict=True):
+            own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
+            for (method, _), run in own.groupby(["method", "run_id"]):
+                run = run.sort_values("step")
+                ax.plot(run["step"], run["value"], "-o", color=COLOURS[method], lw=0.8, ms=2.4, alpha=0.7)
+            if own["base_value"].notna().any():
+                ax.axhline(own["base_value"].iloc[0], color=COLOURS["none"], lw=0.9, ls="--", zorder=1)
+            ax.grid(axis="y")
+        line[0].set_ylabel("\n".join(textwrap.wrap(outcome, 20)) + "\n(percent)", fontsize=7.5)
+    under(axes[-1], "Optimiser step")
+    legend(fig, methods_of(tables))
+    half = (rows["ci_high"] - rows["ci_low"]).median() / 2
+    text = (
+        f"What a fixed sample of {rows['n'].min()} to {rows['n'].max()} prompts showed while {rows['run_id'].nunique()} runs trained, each line a run; dashed: the base model. The sample is "
+        f"small (95% intervals of about {half:.0f} points to either side, not drawn): it warns, and the study's own benchmarks decide."
+    )
+    return fig, text

@@ -21,6 +21,7 @@ from driftbook.figures import (  # fmt: skip
     dots,
     drawn,
     legend,
+    methods_of,
     name_rows,
     nothing,
     panels,
@@ -46,14 +47,15 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     places = [names.index(group) for group in shares["group"]]
     zero(left)
     dots(left, shares, places, [COLOURS["none"] if group == "factor: seed" else "#222222" for group in shares["group"]], [True] * len(shares))
-    _beside_methods(right, within, between, single, names)
-    _say(right, tables["estimates"], names)
+    methods = methods_of(tables)
+    _beside_methods(right, within, between, single, names, methods)
+    _say(right, tables["estimates"], names, methods)
     name_rows(left, [name.removeprefix("factor: ").capitalize() for name in names])
     left.set_title("Share of the variance")
     right.set_title("Largest contrast within a method")
     under([left], "Percent, 95% interval")
     under([right], "Percentage points, 95% band")
-    legend(fig, TRAINED_METHODS)
+    legend(fig, methods)
     text = (
         "Left: share of the variance between runs in the change of the unsafe-response rate (Shapley, noise taken off, interval over redrawn runs); seed is what "
         "runs with equal settings differ by. Shares depend on the levels tried. Right: the largest difference that only this factor makes within each method, as a mean over "
@@ -64,32 +66,32 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
-def _beside_methods(ax: Axes, within: pd.DataFrame, between: pd.DataFrame, single: pd.DataFrame, names: list[str]) -> None:
+def _beside_methods(ax: Axes, within: pd.DataFrame, between: pd.DataFrame, single: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
     """A dot per factor and method, a hollow one for single cells, and the shaded band of the largest contrast between methods."""
     zero(ax)
     for row in between.dropna(subset=["ci_low", "ci_high"]).itertuples():
         ax.axvspan(row.ci_low, row.ci_high, color="#eeeeee", lw=0, zorder=0)
     if "factor: method" in names:
         dots(ax, between, [names.index("factor: method")] * len(between), ["#777777"] * len(between), [True] * len(between))
-    for method, shift in _shifts():
+    for method, shift in _shifts(methods):
         for rows, solid in ((single.assign(ci_low=np.nan), False), (within, True)):
             own = rows[rows["method"].eq(method) & rows["group"].isin(names)]
             dots(ax, own, [names.index(group) + shift for group in own["group"]], [COLOURS[method]] * len(own), [solid] * len(own))
 
 
-def _say(ax: Axes, estimates: pd.DataFrame, names: list[str]) -> None:
+def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
     """The word of each factor and method, at the right edge, beside its dot."""
     rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["value"].notna()]
     words = factors.verdicts(rows)
-    for method, shift in _shifts():
+    for method, shift in _shifts(methods):
         for factor, said in (words[method] if method in words else pd.Series(dtype=str)).dropna().items():
             place = (1.02, names.index(f"factor: {factor}") + shift)
             ax.annotate(said, place, xycoords=("axes fraction", "data"), va="center", fontsize=6, color=COLOURS[method])
 
 
-def _shifts() -> zip:
+def _shifts(methods: tuple[str, ...]) -> zip:
     """Each method's place beside the middle of a row."""
-    return zip(TRAINED_METHODS, np.linspace(-0.32, 0.32, len(TRAINED_METHODS)), strict=True)
+    return zip(methods, np.linspace(-0.32, 0.32, len(methods)), strict=True)
 
 
 # ---- 15 dose

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
 from driftbook import claims, original_study, rereading
-from driftbook.figures import COLOURS, LABELS, TRAINED_METHODS, WIDTH, bases, dots, drawn, legend, under, zero
+from driftbook.figures import COLOURS, LABELS, STUDIED, WIDTH, bases, dots, drawn, legend, under, zero
 from driftbook.rereading import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
 from driftbook.stats import CHANGE
 
@@ -64,7 +64,7 @@ def mark(label: str, marker: str = "o", face: str = "#444444", edge: str = "#444
 def original_relabelled(tables: dict) -> tuple[Figure, str]:
     shown, single = rows_of(tables, SAFETY, CHANGE), runs_of(tables, SAFETY, CHANGE)
     single = single[single["objective"].eq("sft") & single["epochs"].eq(5)]
-    order = [(method, rate) for method in TRAINED_METHODS for rate in RATES]
+    order = [(method, rate) for method in STUDIED for rate in RATES]
     fig, axes = panels(tables, 1, 0.33 * len(order), sharex=True)
     for ax, base in zip(axes[0], bases(tables), strict=True):
         zero(ax)
@@ -129,7 +129,7 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
 @drawn("20_original_study")
 def original_answers(tables: dict) -> tuple[Figure, str]:
     contrast = "labelled 1e-3 against labelled 2e-5"
-    order = [(method, number) for method in TRAINED_METHODS for number in original_study.ROUNDS]
+    order = [(method, number) for method in STUDIED for number in original_study.ROUNDS]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.9 + 0.24 * len(order)), sharey=True)
     for ax, outcome in zip(axes, (SAME_LENGTH, SAME_VERDICT), strict=True):
         means, single = rows_of(tables, outcome, contrast), runs_of(tables, outcome, contrast)
@@ -171,7 +171,7 @@ def original_dose(tables: dict) -> tuple[Figure, str]:
                 ax.text(0.03, 0.35, "not trained\nby DPO", transform=ax.transAxes, ha="left", va="center", fontsize=7.5, color="#888888")
         line[0].set_ylabel(f"{objective.upper()}: change in\nsafety score (points)")
     under(axes[1], "Fall of held-out loss (percent of the base model's; negative: it rose)")
-    legend(fig, TRAINED_METHODS)
+    legend(fig, STUDIED)
     n, inert, worse = len(both), int(both["no_op"].sum()), int(((both["value_gain"] < 0) & ~both["no_op"]).sum())
     text = (
         f"Dose: how far training lowered the loss, against what it did to safety; each dot one of {n} runs. {inert} runs learned nothing (hollow: no-ops, by loss alone); {worse} ended "
@@ -233,6 +233,6 @@ def _plain(name: str) -> str:
     """A comparison with the names that a reader knows."""
     for base in original_study.MODELS.values():
         name = name.replace(base, original_study.short(base).partition("-")[0].replace("Meta", "Llama").replace("Qwen2", "Qwen").capitalize())
-    for method in TRAINED_METHODS:
+    for method in STUDIED:
         name = name.replace(method, LABELS[method])
     return name

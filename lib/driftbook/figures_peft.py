@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from driftbook.figures import COLOURS, LABELS, TRAINED_METHODS, WIDTH, dots, drawn, name_rows, nothing, number_axis
+from driftbook.figures import COLOURS, LABELS, STUDIED, WIDTH, dots, drawn, name_rows, nothing, number_axis
 from driftbook.peft_results import (  # fmt: skip
     ACCURACY,
     AS_PUBLISHED,
@@ -28,6 +28,7 @@ from driftbook.peft_results import (  # fmt: skip
 )
 
 OTHER, FAINT = "#333333", "#bbbbbb"
+_OURS = {method: COLOURS[method] for method in STUDIED}
 NAMES = {
     **LABELS, "adalora": "AdaLoRA", "adamss": "AdaMSS", "adaption_prompt": "Adaption Prompt", "beft": "BEFT", "boft": "BOFT", "c3a": "C3A", "deft": "DEFT",
     "delora": "DeLoRA", "fourierft": "FourierFT", "frod": "FRoD", "full_finetuning": "full fine-tuning", "glora": "GLoRA", "gralora": "GraLoRA", "hira": "HiRA",
@@ -45,7 +46,7 @@ def name(method: str) -> str:
 
 
 def colour(method: str) -> str:
-    return COLOURS.get(method, OTHER)
+    return _OURS.get(method, OTHER)
 
 
 def single(tables: dict) -> pd.DataFrame:
@@ -76,7 +77,7 @@ def counted(rows: pd.DataFrame) -> str:
 
 def key(fig: Figure, other: str = OTHER) -> None:
     """Our four methods in their colours, and that of all others."""
-    names = {LABELS[method]: COLOURS[method] for method in TRAINED_METHODS} | {"PEFT's other methods": other}
+    names = {LABELS[method]: COLOURS[method] for method in STUDIED} | {"PEFT's other methods": other}
     handles = [Line2D([], [], color=shade, marker="o", ms=4.5, lw=0, label=text) for text, shade in names.items()]
     fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.2)
 
@@ -103,7 +104,7 @@ def peft_pareto(tables: dict) -> tuple[Figure, str]:
     fig, ax = plt.subplots(figsize=(WIDTH, 5.3))
     log_axis(ax.xaxis, rows["x"])
     on_it, off = rows[rows["front"]], rows[~rows["front"]]
-    ax.scatter(off["x"], off["value"], s=off["area"], c=[COLOURS.get(method, FAINT) for method in off["method"]], alpha=0.45, lw=0, zorder=2)
+    ax.scatter(off["x"], off["value"], s=off["area"], c=[_OURS.get(method, FAINT) for method in off["method"]], alpha=0.45, lw=0, zorder=2)
     for row in on_it.itertuples():
         ax.plot([row.x] * 2, [row.ci_low, row.ci_high], color=colour(row.method), lw=0.8, zorder=3)
     shades = [colour(method) for method in on_it["method"]]
@@ -251,8 +252,8 @@ def peft_efficiency(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing(EMPTY)
     fig, axes = plt.subplots(2, 3, figsize=(WIDTH, 4.2), sharex="col", sharey="row")
-    shown = rows.iloc[rows["method"].isin(COLOURS).argsort(kind="stable")]  # ours in front
-    shades = [COLOURS.get(method, "#999999") for method in shown["method"]]
+    shown = rows.iloc[rows["method"].isin(_OURS).argsort(kind="stable")]  # ours in front
+    shades = [_OURS.get(method, "#999999") for method in shown["method"]]
     faces = ["white" if kind == "prompt" else shade for kind, shade in zip(shown["method_class"], shades, strict=True)]
     for line, column in zip(axes, ("value", "forgetting"), strict=True):
         for ax, cost in zip(line, COSTS, strict=True):
@@ -284,8 +285,8 @@ def peft_curves(tables: dict) -> tuple[Figure, str]:
     fig, axes = plt.subplots(1, rows["panel"].nunique(), figsize=(WIDTH, 2.9), sharey=True, sharex=True, squeeze=False)
     for ax, (text, part) in zip(axes[0], rows.groupby("panel"), strict=True):
         for (method, kind, _), run in part.groupby(["method", "method_class", "run_id"]):
-            ours, full = method in COLOURS, kind == "full"
-            shade = OTHER if full else COLOURS.get(method, FAINT)
+            ours, full = method in _OURS, kind == "full"
+            shade = OTHER if full else _OURS.get(method, FAINT)
             ax.plot(run["step"], run["percent"], color=shade, lw=1.0 if ours else 0.6, ls="--" if full else "-", alpha=0.9 if ours or full else 0.6, zorder=3 if ours else 2)
         mean = part[part["method_class"].ne("full")].groupby("step")["percent"].mean()
         ax.plot(mean.index, mean, color="black", lw=1.6, zorder=4)

@@ -77,7 +77,8 @@ def _curves(ax: Axes, rows: pd.DataFrame) -> None:
     """A line per method over seeds, with the interval of each dot beside the others'."""
     ax.axhline(MARGIN, color="#777777", lw=0.8, ls="--", zorder=1)
     ax.grid(axis="y")
-    for shift, method in zip(np.linspace(-0.045, 0.045, len(TRAINED_METHODS)), TRAINED_METHODS, strict=True):
+    methods = [method for method in TRAINED_METHODS if rows["method"].eq(method).any()]
+    for shift, method in zip(np.linspace(-0.045, 0.045, len(methods)), methods, strict=True):
         own = rows[rows["method"].eq(method)].sort_values("seeds")
         place = own["seeds"] * np.exp(shift)
         ax.plot(place, own["value"], "-o", ms=2.8, lw=0.9, color=COLOURS[method], zorder=3)

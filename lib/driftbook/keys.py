@@ -5,7 +5,7 @@ from typing import Any
 
 from driftbook import sources
 from driftbook.files import digest
-from driftbook.study import Source, Study, Variant
+from driftbook.study import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source, Study, Variant
 
 STAGES = ("train", "respond", "judge", "answer", "utility")
 ANALYSES = {
@@ -15,7 +15,7 @@ ANALYSES = {
 AFTER = {"mixed_effects": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
 
 # Raise a stage's number when a change of the code can change its results: those of another version are not served.
-VERSIONS = {"train": 2, "respond": 2, "judge": 3, "answer": 3, "utility": 2}
+VERSIONS = {"train": 3, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
 
 Content = Callable[[Source, Study], str]
 
@@ -37,17 +37,23 @@ def settings(stage: str, study: Study, base_model: str, content: Content = sourc
         elsewhere = {"path", "source", "sha256", "files", "revision", "truth"} | (set() if stage == "answer" else {"answer_mode"})
         return {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
 
+    def asked(formats: tuple[str, ...]) -> dict[str, Source]:
+        return {name: study.benchmarks[name] for name in study.asked(formats)}
+
     base = study.bases[base_model]
+    drift = {} if study.drift is None else {f"drift {name}": part for name, part in {**asked(PROMPT_FORMATS), **asked(ITEM_FORMATS), **study.judges}.items()}
     parts: dict[str, dict[str, Source]] = {
-        "train": {"base": base, **study.data, **({"init_texts": study.init_texts} if study.init_texts else {})},
-        "respond": {"base": base, "safety": study.benchmarks["safety"], "over_refusal": study.benchmarks["over_refusal"]},
-        "judge": {"safety": study.benchmarks["safety"], "over_refusal": study.benchmarks["over_refusal"],
-                  **{f"judge {name}": judge for name, judge in study.judges.items()}},
-        "answer": {"base": base, "bbq": study.benchmarks["bbq"]},
-        "utility": {"base": base, "utility": study.benchmarks["utility"], **{f"rater {name}": rater for name, rater in study.raters.items()}},
-    }
+        "train": {"base": base, **{f"data {name}": part for name, part in study.data.items()}, **({"init_texts": study.init_texts} if study.init_texts else {}), **drift},
+        "respond": {"base": base, **asked(PROMPT_FORMATS)},
+        "judge": {**asked(PROMPT_FORMATS), **{f"judge {name}": judge for name, judge in study.judges.items()}},
+        "answer": {"base": base, **asked(ITEM_FORMATS)},
+        "utility": {"base": base, **asked(UTILITY_FORMATS), **{name: study.benchmarks[name] for name in study.refusal_only},
+                    **{f"rater {name}": rater for name, rater in study.raters.items()}},
+    }  # fmt: skip
     present = {name: of(part) for name, part in parts[stage].items()}
-    shared = {"training": study.training.model_dump(mode="json")} if stage == "train" else {}
+    shared: dict[str, Any] = {}
+    if stage == "train":
+        shared = {"training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}), "drift": study.drift and study.drift.model_dump(mode="json")}
     return {"stage": stage, "version": VERSIONS[stage], "seed": study.seed, **shared, **present}
 
 

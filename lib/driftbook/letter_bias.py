@@ -20,7 +20,8 @@ OPTIONS = ["p_a", "p_b", "p_c"]
 
 def answers(items: pd.DataFrame, scorer: "Scorer", mode: str, run_id: str, benchmark: Benchmark, seed: int, system_prompt: str | None = None) -> pd.DataFrame:
     """Everything that a study asks a model of BBQ, as one table `answers`: each item in the file's order; the study's sample of `permuted` items in
-    the two other orders, and all items once more without the prior of each place that these show; and `generated` items answered in text.
+    the two other orders, and all items once more without the prior of each place that these show; `generated` items answered in text; and the study's
+    other wordings.
     """
     wording = {"template": benchmark.template or TEMPLATES[mode], "stem": benchmark.stem, "system_prompt": system_prompt}
     drawn = np.random.default_rng(seed).permutation(len(items))  # one order for all variants, whose first items are the samples
@@ -33,6 +34,10 @@ def answers(items: pd.DataFrame, scorer: "Scorer", mode: str, run_id: str, bench
     if benchmark.generated:
         chosen = items.iloc[np.sort(drawn[: benchmark.generated])].reset_index(drop=True)
         parts.append(generated(chosen, scorer, run_id, max_new_tokens=benchmark.max_new_tokens, **wording))
+    for name, other in benchmark.wordings.items():
+        chosen = items if other.n is None else items.iloc[np.sort(drawn[: other.n])].reset_index(drop=True)
+        changed = wording | {key: value for key, value in (("template", other.template), ("system_prompt", other.system_prompt)) if value}
+        parts.append(ask(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
     return with_floor(pd.concat(parts, ignore_index=True), benchmark.min_mass)
 
 
@@ -47,8 +52,8 @@ def with_floor(answers: pd.DataFrame, min_mass: float) -> pd.DataFrame:
 
 
 def official(answers: pd.DataFrame) -> pd.DataFrame:
-    """The rows by which a study is scored: options in the file's order, read from probabilities."""
-    return answers[answers.option_order.eq("ABC") & answers.answer_mode.isin(["letters", "options"])].reset_index(drop=True)
+    """The rows by which a study is scored: the study's own wording, options in the file's order, read from probabilities."""
+    return answers[answers.option_order.eq("ABC") & answers.prompt_variant.eq("default") & answers.answer_mode.isin(["letters", "options"])].reset_index(drop=True)
 
 
 def prior(answers: pd.DataFrame) -> np.ndarray:
@@ -80,7 +85,7 @@ def without_prior(answers: pd.DataFrame, items: pd.DataFrame, of_place: np.ndarr
 def flips(answers: pd.DataFrame) -> pd.DataFrame:
     """A row per run and item that was asked in all three orders: run_id, item_id, dimension, unit (its question family, else the item), and
     flip, whether the answer was not the same each time; null where it could not be read in one of the orders."""
-    own = answers[answers.answer_mode.isin(["letters", "options"])]
+    own = answers[answers.answer_mode.isin(["letters", "options"]) & answers.prompt_variant.eq("default")]
     grouped = own.groupby(["run_id", "item_id"], sort=False)
     found = grouped.agg(dimension=("dimension", "first"), unit=("question_family", "first"), orders=("option_order", "nunique")).reset_index()
     found["flip"] = grouped.answer.agg(lambda given: given.nunique() > 1 if given.notna().all() else pd.NA).astype("Float64").to_numpy(float, na_value=np.nan)
@@ -109,6 +114,7 @@ def by_run(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_run(rows: pd.DataFrame) -> dict[str, float]:
+    rows = rows[rows.prompt_variant == "default"]
     own, flipped = official(rows), flips(rows)
     found: dict[str, float] = {"option_mass": own.option_mass.mean(), "n_permuted": int(flipped.flip.notna().sum()), "flip_rate": flipped.flip.mean()}
     if flipped.flip.notna().any():

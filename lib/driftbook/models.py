@@ -5,9 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from driftbook import access
 from driftbook.sources import identity, locate
 from driftbook.study import Base, Judge, Rater, Study
 
@@ -35,15 +44,41 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     options = {"revision": source.revision} if isinstance(where, str) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, source.dtype), use_safetensors=True, trust_remote_code=False, **options
+        model = (AutoModelForSequenceClassification if _classifies(source) else AutoModelForCausalLM).from_pretrained(
+            where, dtype=getattr(torch, source.dtype), use_safetensors=True, trust_remote_code=False, **options, **_quantized(source)
         )
     except Exception as error:  # the loaders raise a dozen kinds; every one means that this model cannot be used
-        raise ValueError(f"cannot load {name} from {source.source}: {_first_line(error)}") from error
-    check_fit(name, model, tokenizer)
+        raise ValueError(f"cannot load {name} from {source.source}: {_why(error, source)}") from error
+    if not _classifies(source):
+        check_fit(name, model, tokenizer)
     model.requires_grad_(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Loaded(name, model.to(device).eval(), tokenizer, identity(source, study))
+    if getattr(source, "quantization", None) is None:  # bitsandbytes puts its weights on the device itself
+        model = model.to(device())
+    return Loaded(name, model.eval(), tokenizer, identity(source, study))
+
+
+def device() -> str:
+    """Where models are put: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quantized(source: Base | Judge | Rater) -> dict:
+    """What from_pretrained needs for a base model in 4 or 8 bits (Dettmers et al. 2023, QLoRA: NF4 with double quantization)."""
+    kind = getattr(source, "quantization", None)
+    if kind is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": getattr(torch, source.dtype)}
+    return {"quantization_config": BitsAndBytesConfig(**nf4 if kind == "nf4" else {"load_in_8bit": True}), "device_map": {"": device()}}
+
+
+def _why(error: Exception, source: Base | Judge | Rater) -> str:
+    """What the hub says of a model that it does not give; else the first line of the error."""
+    if source.local is None and ":" not in source.source:
+        found = access.check(source, "model")
+        return found.sentence if not found.ok else _first_line(error)
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -58,8 +93,15 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # as in load
-        raise ValueError(f"cannot read {name} from {source.source}: {_first_line(error)}") from error
-    _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
+        raise ValueError(f"cannot read {name} from {source.source}: {_why(error, source)}") from error
+    if not _classifies(source):
+        _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
+    elif source.label not in config.label2id:
+        raise ValueError(f"judges.{name}.label = {source.label!r}; the classifier has {', '.join(config.label2id)}")
+
+
+def _classifies(source: Base | Judge | Rater) -> bool:
+    return getattr(source, "format", None) == "classifier"
 
 
 def check_fit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -121,7 +163,7 @@ def ask(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | No
     """
     if not prompt.strip():
         raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]  # an empty one is a message too
     return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
@@ -131,6 +173,23 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Messag
     whole = chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}], generation=False)
     shared = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole)))
     return whole[:shared], whole[shared:]
+
+
+def counted_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
+    """Token ids of a whole conversation, and the places of those that the assistant says, with the end token of each of its turns.
+
+    Raises:
+        ValueError: the template writes an earlier answer otherwise once more turns follow, so that its tokens cannot be told apart.
+    """
+    whole = chat_ids(tokenizer, messages, generation=False)
+    places = []
+    for number, turn in enumerate(messages):
+        if turn["role"] == "assistant":
+            asked, said = conversation_ids(tokenizer, messages[:number], turn["content"])
+            if whole[: len(asked) + len(said) - 1] != [*asked, *said][:-1]:  # what follows the end token may be joined with it
+                raise ValueError("the chat template writes an answer otherwise where more turns follow; take data of one turn, or loss: whole")
+            places += range(len(asked), min(len(asked) + len(said), len(whole)))
+    return whole, np.array(places, dtype=np.int64)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -1,13 +1,16 @@
 """Running a notebook as a job: unknown parameters refused, the executed notebook whole or not there, errors in one sentence."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from driftbook import gpus
 from driftbook.files import ROOT, replacing
 
+ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
 KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is not set
 
 
@@ -54,7 +57,8 @@ def main(notebook: str, output: str, parameters: str) -> int:
     trace = Path(output).with_suffix(".error.txt")
     trace.unlink(missing_ok=True)
     try:
-        execute(Path(notebook), Path(output), json.loads(parameters))
+        with gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext():
+            execute(Path(notebook), Path(output), json.loads(parameters))
     except (NotebookError, ValueError) as error:
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)

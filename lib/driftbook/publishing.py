@@ -5,21 +5,27 @@ import shutil
 import sys
 from pathlib import Path
 
-from driftbook import stats
+from driftbook import licences, stats
 from driftbook.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
-from driftbook.study import REREAD, load
+from driftbook.study import REREAD, Study, load
 from driftbook.tables import TABLES
 
-PUBLISHED = ("variants", "runs", "curves", "prompts", "rates")  # what figures need, and the prompts' ids and categories
+PUBLISHED = ("variants", "runs", "curves", "prompts", "rates", "drift")  # what figures need, and the prompts' ids and categories
 
 
-def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, ...] = PUBLISHED) -> list[Path]:
-    """Copy tables, estimates and figures with captions from a study's folder to `destination`, whole or not at all; the files written.
+def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, ...] = PUBLISHED, study: Study | None = None) -> list[Path]:
+    """Copy tables, estimates and figures with captions from a study's folder to `destination`, whole or not at all; the files written. Of a `study`
+    the ids of those benchmarks are left out whose licences keep single items back, and a NOTICE says under what terms the rest stands.
 
     Raises:
-        ValueError: a table is private, undeclared or missing, or a value names a folder of this machine.
+        ValueError: a table is private, undeclared or missing, a value names a folder of this machine, or a licence is not known.
     """
-    checked = {name: text_free(study_folder / "tables", name) for name in names}
+    if study is not None:
+        licences.check_export(study, items=False)
+    there = [name for name in names if name != "drift" or TABLES[name].path(study_folder / "tables").is_file()]  # what was read again has none
+    checked = {name: text_free(study_folder / "tables", name) for name in there}
+    if study is not None and "prompts" in checked:
+        checked["prompts"] = checked["prompts"][checked["prompts"]["benchmark"].isin(licences.allowed_items(study))]
     parts = sorted((study_folder / "tables" / "estimates").glob("*.parquet"))
     with replacing_folder(destination) as new:
         for name, frame in checked.items():
@@ -33,6 +39,8 @@ def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, 
             for file in (path, path.with_suffix(".md")):
                 if file.is_file():
                     shutil.copyfile(file, new / "figures" / file.name)
+        if study is not None and not study.miniature:
+            (new / "NOTICE").write_text(licences.notice(study))
         families = read_json(register) if (register := study_folder / "primary.json").is_file() else []
         write_json(new / "study.json", {"name": study_folder.name, "note": note, "primary": families})
     return sorted(path for path in destination.rglob("*") if path.is_file())
@@ -72,22 +80,22 @@ def _check_paths(frame, where: str) -> None:
                 raise ValueError(f"{where}: column {column} names a folder of this machine, so it is not published")
 
 
-def made(name: str) -> tuple[Path, str]:
-    """The folder and the note of a finished study, or of published data that notebook 20 or 22 read again."""
+def made(name: str) -> tuple[Path, str, Study | None]:
+    """The folder, the note and the study file of a finished study, or of published data that notebook 20 or 22 read again, which has no such file."""
     if name in REREAD:
         known = OUTPUTS / name / "study.json"
         if not known.is_file():
             raise ValueError(f"there is no {name} in {OUTPUTS}; make reread makes it")
-        return known.parent, read_json(known)["note"]
+        return known.parent, read_json(known)["note"], None
     this = load(name)
-    return this.folder, this.note
+    return this.folder, this.note, this
 
 
 def main(name: str) -> int:
     """Publish a study; 1 where it cannot be."""
     try:
-        folder, note = made(name)
-        written = publish(folder, OUTPUTS / "published" / folder.name, note)
+        folder, note, study = made(name)
+        written = publish(folder, OUTPUTS / "published" / folder.name, note, study=study)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 1

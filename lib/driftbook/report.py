@@ -41,7 +41,7 @@ TITLES = {
     "dose": "Change against dose", "pareto": "The Pareto view", "front_probability": "How often on the Pareto front", "curves": "Training curves",
     "methods_compared": "Methods against each other", "models_compared": "The same change by several estimators", "variance_shares": "What moves a run", "no_ops": "With and without no-ops",
     "doses_reached": "How far training went", "dose_matched": "Methods at equal dose", "attenuation": "Correlations, corrected for noise", "power": "What the grid could tell",
-    "judge_correction": "The judge, corrected by labels", "primary_tests": "The declared tests", "preserves": "What is preserved",
+    "judge_correction": "The judge, corrected by labels", "primary_tests": "The declared tests", "preserves": "What is preserved", "drift": "Drift while training",
 }  # fmt: skip
 
 

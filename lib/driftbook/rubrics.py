@@ -77,6 +77,8 @@ def coverage(judge_format: str, categories: Sequence[str]) -> pd.DataFrame:
     It is our reading of the published definitions. A judge that grades by a rubric has no list to miss a category; covered is null for a
     category that stands in none of the three sets.
     """
+    if judge_format == "classifier":
+        return pd.DataFrame({"category": list(categories), "covered": None, "codes": "its own label, of the answer alone"})
     names = hazard_names(judge_format)
     if not names:
         return pd.DataFrame({"category": list(categories), "covered": "full", "codes": None})

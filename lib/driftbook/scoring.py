@@ -102,7 +102,7 @@ class Scorer:
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(self.model.device.type, 16_384)
         self.cached_tokens = tokens_per_batch or _cached_tokens(self.model)
         self.context_length = context_length(self.model) - self.n_virtual
-        _check_head(self.model, self._head)
+        _check_head(self.model, self.head)
         config = self.model.config.get_text_config()
         self.layer_types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
         self.window = getattr(config, "sliding_window", None)
@@ -134,7 +134,7 @@ class Scorer:
     def distributions(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[torch.Tensor]:
         """For each (context, continuation), the log-probabilities [tokens, vocabulary] before each token of the continuation."""
         results: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
-        for batch, (logprobs, where) in self._states(pairs, lambda _, hidden, where: (self._head(hidden).log_softmax(1), where)):
+        for batch, (logprobs, where) in self._states(pairs, lambda _, hidden, where: (self.head(hidden).log_softmax(1), where)):
             for i, part in zip(batch, where.split([len(pairs[i][1]) for i in batch]), strict=True):
                 results[i] = logprobs[part]
         return results
@@ -195,18 +195,18 @@ class Scorer:
         """Trees, one a row, padded on the right: hidden states where a token of a continuation is predicted; see `_states`."""
         trees = [tree(sequences, shared) for sequences in members]
         width = max(len(one.tokens) for one in trees)
-        tokens, positions, ends = (_padded([getattr(one, name) for one in trees], width) for name in ("tokens", "positions", "ends"))
+        tokens, positions, ends = (padded([getattr(one, name) for one in trees], width) for name in ("tokens", "positions", "ends"))
         allowed = None
         if prefix is not None or any(len(one.paths) > 1 for one in trees):
-            allowed = _causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(width, dtype=bool)
-        cache = None if prefix is None else _expanded(prefix, len(trees))
-        hidden = self._run(self._embed(tokens), positions, allowed, cache)
+            allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(width, dtype=bool)
+        cache = None if prefix is None else expanded(prefix, len(trees))
+        hidden = self.run(self.embed(tokens), positions, allowed, cache)
         wanted = [row * width + path[start - 1 - shared :] for row, (one, begins) in enumerate(zip(trees, starts, strict=True))
                   for path, start in zip(one.paths, begins, strict=True)]  # fmt: skip
         places, where = np.unique(np.concatenate(wanted), return_inverse=True)
-        return hidden.flatten(0, 1)[self._tensor(places)], self._tensor(where)
+        return hidden.flatten(0, 1)[self.tensor(places)], self.tensor(where)
 
-    def _run(self, embedded: torch.Tensor, distances: np.ndarray, allowed: np.ndarray | None, cache: Cache | None) -> torch.Tensor:
+    def run(self, embedded: torch.Tensor, distances: np.ndarray, allowed: np.ndarray | None, cache: Cache | None) -> torch.Tensor:
         """Last hidden states [rows, new, width] of the newest tokens.
 
         Keys are what the cache shares between the rows, then `distances` [rows, keys] behind it; a new token attends to what is shared and to
@@ -214,10 +214,10 @@ class Scorer:
         """
         new = embedded.shape[1]
         shared = 0 if cache is None else cache.get_seq_length() + new - distances.shape[1]
-        seen = self._tensor(np.hstack([np.broadcast_to(np.arange(shared), (len(distances), shared)), shared + distances]))
+        seen = self.tensor(np.hstack([np.broadcast_to(np.arange(shared), (len(distances), shared)), shared + distances]))
         positions, mask = seen[:, -new:], None
         if allowed is not None or not self._fits_window(positions):
-            allowed = _causal(new)[None] if allowed is None else allowed
+            allowed = causal(new)[None] if allowed is None else allowed
             open_ = np.concatenate([np.ones((*allowed.shape[:2], shared), bool), allowed], 2)
             mask = self._mask(torch.from_numpy(open_).to(embedded.device), positions, seen)
         found = self.model.base_model(
@@ -251,7 +251,7 @@ class Scorer:
         values = torch.empty(len(targets), device=hidden.device)
         step = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         for first in range(0, len(hidden), step):
-            logits = self._head(hidden[first : first + step])
+            logits = self.head(hidden[first : first + step])
             mine = (where >= first) & (where < first + step)
             rows = where[mine] - first
             values[mine] = self._exact(logits, hidden[first + rows], rows, targets[mine]) - logits.logsumexp(1)[rows]
@@ -265,7 +265,7 @@ class Scorer:
         exact = (hidden.float() * head.weight[targets].float()).sum(1) + (0 if head.bias is None else head.bias[targets].float())
         return self._capped(exact)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32 from hidden states, with the family's soft cap where its config has one."""
         return self._capped(self.model.get_output_embeddings()(hidden).float())
 
@@ -273,10 +273,10 @@ class Scorer:
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _embed(self, ids: np.ndarray) -> torch.Tensor:
-        return self.model.get_input_embeddings()(self._tensor(ids))
+    def embed(self, ids: np.ndarray) -> torch.Tensor:
+        return self.model.get_input_embeddings()(self.tensor(ids))
 
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+    def tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.model.device)
 
     # ---- what all rows share
@@ -290,15 +290,15 @@ class Scorer:
         """Key/values of the virtual tokens and of ids after them; None where there are neither."""
         if self.virtual_cache is None and self.soft_prompt is None and not ids:
             return None
-        embedded = self._embed(np.array([ids])) if ids else None
+        embedded = self.embed(np.array([ids])) if ids else None
         if self.soft_prompt is not None:
             soft = self.soft_prompt.to(self.model.dtype)[None]
             embedded = soft if embedded is None else torch.cat([soft, embedded], 1)
         if embedded is None:
             return self.virtual_cache
-        cache = Cache(layer_class_to_replicate=DynamicLayer) if self.virtual_cache is None else _expanded(self.virtual_cache, 1)
+        cache = Cache(layer_class_to_replicate=DynamicLayer) if self.virtual_cache is None else expanded(self.virtual_cache, 1)
         length = embedded.shape[1]
-        self._run(embedded, np.arange(length)[None], _causal(length)[None], cache)
+        self.run(embedded, np.arange(length)[None], causal(length)[None], cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     # ---- generation
@@ -323,11 +323,11 @@ class Scorer:
         rest = [context[shared:] for context in contexts]
         width = max(map(len, rest))
         padding = np.array([width - len(row) for row in rest])
-        cache = _expanded(prefix, len(rest), _Growing) if prefix is not None else Cache(layer_class_to_replicate=_Growing)
+        cache = expanded(prefix, len(rest), _Growing) if prefix is not None else Cache(layer_class_to_replicate=_Growing)
         draws = None if sampling is None else _uniforms(contexts, sampling, max_new_tokens)
         ends = _end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
-        alive, tokens = np.arange(len(contexts)), _padded(rest, width, "left")
+        alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
         for step in range(max_new_tokens):
             chosen = self._next(self._step(tokens, padding, width + step, cache), sampling, None if draws is None else draws[alive, step])
             for row, token in zip(alive, chosen, strict=True):
@@ -337,7 +337,7 @@ class Scorer:
                 break
             if len(stays) < len(alive):
                 alive, chosen, padding = alive[stays], chosen[stays], padding[stays]
-                cache.batch_select_indices(self._tensor(stays))
+                cache.batch_select_indices(self.tensor(stays))
             tokens = chosen[:, None]
         return found
 
@@ -347,7 +347,7 @@ class Scorer:
         new = places[total - tokens.shape[1] :, None]
         allowed = (places <= new) & (places >= padding[:, None, None]) | (places == new)  # padding sees itself: attention to nothing is NaN
         distances = np.maximum(places - padding[:, None], 0)
-        return self._head(self._run(self._embed(tokens), distances, allowed, cache)[:, -1])
+        return self.head(self.run(self.embed(tokens), distances, allowed, cache)[:, -1])
 
     def _next(self, logits: torch.Tensor, sampling: Sampling | None, draws: np.ndarray | None) -> np.ndarray:
         """The next token [rows]: the most probable one, or that at which the cumulative probability passes the row's draw in [0, 1).
@@ -474,7 +474,7 @@ def _cached_tokens(model: PreTrainedModel) -> int:
     return int(free / 2 / (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize))
 
 
-def _expanded(prefix: KeyValues, rows: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
+def expanded(prefix: KeyValues, rows: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
     """A cache that begins with the same key/values in every row, without a copy of them."""
     cache = Cache(layer_class_to_replicate=kind)
     for keys, values in prefix:
@@ -491,7 +491,7 @@ def _uniforms(contexts: Sequence[Ids], sampling: Sampling, steps: int) -> np.nda
     return np.stack([stream.random(steps) for stream in streams])
 
 
-def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int, side: str = "right") -> np.ndarray:
+def padded(rows: Sequence[Sequence[int] | np.ndarray], width: int, side: str = "right") -> np.ndarray:
     """Rows [n, width] with zeros where a row has ended (or not begun): any token serves there, since none attends to it."""
     result = np.zeros((len(rows), width), np.int64)
     for filled, row in zip(result, rows, strict=True):
@@ -499,7 +499,7 @@ def _padded(rows: Sequence[Sequence[int] | np.ndarray], width: int, side: str = 
     return result
 
 
-def _causal(length: int) -> np.ndarray:
+def causal(length: int) -> np.ndarray:
     """Which places [length, length] a place attends to by itself: those up to its own."""
     return np.tri(length, dtype=bool)
 

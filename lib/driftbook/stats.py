@@ -51,10 +51,11 @@ def wilson(k, n, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
 def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """`variants` that ran, with what each one is compared as (arm) and its base model's run (base_run_id).
 
-    arm: base, trained, no-op, untrained, or init and mitigation by name. A method's own init is the one most of its runs have.
+    arm: base, trained, no-op, untrained, or init and mitigation by name. A method's own init is the one most of its runs have. A base model's
+    further repetitions are left out: their greedy answers are those of the first, and they differ in drawn ones alone.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
-    frame = frame[frame["status"].eq("ok")].reset_index(drop=True)
+    frame = frame[frame["status"].eq("ok") & ~(frame["method"].eq("none") & frame["repetition"].gt(1))].reset_index(drop=True)
     usual = frame.groupby("method")["init"].agg(lambda init: init.value_counts().index[0] if init.notna().any() else None)
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
     frame["arm"] = np.select(
@@ -63,7 +64,8 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     frame["arm"] = frame["arm"].mask(other, "init: " + frame["init"].fillna("") + ", " + frame["objective"])
     frame["arm"] = frame["arm"].mask(frame["mitigation"].notna(), "mitigation: " + frame["mitigation"].fillna(""))
     rates = frame["learning_rate"].map(lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-"))
-    frame["setting"] = frame["objective"] + rates + frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
+    several = frame.groupby("objective")["dataset"].transform("nunique").gt(1)
+    frame["setting"] = frame["objective"] + (" on " + frame["dataset"].fillna("")).where(several, "") + rates + frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
     bases = frame[frame["arm"].eq("base") & frame["mitigation"].isna()].drop_duplicates("base_model")
     return frame.assign(base_run_id=frame["base_model"].map(bases.set_index("base_model")["run_id"]))
 

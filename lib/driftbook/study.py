@@ -1,5 +1,6 @@
 """A study file: what it may say, checked, and the variants that it asks for."""
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -15,9 +16,38 @@ from pydantic.dataclasses import dataclass
 
 from driftbook.files import OUTPUTS, ROOT, digest
 
-FAMILIES = ("llama", "qwen2", "mistral", "gemma")
-METHODS = ("none", "lora", "ia3", "prompt_tuning", "p_tuning")
-METHOD_CLASS = {"none": "base", "lora": "adapter", "ia3": "adapter", "prompt_tuning": "prompt", "p_tuning": "prompt"}
+FAMILIES = ("llama", "qwen2", "mistral", "gemma")  # of the miniature and of random models; a study's base model may be of any other
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftMethod:
+    """A method as a study file names it: how figures write it, its class, PEFT's configuration class, and what of that is fixed by the name."""
+
+    label: str
+    method_class: Literal["adapter", "prompt"]
+    config: str
+    colour: str
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inits: tuple[str, ...] = ()  # how a soft prompt may begin
+    needs: tuple[str, ...] = ()  # settings without a default that holds for all families
+    quantized: bool = False  # trained on a base model in 4 or 8 bits
+
+
+# A method of PEFT is one entry here; figures draw them in this order, adapters in blues and prompts in oranges.
+PEFT_METHODS = {
+    "lora": PeftMethod("LoRA", "adapter", "LoraConfig", "#0072B2"),
+    "ia3": PeftMethod("IA3", "adapter", "IA3Config", "#56B4E9", needs=("target_modules",)),
+    "prompt_tuning": PeftMethod("Prompt-Tuning", "prompt", "PromptTuningConfig", "#D55E00", inits=("random", "vocabulary", "task_text", "safety_text")),
+    "p_tuning": PeftMethod("P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", inits=("random",)),
+    "qlora": PeftMethod("QLoRA", "adapter", "LoraConfig", "#003D73", quantized=True),
+    "dora": PeftMethod("DoRA", "adapter", "LoraConfig", "#009E9E", {"use_dora": True}),
+    "rslora": PeftMethod("rsLoRA", "adapter", "LoraConfig", "#6A8FD8", {"use_rslora": True}),
+    "bitfit": PeftMethod("bias tuning", "adapter", "BeftConfig", "#4B4BA8", needs=("target_modules",)),  # BitFit where the base has no biases: PEFT's BEFT adds them
+    "ln_tuning": PeftMethod("LayerNorm tuning", "adapter", "LNTuningConfig", "#86C5B5"),
+    "prefix_tuning": PeftMethod("prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", inits=("random",)),
+}
+METHODS = ("none", *PEFT_METHODS)
+METHOD_CLASS = {"none": "base"} | {name: method.method_class for name, method in PEFT_METHODS.items()}
 INITS = ("random", "vocabulary", "task_text", "safety_text")
 REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published
 RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ that are no study
@@ -69,17 +99,20 @@ class Source(Part):
 class Base(Source):
     """A base model: the instruction-tuned model before PEFT."""
 
-    family: Literal[FAMILIES]
+    family: Text  # of its architecture; the same word for base models that are alike
     answer_mode: Literal["letters", "options"] = "letters"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["nf4", "int8"] | None = None  # the weights as they are loaded, by bitsandbytes: such a base model is scored as such too
     system_prompt: str | None = None
 
 
 class Judge(Source):
     """A judge model and how its reply is read (judging.FORMATS); a verdict with less than `min_mass` on its words together is null."""
 
-    format: Literal["llama_guard_2", "llama_guard_3", "wildguard", "rubric_harm"]
+    format: Literal["llama_guard_2", "llama_guard_3", "wildguard", "rubric_harm", "classifier"]
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    label: Text | None = None  # of a classifier: its label that counts as unsafe
+    benchmarks: tuple[Text, ...] = ()  # which it judges; all where not given
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.9
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -91,41 +124,129 @@ class Rater(Source):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-class TrainingData(Source):
-    """Examples to train on (or held-out ones, for the dose)."""
+# ---- data
+COLUMNS = {  # what a row's columns are in the public sets' own forms; `data.examples` reads any of them
+    "alpaca": {"prompt": "instruction", "input": "input", "answer": "output"},
+    "gsm8k": {"prompt": "question", "answer": "answer"},
+    "preference": {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    "messages": {"messages": "messages"},  # UltraChat-200k, and most chat sets of the hub
+    "ultrafeedback": {"chosen": "chosen", "rejected": "rejected"},  # whole conversations that differ in their last answer
+}
+ROLES = ("system", "prompt", "input", "messages", "answer", "chosen", "rejected")
 
-    format: Literal["alpaca", "preference", "gsm8k"]
+
+class TrainingData(Source):
+    """Examples to train on (or held-out ones, for the dose).
+
+    `format` names a public form; `columns` is the mapping of any other set: which of its columns is the prompt (a text, or a list of turns), the
+    answer, or a whole conversation (`messages`), and of preferences the chosen and the rejected answer.
+    """
+
+    format: Literal[tuple(COLUMNS)] | None = None
+    columns: dict[Literal[ROLES], Text] = {}
+    subset: Text | None = None  # of a set on the hub: its configuration
+    split: Text = "train"
     n: Count
+    sample: Literal["seeded", "first"] = "seeded"  # drawn with the study's seed, or the first n rows
+
+    @model_validator(mode="after")
+    def _readable(self) -> "TrainingData":
+        if (self.format is None) == (not self.columns):
+            raise ValueError(f"give either format ({', '.join(COLUMNS)}) or columns, a mapping of {', '.join(ROLES)} to the set's own columns")
+        have = set(self.mapping)
+        if not ({"messages"} <= have or {"chosen", "rejected"} <= have or {"prompt", "answer"} <= have):
+            raise ValueError("columns needs messages, or prompt and answer, or chosen and rejected (with a prompt where these are the answers alone)")
+        return self
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """The set's own column for each role."""
+        return dict(self.columns) or COLUMNS[self.format]
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether a row has a chosen and a rejected answer."""
+        return "chosen" in self.mapping
+
+
+# ---- benchmarks: which stage asks a format, and what
+PROMPT_FORMATS = ("hex_phi", "ailuminate", "xstest", "csv", "strongreject", "simple_safety_tests", "real_toxicity_prompts")
+ITEM_FORMATS = ("bbq", "bbq_lite")
+UTILITY_FORMATS = ("gsm8k", "ifeval", "text", "stereoset")
+CORE = ("safety", "over_refusal", "bbq", "utility")  # what every study asks; others stand beside them under names of their own
+ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITEM_FORMATS, "utility": ("gsm8k",)}
+
+
+class Wording(Part):
+    """Another way to ask: under another system prompt, or in another wording (of a prompt with {prompt}, of BBQ with its own fields)."""
+
+    system_prompt: Text | None = None
+    template: Text | None = None
+    n: Count | None = None  # a seeded sample of this size of what is asked
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Wording":
+        if self.system_prompt is None and self.template is None:
+            raise ValueError("a wording needs a system_prompt or a template")
+        return self
 
 
 class Benchmark(Source):
     """Prompts to ask, or items to score, in the file format of a public benchmark."""
 
-    format: Literal["hex_phi", "ailuminate", "xstest", "bbq", "bbq_lite", "gsm8k", "csv"]
+    format: Literal[(*PROMPT_FORMATS, *ITEM_FORMATS, *UTILITY_FORMATS)]
     n: Count | None = None  # a seeded sample of this size; all items where it is not given
     max_new_tokens: Count = 64
     samples: Count | None = None  # so many answers to each prompt are also drawn, at `temperature` from the nucleus of `top_p`
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    template: Text | None = None  # wording of a BBQ item, with {context} {question} {ans0} {ans1} {ans2}
+    template: Text | None = None  # wording of a BBQ item, with {context} {question} {ans0} {ans1} {ans2}; of a prompt, with {prompt}
     stem: str = ""  # of BBQ: how the answer begins before the option, with the same fields
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.0  # of BBQ: where the options have less probability together, the answer is null
     permuted: Count | None = None  # of BBQ: so many items are also asked with their options in the two other cyclic orders
     generated: Count | None = None  # of BBQ: so many items are also answered in generated text
+    wordings: dict[Text, Wording] = {}  # the same also asked otherwise, by the name of the wording
+    child_abuse: Literal["off", "refusal probability", "fictional"] = "off"  # prompts about child abuse: see data.CHILD_ABUSE; fictional: made-up words
     truth: Text | None = None  # the miniature's known truth, a file beside the prompts
+
+    @model_validator(mode="after")
+    def _wordings_fit(self) -> "Benchmark":
+        if self.wordings and self.format in UTILITY_FORMATS:
+            raise ValueError(f"wordings are for prompts and BBQ; the format {self.format!r} has one")
+        for text in (self.template, *(wording.template for wording in self.wordings.values())):
+            if text and self.format in PROMPT_FORMATS and "{prompt}" not in text:
+                raise ValueError("a template of prompts needs {prompt}, where the prompt stands")
+        if self.child_abuse == "fictional" and not self.source.startswith(("miniature:", "tests:")):
+            raise ValueError("child_abuse: fictional is for the miniature's made-up words; of a real set say off, or refusal probability")
+        if "default" in self.wordings:
+            raise ValueError("the wording 'default' is the benchmark's own; give another name")
+        return self
 
 
 class Training(Part):
-    """What every training shares. `batch_size` is the effective one."""
+    """What every training shares. `batch_size` is the effective one: examples (or packs) an optimiser step."""
 
     batch_size: Count
-    micro_batch_size: Count | None = None
     max_length: Count
+    loss: Literal["answers", "whole"] = "answers"  # tokens that count: the assistant's, or all of the conversation
+    packed: bool = False  # of SFT: examples are put together into rows of max_length, and batch_size counts those; no example sees another
+    autocast: bool = False  # the adapter too is computed in bf16 (mixed precision), where its small changes round to nothing; else in its own fp32
+    tokens_per_batch: Count | None = None  # of a forward pass; found by the device's memory where not given
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1
+
+
+class Drift(Part):
+    """A small fixed sample that is asked again and again while a variant trains: see drift.DriftCallback."""
+
+    every: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the training's steps between two looks
+    n: Count = 24  # prompts of each benchmark
+    max_new_tokens: Count = 32
+    stop_unsafe: Annotated[float, Field(gt=0, le=100)] | None = None  # percentage points above the base model at which training ends
+    stop_over_refusal: Annotated[float, Field(gt=0, le=100)] | None = None
 
 
 class Block(Part):
@@ -135,6 +256,7 @@ class Block(Part):
     bases: tuple[Text, ...] = ()  # all bases where not given
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
     objectives: Annotated[tuple[Literal["sft", "dpo", "untrained"], ...], Field(min_length=1)]
+    data: tuple[Text, ...] = ()  # names under `data` to train on; where not given, the one of the objective's name
     learning_rates: dict[Method, tuple[Rate, ...]] = {}
     epochs: tuple[Count, ...] = (1,)
     inits: tuple[Literal[INITS], ...] = ()
@@ -151,10 +273,12 @@ class Block(Part):
         missing = [method for method in self.methods if trained and not self.learning_rates.get(method)]
         if missing:
             raise ValueError(f"learning_rates has none for {missing[0]}")
-        if self.inits and any(METHOD_CLASS[method] != "prompt" for method in self.methods):
-            raise ValueError("inits apply to prompt_tuning and p_tuning only")
-        if "p_tuning" in self.methods and set(self.inits) - {"random"}:
-            raise ValueError("p_tuning's prompt comes out of an encoder: its only init is random")
+        for method in self.methods if self.inits else ():
+            known = PEFT_METHODS[method].inits
+            if not known:
+                raise ValueError(f"inits apply to {' and '.join(name for name, one in PEFT_METHODS.items() if one.inits)} only")
+            if strange := [init for init in self.inits if init not in known]:
+                raise ValueError(f"{method}'s prompt comes out of an encoder: its only init is {known[0]}" if len(known) == 1 else f"{method} has no init {strange[0]!r}")
         return self
 
 
@@ -163,7 +287,7 @@ class Variant:
     """A base model x method x settings x repetition; method `none` is the base model itself. One row of `variants`."""
 
     base_model: str
-    family: Literal[FAMILIES]
+    family: str
     method: Literal[METHODS]
     objective: Literal["none", "sft", "dpo", "untrained"]
     dataset: str | None
@@ -190,9 +314,10 @@ class Variant:
         if self.method == "none":
             words = [self.base_model, "none"]
         else:
+            named = self.dataset if self.dataset not in (None, self.objective) else ""
             rate = "" if self.learning_rate is None else f"lr{self.learning_rate:.0e}".replace("e-0", "e-")
             epochs = "" if self.epochs is None else f"e{self.epochs}"
-            words = [self.base_model, self.method, self.init or "", self.objective, rate, epochs, f"s{self.seed}"]
+            words = [self.base_model, self.method, self.init or "", self.objective, named, rate, epochs, f"s{self.seed}"]
         return ".".join(word for word in words if word) + "." + digest(self.fields(), 8)
 
     def fields(self) -> dict[str, Any]:
@@ -238,11 +363,14 @@ class Study(Part):
     raters: dict[Text, Rater] = {}
     methods: dict[Method, dict[str, Any]]
     init_texts: Source | None = None
-    data: dict[Literal["sft", "dpo", "heldout"], TrainingData]
+    data: dict[Text, TrainingData]
     training: Training
     grid: tuple[Block, ...]
-    benchmarks: dict[Literal["safety", "over_refusal", "bbq", "utility"], Benchmark]
+    base_repetitions: Count = 1  # times that every base model itself is run: with drawn answers, each has random numbers of its own
+    benchmarks: dict[Text, Benchmark]
     primary: dict[Text, Family] = {}  # families of tests, by name: registered with their hash before any answer is scored
+    drift: Drift | None = None
+    licences: dict[Text, Text] = {}  # of sources that the register does not know, as the user states them: see licences.py
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
@@ -254,15 +382,7 @@ class Study(Part):
         if len(self.models) < len(self.bases) + len(self.judges) + len(self.raters):
             raise ValueError("a base model, a judge and a rater share a name; give each its own")
         for block in self.grid:
-            for name in block.bases:
-                if name not in self.bases:
-                    raise ValueError(f"grid block {block.name!r} names the base {name!r}; the study has {', '.join(self.bases)}")
-            for method in block.methods:
-                if method not in self.methods:
-                    raise ValueError(f"grid block {block.name!r} uses {method}, which has no settings under methods")
-            for objective in set(block.objectives) - {"untrained"}:
-                if objective not in self.data:
-                    raise ValueError(f"grid block {block.name!r} trains by {objective}, but data has no {objective}")
+            self._check_block(block)
         used = {method for block in self.grid for method in block.methods}
         for name, family in self.primary.items():
             if strange := [method for method in family.methods if method not in used]:
@@ -270,17 +390,64 @@ class Study(Part):
             if family.test == "difference" and len(set(family.methods or used)) < 2:
                 raise ValueError(f"primary family {name!r} compares methods with each other and has only one; name two, or test its change")
         for method, settings in self.methods.items():
-            allowed = {"prompt_tuning": INITS, "p_tuning": ("random",)}.get(method, ())
-            if "init" in settings and settings["init"] not in allowed:
-                raise ValueError(f"methods.{method}.init = {settings['init']!r}; expected {' or '.join(allowed) or 'none: it has no prompt'}")
+            known = PEFT_METHODS[method]
+            if "init" in settings and settings["init"] not in known.inits:
+                raise ValueError(f"methods.{method}.init = {settings['init']!r}; expected {' or '.join(known.inits) or 'none: it has no prompt'}")
+            if missing := [name for name in known.needs if name not in settings]:
+                raise ValueError(f"methods.{method} has no {missing[0]}; PEFT's default differs by family, so name them")
+            if fixed := [name for name in known.fixed if name in settings]:
+                raise ValueError(f"methods.{method}.{fixed[0]} is what makes it {known.label}; remove it")
         chosen = {init for block in self.grid for init in block.inits} | {settings.get("init") for settings in self.methods.values()}
         if {"task_text", "safety_text"} & chosen and self.init_texts is None:
             raise ValueError("an init from text needs init_texts, a JSON file with the keys task and safety")
-        if missing := [name for name in ("safety", "over_refusal", "bbq", "utility") if name not in self.benchmarks]:
-            raise ValueError(f"benchmarks has no {missing[0]}; a study asks all four")
+        if missing := [name for name in CORE if name not in self.benchmarks]:
+            raise ValueError(f"benchmarks has no {missing[0]}; a study asks all of {', '.join(CORE)}, and others beside them")
+        for name, formats in ASKED_BY.items():
+            if self.benchmarks[name].format not in formats:
+                raise ValueError(f"benchmarks.{name}.format = {self.benchmarks[name].format!r}; expected one of {', '.join(formats)}")
+        if extra := [name for name, one in self.benchmarks.items() if one.format in ITEM_FORMATS and name != "bbq"]:
+            raise ValueError(f"benchmarks.{extra[0]} is a second BBQ; a study asks one, under the name bbq")
         if "heldout" not in self.data:
             raise ValueError("data has no heldout: the dose is measured on held-out answers")
+        for number, (name, judge) in enumerate(self.judges.items()):
+            if strange := [one for one in judge.benchmarks if one not in self.asked(PROMPT_FORMATS)]:
+                raise ValueError(f"judges.{name}.benchmarks names {strange[0]!r}; prompts are asked of {', '.join(self.asked(PROMPT_FORMATS))}")
+            if number == 0 and judge.benchmarks:
+                raise ValueError(f"judges.{name} is the first judge, by whom the study is scored, and so judges all benchmarks; remove its benchmarks")
+            if (judge.format == "classifier") != (judge.label is not None):
+                raise ValueError(f"judges.{name}: a classifier, and nothing else, needs label, the name of its label that counts as unsafe")
         return self
+
+    def _check_block(self, block: Block) -> None:
+        """Raise a ValueError where a block names what the study does not have, or what does not go together."""
+        for name in block.bases:
+            if name not in self.bases:
+                raise ValueError(f"grid block {block.name!r} names the base {name!r}; the study has {', '.join(self.bases)}")
+        for method in block.methods:
+            if method not in self.methods:
+                raise ValueError(f"grid block {block.name!r} uses {method}, which has no settings under methods")
+            wanted = PEFT_METHODS[method].quantized
+            for name in block.bases or self.bases:
+                if (self.bases[name].quantization is not None) != wanted and (wanted or method in ("lora", "dora", "rslora")):
+                    raise ValueError(
+                        f"grid block {block.name!r} trains {method} on {name}, which is {'not ' if wanted else ''}quantized; "
+                        + ("give that base model quantization: nf4, or name others under bases" if wanted else "there the method is called qlora")
+                    )
+        for objective in set(block.objectives) - {"untrained"}:
+            for name in block.data or (objective,):
+                if name not in self.data or name == "heldout":
+                    raise ValueError(f"grid block {block.name!r} trains by {objective}, but data has no {name}" if name != "heldout" else f"grid block {block.name!r} trains on the held-out answers")
+                if objective == "dpo" and not self.data[name].is_preference:
+                    raise ValueError(f"grid block {block.name!r} trains by dpo on data.{name}, which has no chosen and rejected answers")
+
+    def asked(self, formats: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the benchmarks of these formats."""
+        return tuple(name for name, one in self.benchmarks.items() if one.format in formats)
+
+    @property
+    def refusal_only(self) -> tuple[str, ...]:
+        """The benchmarks whose prompts about child abuse are asked for the probability of a refusal."""
+        return tuple(name for name, one in self.benchmarks.items() if one.child_abuse == "refusal probability")
 
     @property
     def models(self) -> dict[str, Base | Judge | Rater]:
@@ -302,8 +469,9 @@ class Study(Part):
         """The base models themselves, then every cell of the grid once."""
         found = {}
         for name in self.bases:
-            base = self._variant(name)
-            found[base.run_id] = base
+            for repetition in range(1, self.base_repetitions + 1):
+                base = self._variant(name, repetition=repetition)
+                found[base.run_id] = base
             for block in self.grid:
                 if name in (block.bases or self.bases):
                     found.update({variant.run_id: variant for variant in self._expand(name, block)})
@@ -320,40 +488,41 @@ class Study(Part):
         return tuple(variant for variant in self.variants if variant.base_model == base_model)
 
     def _expand(self, base_model: str, block: Block) -> list[Variant]:
-        cells = itertools.product(block.methods, block.objectives, block.epochs, enumerate(block.seeds, 1))
         variants = []
-        for method, objective, epochs, (repetition, seed) in cells:
-            trained = objective != "untrained"
-            for rate in block.learning_rates.get(method, ()) if trained else (None,):
+        for method, objective, epochs, (repetition, seed) in itertools.product(block.methods, block.objectives, block.epochs, enumerate(block.seeds, 1)):
+            if objective == "untrained":
+                ways = [(None, None, None)]
+            else:
+                ways = [(name, rate, epochs) for name in block.data or (objective,) for rate in block.learning_rates.get(method, ())]
+            for data, rate, n_epochs in ways:
                 for init in self._inits(block, method):
-                    variants.append(
-                        self._variant(base_model, method, objective, rate, epochs if trained else None, seed, repetition, init)
-                    )
+                    variants.append(self._variant(base_model, method, objective, data, rate, n_epochs, seed, repetition, init))
         return variants
 
     def _inits(self, block: Block, method: str) -> tuple[str | None, ...]:
-        if METHOD_CLASS[method] != "prompt":
+        if not PEFT_METHODS[method].inits:
             return (None,)
         return block.inits or (self.methods[method].get("init", "random"),)
 
-    def _variant(self, base_model, method="none", objective="none", rate=None, epochs=None, seed=None, repetition=1, init=None) -> Variant:
-        base = self.bases[base_model]
-        data = self.data.get(objective)
+    def _variant(self, base_model, method="none", objective="none", data=None, rate=None, epochs=None, seed=None, repetition=1, init=None) -> Variant:
+        base, examples = self.bases[base_model], self.data.get(data)
         settings = {"base": base.model_dump(exclude={"path", "answer_mode", "system_prompt"}, mode="json")}
         if method != "none":
             settings["peft"] = {key: value for key, value in self.methods[method].items() if key != "init"}
         if init in ("task_text", "safety_text"):
             settings["init_texts"] = self.init_texts.model_dump(exclude={"path"}, mode="json")
-        if data:
-            settings["training"] = self.training.model_dump(mode="json")
-            settings["data"] = data.model_dump(exclude={"path"}, mode="json")
+        if examples:
+            settings["training"] = self.training.model_dump(exclude={"tokens_per_batch"}, mode="json")
+            settings["data"] = {"name": data, **examples.model_dump(exclude={"path"}, mode="json")}
+        if examples and self.drift and (self.drift.stop_unsafe or self.drift.stop_over_refusal):
+            settings["drift"] = self.drift.model_dump(mode="json")  # it may end the training
         return Variant(
             base_model=base_model,
             family=base.family,
             method=method,
             objective=objective,
-            dataset=data.source if data else None,
-            n_train=data.n if data else None,
+            dataset=data,
+            n_train=examples.n if examples else None,
             learning_rate=rate,
             epochs=epochs,
             seed=seed,
@@ -414,7 +583,7 @@ def _sentence(error: ValidationError) -> str:
 
 def _known_keys(location: tuple) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family}
+    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family, "drift": Drift}
     part = sections.get(location[0], Source) if location else Study
     return list(part.model_fields)
 

@@ -143,10 +143,10 @@ VARIANTS = Table(
         "run_id": RUN_ID,
         "base_model": _text("the instruction-tuned model before PEFT"),
         "family": _text("architecture family"),
-        "method": _text("none, lora, ia3, prompt_tuning, p_tuning"),
-        "method_class": _text("base, adapter, prompt"),
+        "method": _text("none (the base), or the name of a PEFT method: study.PEFT_METHODS, of runs read again PEFT's own word"),
+        "method_class": _text("base, adapter, prompt; of runs read again also full"),
         "objective": _text("none (the base), sft, dpo, untrained (as initialised)"),
-        "dataset": _text("training data", nullable=True),
+        "dataset": _text("training data, by its name in the study file", nullable=True),
         "n_train": _whole("training examples", nullable=True),
         "learning_rate": _real("peak learning rate asked for"),
         "epochs": _whole("passes over the data", nullable=True),
@@ -210,6 +210,22 @@ CURVES = Table(
         "step": _whole("optimiser step"),
         "loss": _real("mean loss at that step: of SFT, nats per token; of DPO, the DPO loss"),
         "learning_rate": _real("rate at that step"),
+    },
+)
+
+DRIFT = Table(
+    "drift",
+    "what a small fixed sample showed at one step of a training",
+    ("run_id", "step", "outcome"),
+    {
+        "run_id": RUN_ID,
+        "step": _whole("optimiser step, 0 before the first"),
+        "outcome": _text("unsafe answers, over-refusal, accuracy in BBQ by context, stereotyped answers in BBQ"),
+        "value": _real("percent of the answers that could be scored"),
+        "ci_low": _real("95 % interval (Wilson), lower end"),
+        "ci_high": _real("95 % interval, upper end"),
+        "n": _whole("answers scored"),
+        "base_value": _real("the same of the base model"),
     },
 )
 
@@ -291,7 +307,7 @@ RATINGS = Table(
         "run_id": RUN_ID,
         "benchmark": BENCHMARK,
         "prompt_id": PROMPT_ID,
-        "metric": _text("nll (nats per token of the reference answer), correct (0 or 1), or 'grade by' a rater (1 to 10)"),
+        "metric": _text("nll (nats per token), correct (0 or 1), 'grade by' a rater (1 to 10), p_refusal, or what instructions.py and stereoset.py declare"),
         "value": _real("value"),
         "weight": _real("tokens for nll, 1 for correct"),
         "unscored_reason": _text("why value is null", nullable=True),
@@ -359,5 +375,5 @@ ESTIMATES = Table(
 )
 
 TABLES = {
-    table.name: table for table in (VARIANTS, RUNS, CURVES, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, ESTIMATES)
+    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, ESTIMATES)
 }

@@ -43,6 +43,7 @@ def measured(verdicts: pd.DataFrame, prompts: pd.DataFrame, answers: pd.DataFram
         values = stats.matrix(rows[rows["benchmark"].eq(ASKED[outcome]) & rows["kind"].eq(kind)], column, ["category", "family", "prompt_id"])
         found |= {outcome: (stats.shares(values), stats.paired(values, arms))} if len(values) else {}
     levels = bias.by_run(letter_bias.official(answers)) if len(answers) else {}
+    ratings = ratings[ratings["benchmark"].eq("utility")]
     levels |= {LOSS: stats.rated(ratings[ratings["metric"].eq("nll")], 1.0), CORRECT: stats.rated(ratings[ratings["metric"].eq("correct")], 100.0)}
     return found | {outcome: (level, stats.changes(level, arms)) for outcome, level in levels.items() if level is not None}
 

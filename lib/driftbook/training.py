@@ -1,29 +1,30 @@
 """Training one variant with TRL and PEFT, and the record of what was really done."""
 
 import json
-import math
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
-from driftbook import adapters, doctor
-from driftbook.data import training_examples
+from driftbook import adapters, data_doctor, doctor, fitting
+from driftbook.data import for_sft, prompts, training_examples
+from driftbook.drift import DriftCallback
 from driftbook.environment import hardware, peak_memory, versions
-from driftbook.files import digest, file_digest, read_json
-from driftbook.models import Loaded, conversation_ids
+from driftbook.files import digest, file_digest, read_json, write_json
+from driftbook.fitting import Conversation, Pair
+from driftbook.models import Loaded, conversation_ids, counted_ids
 from driftbook.scoring import Ids, Scorer, VariantFailure
 from driftbook.sources import locate
-from driftbook.study import Study, Variant, finite
+from driftbook.study import PROMPT_FORMATS, Study, Variant, finite
 
 # Mean KL per token below which training is called a no-op: over an answer of 100 tokens the two models' log-likelihoods
 # then differ by less than 0.01 nats in the mean, which no sample of answers of a feasible size can tell apart.
@@ -36,11 +37,14 @@ RECORDED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all variants of one base model and objective train on, tokenised once: the rows, and what was cut or left out."""
+    """What all variants of one base model, objective and data train on, tokenised once; `packs` are the numbers of the examples that the
+    trainer draws together (each by itself where the study does not pack), `note` says what was cut or left out."""
 
-    rows: Dataset
+    examples: list[Conversation] | list[Pair]
+    packs: list[list[int]]
     revision: str
     note: str | None
+    lengths: tuple[int, ...] = ()  # tokens of each example before it was cut; of a pair the longer one
 
 
 @dataclass(frozen=True)
@@ -52,47 +56,75 @@ class Trained:
 
 
 # ---- data
-def prepare(objective: str, base: Loaded, study: Study) -> Prepared:
+def prepare(objective: str, base: Loaded, study: Study, data: str | None = None) -> Prepared:
     """The study's examples of an objective in the base model's tokens; of DPO with the base's log-probabilities of both answers.
 
-    The loss counts answer tokens only. Rows longer than training.max_length lose their end, rows whose prompt alone fills it are
-    left out; the note says how many.
+    Examples longer than training.max_length lose their end, those whose prompt alone fills it are left out; the note says how many.
+
+    Raises:
+        ValueError: no example fits, or the template refuses the turns of one.
     """
-    examples = training_examples(objective, study)
-    answers = ("answer",) if objective == "sft" else ("chosen", "rejected")
-    pairs = [[conversation_ids(base.tokenizer, example["prompt"], example[key]) for key in answers] for example in examples]
-    limit = study.training.max_length
-    kept = [row for row in pairs if all(len(prompt) < limit for prompt, _ in row)]
+    name = data or objective
+    examples = training_examples(name, study)
+    whole = objective == "sft" and study.training.loss == "whole"
+    limit = min(study.training.max_length, Scorer(base.model, base.tokenizer).context_length)
+    try:
+        if objective == "sft":
+            made = [[_conversation(base, example["prompt"], example["answer"], whole)] for example in for_sft(examples)]
+        else:
+            made = [[_answered(base, example["prompt"], example[key]) for key in ("chosen", "rejected")] for example in examples]
+    except ValueError as error:
+        raise ValueError(f"data.{name}: {error}") from None
+    lengths = [max(len(one.ids) for one in row) for row in made]
+    cut = [[_cut(one, limit) for one in row] for row in made]
+    kept = [row for row in cut if all(len(one.counted) for one in row)]
     if not kept:
-        raise ValueError(f"data.{objective}: no example fits training.max_length={limit} tokens; raise it")
-    cut = sum(any(len(prompt) + len(answer) > limit for prompt, answer in row) for row in kept)
-    notes = [f"{len(pairs) - len(kept)} examples left out, {cut} cut, at {limit} tokens"] if cut or len(kept) < len(pairs) else []
-    kept = [[(prompt, answer[: limit - len(prompt)]) for prompt, answer in row] for row in kept]
-    rows = _sft_rows(kept) if objective == "sft" else _dpo_rows(kept, base)
-    return Prepared(Dataset.from_list(rows), digest(examples), "; ".join(notes) or None)
+        raise ValueError(f"data.{name}: no example fits training.max_length={limit} tokens; raise it")
+    n_cut = sum(length > limit and all(len(one.counted) for one in row) for length, row in zip(lengths, cut, strict=True))
+    note = f"{len(made) - len(kept)} examples left out, {n_cut} cut, at {limit} tokens" if n_cut or len(kept) < len(made) else None
+    rows = [row[0] for row in kept] if objective == "sft" else _with_reference(kept, base)
+    packs = fitting.bins([len(one.ids) for one in rows], limit) if objective == "sft" and study.training.packed else [[i] for i in range(len(rows))]
+    return Prepared(rows, packs, digest(examples), note, tuple(lengths))
 
 
-def _sft_rows(pairs: list[list[tuple[Ids, Ids]]]) -> list[dict]:
-    return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for [(prompt, answer)] in pairs]
+def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
+    """A conversation of which the last answer counts."""
+    asked, said = conversation_ids(base.tokenizer, prompt, answer)
+    return Conversation(asked + said, np.arange(len(asked), len(asked) + len(said)))
 
 
-def _dpo_rows(pairs: list[list[tuple[Ids, Ids]]], base: Loaded) -> list[dict]:
-    """Rows of TRL's preference collator. Both prompts are the same up to where either answer leaves it."""
-    scorer, rows = Scorer(base.model, base.tokenizer), []
-    references = [scorer.token_logprobs([row[i] for row in pairs]) for i in (0, 1)]
-    for (prompt, chosen), (other, rejected), ref_chosen, ref_rejected in (
-        (*row, a.sum(), b.sum()) for row, a, b in zip(pairs, *references, strict=True)
-    ):
-        if prompt != other:
-            raise ValueError("a preference's two answers change how its prompt is tokenised; this template cannot be used for DPO")
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-                     "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected})  # fmt: skip
-    return rows
+def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) -> Conversation:
+    """A conversation of which every answer of the assistant counts, or every token but the first."""
+    if not whole and not any(turn["role"] == "assistant" for turn in prompt):
+        return _answered(base, prompt, answer)
+    ids, counted = counted_ids(base.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    return Conversation(ids, np.arange(1, len(ids)) if whole else counted)
+
+
+def _cut(one: Conversation, limit: int) -> Conversation:
+    return Conversation(one.ids[:limit], one.counted[one.counted < limit])
+
+
+def _with_reference(pairs: list[list[Conversation]], base: Loaded) -> list[Pair]:
+    """Preferences with the base model's log-probabilities of both answers. Both prompts are the same up to where either answer leaves it."""
+    scorer = Scorer(base.model, base.tokenizer)
+    split = [[(one.ids[: one.counted[0]], one.ids[one.counted[0] :]) for one in row] for row in pairs]
+    if any(a != b for (a, _), (b, _) in split):
+        raise ValueError("a preference's two answers change how its prompt is tokenised; this template cannot be used for DPO")
+    found = [value.sum() for value in scorer.token_logprobs([part for row in split for part in row])]
+    return [Pair(*row, (a, b)) for row, a, b in zip(pairs, found[::2], found[1::2], strict=True)]
+
+
+def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
+    """What the data doctor finds in the examples of a name under `data`, against the study's prompts and its held-out questions."""
+    asked = {benchmark: list(prompts(benchmark, study).prompt) for benchmark in study.asked(PROMPT_FORMATS)}
+    asked["heldout"] = [one["prompt"][-1]["content"] for one in training_examples("heldout", study)]
+    return data_doctor.examine(training_examples(name, study), asked, prepared.lengths, study.training.max_length)
 
 
 def held_out(base: Loaded, study: Study) -> list[tuple[Ids, Ids]]:
     """The held-out answers on which every variant's dose is measured: (prompt, answer) in token ids."""
-    return [conversation_ids(base.tokenizer, example["prompt"], example["answer"]) for example in training_examples("heldout", study)]
+    return [conversation_ids(base.tokenizer, example["prompt"], example["answer"]) for example in for_sft(training_examples("heldout", study))]
 
 
 def init_text(variant: Variant, study: Study) -> str | None:
@@ -103,49 +135,30 @@ def init_text(variant: Variant, study: Study) -> str | None:
 
 
 # ---- training
-class _Preference(DPOTrainer):
-    """TRL's DPO on rows that are tokenised already and hold the reference log-probabilities, computed once for all variants."""
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset
-
-    def _precompute_ref_logps(self, dataset, *args, **kwargs):
-        return dataset
-
-
-class _StopOnNonFinite(TrainerCallback):
-    """Ends a training whose loss or gradient is not finite, instead of wasting the rest of it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        bad = [name for name in ("loss", "grad_norm") if name in (logs or {}) and not math.isfinite(float(logs[name]))]
-        if bad:
-            raise VariantFailure(f"training diverged: {bad[0]} is {logs[bad[0]]} at step {state.global_step}")
-
-
 def arguments(variant: Variant, study: Study, folder: str) -> SFTConfig | DPOConfig:
     """The trainer's arguments of a variant."""
     training = study.training
-    micro = min(training.micro_batch_size or training.batch_size, training.batch_size)
-    if training.batch_size % micro:
-        raise ValueError(f"training.batch_size={training.batch_size} is not a multiple of micro_batch_size={micro}")
     cuda = torch.cuda.is_available()
     common = {
-        "output_dir": folder, "per_device_train_batch_size": micro, "gradient_accumulation_steps": training.batch_size // micro,
+        "output_dir": folder, "per_device_train_batch_size": training.batch_size, "gradient_accumulation_steps": 1,
         "learning_rate": variant.learning_rate, "num_train_epochs": variant.epochs, "lr_scheduler_type": training.scheduler,
         "warmup_steps": training.warmup_ratio, "weight_decay": training.weight_decay, "max_grad_norm": training.max_grad_norm,
-        "seed": variant.seed, "data_seed": variant.seed, "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "use_cpu": not cuda, "bf16": cuda and torch.cuda.is_bf16_supported(), "gradient_checkpointing": False,
-        "dataloader_pin_memory": cuda, "remove_unused_columns": False, "max_length": None,
+        "seed": variant.seed, "data_seed": variant.seed, "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no", "save_total_limit": 1,
+        "report_to": "none", "disable_tqdm": True, "use_cpu": not cuda, "bf16": False, "gradient_checkpointing": False,
+        "dataloader_pin_memory": False, "remove_unused_columns": False, "max_length": None,
     }  # fmt: skip
     if variant.objective == "sft":
         return SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, packing=False, **common)
     return DPOConfig(beta=training.dpo_beta, precompute_ref_log_probs=True, **common)
 
 
-def train(variant: Variant, base: Loaded, prepared: Prepared | None, study: Study, folder: Path) -> Trained:
+def train(
+    variant: Variant, base: Loaded, prepared: Prepared | None, study: Study, folder: Path, drift: DriftCallback | None = None,
+) -> Trained:  # fmt: skip
     """Train a variant on the resident base model, save its adapter in `folder`, and leave the base as it was.
 
-    `prepared` is None for an adapter that stays as it was initialised (objective untrained).
+    `prepared` is None for an adapter that stays as it was initialised (objective untrained). A training that was stopped goes on from its last
+    checkpoint, if all it depends on is the same, and ends in the same bytes. `drift` looks at the model while it trains, and may end it.
 
     Raises:
         VariantFailure: the training diverged, gave weights that are not finite, or had no memory for a single example.
@@ -154,16 +167,15 @@ def train(variant: Variant, base: Loaded, prepared: Prepared | None, study: Stud
     model = adapters.create(variant, base.model, base.tokenizer, init_text(variant, study))
     try:
         initial = adapters.state(model)
-        facts, curve = ({}, _curve(variant, [])) if prepared is None else _fit(variant, model, base, prepared, study)
+        facts, curve = ({}, _curve(variant, [])) if prepared is None else fit(variant, model, base, prepared, study, folder, drift)
         if bad := adapters.non_finite(model):
             raise VariantFailure(f"the trained weights are not finite, first {bad[0]}")
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         adapters.save(model.eval(), folder)
         dose = measure_dose(model, initial, base, held_out(base, study))
-    except torch.OutOfMemoryError:
-        raise VariantFailure("out of memory while training; lower training.micro_batch_size") from None
     finally:
         adapters.detach(model)
+        base.model.gradient_checkpointing_disable()
     if prepared is None:
         dose["no_op"] = None  # nothing was trained, so nothing can have failed to train
     record = _record(variant, base, dose, seconds, cpu, prepared) | facts
@@ -171,7 +183,7 @@ def train(variant: Variant, base: Loaded, prepared: Prepared | None, study: Stud
     record |= {"adapter_sha256": file_digest(folder / adapters.WEIGHTS)}
     found = doctor.examine(folder, base)
     found = found[found.finding != "untrained"] if prepared is None else found  # there it is what was asked for
-    record["findings"] = "; ".join(filter(None, [record["findings"], doctor.summary(found)])) or None
+    record["findings"] = "; ".join(filter(None, [record["findings"], drift and drift.stopped, doctor.summary(found)])) or None
     return Trained(record, curve)
 
 
@@ -185,29 +197,46 @@ def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:
     return Trained(record, _curve(variant, []))
 
 
-def _fit(variant: Variant, model: PeftModel, base: Loaded, prepared: Prepared, study: Study) -> tuple[dict[str, Any], pd.DataFrame]:
+def fit(
+    variant: Variant, model: PeftModel, base: Loaded, prepared: Prepared, study: Study, folder: Path, drift: DriftCallback | None = None,
+) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
     """Facts of the training as the trainer has them after it, and the curve."""
-    kind = SFTTrainer if variant.objective == "sft" else _Preference
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = kind(
-            model=model, args=arguments(variant, study, scratch), train_dataset=prepared.rows, processing_class=base.tokenizer,
-            callbacks=[_StopOnNonFinite()],
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)  # the curve is kept; a line per step is noise in a notebook
-        trainer.train()
+    scratch = folder.parent / f"{folder.name}.checkpoints"
+    _keep_only(scratch, digest([variant.fields(), base.revision, prepared.revision, versions()]))
+    forward = fitting.Forward(model, base.tokenizer, study.training.autocast)
+    kind = fitting.Sft if variant.objective == "sft" else fitting.Dpo
+    trainer = kind(
+        model=model, args=arguments(variant, study, str(scratch)), train_dataset=Dataset.from_dict({"members": prepared.packs, "labels": prepared.packs}),
+        processing_class=base.tokenizer, callbacks=[fitting.StopOnDivergence(), fitting.SaveNowAndThen(), *([drift] if drift else [])],
+        forward=forward, examples=prepared.examples, tokens_per_pass=study.training.tokens_per_batch,
+    )  # fmt: skip
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")  # TRL's DPO adds it as its reference; ours is the base model, whose log-probabilities are there already
+    trainer.train(resume_from_checkpoint=fitting.last_whole(scratch))
+    shutil.rmtree(scratch, ignore_errors=True)
     args, log = trainer.args, [entry for entry in trainer.state.log_history if "loss" in entry]
+    said = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
+    said |= {"tokens_per_pass": trainer.tokens_per_pass, "activations_computed_twice": trainer.twice, "autocast": forward.autocast}
     facts = {
         "trained_learning_rate": max(entry["learning_rate"] for entry in log),
         "trained_epochs": float(trainer.state.epoch),
         "trained_seed": args.seed,
         "trained_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1),
-        "trainer_arguments": json.dumps({name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}, sort_keys=True),
+        "trainer_arguments": json.dumps(said, sort_keys=True),
         "steps": trainer.state.global_step,
-        "n_examples": len(prepared.rows),
+        "n_examples": len(prepared.examples),
         "loss_first": finite(log[0]["loss"]),
         "loss_last": finite(log[-1]["loss"]),
     }
     return facts, _curve(variant, log)
+
+
+def _keep_only(scratch: Path, key: str) -> None:
+    """Delete the checkpoints of a folder unless they are of this key, and say in it what the next ones are of."""
+    path = scratch / "key.json"
+    if not path.is_file() or read_json(path) != key:
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(path, key)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,167 @@
+"""What training costs: our optimiser steps against TRL's trainers as they come, on the same examples, model and method; and an 8B model on a GPU."""
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from driftbook.bench import LLAMA_8B, METHODS, SHAPES, least_seconds, random_llama, row, tokenizer_of
+from driftbook.study import PEFT_METHODS, Study, Variant, load
+
+GOAL = 1.5  # times TRL's tokens a second
+NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
+LENGTH, BATCH = 4_096, 8  # longer than any example, so that both train on all of each; TRL's own batch
+FIGURE = "{}, {} examples of real chat: times TRL's tokens a second"
+SETTINGS = {
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}, "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "prompt_tuning": {"num_virtual_tokens": 20, "init": "vocabulary"}, "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": 64},
+    "dora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "rslora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "bitfit": {"target_modules": ["v_proj"]},
+    "ln_tuning": {}, "prefix_tuning": {"num_virtual_tokens": 20},
+}  # fmt: skip
+RATES = {"lora": 1e-3, "ia3": 1e-2, "prompt_tuning": 1e-2, "p_tuning": 1e-3}
+
+
+def study(n: int, methods: Sequence[str] = METHODS, length: int = LENGTH, batch: int = BATCH) -> Study:
+    """The study of real text (studies/real_data.yaml) with n examples, these methods without dropout, and TRL's own batch."""
+    real = load("real_data")
+    data = {name: one.model_copy(update={"n": n if name != "heldout" else one.n}) for name, one in real.data.items()}
+    block = real.grid[0].model_copy(update={"methods": tuple(methods), "learning_rates": {method: (RATES.get(method, 1e-3),) for method in methods}})
+    training = real.training.model_copy(update={"batch_size": batch, "max_length": length, "tokens_per_batch": None})
+    made = {method: SETTINGS[method] for method in methods}
+    return Study(**{**real.model_dump(), "methods": made, "data": data, "grid": (block,), "training": training})
+
+
+def texts(this: Study) -> list[str]:
+    """What the examples say, to train a tokenizer on."""
+    from driftbook.data import training_examples
+
+    return [text for name in ("sft", "dpo") for one in training_examples(name, this) for text in (one["prompt"][-1]["content"], one.get("answer") or one["chosen"])]
+
+
+def speed(n: int = 32, methods: Sequence[str] = METHODS, shapes: dict[str, dict] | None = None) -> list[dict]:
+    """Tokens a second of one epoch, ours and TRL's; of DPO ours with the reference's log-probabilities, which all variants of a base share."""
+    from driftbook import training
+    from driftbook.models import Loaded
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    this, rows = study(n, methods), []
+    for name, shape in (shapes or SHAPES).items():
+        tokenizer = tokenizer_of(texts(this), shape["vocab_size"])
+        for objective in ("sft", "dpo"):
+            base = Loaded("random", random_llama(shape, tokenizer), tokenizer, "random")
+            shared, prepared = least_seconds(training.prepare, objective, base, this, repeats=1)
+            for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective):
+                ours, (_, curve) = least_seconds(fit_once, variant, base, prepared, this, repeats=2)
+                ours += shared if objective == "dpo" else 0
+                peer, expected = least_seconds(_peer, variant, base, this, repeats=1)
+                setting = f"{PEFT_METHODS[variant.method].label}, {name}"
+                n_tokens = _tokens(prepared.examples)
+                rows.append({**row(FIGURE.format(objective.upper(), n), setting, peer / ours, GOAL, "CPU s", ours, peer)})
+                rows.append(row(f"{objective.upper()}: tokens a CPU second, ours", setting, n_tokens / ours, None, "1/s"))
+                difference = np.abs(curve.loss.to_numpy(float) - expected).max() if len(curve) == len(expected) else np.inf
+                rows.append(row(f"{objective.upper()}: largest difference of a step's loss to TRL's", setting, difference, NOISE, "nats", least=False))
+    return rows
+
+
+def _tokens(examples: Sequence[Any]) -> int:
+    return sum(len(part.ids) for one in examples for part in ((one,) if hasattr(one, "ids") else (one.chosen, one.rejected)))
+
+
+def fit_once(variant: Variant, base: Any, prepared: Any, this: Study) -> tuple[dict, Any]:
+    from driftbook import adapters, training
+
+    model = adapters.create(variant, base.model, base.tokenizer)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return training.fit(variant, model, base, prepared, this, Path(scratch, "adapter"))
+    finally:
+        adapters.detach(model)
+
+
+def timed(work: Callable, *given: Any) -> tuple[Any, float]:
+    """What work(*given) gives, and its wall-clock seconds, to the end of what it started on a GPU."""
+    import torch
+
+    started = time.perf_counter()
+    found = work(*given)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - started
+
+
+def _peer(variant: Variant, base: Any, this: Study) -> np.ndarray:
+    """The losses of TRL's trainer with its defaults, but for what says what is trained: data, rate, one epoch, seed."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    from driftbook import adapters
+    from driftbook.data import training_examples
+
+    def said(text: str) -> list[dict]:
+        return [{"role": "assistant", "content": text}]
+
+    sft, examples = variant.objective == "sft", training_examples(variant.objective, this)
+    keys = {"completion": "answer"} if sft else {"chosen": "chosen", "rejected": "rejected"}
+    data = Dataset.from_list([{"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}} for one in examples])
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = (SFTConfig if sft else DPOConfig)(
+            output_dir=scratch, learning_rate=variant.learning_rate, num_train_epochs=1, lr_scheduler_type=this.training.scheduler, seed=variant.seed,
+            data_seed=variant.seed, logging_steps=1, max_length=LENGTH, report_to="none", disable_tqdm=True, use_cpu=base.model.device.type == "cpu", save_strategy="no",
+        )  # fmt: skip
+        trainer = (SFTTrainer if sft else DPOTrainer)(
+            model=base.model, args=config, train_dataset=data, processing_class=base.tokenizer, peft_config=adapters.config(variant)
+        )
+        from transformers import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        base.model.gradient_checkpointing_disable()
+        adapters.detach(trainer.model)
+    return np.array(losses, float)
+
+
+# ---- a large model
+def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048, n: int = 64, methods: Sequence[str] = METHODS) -> list[dict]:
+    """Training of a model of random weights on the GPU where there is one: tokens a second by method, share of the measured matrix rate, memory."""
+    import torch
+
+    from driftbook import training
+    from driftbook.bench import _matrix_rate
+    from driftbook.models import Loaded, device
+
+    where, this, rows = device(), study(n, methods, length, batch=16), []
+    this = this.model_copy(update={"training": this.training.model_copy(update={"packed": True})})
+    tokenizer = tokenizer_of(texts(this))
+    base = Loaded("random", random_llama(shape or LLAMA_8B, tokenizer, dtype, where), tokenizer, "random")
+    rate = _matrix_rate(where, dtype)
+    n_weights = sum(value.numel() for name, value in base.model.named_parameters() if "embed_tokens" not in name)
+    for objective in ("sft", "dpo"):
+        prepared = training.prepare(objective, base, this)
+        n_tokens = _tokens(prepared.examples)
+        for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective):
+            if where == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            _, seconds = timed(fit_once, variant, base, prepared, this)
+            setting = f"{objective.upper()}, {PEFT_METHODS[variant.method].label}"
+            flops = 4 * n_weights * n_tokens  # forward 2, and backward 2 since the base's weights are frozen: no gradient of them is made
+            goal = 0.5 if (objective, variant.method) == ("sft", "lora") and where == "cuda" else None
+            rows.append(row(f"{where}, {dtype}: training tokens a second", setting, n_tokens / seconds, None, "1/s"))
+            rows.append(row(f"{where}, {dtype}: share of the measured matrix rate ({rate / 1e12:.1f} TFLOP/s)", setting, flops / seconds / rate, goal, "share"))
+            if where == "cuda":
+                rows.append(row("peak memory of training", setting, torch.cuda.max_memory_allocated() / 2**30, None, "GiB", least=False))
+    return rows
+
+
+def rows() -> list[dict]:
+    """Every line of this benchmark."""
+    if "DRIFTBOOK_SHARED" not in os.environ:
+        print("training is measured on the chat data of studies/real_data.yaml; without a local copy (DRIFTBOOK_SHARED) they are fetched")
+    return speed()

@@ -1,0 +1,74 @@
+"""What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes, other wordings, and categories at a floor or ceiling."""
+
+import numpy as np
+import pandas as pd
+
+from driftbook import bias, stats
+from driftbook.tables import ESTIMATES
+
+LOGIT = "logit of the judge's probability of unsafe"
+FLOOR, CEILING = 0.05, 0.95  # a base model's share of unsafe answers, beyond which a rate can hardly move in one direction
+UNITS = ["category", "family", "prompt_id"]
+NAMES = {"nll": "loss on text (nats per token)", "p_refusal": "probability that the answer begins as a refusal (percent)"}
+
+
+def of_ratings(ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """Changes in every rating but the two that `tradeoffs` has already (the utility benchmark's loss and right answers), as rows of `estimates`."""
+    parts = []
+    for (benchmark, metric), rows in ratings.groupby(["benchmark", "metric"], sort=False):
+        if benchmark == "utility" and metric in ("nll", "correct"):
+            continue
+        share = metric != "nll" and not metric.startswith("grade by ")
+        level = stats.rated(rows, 100.0 if share else 1.0)
+        name = NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)")
+        if level is not None:
+            parts.append(stats.of_scores(level, stats.changes(level, arms), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
+    return ESTIMATES.concat(parts)
+
+
+def ends(asked: pd.DataFrame) -> pd.DataFrame:
+    """The categories in which a base model's share of unsafe answers is at a floor or a ceiling: base_model, benchmark, judge, category, share, n."""
+    base = asked[asked["arm"].eq("base") & asked["kind"].eq("harmful")]
+    found = base.groupby(["base_model", "benchmark", "judge", "category"], sort=False)["unsafe"].agg(share=lambda unsafe: unsafe.astype("Float64").mean(), n="count").reset_index()
+    return found[found["share"].le(FLOOR) | found["share"].ge(CEILING)].reset_index(drop=True)
+
+
+def of_ends(asked: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """The mean change in logit(p_unsafe) in those categories, as rows of `estimates`: a rate of 0 can only rise, a probability can still fall.
+
+    Probabilities are kept from 0 and 1 by 1e-6. Base models whose category is at neither end take no part.
+    """
+    parts = []
+    p = asked["p_unsafe"].astype("Float64").clip(1e-6, 1 - 1e-6)
+    rows = asked.assign(value=np.log(p / (1 - p)), weight=1.0)
+    usual = cells[cells["group"].eq(stats.AS_CONFIGURED)]
+    for (benchmark, judge, category), end in ends(asked).groupby(["benchmark", "judge", "category"], sort=False):
+        own = rows[rows["benchmark"].eq(benchmark) & rows["judge"].eq(judge) & rows["category"].eq(category) & rows["kind"].eq("harmful")]
+        own = own[own["base_model"].isin(end["base_model"])]
+        level = stats.rated(own, 1.0)
+        if level is not None:
+            here = usual[usual["base_model"].isin(end["base_model"])].assign(group=f"category: {category}")
+            parts.append(stats.means(stats.changes(level, arms), here, stats.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
+    return ESTIMATES.concat(parts)
+
+
+def of_wordings(every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """Changes in the unsafe rate under each other wording, against the base model asked in the same wording; benchmark says which.
+
+    `every` are verdicts of all wordings, joined with prompts.
+    """
+    parts = []
+    other = every[every["prompt_variant"].ne("default") & every["decoding"].eq("greedy") & every["kind"].eq("harmful")]
+    for (benchmark, judge, wording), rows in other.groupby(["benchmark", "judge", "prompt_variant"], sort=False):
+        values = stats.matrix(rows, "unsafe", UNITS)
+        parts.append(stats.of_rate(values, arms, cells, outcome=stats.UNSAFE, benchmark=f"{benchmark}, wording {wording}", judge=judge, **labels))
+    return ESTIMATES.concat(parts)
+
+
+def of_item_wordings(every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """The same for BBQ's accuracy and bias: `every` are answers of all wordings."""
+    parts = []
+    for wording, rows in every[every["prompt_variant"].ne("default") & every["answer_mode"].isin(["letters", "options"])].groupby("prompt_variant", sort=False):
+        for outcome, level in bias.by_run(rows).items():
+            parts.append(stats.of_scores(level, stats.changes(level, arms), cells, outcome=outcome, benchmark=f"bbq, wording {wording}", judge="none", **labels))
+    return ESTIMATES.concat(parts)

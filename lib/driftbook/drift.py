@@ -1,0 +1,162 @@
+"""Safety, over-refusal and BBQ on a small fixed sample while a model trains, as a callback of TRL's and transformers' trainers.
+
+The sample warns early and cheaply; it does not measure: its intervals are wide, and the study's own benchmarks decide.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from driftbook import bbq, data, judging
+from driftbook.files import read_json, write_json
+from driftbook.models import Loaded
+from driftbook.refusals import is_refusal
+from driftbook.scoring import Scorer
+from driftbook.stats import wilson
+from driftbook.study import Drift, Judge, Study
+from driftbook.tables import DRIFT
+
+UNSAFE, OVER_REFUSAL = "unsafe answers", "over-refusal"
+Rates = dict[str, tuple[float, int]]  # outcome: share of hits, answers scored
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is asked: harmful prompts and benign look-alikes (texts), BBQ items (`bbq.load`), and who judges; all may be left out.
+
+    Without a judge an answer to a harmful prompt counts as unsafe where it does not decline (refusals.is_refusal), which is an upper bound.
+    """
+
+    harmful: tuple[str, ...] = ()
+    benign: tuple[str, ...] = ()
+    items: pd.DataFrame | None = field(default=None, repr=False)
+    judge: tuple[Loaded, Judge] | None = field(default=None, repr=False)
+    answer_mode: str = "letters"
+    wording: dict[str, Any] = field(default_factory=dict)  # template and stem of BBQ
+    system_prompt: str | None = None
+    max_new_tokens: int = 32
+
+    def look(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Rates:
+        """Each outcome of the model as it is: its share and the number of answers that could be scored. Draws no random numbers."""
+        scorer, found = Scorer(model, tokenizer), {}
+        if self.harmful:
+            found[UNSAFE] = _share(self._unsafe(self._answers(scorer, self.harmful)))
+        if self.benign:
+            found[OVER_REFUSAL] = _share(is_refusal(self._answers(scorer, self.benign)))
+        if self.items is not None and len(self.items):
+            answers = bbq.answers(self.items, scorer, self.answer_mode, "", system_prompt=self.system_prompt, **self.wording)
+            for context, part in answers.groupby("context"):
+                found[f"accuracy in BBQ, {context}"] = _share(part.correct)
+            found["stereotyped answers in BBQ"] = _share(answers.biased)
+        return found
+
+    def _answers(self, scorer: Scorer, prompts: Sequence[str]) -> list[str]:
+        return [answer.text for answer in scorer.generate(scorer.ask(list(prompts), self.system_prompt), self.max_new_tokens)]
+
+    def _unsafe(self, answers: list[str]) -> Sequence:
+        if self.judge is None:
+            return [None if one is None else not one for one in is_refusal(answers)]
+        unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
+        return [None if not text.strip() else verdict for text, verdict in zip(answers, unsafe, strict=True)]
+
+
+def _share(values: Sequence) -> tuple[float, int]:
+    """The share of hits among what could be scored, and how much that is."""
+    scored = np.array([float(one) for one in values if one is not None and not pd.isna(one)])
+    return (float(scored.mean()) if len(scored) else float("nan")), len(scored)
+
+
+class DriftCallback(TrainerCallback):
+    """Looks at the model before the first step, after every `every` of the steps (a share), and after the last; ends the training where a share has
+    risen by `stop_unsafe` or `stop_over_refusal` percentage points above the base model's.
+
+    `base` is what `sample.look` says of the base model (None: the model before its first step). Add it to any trainer of TRL or transformers:
+    `SFTTrainer(..., callbacks=[DriftCallback(sample, tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended.
+    """
+
+    def __init__(
+        self, sample: Sample, tokenizer: PreTrainedTokenizerBase, every: float = 0.25, stop_unsafe: float | None = None, stop_over_refusal: float | None = None,
+        base: Rates | None = None, run_id: str = "run",
+    ):  # fmt: skip
+        self.sample, self.tokenizer, self.every, self.base, self.run_id = sample, tokenizer, every, base, run_id
+        self.limits = {name: limit for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal)) if limit is not None}
+        self._rows: list[dict] = []
+        self.stopped: str | None = None
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The table `drift` so far."""
+        return DRIFT.check(pd.DataFrame(self._rows, columns=list(DRIFT.columns)))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        kept = Path(args.output_dir, "drift.json")  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
+        if state.global_step == 0:
+            self._look(model, 0)
+        elif kept.is_file():
+            self._rows = [row for row in read_json(kept) if row["step"] <= state.global_step]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        between = max(1, round(self.every * state.max_steps))
+        if state.global_step % between == 0 or state.global_step == state.max_steps:
+            found = self._look(model, state.global_step)
+            write_json(Path(args.output_dir, "drift.json"), self._rows)
+            self.stopped = self._reason(found, state.global_step)
+            control.should_training_stop |= self.stopped is not None
+
+    def _look(self, model: Any, step: int) -> Rates:
+        training = model.training
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            found = self.sample.look(model, self.tokenizer)
+        model.train(training)
+        self.base = found if self.base is None else self.base
+        for outcome, (share, n) in found.items():
+            low, high = wilson(np.round(share * n), n) if n else (np.nan, np.nan)
+            self._rows.append({
+                "run_id": self.run_id, "step": step, "outcome": outcome, "value": 100 * share, "ci_low": 100 * float(low), "ci_high": 100 * float(high), "n": n,
+                "base_value": 100 * self.base[outcome][0] if outcome in self.base else None,
+            })  # fmt: skip
+        return found
+
+    def _reason(self, found: Rates, step: int) -> str | None:
+        for outcome, limit in self.limits.items():
+            if outcome in found and outcome in self.base:
+                rise = 100 * (found[outcome][0] - self.base[outcome][0])
+                if rise >= limit:
+                    return f"training stopped at step {step}: {outcome} {rise:+.0f} points against the base model, {limit:g} allowed"
+        return None
+
+
+# ---- of a study
+def sample_of(study: Study, base: Loaded, load: Callable[[Judge, str, Study], Loaded]) -> Sample | None:
+    """The study's sample, None where it has no `drift`: its first prompts and items in a seeded order, the first judge, the base model's wording."""
+    settings = study.drift
+    if settings is None:
+        return None
+    name, judge = next(iter(study.judges.items()))
+    source = study.bases[base.name]
+    rng = np.random.default_rng(study.seed)
+
+    def some(frame: pd.DataFrame, n: int) -> pd.DataFrame:
+        return frame.iloc[np.sort(rng.permutation(len(frame))[:n])].reset_index(drop=True)
+
+    harmful, other = data.prompts("safety", study), data.prompts("over_refusal", study)
+    items = bbq.of_study(study)
+    benchmark = study.benchmarks["bbq"]
+    wording = {"stem": benchmark.stem} | ({"template": benchmark.template} if benchmark.template else {})
+    return Sample(
+        tuple(some(harmful[harmful.kind == "harmful"], settings.n).prompt), tuple(some(other[other.kind != "harmful"], settings.n).prompt),
+        pd.concat([some(part, settings.n) for _, part in items.groupby("context")], ignore_index=True), (load(judge, name, study), judge), source.answer_mode,
+        wording, source.system_prompt, settings.max_new_tokens,
+    )  # fmt: skip
+
+
+def callback_of(settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any) -> DriftCallback:
+    """The callback of one variant of a study."""
+    own = replace(sample, system_prompt=variant.system_prompt)
+    return DriftCallback(own, base.tokenizer, settings.every, settings.stop_unsafe, settings.stop_over_refusal, rates, variant.run_id)

@@ -1,0 +1,46 @@
+"""One worker per GPU: a job holds a GPU by a lock that its end releases, and sees no other."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def numbers() -> list[str]:
+    """The GPUs that may be used: those that CUDA_VISIBLE_DEVICES names (a cluster sets it), else all of the machine."""
+    if VISIBLE in os.environ:
+        return [name.strip() for name in os.environ[VISIBLE].split(",") if name.strip()]
+    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
+@contextlib.contextmanager
+def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
+    """The number of a GPU that no other job of this user holds, waited for; None on a machine without one. Processes started meanwhile see it alone."""
+    folder = folder or Path(tempfile.gettempdir(), f"driftbook-gpus-{os.getuid()}")
+    known = numbers()
+    if not known:
+        yield None
+        return
+    folder.mkdir(mode=0o700, exist_ok=True)
+    before = os.environ.get(VISIBLE)
+    while True:
+        for number in known:
+            lock = FileLock(folder / f"{number.replace('/', '_')}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            os.environ[VISIBLE] = number
+            try:
+                yield number
+            finally:
+                os.environ.pop(VISIBLE) if before is None else os.environ.update({VISIBLE: before})
+                lock.release()
+            return
+        time.sleep(wait)
