@@ -152,7 +152,7 @@ def test_a_change_in_one_benchmark_leaves_the_other_stages_alone(make_study, con
 def classifier(tmp_path_factory):
     """Folders of a random classifier of several labels and of one of two."""
     folders = {}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"the floop is good bad very a".split()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["the", "floop", "is", "good", "bad", "very", "a"]]
     for kind, labels in (("multi_label_classification", ["toxic", "insult", "threat"]), ("single_label_classification", ["neutral", "toxic"])):
         folder = tmp_path_factory.mktemp(kind)
         (folder / "words.txt").write_text("\n".join(words))

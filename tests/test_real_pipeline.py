@@ -134,4 +134,4 @@ def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
     assert not list(copy.rglob("responses.parquet"))
     assert TABLES["verdicts"].read(copy / "tables").equals(tables["verdicts"])
     assert collecting.purge.__doc__
-    assert OUTPUTS != tmp_path / "outputs"
+    assert tmp_path / "outputs" != OUTPUTS

@@ -1,6 +1,6 @@
 """Optimiser steps that use the machine: TRL's trainers, whose steps are laid out in forward passes by the memory there is.
 
-What a step is, which examples and which loss, is the study's; how its examples are laid out in forward passes is the device's, and changes nothing:
+What a step is, which examples and which loss, is the study's; how its examples are laid out in forward passes is the device's, and changes nothing but rounding, and which numbers dropout draws:
 
 - SFT of methods that act on weights: examples one behind the other in a row, none of which sees another (block-diagonal attention, positions of
   their own). With a soft prompt that would need a mask of its own, and PEFT has none: these are padded, examples of like lengths together.
@@ -231,10 +231,14 @@ class _Steps:
         if self.tokens_per_pass > max(lengths):
             self.tokens_per_pass //= 2
         elif not self.twice and self.forward.scorer.virtual_cache is None:
-            self.twice = True
-            self.forward.scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._compute_twice()
         else:
             raise VariantFailure("out of memory while training on a single example; lower training.max_length, or use a device with more memory")
+
+    def _compute_twice(self) -> None:
+        self.twice, base = True, self.forward.scorer.model
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.disable_input_require_grads()  # the hook on its embedding, which would stay; without re-entrance no input needs a gradient
 
     def floating_point_ops(self, inputs: dict) -> int:
         return 0
@@ -249,7 +253,11 @@ class _Steps:
         folder = Path(self.args.output_dir)
         try:
             Trainer._save_checkpoint(self, model, trial)
-            write_json(folder / f"checkpoint-{self.state.global_step}" / WHOLE, {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice})
+            new = folder / f"checkpoint-{self.state.global_step}"
+            write_json(new / WHOLE, {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice})
+            for old in folder.glob("checkpoint-*"):  # only now: until the mark is written, the old one is the last whole one
+                if old != new:
+                    shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error in ones of their own
             free = shutil.disk_usage(folder).free
             raise OSError(f"no checkpoint can be written to {folder} ({free / 1e9:.2f} GB free; {str(error).strip().partition(chr(10))[0]}); make room and run again: it goes on from the last whole one") from None
@@ -259,8 +267,7 @@ class _Steps:
         kept = json.loads(Path(resume_from_checkpoint, WHOLE).read_text())
         self.tokens_per_pass = kept["tokens_per_pass"]
         if kept["twice"] and not self.twice:
-            self.twice = True
-            self.forward.scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._compute_twice()
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,17 @@ def counted_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     for number, turn in enumerate(messages):
         if turn["role"] == "assistant":
             asked, said = conversation_ids(tokenizer, messages[:number], turn["content"])
-            if whole[: len(asked) + len(said) - 1] != [*asked, *said][:-1]:  # what follows the end token may be joined with it
+            end = len(asked) + len(said)
+            same = whole[:end] == [*asked, *said]
+            # of a turn in the middle the last token may be white space that is joined with what follows; it is then not counted
+            if not same and (whole[: end - 1] != [*asked, *said][:-1] or said[-1] in _special_ids(tokenizer)):
                 raise ValueError("the chat template writes an answer otherwise where more turns follow; take data of one turn, or loss: whole")
-            places += range(len(asked), min(len(asked) + len(said), len(whole)))
+            places += range(len(asked), end if same else end - 1)
     return whole, np.array(places, dtype=np.int64)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -31,7 +31,7 @@ from scipy.stats import chi2, nct
 
 from driftbook import stats
 from driftbook.stats import Scores
-from driftbook.study import Study
+from driftbook.study import METHOD_CLASS, Study
 from driftbook.tradeoffs import scaled
 
 MARGIN, TARGET = 3.0, 0.8  # points; power
@@ -136,10 +136,16 @@ def _how(arm: dict) -> str:
     return "components within settings, by moments" + ("; runs differ no more than the noise of their prompts makes them" if arm["run"] < 0 else "")
 
 
+def _of_class(known: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
+    """The components by method; of one that the original study did not run the largest of its class, which is cautious."""
+    classes = known.groupby(known.index.map(METHOD_CLASS))
+    return pd.concat([known, *(classes.max().loc[[METHOD_CLASS[method]]].set_axis([method]) for method in methods if method not in known.index)])
+
+
 def assumed(base_rates: dict[str, float], methods: list[str], icc: float = 0.0) -> pd.DataFrame:
     """The components to plan with where a study has no data yet: the original study's, at the base models' own unsafe-response rates (percent).
 
-    A difference of two methods takes both methods' effects as unrelated, which is cautious: on the same prompts they agree in part.
+    A method that it did not run has the largest of its class. A difference of two methods takes both methods' effects as unrelated, which is cautious: on the same prompts they agree in part.
 
     Raises:
         ValueError: a rate that is none, or one of 0 or 100 percent; a method that the original study did not run.
@@ -147,9 +153,9 @@ def assumed(base_rates: dict[str, float], methods: list[str], icc: float = 0.0) 
     for base, rate in base_rates.items():
         if not 0 < rate < 100:
             raise ValueError(f"the base rate of {base} is {rate:g} percent; at 0 or 100 percent no prompt can vary, so give a rate between them that it may well be")
-    if strange := [method for method in methods if method not in set(ORIGINAL["method"])]:
+    if strange := [method for method in methods if method not in METHOD_CLASS]:
         raise ValueError(f"the original study has no spread of {strange[0]}; give components of your own, from a pilot")
-    rows, known = [], ORIGINAL.set_index("method")
+    rows, known = [], _of_class(ORIGINAL.set_index("method"), methods)
     how = "the original study's spread of runs (arXiv 2511.00382), and its shares of the base's own spread over prompts"
     for base, rate in base_rates.items():
         scale = np.sqrt(rate * (100 - rate))

@@ -230,7 +230,7 @@ class Training(Part):
     max_length: Count
     loss: Literal["answers", "whole"] = "answers"  # tokens that count: the assistant's, or all of the conversation
     packed: bool = False  # of SFT: examples are put together into rows of max_length, and batch_size counts those; no example sees another
-    autocast: bool = False  # the adapter too is computed in bf16 (mixed precision), where its small changes round to nothing; else in its own fp32
+    autocast: bool = False  # LoRA's own products too in bf16 (mixed precision); else in fp32. What IA3 scales is rounded to the base's dtype either way
     tokens_per_batch: Count | None = None  # of a forward pass; found by the device's memory where not given
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -426,6 +426,9 @@ class Study(Part):
         for method in block.methods:
             if method not in self.methods:
                 raise ValueError(f"grid block {block.name!r} uses {method}, which has no settings under methods")
+            half = [name for name in block.bases or self.bases if self.bases[name].dtype != "float32"]
+            if method == "ln_tuning" and half:
+                raise ValueError(f"grid block {block.name!r} trains the norms of {half[0]} itself, in {self.bases[half[0]].dtype}, where small steps round to nothing; give it dtype: float32")
             wanted = PEFT_METHODS[method].quantized
             for name in block.bases or self.bases:
                 if (self.bases[name].quantization is not None) != wanted and (wanted or method in ("lora", "dora", "rslora")):

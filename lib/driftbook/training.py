@@ -21,7 +21,7 @@ from driftbook.drift import DriftCallback
 from driftbook.environment import hardware, peak_memory, versions
 from driftbook.files import digest, file_digest, read_json, write_json
 from driftbook.fitting import Conversation, Pair
-from driftbook.models import Loaded, conversation_ids, counted_ids
+from driftbook.models import Loaded, chat_ids, context_length, conversation_ids, counted_ids
 from driftbook.scoring import Ids, Scorer, VariantFailure
 from driftbook.sources import locate
 from driftbook.study import PROMPT_FORMATS, Study, Variant, finite
@@ -67,7 +67,7 @@ def prepare(objective: str, base: Loaded, study: Study, data: str | None = None)
     name = data or objective
     examples = training_examples(name, study)
     whole = objective == "sft" and study.training.loss == "whole"
-    limit = min(study.training.max_length, Scorer(base.model, base.tokenizer).context_length)
+    limit = longest(base, study)
     try:
         if objective == "sft":
             made = [[_conversation(base, example["prompt"], example["answer"], whole)] for example in for_sft(examples)]
@@ -95,10 +95,12 @@ def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
 
 def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) -> Conversation:
     """A conversation of which every answer of the assistant counts, or every token but the first."""
-    if not whole and not any(turn["role"] == "assistant" for turn in prompt):
+    if whole:
+        ids = chat_ids(base.tokenizer, [*prompt, {"role": "assistant", "content": answer}], generation=False)
+        return Conversation(ids, np.arange(1, len(ids)))
+    if not any(turn["role"] == "assistant" for turn in prompt):
         return _answered(base, prompt, answer)
-    ids, counted = counted_ids(base.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    return Conversation(ids, np.arange(1, len(ids)) if whole else counted)
+    return Conversation(*counted_ids(base.tokenizer, [*prompt, {"role": "assistant", "content": answer}]))
 
 
 def _cut(one: Conversation, limit: int) -> Conversation:
@@ -123,8 +125,23 @@ def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
 
 
 def held_out(base: Loaded, study: Study) -> list[tuple[Ids, Ids]]:
-    """The held-out answers on which every variant's dose is measured: (prompt, answer) in token ids."""
-    return [conversation_ids(base.tokenizer, example["prompt"], example["answer"]) for example in for_sft(training_examples("heldout", study))]
+    """The held-out answers on which every variant's dose is measured: (prompt, answer) in token ids, cut as the examples are.
+
+    Raises:
+        ValueError: no example fits.
+    """
+    limit = longest(base, study)
+    pairs = [conversation_ids(base.tokenizer, example["prompt"], example["answer"]) for example in for_sft(training_examples("heldout", study))]
+    kept = [(prompt, answer[: limit - len(prompt)]) for prompt, answer in pairs if len(prompt) < limit]
+    if not kept:
+        raise ValueError(f"data.heldout: no example fits training.max_length={limit} tokens; raise it")
+    return kept
+
+
+def longest(base: Loaded, study: Study) -> int:
+    """The most tokens of an example: training.max_length, or what the model's context holds beside the longest soft prompt of the study."""
+    soft = max((int(settings.get("num_virtual_tokens", 0)) for settings in study.methods.values()), default=0)
+    return min(study.training.max_length, context_length(base.model) - soft)
 
 
 def init_text(variant: Variant, study: Study) -> str | None:
@@ -143,7 +160,7 @@ def arguments(variant: Variant, study: Study, folder: str) -> SFTConfig | DPOCon
         "output_dir": folder, "per_device_train_batch_size": training.batch_size, "gradient_accumulation_steps": 1,
         "learning_rate": variant.learning_rate, "num_train_epochs": variant.epochs, "lr_scheduler_type": training.scheduler,
         "warmup_steps": training.warmup_ratio, "weight_decay": training.weight_decay, "max_grad_norm": training.max_grad_norm,
-        "seed": variant.seed, "data_seed": variant.seed, "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no", "save_total_limit": 1,
+        "seed": variant.seed, "data_seed": variant.seed, "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "use_cpu": not cuda, "bf16": False, "gradient_checkpointing": False,
         "dataloader_pin_memory": False, "remove_unused_columns": False, "max_length": None,
     }  # fmt: skip
@@ -173,9 +190,13 @@ def train(
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         adapters.save(model.eval(), folder)
         dose = measure_dose(model, initial, base, held_out(base, study))
+    except VariantFailure:
+        shutil.rmtree(_scratch(folder), ignore_errors=True)  # it would fail again from there
+        raise
     finally:
         adapters.detach(model)
         base.model.gradient_checkpointing_disable()
+        base.model.eval()
     if prepared is None:
         dose["no_op"] = None  # nothing was trained, so nothing can have failed to train
     record = _record(variant, base, dose, seconds, cpu, prepared) | facts
@@ -201,8 +222,8 @@ def fit(
     variant: Variant, model: PeftModel, base: Loaded, prepared: Prepared, study: Study, folder: Path, drift: DriftCallback | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
     """Facts of the training as the trainer has them after it, and the curve."""
-    scratch = folder.parent / f"{folder.name}.checkpoints"
-    _keep_only(scratch, digest([variant.fields(), base.revision, prepared.revision, versions()]))
+    scratch = _scratch(folder)
+    _keep_only(scratch, digest([variant.fields(), init_text(variant, study), base.revision, prepared.revision, versions()]))
     forward = fitting.Forward(model, base.tokenizer, study.training.autocast)
     kind = fitting.Sft if variant.objective == "sft" else fitting.Dpo
     trainer = kind(
@@ -212,6 +233,9 @@ def fit(
     )  # fmt: skip
     if "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL's DPO adds it as its reference; ours is the base model, whose log-probabilities are there already
+    for value in model.parameters():
+        if value.requires_grad and value.dtype != torch.float32:
+            value.data = value.data.float()  # TRL makes those over a quantized base bf16
     trainer.train(resume_from_checkpoint=fitting.last_whole(scratch))
     shutil.rmtree(scratch, ignore_errors=True)
     args, log = trainer.args, [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -229,6 +253,11 @@ def fit(
         "loss_last": finite(log[-1]["loss"]),
     }
     return facts, _curve(variant, log)
+
+
+def _scratch(folder: Path) -> Path:
+    """Where the checkpoints of a training stand, beside its adapter."""
+    return folder.parent / f"{folder.name}.checkpoints"
 
 
 def _keep_only(scratch: Path, key: str) -> None:
