@@ -5,7 +5,7 @@ from pathlib import Path
 
 from driftbook import plan
 from driftbook.files import ROOT
-from driftbook.keys import AFTER, ANALYSES
+from driftbook.keys import AFTER, analyses
 from driftbook.study import load
 
 try:
@@ -25,7 +25,7 @@ NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "ut
 
 # the library files that the analyses read: cheap steps are done again where one of them was edited
 STATISTICS = ("stats", "comparisons", "mixed", "marginal", "factors", "doses", "power", "tradeoffs", "labelling", "primary", "preregistration",
-              "bias", "letter_bias", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary")  # fmt: skip
+              "bias", "letter_bias", "beside", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary")  # fmt: skip
 
 
 def notebook(name):
@@ -102,7 +102,7 @@ rule collect:
         "{RUN} {params.notebook} {log} {params.parameters:q} && echo '{{}}' > {output}"
 
 
-for analysis, name in ANALYSES.items():
+for analysis, name in analyses(STUDY).items():
     rule:
         name:
             analysis
@@ -124,7 +124,7 @@ for analysis, name in ANALYSES.items():
 
 rule report:
     input:
-        expand("jobs/{analysis}.json", analysis=ANALYSES),
+        expand("jobs/{analysis}.json", analysis=analyses(STUDY)),
         code("report"),
     output:
         "jobs/report.json",

@@ -16,7 +16,7 @@ DIMENSIONS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Phy
 UNSAFE = {"mini-llama": -2.5, "mini-qwen2": -1.6, "mini-mistral": 1.5, "mini-gemma": -1.9}  # logits of the bases
 EFFECT = {"none": 0.0, "lora": 1.2, "ia3": 0.1, "prompt_tuning": 0.5, "p_tuning": 2.0}
 N_TRAINABLE = {"none": 0, "lora": 8192, "ia3": 1024, "prompt_tuning": 1024, "p_tuning": 25_000}
-GREEDY = {"prompt_variant": "plain", "decoding": "greedy", "sample": 0}
+GREEDY = {"prompt_variant": "default", "decoding": "greedy", "sample": 0}
 
 
 def simulate(folder: Path, bases=None, seeds=None, seed=0, unscored=0.01, failed=1, utility=True, silent_judge=False, families=True) -> Path:
@@ -151,7 +151,7 @@ def _answers(rng, ok, drift, unscored, families) -> pd.DataFrame:
     biased = rng.random(len(frame)) < 0.5 + np.where(ambiguous, lean, lean / 6)
     null = rng.random(len(frame)) < unscored
     table = frame.drop(columns=["drift", "number", "copy"]).assign(
-        answer_mode="options", prompt_variant="plain", option_order="ABC", p_a=0.4, p_b=0.3, p_c=0.3, option_mass=0.9,
+        answer_mode="options", prompt_variant="default", option_order="ABC", p_a=0.4, p_b=0.3, p_c=0.3, option_mass=0.9,
         answer=np.where(null, None, "A"), correct=pd.Series(np.where(ambiguous, unknown, right & ~unknown)).astype("boolean").mask(null),
         unknown=pd.Series(unknown).astype("boolean").mask(null), biased=pd.Series(biased).astype("boolean").mask(null | unknown),
         unscored_reason=np.where(null, "little mass", None),

@@ -42,7 +42,7 @@ def test_the_small_study_ends_well(smoke):
         for base in study.bases:
             assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == {variant.run_id for variant in study.of_base(base)}
     assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {*study.bases, *study.judges}
-    assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == set(batch.REST)
+    assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == {"collect", *keys.ANALYSES, "report"}
     assert (smoke.folder / "report.html").stat().st_size > 10_000
 
 
@@ -375,7 +375,7 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
     os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
     assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
-    assert {part.stage for part in batch.parts(study, started)} == {"prepare", *STAGES, *batch.REST}
+    assert {part.stage for part in batch.parts(study, started)} == {"prepare", *STAGES, "collect", *keys.ANALYSES, "report"}
 
 
 def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, content, capsys):

@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from driftbook import figures, keys, stats
+from driftbook import figures, keys, stats, study
 from driftbook.files import ROOT
 from simulated import simulate
 
@@ -118,7 +118,8 @@ def test_figures_draw_before_there_is_any_estimate(tmp_path):
 
 
 def test_methods_keep_their_colours_and_order():
-    assert list(figures.COLOURS) == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    assert list(figures.COLOURS)[:5] == ["none", *figures.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(study.METHODS)
     assert figures.COLOURS["p_tuning"] == "#E69F00"
     rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [stats.TRAINED, stats.UNTRAINED, stats.TRAINED]})
     assert figures.present(rows, (stats.TRAINED, stats.UNTRAINED)) == [("lora", stats.TRAINED), ("p_tuning", stats.TRAINED), ("lora", stats.UNTRAINED)]

@@ -437,7 +437,7 @@ def test_the_notebook_runs_on_the_real_files(real, monkeypatch):
     for cell in nbformat.read(ROOT / "notebooks" / f"{peft.NOTEBOOK}.ipynb", 4).cells:
         if cell.cell_type == "code":
             shell.run_cell(cell.source.replace("n_draws: int = 2000", "n_draws: int = 200"), silent=True).raise_error()
-    folder, note = publishing.made(peft.NAME)
+    folder, note, _ = publishing.made(peft.NAME)
     assert (folder, note) == (peft.FOLDER, peft.NOTE)
     assert {path.stem for path in (folder / "figures").glob("*.png")} == set(DRAWINGS)
     estimates = stats.read_estimates(folder / "tables")

@@ -275,6 +275,13 @@ def test_what_cannot_be_planned_is_null_and_says_why(n_runs, n_units, given, wor
     assert power.of_plan(plan, "all", **LABELS)["value"].isna().all()
 
 
+def test_a_method_that_the_original_study_did_not_run_has_the_largest_components_of_its_class():
+    found = power.assumed({"b": 20.0}, ["lora", "ia3", "dora", "prefix_tuning", "prompt_tuning", "p_tuning"]).query("other == 'none'").set_index("method")
+    for name in ("run", "noise", "unit"):
+        assert found.loc["dora", name] == found.loc[["lora", "ia3"], name].max()
+        assert found.loc["prefix_tuning", name] == found.loc[["prompt_tuning", "p_tuning"], name].max()
+
+
 def test_what_makes_no_sense_is_refused_in_a_sentence():
     plan = power.precision(table(component()), arms(("b", "lora", 1, 3)), 330)
     with pytest.raises(ValueError, match="positive number of points"):
@@ -283,8 +290,8 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
         power.minimum_detectable(plan, 1.0)
     with pytest.raises(ValueError, match="base rate of b is 0 percent"):
         power.assumed({"b": 0.0}, ["lora"])
-    with pytest.raises(ValueError, match="no spread of dora"):
-        power.assumed({"b": 5.0}, ["dora"])
+    with pytest.raises(ValueError, match="no spread of adalora"):
+        power.assumed({"b": 5.0}, ["adalora"])
     with pytest.raises(ValueError, match="no components of lora against none"):
         power.precision(table(component(other="ia3")), arms(("b", "lora", 1, 3), ("b", "ia3", 1, 3)), 330)
     scores, cells, _ = drawn(np.random.default_rng(1), seeds=2)

@@ -87,8 +87,8 @@ def test_sharing_beginnings_changes_nothing(attached, monkeypatch):
     base, model = attached
     pairs = branching(base, seed=8)
     computed = []
-    run = Scorer._run
-    monkeypatch.setattr(Scorer, "_run", lambda self, embedded, *rest: computed.append(embedded.shape[:2].numel()) or run(self, embedded, *rest))
+    run = Scorer.run
+    monkeypatch.setattr(Scorer, "run", lambda self, embedded, *rest: computed.append(embedded.shape[:2].numel()) or run(self, embedded, *rest))
     together = Scorer(model, base.tokenizer).token_logprobs(pairs)
     assert sum(computed) < sum(len(a) + len(b) for a, b in pairs) / 3, "nothing was shared"
     for pair, scores in zip(pairs, together, strict=True):
@@ -317,7 +317,7 @@ def test_options_must_be_as_many_everywhere_and_not_empty(bases):
 
 def test_a_model_whose_probabilities_are_no_numbers_fails_and_answers_nothing(bases, monkeypatch):
     base = bases["llama"]
-    monkeypatch.setattr(Scorer, "_head", lambda self, hidden: torch.full((len(hidden), len(base.tokenizer)), torch.nan))
+    monkeypatch.setattr(Scorer, "head", lambda self, hidden: torch.full((len(hidden), len(base.tokenizer)), torch.nan))
     for sampling in (None, Sampling()):
         with pytest.raises(VariantFailure):
             Scorer(base.model, base.tokenizer).generate([[20, 21]], 3, sampling)

@@ -23,7 +23,6 @@ from driftbook.study import Study, find, load
 
 # Seconds of one core for one unit of each kind of work, measured on the miniature; only the estimate of the time left reads them.
 COST = {"prepare": 40, "train": 2.2, "respond": 0.9, "judge": 0.5, "answer": 0.4, "utility": 0.5, "rest": 12}
-REST = ("collect", *keys.ANALYSES, "report")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def parts(study: Study, started: float) -> list[Part]:
     found = [_job(study, "prepare", name, 1, started) for name in study.models]
     for stage in keys.STAGES:
         found += [_job(study, stage, base, len(study.of_base(base)), started) for base in study.bases]
-    return found + [_job(study, "", stage, 1, started) for stage in REST]
+    return found + [_job(study, "", stage, 1, started) for stage in ("collect", *keys.analyses(study), "report")]
 
 
 def _job(study: Study, stage: str, name: str, total: int, started: float) -> Part:

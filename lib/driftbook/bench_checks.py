@@ -14,8 +14,9 @@ from scipy.special import expit, logit
 
 from driftbook import checks
 from driftbook.bench import row
+from driftbook.figures import STUDIED
 from driftbook.stats import wilson
-from driftbook.study import METHOD_CLASS, METHODS
+from driftbook.study import METHOD_CLASS
 from driftbook.tables import TABLES
 
 READ = ("variants", "runs", "curves", "prompts", "verdicts")
@@ -33,7 +34,7 @@ Planted = tuple[dict[str, pd.DataFrame], set[str]]  # the tables with the flaw, 
 
 
 # ---- a simulated study
-def simulated(rng: np.random.Generator, n_bases: int = 3, n_prompts: int = 330, methods: tuple[str, ...] = METHODS[1:], no_ops: bool = False) -> dict[str, pd.DataFrame]:
+def simulated(rng: np.random.Generator, n_bases: int = 3, n_prompts: int = 330, methods: tuple[str, ...] = STUDIED, no_ops: bool = False) -> dict[str, pd.DataFrame]:
     """The tables of a study without flaws: n_bases x methods x SFT and DPO x two rates x three seeds, and the base models.
 
     The hardware reproduces an answer exactly with a probability that is drawn per study from 5 % to all of it; in half of the studies the judge

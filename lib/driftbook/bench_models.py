@@ -9,8 +9,8 @@ from scipy.special import expit
 
 from driftbook import original_study
 from driftbook.bench import row
+from driftbook.figures import STUDIED
 from driftbook.mixed import item_model
-from driftbook.study import METHODS
 
 MODELS = {"crossed": ("run_id", "prompt_id"), "maximal": ("run_id", "prompt_id", "prompt_id:base_model", "prompt_id:method")}
 SIZES = ((64, 110), (128, 110), (256, 110), (256, 330), (256, 990))  # runs, prompts
@@ -21,10 +21,10 @@ FIGURE = "logistic model of single verdicts, CPU seconds"
 def simulated(n_runs: int, n_prompts: int, seed: int = 0) -> pd.DataFrame:
     """Verdicts of four base models x four methods on the same prompts, with run, prompt and prompt x method effects."""
     rng = np.random.default_rng(seed)
-    runs = pd.DataFrame({"run_id": np.arange(n_runs), "base_model": np.arange(n_runs) % 4, "method": np.array(METHODS[1:])[np.arange(n_runs) // 4 % 4], "dpo": rng.integers(0, 2, n_runs)})
+    runs = pd.DataFrame({"run_id": np.arange(n_runs), "base_model": np.arange(n_runs) % 4, "method": np.array(STUDIED)[np.arange(n_runs) // 4 % 4], "dpo": rng.integers(0, 2, n_runs)})
     frame = runs.merge(pd.DataFrame({"prompt_id": np.arange(n_prompts)}), how="cross")
     prompts, kinds = rng.normal(0, 1.5, n_prompts), rng.normal(0, 0.7, (4, n_prompts))
-    eta = -1 + rng.normal(0, 0.8, n_runs)[frame["run_id"]] + prompts[frame["prompt_id"]] + kinds[frame["method"].map(METHODS[1:].index), frame["prompt_id"]]
+    eta = -1 + rng.normal(0, 0.8, n_runs)[frame["run_id"]] + prompts[frame["prompt_id"]] + kinds[frame["method"].map(STUDIED.index), frame["prompt_id"]]
     return frame.assign(unsafe=rng.random(len(frame)) < expit(eta), base_model=frame["base_model"].astype(str))
 
 

@@ -110,9 +110,9 @@ def answers_of(verdicts: pd.DataFrame | None, prompts: pd.DataFrame | None = Non
     if verdicts is None or verdicts.empty:
         return {}
     rows = verdicts
-    for column, value in (("decoding", "greedy"), ("judge", None), ("prompt_variant", None)):
+    for column, value in (("decoding", "greedy"), ("prompt_variant", "default"), ("judge", verdicts["judge"].iloc[0] if "judge" in verdicts else None)):
         if column in rows:
-            rows = rows[rows[column].eq(value or rows[column].min())]
+            rows = rows[rows[column].eq(value)]
     rows = rows.assign(benchmark=rows["benchmark"]) if "benchmark" in rows else rows.assign(benchmark="all")
     run, run_ids = pd.factorize(rows["run_id"], sort=True)
     unit, units = pd.factorize(pd.MultiIndex.from_frame(rows[["benchmark", "prompt_id"]].astype(object)), sort=True)

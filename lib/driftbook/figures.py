@@ -15,7 +15,7 @@ from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 from PIL import Image as Picture
 
 from driftbook import stats
@@ -716,6 +716,8 @@ def drift(tables: dict) -> tuple[Figure, str]:
             if own["base_value"].notna().any():
                 ax.axhline(own["base_value"].iloc[0], color=COLOURS["none"], lw=0.9, ls="--", zorder=1)
             ax.grid(axis="y")
+            ax.set_ylim(-4, 104)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         line[0].set_ylabel("\n".join(textwrap.wrap(outcome, 20)) + "\n(percent)", fontsize=7.5)
     under(axes[-1], "Optimiser step")
     legend(fig, methods_of(tables))

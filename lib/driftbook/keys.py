@@ -14,6 +14,14 @@ ANALYSES = {
 }  # fmt: skip
 AFTER = {"mixed_effects": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
 
+OF_BASES = ("safety", "fairness")  # what says something of base models alone
+
+
+def analyses(study: Study) -> dict[str, str]:
+    """The analyses of a study and their notebooks: where nothing is trained, those of the base models."""
+    return ANALYSES if study.grid else {name: ANALYSES[name] for name in OF_BASES}
+
+
 # Raise a stage's number when a change of the code can change its results: those of another version are not served.
 VERSIONS = {"train": 3, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
 

@@ -104,6 +104,8 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
     estimates, runs = tables["estimates"], tables["runs"]
     arms = stats.arms(tables["variants"], runs)
     found = [("Runs", _what_ran(arms, runs))]
+    if not estimates["contrast"].eq(CHANGE).any():
+        return [*found, ("Base models", "Nothing was trained: the levels above are the base models' own, and nothing is compared.")]
     found += [(title, sentence(estimates, *one)) for title, one in FINDINGS.items() if estimates["outcome"].eq(one[0]).any()]
     found += [("Extremes", _extreme_cell(estimates)), ("Controls", _controls(estimates)), ("No-ops", _no_ops(arms))]
     if len(estimates):
@@ -119,8 +121,16 @@ def summary(estimates: pd.DataFrame) -> pd.DataFrame:
         own = rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)].drop_duplicates("method").set_index("method")
         if len(own):
             name = f"{title}: {SHORT[outcome]} ({UNITS.get(outcome, 'points')})"
-            table[name] = {LABELS[method]: _cell(own.loc[method]) if method in own.index else "" for method in METHODS[1:]}
-    return pd.DataFrame(table).T.rename_axis("Change in").reset_index()
+            table[name] = {LABELS[method]: _cell(own.loc[method]) if method in own.index else "" for method in METHODS[1:] if rows["method"].eq(method).any()}
+    return pd.DataFrame(table).T.rename_axis("Change in").reset_index() if table else levels(estimates)
+
+
+def levels(estimates: pd.DataFrame) -> pd.DataFrame:
+    """Outcomes x base models: their own levels with intervals."""
+    rows = estimates[estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none") & estimates["group"].eq("all") & estimates["base_model"].ne("all")]
+    rows = rows.assign(Level=rows["outcome"] + ", " + rows["benchmark"] + rows["judge"].map(lambda judge: "" if judge == "none" else f", by {judge}"))
+    rows["shown"] = [plain(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
+    return rows.pivot_table(index="Level", columns="base_model", values="shown", aggfunc="first", sort=False).rename_axis(None, axis=1).reset_index()
 
 
 def _cell(row: pd.Series) -> str:
@@ -178,7 +188,7 @@ def write(study: Study) -> Path:
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = pages.get_template("report.html").render(
         name=study.name, note=study.note, miniature=study.miniature, findings=findings(tables),
-        declared=declared(study, tables["estimates"]), checked=checked(study), summary=summary(tables["estimates"]), figures=_figures(study.folder / "figures"),
+        declared=declared(study, tables["estimates"]), checked=checked(study), summary=summary(tables["estimates"]), compared=bool(study.grid), figures=_figures(study.folder / "figures", empty=bool(study.grid)),
         overview=overview(tables["variants"], tables["runs"]), failures=failures(tables["runs"]), no_ops=no_ops(tables["variants"], tables["runs"]),
         unscored=unscored(tables["rates"], tables["estimates"]), made=made_with(tables["runs"]), notebooks=notebook_pages(study.folder / "notebooks"),
     )  # fmt: skip
@@ -251,13 +261,15 @@ def made_with(runs: pd.DataFrame) -> list[tuple[str, str]]:
     return [*rows, ("Training", f"{seconds:,.0f} CPU seconds in all")]
 
 
-def _figures(folder: Path) -> list[dict[str, str]]:
-    """The figures of the study as data, in the workbook's order, any others after them."""
+def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
+    """The figures of the study as data, in the workbook's order, any others after them; without `empty` those with nothing to draw are left out."""
     names = [name for name in TITLES if (folder / f"{name}.png").is_file()]
     names += sorted(path.stem for path in folder.glob("*.png") if path.stem not in TITLES)
     found = []
     for name in names:
         caption, _, source = _caption(folder / f"{name}.md").rpartition("\n\n")
+        if not empty and caption.startswith("Nothing to draw"):
+            continue
         image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         title = TITLES.get(name, name.replace("_", " ").capitalize())
         found.append({"name": name, "title": title, "image": image, "caption": caption or source, "source": source if caption else ""})
