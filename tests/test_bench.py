@@ -58,3 +58,17 @@ def test_without_real_data_it_says_where_to_get_it(monkeypatch, capsys):
     monkeypatch.delenv("DRIFTBOOK_SHARED", raising=False)
     assert bench._refusal_accuracy() == []
     assert "set DRIFTBOOK_SHARED" in capsys.readouterr().out
+
+
+def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared):
+    from driftbook import bench_training
+
+    shapes = {"small": bench.SHAPES["vocabulary of 8,192"]}
+    table = found(bench_training.speed(n=8, methods=("lora", "prompt_tuning"), shapes=shapes))
+    assert len(table) == 2 * 2 * 3
+    differences = table[table.figure.str.contains("largest difference")]
+    assert (differences.value < bench_training.NOISE).all(), differences
+    assert table.value.gt(0).all()
+    large = found(bench_training.gpu(shapes["small"], "float32", length=256, n=8, methods=("lora",)))
+    assert large.value.gt(0).all()
+    assert large.met.isna().all(), "the goals are of a GPU"

@@ -100,7 +100,7 @@ def test_memory_grows_with_the_weights_and_shrinks_with_their_bits(make_study, c
     content["bases"]["a"]["quantization"] = "nf4"
     four = costing.memory(make_study(content))
     assert whole["respond"] - half["respond"] == pytest.approx(8e9 * 2 / 2**30)
-    assert half["respond"] - four["respond"] == pytest.approx(8e9 * 1.4 / 2**30)
+    assert half["respond"] - four["respond"] == pytest.approx(8e9 * (2 - costing.WEIGHT_BYTES["nf4"]) / 2**30)
 
 
 def plan(tmp_path, name, *words):

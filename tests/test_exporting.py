@@ -20,7 +20,7 @@ from driftbook.tables import RESPONSE_KEY, TABLES
 from simulated import simulate
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", INSPECT_DISPLAY="none", DISABLE_MULTIPROC="1")
-WAY = "plain-greedy"
+WAY = "default-greedy"
 SECRET = "grumbling violet umbrella"  # in every response and in every judge's reply
 
 
@@ -135,9 +135,9 @@ def test_lm_eval_has_bbqs_scores_of_each_way_of_asking(frames, lm_eval_files):
     for (run_id, order), rows in answers.groupby(["run_id", "option_order"]):
         task = found[run_id]["results"]["driftbook_bbq"]
         for name, value in bbq_by_hand(rows).items():
-            assert task[f"{name},options-plain-{order}"] == pytest.approx(value, abs=1e-12)
+            assert task[f"{name},options-default-{order}"] == pytest.approx(value, abs=1e-12)
             stderr = errors.loc[(run_id, order), f"{name}_se"]
-            assert task[f"{name}_stderr,options-plain-{order}"] == ("N/A" if np.isnan(stderr) else pytest.approx(stderr, abs=1e-12))
+            assert task[f"{name}_stderr,options-default-{order}"] == ("N/A" if np.isnan(stderr) else pytest.approx(stderr, abs=1e-12))
     assert answers["option_order"].nunique() > 1
 
 

@@ -92,11 +92,12 @@ def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_tabl
     found = []
     for folder in (study.folder, tmp_path):
         for path in folder.rglob("*"):
-            if path.is_file() and path.name != "responses.parquet" and path.suffix not in (".png", ".safetensors"):
+            if path.is_file() and path.name != "responses.parquet" and path.parent.name != "labels" and path.suffix not in (".png", ".safetensors"):
                 text = pq.read_table(path).to_pandas().to_csv() if path.suffix == ".parquet" else path.read_text(errors="replace")
                 forms = [text, json.dumps(text)] if path.suffix != ".ipynb" else [text]
                 found += [path.name for secret in secrets if any(secret in form or json.dumps(secret)[1:-1] in form for form in forms)]
     assert not found
+    assert {path.stat().st_mode & 0o777 for path in (study.folder / "labels").glob("*.csv")} <= {0o600}, "what people label is text too"
     assert (study.folder / "runs").stat().st_mode & 0o777 == 0o700
     assert TABLES["responses"].path(study.folder / "tables").stat().st_mode & 0o777 == 0o600
 
@@ -132,6 +133,7 @@ def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) >= len(study.variants) + 1
     assert not list(copy.rglob("responses.parquet"))
+    assert not list((copy / "labels").glob("*.csv"))
     assert TABLES["verdicts"].read(copy / "tables").equals(tables["verdicts"])
     assert collecting.purge.__doc__
     assert tmp_path / "outputs" != OUTPUTS

@@ -420,17 +420,17 @@ def run(n_items: int = 600) -> pd.DataFrame:
     """Every figure, a row each."""
     import torch
 
-    from driftbook import bench_checks, bench_models, comparisons  # here, since they take `row` from this module
+    from driftbook import bench_checks, bench_models, bench_training, comparisons  # here, since they take `row` from this module
 
     torch.set_num_threads(1)
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
     parts = {
         "BBQ against lm-evaluation-harness": lambda: bbq_speed(items), "judges": lambda: [*judge_speed(), *taxonomy_speed()], "generation": lambda: generation(items),
-        "adapters": lambda: many_adapters(items.head(300)), "accuracy": accuracy, "intervals": intervals,
+        "adapters": lambda: many_adapters(items.head(300)), "training": bench_training.rows, "accuracy": accuracy, "intervals": intervals,
         "models": bench_models.rows, "coverage": comparisons.coverage_rows, "study check": lambda: bench_checks.detection_rows(40, folder=made if made.is_dir() else None),
     }  # fmt: skip
     if torch.cuda.is_available():
-        parts["GPU"] = lambda: gpu(bbq_items(15_876))
+        parts["GPU"] = lambda: [*gpu(bbq_items(15_876)), *bench_training.gpu(), *bench_training.whole_study()]
     rows = []
     for name, part in parts.items():
         print(f"{name} ...", flush=True)

@@ -160,6 +160,21 @@ def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048,
     return rows
 
 
+def whole_study() -> list[dict]:
+    """Hours of this machine for one variant of the original study and for all 264, extrapolated from rates measured here."""
+    from driftbook import costing
+
+    costing.calibrate()
+    paper, rates = load("paper"), costing.choose("here")
+    table = costing.hours(paper, rates)
+    one = next(variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1)
+    own = costing.hours(paper.model_copy(update={"grid": (paper.grid[0].model_copy(update={"bases": (one.base_model,), "methods": ("lora",), "data": (one.dataset,), "seeds": (42,)}),)}), rates)
+    return [
+        row("hours of one variant of 8B: one epoch of 20,785 examples, answers, verdicts, BBQ", "LoRA, SFT", own.loc[one.base_model].sum(), None, "h", least=False),
+        row("hours of the original study's 264 runs (1,610 by its trainers' logs, training alone)", "all stages", table.to_numpy().sum(), 1_610.0, "h", least=False),
+    ]
+
+
 def rows() -> list[dict]:
     """Every line of this benchmark."""
     if "DRIFTBOOK_SHARED" not in os.environ:

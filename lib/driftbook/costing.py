@@ -44,7 +44,7 @@ ITEMS = {"bbq": 58_492, "bbq_lite": 15_876, "hex_phi": 300, "ailuminate": 1_200,
 TOKENS = {"bbq": 110, "bbq_lite": 110, "gsm8k": 190, "ifeval": 60, "stereoset": 120, "text": 512}
 PROMPT_TOKENS = 50
 BYTES = {"verdict": 40, "answer": 45, "response": 900, "run": 60_000}  # on disk, as in the miniature's study but for responses of some 200 tokens
-WEIGHT_BYTES = {None: {"float32": 4, "bfloat16": 2}, "int8": 1.1, "nf4": 0.6}
+WEIGHT_BYTES = {None: {"float32": 4, "bfloat16": 2}, "int8": 1.1, "nf4": 0.56}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def _work(stage: str, variant: Variant, folder: Path, shared: dict, inputs: list
         return work(variant, folder)
     key = {"settings": shared, "system_prompt": variant.system_prompt, "template": variant.template,
            "inputs": {path.name: cache.content(path) for path in inputs}}  # fmt: skip
+    if stage == "respond" and any(isinstance(part, dict) and part.get("samples") for part in shared.values()):
+        key["repetition"] = variant.repetition  # each draws answers of its own
     return cache.served(key, variant.run_id, folder, lambda: work(variant, folder))
 
 

@@ -52,6 +52,9 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     if not _classifies(source):
         check_fit(name, model, tokenizer)
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes packs the weights for it, and unpacks others when an adapter is saved: the base would drift
     if getattr(source, "quantization", None) is None:  # bitsandbytes puts its weights on the device itself
         model = model.to(device())
     return Loaded(name, model.eval(), tokenizer, identity(source, study))
@@ -121,20 +124,30 @@ def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> list[int]:
-    """Token ids of a conversation by the tokenizer's template, which already holds BOS; the system message joins the user's where
-    the template has no place for one (Gemma).
+    """Token ids of a conversation by the tokenizer's template, which already holds BOS; the system message joins the first user's where the
+    template has no place for one (Gemma), or loses it once an answer follows (Mistral).
 
     Raises:
         ValueError: the template refuses the order of the turns.
     """
+    if len(messages) > 1 and messages[0]["role"] == "system" and _loses_system(tokenizer):
+        joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
+        messages = [{**messages[1], "content": joined}, *messages[2:]]
     try:
         text = tokenizer.apply_chat_template([_inert_turn(tokenizer, turn) for turn in messages], tokenize=False, add_generation_prompt=generation)
     except Exception as error:
-        if messages and messages[0]["role"] == "system" and len(messages) > 1:
-            joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
-            return chat_ids(tokenizer, [{**messages[1], "content": joined}, *messages[2:]], generation)
         raise ValueError(f"the chat template refuses a conversation with the turns {[m['role'] for m in messages]}: {_first_line(error)}") from None
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+@lru_cache(maxsize=16)
+def _loses_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template refuses a system message, or does not show it in a conversation that ends in an answer."""
+    turns = [{"role": "system", "content": "what to heed"}, {"role": "user", "content": "what is asked"}, {"role": "assistant", "content": "what is said"}]
+    try:
+        return "what to heed" not in tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise errors of many kinds
+        return True
 
 
 def inert(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -137,15 +137,15 @@ def _how(arm: dict) -> str:
 
 
 def _of_class(known: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
-    """The components by method; of one that the original study did not run the largest of its class, which is cautious."""
-    classes = known.groupby(known.index.map(METHOD_CLASS))
-    return pd.concat([known, *(classes.max().loc[[METHOD_CLASS[method]]].set_axis([method]) for method in methods if method not in known.index)])
+    """The components by method; of one that the original study did not run those of the method of its class whose runs differ most, which is cautious."""
+    alike = {METHOD_CLASS[method]: method for method in known.sort_values("run").index}  # the last of a class has the largest
+    return pd.concat([known, *(known.loc[[alike[METHOD_CLASS[method]]]].set_axis([method]) for method in methods if method not in known.index)])
 
 
 def assumed(base_rates: dict[str, float], methods: list[str], icc: float = 0.0) -> pd.DataFrame:
     """The components to plan with where a study has no data yet: the original study's, at the base models' own unsafe-response rates (percent).
 
-    A method that it did not run has the largest of its class. A difference of two methods takes both methods' effects as unrelated, which is cautious: on the same prompts they agree in part.
+    A method that it did not run has those of the method of its class whose runs differed most. A difference of two methods takes both methods' effects as unrelated, which is cautious: on the same prompts they agree in part.
 
     Raises:
         ValueError: a rate that is none, or one of 0 or 100 percent; a method that the original study did not run.
