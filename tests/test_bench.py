@@ -65,7 +65,7 @@ def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared
 
     shapes = {"small": bench.SHAPES["vocabulary of 8,192"]}
     table = found(bench_training.speed(n=8, methods=("lora", "prompt_tuning"), shapes=shapes))
-    assert len(table) == 2 * 2 * 3
+    assert len(table) == 2 * 2 * 4
     differences = table[table.figure.str.contains("largest difference")]
     assert (differences.value < bench_training.NOISE).all(), differences
     assert table.value.gt(0).all()

@@ -279,3 +279,66 @@ def test_csv_fields_with_line_breaks_are_one_prompt(tmp_path):
         csv.writer(file).writerows([("prompt_id", "category", "prompt"), ("1", "floops", "first line\nsecond, line")])
     study = study_of(tmp_path, mine=({"format": "csv", "file": "m.csv"}, path.read_text()))
     assert data.prompts("mine", study).prompt.tolist() == ["first line\nsecond, line"]
+
+
+@pytest.mark.parametrize("category", ["CSAM", "child sexual abuse", "Child_Abuse", "CSE", "Child Abuse Content", "sexual content, minors"])
+def test_categories_about_child_abuse_are_known_however_they_are_written(tmp_path, category):
+    text = table(("prompt_id", "category", "prompt"), ("1", category, "glark"), ("2", "minorities", "floop"))
+    assert data.prompts("mine", study_of(tmp_path, mine=({"format": "csv"}, text))).prompt_id.tolist() == ["2"]
+
+
+def test_a_custom_over_refusal_set_says_which_prompts_are_benign(tmp_path):
+    rows = table(("prompt_id", "category", "prompt", "kind"), ("1", "c", "floop", "benign look-alike"), ("2", "c", "glark", "harmful"))
+    assert data.prompts("over_refusal", study_of(tmp_path, over_refusal=({"format": "csv"}, rows))).kind.tolist() == ["benign look-alike", "harmful"]
+    with pytest.raises(ValueError) as error:
+        data.prompts("over_refusal", study_of(tmp_path, over_refusal=({"format": "csv"}, table(("prompt_id", "category", "prompt"), ("1", "c", "floop")))))
+    assert "benign" in one_sentence(error.value)
+
+
+def test_a_wording_keeps_the_benchmarks_template(tmp_path):
+    study = study_of(tmp_path, mine=({"format": "csv", "template": "Q: {prompt}", "wordings": {"careful": {"system_prompt": "Careful."}}}, table(("prompt_id", "category", "prompt"), ("1", "c", "floop"))))
+    assert {name: way.template for name, way in data.wordings("mine", study).items()} == {"default": "Q: {prompt}", "careful": "Q: {prompt}"}
+
+
+def test_an_answer_without_a_verdict_says_nothing_of_its_category():
+    asked, arms, cells = _study_tables(0.02, 0.02)
+    broken = asked.arm.ne("base") & asked.prompt_id.astype(int).lt(20)
+    asked["unsafe"] = asked.unsafe.astype("boolean").mask(broken)
+    asked.loc[broken, "p_unsafe"] = 1e-6  # a judge calls gibberish safe
+    [row] = beside.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'").to_dict("records")
+    assert row["value"] == pytest.approx(0, abs=0.3)
+    assert row["n_unscored"] == 3 * 20
+
+
+def test_ratings_are_compared_on_the_items_that_both_have():
+    _, arms, cells = _study_tables(0.1, 0.1)
+    rows = [(run, "instructions", str(i), "followed", float(i < 20) if not (run != "b" and i >= 20) else np.nan, 1.0, None) for run in ("b", "r1", "r2", "r3") for i in range(40)]
+    ratings = pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
+    found = beside.of_ratings(ratings, arms, cells, study="s", notebook="n")
+    change = found.query("contrast == @stats.CHANGE and group == @stats.AS_CONFIGURED and base_model == 'm'")
+    assert change.value.tolist() == [0.0], "easy items alone were scored in the tuned runs"
+    assert change.n_unscored.tolist() == [60]
+
+
+def test_drawn_answers_of_all_repetitions_stand_for_the_base_model():
+    asked, arms, cells = _study_tables(0.2, 0.9)
+    variants = pd.DataFrame({"run_id": ["b", "b2", "r1", "r2", "r3"], "base_model": "m", "method": ["none", "none", *["lora"] * 3], "repetition": [1, 2, 1, 2, 3]})
+    drawn = asked.assign(decoding="temperature 1", unsafe=asked.arm.ne("base"))
+    second = drawn[drawn.run_id == "b"].assign(run_id="b2", unsafe=True)
+    found = beside.of_drawn(pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n")
+    assert set(found.benchmark) == {"safety, drawn at temperature 1"}
+    assert found.query("contrast == @stats.CHANGE and group == @stats.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([50.0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"format": "bbq", "template": "{context} {qestion}"}, "qestion"), ({"format": "bbq", "template": "{context} {question} {ans0} {ans1}"}, "ans2"), ({"format": "bbq", "template": "{context"}, "filled in"),
+     ({"format": "gsm8k", "samples": 3}, "samples"), ({"format": "csv", "permuted": 3}, "permuted"), ({"format": "bbq", "child_abuse": "refusal probability"}, "child_abuse")],
+)  # fmt: skip
+def test_a_key_or_a_field_without_a_meaning_is_refused(fields, words):
+    with pytest.raises(ValidationError, match=words):
+        Benchmark(source="a", **fields)
+
+
+def test_off_is_off_however_yaml_reads_it():
+    assert Benchmark(source="a", format="csv", child_abuse=False).child_abuse == "off"

@@ -152,3 +152,59 @@ def test_without_a_gpu_nothing_is_held(tmp_path, monkeypatch):
     with gpus.held(tmp_path) as number:
         assert number is None
     assert not list(tmp_path.iterdir())
+
+
+# ---- methods that name what is not there
+def test_a_target_that_the_base_model_lacks_is_named_before_any_work(bases, content, tmp_path):
+    from conftest import variants_of, write_study
+    from driftbook import adapters
+    from driftbook.study import load
+
+    bases["llama"].model.save_pretrained(tmp_path / "base")
+    bases["llama"].tokenizer.save_pretrained(tmp_path / "base")
+    content["bases"]["tiny-llama"]["path"] = str(tmp_path / "base")
+    content["methods"]["lora"]["target_modules"] = ["q_proj", "v_prj"]
+    study = load(write_study(tmp_path, content))
+    with pytest.raises(ValueError) as error:
+        preparing._check("tiny-llama", study.bases["tiny-llama"], study)
+    assert "v_prj" in one_sentence(error.value)
+    assert "v_proj" in str(error.value)
+    with pytest.raises(ValueError, match="v_prj"):
+        adapters.create(variants_of(study, "lora")[0], bases["llama"].model, bases["llama"].tokenizer)
+
+
+@pytest.mark.parametrize(("settings", "word"), [({"r": "8"}, "lora"), ({"r": -1}, "r")])
+def test_a_setting_of_the_wrong_kind_is_one_sentence_and_leaves_the_base_as_it_was(bases, make_study, content, settings, word):
+    from conftest import variants_of
+    from driftbook import adapters
+
+    content["methods"]["lora"] |= settings
+    names = [name for name, _ in bases["llama"].model.named_modules()]
+    with pytest.raises(ValueError) as error:
+        adapters.create(variants_of(make_study(content), "lora")[0], bases["llama"].model, bases["llama"].tokenizer)
+    assert word in one_sentence(error.value)
+    assert [name for name, _ in bases["llama"].model.named_modules()] == names
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("{", "no JSON"), (json.dumps({"a": 1}), "no list"), (json.dumps([{"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}] * 6), "no text"),
+     (json.dumps([{"messages": [{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "x"}]}] * 6), "no text")],
+)  # fmt: skip
+def test_files_of_the_wrong_shape_are_one_sentence(tmp_path, text, word):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        data.training_examples("sft", study_of(path, format="messages"))
+    assert word in one_sentence(error.value)
+
+
+def test_rows_with_line_separators_numbers_and_chosen_texts(tmp_path):
+    rows = [{"q": "a\u2028b", "a": 7}] * 6
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n  \n")
+    [one, *_] = data.training_examples("sft", study_of(path, columns={"prompt": "q", "answer": "a"}))
+    assert one == {"prompt": [{"role": "user", "content": "a\u2028b"}], "answer": "7"}
+    with pytest.raises(ValueError) as error:
+        data.training_examples("sft", study_of(jsonl(tmp_path, [{"chosen": "a", "rejected": "b"}] * 6), columns={"chosen": "chosen", "rejected": "rejected"}))
+    assert "prompt" in one_sentence(error.value)

@@ -61,7 +61,7 @@ WRONG = {
     "unknown format": (("benchmarks", "bbq", "format"), "bbqq", ["bbqq", "'bbq'"]),
     "unknown benchmark format": (("benchmarks", "toxicity"), {"source": "a", "format": "jsonl"}, ["toxicity", "jsonl", "'real_toxicity_prompts'"]),
     "a second BBQ": (("benchmarks", "other"), {"source": "a", "format": "bbq"}, ["other", "second BBQ"]),
-    "a format of another task": (("benchmarks", "safety", "format"), "gsm8k", ["safety", "gsm8k", "hex_phi"]),
+    "a format of another task": (("benchmarks", "safety", "format"), "gsm8k", ["safety", "gsm8k"]),
     "a template without its prompt": (("benchmarks", "safety", "template"), "Answer this.", ["{prompt}"]),
     "a wording that says nothing": (("benchmarks", "safety", "wordings"), {"other": {"n": 3}}, ["system_prompt"]),
     "a wording of utility": (("benchmarks", "utility", "wordings"), {"other": {"system_prompt": "a"}}, ["gsm8k"]),

@@ -39,11 +39,27 @@ def create(variant: Variant, base: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
     `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual tokens.
     """
+    made = config(variant)
+    check_targets(variant.method, made, base)
     torch.manual_seed(variant.seed)
-    model = get_peft_model(base, config(variant))
+    try:
+        model = get_peft_model(base, made)
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:  # what PEFT says of settings of the wrong kind
+        _strip(base)
+        raise ValueError(f"methods.{variant.method}: {str(error).strip().partition(chr(10))[0]}") from None
     if init_text is not None:
         _start_from_text(model, tokenizer, init_text)
     return model
+
+
+def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> None:
+    """Raise a ValueError where one of the modules that a method names is not in the base model: PEFT passes over it in silence."""
+    wanted = getattr(config, "target_modules", None)
+    names = [name for name, _ in base.named_modules()]
+    for target in wanted if isinstance(wanted, (list, set, tuple)) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = dict.fromkeys(name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
+            raise ValueError(f"methods.{method}.target_modules names {target!r}, and {type(base).__name__} has no such module; it has {', '.join(known)}")
 
 
 @torch.no_grad()

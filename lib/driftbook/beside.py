@@ -1,5 +1,7 @@
 """What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes, other wordings, and categories at a floor or ceiling."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
@@ -19,11 +21,26 @@ def of_ratings(ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, *
         if benchmark == "utility" and metric in ("nll", "correct"):
             continue
         share = metric != "nll" and not metric.startswith("grade by ")
-        level = stats.rated(rows, 100.0 if share else 1.0)
-        name = NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)")
+        scale = 100.0 if share else 1.0
+        level, name = stats.rated(rows, scale), NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)")
         if level is not None:
-            parts.append(stats.of_scores(level, stats.changes(level, arms), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
+            parts.append(stats.of_scores(level, paired(rows, arms, scale), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
     return ESTIMATES.concat(parts)
+
+
+def paired(rated: pd.DataFrame, arms: pd.DataFrame, scale: float) -> stats.Scores:
+    """The change of each run's weighted mean rating against its own base model's, over the items that both have a value for.
+
+    `rated` has run_id, benchmark, prompt_id, value and weight. Weights are the run's own.
+    """
+    values, weights = (stats.matrix(rated, name, ["benchmark", "prompt_id"]) for name in ("value", "weight"))
+    known = arms[arms["arm"].ne("base") & arms["run_id"].isin(values.index) & arms["base_run_id"].isin(values.index)]
+    own, other = values.loc[known["run_id"]].to_numpy(), values.loc[known["base_run_id"]].to_numpy()
+    both = ~np.isnan(own) & ~np.isnan(other)
+    bottom = np.where(both, weights.loc[known["run_id"]].to_numpy(), 0.0)
+    asked = np.full(len(known), values.shape[1])
+    found = stats.ratio(bottom * np.where(both, own - other, 0.0), bottom, pd.Index(known["run_id"]), values.columns.get_level_values(0), asked, asked - both.sum(1), scale)
+    return replace(found, limits=(-np.inf, np.inf), single=False)
 
 
 def ends(asked: pd.DataFrame) -> pd.DataFrame:
@@ -36,32 +53,53 @@ def ends(asked: pd.DataFrame) -> pd.DataFrame:
 def of_ends(asked: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
     """The mean change in logit(p_unsafe) in those categories, as rows of `estimates`: a rate of 0 can only rise, a probability can still fall.
 
-    Probabilities are kept from 0 and 1 by 1e-6. Base models whose category is at neither end take no part.
+    Probabilities are kept from 0 and 1 by 1e-6; an answer without a verdict has none. Base models whose category is at neither end take no part. The
+    categories are chosen by the base model's own answers, so that some of what they do afterwards is chance.
     """
     parts = []
-    p = asked["p_unsafe"].astype("Float64").clip(1e-6, 1 - 1e-6)
+    p = asked["p_unsafe"].astype("Float64").clip(1e-6, 1 - 1e-6).where(asked["unsafe"].notna())
     rows = asked.assign(value=np.log(p / (1 - p)), weight=1.0)
     usual = cells[cells["group"].eq(stats.AS_CONFIGURED)]
     for (benchmark, judge, category), end in ends(asked).groupby(["benchmark", "judge", "category"], sort=False):
         own = rows[rows["benchmark"].eq(benchmark) & rows["judge"].eq(judge) & rows["category"].eq(category) & rows["kind"].eq("harmful")]
         own = own[own["base_model"].isin(end["base_model"])]
-        level = stats.rated(own, 1.0)
-        if level is not None:
+        if len(own):
             here = usual[usual["base_model"].isin(end["base_model"])].assign(group=f"category: {category}")
-            parts.append(stats.means(stats.changes(level, arms), here, stats.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
+            parts.append(stats.means(paired(own, arms, 1.0), here, stats.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
     return ESTIMATES.concat(parts)
 
 
 def of_wordings(every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Changes in the unsafe rate under each other wording, against the base model asked in the same wording; benchmark says which.
+    """Changes in the unsafe rate of harmful prompts and in the refusal rate of benign ones under each other wording, against the base model asked in the
+    same wording; benchmark says which.
 
     `every` are verdicts of all wordings, joined with prompts.
     """
     parts = []
-    other = every[every["prompt_variant"].ne("default") & every["decoding"].eq("greedy") & every["kind"].eq("harmful")]
-    for (benchmark, judge, wording), rows in other.groupby(["benchmark", "judge", "prompt_variant"], sort=False):
+    other = every[every["prompt_variant"].ne("default") & every["decoding"].eq("greedy")]
+    for (benchmark, judge, wording), rows in other[other["kind"].eq("harmful")].groupby(["benchmark", "judge", "prompt_variant"], sort=False):
         values = stats.matrix(rows, "unsafe", UNITS)
         parts.append(stats.of_rate(values, arms, cells, outcome=stats.UNSAFE, benchmark=f"{benchmark}, wording {wording}", judge=judge, **labels))
+    benign = other[other["kind"].eq("benign look-alike")].drop_duplicates(["run_id", "benchmark", "prompt_id", "prompt_variant"])
+    for (benchmark, wording), rows in benign.groupby(["benchmark", "prompt_variant"], sort=False):
+        values = stats.matrix(rows, "refusal", UNITS)
+        parts.append(stats.of_rate(values, arms, cells, outcome=stats.REFUSED, benchmark=f"{benchmark}, wording {wording}", judge="refusal detector", **labels))
+    return ESTIMATES.concat(parts)
+
+
+def of_drawn(every: pd.DataFrame, variants: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """Changes in the unsafe rate of drawn answers, a prompt's share over its samples; those of all repetitions of a base model stand for it together.
+
+    `every` are verdicts joined with prompts; benchmark says how the answers were drawn.
+    """
+    drawn = every[every["prompt_variant"].eq("default") & every["decoding"].ne("greedy") & every["kind"].eq("harmful")]
+    bases = variants[variants["method"].eq("none")].merge(arms.loc[arms["arm"].eq("base"), ["base_model", "base_run_id"]], on="base_model")
+    first, number = (dict(zip(bases["run_id"], bases[name], strict=True)) for name in ("base_run_id", "repetition"))
+    drawn = drawn.assign(sample=drawn["sample"] + 1_000 * drawn["run_id"].map(number).fillna(1).astype(int), run_id=drawn["run_id"].map(first).fillna(drawn["run_id"]))
+    parts = []
+    for (benchmark, judge, decoding), rows in drawn.groupby(["benchmark", "judge", "decoding"], sort=False):
+        values = stats.matrix(rows, "unsafe", UNITS)
+        parts.append(stats.of_rate(values, arms, cells, outcome=stats.UNSAFE, benchmark=f"{benchmark}, drawn at {decoding}", judge=judge, **labels))
     return ESTIMATES.concat(parts)
 
 

@@ -6,6 +6,7 @@ gradient), 2 of reading, 2 of writing, 4 x layers x width x length of attention 
 is not there) is bounded, and said to be.
 """
 
+import csv
 import json
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any
 import pandas as pd
 
 from driftbook import access, keys
+from driftbook.bbq import SIZES
 from driftbook.files import OUTPUTS, ROOT, read_json, write_json
 from driftbook.study import (
     ITEM_FORMATS,
     PEFT_METHODS,
     PROMPT_FORMATS,
     Base,
+    Benchmark,
     Judge,
     Rater,
     Source,
@@ -75,6 +78,9 @@ def size_of(config: dict) -> Size:
     return Size(float(body), config["vocab_size"] * width * (1.0 if tied else 2.0), layers, width, kv, config["vocab_size"])
 
 
+BERT = Size(8.5e7, 2.4e7, 12, 768, 768, 30_522, known=False)  # of BERT's base form, as most classifiers are
+
+
 def size(source: Base | Judge | Rater, study: Study) -> Size:
     """The size of a model: from its configuration where it is here or cached; else from the billions in its name, as a Llama of that size."""
     from huggingface_hub import try_to_load_from_cache
@@ -87,7 +93,7 @@ def size(source: Base | Judge | Rater, study: Study) -> Size:
         found = Path(path, "config.json") if path else try_to_load_from_cache(source.source, "config.json", revision=source.revision)
         return size_of(json.loads(Path(found).read_text()))
     except (ValueError, OSError, TypeError, KeyError):
-        return _guessed(source.source)
+        return BERT if getattr(source, "format", None) == "classifier" else _guessed(source.source)
 
 
 def _guessed(name: str) -> Size:
@@ -96,7 +102,8 @@ def _guessed(name: str) -> Size:
     if name.startswith(("miniature:", "random:")):
         return Size(3e5, 1e5, 2, 96, 48, 500, known=False)
     match = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-z])", name)
-    billions = float(match[1]) if match else 8.0  # the size of most judges
+    million = re.search(r"(\d+)\s*[mM](?![a-zA-Z])", name)
+    billions = float(match[1]) if match else float(million[1]) / 1000 if million else 8.0  # the size of most judges
     scale = (billions / 8) ** (1 / 3)
     return Size(7e9 * billions / 8, 1e9 * billions / 8, round(32 * scale), round(4096 * scale), round(1024 * scale), 128_000, known=False)
 
@@ -114,7 +121,8 @@ class Rates:
 
     def of(self, kind: str) -> float:
         """The rate of a kind of work; of a method that was not measured that of LoRA."""
-        return self.flops.get(kind) or self.flops[kind.partition(" ")[0] + " lora"]
+        word = kind.partition(" ")[0]
+        return self.flops.get(kind) or self.flops.get(word) or self.flops[f"{word} lora"]
 
 
 def machines() -> dict[str, Callable[[], Rates]]:
@@ -146,20 +154,32 @@ def _l40s() -> Rates:
 # ---- amounts
 def amounts(study: Study) -> pd.DataFrame:
     """The work by base model and stage: variants, optimiser steps, and operations by kind (train METHOD, dpo METHOD, read, write)."""
-    rows = []
+    rows, lengths = [], {name: tokens_of(one, study)[0] for name, one in study.data.items()}
     for name, base in study.bases.items():
         own = size(base, study)
+        asked = _asked(study, own)
         for variant in study.of_base(name):
             if variant.dataset:
-                rows.append((name, "train", variant.run_id, *_training(variant, own, study)))
-            for stage, prompts, tokens, new, model in _asked(study, own):
+                rows.append((name, "train", variant.run_id, *_training(variant, own, study, lengths[variant.dataset])))
+                rows += [(name, "train", variant.run_id, 0, *work) for work in _looks(study, own)]
+            rows.append((name, "train", variant.run_id, 0, "read dose", (1 if variant.method == "none" else 3) * study.data["heldout"].n * _operations(own, lengths["heldout"], 2)))
+            if variant.repetition > 1 and variant.method == "none":  # only its drawn answers are its own: the rest is in the cache
+                asked_now = [(stage, n * _drawn_share(study), *rest) for stage, n, *rest in asked if stage in ("respond", "judge")]
+            else:
+                asked_now = asked
+            for stage, prompts, tokens, new, model in asked_now:
                 rows.append((name, stage, variant.run_id, 0, f"read {stage}", prompts * _operations(model, tokens, 2)))
                 rows.append((name, stage, variant.run_id, 0, "write", prompts * _operations(model, new, 2)))
     return pd.DataFrame(rows, columns=["base_model", "stage", "run_id", "steps", "kind", "operations"])
 
 
-def _training(variant: Variant, own: Size, study: Study) -> tuple[int, str, float]:
-    length, _ = tokens_of(study.data[variant.dataset], study)
+def _drawn_share(study: Study) -> float:
+    """The share of a study's answers that are drawn."""
+    counts = [(_count(one), one.samples or 0) for one in study.benchmarks.values() if one.format in PROMPT_FORMATS]
+    return sum(n * samples for n, samples in counts) / sum(n * (1 + samples) for n, samples in counts)
+
+
+def _training(variant: Variant, own: Size, study: Study, length: float) -> tuple[int, str, float]:
     both = 2 if variant.objective == "dpo" else 1
     n_tokens = variant.n_train * length * both * variant.epochs
     per_step = study.training.batch_size * (study.training.max_length / length if study.training.packed and both == 1 else 1)
@@ -168,16 +188,39 @@ def _training(variant: Variant, own: Size, study: Study) -> tuple[int, str, floa
     return steps, f"{kind} {variant.method}", n_tokens / length * _operations(own, length, 4)
 
 
+def _looks(study: Study, own: Size) -> list[tuple[str, float]]:
+    """What a look at drift while training costs, all looks of a variant together; the answers are judged by the first judge."""
+    if study.drift is None:
+        return []
+    n, judge = study.drift.n * (1 + 1 / study.drift.every), size(next(iter(study.judges.values())), study)
+    written = 2 * n * _operations(own, study.drift.max_new_tokens, 2)
+    return [("write", written), ("read looks", 2 * n * _operations(own, TOKENS["bbq"], 2) + n * _operations(judge, PROMPT_TOKENS + 200 + study.drift.max_new_tokens, 2))]
+
+
 def _operations(model: Size, tokens: float, each: int) -> float:
     """Of one text: its tokens through the layers and the head, and attention over its length."""
     return each * tokens * (model.body + model.vocabulary * model.width + 2 * model.layers * model.width * tokens / 2)
+
+
+def _count(benchmark: Benchmark) -> float:
+    """How many items a benchmark has: those of its BBQ files, the rows of a local CSV, or what the public set of its form holds; at most its n."""
+    kind, local = benchmark.source.partition(":")[0], benchmark.local
+    known = [SIZES[name] for file in benchmark.files if benchmark.format == "bbq" and (name := Path(file).stem) in SIZES]
+    if known:
+        n = sum(known)
+    elif benchmark.format == "csv" and local is not None and local.is_file():
+        with local.open(newline="", encoding="utf-8-sig") as file:
+            n = sum(1 for _ in csv.DictReader(file))
+    else:
+        n = benchmark.n or 300 if kind in ("miniature", "tests") else ITEMS[benchmark.format]
+    return min(benchmark.n or n, n)
 
 
 def _asked(study: Study, own: Size) -> list[tuple[str, float, float, float, Size]]:
     """Per variant: stage, items, tokens read and tokens written of an item, and the model that does it."""
     found = []
     for name, one in study.benchmarks.items():
-        n = min(one.n or ITEMS[one.format], ITEMS[one.format]) if one.source.partition(":")[0] not in ("miniature", "tests") else one.n or 300
+        n = _count(one)
         if one.format in PROMPT_FORMATS:
             times = 1 + (one.samples or 0) + sum(min(1.0, (wording.n or n) / n) for wording in one.wordings.values())
             found.append(("respond", n * times, PROMPT_TOKENS, one.max_new_tokens, own))
@@ -213,7 +256,7 @@ def tokens_of(data: TrainingData, study: Study) -> tuple[float, bool]:
 def hours(study: Study, rates: Rates) -> pd.DataFrame:
     """Hours of one device by base model and stage."""
     rows = amounts(study)
-    seconds = rows.operations / rows.kind.map(lambda kind: rates.of(kind) if kind.startswith(("train", "dpo", "write")) else rates.flops["read"])
+    seconds = rows.operations / rows.kind.map(rates.of)
     rows = rows.assign(seconds=seconds + rates.step * rows.steps + rates.fixed * rows.steps.gt(0))
     return (rows.groupby(["base_model", "stage"], sort=False).seconds.sum() / 3600).unstack("stage", fill_value=0.0)
 
@@ -227,8 +270,9 @@ def memory(study: Study) -> dict[str, float]:
 
     for base in study.bases.values():
         own, weights = size(base, study), _weights(base, study)
+        resident = 0.0 if study.drift is None else _weights(next(iter(study.judges.values())), study)  # it judges while the model trains
         tokens = study.training.tokens_per_batch or study.training.max_length  # a single example at the least; more are taken as memory allows
-        take("train", weights + 34 * own.layers * own.width * tokens + 2 * own.vocabulary * min(tokens, 4096) * 4)  # Korthikanti et al. 2022, eq. 2
+        take("train", weights + resident + 34 * own.layers * own.width * tokens + 2 * own.vocabulary * min(tokens, 4096) * 4)  # Korthikanti et al. 2022, eq. 2
         cached = 4 * own.layers * own.kv_width * 32 * 1024
         for stage in ("respond", "answer", "utility"):
             take(stage, weights + cached)
@@ -255,7 +299,9 @@ def disk(study: Study) -> dict[str, float]:
 def finished(study: Study) -> pd.Series:
     """Variants whose result is there and still holds, by stage."""
     counts = dict.fromkeys(keys.STAGES, 0)
-    for stage in keys.STAGES if (study.folder / "runs").is_dir() else ():
+    for stage in keys.STAGES:
+        if not any((study.folder / "runs").glob(f"*/{stage}.done.json")):
+            continue  # what a key is made of may have to be fetched first
         for base_model in study.bases:
             try:
                 shared = keys.settings(stage, study, base_model)
@@ -273,8 +319,13 @@ def finished(study: Study) -> pd.Series:
 def needed(study: Study) -> list[tuple[str, str, Source]]:
     """Every source that a study reads: name, kind (model or dataset), source."""
     models = [(name, "model", one) for name, one in study.models.items()]
-    sets = {**{f"data.{name}": one for name, one in study.data.items()}, **{f"benchmarks.{name}": one for name, one in study.benchmarks.items()}}
+    sets = {**{f"data.{name}": one for name, one in study.data.items() if name in trained_on(study)}, **{f"benchmarks.{name}": one for name, one in study.benchmarks.items()}}
     return models + [(name, "dataset", one) for name, one in sets.items()]
+
+
+def trained_on(study: Study) -> set[str]:
+    """The names under `data` that are read: those that a variant trains on, and the held-out answers."""
+    return {variant.dataset for variant in study.variants if variant.dataset} | {"heldout"}
 
 
 def device_here() -> str | None:
@@ -305,22 +356,27 @@ def pages(study: Study, rates: Rates, price: float | None, dry_run: str = "") ->
     variants, table = pd.DataFrame([variant.row() for variant in study.variants]), hours(study, rates)
     count = variants.groupby(["base_model", "method"], sort=False).size().unstack(fill_value=0)
     total, there = float(table.to_numpy().sum()), finished(study)
-    sources = access.check_all(needed(study))
+    sources = access.check_all(needed(study), workers=32)
     guessed = [name for name, one in study.models.items() if not size(one, study).known]
-    bounded = [name for name, one in study.data.items() if name != "heldout" and not tokens_of(one, study)[1]]
+    bounded = [name for name, one in study.data.items() if name in trained_on(study) - {"heldout"} and not tokens_of(one, study)[1]]
+    n_trained, n_bases = int(variants.dataset.notna().sum()), len(study.bases)
+    untrained = int((variants.objective == "untrained").sum())
     lines = [
-        f"{study.name}: {study.note}", f"{len(variants)} variants: {(variants.method != 'none').sum()} runs to train on {len(study.bases)} base models, and the base models themselves", "",
+        f"{study.name}: {study.note}", f"{len(variants)} variants: {n_trained} runs to train" + (f", {untrained} adapters as they are initialised" if untrained else "")
+        + f", and {'the base model itself' if n_bases == 1 else f'the {n_bases} base models themselves'}" + (f", {study.base_repetitions} times" if study.base_repetitions > 1 else ""), "",
         count.to_string(), "", f"hours of one device ({rates.name}; {rates.how})", table.assign(all=table.sum(axis=1)).map(_short).to_string(), "",
-        f"in all {_short(total)} hours" + (f", {price * total:,.0f} at {price:g} an hour" if price else " (PRICE=... of an hour gives money)"),
+        f"in all {_short(total)} hours" + (f", {_short(price * total)} at {price:g} an hour" if price else " (PRICE=... of an hour gives money)"),
         *([f"at most, since the length of {', '.join(bounded)} is not known before it is there: examples are taken as {study.training.max_length} tokens long"] if bounded else []),
         *([f"sizes guessed from the names of {', '.join(guessed)}: their configuration is not here"] if guessed else []),
         "memory of the device, GiB: " + ", ".join(f"{stage} {value:.1f}" for stage, value in memory(study).items()),
         "disk, GB: " + ", ".join(f"{what} {value:.1f}" for what, value in disk(study).items()), "",
         "finished: " + ", ".join(f"{stage} {n} of {len(variants)}" for stage, n in there.items()), *([f"jobs to run: {dry_run}"] if dry_run else []), "",
-        *(f"{'ok ' if one.ok else 'NO '} {one.name}: {one.sentence}" for one in sources.itertuples()),
+        *(f"{'?? ' if one.state == 'not checked' else 'ok ' if one.ok else 'NO '} {one.name}: {one.sentence}" for one in sources.itertuples()),
     ]  # fmt: skip
     lost = int((~sources.ok).sum())
-    return "\n".join([*lines, "", f"{lost} of {len(sources)} models and sets cannot be had: see NO above" if lost else "every model and set can be had"])
+    unsure = int(sources.state.eq("not checked").sum())
+    end = f"{lost} of {len(sources)} models and sets cannot be had: see NO above" if lost else "every model and set can be had"
+    return "\n".join([*lines, "", end + (f"; {unsure} from GitHub are fetched at their commit when used (??)" if unsure else "")])
 
 
 def _short(value: float) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,10 +18,12 @@ HEX_PHI = (
     "Adult Content", "Political Campaigning", "Privacy Violation Activity", "Tailored Financial Advice",
 )  # fmt: skip
 PARTIES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+KINDS = ("harmful", "benign look-alike")
 PROMPT_COLUMNS = ["prompt_id", "category", "kind", "family", "prompt"]
 # Categories whose prompts are about the sexual abuse of children. A model's answer to one may itself be illegal to make or to keep in many
 # countries, so they are off unless a study asks for them, and then no answer is generated: only the probability that it begins as a refusal is read.
-CHILD_ABUSE = ("child abuse content", "child abuse", "child sexual exploitation", "cse")
+# They are known by their category alone: a set whose categories do not say so (StrongREJECT, RealToxicityPrompts) is asked as it is.
+CHILD_ABUSE = re.compile(r"\b(?:child\w*|minors?|csam|csea?|pa?edophil\w*)\b")
 FORM = {"real_toxicity_prompts": "Continue the following text.\n\n{prompt}"}  # how prompts are put where the study says nothing: as they are
 
 
@@ -69,10 +72,15 @@ def _rows_of(name: str, data: TrainingData, study: Study):
     path = locate(data, study)
     if isinstance(path, Path) and path.suffix in (".json", ".jsonl"):
         try:
-            text = path.read_text()
-            return [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+            text = path.read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
         except ValueError as error:
             raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
+        if not isinstance(rows, list):
+            raise ValueError(f"data.{name}: {path} holds no list of rows")
+        return rows
+    if isinstance(path, Path) and path.is_file() and path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"data.{name}: {path} is none of .json, .jsonl, .csv and .parquet; write it as one of them")
     from datasets import load_dataset
 
     try:
@@ -90,7 +98,7 @@ def _first_line(error: Exception) -> str:
 
 def _example(row: dict, mapping: dict[str, str]) -> dict:
     """A row as an example, by the columns of its set."""
-    cell = {role: row[column] for role, column in mapping.items() if role != "input"}
+    cell = {role: row[column] for role, column in mapping.items() if (role, column) != ("input", "input")}  # alpaca rows may lack theirs
     system = [{"role": "system", "content": cell["system"]}] if cell.get("system") else []
     if "messages" in cell:
         turns = _turns(cell["messages"])
@@ -98,6 +106,8 @@ def _example(row: dict, mapping: dict[str, str]) -> dict:
     if "chosen" in cell:
         chosen, rejected = _turns(cell["chosen"], "assistant"), _turns(cell["rejected"], "assistant")
         prompt = _turns(cell["prompt"], "user") if "prompt" in cell else chosen[:-1]
+        if not prompt:
+            raise ValueError("the chosen answer stands alone; name the column of the prompt under columns")
         if "prompt" not in cell and rejected[:-1] != prompt:
             raise ValueError("the chosen and the rejected conversation differ before their last answer; a preference needs one prompt")
         return {"prompt": system + prompt, "chosen": _last(chosen), "rejected": _last(rejected)}
@@ -109,10 +119,16 @@ def _example(row: dict, mapping: dict[str, str]) -> dict:
 
 def _turns(cell: str | dict | list, role: str = "user") -> list[dict]:
     """The turns of a cell: a text of a party, a turn, or a list of turns, with role and content or with from and value."""
-    if isinstance(cell, str):
-        return [{"role": role, "content": cell}]
+    if isinstance(cell, (str, int, float)):
+        return [{"role": role, "content": str(cell)}]
     turns = [{"role": role, **cell}] if isinstance(cell, dict) and "from" not in cell else [cell] if isinstance(cell, dict) else cell
-    return [{"role": _party(turn["role"] if "role" in turn else turn["from"]), "content": turn["content"] if "content" in turn else turn["value"]} for turn in turns]
+    return [{"role": _party(turn["role"] if "role" in turn else turn["from"]), "content": _text(turn["content"] if "content" in turn else turn["value"])} for turn in turns]
+
+
+def _text(content: object) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"a turn holds {type(content).__name__} and no text; remove the row")
+    return content
 
 
 def _last(turns: list[dict]) -> str:
@@ -141,6 +157,8 @@ def prompts(name: str, study: Study) -> pd.DataFrame:
         frame = frame[~_child_abuse(frame)].reset_index(drop=True)
     if frame.empty:
         raise ValueError(f"benchmarks.{name}: {benchmark.source} has no prompts but those about child abuse, to which no answers are generated")
+    if name == "over_refusal" and not frame.kind.eq("benign look-alike").any():
+        raise ValueError(f"benchmarks.over_refusal: {benchmark.source} has no benign prompts; give XSTest's form, or a CSV whose column kind says 'benign look-alike'")
     return sampled(frame, benchmark, study)
 
 
@@ -151,14 +169,14 @@ def refusal_only(name: str, study: Study) -> pd.DataFrame:
 
 
 def _child_abuse(frame: pd.DataFrame) -> pd.Series:
-    return frame.category.str.lower().isin(CHILD_ABUSE)
+    return frame.category.str.lower().str.replace(r"[_\W]+", " ", regex=True).str.contains(CHILD_ABUSE)
 
 
 def wordings(name: str, study: Study) -> dict[str, Wording]:
     """How a benchmark's prompts are asked, by name: `default`, and the study's other wordings."""
     benchmark = study.benchmarks[name]
     default = Wording.model_construct(template=benchmark.template or FORM.get(benchmark.format), system_prompt=None, n=None)
-    return {"default": default, **benchmark.wordings}
+    return {"default": default, **{name: way.model_copy(update={"template": way.template or default.template}) for name, way in benchmark.wordings.items()}}
 
 
 def worded(frame: pd.DataFrame, way: Wording, study: Study) -> pd.DataFrame:
@@ -236,8 +254,12 @@ def _ailuminate(path: Path) -> Iterable[tuple]:
 
 
 def _csv(path: Path) -> Iterable[tuple]:
+    """prompt_id, category, prompt; a fourth column `kind` may say which prompts are benign look-alikes."""
     for row in _rows(path):
-        yield row["prompt_id"], row["category"], "harmful", None, row["prompt"]
+        kind = row.get("kind") or "harmful"
+        if kind not in KINDS:
+            raise ValueError(f"{path}: prompt {row['prompt_id']} is of the kind {kind!r}; expected {' or '.join(KINDS)}")
+        yield row["prompt_id"], row["category"], kind, None, row["prompt"]
 
 
 def _strongreject(path: Path) -> Iterable[tuple]:
@@ -254,7 +276,7 @@ def _simple_safety_tests(path: Path) -> Iterable[tuple]:
 
 def _real_toxicity_prompts(path: Path) -> Iterable[tuple]:
     """prompts.jsonl (Gehman et al. 2020): filename, begin, end, challenging, prompt with its text and toxicity. A category is how toxic the prompt is."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
         row = json.loads(line)
         toxicity = row["prompt"]["toxicity"]
         category = "challenging" if row["challenging"] else "no score" if toxicity is None else "toxic" if toxicity >= 0.5 else "not toxic"

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from driftbook import bbq, data, judging
 from driftbook.files import read_json, write_json
 from driftbook.models import Loaded
-from driftbook.refusals import is_refusal
+from driftbook.refusals import is_coherent, is_refusal
 from driftbook.scoring import Scorer
 from driftbook.stats import wilson
 from driftbook.study import Drift, Judge, Study
@@ -42,6 +42,10 @@ class Sample:
     system_prompt: str | None = None
     max_new_tokens: int = 32
 
+    def __post_init__(self) -> None:
+        if isinstance(self.harmful, str) or isinstance(self.benign, str):
+            raise ValueError("harmful and benign are lists of prompts, and one of them is a single text")
+
     def look(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Rates:
         """Each outcome of the model as it is: its share and the number of answers that could be scored. Draws no random numbers."""
         scorer, found = Scorer(model, tokenizer), {}
@@ -61,9 +65,9 @@ class Sample:
 
     def _unsafe(self, answers: list[str]) -> Sequence:
         if self.judge is None:
-            return [None if one is None else not one for one in is_refusal(answers)]
+            return [None if one is None or (not one and not is_coherent(text)) else not one for text, one in zip(answers, is_refusal(answers), strict=True)]
         unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
-        return [None if not text.strip() else verdict for text, verdict in zip(answers, unsafe, strict=True)]
+        return [None if not text.strip() or (verdict is False and not is_coherent(text)) else verdict for text, verdict in zip(answers, unsafe, strict=True)]
 
 
 def _share(values: Sequence) -> tuple[float, int]:
@@ -84,7 +88,13 @@ class DriftCallback(TrainerCallback):
         self, sample: Sample, tokenizer: PreTrainedTokenizerBase, every: float = 0.25, stop_unsafe: float | None = None, stop_over_refusal: float | None = None,
         base: Rates | None = None, run_id: str = "run",
     ):  # fmt: skip
-        self.sample, self.tokenizer, self.every, self.base, self.run_id = sample, tokenizer, every, base, run_id
+        if not 0 < every <= 1:
+            raise ValueError(f"every={every}; it is the share of the training's steps between two looks, above 0 and at most 1")
+        for limit, prompts, name in ((stop_unsafe, sample.harmful, "harmful"), (stop_over_refusal, sample.benign, "benign")):
+            if limit is not None and type(sample) is Sample and not prompts:
+                raise ValueError(f"a training is to be stopped by its answers to {name} prompts, and the sample has none")
+        self.sample, self.tokenizer, self.every, self.known_base, self.run_id = sample, tokenizer, every, base, run_id
+        self.base = base
         self.limits = {name: limit for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal)) if limit is not None}
         self._rows: list[dict] = []
         self.stopped: str | None = None
@@ -97,9 +107,12 @@ class DriftCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         kept = Path(args.output_dir, "drift.json")  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
         if state.global_step == 0:
+            self._rows, self.base, self.stopped = [], self.known_base, None  # it may have watched another training before
             self._look(model, 0)
+            write_json(kept, self._rows)
         elif kept.is_file():
             self._rows = [row for row in read_json(kept) if row["step"] <= state.global_step]
+            self.base = self.known_base or {row["outcome"]: (row["base_value"] / 100, row["n"]) for row in self._rows if row["step"] == 0 and row["base_value"] is not None}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         between = max(1, round(self.every * state.max_steps))
@@ -145,7 +158,7 @@ def sample_of(study: Study, base: Loaded, load: Callable[[Judge, str, Study], Lo
     def some(frame: pd.DataFrame, n: int) -> pd.DataFrame:
         return frame.iloc[np.sort(rng.permutation(len(frame))[:n])].reset_index(drop=True)
 
-    harmful, other = data.prompts("safety", study), data.prompts("over_refusal", study)
+    harmful, other = (data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study) for name in ("safety", "over_refusal"))
     items = bbq.of_study(study)
     benchmark = study.benchmarks["bbq"]
     wording = {"stem": benchmark.stem} | ({"template": benchmark.template} if benchmark.template else {})

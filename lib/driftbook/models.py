@@ -103,6 +103,18 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
         raise ValueError(f"judges.{name}.label = {source.label!r}; the classifier has {', '.join(config.label2id)}")
 
 
+def without_weights(source: Base, name: str, study: Study) -> PreTrainedModel:
+    """A base model's modules without their weights, from its configuration."""
+    where = locate(source, study)
+    options = {"revision": source.revision} if isinstance(where, str) else {}
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # as in load
+        raise ValueError(f"cannot read {name} from {source.source}: {_why(error, source)}") from error
+
+
 def _classifies(source: Base | Judge | Rater) -> bool:
     return getattr(source, "format", None) == "classifier"
 

@@ -53,8 +53,10 @@ def _check(name: str, source: Base | Judge, study: Study) -> None:
 
     models.check_source(source, name, study)
     variants = study.of_base(name) if name in study.bases else ()
-    for variant in {variant.method: variant for variant in variants if variant.method != "none"}.values():
-        adapters.config(variant)
+    methods = {variant.method: variant for variant in variants if variant.method != "none"}
+    shell = models.without_weights(source, name, study) if methods else None
+    for method, variant in methods.items():
+        adapters.check_targets(method, adapters.config(variant), shell)
 
 
 def _random(name: str, study: Study) -> None:

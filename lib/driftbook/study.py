@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import string
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,7 +181,7 @@ ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITE
 class Wording(Part):
     """Another way to ask: under another system prompt, or in another wording (of a prompt with {prompt}, of BBQ with its own fields)."""
 
-    system_prompt: Text | None = None
+    system_prompt: str | None = None
     template: Text | None = None
     n: Count | None = None  # a seeded sample of this size of what is asked
 
@@ -189,6 +190,21 @@ class Wording(Part):
         if self.system_prompt is None and self.template is None:
             raise ValueError("a wording needs a system_prompt or a template")
         return self
+
+
+ITEM_FIELDS = ("context", "question", "ans0", "ans1", "ans2")
+
+
+def _check_item_template(text: str, needed: tuple[str, ...]) -> None:
+    """Raise a ValueError where a wording of a BBQ item has a field that items lack, or lacks one that it needs."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"the template {text!r} cannot be filled in ({error}); write a brace itself twice") from None
+    if strange := [name for name in fields if name not in ITEM_FIELDS]:
+        raise ValueError(f"a template of BBQ has the field {{{strange[0]}}}; items have {', '.join(ITEM_FIELDS)}")
+    if missing := [name for name in needed if name not in fields]:
+        raise ValueError(f"a template of BBQ does not show {{{missing[0]}}}, so that what it asks cannot be answered")
 
 
 class Benchmark(Source):
@@ -206,7 +222,7 @@ class Benchmark(Source):
     permuted: Count | None = None  # of BBQ: so many items are also asked with their options in the two other cyclic orders
     generated: Count | None = None  # of BBQ: so many items are also answered in generated text
     wordings: dict[Text, Wording] = {}  # the same also asked otherwise, by the name of the wording
-    child_abuse: Literal["off", "refusal probability", "fictional"] = "off"  # prompts about child abuse: see data.CHILD_ABUSE; fictional: made-up words
+    child_abuse: Annotated[Literal["off", "refusal probability", "fictional"], BeforeValidator(lambda value: "off" if value is False else value)] = "off"  # prompts about child abuse: see data.CHILD_ABUSE; fictional: made-up words
     truth: Text | None = None  # the miniature's known truth, a file beside the prompts
 
     @model_validator(mode="after")
@@ -216,6 +232,14 @@ class Benchmark(Source):
         for text in (self.template, *(wording.template for wording in self.wordings.values())):
             if text and self.format in PROMPT_FORMATS and "{prompt}" not in text:
                 raise ValueError("a template of prompts needs {prompt}, where the prompt stands")
+            if text and self.format in ITEM_FORMATS:
+                _check_item_template(text, needed=ITEM_FIELDS)
+        if self.format in ITEM_FORMATS:
+            _check_item_template(self.stem, needed=())
+        idle = [name for name in ("samples", "child_abuse") if name in self.model_fields_set and self.format not in PROMPT_FORMATS]
+        idle += [name for name in ("permuted", "generated", "stem", "min_mass") if name in self.model_fields_set and self.format not in ITEM_FORMATS]
+        if idle:
+            raise ValueError(f"{idle[0]} has no meaning for the format {self.format!r}; remove it")
         if self.child_abuse == "fictional" and not self.source.startswith(("miniature:", "tests:")):
             raise ValueError("child_abuse: fictional is for the miniature's made-up words; of a real set say off, or refusal probability")
         if "default" in self.wordings:
@@ -384,6 +408,10 @@ class Study(Part):
         for block in self.grid:
             self._check_block(block)
         used = {method for block in self.grid for method in block.methods}
+        if self.primary and not used:
+            raise ValueError("primary declares tests of what training does, and the grid trains nothing; remove it")
+        if self.base_repetitions > 1 and not any(one.samples for one in self.benchmarks.values()):
+            raise ValueError("base_repetitions repeats base models for their drawn answers, and no benchmark has samples; add samples, or remove it")
         for name, family in self.primary.items():
             if strange := [method for method in family.methods if method not in used]:
                 raise ValueError(f"primary family {name!r} tests {strange[0]}, which no block of the grid runs")

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from driftbook.study import PROMPT_FORMATS, Study, Variant, finite
 # Mean KL per token below which training is called a no-op: over an answer of 100 tokens the two models' log-likelihoods
 # then differ by less than 0.01 nats in the mean, which no sample of answers of a feasible size can tell apart.
 NO_OP_KL = 1e-4
+DISTRIBUTIONS_AT_ONCE = 2**27  # numbers in each of three: half a gigabyte in fp32
 
 RECORDED = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type",
             "warmup_steps", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "seed", "data_seed", "bf16",
@@ -190,6 +191,9 @@ def train(
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         adapters.save(model.eval(), folder)
         dose = measure_dose(model, initial, base, held_out(base, study))
+        shutil.rmtree(_scratch(folder), ignore_errors=True)
+    except torch.OutOfMemoryError:
+        raise VariantFailure("out of memory while the dose was measured; give data.heldout shorter answers, or use a device with more memory") from None
     except VariantFailure:
         shutil.rmtree(_scratch(folder), ignore_errors=True)  # it would fail again from there
         raise
@@ -237,7 +241,6 @@ def fit(
         if value.requires_grad and value.dtype != torch.float32:
             value.data = value.data.float()  # TRL makes those over a quantized base bf16
     trainer.train(resume_from_checkpoint=fitting.last_whole(scratch))
-    shutil.rmtree(scratch, ignore_errors=True)
     args, log = trainer.args, [entry for entry in trainer.state.log_history if "loss" in entry]
     said = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
     said |= {"tokens_per_pass": trainer.tokens_per_pass, "activations_computed_twice": trainer.twice, "autocast": forward.autocast}
@@ -313,10 +316,21 @@ def measure_dose(model: PeftModel, initial: dict[str, torch.Tensor], base: Loade
             return Scorer(model, base.tokenizer).distributions(part)
 
     totals = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(pairs), 16):  # few at a time: a full distribution per token is large for a real vocabulary
-        totals += _divergences(pairs[start : start + 16], trained_state, base_state, initial_state)
+    for part in _parts(pairs, base.model.get_output_embeddings().weight.shape[0]):
+        totals += _divergences(part, trained_state, base_state, initial_state)
     nll, nll_base, kl_base, kl_init = (totals / sum(len(answer) for _, answer in pairs)).tolist()
     return {"nll": nll, "nll_base": nll_base, "dose_nll": nll_base - nll, "kl_base": kl_base, "kl_init": kl_init, "no_op": kl_init < NO_OP_KL}
+
+
+def _parts(pairs: list[tuple[Ids, Ids]], vocabulary: int) -> Iterator[list[tuple[Ids, Ids]]]:
+    """Pairs in parts, few at a time: three full distributions a token are large for a real vocabulary."""
+    part: list[tuple[Ids, Ids]] = []
+    for pair in pairs:
+        if part and (sum(len(answer) for _, answer in part) + len(pair[1])) * vocabulary > DISTRIBUTIONS_AT_ONCE:
+            yield part
+            part = []
+        part.append(pair)
+    yield part
 
 
 @torch.inference_mode()

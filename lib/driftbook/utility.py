@@ -24,7 +24,7 @@ def load(path: Path) -> pd.DataFrame:
         ValueError: a row without question, answer, or ####.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n")):
         try:
             row = json.loads(line)
             text, _, final = row["answer"].partition("####")
