@@ -179,8 +179,26 @@ def whole_study() -> list[dict]:
     ]
 
 
+def doctor(n: int = 20_000) -> list[dict]:
+    """CPU seconds of the data doctor on n examples (real ones, then their words at random) against every prompt of the study of real text."""
+    import random
+
+    from driftbook import data_doctor
+    from driftbook.data import prompts, training_examples
+
+    real = load("real_data")
+    whole = real.model_copy(update={"benchmarks": {name: one.model_copy(update={"n": None}) for name, one in real.benchmarks.items()}})
+    asked = {name: list(prompts(name, whole).prompt) for name in ("safety", "over_refusal")}
+    examples, rng = training_examples("sft", real), random.Random(0)
+    words = [word for one in examples for word in one["answer"].split()]
+    made = [{"prompt": [{"role": "user", "content": " ".join(rng.choices(words, k=20))}], "answer": " ".join(rng.choices(words, k=60))} for _ in range(n - len(examples))]
+    seconds, _ = least_seconds(data_doctor.examine, [*examples, *made], asked, repeats=1)
+    setting = f"{n:,} examples, {sum(map(len, asked.values())):,} prompts"
+    return [row("data doctor, CPU seconds", setting, seconds, 60.0, "CPU s", least=False)]
+
+
 def rows() -> list[dict]:
     """Every line of this benchmark."""
     if "DRIFTBOOK_SHARED" not in os.environ:
         print("training is measured on the chat data of studies/real_data.yaml; without a local copy (DRIFTBOOK_SHARED) they are fetched")
-    return speed()
+    return [*speed(), *doctor()]
