@@ -367,6 +367,7 @@ def pages(study: Study, rates: Rates, price: float | None, dry_run: str = "") ->
         count.to_string(), "", f"hours of one device ({rates.name}; {rates.how})", table.assign(all=table.sum(axis=1)).map(_short).to_string(), "",
         f"in all {_short(total)} hours" + (f", {_short(price * total)} at {price:g} an hour" if price else " (PRICE=... of an hour gives money)"),
         *([f"at most, since the length of {', '.join(bounded)} is not known before it is there: examples are taken as {study.training.max_length} tokens long"] if bounded else []),
+        *([f"this machine has a {gpu}, whose rates are not known: make calibrate measures them"] if (gpu := device_here()) and not MEASURED.is_file() else []),
         *([f"sizes guessed from the names of {', '.join(guessed)}: their configuration is not here"] if guessed else []),
         "memory of the device, GiB: " + ", ".join(f"{stage} {value:.1f}" for stage, value in memory(study).items()),
         "disk, GB: " + ", ".join(f"{what} {value:.1f}" for what, value in disk(study).items()), "",
