@@ -89,14 +89,15 @@ def fit_once(variant: Variant, base: Any, prepared: Any, this: Study) -> tuple[d
 
 
 def timed(work: Callable, *given: Any) -> tuple[Any, float]:
-    """What work(*given) gives, and its wall-clock seconds, to the end of what it started on a GPU."""
+    """What work(*given) gives, and its seconds: on a GPU wall-clock to the end of what it started there, else of the processor."""
     import torch
 
-    started = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    started = clock()
     found = work(*given)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return found, time.perf_counter() - started
+    return found, clock() - started
 
 
 def _peer(variant: Variant, base: Any, this: Study, other: dict | None = None) -> np.ndarray:

@@ -415,15 +415,15 @@ def calibrate() -> dict[str, Any]:
     this = bench_training.study(n, methods)
     tokenizer = bench.tokenizer_of(bench_training.texts(this))
     base = Loaded("random", bench.random_llama(shape, tokenizer, dtype, where), tokenizer, "random")
-    own, flops, overhead = size_of(base.model.config.to_dict()), {}, {}
+    own, flops = size_of(base.model.config.to_dict()), {}
     for objective in ("sft", "dpo"):
         prepared = training.prepare(objective, base, this)
-        for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective):
-            bench_training.fit_once(variant, base, prepared, this)  # the first one warms up
+        for number, variant in enumerate(one for one in this.of_base(next(iter(this.bases))) if one.objective == objective):
+            if not number:
+                bench_training.fit_once(variant, base, prepared, this)  # warms up
             _, seconds = bench_training.timed(bench_training.fit_once, variant, base, prepared, this)
             lengths = [len(part.ids) for one in prepared.examples for part in ((one,) if hasattr(one, "ids") else (one.chosen, one.rejected))]
             flops[f"{'train' if objective == 'sft' else 'dpo'} {variant.method}"] = sum(_operations(own, length, 4) for length in lengths) / seconds
-            overhead[objective, variant.method] = seconds
     scorer = Scorer(base.model, tokenizer)
     contexts = [scorer.ids(text)[:256] for text in bench_training.texts(this)[:64]]
     contexts = [one for one in contexts if len(one) > 8]
@@ -433,10 +433,14 @@ def calibrate() -> dict[str, Any]:
     _, seconds = bench_training.timed(scorer.generate, [one[:64] for one in contexts], 32)
     flops["write"] = len(contexts) * _operations(own, 32, 2) / seconds
     tiny = Loaded("tiny", bench.random_llama({**bench.SHAPES["vocabulary of 8,192"], "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}, tokenizer, "float32", where), tokenizer, "tiny")
-    prepared, [first, *_] = training.prepare("sft", tiny, this), [one for one in this.variants if one.objective == "sft"]
-    _, seconds = bench_training.timed(bench_training.fit_once, first, tiny, prepared, this)
+    seconds = {}
+    for batch in (n, n, 1):  # a model that costs nothing, in one step and in n: what is left is what a training and what a step costs; the first warms up
+        other = bench_training.study(n, ("lora",), batch=batch)
+        [first] = [one for one in other.of_base(next(iter(other.bases))) if one.objective == "sft"]
+        _, seconds[batch] = bench_training.timed(bench_training.fit_once, first, tiny, training.prepare("sft", tiny, other), other)
+    step = (seconds[1] - seconds[n]) / (n - 1)
     kept = {
-        "hardware": hardware(), "flops": flops, "fixed": seconds, "step": seconds / max(1, n // this.training.batch_size), "when": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(), "flops": flops, "fixed": max(0.0, seconds[n] - step), "step": step, "when": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(), "model": f"{own.weights / 1e6:.1f} M parameters, {dtype}",
     }  # fmt: skip
     write_json(MEASURED, kept)
