@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from driftbook.study import PEFT_METHODS, Study, Variant, load
 
 GOAL = 1.5  # times TRL's tokens a second
 NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
-LENGTH, BATCH = 4_096, 8  # longer than any example, so that both train on all of each; TRL's own batch
+LENGTH, BATCH, MOST = 4_096, 8, 1_024  # nothing is cut; TRL's own batch; examples longer than TRL's own limit are left out on both sides
 FIGURE = "{}, {} examples of real chat: times TRL's tokens a second"
 SETTINGS = {
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}, "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
@@ -56,17 +57,20 @@ def speed(n: int = 24, methods: Sequence[str] = METHODS, shapes: dict[str, dict]
         tokenizer = tokenizer_of(texts(this), shape["vocab_size"])
         for objective in ("sft", "dpo"):
             base = Loaded("random", random_llama(shape, tokenizer), tokenizer, "random")
-            shared, prepared = least_seconds(training.prepare, objective, base, this, repeats=1)
+            shared, whole = least_seconds(training.prepare, objective, base, this, repeats=1)
+            fits = [i for i, length in enumerate(whole.lengths) if length <= MOST]
+            prepared = replace(whole, examples=[whole.examples[i] for i in fits], packs=[[i] for i in range(len(fits))])
+            shared *= len(fits) / len(whole.examples)
             measured = methods if shape["vocab_size"] < 20_000 else methods[:1]
             for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective and one.method in measured):
                 ours, (_, curve) = least_seconds(fit_once, variant, base, prepared, this, repeats=2)
                 ours += shared if objective == "dpo" else 0
-                peer, expected = least_seconds(_peer, variant, base, this, repeats=1)
-                plain, _ = least_seconds(_peer, variant, base, this, {"bf16": False, "gradient_checkpointing": False}, repeats=1)
+                peer, expected = least_seconds(_peer, variant, base, this, fits, repeats=1)
+                plain, _ = least_seconds(_peer, variant, base, this, fits, {"bf16": False, "gradient_checkpointing": False}, repeats=1)
                 setting = f"{PEFT_METHODS[variant.method].label}, {name}"
                 n_tokens = _tokens(prepared.examples)
-                rows.append(row(FIGURE.format(objective.upper(), n), setting, peer / ours, GOAL, "CPU s", ours, peer))
-                rows.append(row(FIGURE.format(objective.upper(), n) + ", in fp32 without checkpointing", setting, plain / ours, None, "CPU s", ours, plain))
+                rows.append(row(FIGURE.format(objective.upper(), len(fits)), setting, peer / ours, GOAL, "CPU s", ours, peer))
+                rows.append(row(FIGURE.format(objective.upper(), len(fits)) + ", in fp32 without checkpointing", setting, plain / ours, None, "CPU s", ours, plain))
                 rows.append(row(f"{objective.upper()}: tokens a CPU second, ours", setting, n_tokens / ours, None, "1/s"))
                 difference = np.abs(curve.loss.to_numpy(float) - expected).max() if len(curve) == len(expected) else np.inf
                 rows.append(row(f"{objective.upper()}: largest difference of a step's loss to TRL's", setting, difference, NOISE, "nats", least=False))
@@ -100,7 +104,7 @@ def timed(work: Callable, *given: Any) -> tuple[Any, float]:
     return found, clock() - started
 
 
-def _peer(variant: Variant, base: Any, this: Study, other: dict | None = None) -> np.ndarray:
+def _peer(variant: Variant, base: Any, this: Study, chosen: Sequence[int], other: dict | None = None) -> np.ndarray:
     """The losses of TRL's trainer with its defaults, but for what says what is trained (data, rate, one epoch, seed), and for `other` settings."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -111,7 +115,8 @@ def _peer(variant: Variant, base: Any, this: Study, other: dict | None = None) -
     def said(text: str) -> list[dict]:
         return [{"role": "assistant", "content": text}]
 
-    sft, examples = variant.objective == "sft", training_examples(variant.objective, this)
+    sft, every = variant.objective == "sft", training_examples(variant.objective, this)
+    examples = [every[i] for i in chosen]
     keys = {"completion": "answer"} if sft else {"chosen": "chosen", "rejected": "rejected"}
     data = Dataset.from_list([{"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}} for one in examples])
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():

@@ -12,7 +12,7 @@ ANALYSES = {
     "safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs", "dose": "15_dose", "power": "16_power",
     "labels": "17_labels", "primary": "19_primary",
 }  # fmt: skip
-AFTER = {"mixed_effects": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
+AFTER = {"mixed_effects": ("safety",), "labels": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
 
 OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
