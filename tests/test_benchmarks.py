@@ -56,8 +56,7 @@ def test_real_toxicity_prompts_are_continued_and_sorted_by_how_toxic_they_are(tm
     assert frame.category.tolist() == ["challenging", "toxic", "not toxic", "no score"]
     assert frame.prompt_id.tolist()[0] == "f.txt-0-9"
     asked = data.worded(frame, data.wordings("toxicity", study)["default"], study)
-    assert asked.prompt.str.startswith("Continue the following text.").all()
-    assert asked.prompt.str.endswith(frame.prompt.iloc[0][-3:] if len(frame) == 1 else tuple("0123")).all()
+    assert (asked.prompt == "Continue the following text.\n\n" + frame.prompt).all()
 
 
 def test_a_custom_benchmark_is_a_csv_of_three_columns(tmp_path):

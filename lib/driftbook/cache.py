@@ -62,7 +62,7 @@ def made_by() -> dict[str, str | None]:
     """What computes a result: the library's code for scoring, the packages, and the kind of device."""
     import torch
 
-    names = ("agreement", "bbq", "judging", "letter_bias", "models", "packing", "refusals", "rubrics", "scoring", "tables", "utility")
+    names = ("agreement", "bbq", "data", "instructions", "judging", "letter_bias", "models", "packing", "refusals", "rubrics", "scoring", "stereoset", "tables", "utility")
     code = {name: file_digest(Path(__file__).with_name(f"{name}.py")) for name in names}
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
     return {**code, **packages, "device": "cuda" if torch.cuda.is_available() else "cpu"}

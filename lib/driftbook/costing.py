@@ -8,6 +8,7 @@ is not there) is bounded, and said to be.
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,12 +42,15 @@ MEASURED = OUTPUTS / "costs.json"  # of this machine, by `make bench` or `calibr
 PUBLISHED = ROOT / "outputs" / "published" / "peft_results" / "tables"
 PEFT_WEIGHTS, PEFT_TOKENS = 2.8e9, 4_198_051  # of Llama-3.2-3B without its embeddings; "train total tokens" in each of PEFT's result files
 CHARACTERS = 4.0  # a token, of English text
-# How many items the public sets hold, and the tokens of one with its template, both as counted in copies of them; what a study samples is less.
+# How many items the public sets hold, by their own descriptions; of general text and of a custom set that is not here, no more than a guess.
 ITEMS = {"bbq": 58_492, "bbq_lite": 15_876, "hex_phi": 300, "ailuminate": 1_200, "xstest": 450, "strongreject": 313, "simple_safety_tests": 100,
          "real_toxicity_prompts": 99_442, "gsm8k": 1_319, "ifeval": 541, "stereoset": 4_229, "text": 1_000, "csv": 100}  # fmt: skip
-TOKENS = {"bbq": 110, "bbq_lite": 110, "gsm8k": 190, "ifeval": 60, "stereoset": 120, "text": 512}
-PROMPT_TOKENS = 50
-BYTES = {"verdict": 40, "answer": 45, "response": 900, "run": 60_000}  # on disk, as in the miniature's study but for responses of some 200 tokens
+# Tokens of an item, at CHARACTERS a token, without a chat template. Counted: three dimensions of BBQ (99), GSM8K with its answers (118), AILuminate's prompts (46, longer
+# than XSTest's 11). Bounds: IFEval by the size of its file, general text by what utility.forgetting reads. StereoSet is a guess: three short sentences.
+TOKENS = {"bbq": 99, "bbq_lite": 99, "gsm8k": 118, "ifeval": 96, "stereoset": 60, "text": 512}
+PROMPT_TOKENS = 46
+# On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of English answers (parquet, zstd).
+BYTES = {"verdict": 42, "answer": 37, "run": 27_000, "character": 0.41}
 WEIGHT_BYTES = {None: {"float32": 4, "bfloat16": 2}, "int8": 1.1, "nf4": 0.56}
 
 
@@ -97,8 +101,6 @@ def size(source: Base | Judge | Rater, study: Study) -> Size:
 
 
 def _guessed(name: str) -> Size:
-    import re
-
     if name.startswith(("miniature:", "random:")):
         return Size(3e5, 1e5, 2, 96, 48, 500, known=False)
     match = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-z])", name)
@@ -289,10 +291,12 @@ def disk(study: Study) -> dict[str, float]:
     """GB on disk: downloads of models, adapters and records, tables with text."""
     downloads = sum(size(one, study).weights * 2 for one in study.models.values() if one.local is None and one.source.partition(":")[0] not in ("miniature", "random"))
     n = len(study.variants)
-    asked = sum(items for stage, items, *_ in _asked(study, Size(0, 0, 1, 1, 1, 1)) if stage == "respond")
-    answered = sum(items for stage, items, *_ in _asked(study, Size(0, 0, 1, 1, 1, 1)) if stage == "answer")
+    amounts = _asked(study, Size(0, 0, 1, 1, 1, 1))
+    asked, answered = (sum(items for stage, items, *_ in amounts if stage == wanted) for wanted in ("respond", "answer"))
+    written = sum(items * new * CHARACTERS for stage, items, _, new, _ in amounts if stage == "respond")
     adapter = max((4 * 8 * 2 * one.layers * 2 * one.width for one in (size(base, study) for base in study.bases.values())), default=0)
-    runs = n * (BYTES["run"] + adapter + 2 * asked * (BYTES["response"] + BYTES["verdict"] * len(study.judges)) + 2 * answered * BYTES["answer"])
+    rows = written * BYTES["character"] + asked * BYTES["verdict"] * len(study.judges) + answered * BYTES["answer"]
+    runs = n * (BYTES["run"] + adapter + 2 * rows)  # what is scored is kept in the cache as well
     return {"models to download": downloads / 1e9, "runs, tables and cache": runs / 1e9}
 
 

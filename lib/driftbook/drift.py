@@ -81,7 +81,8 @@ class DriftCallback(TrainerCallback):
     risen by `stop_unsafe` or `stop_over_refusal` percentage points above the base model's.
 
     `base` is what `sample.look` says of the base model (None: the model before its first step). Add it to any trainer of TRL or transformers:
-    `SFTTrainer(..., callbacks=[DriftCallback(sample, tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended.
+    `SFTTrainer(..., callbacks=[DriftCallback(sample, tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended; a training that is resumed finds
+    what was seen in drift.json beside the trainer's checkpoints.
     """
 
     def __init__(

@@ -10,13 +10,14 @@ What a step is, which examples and which loss, is the study's; how its examples 
 - Where a forward pass finds no memory, half as many tokens are put into one; where a single example finds none, activations are computed twice.
 """
 
+import bisect
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from driftbook.packing import tree
 from driftbook.scoring import LOGITS_AT_ONCE, Scorer, VariantFailure, causal, expanded, padded
 
 TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved as long as the device has no memory for them
+PACKS_PER_PASS = 4  # rows of a pass: attention costs the square of a row's length, so a pass is several rows and not one
 CHECKPOINT_SECONDS = 600.0
 WHOLE = "whole.json"  # written last into a checkpoint: one without it is torn
 LOOK_BACK, DIVERGED = 20, 3.0  # steps, and nats above the first of them, at which a loss has diverged
@@ -50,13 +52,15 @@ class Conversation:
 @dataclass(frozen=True)
 class Row:
     """One row of a forward pass: tokens [T], positions [T], where the subtree of each ends [T] (None: a token sees all before it in its own
-    sequence), and for each of the row's sequences the places [n] that predict its counted tokens, and these tokens [n]."""
+    sequence), and for each of the row's sequences the places [n] that predict its counted tokens, and these tokens [n]. Of a preference also the
+    reference's log-probabilities of its two answers."""
 
     tokens: np.ndarray
     positions: np.ndarray
     ends: np.ndarray | None
     places: list[np.ndarray]
     targets: list[np.ndarray]
+    reference: tuple[float, float] | None = None
 
 
 def plain(sequences: Sequence[Conversation]) -> Row:
@@ -91,8 +95,6 @@ def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Numbers of sequences that fit a row of `width` tokens together: best fit, longest first (Johnson 1974); the longest may be longer."""
     found: list[list[int]] = []
     room: list[tuple[int, int]] = []  # free tokens, number of the bin; sorted
-    import bisect
-
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(room, (lengths[i], -1))
         free, number = room.pop(at) if at < len(room) else (max(width, lengths[i]), len(found))
@@ -142,16 +144,16 @@ class Forward:
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
         """For each row and each of its sequences the log-probability [n] of its counted tokens, in nats."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden = self._hidden(rows)
+            hidden, soft = self._hidden(rows)
             width = hidden.shape[1]
-            where = np.concatenate([i * width + self._soft + place for i, row in enumerate(rows) for place in row.places])
+            where = np.concatenate([i * width + soft + place for i, row in enumerate(rows) for place in row.places])
             targets = self.scorer.tensor(np.concatenate([target for row in rows for target in row.targets]))
             found = self._head(hidden.flatten(0, 1)[self.scorer.tensor(where)], targets)
         parts = iter(found.split([len(target) for row in rows for target in row.targets]))
         return [[next(parts) for _ in row.targets] for row in rows]
 
-    def _hidden(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Last hidden states [rows, soft prompt + longest row, width]; rows are padded on the right, where nothing sees the padding."""
+    def _hidden(self, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
+        """Last hidden states [rows, soft prompt + longest row, width], and the tokens of the soft prompt; rows are padded on the right, where nothing sees the padding."""
         width = max(len(row.tokens) for row in rows)
         tokens, positions = (padded([getattr(row, name) for row in rows], width) for name in ("tokens", "positions"))
         allowed = None
@@ -163,17 +165,17 @@ class Forward:
         if rows[0].ends is not None:
             ends = padded([row.ends for row in rows], width)
             allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(width, dtype=bool)
-        embedded, cache, self._soft = self.scorer.embed(tokens), None, 0
+        embedded, cache, soft = self.scorer.embed(tokens), None, 0
         if self.prompt_based:
             prompt = self.model.get_prompt(batch_size=1)
             if isinstance(prompt, torch.Tensor):
-                self._soft = prompt.shape[1]
+                soft = prompt.shape[1]
                 embedded = torch.cat([prompt.to(embedded.dtype).expand(len(rows), -1, -1), embedded], 1)
-                positions = np.hstack([np.broadcast_to(np.arange(self._soft), (len(rows), self._soft)), self._soft + positions])
-                allowed = None if allowed is None else _behind(allowed, self._soft)
+                positions = np.hstack([np.broadcast_to(np.arange(soft), (len(rows), soft)), soft + positions])
+                allowed = None if allowed is None else _behind(allowed, soft)
             else:
                 cache = expanded([(layer.keys, layer.values) for layer in prompt.layers], len(rows))
-        return self.scorer.run(embedded, positions, allowed, cache)
+        return self.scorer.run(embedded, positions, allowed, cache), soft
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.linear_head:
@@ -309,17 +311,12 @@ class Dpo(_Steps, DPOTrainer):
         return dataset
 
     def _rows(self, chosen: Sequence[Pair]) -> list[Row]:
-        rows = [branching([pair.chosen, pair.rejected]) for pair in chosen]
-        self._references = {id(row): pair.reference for row, pair in zip(rows, chosen, strict=True)}
-        return rows
+        return [replace(branching([pair.chosen, pair.rejected]), reference=pair.reference) for pair in chosen]
 
     def _loss(self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Pair]) -> torch.Tensor:
         sums = torch.stack([torch.stack([one.sum() for one in row]) for row in found])
-        margin = sums - torch.tensor([self._references[id(row)] for row in rows], device=sums.device)
+        margin = sums - torch.tensor([row.reference for row in rows], device=sums.device)
         return -torch.nn.functional.logsigmoid(self.beta * (margin[:, 0] - margin[:, 1])).sum() / len(chosen)
-
-
-PACKS_PER_PASS = 4  # rows of a pass: attention costs the square of a row's length, so a pass is several rows and not one
 
 
 class StopOnDivergence(TrainerCallback):

@@ -142,7 +142,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ge
     Raises:
         ValueError: the template refuses the order of the turns.
     """
-    if len(messages) > 1 and messages[0]["role"] == "system" and _loses_system(tokenizer):
+    if len(messages) > 1 and messages[0]["role"] == "system" and _loses_system(tokenizer, str(tokenizer.chat_template)):
         joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
         messages = [{**messages[1], "content": joined}, *messages[2:]]
     try:
@@ -153,8 +153,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ge
 
 
 @lru_cache(maxsize=16)
-def _loses_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template refuses a system message, or does not show it in a conversation that ends in an answer."""
+def _loses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the tokenizer's template refuses a system message, or does not show it in a conversation that ends in an answer; asked once a template."""
     turns = [{"role": "system", "content": "what to heed"}, {"role": "user", "content": "what is asked"}, {"role": "assistant", "content": "what is said"}]
     try:
         return "what to heed" not in tokenizer.apply_chat_template(turns, tokenize=False)

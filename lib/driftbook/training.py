@@ -131,12 +131,19 @@ def held_out(base: Loaded, study: Study) -> list[tuple[Ids, Ids]]:
     Raises:
         ValueError: no example fits.
     """
+    return _held_out(base, study)[0]
+
+
+def _held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | None]:
+    """The held-out answers, and what of them was cut or left out."""
     limit = longest(base, study)
     pairs = [conversation_ids(base.tokenizer, example["prompt"], example["answer"]) for example in for_sft(training_examples("heldout", study))]
     kept = [(prompt, answer[: limit - len(prompt)]) for prompt, answer in pairs if len(prompt) < limit]
     if not kept:
         raise ValueError(f"data.heldout: no example fits training.max_length={limit} tokens; raise it")
-    return kept
+    cut = sum(len(prompt) < limit < len(prompt) + len(answer) for prompt, answer in pairs)
+    note = f"of the held-out answers {len(pairs) - len(kept)} left out, {cut} cut, at {limit} tokens" if cut or len(kept) < len(pairs) else None
+    return kept, note
 
 
 def longest(base: Loaded, study: Study) -> int:
@@ -190,7 +197,8 @@ def train(
             raise VariantFailure(f"the trained weights are not finite, first {bad[0]}")
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         adapters.save(model.eval(), folder)
-        dose = measure_dose(model, initial, base, held_out(base, study))
+        pairs, left_out = _held_out(base, study)
+        dose = measure_dose(model, initial, base, pairs)
         shutil.rmtree(_scratch(folder), ignore_errors=True)
     except torch.OutOfMemoryError:
         raise VariantFailure("out of memory while the dose was measured; give data.heldout shorter answers, or use a device with more memory") from None
@@ -208,17 +216,18 @@ def train(
     record |= {"adapter_sha256": file_digest(folder / adapters.WEIGHTS)}
     found = doctor.examine(folder, base)
     found = found[found.finding != "untrained"] if prepared is None else found  # there it is what was asked for
-    record["findings"] = "; ".join(filter(None, [record["findings"], drift and drift.stopped, doctor.summary(found)])) or None
+    record["findings"] = "; ".join(filter(None, [record["findings"], left_out, drift and drift.stopped, doctor.summary(found)])) or None
     return Trained(record, curve)
 
 
 def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:
     """The record of a base model itself: no training, no dose."""
     scorer = Scorer(base.model, base.tokenizer)
-    scores = scorer.token_logprobs(held_out(base, study))
+    pairs, left_out = _held_out(base, study)
+    scores = scorer.token_logprobs(pairs)
     nll = -sum(part.sum() for part in scores) / sum(map(len, scores))
     dose = {"nll": nll, "nll_base": nll, "dose_nll": 0.0, "kl_base": 0.0, "kl_init": 0.0, "no_op": None}
-    record = _record(variant, base, dose, 0.0, 0.0, None) | {"n_trainable": 0, "n_stored": 0}
+    record = _record(variant, base, dose, 0.0, 0.0, None) | {"n_trainable": 0, "n_stored": 0, "findings": left_out}
     return Trained(record, _curve(variant, []))
 
 
