@@ -421,3 +421,16 @@ def test_everything_is_a_table_of_estimates(study):
     parts = [comparisons.between(scores, cells, **LABELS), comparisons.interactions(scores, cells, **LABELS), comparisons.settings(scores, arms, **LABELS)]
     parts += [comparisons.odds_ratios(values, arms, cells, **LABELS), comparisons.cliffs_delta(scores, cells, **LABELS)]
     assert len(ESTIMATES.concat(parts)) == sum(map(len, parts))
+
+
+def test_a_pair_of_methods_has_one_direction_whatever_the_order_of_the_study_file():
+    """Figures and models look a pair up in the workbook's order; a pair that stood the other way round would be an empty row."""
+    verdicts = draw(5)
+    methods = ["ln_tuning", "ln_tuning", "prompt_tuning", "prompt_tuning", "lora", "lora"]
+    values, arms, cells = made(verdicts[:7], methods, ["a"] * 6)
+    change = stats.paired(values, arms)
+    found = {(row.method, row.contrast) for row in comparisons.between(change, cells, **LABELS).itertuples()}
+    other = [("lora", "prompt_tuning"), ("lora", "ln_tuning"), ("prompt_tuning", "ln_tuning")]
+    assert found == {(method, comparisons.DIFFERENCE.format(name)) for method, name in other}
+    deltas = comparisons.cliffs_delta(change, cells, **LABELS)
+    assert {(row.method, row.contrast) for row in deltas.itertuples()} >= {(method, comparisons.DELTA.format(name)) for method, name in other}

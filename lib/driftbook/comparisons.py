@@ -21,6 +21,7 @@ from statsmodels.stats.multitest import multipletests
 from driftbook import stats
 from driftbook.bench import row
 from driftbook.stats import AS_CONFIGURED, CHANGE, TRAINED, Scores, complete
+from driftbook.study import METHODS
 from driftbook.tables import ESTIMATES
 
 DIFFERENCE, INTERACTION = "difference to {}", "difference to the mean over base models"
@@ -68,6 +69,11 @@ def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
     return complete(pd.DataFrame(rows))
 
 
+def _ordered(methods: Iterable[str]) -> list[str]:
+    """Each method once, in the workbook's order, whatever that of the study file; those of other sources after them, so that a pair has one direction."""
+    return sorted(dict.fromkeys(methods), key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS))
+
+
 def between(scores: Scores, cells: pd.DataFrame, groups: Sequence[str] = GROUPS, **labels: str) -> pd.DataFrame:
     """The difference of each pair of methods in the same group, per base model and over all of them.
 
@@ -77,7 +83,7 @@ def between(scores: Scores, cells: pd.DataFrame, groups: Sequence[str] = GROUPS,
     found = {}
     cells = cells[cells["group"].isin(groups)]
     for (base_model, group), part in cells.groupby(["base_model", "group"], sort=False):
-        for method, other in combinations(dict.fromkeys(part["method"]), 2):
+        for method, other in combinations(_ordered(part["method"]), 2):
             sides = [_of(part, base_model, name, group) for name in (method, other)]
             found[base_model, method, group, DIFFERENCE.format(other)] = _contrast(scores, _minus(*sides))
     return _rows(found, **labels)
@@ -322,7 +328,7 @@ def cliffs_delta(scores: Scores, cells: pd.DataFrame, groups: Sequence[str] = GR
     """
     found, cells = {}, cells[cells["group"].isin(groups)]
     for (base_model, group), part in cells.groupby(["base_model", "group"], sort=False):
-        runs = {method: _of(part, base_model, method, group) for method in dict.fromkeys(part["method"])}
+        runs = {method: _of(part, base_model, method, group) for method in _ordered(part["method"])}
         for method, own in runs.items():
             found[base_model, method, group, DELTA_BASE] = _delta(scores, own, None)
         for method, other in combinations(runs, 2):

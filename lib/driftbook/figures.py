@@ -692,6 +692,7 @@ def curves(tables: dict) -> tuple[Figure, str]:
             for (method, arm, _), run in part[part["split"].eq(split) & part["base_model"].eq(base_model)].groupby(["method", "arm", "run_id"]):
                 ax.plot(run["step"], run["loss"], color=COLOURS[method], lw=0.7, alpha=0.6, ls="--" if arm == NO_OP else "-")
             ax.grid(axis="y")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         line[0].set_ylabel(f"{objective.upper()} loss, {'held-out' if split == 'heldout' else 'training'}\n({'nats per token' if objective == 'sft' else 'DPO loss'})")
     under(axes[-1], "Optimiser step")
     legend(fig, methods_of(tables))
