@@ -29,7 +29,7 @@ settings.load_profile("driftbook")
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 PEFT_METHODS = ("lora", "ia3", "prompt_tuning", "p_tuning")
-OTHER_METHODS = ("dora", "prefix_tuning")  # what PEFT offers beside: scored, and not yet trained by a study
+OTHER_METHODS = ("dora", "prefix_tuning")  # two more of study.PEFT_METHODS, one of either class
 INPUTS = OUTPUTS / "inputs"  # of the session: the miniature's data and shortly trained models
 
 

@@ -118,7 +118,7 @@ def test_figures_draw_before_there_is_any_estimate(tmp_path):
 
 
 def test_methods_keep_their_colours_and_order():
-    assert list(figures.COLOURS)[:5] == ["none", *figures.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    assert list(figures.COLOURS)[:5] == ["none", *study.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(study.METHODS)
     assert figures.COLOURS["p_tuning"] == "#E69F00"
     rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [stats.TRAINED, stats.UNTRAINED, stats.TRAINED]})

@@ -327,3 +327,19 @@ def test_published_bbq_scores_are_reproduced():
     for row in expected.itertuples():
         value = found.loc[(row.model, row.category), f"bias_{row.context_condition.removesuffix('ig')[:3]}"]
         assert 100 * value == pytest.approx(row.recomputed_value, abs=0.06), row
+
+
+def test_changes_of_ratings_are_those_of_their_means_where_all_have_a_value_and_of_the_common_items_else():
+    rng = np.random.default_rng(0)
+    rows = [(run, "utility", str(i), rng.normal(), float(1 + i % 3)) for run in ("b", "r1", "r2") for i in range(30)]
+    ratings = pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "value", "weight"])
+    arms = pd.DataFrame({"run_id": ["b", "r1", "r2"], "arm": ["base", stats.TRAINED, stats.TRAINED], "base_run_id": "b"})
+    one, other = stats.rated_changes(ratings, arms, 1.0), stats.changes(stats.rated(ratings, 1.0), arms)
+    np.testing.assert_allclose(one.value, other.value)
+    np.testing.assert_allclose(one.influence, other.influence, atol=1e-12)
+    ratings.loc[(ratings.run_id == "r1") & ratings.prompt_id.astype(int).lt(10), "value"] = np.nan
+    wide = ratings.pivot(index="prompt_id", columns="run_id", values="value")
+    weight, both = ratings.drop_duplicates("prompt_id").set_index("prompt_id").weight, wide.r1.notna()
+    found = stats.rated_changes(ratings, arms, 1.0)
+    assert found.value[0] == pytest.approx(np.average((wide.r1 - wide.b)[both], weights=weight.loc[wide.index[both]]))
+    assert found.n_unscored.tolist() == [10, 0]

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.files import OUTPUTS, check_writable, replacing, write_json
+from driftbook.study import STUDIED
 
 FOLDER = OUTPUTS / "bench"
 COLUMNS = ["figure", "setting", "ours", "peer", "unit", "value", "goal", "met"]
@@ -26,7 +27,6 @@ SHAPES = {  # about 5 M parameters each: Llama's vocabulary with small layers, a
 LLAMA_8B = {"vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
             "num_key_value_heads": 8, "rope_theta": 500_000.0}  # fmt: skip
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-METHODS = ("lora", "ia3", "prompt_tuning", "p_tuning")
 
 
 def row(figure: str, setting: str, value: float, goal: float | None, unit: str, ours: float | None = None, peer: float | None = None, least: bool = True) -> dict:
@@ -143,7 +143,7 @@ def generation(items: pd.DataFrame, n: int = 64, max_new_tokens: int = 48, batch
     model.generation_config.eos_token_id = None
     tokenizer.eos_token_id = len(tokenizer) - 1  # a token like any other, so that answers seldom end early
     rows = []
-    for method in METHODS:
+    for method in STUDIED:
         with tempfile.TemporaryDirectory() as scratch, adapters.attached(model, _adapter(model, method, 0, Path(scratch))) as variant:
             scorer = Scorer(variant, tokenizer)
             contexts = scorer.ask([str(passage) for passage in items.passage[:n]])

@@ -14,9 +14,8 @@ from scipy.special import expit, logit
 
 from driftbook import checks
 from driftbook.bench import row
-from driftbook.figures import STUDIED
 from driftbook.stats import wilson
-from driftbook.study import METHOD_CLASS
+from driftbook.study import METHOD_CLASS, STUDIED
 from driftbook.tables import TABLES
 
 READ = ("variants", "runs", "curves", "prompts", "verdicts")

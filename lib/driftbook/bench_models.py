@@ -9,8 +9,8 @@ from scipy.special import expit
 
 from driftbook import original_study
 from driftbook.bench import row
-from driftbook.figures import STUDIED
 from driftbook.mixed import item_model
+from driftbook.study import STUDIED
 
 MODELS = {"crossed": ("run_id", "prompt_id"), "maximal": ("run_id", "prompt_id", "prompt_id:base_model", "prompt_id:method")}
 SIZES = ((64, 110), (128, 110), (256, 110), (256, 330), (256, 990))  # runs, prompts

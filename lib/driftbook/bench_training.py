@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from driftbook.bench import LLAMA_8B, METHODS, SHAPES, least_seconds, random_llama, row, tokenizer_of
-from driftbook.study import PEFT_METHODS, Study, Variant, load
+from driftbook.bench import LLAMA_8B, SHAPES, least_seconds, random_llama, row, tokenizer_of
+from driftbook.study import PEFT_METHODS, STUDIED, Study, Variant, load
 
 GOAL = 1.5  # times TRL's tokens a second
 NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
@@ -28,7 +28,7 @@ SETTINGS = {
 RATES = {"lora": 1e-3, "ia3": 1e-2, "prompt_tuning": 1e-2, "p_tuning": 1e-3}
 
 
-def study(n: int, methods: Sequence[str] = METHODS, length: int = LENGTH, batch: int = BATCH) -> Study:
+def study(n: int, methods: Sequence[str] = STUDIED, length: int = LENGTH, batch: int = BATCH) -> Study:
     """The study of real text (studies/real_data.yaml) with n examples, these methods without dropout, and TRL's own batch."""
     real = load("real_data")
     data = {name: one.model_copy(update={"n": n if name != "heldout" else one.n}) for name, one in real.data.items()}
@@ -45,7 +45,7 @@ def texts(this: Study) -> list[str]:
     return [text for name in ("sft", "dpo") for one in training_examples(name, this) for text in (one["prompt"][-1]["content"], one.get("answer") or one["chosen"])]
 
 
-def speed(n: int = 24, methods: Sequence[str] = METHODS, shapes: dict[str, dict] | None = None) -> list[dict]:
+def speed(n: int = 24, methods: Sequence[str] = STUDIED, shapes: dict[str, dict] | None = None) -> list[dict]:
     """Tokens a second of one epoch, ours and TRL's as it comes, and beside that TRL's in fp32 without checkpointing, which is the better choice on a CPU.
     Ours of DPO is with the reference's log-probabilities, which all variants of a base share. With a large vocabulary LoRA alone is measured."""
     from driftbook import training
@@ -139,7 +139,7 @@ def _peer(variant: Variant, base: Any, this: Study, chosen: Sequence[int], other
 
 
 # ---- a large model
-def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048, n: int = 64, methods: Sequence[str] = METHODS) -> list[dict]:
+def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048, n: int = 64, methods: Sequence[str] = STUDIED) -> list[dict]:
     """Training of a model of random weights on the GPU where there is one: tokens a second by method, share of the measured matrix rate, memory."""
     import torch
 

@@ -1,7 +1,5 @@
 """What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes, other wordings, and categories at a floor or ceiling."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 
@@ -24,23 +22,8 @@ def of_ratings(ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, *
         scale = 100.0 if share else 1.0
         level, name = stats.rated(rows, scale), NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)")
         if level is not None:
-            parts.append(stats.of_scores(level, paired(rows, arms, scale), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
+            parts.append(stats.of_scores(level, stats.rated_changes(rows, arms, scale), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
     return ESTIMATES.concat(parts)
-
-
-def paired(rated: pd.DataFrame, arms: pd.DataFrame, scale: float) -> stats.Scores:
-    """The change of each run's weighted mean rating against its own base model's, over the items that both have a value for.
-
-    `rated` has run_id, benchmark, prompt_id, value and weight. Weights are the run's own.
-    """
-    values, weights = (stats.matrix(rated, name, ["benchmark", "prompt_id"]) for name in ("value", "weight"))
-    known = arms[arms["arm"].ne("base") & arms["run_id"].isin(values.index) & arms["base_run_id"].isin(values.index)]
-    own, other = values.loc[known["run_id"]].to_numpy(), values.loc[known["base_run_id"]].to_numpy()
-    both = ~np.isnan(own) & ~np.isnan(other)
-    bottom = np.where(both, weights.loc[known["run_id"]].to_numpy(), 0.0)
-    asked = np.full(len(known), values.shape[1])
-    found = stats.ratio(bottom * np.where(both, own - other, 0.0), bottom, pd.Index(known["run_id"]), values.columns.get_level_values(0), asked, asked - both.sum(1), scale)
-    return replace(found, limits=(-np.inf, np.inf), single=False)
 
 
 def ends(asked: pd.DataFrame) -> pd.DataFrame:
@@ -65,7 +48,7 @@ def of_ends(asked: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labe
         own = own[own["base_model"].isin(end["base_model"])]
         if len(own):
             here = usual[usual["base_model"].isin(end["base_model"])].assign(group=f"category: {category}")
-            parts.append(stats.means(paired(own, arms, 1.0), here, stats.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
+            parts.append(stats.means(stats.rated_changes(own, arms, 1.0), here, stats.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
     return ESTIMATES.concat(parts)
 
 

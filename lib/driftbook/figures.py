@@ -45,7 +45,6 @@ from driftbook.tables import TABLES
 COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
 LABELS = {"none": "base model"} | {name: method.label for name, method in PEFT_METHODS.items()}
 TRAINED_METHODS = tuple(PEFT_METHODS)
-STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study, whose colours PEFT's own runs are shown beside
 WIDTH, FEW = 6.5, 50
 SHORT = {
     UNSAFE: "unsafe-response rate", REFUSED: "refusal rate", ACCURACY_AMB: "accuracy, ambiguous", ACCURACY_DIS: "accuracy, disambiguated",

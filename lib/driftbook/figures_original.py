@@ -10,9 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
 from driftbook import claims, original_study, rereading
-from driftbook.figures import COLOURS, LABELS, STUDIED, WIDTH, bases, dots, drawn, legend, under, zero
+from driftbook.figures import COLOURS, LABELS, WIDTH, bases, dots, drawn, legend, under, zero
 from driftbook.rereading import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
 from driftbook.stats import CHANGE
+from driftbook.study import STUDIED
 
 POINTS = "Change in safety score against the base model (points, 95% interval)"
 RATES = ("2e-5", "1e-3")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from driftbook.figures import COLOURS, LABELS, STUDIED, WIDTH, dots, drawn, name_rows, nothing, number_axis
+from driftbook.figures import COLOURS, LABELS, WIDTH, dots, drawn, name_rows, nothing, number_axis
 from driftbook.peft_results import (  # fmt: skip
     ACCURACY,
     AS_PUBLISHED,
@@ -26,6 +26,7 @@ from driftbook.peft_results import (  # fmt: skip
     VALIDATION,
     on,
 )
+from driftbook.study import STUDIED
 
 OTHER, FAINT = "#333333", "#bbbbbb"
 _OURS = {method: COLOURS[method] for method in STUDIED}

@@ -553,6 +553,21 @@ def rated(ratings: pd.DataFrame, scale: float) -> Scores | None:
     return ratio(values.fillna(0).to_numpy() * bottom, bottom, values.index, strata, asked, asked - there.sum(1), scale)
 
 
+def rated_changes(ratings: pd.DataFrame, arms: pd.DataFrame, scale: float) -> Scores | None:
+    """The change of each run's weighted mean rating against its own base model's, over the items that both have a value for, by the run's own
+    weights; None where nothing was rated."""
+    values, weights = matrix(ratings, "value", ["benchmark", "prompt_id"]), matrix(ratings, "weight", ["benchmark", "prompt_id"])
+    if values.empty:
+        return None
+    run_ids, base = _with_base(values.index, arms)
+    own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
+    both = ~np.isnan(own) & ~np.isnan(other)
+    bottom = np.where(both, weights.loc[run_ids].to_numpy(), 0.0)
+    strata, asked = values.columns.get_level_values(0), np.full(len(run_ids), values.shape[1])
+    level, change = (ratio(np.where(both, of, 0.0) * bottom, bottom, pd.Index(run_ids), strata, asked, asked - both.sum(1), scale) for of in (own, own - other))
+    return replace(change, limits=(level.limits[0] - level.limits[1], level.limits[1] - level.limits[0]), rate=level.value if scale == 100.0 else None)
+
+
 def run_changes(estimates: pd.DataFrame, outcomes: dict[str, str]) -> pd.DataFrame:
     """Runs x outcomes: the change of each single run, for the outcomes that have one; `outcomes` gives the benchmark of each."""
     rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].str.startswith("run: ")]

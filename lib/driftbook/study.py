@@ -48,6 +48,7 @@ PEFT_METHODS = {
     "prefix_tuning": PeftMethod("prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", inits=("random",)),
 }
 METHODS = ("none", *PEFT_METHODS)
+STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study
 METHOD_CLASS = {"none": "base"} | {name: method.method_class for name, method in PEFT_METHODS.items()}
 INITS = ("random", "vocabulary", "task_text", "safety_text")
 REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published

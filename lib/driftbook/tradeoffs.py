@@ -44,8 +44,11 @@ def measured(verdicts: pd.DataFrame, prompts: pd.DataFrame, answers: pd.DataFram
         found |= {outcome: (stats.shares(values), stats.paired(values, arms))} if len(values) else {}
     levels = bias.by_run(letter_bias.official(answers)) if len(answers) else {}
     ratings = ratings[ratings["benchmark"].eq("utility")]
-    levels |= {LOSS: stats.rated(ratings[ratings["metric"].eq("nll")], 1.0), CORRECT: stats.rated(ratings[ratings["metric"].eq("correct")], 100.0)}
-    return found | {outcome: (level, stats.changes(level, arms)) for outcome, level in levels.items() if level is not None}
+    found |= {outcome: (level, stats.changes(level, arms)) for outcome, level in levels.items() if level is not None}
+    for outcome, metric, scale in ((LOSS, "nll", 1.0), (CORRECT, "correct", 100.0)):
+        rows = ratings[ratings["metric"].eq(metric)]
+        found |= {outcome: (stats.rated(rows, scale), stats.rated_changes(rows, arms, scale))} if len(rows) else {}
+    return found
 
 
 def run_changes(measured: dict[str, tuple[Scores, Scores]]) -> pd.DataFrame:
