@@ -1,0 +1,207 @@
+"""The weight updates of an adapter file, one module at a time and by name, and new adapters made from changed ones.
+
+A LoRA adapter adds dW = scale B A to a weight matrix W [out, in], with lora_A [r, in], lora_B [out, r] and scale = alpha / r, or alpha / sqrt(r) for
+rsLoRA (Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from driftbook import adapters
+from driftbook.adapters import WEIGHTS
+from driftbook.checkpoints import Checkpoint
+from driftbook.files import read_json, replacing_folder, write_json
+
+PREFIX = "base_model.model."  # of a module's name in an adapter's file
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one weight matrix: dW = scale B A, in fp32."""
+
+    module: str  # its name in the base model, as model.layers.0.self_attn.q_proj
+    a: torch.Tensor  # [r, in]
+    b: torch.Tensor  # [out, r]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+    def projected(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> "Update":
+        """C dW, for C a function of a matrix [out, n]."""
+        return replace(self, b=apply(self.b))
+
+    def cosine(self, other: "Update") -> float | None:
+        """<dW, dW'> / (||dW|| ||dW'||) with an update that has the same A; None where one is zero."""
+        inner = float(((self.a @ self.a.T).double() * (self.b.T @ other.b).double()).sum()) * self.scale * other.scale
+        norms = self.norm() * other.norm()
+        return inner / norms if norms else None
+
+    def energy(self, u: torch.Tensor) -> float:
+        """||U' dW||^2 / ||dW||^2 for orthonormal columns U [out, k]."""
+        return (replace(self, b=u.T @ self.b).norm() / self.norm()) ** 2
+
+    def norm(self) -> float:
+        """Frobenius norm of dW, from the Gram matrices [r, r] of its factors."""
+        return abs(self.scale) * math.sqrt(max(0.0, float(((self.a @ self.a.T).double() * (self.b.T @ self.b).double()).sum())))
+
+    def times(self, factor: float) -> "Update":
+        """The update, multiplied by a number."""
+        return replace(self, b=self.b * factor)
+
+    def folded(self) -> "Update":
+        """The same update with its scale in B, so that it can be put beside others."""
+        return replace(self, b=self.b * self.scale, scale=1.0)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk, whose tensors are read when they are asked for."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that it updates, by their names in the base model, sorted."""
+        return modules(self.folder)
+
+    def update(self, module: str) -> Update:
+        """The update of one module.
+
+        Raises:
+            ValueError: the module is a convolution, or stores its weight the other way round.
+        """
+        with safe_open(self.folder / WEIGHTS, "pt") as file:
+            a, b = (file.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float() for part in "AB")
+        if a.ndim != 2 or b.ndim != 2 or self.config.get("fan_in_fan_out"):
+            raise ValueError(f"{module} is no linear layer [out, in]; its update is not read")
+        return Update(module, a, b, self.scale(module, len(a)))
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / sqrt(r), by the adapter's own patterns."""
+        patterns = self.config.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def __iter__(self) -> Iterator[Update]:
+        return map(self.update, self.modules)
+
+
+def read(folder: Path) -> Adapter:
+    """The LoRA adapter of a folder.
+
+    Raises:
+        ValueError: its weights are missing, torn or stored as pickle, or it is no LoRA adapter.
+    """
+    adapters.check(folder)
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"the adapter {folder} is of the type {config.get('peft_type')}, and not LoRA")
+    return Adapter(folder, config)
+
+
+def modules(folder: Path) -> tuple[str, ...]:
+    """The modules that an adapter of LoRA or IA3 updates, by their names in the base model, sorted."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = {name.removeprefix(PREFIX).removesuffix(end) for name in file.keys() for end in (".lora_A.weight", ".ia3_l") if name.endswith(end)}  # noqa: SIM118
+    return tuple(sorted(found))
+
+
+def biases(folder: Path, module: str) -> dict[str, torch.Tensor]:
+    """The trained biases [out] of a module in an adapter's file, by their names: of its factor B, or its own."""
+    names = [f"{PREFIX}{module}.{end}" for end in ("lora_B.bias", "bias", "base_layer.bias")]
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
+
+
+def merged(folder: Path, base: Checkpoint) -> Iterator[Update]:
+    """The update of DoRA or IA3, which is of full rank, as the product of a matrix [out, in] and an identity on its smaller side; one module at a time.
+
+    DoRA (Liu et al. 2024, arXiv 2402.09353): W' = m (W + s B A) / ||W + s B A||, norms by row. IA3 (Liu et al. 2022, arXiv 2205.05638): W' = l W, by row, or by column for
+    feed-forward modules.
+    """
+    config = read_json(folder / CONFIG)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    for module in modules(folder):
+        weight = base.matrix(module).float()
+        change = _ia3(tensors[f"{PREFIX}{module}.ia3_l"], weight, module) if config["peft_type"] == "IA3" else _dora(Adapter(folder, config), tensors, weight, module)
+        yield whole(module, change)
+
+
+def whole(module: str, change: torch.Tensor) -> Update:
+    """An update of full rank, given as a matrix [out, in]."""
+    rows, columns = change.shape
+    return Update(module, torch.eye(columns), change, 1.0) if columns <= rows else Update(module, change, torch.eye(rows), 1.0)
+
+
+def _ia3(scales: torch.Tensor, weight: torch.Tensor, module: str) -> torch.Tensor:
+    if (scales.numel(), 1) == tuple(scales.shape) and len(scales) == len(weight):
+        return (scales - 1) * weight
+    if tuple(scales.shape) == (1, weight.shape[1]):
+        return (scales - 1) * weight
+    raise ValueError(f"the scales of {module} do not fit its matrix [{', '.join(map(str, weight.shape))}]; it is the adapter of another base model")
+
+
+def _dora(adapter: Adapter, tensors: dict[str, torch.Tensor], weight: torch.Tensor, module: str) -> torch.Tensor:
+    update = adapter.update(module)
+    if tuple(weight.shape) != (len(update.b), update.a.shape[1]):
+        raise ValueError(f"the adapter's update of {module} does not fit its matrix [{', '.join(map(str, weight.shape))}]; it is the adapter of another base model")
+    name = f"{PREFIX}{module}.lora_magnitude_vector"
+    magnitude = tensors[name if name in tensors else f"{name}.weight"].flatten()
+    new = weight + update.scale * update.b @ update.a
+    return new * (magnitude / torch.linalg.vector_norm(new, dim=1))[:, None] - weight
+
+
+def write(out: Path, adapter: Adapter, changed: Mapping[str, Update], biases: Mapping[str, torch.Tensor] | None = None) -> None:
+    """A copy of an adapter in the new folder `out`, with other factors B [out, r] (and A [r, in]) of the same ranks for the modules named in `changed`, and other biases by their tensors' names.
+
+    Raises:
+        ValueError: the folder is there already.
+    """
+    tensors = load_file(adapter.folder / WEIGHTS)
+    for module, update in changed.items():
+        for part, value in (("A", update.a), ("B", update.b)):
+            name = f"{PREFIX}{module}.lora_{part}.weight"
+            tensors[name] = value.to(tensors[name].dtype).contiguous()
+    tensors |= {name: value.to(tensors[name].dtype) for name, value in (biases or {}).items()}
+    _save(out, adapter.config, tensors)
+
+
+def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update]) -> None:
+    """A new LoRA adapter in the folder `out` whose updates are these, whatever their ranks; of `adapter` it keeps what it is an adapter of.
+
+    Raises:
+        ValueError: the folder is there already.
+    """
+    folded = {module: update.folded() for module, update in updates.items()}
+    ranks = {module: update.rank for module, update in folded.items()}
+    most = max(ranks.values())
+    patterns = {f"^{module}".replace(".", r"\."): rank for module, rank in ranks.items() if rank != most}
+    config = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")} | {
+        "peft_type": "LORA", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True, "r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False, "use_dora": False,
+        "target_modules": sorted(ranks), "init_lora_weights": True,
+    }  # fmt: skip
+    tensors = {f"{PREFIX}{module}.lora_{part}.weight": value.contiguous() for module, update in folded.items() for part, value in (("A", update.a), ("B", update.b))}
+    _save(out, config, tensors)
+
+
+def _save(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    if out.exists():
+        raise ValueError(f"{out} is there already; a mitigated adapter is always a new one, so give another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(out) as new:
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        write_json(new / CONFIG, config)
