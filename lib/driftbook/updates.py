@@ -177,7 +177,7 @@ def write(out: Path, adapter: Adapter, changed: Mapping[str, Update], biases: Ma
             name = f"{PREFIX}{module}.lora_{part}.weight"
             tensors[name] = value.to(tensors[name].dtype).contiguous()
     tensors |= {name: value.to(tensors[name].dtype) for name, value in (biases or {}).items()}
-    _save(out, adapter.config, tensors)
+    save(out, adapter.config, tensors)
 
 
 def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update]) -> None:
@@ -195,10 +195,15 @@ def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update]) -> Non
         "target_modules": sorted(ranks), "init_lora_weights": True,
     }  # fmt: skip
     tensors = {f"{PREFIX}{module}.lora_{part}.weight": value.contiguous() for module, update in folded.items() for part, value in (("A", update.a), ("B", update.b))}
-    _save(out, config, tensors)
+    save(out, config, tensors)
 
 
-def _save(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def save(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """An adapter's two files in the new folder `out`.
+
+    Raises:
+        ValueError: the folder is there already.
+    """
     if out.exists():
         raise ValueError(f"{out} is there already; a mitigated adapter is always a new one, so give another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
