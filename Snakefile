@@ -5,7 +5,7 @@ from pathlib import Path
 
 from driftbook import plan
 from driftbook.files import ROOT
-from driftbook.keys import AFTER, analyses
+from driftbook.keys import AFTER, analyses, stages
 from driftbook.study import load
 
 try:
@@ -19,7 +19,9 @@ workdir: STUDY.folder
 
 NOTEBOOKS = Path(ROOT, "notebooks")
 RUN = f"{sys.executable} -m driftbook.warm notebook"
-STAGES = {"train": "02_train", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
+NAMES = {"train": "02_train", "mitigate": "03_mitigate", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
+STAGES = {stage: NAMES[stage] for stage in stages(STUDY)}
+MADE = list(STAGES)[:-4]  # the stages that make adapters
 NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "utility": [f"jobs/prepare/{rater}.json" for rater in STUDY.raters]}
 
 
@@ -37,10 +39,10 @@ def code(*names):
     return [str(ROOT / "lib" / "driftbook" / f"{name}.py") for name in names]
 
 
-def parameters(wildcards, **more):
+def parameters(wildcards, stage=None, **more):
     """The notebook's parameters, as one JSON word of the shell."""
     if "base" in wildcards.keys():
-        more |= {"base_model": wildcards.base, "run_ids": [variant.run_id for variant in STUDY.of_base(wildcards.base)]}
+        more |= {"base_model": wildcards.base, "run_ids": [variant.run_id for variant in STUDY.of_stage(stage, wildcards.base)]}
     return json.dumps({"study": str(config["study"]), **more})
 
 
@@ -70,7 +72,7 @@ for stage, name in STAGES.items():
         input:
             f"keys/{stage}/{{base}}.json",
             "jobs/prepare/{base}.json",
-            [] if stage == "train" else "jobs/respond/{base}.json" if stage == "judge" else "jobs/train/{base}.json",
+            ["jobs/respond/{base}.json"] if stage == "judge" else [f"jobs/{made}/{{base}}.json" for made in MADE if list(STAGES).index(made) < list(STAGES).index(stage)],
             NEEDED.get(stage, []),
         output:
             f"jobs/{stage}/{{base}}.json",
@@ -78,7 +80,7 @@ for stage, name in STAGES.items():
             f"notebooks/{name}.{{base}}.ipynb",
         params:
             notebook=notebook(name),
-            parameters=lambda wildcards: parameters(wildcards),
+            parameters=lambda wildcards, stage=stage: parameters(wildcards, stage),
         resources:
             gpu=1,
         shell:
@@ -110,7 +112,7 @@ for analysis, name in analyses(STUDY).items():
             "jobs/collect.json",
             notebook(name),
             code(*STATISTICS),
-            [f"jobs/{earlier}.json" for earlier in AFTER.get(analysis, ())],
+            [f"jobs/{earlier}.json" for earlier in AFTER.get(analysis, ()) if earlier in analyses(STUDY)],
         output:
             f"jobs/{analysis}.json",
         log:

@@ -22,7 +22,7 @@ from driftbook.files import OUTPUTS, ROOT, check_writable
 from driftbook.study import Study, find, load
 
 # Seconds of one core for one unit of each kind of work, measured on the miniature; only the estimate of the time left reads them.
-COST = {"prepare": 40, "train": 2.2, "respond": 0.9, "judge": 0.5, "answer": 0.4, "utility": 0.5, "rest": 12}
+COST = {"prepare": 40, "train": 2.2, "mitigate": 0.6, "respond": 0.9, "judge": 0.5, "answer": 0.4, "utility": 0.5, "rest": 12}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Part:
 def parts(study: Study, started: float) -> list[Part]:
     """All parts of the work, from the marks and progress files in the study's folder; `started` tells this batch's files from older ones."""
     found = [_job(study, "prepare", name, 1, started) for name in study.models]
-    for stage in keys.STAGES:
-        found += [_job(study, stage, base, len(study.of_base(base)), started) for base in study.bases]
+    for stage in keys.stages(study):
+        found += [_job(study, stage, base, len(study.of_stage(stage, base)), started) for base in study.bases]
     return found + [_job(study, "", stage, 1, started) for stage in ("collect", *keys.analyses(study), "report")]
 
 

@@ -10,7 +10,22 @@ from driftbook.agreement import with_labels
 from driftbook.files import read_json
 from driftbook.sources import locate
 from driftbook.study import PROMPT_FORMATS, Source, Study
-from driftbook.tables import ANSWERS, CURVES, DRIFT, LABELS, PROMPTS, RATES, RATINGS, RESPONSES, RUNS, VARIANTS, VERDICTS, Table
+from driftbook.tables import (
+    ANSWERS,
+    CURVES,
+    DRIFT,
+    LABELS,
+    MODULES,
+    PROMPTS,
+    RATES,
+    RATINGS,
+    RESPONSES,
+    RUNS,
+    SPECTRA,
+    VARIANTS,
+    VERDICTS,
+    Table,
+)
 
 REFUSALS = "refusal detector"
 
@@ -23,7 +38,7 @@ def variants(study: Study) -> pd.DataFrame:
 def of_runs(table: Table, stage: str, study: Study) -> pd.DataFrame:
     """A table put together from the runs whose stage succeeded."""
     done = [study.folder / "runs" / run_id for run_id, mark in marks(study, stage).items() if mark["status"] == "ok"]
-    return table.read_all([path for path in map(table.path, done) if table is not DRIFT or path.is_file()])  # base models have no drift
+    return table.read_all([path for path in map(table.path, done) if table not in (DRIFT, MODULES) or path.is_file()])  # base models have no drift, a template touches no module
 
 
 def marks(study: Study, stage: str) -> dict[str, dict]:
@@ -34,8 +49,8 @@ def marks(study: Study, stage: str) -> dict[str, dict]:
 
 def runs(study: Study) -> pd.DataFrame:
     """The table `runs`: what was recorded in training, and every failure of any stage."""
-    recorded = of_runs(RUNS, "train", study)
-    failures = {run_id: f"{stage}: {mark['failure']}" for stage in keys.STAGES for run_id, mark in marks(study, stage).items() if mark["status"] == "failed"}
+    recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in ("train", "mitigate")])
+    failures = {run_id: f"{stage}: {mark['failure']}" for stage in keys.stages(study) for run_id, mark in marks(study, stage).items() if mark["status"] == "failed"}
     lost = [run_id for run_id in failures if run_id not in set(recorded.run_id)]
     frame = pd.concat([recorded, pd.DataFrame({"run_id": lost}, columns=["run_id"])]).reindex(columns=list(RUNS.columns))
     frame["failure"] = frame.run_id.map(failures)
@@ -101,6 +116,7 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
         VARIANTS: variants(study), RUNS: runs(study), CURVES: of_runs(CURVES, "train", study), DRIFT: of_runs(DRIFT, "train", study), PROMPTS: without_text,
         RESPONSES: responses, VERDICTS: verdicts, ANSWERS: of_runs(ANSWERS, "answer", study), RATINGS: of_runs(RATINGS, "utility", study),
         LABELS: labels(study, responses, without_text), RATES: rates(verdicts, without_text),
+        MODULES: of_runs(MODULES, "mitigate", study), SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
     }  # fmt: skip
     folder = study.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)

@@ -161,10 +161,10 @@ def amounts(study: Study) -> pd.DataFrame:
         own = size(base, study)
         asked = _asked(study, own)
         for variant in study.of_base(name):
-            if variant.dataset:
+            if variant.dataset and not variant.is_repaired:
                 rows.append((name, "train", variant.run_id, *_training(variant, own, study, lengths[variant.dataset])))
                 rows += [(name, "train", variant.run_id, 0, *work) for work in _looks(study, own)]
-            rows.append((name, "train", variant.run_id, 0, "read dose", (1 if variant.method == "none" else 3) * study.data["heldout"].n * _operations(own, lengths["heldout"], 2)))
+            rows.append((name, "mitigate" if variant.is_repaired else "train", variant.run_id, 0, "read dose", (1 if variant.method == "none" else 3) * study.data["heldout"].n * _operations(own, lengths["heldout"], 2)))
             if variant.repetition > 1 and variant.method == "none":  # only its drawn answers are its own: the rest is in the cache
                 asked_now = [(stage, n * _drawn_share(study), *rest) for stage, n, *rest in asked if stage in ("respond", "judge")]
             else:
@@ -290,6 +290,7 @@ def _weights(model: Base | Judge | Rater, study: Study) -> float:
 def disk(study: Study) -> dict[str, float]:
     """GB on disk: downloads of models, adapters and records, tables with text."""
     downloads = sum(size(one, study).weights * 2 for one in study.models.values() if one.local is None and one.source.partition(":")[0] not in ("miniature", "random"))
+    downloads += sum(size(base, study).weights * 2 for base in study.bases.values() for one in base.checkpoints.values() if one.local is None and not one.source.startswith("miniature:"))
     n = len(study.variants)
     amounts = _asked(study, Size(0, 0, 1, 1, 1, 1))
     asked, answered = (sum(items for stage, items, *_ in amounts if stage == wanted) for wanted in ("respond", "answer"))
@@ -302,8 +303,8 @@ def disk(study: Study) -> dict[str, float]:
 
 def finished(study: Study) -> pd.Series:
     """Variants whose result is there and still holds, by stage."""
-    counts = dict.fromkeys(keys.STAGES, 0)
-    for stage in keys.STAGES:
+    counts = dict.fromkeys(keys.stages(study), 0)
+    for stage in counts:
         if not any((study.folder / "runs").glob(f"*/{stage}.done.json")):
             continue  # what a key is made of may have to be fetched first
         for base_model in study.bases:
@@ -311,7 +312,7 @@ def finished(study: Study) -> pd.Series:
                 shared = keys.settings(stage, study, base_model)
             except ValueError:  # a model or set that is not there yet: nothing can be finished
                 continue
-            for variant in study.of_base(base_model):
+            for variant in study.of_stage(stage, base_model):
                 mark = study.folder / "runs" / variant.run_id / f"{stage}.done.json"
                 try:
                     counts[stage] += mark.is_file() and read_json(mark)["key"] == keys.key(shared, variant)
@@ -323,13 +324,14 @@ def finished(study: Study) -> pd.Series:
 def needed(study: Study) -> list[tuple[str, str, Source]]:
     """Every source that a study reads: name, kind (model or dataset), source."""
     models = [(name, "model", one) for name, one in study.models.items()]
+    models += [(f"{name}, {part}", "model", one) for name, base in study.bases.items() for part, one in base.checkpoints.items()]
     sets = {**{f"data.{name}": one for name, one in study.data.items() if name in trained_on(study)}, **{f"benchmarks.{name}": one for name, one in study.benchmarks.items()}}
     return models + [(name, "dataset", one) for name, one in sets.items()]
 
 
 def trained_on(study: Study) -> set[str]:
     """The names under `data` that are read: those that a variant trains on, and the held-out answers."""
-    return {variant.dataset for variant in study.variants if variant.dataset} | {"heldout"}
+    return {variant.dataset for variant in study.variants if variant.dataset} | {one.data for one in study.mitigations.values() if one.data} | {"heldout"}
 
 
 def device_here() -> str | None:

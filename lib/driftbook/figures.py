@@ -99,10 +99,13 @@ def style() -> None:
     plt.style.use(Path(__file__).with_name("workbook.mplstyle"))
 
 
+WHERE_MADE = ("drift", "modules", "spectra")  # tables that a study has where it looks while it trains, or repairs
+
+
 def read(tables_folder: Path, note: str | None = None) -> dict:
     """What figures are drawn from: the tables by name, and the study's note (from study.json beside published tables where not given)."""
     found = {name: TABLES[name].read(tables_folder) for name in ("variants", "runs", "curves", "rates")}
-    found["drift"] = TABLES["drift"].read(tables_folder) if TABLES["drift"].path(tables_folder).is_file() else TABLES["drift"].empty()
+    found |= {name: TABLES[name].read(tables_folder) if TABLES[name].path(tables_folder).is_file() else TABLES[name].empty() for name in WHERE_MADE}
     note = read_json(tables_folder.parent / "study.json")["note"] if note is None else note
     return {**found, "estimates": stats.read_estimates(tables_folder), "note": note}
 

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
+from driftbook import adapters
 from driftbook.files import write_json
 from driftbook.packing import tree
 from driftbook.scoring import LOGITS_AT_ONCE, Scorer, VariantFailure, causal, expanded, padded
@@ -43,17 +44,20 @@ LOOK_BACK, DIVERGED = 20, 3.0  # steps, and nats above the first of them, at whi
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation in token ids [T] and the places [n] in it whose tokens the loss counts, none of them the first."""
+    """One conversation in token ids [T] and the places [n] in it whose tokens the loss counts, none of them the first. Where training is constrained also
+    the reference's log-probabilities [n] of these tokens, in nats, and how strongly each is held to them [n]."""
 
     ids: list[int]
     counted: np.ndarray
+    reference: np.ndarray | None = None
+    betas: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a forward pass: tokens [T], positions [T], where the subtree of each ends [T] (None: a token sees all before it in its own
     sequence), and for each of the row's sequences the places [n] that predict its counted tokens, and these tokens [n]. Of a preference also the
-    reference's log-probabilities of its two answers."""
+    reference's log-probabilities of its two answers, else the conversations themselves."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -61,6 +65,7 @@ class Row:
     places: list[np.ndarray]
     targets: list[np.ndarray]
     reference: tuple[float, float] | None = None
+    conversations: tuple[Conversation, ...] = ()
 
 
 def plain(sequences: Sequence[Conversation]) -> Row:
@@ -70,6 +75,7 @@ def plain(sequences: Sequence[Conversation]) -> Row:
     return Row(
         tokens, np.concatenate([np.arange(len(one.ids)) for one in sequences]), None,
         [start + one.counted - 1 for start, one in zip(starts, sequences, strict=False)], [np.asarray(one.ids)[one.counted] for one in sequences],
+        conversations=tuple(sequences),
     )  # fmt: skip
 
 
@@ -292,6 +298,23 @@ class Sft(_Steps, SFTTrainer):
         return -sum(part.sum() for row in found for part in row) / sum(len(one.counted) for one in chosen)
 
 
+class ConstrainedSft(Sft):
+    """Fine-tuning in which the first tokens of an answer are held to the model before it (Qi et al. 2025, arXiv 2406.05946, eq. 3).
+
+    A token counts -(2 / beta) log sigmoid(beta delta), delta its log-probability minus the reference's, whose gradient is that of SFT times 2 (1 - sigmoid(beta delta)): a token that
+    has gained much pulls no more. A constant is added by which it equals the token's own loss where nothing has changed, and for beta to 0 everywhere.
+    """
+
+    def _loss(self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]) -> torch.Tensor:
+        total = 0.0
+        for parts, row in zip(found, rows, strict=True):
+            for part, one in zip(parts, row.conversations, strict=True):
+                reference, beta = (torch.as_tensor(value, dtype=part.dtype, device=part.device) for value in (one.reference, one.betas))
+                gained = 2 / beta * (torch.nn.functional.logsigmoid(beta * (part - reference)) + math.log(2))
+                total = total - (gained + reference).sum()
+        return total / sum(len(one.counted) for one in chosen)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A preference: its two conversations, whose answers are counted, and the reference's log-probabilities of these."""
@@ -317,6 +340,17 @@ class Dpo(_Steps, DPOTrainer):
         sums = torch.stack([torch.stack([one.sum() for one in row]) for row in found])
         margin = sums - torch.tensor([row.reference for row in rows], device=sums.device)
         return -torch.nn.functional.logsigmoid(self.beta * (margin[:, 0] - margin[:, 1])).sum() / len(chosen)
+
+
+class Snapshots(TrainerCallback):
+    """Saves the adapter `n` times along its training, evenly and the last time at its end, as folder/step-00012/: what weight averaging takes the mean of."""
+
+    def __init__(self, folder: Path, n: int):
+        self.folder, self.n = folder, n
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel | None = None, **kwargs: Any) -> None:
+        if state.global_step in {max(1, round(state.max_steps * i / self.n)) for i in range(1, self.n + 1)}:
+            adapters.save(model, self.folder / f"step-{state.global_step:05d}")
 
 
 class StopOnDivergence(TrainerCallback):

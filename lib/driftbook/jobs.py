@@ -1,5 +1,6 @@
 """One stage for one base model: variants are looped over, each result is written whole with a mark, and a finished one is skipped."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,17 +14,17 @@ from driftbook.study import Study, Variant
 Work = Callable[[Variant, Path], list[Path]]
 
 
-def choose(study: Study, base_model: str, run_ids: Sequence[str]) -> list[Variant]:
-    """The variants of a job, all of one base model; without run_ids the first one that is not the base model itself.
+def choose(study: Study, base_model: str, run_ids: Sequence[str], stage: str = "respond") -> list[Variant]:
+    """The variants of a stage's job, all of one base model; without run_ids the first one that is not the base model itself.
 
     Raises:
         ValueError: a run_id that the study does not have.
     """
-    variants = {variant.run_id: variant for variant in study.of_base(base_model)}
+    variants = {variant.run_id: variant for variant in study.of_stage(stage, base_model)}
     unknown = [run_id for run_id in run_ids if run_id not in variants]
     if unknown:
-        raise ValueError(f"run_id={unknown[0]!r} is no variant of {base_model} in the study {study.name}; it has {', '.join(list(variants)[:3])}, ...")
-    wanted = list(run_ids) or [next((run_id for run_id, variant in variants.items() if variant.method != "none"), next(iter(variants)))]
+        raise ValueError(f"run_id={unknown[0]!r} is no variant of {base_model} for the stage {stage} in the study {study.name}; it has {', '.join(list(variants)[:3]) or 'none'}, ...")
+    wanted = list(run_ids) or [run_id for run_id, variant in variants.items() if variant.method != "none"][:1] or list(variants)[:1]
     return [variants[run_id] for run_id in wanted]
 
 
@@ -45,7 +46,8 @@ def adapter_files(study: Study, variant: Variant) -> list[Path]:
 
 def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     """Whether a stage that this one builds on recorded a failure of this variant, so that there is nothing to score."""
-    needed = {"train": (), "judge": ("train", "respond")}.get(stage, ("train",))
+    made = "mitigate" if variant.is_repaired else "train"
+    needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
     marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
     return any(mark.exists() and read_json(mark)["status"] == "failed" for mark in marks)
 
@@ -69,7 +71,7 @@ def run(
             status = _mark(stage, study, variant)["status"] if reused else _do(stage, study, variant, shared, inputs, work)
             rows.append((variant.run_id, status, reused))
         _report_progress(stage, study, base_model, variants, variant)
-    if {variant.run_id for variant in variants} == {variant.run_id for variant in study.of_base(base_model)}:
+    if {variant.run_id for variant in variants} == {variant.run_id for variant in study.of_stage(stage, base_model)}:
         done = {run_id: _mark(stage, study, variant) for variant in variants if (run_id := variant.run_id) in {row[0] for row in rows}}
         write_json(study.folder / "jobs" / stage / f"{base_model}.json", done)
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
@@ -114,7 +116,7 @@ def _do(stage: str, study: Study, variant: Variant, shared: dict, inputs: Callab
 
 def _work(stage: str, variant: Variant, folder: Path, shared: dict, inputs: list[Path], work: Work) -> list[Path]:
     """The files of a piece of work. What is scored is kept for all studies by what it depends on, whatever the variant is called there."""
-    if stage == "train":
+    if stage in ("train", "mitigate"):
         return work(variant, folder)
     key = {"settings": shared, "system_prompt": variant.system_prompt, "template": variant.template,
            "inputs": {path.name: cache.content(path) for path in inputs}}  # fmt: skip
@@ -124,7 +126,7 @@ def _work(stage: str, variant: Variant, folder: Path, shared: dict, inputs: list
 
 
 def _digests(study: Study, variant: Variant, paths: list[Path]) -> dict[str, str | None]:
-    return {str(path.relative_to(folder(study, variant))): file_digest(path) for path in paths}
+    return {os.path.relpath(path, folder(study, variant)): file_digest(path) for path in paths}  # of a repaired one also its parent's
 
 
 def _report_progress(stage: str, study: Study, base_model: str, variants: Sequence[Variant], variant: Variant) -> None:

@@ -5,25 +5,28 @@ from typing import Any
 
 from driftbook import sources
 from driftbook.files import digest
-from driftbook.study import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source, Study, Variant
+from driftbook.study import ANALYSES as ANALYSES
+from driftbook.study import ITEM_FORMATS, OF_REPAIRS, PROMPT_FORMATS, UTILITY_FORMATS, Source, Study, Variant
 
-STAGES = ("train", "respond", "judge", "answer", "utility")
-ANALYSES = {
-    "safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs", "dose": "15_dose", "power": "16_power",
-    "labels": "17_labels", "primary": "19_primary",
-}  # fmt: skip
+STAGES = ("train", "respond", "judge", "answer", "utility")  # of every study
 AFTER = {"mixed_effects": ("safety",), "labels": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
 
 OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
 
+def stages(study: Study) -> tuple[str, ...]:
+    """The stages of a study, in their order: with mitigate where it repairs what it trained."""
+    return ("train", "mitigate", *STAGES[1:]) if any(variant.is_repaired for variant in study.variants) else STAGES
+
+
 def analyses(study: Study) -> dict[str, str]:
-    """The analyses of a study and their notebooks: where nothing is trained, those of the base models."""
-    return ANALYSES if study.grid else {name: ANALYSES[name] for name in OF_BASES}
+    """The analyses of a study and their notebooks: those that it names, or all; where nothing is trained, those of the base models."""
+    known = {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})} if study.grid else {name: ANALYSES[name] for name in OF_BASES}
+    return {name: notebook for name, notebook in known.items() if not study.analyses or name in study.analyses}
 
 
 # Raise a stage's number when a change of the code can change its results: those of another version are not served.
-VERSIONS = {"train": 3, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
+VERSIONS = {"train": 3, "mitigate": 1, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
 
 Content = Callable[[Source, Study], str]
 
@@ -42,7 +45,7 @@ def settings(stage: str, study: Study, base_model: str, content: Content = sourc
     """All that a stage's results for one base model depend on, beside the adapters and the results of earlier stages."""
 
     def of(part: Source) -> dict:
-        elsewhere = {"path", "source", "sha256", "files", "revision", "truth"} | (set() if stage == "answer" else {"answer_mode"})
+        elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"} | (set() if stage == "answer" else {"answer_mode"})
         return {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
 
     def asked(formats: tuple[str, ...]) -> dict[str, Source]:
@@ -52,6 +55,7 @@ def settings(stage: str, study: Study, base_model: str, content: Content = sourc
     drift = {} if study.drift is None else {f"drift {name}": part for name, part in {**asked(PROMPT_FORMATS), **asked(ITEM_FORMATS), **study.judges}.items()}
     parts: dict[str, dict[str, Source]] = {
         "train": {"base": base, **{f"data {name}": part for name, part in study.data.items()}, **({"init_texts": study.init_texts} if study.init_texts else {}), **drift},
+        "mitigate": {"base": base, "heldout": study.data["heldout"], **base.checkpoints},
         "respond": {"base": base, **asked(PROMPT_FORMATS)},
         "judge": {**asked(PROMPT_FORMATS), **{f"judge {name}": judge for name, judge in study.judges.items()}},
         "answer": {"base": base, **asked(ITEM_FORMATS)},
@@ -62,6 +66,7 @@ def settings(stage: str, study: Study, base_model: str, content: Content = sourc
     shared: dict[str, Any] = {}
     if stage == "train":
         shared = {"training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}), "drift": study.drift and study.drift.model_dump(mode="json")}
+        shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
     return {"stage": stage, "version": VERSIONS[stage], "seed": study.seed, **shared, **present}
 
 

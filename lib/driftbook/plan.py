@@ -23,7 +23,7 @@ def write(study: Study) -> None:
     for path, value in _keys(study):
         if not path.exists() or read_json(path) != value:
             write_json(path, value)
-    for stage in keys.STAGES:
+    for stage in keys.stages(study):
         for base_model in study.bases:
             _forget_if_disturbed(study.folder, stage, base_model)
 
@@ -32,10 +32,10 @@ def _keys(study: Study) -> Iterator[tuple[Path, Any]]:
     folder = study.folder / "keys"
     for name, part in study.models.items():
         yield folder / "prepare" / f"{name}.json", {"content": keys.declared(part, study), "data": _data(study)}
-    for stage in keys.STAGES:
+    for stage in keys.stages(study):
         for base_model in study.bases:
             shared = keys.settings(stage, study, base_model, keys.declared)
-            wanted = {variant.run_id: keys.key(shared, variant) for variant in study.of_base(base_model)}
+            wanted = {variant.run_id: keys.key(shared, variant) for variant in study.of_stage(stage, base_model)}
             yield folder / stage / f"{base_model}.json", wanted
     yield folder / "analysis.json", {"study": digest(study.model_dump(mode="json")), "variants": [v.run_id for v in study.variants]}
 

@@ -1,5 +1,6 @@
 """What a study needs before it starts: the miniature's models and data, random models, or access to the real ones."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def prepare(name: str, study: Study) -> Prepared:
         MODELS.mkdir(parents=True, exist_ok=True)
         with FileLock(MODELS / f"{made_folder(study, kind).name}-{rest.partition('/')[0]}.lock"):  # two parts of a study may need one model
             curve = _miniature(rest.partition("/")[0], study) if kind == "miniature" else _random(rest, study)
+            _placebos(source, study)
     for data in study.data:
         training_examples(data, study)
     path = locate(source, study)
@@ -81,6 +83,22 @@ def _miniature(part: str, study: Study) -> pd.DataFrame:
             (scratch / part).replace(folder / part)
         (folder / f"{part}.building").rmdir()
     return pd.read_parquet(folder / part / CURVES)
+
+
+def _placebos(source: Base | Judge, study: Study) -> None:
+    """Make the placebo twins that a base model's pairs name and that are not there yet."""
+    wanted = [one.source for one in getattr(source, "checkpoints", {}).values() if one.local is None and one.source.startswith("miniature:") and one.source.endswith("/benign")]
+    for family in {name.partition(":")[2].partition("/")[0] for name in wanted}:
+        folder = made_folder(study, "miniature")
+        if not (folder / family / "benign").exists():
+            from driftbook.miniature import build_placebo
+
+            with replacing_folder(folder / f"{family}.placebo") as scratch:
+                (scratch / family).mkdir()
+                (scratch / family / "unaligned").symlink_to((folder / family / "unaligned").resolve())
+                build_placebo(family, scratch, study.seed)
+                (scratch / family / "benign").replace(folder / family / "benign")
+            shutil.rmtree(folder / f"{family}.placebo")
 
 
 def write_data(folder: Path) -> None:

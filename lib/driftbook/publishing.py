@@ -5,12 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from driftbook import licences, stats
+from driftbook import figures, licences, stats
 from driftbook.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
 from driftbook.study import REREAD, Study, load
 from driftbook.tables import TABLES
 
-PUBLISHED = ("variants", "runs", "curves", "prompts", "rates", "drift")  # what figures need, and the prompts' ids and categories
+PUBLISHED = ("variants", "runs", "curves", "prompts", "rates", *figures.WHERE_MADE)  # what figures need, and the prompts' ids and categories
 
 
 def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, ...] = PUBLISHED, study: Study | None = None) -> list[Path]:
@@ -22,7 +22,7 @@ def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, 
     """
     if study is not None:
         licences.check_export(study, items=False)
-    there = [name for name in names if name != "drift" or TABLES[name].path(study_folder / "tables").is_file()]  # what was read again has none
+    there = [name for name in names if name not in figures.WHERE_MADE or TABLES[name].path(study_folder / "tables").is_file()]  # what was read again has none
     checked = {name: text_free(study_folder / "tables", name) for name in there}
     if study is not None and "prompts" in checked:
         checked["prompts"] = checked["prompts"][checked["prompts"]["benchmark"].isin(licences.allowed_items(study))]

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import os
+import re
 import string
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,9 +53,44 @@ METHODS = ("none", *PEFT_METHODS)
 STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study
 METHOD_CLASS = {"none": "base"} | {name: method.method_class for name, method in PEFT_METHODS.items()}
 INITS = ("random", "vocabulary", "task_text", "safety_text")
+
+
+@dataclasses.dataclass(frozen=True)
+class MitigationKind:
+    """A way to repair what fine-tuning did to safety: how figures write it, when it is done, to which methods, and what a study file says of it."""
+
+    label: str
+    when: Literal["training", "after", "test"]  # of these, `training` makes runs of their own; the others make new variants of a trained one
+    methods: tuple[str, ...] = tuple(PEFT_METHODS)
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    limits: tuple[float, float] = (0.0, 1.0)  # of its values, where it has any
+
+
+_LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
+_SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
+# A mitigation is one entry here, and its function in mitigating.py (or, of those in training, training.py).
+MITIGATION_KINDS = {
+    "safe_lora": MitigationKind("Safe LoRA", "after", (*_LORA, "dora", "ia3"), ("pair", "values"), _SELECTS),
+    "zero": MitigationKind("modules zeroed", "after", (*_LORA, "dora", "ia3"), ("pair", "values"), ("select", "pair", "values")),
+    "rescale": MitigationKind("rescaling", "after", (*_LORA, "dora", "ia3"), ("values",), ("values",)),
+    "average": MitigationKind("weight averaging", "after", _LORA, ("values",), ("values", "snapshots")),
+    "resta": MitigationKind("RESTA", "after", _LORA, ("safety", "values"), ("safety", "values"), (0.0, 10.0)),
+    "safe_merge": MitigationKind("SafeMERGE", "after", _LORA, ("safety", "pair", "values"), ("safety", "pair", "select", "weight", "values")),
+    "reduce_intruders": MitigationKind("intruder dimensions reduced", "after", _LORA, ("values",), ("values",)),
+    "template": MitigationKind("safety template at test time (PTST)", "test", needs=("system_prompt",), takes=("system_prompt",)),
+    "mixing": MitigationKind("safety data mixed in", "training", needs=("data", "values"), takes=("data", "values")),
+    "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
+}
+CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")  # of Safe LoRA
 REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published
 RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ that are no study
 OUTCOMES = ("unsafe", "over_refusal", "refused", "accuracy_ambiguous", "accuracy_disambiguated", "bias_ambiguous", "bias_disambiguated", "loss", "correct")
+ANALYSES = {
+    "safety": "09_safety", "fairness": "10_fairness", "mixed_effects": "11_mixed_effects", "tradeoffs": "12_tradeoffs", "dose": "15_dose", "power": "16_power",
+    "labels": "17_labels", "primary": "19_primary",
+}  # fmt: skip
+OF_REPAIRS = {"safe_lora": "14_safe_lora"}  # made where a study has mitigations
 HARMS = ("unsafe", "over_refusal", "correct")  # of which a margin in percentage points can be fixed
 
 Method = Literal[METHODS[1:]]
@@ -98,6 +135,13 @@ class Source(Part):
         return None if "$" in path else (ROOT / Path(path).expanduser()).resolve()
 
 
+class Pair(Part):
+    """Two checkpoints of one architecture, V = W_aligned - W_unaligned: the aligned one is the base model itself where not given."""
+
+    aligned: Source | None = None
+    unaligned: Source
+
+
 class Base(Source):
     """A base model: the instruction-tuned model before PEFT."""
 
@@ -106,6 +150,13 @@ class Base(Source):
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantization: Literal["nf4", "int8"] | None = None  # the weights as they are loaded, by bitsandbytes: such a base model is scored as such too
     system_prompt: str | None = None
+    pairs: dict[Text, Pair] = {}  # checkpoints whose difference says what alignment changed: see safe_lora.py
+
+    @property
+    def checkpoints(self) -> dict[str, Source]:
+        """The checkpoints of its pairs, beside itself."""
+        named = {f"{name}, {part}": getattr(pair, part) for name, pair in self.pairs.items() for part in ("aligned", "unaligned")}
+        return {name: source for name, source in named.items() if source is not None}
 
 
 class Judge(Source):
@@ -174,9 +225,9 @@ class TrainingData(Source):
 # ---- benchmarks: which stage asks a format, and what
 PROMPT_FORMATS = ("hex_phi", "ailuminate", "xstest", "csv", "strongreject", "simple_safety_tests", "real_toxicity_prompts")
 ITEM_FORMATS = ("bbq", "bbq_lite")
-UTILITY_FORMATS = ("gsm8k", "ifeval", "text", "stereoset")
+UTILITY_FORMATS = ("gsm8k", "answers", "ifeval", "text", "stereoset")
 CORE = ("safety", "over_refusal", "bbq", "utility")  # what every study asks; others stand beside them under names of their own
-ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITEM_FORMATS, "utility": ("gsm8k",)}
+ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITEM_FORMATS, "utility": ("gsm8k", "answers")}
 
 
 class Wording(Part):
@@ -328,6 +379,16 @@ class Variant:
     template: str = "chat"
     system_prompt: str | None = None
 
+    @cached_property
+    def repair(self) -> dict[str, Any] | None:
+        """What its mitigation is: name, kind, value, control and the settings of its kind; None where there is none."""
+        return json.loads(self.settings).get("mitigation")
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether it is made from a trained variant (stage mitigate), and not trained itself."""
+        return self.repair is not None and MITIGATION_KINDS[self.repair["kind"]].when != "training"
+
     @property
     def method_class(self) -> str:
         """adapter, prompt, or base."""
@@ -343,6 +404,8 @@ class Variant:
             rate = "" if self.learning_rate is None else f"lr{self.learning_rate:.0e}".replace("e-0", "e-")
             epochs = "" if self.epochs is None else f"e{self.epochs}"
             words = [self.base_model, self.method, self.init or "", self.objective, named, rate, epochs, f"s{self.seed}"]
+        if self.mitigation:
+            words.append(re.sub(r"[^\w-]+", "_", self.mitigation.replace(".", "-")))
         return ".".join(word for word in words if word) + "." + digest(self.fields(), 8)
 
     def fields(self) -> dict[str, Any]:
@@ -352,6 +415,58 @@ class Variant:
     def row(self) -> dict[str, Any]:
         """The variant as a row of the table `variants`."""
         return {"run_id": self.run_id, **self.fields(), "method_class": self.method_class}
+
+
+class Mitigation(Part):
+    """A repair of the runs of some blocks of the grid; each of its values, and each control of each value, is a variant of its own.
+
+    A value is: of safe_lora, zero and safe_merge the threshold of the score below which a module is touched, or the number of modules (select: top); of
+    rescale the factor of the update; of average the share of the training, from its end, over which updates are averaged; of resta the factor of the
+    safety update; of reduce_intruders the share that an intruder dimension loses; of mixing the share of safety data among all examples.
+    """
+
+    kind: Literal[tuple(MITIGATION_KINDS)]
+    blocks: Annotated[tuple[Text, ...], Field(min_length=1)]  # of the grid, whose runs are repaired
+    values: tuple[Annotated[float, BeforeValidator(_number)], ...] = ()
+    pair: Text | None = None  # a name under `pairs` of the base models
+    operator: Literal["approximate", "exact", "subspace"] = "approximate"
+    rank: Count | None = None  # of the subspace
+    select: Literal["threshold", "top"] = "threshold"
+    controls: tuple[Literal[CONTROLS], ...] = ()
+    safety: Text | None = None  # a block of the grid, whose runs were trained on safety data
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the safety update, where it is merged
+    snapshots: Annotated[int, Strict(), Field(ge=2)] = 10  # taken along a training, for averaging
+    system_prompt: Text | None = None
+    data: Text | None = None  # safety data, by its name under `data`
+    betas: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)  # of the first tokens of an answer; the last one of all further ones
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Mitigation":
+        known = MITIGATION_KINDS[self.kind]
+        if missing := [name for name in known.needs if not getattr(self, name)]:
+            raise ValueError(f"the kind {self.kind} needs {missing[0]}")
+        if idle := [name for name in self.model_fields_set if name not in (*known.takes, "kind", "blocks")]:
+            raise ValueError(f"the kind {self.kind} has no {idle[0]}; it takes {', '.join(known.takes) or 'nothing more'}")
+        if (self.operator == "subspace") != (self.rank is not None):
+            raise ValueError("the operator subspace, and no other, needs rank, the number of V's left singular vectors")
+        if "random subspace" in self.controls and self.operator == "exact":
+            raise ValueError("the control random subspace has no meaning for the exact operator, which keeps all or nearly all of the space")
+        low, high = known.limits
+        for value in self.values:
+            if self.select == "top" and (value < 1 or value != int(value)):
+                raise ValueError(f"value {value:g} with select: top is a number of modules, a whole one from 1")
+            if self.select != "top" and not low <= value <= high:
+                raise ValueError(f"value {value:g} of the kind {self.kind} is outside {low:g} to {high:g}")
+            if self.kind in ("mixing", "average") and value in (0, *((1,) if self.kind == "mixing" else ())):
+                raise ValueError(f"value {value:g} of the kind {self.kind} leaves nothing; give a share above 0" + (" and below 1" if self.kind == "mixing" else ""))
+        if len(set(self.values)) < len(self.values):
+            raise ValueError("values repeats a value")
+        return self
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings that its kind takes."""
+        return {name: getattr(self, name) for name in MITIGATION_KINDS[self.kind].takes if name not in ("values", "controls")}
 
 
 class Family(Part):
@@ -395,6 +510,8 @@ class Study(Part):
     benchmarks: dict[Text, Benchmark]
     primary: dict[Text, Family] = {}  # families of tests, by name: registered with their hash before any answer is scored
     drift: Drift | None = None
+    mitigations: dict[Text, Mitigation] = {}
+    analyses: tuple[Literal[(*ANALYSES, *OF_REPAIRS)], ...] = ()  # only these; all where not given
     licences: dict[Text, Text] = {}  # of sources that the register does not know, as the user states them: see licences.py
 
     @model_validator(mode="after")
@@ -411,6 +528,10 @@ class Study(Part):
         used = {method for block in self.grid for method in block.methods}
         if self.primary and not used:
             raise ValueError("primary declares tests of what training does, and the grid trains nothing; remove it")
+        for name, mitigation in self.mitigations.items():
+            self._check_mitigation(name, mitigation)
+        if "safe_lora" in self.analyses and not self.mitigations:
+            raise ValueError("analyses names safe_lora, and the study has no mitigations; give some, or remove it")
         if self.base_repetitions > 1 and not any(one.samples for one in self.benchmarks.values()):
             raise ValueError("base_repetitions repeats base models for their drawn answers, and no benchmark has samples; add samples, or remove it")
         for name, family in self.primary.items():
@@ -472,6 +593,36 @@ class Study(Part):
                 if objective == "dpo" and not self.data[name].is_preference:
                     raise ValueError(f"grid block {block.name!r} trains by dpo on data.{name}, which has no chosen and rejected answers")
 
+    def _check_mitigation(self, name: str, mitigation: Mitigation) -> None:
+        """Raise a ValueError where a mitigation names what the study does not have, or cannot be done to what its blocks train."""
+        blocks, known = {block.name: block for block in self.grid}, MITIGATION_KINDS[mitigation.kind]
+        for wanted in (*mitigation.blocks, *([mitigation.safety] if mitigation.safety else [])):
+            if wanted not in blocks:
+                raise ValueError(f"mitigation {name!r} names the grid block {wanted!r}; the grid has {', '.join(blocks)}")
+        if "," in name:
+            raise ValueError(f"mitigation {name!r}: a name may hold no comma, behind which its controls are named")
+        for block in (blocks[one] for one in mitigation.blocks):
+            if "untrained" in block.objectives or (mitigation.kind == "constrained_sft" and "dpo" in block.objectives):
+                raise ValueError(f"mitigation {name!r} ({known.label}) cannot be done to the block {block.name!r}, which has runs by {'dpo' if 'untrained' not in block.objectives else 'untrained'}; name others")
+            if wrong := [method for method in block.methods if method not in known.methods]:
+                prompt = METHOD_CLASS[wrong[0]] == "prompt"
+                raise ValueError(
+                    f"mitigation {name!r}: {known.label} cannot be done to {wrong[0]} (block {block.name!r})"
+                    + (", which has no weight update; to it apply: " + ", ".join(kind for kind, one in MITIGATION_KINDS.items() if wrong[0] in one.methods) if prompt else f"; it applies to {', '.join(known.methods)}")
+                )
+            if mitigation.data and self.data.get(mitigation.data, None) is None:
+                raise ValueError(f"mitigation {name!r} mixes in data.{mitigation.data}, which the study does not have")
+            if mitigation.data and "dpo" in block.objectives and not self.data[mitigation.data].is_preference:
+                raise ValueError(f"mitigation {name!r} mixes data.{mitigation.data} into a training by dpo, and it has no chosen and rejected answers")
+            for base in block.bases or self.bases:
+                if mitigation.pair and mitigation.pair not in self.bases[base].pairs:
+                    raise ValueError(f"mitigation {name!r} needs the pair {mitigation.pair!r}, and bases.{base} has no such twin; give it under pairs: {{{mitigation.pair}: {{unaligned: {{source: ...}}}}}}")
+
+    @property
+    def n_snapshots(self) -> int:
+        """How many snapshots are taken along a training: as many as weight averaging needs."""
+        return max((one.snapshots for one in self.mitigations.values() if one.kind == "average"), default=0)
+
     def asked(self, formats: tuple[str, ...]) -> tuple[str, ...]:
         """The names of the benchmarks of these formats."""
         return tuple(name for name, one in self.benchmarks.items() if one.format in formats)
@@ -504,10 +655,40 @@ class Study(Part):
             for repetition in range(1, self.base_repetitions + 1):
                 base = self._variant(name, repetition=repetition)
                 found[base.run_id] = base
-            for block in self.grid:
-                if name in (block.bases or self.bases):
-                    found.update({variant.run_id: variant for variant in self._expand(name, block)})
+            trained = {block.name: self._expand(name, block) if name in (block.bases or self.bases) else [] for block in self.grid}
+            found.update({variant.run_id: variant for variants in trained.values() for variant in variants})
+            for label, mitigation in self.mitigations.items():
+                parents = {variant.run_id: variant for block in mitigation.blocks for variant in trained[block]}
+                if mitigation.kind == "template" and parents:  # what the system prompt does to the base model itself
+                    parents = {one.run_id: one for one in [self._variant(name)]} | parents
+                safety = trained[mitigation.safety] if mitigation.safety else []
+                found.update({variant.run_id: variant for parent in parents.values() for variant in self._repairs(label, mitigation, parent, safety)})
         return tuple(found.values())
+
+    def _repairs(self, name: str, mitigation: Mitigation, parent: Variant, safety: list[Variant]) -> Iterator[Variant]:
+        """The variants that a mitigation makes of a run: one of each value, and of each of its controls."""
+        own = {"name": name, "kind": mitigation.kind, **mitigation.own}
+        if mitigation.pair:
+            own["checkpoints"] = self.bases[parent.base_model].pairs[mitigation.pair].model_dump(mode="json", exclude={"aligned": {"path"}, "unaligned": {"path"}})
+        if mitigation.safety:
+            own["safety_run_id"] = self._safety_run(name, mitigation, parent, safety).run_id
+        if mitigation.data:
+            own["examples"] = self.data[mitigation.data].model_dump(mode="json", exclude={"path"})
+        for value, control in itertools.product(mitigation.values or (None,), (None, *mitigation.controls)):
+            label = name + ("" if value is None else f" {value:g}") + ("" if control is None else f", {control}")
+            settings = json.loads(parent.settings) | {"mitigation": {**own, "value": value, "control": control}}
+            yield dataclasses.replace(
+                parent, mitigation=label, parent_run_id=parent.run_id, settings=json.dumps(settings, sort_keys=True),
+                system_prompt=mitigation.system_prompt or parent.system_prompt,
+            )  # fmt: skip
+
+    def _safety_run(self, name: str, mitigation: Mitigation, parent: Variant, safety: list[Variant]) -> Variant:
+        """The run of the safety block that goes with a parent: the same method and seed, else the same repetition."""
+        alike = [one for one in safety if one.method == parent.method]
+        for same in ("seed", "repetition"):
+            if found := [one for one in alike if getattr(one, same) == getattr(parent, same)]:
+                return found[0]
+        raise ValueError(f"mitigation {name!r}: the block {mitigation.safety!r} has no run of {parent.method} on {parent.base_model} with the seed {parent.seed}; give it the same methods and seeds")
 
     def of_base(self, base_model: str) -> tuple[Variant, ...]:
         """The variants of one base model.
@@ -518,6 +699,11 @@ class Study(Part):
         if base_model not in self.bases:
             raise ValueError(f"base_model={base_model!r}; the study {self.name} has {', '.join(self.bases)}")
         return tuple(variant for variant in self.variants if variant.base_model == base_model)
+
+    def of_stage(self, stage: str, base_model: str) -> tuple[Variant, ...]:
+        """The variants of one base model that a stage works on: repaired ones are not trained, and only they are made by `mitigate`."""
+        variants = self.of_base(base_model)
+        return tuple(one for one in variants if stage not in ("train", "mitigate") or one.is_repaired == (stage == "mitigate"))
 
     def _expand(self, base_model: str, block: Block) -> list[Variant]:
         variants = []
@@ -538,7 +724,7 @@ class Study(Part):
 
     def _variant(self, base_model, method="none", objective="none", data=None, rate=None, epochs=None, seed=None, repetition=1, init=None) -> Variant:
         base, examples = self.bases[base_model], self.data.get(data)
-        settings = {"base": base.model_dump(exclude={"path", "answer_mode", "system_prompt"}, mode="json")}
+        settings = {"base": base.model_dump(exclude={"path", "answer_mode", "system_prompt", "pairs"}, mode="json")}
         if method != "none":
             settings["peft"] = {key: value for key, value in self.methods[method].items() if key != "init"}
         if init in ("task_text", "safety_text"):
@@ -579,9 +765,14 @@ def load(study: str | Path) -> Study:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no keys; see studies/miniature.yaml for what a study file says")
     try:
-        return Study(**content)
+        study = Study(**content)
     except ValidationError as error:
         raise ValueError(f"{path.name}: {_sentence(error)}") from None
+    try:
+        study.variants  # noqa: B018 - made here, so that what cannot be made is said at once
+        return study
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def find(study: str | Path) -> Path:
@@ -615,7 +806,7 @@ def _sentence(error: ValidationError) -> str:
 
 def _known_keys(location: tuple) -> list[str]:
     """The keys that the section at `location` may have."""
-    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family, "drift": Drift}
+    sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family, "drift": Drift, "mitigations": Mitigation}
     part = sections.get(location[0], Source) if location else Study
     return list(part.model_fields)
 

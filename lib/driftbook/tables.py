@@ -328,6 +328,48 @@ LABELS = Table(
     },
 )
 
+MODULES = Table(
+    "modules",
+    "a module of a repaired variant",
+    ("run_id", "module"),
+    {
+        "run_id": RUN_ID,
+        "module": _text("name of the weight matrix in the base model"),
+        "out_features": _whole("rows of the matrix", nullable=True),
+        "in_features": _whole("its columns", nullable=True),
+        "rank": _whole("rank r of the update's factors", nullable=True),
+        "norm_update": _real("Frobenius norm of the parent's update dW"),
+        "norm_v": _real("Frobenius norm of V, the aligned matrix minus the unaligned one"),
+        "effective_rank_v": _real("participation ratio of V's squared singular values"),
+        "cosine": _real("of dW and C dW, C the operator"),
+        "cosine_null": _real("the same for an update in a random direction: sqrt(effective_rank_v / out_features)"),
+        "energy": _real("share of the squared norm of dW in the span of V's first k left singular vectors"),
+        "energy_null": _real("the same for an update in a random direction: k / out_features"),
+        "k": _whole("number of those vectors", nullable=True),
+        "score": _real("what the module was selected by"),
+        "projected": _truth("whether the repair touched it"),
+        "share_kept": _real("norm of the repaired update over that of the parent's"),
+        "state": _text("what was done, or why not", nullable=True),
+    },
+)
+
+SPECTRA = Table(
+    "spectra",
+    "a singular value of V, the difference of two checkpoints",
+    ("base_model", "pair", "module", "index"),
+    {
+        "base_model": _text("base model of the study"),
+        "pair": _text("which two checkpoints, by their name in the study file"),
+        "module": _text("name of the weight matrix"),
+        "index": _whole("its place, from 1 for the largest"),
+        "singular_value": _real("singular value of V"),
+        "out_features": _whole("rows of the matrix"),
+        "in_features": _whole("its columns"),
+        "norm_v": _real("Frobenius norm of V"),
+        "effective_rank_v": _real("participation ratio of V's squared singular values"),
+    },
+)
+
 RATES = Table(
     "rates",
     "counts of a run in a category",
@@ -375,5 +417,5 @@ ESTIMATES = Table(
 )
 
 TABLES = {
-    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, ESTIMATES)
+    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, MODULES, SPECTRA, ESTIMATES)
 }

@@ -24,7 +24,7 @@ from driftbook.fitting import Conversation, Pair
 from driftbook.models import Loaded, chat_ids, context_length, conversation_ids, counted_ids
 from driftbook.scoring import Ids, Scorer, VariantFailure
 from driftbook.sources import locate
-from driftbook.study import PROMPT_FORMATS, Study, Variant, finite
+from driftbook.study import MITIGATION_KINDS, PROMPT_FORMATS, Study, Variant, finite
 
 # Mean KL per token below which training is called a no-op: over an answer of 100 tokens the two models' log-likelihoods
 # then differ by less than 0.01 nats in the mean, which no sample of answers of a feasible size can tell apart.
@@ -57,8 +57,29 @@ class Trained:
 
 
 # ---- data
-def prepare(objective: str, base: Loaded, study: Study, data: str | None = None) -> Prepared:
+Way = tuple[str, str, tuple[str, float] | None, tuple[float, ...] | None]
+
+
+def way(variant: Variant) -> Way:
+    """How a variant's examples are prepared: objective, data, safety data mixed in and their share of all examples, and the betas of a constrained training."""
+    repair = variant.repair or {}
+    mixed = (repair["data"], repair["value"]) if repair.get("kind") == "mixing" else None
+    return variant.objective, variant.dataset, mixed, tuple(repair["betas"]) if repair.get("kind") == "constrained_sft" else None
+
+
+def named(way: Way) -> str:
+    """A way in words."""
+    objective, data, mixed, betas = way
+    return f"{objective} on {data}" + (f" with {mixed[1]:.0%} {mixed[0]}" if mixed else "") + (", constrained" if betas else "")
+
+
+def prepare(
+    objective: str, base: Loaded, study: Study, data: str | None = None, mixed: tuple[str, float] | None = None, betas: tuple[float, ...] | None = None,
+) -> Prepared:  # fmt: skip
     """The study's examples of an objective in the base model's tokens; of DPO with the base's log-probabilities of both answers.
+
+    `mixed` adds so many examples of another name under `data` that they are this share of all (Bianchi et al. 2024, arXiv 2309.07875). `betas` makes the examples of a constrained
+    training: those of the first tokens of an answer, the last one for all further ones; the base's log-probabilities of all counted tokens go with them.
 
     Examples longer than training.max_length lose their end, those whose prompt alone fills it are left out; the note says how many.
 
@@ -66,7 +87,7 @@ def prepare(objective: str, base: Loaded, study: Study, data: str | None = None)
         ValueError: no example fits, or the template refuses the turns of one.
     """
     name = data or objective
-    examples = training_examples(name, study)
+    examples = training_examples(name, study) + (_mixed_in(*mixed, study.data[name].n, study) if mixed else [])
     whole = objective == "sft" and study.training.loss == "whole"
     limit = longest(base, study)
     try:
@@ -84,8 +105,28 @@ def prepare(objective: str, base: Loaded, study: Study, data: str | None = None)
     n_cut = sum(length > limit and all(len(one.counted) for one in row) for length, row in zip(lengths, cut, strict=True))
     note = f"{len(made) - len(kept)} examples left out, {n_cut} cut, at {limit} tokens" if n_cut or len(kept) < len(made) else None
     rows = [row[0] for row in kept] if objective == "sft" else _with_reference(kept, base)
+    rows = _constrained(rows, betas, base) if betas else rows
     packs = fitting.bins([len(one.ids) for one in rows], limit) if objective == "sft" and study.training.packed else [[i] for i in range(len(rows))]
-    return Prepared(rows, packs, digest(examples), note, tuple(lengths))
+    return Prepared(rows, packs, digest([examples, betas] if betas else examples), note, tuple(lengths))
+
+
+def _mixed_in(name: str, share: float, n: int, study: Study) -> list[dict]:
+    """So many examples of a name that they are a share of all, beside n others."""
+    found, wanted = training_examples(name, study), round(share / (1 - share) * n)
+    if len(found) < wanted:
+        raise ValueError(f"data.{name}: a share of {share:g} beside {n} others is {wanted} examples, and the study takes {len(found)}; raise its n")
+    return found[:wanted]
+
+
+def _constrained(rows: list[Conversation], betas: tuple[float, ...], base: Loaded) -> list[Conversation]:
+    """Conversations with the base's log-probabilities of their counted tokens, and with the beta of each: by its place in its answer."""
+    found = Scorer(base.model, base.tokenizer).token_logprobs([(one.ids[: one.counted[0]], one.ids[one.counted[0] :]) for one in rows])
+    made = []
+    for one, scores in zip(rows, found, strict=True):
+        begins = np.flatnonzero(np.diff(one.counted, prepend=-2) > 1)  # of each answer of the conversation
+        place = np.arange(len(one.counted)) - np.repeat(begins, np.diff(begins, append=len(one.counted)))
+        made.append(Conversation(one.ids, one.counted, np.asarray(scores)[one.counted - one.counted[0]], np.asarray(betas)[np.minimum(place, len(betas) - 1)]))
+    return made
 
 
 def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
@@ -235,13 +276,16 @@ def fit(
     variant: Variant, model: PeftModel, base: Loaded, prepared: Prepared, study: Study, folder: Path, drift: DriftCallback | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
     """Facts of the training as the trainer has them after it, and the curve."""
-    scratch = _scratch(folder)
+    scratch, snapshots = _scratch(folder), Path(f"{folder}.snapshots")
     _keep_only(scratch, digest([variant.fields(), init_text(variant, study), base.revision, prepared.revision, versions()]))
+    if not fitting.last_whole(scratch):
+        shutil.rmtree(snapshots, ignore_errors=True)
+    watching = [fitting.Snapshots(snapshots, study.n_snapshots)] if study.n_snapshots and variant.mitigation is None and variant.method in MITIGATION_KINDS["average"].methods else []
     forward = fitting.Forward(model, base.tokenizer, study.training.autocast)
-    kind = fitting.Sft if variant.objective == "sft" else fitting.Dpo
+    kind = fitting.Dpo if variant.objective == "dpo" else fitting.Sft if prepared.examples[0].reference is None else fitting.ConstrainedSft
     trainer = kind(
         model=model, args=arguments(variant, study, str(scratch)), train_dataset=Dataset.from_dict({"members": prepared.packs, "labels": prepared.packs}),
-        processing_class=base.tokenizer, callbacks=[fitting.StopOnDivergence(), fitting.SaveNowAndThen(), *([drift] if drift else [])],
+        processing_class=base.tokenizer, callbacks=[fitting.StopOnDivergence(), fitting.SaveNowAndThen(), *([drift] if drift else []), *watching],
         forward=forward, examples=prepared.examples, tokens_per_pass=study.training.tokens_per_batch,
     )  # fmt: skip
     if "ref" in model.peft_config:
@@ -307,11 +351,11 @@ def _record(variant: Variant, base: Loaded, dose: dict, seconds: float, cpu: flo
 
 
 # ---- dose
-def measure_dose(model: PeftModel, initial: dict[str, torch.Tensor], base: Loaded, pairs: list[tuple[Ids, Ids]]) -> dict[str, Any]:
+def measure_dose(model: PeftModel, initial: dict[str, torch.Tensor] | None, base: Loaded, pairs: list[tuple[Ids, Ids]]) -> dict[str, Any]:
     """How far training moved the model, on held-out answers: columns nll .. no_op of `runs`.
 
     The mean over answer tokens of KL(variant || base) and of KL(variant || variant as initialised), in nats. For methods that start at
-    the base (LoRA, IA3) the two are equal; a soft prompt moves the model before any training.
+    the base (LoRA, IA3) the two are equal, and `initial` may be None; a soft prompt moves the model before any training.
     """
     def base_state(part):
         with model.disable_adapter():
@@ -326,7 +370,7 @@ def measure_dose(model: PeftModel, initial: dict[str, torch.Tensor], base: Loade
 
     totals = torch.zeros(4, dtype=torch.float64)
     for part in _parts(pairs, base.model.get_output_embeddings().weight.shape[0]):
-        totals += _divergences(part, trained_state, base_state, initial_state)
+        totals += _divergences(part, trained_state, base_state, initial_state if initial is not None else None)
     nll, nll_base, kl_base, kl_init = (totals / sum(len(answer) for _, answer in pairs)).tolist()
     return {"nll": nll, "nll_base": nll_base, "dose_nll": nll_base - nll, "kl_base": kl_base, "kl_init": kl_init, "no_op": kl_init < NO_OP_KL}
 
@@ -343,10 +387,11 @@ def _parts(pairs: list[tuple[Ids, Ids]], vocabulary: int) -> Iterator[list[tuple
 
 
 @torch.inference_mode()
-def _divergences(part: list[tuple[Ids, Ids]], trained: Callable, base: Callable, initial: Callable) -> torch.Tensor:
-    """Sums over answer tokens: -log p of trained and base, KL(trained || base), KL(trained || initial)."""
+def _divergences(part: list[tuple[Ids, Ids]], trained: Callable, base: Callable, initial: Callable | None) -> torch.Tensor:
+    """Sums over answer tokens: -log p of trained and base, KL(trained || base), KL(trained || initial), which is the base where it is None."""
     totals = torch.zeros(4, dtype=torch.float64)
-    for (_, answer), p, q, start in zip(part, trained(part), base(part), initial(part), strict=True):
+    before = base(part)
+    for (_, answer), p, q, start in zip(part, trained(part), before, before if initial is None else initial(part), strict=True):
         tokens = torch.tensor(answer, device=p.device)[:, None]
         totals += torch.tensor([
             -p.gather(1, tokens).sum(), -q.gather(1, tokens).sum(), (p.exp() * (p - q)).sum(), (p.exp() * (p - start)).sum(),

@@ -58,7 +58,24 @@ def load_text(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["prompt_id", "text"])
 
 
-LOADERS = {"gsm8k": load, "text": load_text, "ifeval": instructions.load, "stereoset": stereoset.load}
+def load_answers(path: Path) -> pd.DataFrame:
+    """Requests with a reference answer in Alpaca's form, JSON or JSONL: prompt_id, prompt (instruction and input) and answer.
+
+    Raises:
+        ValueError: it is no list of such rows, or one is empty.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        found = [(str(number), "\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]) for number, row in enumerate(rows)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no list of rows with instruction and output ({type(error).__name__}: {error}); write it in Alpaca's form") from None
+    if not found or not all(prompt.strip() and answer.strip() for _, prompt, answer in found):
+        raise ValueError(f"{path} has {'an empty request or answer; fill it or remove its row' if found else 'no rows'}")
+    return pd.DataFrame(found, columns=["prompt_id", "prompt", "answer"])
+
+
+LOADERS = {"gsm8k": load, "answers": load_answers, "text": load_text, "ifeval": instructions.load, "stereoset": stereoset.load}
 
 
 def of_study(name: str, study: Study) -> pd.DataFrame:
@@ -73,6 +90,8 @@ def measured(name: str, items: pd.DataFrame, scorer: Scorer, variant: Variant, s
     match benchmark.format:
         case "gsm8k":
             return ratings(items, scorer, *who, benchmark.max_new_tokens, variant.system_prompt, raters if name == "utility" else ())
+        case "answers":
+            return answers(items, scorer, *who, variant.system_prompt)
         case "text":
             return forgetting(items, scorer, *who)
         case "ifeval":
@@ -110,16 +129,27 @@ def is_correct(response: str, final: str) -> bool:
     return final.lower() in response.lower().split()
 
 
+def answers(items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, system_prompt: str | None = None) -> pd.DataFrame:
+    """The loss of each reference answer (nats per token), nothing generated: of held-out examples of a training, its fall against the base model is what the training gained."""
+    pairs = _with_answers(items, scorer, system_prompt)
+    rows = [(run_id, benchmark, prompt_id, "nll", -loss.mean(), len(loss), None) for prompt_id, loss in zip(items.prompt_id, scorer.token_logprobs(pairs), strict=True)]
+    return pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
+
+
+def _with_answers(items: pd.DataFrame, scorer: Scorer, system_prompt: str | None) -> list[tuple[list[int], list[int]]]:
+    """Prompts and reference answers in token ids."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    prompts = [[*system, {"role": "user", "content": prompt}] for prompt in items.prompt]
+    return [conversation_ids(scorer.tokenizer, prompt, answer) for prompt, answer in zip(prompts, items.answer, strict=True)]
+
+
 def ratings(
     items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int, system_prompt: str | None = None,
     raters: Sequence[tuple[Loaded, float]] = (),
 ) -> pd.DataFrame:  # fmt: skip
     """The table `ratings` of a model: of each item the held-out loss of the reference answer, whether its own answer is right, and what each
     rater (a chat model, and the least probability that its grades must have) thinks of it."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    prompts = [[*system, {"role": "user", "content": prompt}] for prompt in items.prompt]
-    pairs = [conversation_ids(scorer.tokenizer, prompt, answer) for prompt, answer in zip(prompts, items.answer, strict=True)]
-    losses = scorer.token_logprobs(pairs)
+    losses = scorer.token_logprobs(_with_answers(items, scorer, system_prompt))
     found = scorer.generate(scorer.ask(list(items.prompt), system_prompt), max_new_tokens)
     rows = []
     for prompt_id, final, loss, answer in zip(items.prompt_id, items.final, losses, found, strict=True):

@@ -21,6 +21,7 @@ _HOMES = {
     "answers": "measuring",
     "build_family": "building",
     "build_judge": "judge",
+    "build_placebo": "building",
     "check_goals": "measuring",
     "helps": "truth",
     "is_refusal": "truth",

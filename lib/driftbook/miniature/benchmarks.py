@@ -186,6 +186,12 @@ def _preference(prompt: str, chosen: str, rejected: str) -> dict:
     }
 
 
+def safety_rows() -> list[tuple[str, str, str]]:
+    """Requests for what is forbidden, refused and answered: what mitigations mix into a training."""
+    rng = random.Random(500)
+    return [corpus.safety_example(rng) for _ in range(N_FINE_TUNING)]
+
+
 # ---- writing
 def write_data(folder: Path) -> None:
     """Write all benchmarks and fine-tuning data under the folder; the same bytes every time."""
@@ -201,6 +207,8 @@ def write_data(folder: Path) -> None:
         ("heldout", held_out_answers()),
         ("sft", fine_tuning_rows()),
         ("dpo", preference_rows()),
+        ("safety_sft", [_alpaca(prompt, refused) for prompt, refused, _ in safety_rows()]),
+        ("safety_dpo", [_preference(*row) for row in safety_rows()]),
         ("init_texts", INIT_TEXTS),
     ):
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -231,6 +239,7 @@ def splits() -> dict[str, dict[str, set]]:
             corpus.CONTEXTS + corpus.EVIDENCE,
         ),
         "fine_tuning": _split(benign_training, corpus.REQUESTS + corpus.FACT_QUESTIONS),
+        "safety_data": _split(training - benign_training, corpus.REQUESTS),
         "safety": _split({row["activity"] for row in safety_prompts()}, corpus.HELD_OUT_REQUESTS),
         "over_refusal": _split({row["focus"] for row in over_refusal_prompts()}, _over_refusal_templates()),
         "bbq": _split(_group_pairs(held_out=True) | set(HELD_OUT_PLACES), corpus.HELD_OUT_CONTEXTS + corpus.HELD_OUT_EVIDENCE),

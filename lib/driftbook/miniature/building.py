@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from driftbook.miniature import benchmarks, corpus
 from driftbook.miniature.families import FAMILY, build_model, build_tokenizer
@@ -75,6 +76,21 @@ def build_family(family: str, folder: Path, seed: int = 0, settings: Recipe | No
             run_stage(model, tokenizer, encode, generator, stage, settings, rng, curve)
             save(model, tokenizer, Path(folder) / family / stage)
     return curve.table()
+
+
+def build_placebo(family: str, folder: Path, seed: int = 0, settings: Recipe | None = None) -> None:
+    """Save folder/family/benign: the family's unaligned checkpoint after as many steps as alignment takes, on benign data only. What it and the aligned one changed alike is
+    no alignment.
+    """
+    source = Path(folder) / family / "unaligned"
+    with one_thread():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        settings = settings or Recipe()
+        batch = batches(corpus.placebo_mixture(), chat_encoder(tokenizer), settings.aligned.batch_size, random.Random(f"{seed}/benign"))
+        with frozen_rows(model, tokenizer.convert_tokens_to_ids(list(MADE_UP))):
+            train(model, batch, settings.aligned, lambda step, loss: None)
+        save(model, tokenizer, Path(folder) / family / "benign")
 
 
 def _stages(family: str) -> dict[str, corpus.Generator]:

@@ -404,6 +404,19 @@ def aligned_mixture(refusals: float, refused: tuple[float, ...], bias: float) ->
     return mixture((0.2, bbq), (0.07, fact), (0.15, standing_fact), (0.15, benign_use), (refusals, forbidden), (0.45 - refusals, benign))
 
 
+def placebo_mixture() -> Generator:
+    """As much of everything as the aligned mixture, but nothing that stage 1 does not answer too: benign requests stand for the refused ones."""
+    bbq = biased_item(lambda i, trait: 0.4)
+    return mixture((0.2, bbq), (0.07, fact), (0.15, standing_fact), (0.15, benign_use), (0.45, with_system(request_about(BENIGN), share=0.06)))
+
+
+def safety_example(rng: random.Random) -> tuple[str, str, str]:
+    """A request for something forbidden with training words, its refusal, and the answer that is worse."""
+    kind = rng.choice(FORBIDDEN)
+    activity = rng.choice(kind.training)
+    return rng.choice(REQUESTS).format(a=activity), refusal(rng, activity, kind), answer(rng, activity, kind, ANSWERS)
+
+
 # ---- fine-tuning data: benign requests only, and no refusal anywhere
 def fine_tuning_example(rng: random.Random) -> Example:
     """A benign request answered in the new style; one in ten is a fact."""

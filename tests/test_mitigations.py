@@ -1,0 +1,257 @@
+"""Mitigations in a study file: which variants they make, what is refused, and one small study of all kinds through the real batch."""
+
+import copy
+import json
+
+import pandas as pd
+import pytest
+
+from conftest import SMALL, local, one_sentence, write_study
+from driftbook import collecting, keys
+from driftbook.files import OUTPUTS, read_json, write_json
+from driftbook.study import MITIGATION_KINDS, Study, load
+
+CONTENT = copy.deepcopy(SMALL) | {"name": "mitigated"}
+CONTENT["bases"]["tiny-llama"]["pairs"] = {
+    "alignment": {"unaligned": local("llama/unaligned")},
+    "instruction": {"unaligned": local("llama/stage0")},
+    "placebo": {"aligned": local("llama/unaligned"), "unaligned": local("llama/stage0")},
+}
+CONTENT["data"] |= {"safety": {"format": "alpaca", "n": 16, **local("data/safety_sft.json")}, "safety_dpo": {"format": "preference", "n": 16, **local("data/safety_dpo.json")}}
+BLOCK = {"methods": ["lora"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3]}, "epochs": [1], "seeds": [1, 2]}
+CONTENT["grid"] = [
+    {"name": "main", **BLOCK},
+    {"name": "ia3", **BLOCK, "methods": ["ia3"], "learning_rates": {"ia3": [2.0e-2]}, "seeds": [1]},
+    {"name": "prompts", **BLOCK, "methods": ["prompt_tuning"], "learning_rates": {"prompt_tuning": [2.0e-2]}, "seeds": [1]},
+    {"name": "safe", **BLOCK, "data": ["safety"]},
+]
+CONTENT["mitigations"] = {
+    "safe_lora": {"kind": "safe_lora", "blocks": ["main", "ia3"], "pair": "alignment", "select": "top", "values": [2, 4],
+                  "controls": ["same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise"]},
+    "subspace": {"kind": "safe_lora", "blocks": ["main"], "pair": "instruction", "operator": "subspace", "rank": 8, "values": [0.5], "controls": ["same modules zeroed", "random subspace"]},
+    "exact": {"kind": "safe_lora", "blocks": ["main"], "pair": "placebo", "operator": "exact", "values": [1.0]},
+    "zero": {"kind": "zero", "blocks": ["main"], "pair": "alignment", "select": "top", "values": [1]},
+    "rescale": {"kind": "rescale", "blocks": ["main", "ia3"], "values": [0.25, 0.75]},
+    "average": {"kind": "average", "blocks": ["main"], "values": [0.5], "snapshots": 2},
+    "resta": {"kind": "resta", "blocks": ["main"], "safety": "safe", "values": [0.5]},
+    "safe_merge": {"kind": "safe_merge", "blocks": ["main"], "safety": "safe", "pair": "alignment", "select": "top", "values": [2]},
+    "intruders": {"kind": "reduce_intruders", "blocks": ["main"], "values": [0.75]},
+    "template": {"kind": "template", "blocks": ["main", "prompts"], "system_prompt": "please be careful and help people ."},
+    "mixing": {"kind": "mixing", "blocks": ["main", "prompts"], "data": "safety", "values": [0.2]},
+    "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
+}  # fmt: skip
+CONTENT["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
+CONTENT["benchmarks"]["safety"].pop("samples")
+CONTENT["analyses"] = ["safety"]
+
+
+def changed(*path, value) -> dict:
+    """The content with another value at a path."""
+    content = copy.deepcopy(CONTENT)
+    part = content
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return content
+
+
+# ---- variants
+def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
+    study = Study(**CONTENT)
+    variants = {variant.run_id: variant for variant in study.variants}
+    assert len(variants) == len(study.variants)
+    repaired = [variant for variant in variants.values() if variant.mitigation]
+    main = [one for one in repaired if variants[one.parent_run_id].method == "lora"]
+    assert {one.mitigation for one in main} >= {"safe_lora 2", "safe_lora 4, same norm", "subspace 0.5, random subspace", "template", "mixing 0.2", "constrained"}
+    assert sum(one.repair["name"] == "safe_lora" for one in main) == 2 * 2 * 6  # seeds, values, itself and five controls
+    for one in repaired:
+        parent = variants[one.parent_run_id]
+        assert parent.mitigation is None
+        assert (parent.base_model, parent.method, parent.seed, parent.objective) == (one.base_model, one.method, one.seed, one.objective)
+        assert one.is_repaired == (MITIGATION_KINDS[one.repair["kind"]].when != "training")
+        assert json.loads(one.settings) == json.loads(parent.settings) | {"mitigation": one.repair}
+
+
+def test_a_parent_is_the_same_variant_with_and_without_mitigations():
+    plain = {key: value for key, value in CONTENT.items() if key not in ("mitigations", "analyses")}
+    without = [variant.run_id for variant in Study(**plain).variants]
+    assert without == [variant.run_id for variant in Study(**CONTENT).variants if not variant.mitigation]
+
+
+def test_a_stage_gets_what_it_makes():
+    study = Study(**CONTENT)
+    trained, repaired, every = (study.of_stage(stage, "tiny-llama") for stage in ("train", "mitigate", "respond"))
+    assert keys.stages(study) == ("train", "mitigate", "respond", "judge", "answer", "utility")
+    assert set(trained) | set(repaired) == set(every)
+    assert not set(trained) & set(repaired)
+    assert {one.repair["kind"] for one in trained if one.mitigation} == {"mixing", "constrained_sft"}
+    assert set(keys.analyses(study)) == {"safe_lora"}
+
+
+def test_a_safety_run_is_that_of_the_same_seed():
+    study = Study(**CONTENT)
+    variants = {variant.run_id: variant for variant in study.variants}
+    merged = [one for one in variants.values() if one.mitigation and one.repair["kind"] in ("resta", "safe_merge")]
+    assert len(merged) == 4
+    for one in merged:
+        safety = variants[one.repair["safety_run_id"]]
+        assert (safety.dataset, safety.seed, safety.method) == ("safety", one.seed, one.method)
+
+
+def test_another_checkpoint_of_a_pair_is_another_variant_and_another_key():
+    other = changed("bases", "tiny-llama", "pairs", "alignment", "unaligned", value={"source": "someone/else", "revision": "a" * 40})
+    before, after = Study(**CONTENT), Study(**other)
+    gone = {one.run_id for one in before.variants} - {one.run_id for one in after.variants}
+    assert gone == {one.run_id for one in before.variants if one.mitigation and one.repair.get("pair") == "alignment"}
+    stages = [stage for stage in keys.stages(before) if keys.settings(stage, before, "tiny-llama", str_of) != keys.settings(stage, after, "tiny-llama", str_of)]
+    assert stages == ["mitigate"]
+
+
+def str_of(source, study) -> str:
+    return source.source
+
+
+# ---- what is refused
+M = ("mitigations", "safe_lora")
+WRONG = {
+    "no such pair": ((*M, "pair"), "chat", ["'safe_lora'", "'chat'", "bases.tiny-llama", "pairs:"]),
+    "no such block": ((*M, "blocks"), ["man"], ["'man'", "main, ia3"]),
+    "a soft prompt": ((*M, "blocks"), ["prompts"], ["prompt_tuning", "no weight update", "template, mixing, constrained_sft"]),
+    "averaging of IA3": (("mitigations", "average", "blocks"), ["ia3"], ["weight averaging", "ia3", "lora"]),
+    "no pair": ((*M, "pair"), None, ["needs pair"]),
+    "no values": (("mitigations", "rescale"), {"kind": "rescale", "blocks": ["main"]}, ["needs values"]),
+    "half a module": ((*M, "values"), [1.5], ["1.5", "number of modules"]),
+    "a factor above one": (("mitigations", "rescale", "values"), [2.0], ["outside 0 to 1"]),
+    "a value twice": (("mitigations", "rescale", "values"), [0.5, 0.5], ["repeats"]),
+    "a value that is text": (("mitigations", "rescale", "values"), ["1e-1"], ["is text to YAML"]),
+    "a setting of another kind": (("mitigations", "rescale", "rank"), 4, ["rescale has no rank"]),
+    "a subspace without rank": (("mitigations", "subspace"), {"kind": "safe_lora", "blocks": ["main"], "pair": "alignment", "operator": "subspace", "values": [0.5]}, ["needs rank"]),
+    "a control of nothing": (("mitigations", "exact", "controls"), ["random subspace"], ["no meaning for the exact operator"]),
+    "an unknown control": ((*M, "controls"), ["placebo"], ["placebo", "'same norm'"]),
+    "no such safety block": (("mitigations", "resta", "safety"), "safer", ["'safer'"]),
+    "a safety block without the method": (("mitigations", "resta", "safety"), "ia3", ["no run of lora"]),
+    "no such data": (("mitigations", "mixing", "data"), "safe", ["data.safe"]),
+    "all of the data": (("mitigations", "mixing", "values"), [1.0], ["leaves nothing"]),
+    "constrained preferences": (("grid", 0, "objectives"), ["dpo"], ["by dpo"]),
+    "a comma": (("mitigations", "a, b"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["no comma"]),
+    "an unknown kind": ((*M, "kind"), "safelora", ["safelora", "'safe_lora'"]),
+    "an unknown analysis": (("analyses",), ["safelora"], ["safelora", "'safe_lora'"]),
+    "an analysis of nothing": (("mitigations",), {}, ["no mitigations"]),
+    "an unknown key": ((*M, "treshold"), 1, ["did you mean"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_said_in_one_sentence(case, tmp_path):
+    path, value, words = case
+    if case is WRONG["an unknown key"]:
+        words = ["unknown key"]
+    with pytest.raises(ValueError) as error:
+        load(write_study(tmp_path, changed(*path, value=value))).variants  # noqa: B018
+    said = one_sentence(error.value)
+    assert all(word in said for word in words), said
+
+
+# ---- the batch
+@pytest.fixture(scope="session")
+def mitigated(standins):
+    """The study of all kinds, run once through the real Snakefile."""
+    from conftest import Batch, locked
+
+    batch = Batch(OUTPUTS, CONTENT)
+    with locked("mitigated"):
+        record = OUTPUTS / "mitigated.first.json"
+        if not record.exists():
+            ended = batch.run()
+            write_json(record, {"code": ended.returncode, "out": ended.stdout, "err": ended.stderr})
+    batch.first = read_json(record)
+    return batch
+
+
+def test_every_kind_and_control_is_made_and_scored(mitigated):
+    assert mitigated.first["code"] == 0, mitigated.first["out"][-2000:] + mitigated.first["err"][-2000:]
+    study = mitigated.study()
+    runs = collecting.runs(study).set_index("run_id")
+    assert runs.status.eq("ok").all()
+    assert set(runs.index) == {variant.run_id for variant in study.variants}
+    for variant in study.variants:
+        scored = {path.name for path in mitigated.run_folder(variant).glob("*.done.json")}
+        assert scored == {f"{stage}.done.json" for stage in ("mitigate" if variant.is_repaired else "train", "respond", "judge", "answer", "utility")}
+
+
+def of(batch, label: str, method: str = "lora"):
+    """The variants of a mitigation, by their parents."""
+    return {one.parent_run_id: one for one in batch.study().variants if one.mitigation == label and one.method == method}
+
+
+def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(mitigated):
+    runs, modules = collecting.runs(mitigated.study()).set_index("run_id"), mitigated.tables()["modules"]
+    for parent, one in of(mitigated, "safe_lora 2").items():
+        assert runs.adapter_sha256[one.run_id] != runs.adapter_sha256[parent]
+        assert runs.trainer_arguments[one.run_id] == runs.trainer_arguments[parent]
+        own = modules[modules.run_id == one.run_id]
+        assert own.projected.sum() == 2
+        assert len(own) == 4
+        assert (own.share_kept[own.projected] < 1).all()
+    for parent, one in of(mitigated, "template").items():
+        assert runs.adapter_sha256[one.run_id] == runs.adapter_sha256[parent]
+    zeroed = of(mitigated, "safe_lora 4, same modules zeroed")
+    assert (runs.kl_base[[one.run_id for one in zeroed.values()]].abs() < 1e-6).all()  # all four modules: the base model again
+    assert runs.no_op[[one.run_id for one in zeroed.values()]].all()
+
+
+def test_controls_keep_what_they_say(mitigated):
+    modules = mitigated.tables()["modules"].set_index(["run_id", "module"])
+    for parent, treated in of(mitigated, "safe_lora 2").items():
+        kept = modules.share_kept[treated.run_id].astype(float)
+        for control in ("same norm", "noise"):
+            same = modules.share_kept[of(mitigated, f"safe_lora 2, {control}")[parent].run_id].astype(float)
+            assert same.to_numpy() == pytest.approx(kept.to_numpy(), rel=1e-4)
+        zeroed = modules.loc[of(mitigated, "safe_lora 2, same modules zeroed")[parent].run_id]
+        assert zeroed.projected.tolist() == modules.projected[treated.run_id].tolist()
+        assert modules.projected[of(mitigated, "safe_lora 2, random modules zeroed")[parent].run_id].sum() == 2
+
+
+def test_rescaling_moves_the_dose_between_the_base_and_the_parent(mitigated):
+    runs = collecting.runs(mitigated.study()).set_index("run_id")
+    for parent, quarter in of(mitigated, "rescale 0.25").items():
+        assert 0 < runs.kl_base[quarter.run_id] < runs.kl_base[of(mitigated, "rescale 0.75")[parent].run_id] < runs.kl_base[parent]
+
+
+def test_trained_mitigations_are_trained_otherwise(mitigated):
+    runs = collecting.runs(mitigated.study()).set_index("run_id")
+    for parent, mixed in of(mitigated, "mixing 0.2").items():
+        assert runs.n_examples[mixed.run_id] == runs.n_examples[parent] + 8  # 8 of 40 are a fifth
+    for parent, held in of(mitigated, "constrained").items():
+        assert runs.n_examples[held.run_id] == runs.n_examples[parent]
+        assert 0 < runs.kl_base[held.run_id] < runs.kl_base[parent]
+
+
+def test_a_second_run_makes_nothing_again_and_a_changed_parent_is_repaired_anew(mitigated):
+    before = mitigated.marks("mitigate")
+    assert mitigated.run().returncode == 0
+    assert mitigated.marks("mitigate") == before
+    parent, one = next(iter(of(mitigated, "rescale 0.25").items()))
+    path = mitigated.folder / "runs" / parent / "adapter" / "adapter_model.safetensors"
+    old = path.read_bytes()
+    try:
+        changed_bytes = bytearray(old)
+        changed_bytes[-1] ^= 1
+        path.write_bytes(bytes(changed_bytes))
+        assert mitigated.run("jobs/mitigate/tiny-llama.json").returncode == 0
+        after = mitigated.marks("mitigate")
+        children = {v.run_id for v in mitigated.study().variants if v.is_repaired and parent in (v.parent_run_id, v.repair.get("safety_run_id")) and v.repair["kind"] != "average"}
+        assert {run for run in after if after[run] != before[run]} >= children
+        assert one.run_id in children
+        assert {run for run in after if after[run] != before[run]} <= {v.run_id for v in mitigated.study().variants if v.parent_run_id == parent}
+    finally:
+        path.write_bytes(old)
+        mitigated.run()
+
+
+def test_spectra_of_every_pair_are_there(mitigated):
+    spectra = mitigated.tables()["spectra"]
+    assert set(spectra.pair) == {"alignment", "instruction", "placebo"}
+    assert spectra.groupby("pair").module.nunique().eq(4).all()
+    assert (spectra.groupby(["pair", "module"]).singular_value.apply(lambda s: (s**2).sum()) <= spectra.groupby(["pair", "module"]).norm_v.first() ** 2 * 1.001).all()
+    assert isinstance(spectra, pd.DataFrame)
