@@ -99,7 +99,7 @@ def style() -> None:
     plt.style.use(Path(__file__).with_name("workbook.mplstyle"))
 
 
-WHERE_MADE = ("drift", "modules", "spectra")  # tables that a study has where it looks while it trains, or repairs
+WHERE_MADE = ("drift", "modules", "spectra", "frontier")  # tables that a study has where it looks while it trains, or repairs
 
 
 def read(tables_folder: Path, note: str | None = None) -> dict:

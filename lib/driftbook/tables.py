@@ -370,6 +370,18 @@ SPECTRA = Table(
     },
 )
 
+FRONTIER = Table(
+    "frontier",
+    "a number of a repaired run, its parent or its base model",
+    ("run_id", "half", "outcome"),
+    {
+        "run_id": RUN_ID,
+        "half": _text("calibration or report half of the prompts, or all of them"),
+        "outcome": _text("what is measured, with its unit"),
+        "value": _real("the number"),
+    },
+)
+
 RATES = Table(
     "rates",
     "counts of a run in a category",
@@ -417,5 +429,5 @@ ESTIMATES = Table(
 )
 
 TABLES = {
-    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, MODULES, SPECTRA, ESTIMATES)
+    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, MODULES, SPECTRA, FRONTIER, ESTIMATES)
 }
