@@ -27,7 +27,7 @@ NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "ut
 
 # the library files that the analyses read: cheap steps are done again where one of them was edited
 STATISTICS = ("stats", "comparisons", "mixed", "marginal", "factors", "doses", "power", "tradeoffs", "labelling", "primary", "preregistration",
-              "bias", "letter_bias", "beside", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary")  # fmt: skip
+              "bias", "letter_bias", "beside", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary", "frontier", "figures_safe_lora")  # fmt: skip
 
 
 def notebook(name):

@@ -42,7 +42,7 @@ CONTENT["mitigations"] = {
 }  # fmt: skip
 CONTENT["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
 CONTENT["benchmarks"]["safety"].pop("samples")
-CONTENT["analyses"] = ["safety"]
+CONTENT["analyses"] = ["safe_lora"]
 
 
 def changed(*path, value) -> dict:

@@ -56,7 +56,7 @@ BOTH_LINES = "Thin line: 95% interval over seeds and prompts like these; thick l
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
-MODULES = tuple(f"driftbook.figures_{name}" for name in ("factors", "planning", "labels", "primary", "original", "peft"))  # the figures beside those of this module
+MODULES = tuple(f"driftbook.figures_{name}" for name in ("factors", "planning", "labels", "primary", "safe_lora", "original", "peft"))  # the figures beside those of this module
 
 
 def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawing]:

@@ -122,27 +122,33 @@ def _kept(found: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
     return own.assign(outcome=KEPT, value=share)[["run_id", "half", "outcome", "value"]]
 
 
+def _wide(points: pd.DataFrame, which: str) -> pd.DataFrame:
+    """Runs x the outcomes of a half that a level is chosen by, and what is kept."""
+    rows = points[points["half"].eq(which)]
+    return rows.pivot(index="run_id", columns="outcome", values="value").astype(float).reindex(columns=[*SPLIT, KEPT])
+
+
 # ---- how strong a repair is
 def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> pd.DataFrame:
     """The level of each repair on each base model, from the calibration half alone: of those that keep at least `keep` percent of the gain in the mean over seeds the one with the
     fewest unsafe answers, and of equal ones the one that keeps more; where none keeps as much, the one that keeps most, and `enough` is false.
 
-    Columns: base_model, name, value, unsafe, kept, enough. Controls take the level of what they control.
+    Columns: base_model, method, name, value, unsafe, kept, enough. Controls take the level of what they control.
     """
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
-    wide = points[points["half"].eq(CALIBRATION)].pivot(index="run_id", columns="outcome", values="value")
+    wide = _wide(points, CALIBRATION)
     wide = own.merge(wide[[stats.UNSAFE, KEPT]].rename(columns={stats.UNSAFE: "unsafe", KEPT: "kept"}), on="run_id")
-    mean = wide.groupby(["base_model", "name", "value"], sort=False, dropna=False)[["unsafe", "kept"]].mean().reset_index()
+    mean = wide.groupby(["base_model", "method", "name", "value"], sort=False, dropna=False)[["unsafe", "kept"]].mean().reset_index()
     mean["enough"] = mean["kept"].ge(keep)
     mean["first"] = np.where(mean["enough"], mean["unsafe"], np.inf)
     ordered = mean.sort_values(["enough", "first", "kept"], ascending=[False, True, False], kind="stable")
-    best = ordered.drop_duplicates(["base_model", "name"])
-    return mean.loc[best.index].sort_index()[["base_model", "name", "value", "unsafe", "kept", "enough"]].reset_index(drop=True)
+    best = ordered.drop_duplicates(["base_model", "method", "name"])
+    return mean.loc[best.index].sort_index()[["base_model", "method", "name", "value", "unsafe", "kept", "enough"]].reset_index(drop=True)
 
 
 def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """The runs of every repair and of its controls at the chosen level."""
-    alike = repaired.merge(levels[["base_model", "name", "value", "enough"]], on=["base_model", "name"], suffixes=("", "_chosen"))
+    alike = repaired.merge(levels[["base_model", "method", "name", "value", "enough"]], on=["base_model", "method", "name"], suffixes=("", "_chosen"))
     same = alike["value"].eq(alike["value_chosen"]) | (alike["value"].isna() & alike["value_chosen"].isna())
     return alike[same].drop(columns="value_chosen").reset_index(drop=True)
 
@@ -212,17 +218,18 @@ def beyond_rescaling(points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.Da
     The curve of a parent goes through the base model (no gain), its rescaled updates, and itself, in straight lines between them. t intervals over seeds of base models' means;
     where a gain lies outside the curve there is no difference. Holm's adjustment over repairs, for all base models and for each.
     """
-    wide = points[points["half"].eq(REPORT)].pivot(index="run_id", columns="outcome", values="value")
+    wide = _wide(points, REPORT)
     frame = at_chosen(repaired, levels).merge(wide, on="run_id")
     frame = frame[frame["control"].isna() & frame["kind"].ne("rescale") & ~frame["kind"].isin(["mixing", "constrained_sft"])]
     frame["excess"] = [_excess(row, repaired, wide) for _, row in frame.iterrows()]
     rows = []
-    for (base_model, name), part in [*frame.groupby(["base_model", "name"], sort=False), *((("all", name), part) for name, part in frame.groupby("name", sort=False))]:
+    each = frame.groupby(["base_model", "method", "name"], sort=False)
+    for (base_model, method, name), part in [*each, *((("all", *key), part) for key, part in frame.groupby(["method", "name"], sort=False))]:
         known = part.dropna(subset=["excess"])
         means = known.groupby("seed")["excess"].mean() if base_model == "all" else known.set_index("seed")["excess"]
         whole = means[known.groupby("seed").size().eq(part.groupby("seed").size()).reindex(means.index, fill_value=False)]
         rows.append({
-            **labels, "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "none", "base_model": base_model, "method": part["method"].iloc[0], "group": f"mitigation: {name}", "contrast": BEYOND,
+            **labels, "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "none", "base_model": base_model, "method": method, "group": f"mitigation: {name}", "contrast": BEYOND,
             "n_runs": len(known), "population": stats.THESE_PROMPTS, **_t(whole.to_numpy(float)),
             "how": f"t interval over seeds; {len(part) - len(known)} of {len(part)} runs keep a gain outside that of rescaling" if len(known) < len(part) else "t interval over seeds",
         })  # fmt: skip
@@ -272,7 +279,8 @@ def sentence(estimates: pd.DataFrame, name: str = "safe_lora") -> str:
     """What a repair did at its chosen level, over all base models, in one sentence."""
     own = estimates[estimates["group"].eq(f"mitigation: {name}") & estimates["base_model"].eq("all")]
     unsafe = own[own["outcome"].eq(stats.UNSAFE)].set_index("contrast")
-    if AGAINST_PARENT not in unsafe.index:
+    unsafe = unsafe[unsafe["method"].eq(unsafe["method"].iloc[0])] if len(unsafe) else unsafe
+    if AGAINST_PARENT not in unsafe.index or pd.isna(unsafe.loc[AGAINST_PARENT, "ci_low"]):
         return f"Nothing is known of {name} over all base models."
     row = unsafe.loc[AGAINST_PARENT]
     controls = unsafe[unsafe.index.str.startswith(MINUS.format(""))]
