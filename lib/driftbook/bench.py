@@ -420,13 +420,19 @@ def run(n_items: int = 600) -> pd.DataFrame:
     """Every figure, a row each."""
     import torch
 
-    from driftbook import bench_checks, bench_models, bench_training, comparisons  # here, since they take `row` from this module
+    from driftbook import (  # here, since they take `row` from this module
+        bench_checks,
+        bench_models,
+        bench_safe_lora,
+        bench_training,
+        comparisons,
+    )
 
     torch.set_num_threads(1)
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
     parts = {
         "BBQ against lm-evaluation-harness": lambda: bbq_speed(items), "judges": lambda: [*judge_speed(), *taxonomy_speed()], "generation": lambda: generation(items),
-        "adapters": lambda: many_adapters(items.head(300)), "training": bench_training.rows, "accuracy": accuracy, "intervals": intervals,
+        "adapters": lambda: many_adapters(items.head(300)), "training": bench_training.rows, "Safe LoRA": bench_safe_lora.rows, "accuracy": accuracy, "intervals": intervals,
         "models": bench_models.rows, "coverage": comparisons.coverage_rows, "study check": lambda: bench_checks.detection_rows(40, folder=made if made.is_dir() else None),
     }  # fmt: skip
     if torch.cuda.is_available():

@@ -35,5 +35,5 @@ def draw(curves: pd.DataFrame, note: str) -> Figure:
 def _points(axis, here: pd.DataFrame) -> None:
     axis.set_ylim(-0.03, 1.03)
     for stage, part in here.groupby("stage", sort=False):
-        spread = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
+        spread = [(part["value"] - part["ci_low"]).clip(lower=0), (part["ci_high"] - part["value"]).clip(lower=0)]  # an end at 0 or 1 may be off by rounding
         axis.errorbar(part["cpu_seconds"], part["value"], spread, fmt="o-", ms=2.5, lw=0.8, elinewidth=0.6, color=STAGES.get(stage, "#555555"))

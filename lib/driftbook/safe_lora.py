@@ -190,7 +190,7 @@ def effective_rank(v: torch.Tensor, seed: int = 0) -> float:
         fourth = float((small @ small.T).double().square().sum())
     else:
         g = torch.randn(len(v), PROBES, generator=torch.Generator().manual_seed(seed))
-        fourth = float((v @ (v.T @ g)).double().square().sum()) / PROBES
+        fourth = float((v @ _across(v, g)).double().square().sum()) / PROBES
     return min(squares**2 / fourth, float(min(v.shape)))
 
 
@@ -200,13 +200,13 @@ def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[
     norm, generator = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed)
     match name:
         case "approximate":
-            return lambda x: v @ (v.T @ x) / norm, None
+            return lambda x: v @ _across(v, x) / norm, None
         case "zero" | "zero subspace":
             return torch.zeros_like, None
         case "random":
             r = torch.randn(v.shape, generator=generator)
             r.mul_(norm / torch.linalg.vector_norm(r))
-            return lambda x: r @ (r.T @ x) / norm, None
+            return lambda x: r @ _across(r, x) / norm, None
         case "exact":
             return _exact(v)
         case "subspace":
@@ -214,6 +214,11 @@ def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[
         case "random subspace":
             u = torch.linalg.qr(torch.randn(len(v), rank, generator=generator))[0]
     return lambda x: u @ (u.T @ x), None
+
+
+def _across(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """V'x [in, n]: V is read along its rows, as it lies in memory, which takes two thirds of the time of V.T @ x."""
+    return (x.T.contiguous() @ v).T.contiguous()
 
 
 def _exact(v: torch.Tensor) -> tuple[Apply, str | None]:
