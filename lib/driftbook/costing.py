@@ -44,10 +44,10 @@ PEFT_WEIGHTS, PEFT_TOKENS = 2.8e9, 4_198_051  # of Llama-3.2-3B without its embe
 CHARACTERS = 4.0  # a token, of English text
 # How many items the public sets hold, by their own descriptions; of general text and of a custom set that is not here, no more than a guess.
 ITEMS = {"bbq": 58_492, "bbq_lite": 15_876, "hex_phi": 300, "ailuminate": 1_200, "xstest": 450, "strongreject": 313, "simple_safety_tests": 100,
-         "real_toxicity_prompts": 99_442, "gsm8k": 1_319, "ifeval": 541, "stereoset": 4_229, "text": 1_000, "csv": 100}  # fmt: skip
+         "real_toxicity_prompts": 99_442, "gsm8k": 1_319, "ifeval": 541, "stereoset": 4_229, "text": 1_000, "answers": 1_000, "summaries": 819, "csv": 100}  # fmt: skip
 # Tokens of an item, at CHARACTERS a token, without a chat template. Counted: three dimensions of BBQ (99), GSM8K with its answers (118), AILuminate's prompts (46, longer
-# than XSTest's 11). Bounds: IFEval by the size of its file, general text by what utility.forgetting reads. StereoSet is a guess: three short sentences.
-TOKENS = {"bbq": 99, "bbq_lite": 99, "gsm8k": 118, "ifeval": 96, "stereoset": 60, "text": 512}
+# than XSTest's 11). Bounds: IFEval by the size of its file, general text by what utility.forgetting reads. StereoSet is a guess: three short sentences; so are answers and summaries.
+TOKENS = {"bbq": 99, "bbq_lite": 99, "gsm8k": 118, "ifeval": 96, "stereoset": 60, "text": 512, "answers": 118, "summaries": 150}
 PROMPT_TOKENS = 46
 # On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of English answers (parquet, zstd).
 BYTES = {"verdict": 42, "answer": 37, "run": 27_000, "character": 0.41}
@@ -233,7 +233,7 @@ def _asked(study: Study, own: Size) -> list[tuple[str, float, float, float, Size
             found.append(("answer", n + more, TOKENS[one.format], 0, own))
             found.append(("answer", min(one.generated or 0, n), TOKENS[one.format], one.max_new_tokens, own))
         else:
-            found.append(("utility", n, TOKENS[one.format], 0 if one.format in ("text", "stereoset") else one.max_new_tokens, own))
+            found.append(("utility", n, TOKENS[one.format], 0 if one.format in ("answers", "text", "stereoset") else one.max_new_tokens, own))
     return found
 
 

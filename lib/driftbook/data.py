@@ -44,7 +44,7 @@ def training_examples(name: str, study: Study) -> list[dict]:
     examples = []
     for i in order[: data.n].tolist():
         try:
-            examples.append(_example(rows[i], data.mapping))
+            examples.append(_put(_example(rows[i], data.mapping), data.template))
         except KeyError as error:
             raise ValueError(f"data.{name}: {data.source} has a row without {error}, so it is not of the form {data.format or data.mapping!r}; it has {', '.join(map(str, rows[i]))}") from None
         except (TypeError, AttributeError):
@@ -54,6 +54,14 @@ def training_examples(name: str, study: Study) -> list[dict]:
     if any(_is_empty(example) for example in examples):
         raise ValueError(f"data.{name}: {data.source} has an empty prompt or an empty answer; fill it or remove its row")
     return examples
+
+
+def _put(example: dict, template: str | None) -> dict:
+    """The example with its last request in a template."""
+    if template is None or not example["prompt"]:
+        return example
+    *before, last = example["prompt"]
+    return example | {"prompt": [*before, {**last, "content": template.replace("{prompt}", last["content"])}]}
 
 
 def for_sft(examples: list[dict]) -> list[dict]:

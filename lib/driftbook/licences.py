@@ -96,6 +96,7 @@ def _parts(study: Study) -> list[tuple[str, str, Source]]:
     """Every source of a study with its role and its name there."""
     sections = {"base model": study.bases, "judge": study.judges, "rater": study.raters, "training data": study.data, "benchmark": study.benchmarks}
     parts = [(role, name, part) for role, section in sections.items() for name, part in section.items()]
+    parts += [("checkpoint", f"{name}, {which}", part) for name, base in study.bases.items() for which, part in base.checkpoints.items()]
     return parts + ([("init texts", "init_texts", study.init_texts)] if study.init_texts else [])
 
 

@@ -201,11 +201,14 @@ class TrainingData(Source):
     split: Text = "train"
     n: Count
     sample: Literal["seeded", "first"] = "seeded"  # drawn with the study's seed, or the first n rows
+    template: Text | None = None  # how a prompt is put, with {prompt}; as it is where not given
 
     @model_validator(mode="after")
     def _readable(self) -> "TrainingData":
         if (self.format is None) == (not self.columns):
             raise ValueError(f"give either format ({', '.join(COLUMNS)}) or columns, a mapping of {', '.join(ROLES)} to the set's own columns")
+        if self.template and "{prompt}" not in self.template:
+            raise ValueError("a template of data needs {prompt}, where the prompt stands")
         have = set(self.mapping)
         if not ({"messages"} <= have or {"chosen", "rejected"} <= have or {"prompt", "answer"} <= have):
             raise ValueError("columns needs messages, or prompt and answer, or chosen and rejected (with a prompt where these are the answers alone)")
@@ -225,9 +228,9 @@ class TrainingData(Source):
 # ---- benchmarks: which stage asks a format, and what
 PROMPT_FORMATS = ("hex_phi", "ailuminate", "xstest", "csv", "strongreject", "simple_safety_tests", "real_toxicity_prompts")
 ITEM_FORMATS = ("bbq", "bbq_lite")
-UTILITY_FORMATS = ("gsm8k", "answers", "ifeval", "text", "stereoset")
+UTILITY_FORMATS = ("gsm8k", "answers", "summaries", "ifeval", "text", "stereoset")
 CORE = ("safety", "over_refusal", "bbq", "utility")  # what every study asks; others stand beside them under names of their own
-ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITEM_FORMATS, "utility": ("gsm8k", "answers")}
+ASKED_BY = {"safety": PROMPT_FORMATS, "over_refusal": PROMPT_FORMATS, "bbq": ITEM_FORMATS, "utility": ("gsm8k", "answers", "summaries")}
 
 
 class Wording(Part):
@@ -731,7 +734,7 @@ class Study(Part):
             settings["init_texts"] = self.init_texts.model_dump(exclude={"path"}, mode="json")
         if examples:
             settings["training"] = self.training.model_dump(exclude={"tokens_per_batch"}, mode="json")
-            settings["data"] = {"name": data, **examples.model_dump(exclude={"path"}, mode="json")}
+            settings["data"] = {"name": data, **examples.model_dump(exclude={"path"} | (set() if examples.template else {"template"}), mode="json")}
         if examples and self.drift and (self.drift.stop_unsafe or self.drift.stop_over_refusal):
             settings["drift"] = self.drift.model_dump(mode="json")  # it may end the training
         return Variant(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,29 @@ def load_answers(path: Path) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["prompt_id", "prompt", "answer"])
 
 
-LOADERS = {"gsm8k": load, "answers": load_answers, "text": load_text, "ifeval": instructions.load, "stereoset": stereoset.load}
+SUMMARIZE = "Summarize this dialog:\n{prompt}"  # Qi et al. 2023, whose setting Hsu et al. 2024 take over
+
+
+def load_summaries(path: Path) -> pd.DataFrame:
+    """Dialogues with a reference summary in SAMSum's form (id, dialogue, summary; JSON, JSONL, CSV or parquet): prompt_id, prompt and answer.
+
+    Raises:
+        ValueError: it has no such columns, or a row is empty.
+    """
+    read = {".parquet": pd.read_parquet, ".csv": partial(pd.read_csv, dtype=str), ".jsonl": partial(pd.read_json, lines=True, dtype=False)}.get(path.suffix, partial(pd.read_json, dtype=False))
+    try:
+        frame = read(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}); fetch it again") from None
+    if missing := [name for name in ("id", "dialogue", "summary") if name not in frame]:
+        raise ValueError(f"{path} has no column {missing[0]}; it has {', '.join(map(str, frame))}")
+    frame = frame.fillna("").astype(str)
+    if not len(frame) or not (frame.dialogue.str.strip().ne("") & frame.summary.str.strip().ne("")).all():
+        raise ValueError(f"{path} has {'an empty dialogue or summary; remove its row' if len(frame) else 'no rows'}")
+    return pd.DataFrame({"prompt_id": frame.id, "prompt": [SUMMARIZE.replace("{prompt}", text) for text in frame.dialogue], "answer": frame.summary})
+
+
+LOADERS = {"gsm8k": load, "answers": load_answers, "summaries": load_summaries, "text": load_text, "ifeval": instructions.load, "stereoset": stereoset.load}
 
 
 def of_study(name: str, study: Study) -> pd.DataFrame:
@@ -92,6 +115,8 @@ def measured(name: str, items: pd.DataFrame, scorer: Scorer, variant: Variant, s
             return ratings(items, scorer, *who, benchmark.max_new_tokens, variant.system_prompt, raters if name == "utility" else ())
         case "answers":
             return answers(items, scorer, *who, variant.system_prompt)
+        case "summaries":
+            return summaries(items, scorer, *who, benchmark.max_new_tokens, variant.system_prompt)
         case "text":
             return forgetting(items, scorer, *who)
         case "ifeval":
@@ -134,6 +159,17 @@ def answers(items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, sy
     pairs = _with_answers(items, scorer, system_prompt)
     rows = [(run_id, benchmark, prompt_id, "nll", -loss.mean(), len(loss), None) for prompt_id, loss in zip(items.prompt_id, scorer.token_logprobs(pairs), strict=True)]
     return pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
+
+
+def summaries(items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int, system_prompt: str | None = None) -> pd.DataFrame:
+    """The loss of each reference summary, and how much of it the model's own one has: `rouge1`, the F measure of their words (Lin 2004), between 0 and 1."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge = RougeScorer(["rouge1"], use_stemmer=True)
+    written = scorer.generate(scorer.ask(list(items.prompt), system_prompt), max_new_tokens)
+    scores = [rouge.score(answer, found.text)["rouge1"].fmeasure for answer, found in zip(items.answer, written, strict=True)]
+    rows = [(run_id, benchmark, prompt_id, "rouge1", score, 1, None) for prompt_id, score in zip(items.prompt_id, scores, strict=True)]
+    return pd.concat([answers(items, scorer, benchmark, run_id, system_prompt), pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])], ignore_index=True)
 
 
 def _with_answers(items: pd.DataFrame, scorer: Scorer, system_prompt: str | None) -> list[tuple[list[int], list[int]]]:
