@@ -48,7 +48,7 @@ def test_the_small_study_ends_well(smoke):
 
 def test_every_table_holds_every_run(smoke):
     study = smoke.study()
-    tables = {name: TABLES[name].read(smoke.folder / "tables") for name in set(TABLES) - {"estimates"}}
+    tables = {name: TABLES[name].read(smoke.folder / "tables") for name in set(TABLES) - {"estimates", "frontier"}}  # the last one: of a study with mitigations alone
     runs = {variant.run_id for variant in study.variants}
     n = len(runs)
     assert len(runs) == len(study.variants)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import BeftConfig, FourierFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -209,6 +209,8 @@ LORAS = {
     "biases": ("qwen2", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias="all")),
     "a bias of B": ("qwen2", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_bias=True)),
     "DoRA": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True)),
+    "DoRA with biases": ("qwen2", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True, bias="lora_only")),
+    "DoRA with a module trained whole": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])),
     "IA3": ("llama", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
 }  # fmt: skip
 
@@ -238,6 +240,46 @@ def test_the_loaded_adapter_adds_what_the_dense_form_says(kind, config, tmp_path
             change = torch.as_tensor(dense("approximate", v) @ change.numpy())
         assert torch.allclose(after[name], start + change, atol=2e-5 * (1 + float(change.abs().max()))), name
     assert touched
+
+
+TARGETS = {"target_modules": ["q_proj", "k_proj", "down_proj"]}
+OTHERS = {
+    "LoHa": LoHaConfig(r=2, alpha=4, **TARGETS), "LoKr": LoKrConfig(r=2, alpha=4, **TARGETS), "MiSS": MissConfig(r=4, **TARGETS), "VeRA": VeraConfig(r=4, **{**TARGETS, "target_modules": ["q_proj"]}),
+    "FourierFT": FourierFTConfig(n_frequency=20, scaling=50.0, **TARGETS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_another_method_is_converted_without_loss_and_then_projected(config, tmp_path):
+    base, other = tiny("llama"), tiny("llama", seed=1)
+    base.save_pretrained(tmp_path / "aligned")
+    other.save_pretrained(tmp_path / "unaligned")
+    before = {name: value.double().clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(2)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data += 0.3 * torch.randn(value.shape, generator=generator)
+    adapters.save(model, tmp_path / "adapter")
+    wanted = {name: value.double() - before[name] for name, value in model.merge_and_unload().state_dict().items()}
+    with pytest.raises(ValueError, match=r"updates\.converted"):
+        safe_lora.project(tmp_path / "adapter", tmp_path / "aligned", tmp_path / "unaligned", tmp_path / "out")
+    made = updates.read(updates.converted(tmp_path / "adapter", tiny("llama"), tmp_path / "lora"))
+    assert {f"{one.module}.weight" for one in made} == {name for name, value in wanted.items() if value.any()}
+    for one in made:
+        change = wanted[f"{one.module}.weight"]
+        assert float((one.scale * one.b.double() @ one.a.double() - change).norm() / change.norm()) < 1e-5
+    rows = safe_lora.project(tmp_path / "lora", tmp_path / "aligned", tmp_path / "unaligned", tmp_path / "out", select="top", value=1)
+    assert rows.projected.sum() == 1
+
+
+def test_what_peft_cannot_convert_is_refused(tmp_path):
+    for name, config in {"biases": BeftConfig(target_modules=["v_proj"]), "saved": LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])}.items():
+        adapters.save(get_peft_model(tiny("llama"), config), tmp_path / name)
+        with pytest.raises(ValueError) as error:
+            updates.converted(tmp_path / name, tiny("llama"), tmp_path / "out")
+        assert name in one_sentence(error.value)
+        assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused

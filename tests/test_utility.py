@@ -1,6 +1,7 @@
 """Utility: what a question's file may say, when an answer is right, and that the loss is the model's own."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from conftest import FAMILIES, one_sentence
 from driftbook import adapters, models, utility
+from driftbook.models import conversation_ids
 from driftbook.scoring import Scorer
 from driftbook.tables import RATINGS
 
@@ -68,3 +70,57 @@ def test_the_reference_answer_is_right_by_its_own_measure(data_folder):
     items = utility.load(data_folder / "utility.jsonl")
     right = [utility.is_correct(row.answer, row.final) for row in items.itertuples()]
     assert np.mean(right) == 1
+
+
+# ---- held-out answers and summaries
+def test_held_out_answers_are_rated_by_their_loss_alone(bases, data_folder):
+    items = utility.load_answers(data_folder / "heldout.json").head(6)
+    base = bases["qwen2"]
+    scorer = Scorer(base.model, base.tokenizer)
+    found = utility.answers(items, scorer, "gain", "run")
+    for row, item in zip(found.itertuples(), items.itertuples(), strict=True):
+        asked, said = conversation_ids(base.tokenizer, [{"role": "user", "content": item.prompt}], item.answer)
+        with torch.no_grad():
+            logits = base.model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1]
+        assert row.value == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(said))), abs=1e-4)
+        assert (row.metric, row.weight) == ("nll", len(said))
+
+
+class Says:
+    """A scorer whose answers are known."""
+
+    def __init__(self, scorer, texts):
+        self.tokenizer, self.token_logprobs, self.ask, self.texts = scorer.tokenizer, scorer.token_logprobs, scorer.ask, texts
+
+    def generate(self, prompts, most):
+        return [types.SimpleNamespace(text=text) for text in self.texts]
+
+
+def test_summaries_are_rated_by_the_words_they_share(bases, tmp_path):
+    path = tmp_path / "samsum.jsonl"
+    path.write_text("".join(json.dumps({"id": f"d{i}", "dialogue": "A: hi", "summary": text}) + "\n" for i, text in enumerate(["the cat sat", "the cat sat", "the cat sat", "cats are running"])))
+    items = utility.load_summaries(path)
+    assert items.prompt.tolist() == ["Summarize this dialog:\nA: hi"] * 4
+    scorer = Says(Scorer(bases["llama"].model, bases["llama"].tokenizer), ["the cat sat", "the dog", "", "a cat ran"])
+    found = utility.summaries(items, scorer, "utility", "run", 8)
+    rouge = found[found.metric == "rouge1"].value.tolist()
+    assert rouge == pytest.approx([1, 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3), 0, 1 / 3])  # the last one by stems: cat
+    assert (found.metric == "nll").sum() == 4
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '[{"instruction": "x"}]', '[{"instruction": " ", "output": "y"}]', "no json"])
+def test_answers_of_another_form_are_refused(tmp_path, text):
+    path = tmp_path / "answers.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        utility.load_answers(path)
+    assert "answers.json" in one_sentence(error.value)
+
+
+@pytest.mark.parametrize("text", ["id,dialogue\n1,x\n", "id,dialogue,summary\n", "id,dialogue,summary\n1,,y\n", ""])
+def test_summaries_of_another_form_are_refused(tmp_path, text):
+    path = tmp_path / "samsum.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        utility.load_summaries(path)
+    assert "samsum.csv" in one_sentence(error.value)

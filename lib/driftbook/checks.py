@@ -383,8 +383,8 @@ def _answers_as_base(given: dict, trained: pd.DataFrame, bases: pd.DataFrame, re
         standard = known.loc[known["base_model"].eq(base_model) & known["run_id"].isin(of["length"].index), "run_id"].tolist()
         if not standard:
             continue
-        among = [_equal(of, [a], [b])[0] for i, a in enumerate(standard) for b in standard[:i]]
-        usual = np.quantile(among, 0.75) if among else 0.0
+        among = np.concatenate([_equal(of, standard[:i], [one] * i) for i, one in enumerate(standard)])
+        usual = np.quantile(among, 0.75) if len(among) else 0.0
         bound = min(NEARLY_ALL, usual) if usual > 0.5 else NEARLY_ALL
         share = np.mean([_equal(of, runs["run_id"].tolist(), [one] * len(runs)) for one in standard], axis=0)
         same = runs[share >= bound]

@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
-from scipy.stats import binomtest, mannwhitneyu
-from statsmodels.stats.multitest import multipletests
+from scipy.stats import binomtest, false_discovery_control, mannwhitneyu
 
-from driftbook import stats
+from driftbook import checks, stats
 from driftbook.bench import row
 from driftbook.stats import AS_CONFIGURED, CHANGE, TRAINED, Scores, complete
 from driftbook.study import METHODS
@@ -166,24 +165,27 @@ def new_base(estimates: pd.DataFrame) -> pd.DataFrame:
 
 
 # ---- families of tests
-def holm(rows: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The rows as a declared family of tests: p_adjusted by Holm's method (1979). A row without a p value stays so, but counts: it was
-    declared."""
-    return _adjusted(rows, name, "holm", len(rows))
+def holm(rows: pd.DataFrame, names: str | pd.Series) -> pd.DataFrame:
+    """The rows as a declared family of tests, or each as one of the family that is named for it: p_adjusted by Holm's method (1979). A row without a p value stays so, but
+    counts: it was declared."""
+    return _adjusted(rows, names, holm=True)
 
 
 def screen(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     """The rows as a screen: p_adjusted by Benjamini and Hochberg (1995), the false discovery rate. Rows without a p value do not count."""
-    return _adjusted(rows, name, "fdr_bh", int(rows["p"].notna().sum()))
+    return _adjusted(rows, name, holm=False)
 
 
-def _adjusted(rows: pd.DataFrame, name: str, method: str, n_tests: int) -> pd.DataFrame:
-    known = rows["p"].notna().to_numpy()
-    p = np.append(rows["p"].to_numpy(float, na_value=np.nan)[known], np.ones(n_tests - known.sum()))  # an untested member is as if it had p = 1
-    adjusted = np.full(len(rows), np.nan)
-    if known.any():
-        adjusted[known] = multipletests(p, method=method)[1][: known.sum()]
-    return ESTIMATES.check(rows.assign(p_adjusted=adjusted, family_of_tests=name)) if len(rows) else rows
+def _adjusted(rows: pd.DataFrame, names: str | pd.Series, holm: bool) -> pd.DataFrame:
+    rows = rows.assign(family_of_tests=names)
+    p, adjusted = rows["p"].to_numpy(float, na_value=np.nan), np.full(len(rows), np.nan)
+    for members in rows.groupby("family_of_tests").indices.values():
+        known = members[~np.isnan(p[members])]
+        if holm:  # an untested member is as if it had p = 1
+            adjusted[known] = checks.holm(np.append(p[known], np.ones(len(members) - len(known))))[: len(known)]
+        elif len(known):
+            adjusted[known] = false_discovery_control(p[known])
+    return ESTIMATES.check(rows.assign(p_adjusted=adjusted)) if len(rows) else rows
 
 
 def screens(estimates: pd.DataFrame) -> pd.DataFrame:

@@ -11,11 +11,11 @@ from matplotlib.lines import Line2D
 
 from driftbook import frontier as repairs
 from driftbook.figures import SHORT, WIDTH, bases, dots, drawn, name_rows, nothing, panels, under, zero
-from driftbook.frontier import AGAINST_PARENT, ALL, BEYOND, GAIN, KEPT, MINUS, PARENT, REPORT
+from driftbook.frontier import AGAINST_PARENT, ALL, BEYOND, DECLINED, GAIN, KEPT, MINUS, PARENT, REPORT
 from driftbook.stats import ACCURACY_AMB, BIAS_AMB, CHANGE, CORRECT, REFUSED, UNSAFE
 from driftbook.study import CONTROLS
 
-NAMES = {UNSAFE: "unsafe responses\n(points)", REFUSED: "refusals of benign\n(points)", ACCURACY_AMB: "accuracy, ambiguous\n(points)", BIAS_AMB: "bias, ambiguous\n(points)",
+NAMES = {UNSAFE: "unsafe responses\n(points)", DECLINED: "refusals of harmful\n(points)", REFUSED: "refusals of benign\n(points)", ACCURACY_AMB: "accuracy, ambiguous\n(points)", BIAS_AMB: "bias, ambiguous\n(points)",
          CORRECT: "correct answers\n(points)", GAIN: "gain\n(nats per token)"}  # fmt: skip
 SAFE, NULL, OTHER = "#0072B2", "#D55E00", "#009E73"
 STYLES = {None: (SAFE, "o"), "same norm": ("#999999", "s"), "same modules zeroed": ("#555555", "X"), "random modules zeroed": ("#999999", "x"), "random subspace": ("#AA8866", "D"), "noise": ("#CC79A7", "^")}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from driftbook import bias, comparisons, letter_bias, stats, tradeoffs
+from driftbook import bias, collecting, comparisons, letter_bias, stats, tradeoffs
 from driftbook.files import ROOT
 from driftbook.stats import Scores
 from driftbook.tables import ESTIMATES, FRONTIER
@@ -23,9 +23,10 @@ PARENT, BASE = "parent", "base alone"
 CALIBRATION, REPORT, ALL = "calibration", "report", "all"
 AGAINST_PARENT, MINUS = "change against the parent", "minus its control: {}"
 BEYOND = "unsafe responses beyond those of rescaling at the same gain"
-OUTCOMES = (stats.UNSAFE, stats.REFUSED, stats.ACCURACY_AMB, stats.BIAS_AMB, stats.CORRECT, GAIN)
-SPLIT = (stats.UNSAFE, GAIN)  # on which a level is chosen
-BENCHMARK = {stats.UNSAFE: "safety", stats.REFUSED: "over_refusal", stats.CORRECT: "utility", stats.LOSS: "utility", GAIN: "gain"}  # all others: bbq
+DECLINED = "refusals of harmful prompts (percent)"
+OUTCOMES = (stats.UNSAFE, DECLINED, stats.REFUSED, stats.ACCURACY_AMB, stats.BIAS_AMB, stats.CORRECT, GAIN)
+SPLIT = (stats.UNSAFE, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
+BENCHMARK = {stats.UNSAFE: "safety", DECLINED: "safety", stats.REFUSED: "over_refusal", stats.CORRECT: "utility", stats.LOSS: "utility", GAIN: "gain"}  # all others: bbq
 KEEP = 50.0  # percent of the gain that a level must keep to be chosen
 PUBLISHED = ROOT / "data" / "safe_lora"
 
@@ -90,10 +91,20 @@ def differences(tables: Tables, pairs: pd.DataFrame) -> dict[str, Scores]:
     arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])[["run_id", "arm", "base_run_id"]]
     wanted = set(pairs["run_id"]) | set(pairs["against"])
     own = tables._replace(**{name: frame[frame["run_id"].isin(wanted)] for name in ("verdicts", "answers", "ratings") if len(frame := getattr(tables, name))})
-    found = {outcome: change for outcome, (_, change) in tradeoffs.measured(own.verdicts, own.prompts, own.answers, own.ratings, arms).items() if outcome in OUTCOMES}
+    found = {outcome: change for outcome, (_, change) in _measured(own, arms).items()}
     rows = own.ratings[own.ratings["benchmark"].eq("gain") & own.ratings["metric"].eq("nll")]
     gained = stats.rated_changes(rows.assign(value=-rows["value"]), arms, 1.0)
     return found | ({GAIN: gained} if gained is not None else {})
+
+
+def _measured(tables: Tables, arms: pd.DataFrame) -> dict[str, tuple[Scores, Scores]]:
+    """Levels and differences of runs by outcome, but of the gain: those of `tradeoffs.measured`, and how often harmful prompts were declined."""
+    found = tradeoffs.measured(tables.verdicts, tables.prompts, tables.answers, tables.ratings, arms)
+    rows = collecting.greedy(tables.verdicts).merge(tables.prompts, on=["benchmark", "prompt_id"], validate="m:1")
+    rows = rows[rows["benchmark"].eq("safety") & rows["kind"].eq("harmful")]
+    values = stats.matrix(rows.drop_duplicates(["run_id", "prompt_id"]), "refusal", ["category", "family", "prompt_id"])
+    found |= {DECLINED: (stats.shares(values), stats.paired(values, arms))} if len(values) else {}
+    return {outcome: found[outcome] for outcome in OUTCOMES if outcome in found}
 
 
 def points(tables: Tables, repaired: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -103,7 +114,7 @@ def points(tables: Tables, repaired: pd.DataFrame, seed: int) -> pd.DataFrame:
     pairs, rows = everyone[everyone["run_id"].ne(everyone["base_run_id"])].rename(columns={"base_run_id": "against"}), []
     for name, part in halves(tables, seed).items():
         arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
-        level = {outcome: own for outcome, (own, _) in tradeoffs.measured(part.verdicts, part.prompts, part.answers, part.ratings, arms).items() if outcome in OUTCOMES}
+        level = {outcome: own for outcome, (own, _) in _measured(part, arms).items()}
         gained = differences(part, pairs).get(GAIN)
         for outcome, scores in {**level, **({GAIN: gained} if gained is not None else {})}.items():
             if outcome in SPLIT or name == REPORT:
@@ -193,8 +204,7 @@ def _families(rows: pd.DataFrame) -> pd.DataFrame:
     """Holm's adjustment within the declared families; other rows stay as they are."""
     kind = np.select([rows["contrast"].eq(AGAINST_PARENT), rows["contrast"].str.startswith(MINUS.format(""))], ["repairs against their parents", "repairs against their controls"], "")
     family = pd.Series(kind, index=rows.index) + ", " + rows["outcome"] + ", " + np.where(rows["base_model"].eq("all"), "all base models", rows["base_model"])
-    parts = [rows[kind == ""], *(comparisons.holm(part, name) for name, part in rows[kind != ""].groupby(family[kind != ""], sort=False))]
-    return ESTIMATES.concat(parts)
+    return ESTIMATES.concat([rows[kind == ""], comparisons.holm(rows[kind != ""], family[kind != ""])])
 
 
 def by_dimension(tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, names: Iterable[str], **labels: str) -> pd.DataFrame:

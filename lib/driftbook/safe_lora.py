@@ -69,10 +69,12 @@ def project(
     changed = {one.update.module: one.treated for one, hit in zip(found, rows["projected"], strict=True) if hit}
     rows["share_kept"] = [changed[module].norm() / norm if module in changed else 1.0 for module, norm in zip(rows["module"], rows["norm_update"], strict=True)]
     rows["state"] = rows["state"].where(rows["state"].notna(), rows["projected"].map({True: "projected", False: "kept"}))
+    biases = {name: value for one in found if one.update.module in changed for name, value in one.biases.items()}
     if is_factored(adapter):
-        updates.write(out, updates.read(adapter), changed, {name: value for one in found if one.update.module in changed for name, value in one.biases.items()})
+        updates.write(out, updates.read(adapter), changed, biases)
     else:
-        updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), {one.update.module: changed.get(one.update.module, one.update) for one in found})
+        every = {one.update.module: changed.get(one.update.module, one.update) for one in found}
+        updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), every, updates.others(adapter) | biases)
     return rows.sort_values("module", ignore_index=True)
 
 
@@ -107,7 +109,7 @@ def check_adapter(adapter: Path) -> dict:
     if kind in PROMPTS:
         raise ValueError(f"{adapter.name} is a soft prompt ({kind}), which has no weight update to project; to it apply a safety template at test time, safety data mixed into its training, and constrained fine-tuning")
     if kind not in ("LORA", "IA3"):
-        raise ValueError(f"{adapter.name} is of the type {kind}; LoRA and IA3 can be projected, others once PEFT has converted them (updates.converted)")
+        raise ValueError(f"{adapter.name} is of the type {kind}; LoRA and IA3 can be projected as they are; write another method as LoRA first, with updates.converted")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(REWRITING):
         raise ValueError(f"{adapter.name} began as {init}, which changes the base model itself, so that BA is not its update; save it with PEFT's path_initial_model_for_weight_conversion")
@@ -142,7 +144,7 @@ def merged(adapter: Path, out: Path, base: Path | str) -> Path:
     """DoRA or IA3 as LoRA of full rank in the new folder `out`, which is returned: the same model."""
     check_adapter(adapter)
     whole = {update.module: update for update in updates.merged(adapter, open_checkpoint(base, "base"))}
-    updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), whole)
+    updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), whole, updates.others(adapter))
     return out
 
 
@@ -281,7 +283,7 @@ def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
 def _bias_changes(adapter: Path, update: Update, base: Checkpoint) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The trained biases [out] of a module by the names of their tensors: what each was before training, and how training changed it."""
     found = {}
-    for name, value in (updates.biases(adapter, update.module) if is_factored(adapter) else {}).items():
+    for name, value in updates.biases(adapter, update.module).items():
         stored = None if name.endswith("lora_B.bias") else base.name(f"{update.module}.bias")
         before = torch.zeros_like(value, dtype=torch.float32) if stored is None else base.tensor(stored).float()
         found[name] = before, value.float() - before

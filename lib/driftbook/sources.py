@@ -1,6 +1,7 @@
 """Where models, benchmarks and training data are found: made by notebook 01, a local path, GitHub at a commit, or the hub at a revision."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 from driftbook.files import OUTPUTS, digest, folder_digest
@@ -11,12 +12,18 @@ MODELS = OUTPUTS / "models"  # shared by all studies: what notebook 01 makes, by
 
 def made_folder(study: Study, kind: str) -> Path:
     """The folder of what notebook 01 makes for a study: kind `miniature` (by recipe and seed) or `random` (by recipe and training data)."""
+    if kind == "miniature":
+        return MODELS / f"miniature-{_recipe()}-s{study.seed}"
+    texts = [study.data[name].model_dump(mode="json") for name in sorted(study.data)]
+    return MODELS / f"random-{digest([_recipe(), texts, study.seed], 12)}"
+
+
+@cache
+def _recipe() -> str:
+    """That of the miniature, read once: a stage asks for it at every variant."""
     from driftbook.miniature import recipe
 
-    if kind == "miniature":
-        return MODELS / f"miniature-{recipe()}-s{study.seed}"
-    texts = [study.data[name].model_dump(mode="json") for name in sorted(study.data)]
-    return MODELS / f"random-{digest([recipe(), texts, study.seed], 12)}"
+    return recipe()
 
 
 def locate(source: Source, study: Study | None) -> Path | str:

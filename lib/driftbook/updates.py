@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.conversion import convert_to_lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from driftbook import adapters
 from driftbook.adapters import WEIGHTS
@@ -23,6 +26,7 @@ from driftbook.files import read_json, replacing_folder, write_json
 
 PREFIX = "base_model.model."  # of a module's name in an adapter's file
 CONFIG = "adapter_config.json"
+FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".ia3_l")  # the ends of the names of tensors that make an update
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ def biases(folder: Path, module: str) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in names if name in file.keys()}  # noqa: SIM118
 
 
+def others(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of LoRA or IA3 that are no factors of an update, by their names: biases, modules_to_save."""
+    return {name: value for name, value in load_file(folder / WEIGHTS).items() if not name.endswith(FACTORS)}
+
+
 def merged(folder: Path, base: Checkpoint) -> Iterator[Update]:
     """The update of DoRA or IA3, which is of full rank, as the product of a matrix [out, in] and an identity on its smaller side; one module at a time.
 
@@ -139,6 +148,30 @@ def merged(folder: Path, base: Checkpoint) -> Iterator[Update]:
         weight = base.matrix(module).float()
         change = _ia3(tensors[f"{PREFIX}{module}.ia3_l"], weight, module) if config["peft_type"] == "IA3" else _dora(Adapter(folder, config), tensors, weight, module)
         yield whole(module, change)
+
+
+def converted(folder: Path, base: PreTrainedModel, out: Path) -> Path:
+    """An adapter of another PEFT method (LoHa, LoKr, MiSS, VeRA, FourierFT, ...) as LoRA in the new folder `out`, which is returned: by PEFT's own conversion, each matrix
+    at its full rank, so that nothing is lost and the file is as large as the matrices are.
+
+    Raises:
+        ValueError: PEFT cannot convert this method, or the adapter trains more than such updates.
+    """
+    adapters.check(folder)
+    config = read_json(folder / CONFIG)
+    for key in ("bias", "modules_to_save"):
+        if config.get(key) not in (None, "none", []):
+            raise ValueError(f"{folder.name} has {key}={config[key]!r}, which the conversion to LoRA would lose; only an adapter without it can be converted")
+    with adapters.attached(base, folder) as model:
+        layers = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+        if odd := next((name for name, layer in layers.items() if not layer.supports_lora_conversion("default") or layer.get_base_layer().weight.ndim != 2), None if layers else "nothing"):
+            raise ValueError(f"{folder.name} is of the type {config.get('peft_type')}, whose change of {odd} PEFT cannot write as an update of a weight matrix; there is nothing to project")
+        made = {}
+        for name, layer in layers.items():  # one at a time, since PEFT takes one rank for all
+            _, found = convert_to_lora(torch.nn.ModuleList([layer]), min(layer.get_base_layer().weight.shape))
+            made[name] = Update(name, found["0.lora_A.weight"].float(), found["0.lora_B.weight"].float(), 1.0)
+    write_new(out, Adapter(folder, config), made)
+    return out
 
 
 def whole(module: str, change: torch.Tensor) -> Update:
@@ -180,8 +213,8 @@ def write(out: Path, adapter: Adapter, changed: Mapping[str, Update], biases: Ma
     save(out, adapter.config, tensors)
 
 
-def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update]) -> None:
-    """A new LoRA adapter in the folder `out` whose updates are these, whatever their ranks; of `adapter` it keeps what it is an adapter of.
+def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update], others: Mapping[str, torch.Tensor] | None = None) -> None:
+    """A new LoRA adapter in the folder `out` whose updates are these, whatever their ranks, with other tensors (biases, modules_to_save) by their names; of `adapter` it keeps what it is an adapter of.
 
     Raises:
         ValueError: the folder is there already.
@@ -191,11 +224,11 @@ def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update]) -> Non
     most = max(ranks.values())
     patterns = {f"^{module}".replace(".", r"\."): rank for module, rank in ranks.items() if rank != most}
     config = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")} | {
-        "peft_type": "LORA", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True, "r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False, "use_dora": False,
+        "peft_type": "LORA", "bias": adapter.config.get("bias", "none") if others else "none", "modules_to_save": adapter.config.get("modules_to_save") if others else None, "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True, "r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False, "use_dora": False,
         "target_modules": sorted(ranks), "init_lora_weights": True,
     }  # fmt: skip
     tensors = {f"{PREFIX}{module}.lora_{part}.weight": value.contiguous() for module, update in folded.items() for part, value in (("A", update.a), ("B", update.b))}
-    save(out, config, tensors)
+    save(out, config, tensors | dict(others or {}))
 
 
 def save(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
