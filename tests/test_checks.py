@@ -1,6 +1,7 @@
 """The study check: its formulae against scipy, statsmodels and slow versions; the flaws of the original study; planted flaws; bad input."""
 
 import importlib.util
+import json
 import re
 
 import numpy as np
@@ -214,6 +215,25 @@ def test_echoes_are_counted_and_never_shown(clean):
 
 
 # ---- bad input
+def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
+    before = checks.study(clean)
+    assert not (before.finding == "undone").any()
+    lora = clean["variants"][clean["variants"].method == "lora"]
+    base = clean["variants"][clean["variants"].method == "none"].drop_duplicates("base_model").set_index("base_model").run_id
+    new = {run_id: f"{run_id}.zero" for run_id in lora.run_id}
+    settings = json.dumps({"mitigation": {"kind": "zero", "name": "zero", "value": 4}})
+    added = {
+        "variants": lora.assign(run_id=lora.run_id.map(new), mitigation="zero 4", settings=settings),
+        "runs": clean["runs"][clean["runs"].run_id.isin(new)].assign(run_id=lambda rows: rows.run_id.map(new), no_op=True),
+    }
+    answers = clean["verdicts"].set_index("run_id")
+    added["verdicts"] = pd.concat([answers.loc[[base[row.base_model]]].reset_index().assign(run_id=new[row.run_id]) for row in lora.itertuples()])
+    after = checks.study({**clean, **{name: pd.concat([clean[name], frame], ignore_index=True) for name, frame in added.items()}})
+    (undone,) = after[after.finding == "undone"].sentence
+    assert f"{len(new)} of {len(new)} (zero 4: {len(new)})" in undone
+    pd.testing.assert_frame_equal(after[after.finding != "undone"].reset_index(drop=True), before)
+
+
 def test_without_variants_there_is_nothing_to_check():
     with pytest.raises(ValueError, match="variants"):
         checks.study({})

@@ -10,6 +10,7 @@ pairs of runs of that base model that agree at least as nearly on that prompt (f
 J. Am. Stat. Assoc. 64:1183). A canned refusal that all runs give surprises nobody; an equal long answer does.
 """
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import pearsonr, rankdata
 from scipy.stats import t as t_distribution
 
+from driftbook.study import MITIGATION_KINDS
 from driftbook.tables import TABLES
 
 ALPHA = 0.05
@@ -73,7 +75,10 @@ def alarms(findings: pd.DataFrame) -> pd.DataFrame:
 
 # ---- what the checks read
 def _arranged(tables: dict[str, pd.DataFrame]) -> dict:
-    """The tables without repeated rows; `runs` joined to their variants, with their setting; `answers_of`: each outcome as runs x prompts."""
+    """The tables without repeated rows; `runs` joined to their variants, with their setting; `answers_of`: each outcome as runs x prompts.
+
+    A repaired run was not trained, so that it is no repetition, no no-op and no copy: it is among `planned`, and not among those that `ran`.
+    """
     repeated = {name: int(frame.duplicated(_key(name, frame)).sum()) for name, frame in tables.items() if _key(name, frame)}
     frames = {name: frame.drop_duplicates(_key(name, frame)) if repeated.get(name) else frame for name, frame in tables.items()}
     planned = settled(frames["variants"])
@@ -83,8 +88,18 @@ def _arranged(tables: dict[str, pd.DataFrame]) -> dict:
         planned = planned.merge(recorded, on="run_id", how="left")
     status = planned["status"] if "status" in planned else pd.Series("ok", planned.index)
     planned["status"] = status.fillna("never ran").astype(object)
-    return {**frames, "planned": planned, "ran": planned[planned["status"].eq("ok")].reset_index(drop=True), "repeated": repeated,
+    planned["repaired"] = [_is_repaired(settings) for settings in planned["settings"]] if "settings" in planned else False
+    return {**frames, "planned": planned, "ran": planned[planned["status"].eq("ok") & ~planned["repaired"]].reset_index(drop=True), "repeated": repeated,
             "answers_of": answers_of(frames.get("verdicts"), frames.get("prompts"))}  # fmt: skip
+
+
+def _is_repaired(settings: str) -> bool:
+    """Whether a variant was made from a trained one, by what its settings say of its mitigation."""
+    try:
+        kind = (json.loads(settings).get("mitigation") or {}).get("kind")
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return kind in MITIGATION_KINDS and MITIGATION_KINDS[kind].when != "training"
 
 
 def _key(name: str, frame: pd.DataFrame) -> list[str]:
@@ -742,6 +757,16 @@ def _shifted(given: dict) -> Iterator[dict]:
 
 
 # ---- 6 what the data cannot say
+def repaired(given: dict) -> Iterator[dict]:
+    """Repairs that took away all of the fine-tuning."""
+    runs = given["planned"][given["planned"]["repaired"] & given["planned"]["status"].eq("ok")]
+    whole = runs[_numbers(runs["no_op"]) == 1] if "no_op" in runs else runs[:0]
+    if len(whole):
+        names = whole["mitigation"].value_counts()
+        yield _row("undone", "note", whole["run_id"], f"repaired runs that are the base model again, nothing of the fine-tuning being left: {len(whole)} of {len(runs)} "
+                   f"({_named([f'{name}: {n}' for name, n in names.items()], 6)}). They answer as safely as it does, and have lost what was gained.")  # fmt: skip
+
+
 def design(given: dict) -> Iterator[dict]:
     """Repeated rows, runs that failed or were never judged, one repetition, one base model, cells of the grid that nobody ran."""
     for name, n in given["repeated"].items():
@@ -755,7 +780,8 @@ def design(given: dict) -> Iterator[dict]:
                    + (f"Settings without any run left: {whole['setting'].nunique()}. What is left may be selected on the outcome: say so beside every mean of {method}."
                       if len(whole) else "Their settings have other runs left."))  # fmt: skip
     if of:
-        unjudged = ran.loc[~ran["run_id"].isin(of["asked"].index), "run_id"]
+        ended = planned.loc[planned["status"].eq("ok"), "run_id"]
+        unjudged = ended[~ended.isin(of["asked"].index)]
         if len(unjudged):
             yield _row("not_judged", "warning", unjudged, f"runs that ended well and have no verdict: {len(unjudged)} ({_named(unjudged)}). Run the judge's notebook for them.")
     trained = ran[ran["method"].ne("none")]
@@ -844,4 +870,4 @@ def base_scored_once(given: dict) -> Iterator[dict]:
             yield _row("base_scored_once" if n else "base_not_scored", "note", names, f"base models {said}: {len(names)} ({_named(names)}). Score the base model in each round.")
 
 
-CHECKS = (recorded_settings, rates_from_answers, no_ops, one_seed, drift, echo, design, scored, extremes, base_scored_once)
+CHECKS = (recorded_settings, rates_from_answers, no_ops, repaired, one_seed, drift, echo, design, scored, extremes, base_scored_once)

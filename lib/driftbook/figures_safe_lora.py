@@ -15,11 +15,12 @@ from driftbook.frontier import AGAINST_PARENT, ALL, BEYOND, DECLINED, GAIN, KEPT
 from driftbook.stats import ACCURACY_AMB, BIAS_AMB, CHANGE, CORRECT, REFUSED, UNSAFE
 from driftbook.study import CONTROLS
 
-NAMES = {UNSAFE: "unsafe responses\n(points)", DECLINED: "refusals of harmful\n(points)", REFUSED: "refusals of benign\n(points)", ACCURACY_AMB: "accuracy, ambiguous\n(points)", BIAS_AMB: "bias, ambiguous\n(points)",
-         CORRECT: "correct answers\n(points)", GAIN: "gain\n(nats per token)"}  # fmt: skip
+NAMES = {UNSAFE: "unsafe responses\n(points)", DECLINED: "refusals of harmful\n(points)", REFUSED: "refusals of benign\n(points)", GAIN: "gain of fine-tuning\n(nats per token)", ACCURACY_AMB: "accuracy, ambiguous\n(points)",
+         BIAS_AMB: "bias, ambiguous\n(points)", CORRECT: "correct answers\n(points)"}  # fmt: skip
 SAFE, NULL, OTHER = "#0072B2", "#D55E00", "#009E73"
 STYLES = {None: (SAFE, "o"), "same norm": ("#999999", "s"), "same modules zeroed": ("#555555", "X"), "random modules zeroed": ("#999999", "x"), "random subspace": ("#AA8866", "D"), "noise": ("#CC79A7", "^")}
-PAIRS = ("#0072B2", "#E69F00", "#999999", "#009E73")
+PAIRS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00")
+EDGES = -25.0, 125.0  # percent of the gain kept, between which the frontier is drawn
 
 
 def _points(tables: dict) -> pd.DataFrame:
@@ -31,8 +32,12 @@ def _points(tables: dict) -> pd.DataFrame:
     return pd.concat([known, base], ignore_index=True).merge(wide, on="run_id")
 
 
-def _mean(ax: Axes, part: pd.DataFrame, y: str, colour: str, mark: str, filled: bool = True) -> tuple[float, float]:
-    """The mean of some runs with t intervals over them both ways, and the runs behind."""
+def _legend(fig: Figure, handles: list[Line2D], columns: int) -> None:
+    fig.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize=7, handlelength=1.4, handletextpad=0.5, columnspacing=1.4)
+
+
+def _mean(ax: Axes, part: pd.DataFrame, y: str, colour: str, mark: str) -> tuple[float, float]:
+    """The mean of some runs with t intervals over them both ways (of rates between 0 and 100), and the runs behind; a mean beyond the edges stands at them, as an arrow."""
     from scipy.special import stdtrit
 
     x, values = part[KEPT].to_numpy(), part[y].to_numpy()
@@ -41,9 +46,11 @@ def _mean(ax: Axes, part: pd.DataFrame, y: str, colour: str, mark: str, filled: 
     for i, own in enumerate((x, values)):
         if len(own) > 1:
             half = stdtrit(len(own) - 1, 0.975) * np.nanstd(own, ddof=1) / len(own) ** 0.5
-            ends = [[at[0] - half, at[0] + half], [at[1]] * 2] if i == 0 else [[at[0]] * 2, [at[1] - half, at[1] + half]]
+            ends = [[at[0] - half, at[0] + half], [at[1]] * 2] if i == 0 else [[at[0]] * 2, np.clip([at[1] - half, at[1] + half], 0, 100)]
             ax.plot(*ends, color=colour, lw=0.7, alpha=0.8, zorder=3)
-    ax.plot(*at, mark, ms=4.5, color=colour, mfc=colour if filled else "white", mew=1, zorder=4)
+    shown = np.clip(at[0], EDGES[0] + 4, EDGES[1] - 4)
+    size, face = (8, "none") if mark == STYLES[None][1] else (4.5, colour)  # a ring, so that what coincides with it is seen
+    ax.plot(shown, at[1], mark if shown == at[0] else "<" if shown > at[0] else ">", ms=size, color=colour, mfc=face, mew=1.2 if face == "none" else 1, zorder=5 if face == "none" else 4)
     return at
 
 
@@ -70,19 +77,22 @@ def frontier(tables: dict) -> tuple[Figure, str]:
                 colour, mark = STYLES[control]
                 line_of = [_mean(ax, part, y, colour, mark) for _, part in of.groupby("value")]
                 ax.plot(*np.array(line_of).T, color=colour, lw=1 if control is None else 0.6, zorder=2)
-            others = own[own["control"].isna() & ~own["kind"].isin(["safe_lora", "rescale", PARENT, repairs.BASE, "constrained_sft"]) & own[KEPT].notna()]
+            others = own[own["control"].isna() & ~own["kind"].isin(["safe_lora", "rescale", PARENT, repairs.BASE]) & own[KEPT].notna()]
             for _, part in others.groupby(["name", "value"], dropna=False, sort=False):
                 _mean(ax, part, y, OTHER, "P")
+            ax.set_xlim(*EDGES)
+        line[0].set_ylim(bottom=max(-4, line[0].get_ylim()[0]))
         line[0].set_ylabel("\n".join(textwrap.wrap(SHORT[y], 18)) + "\n(percent)")
     under(axes[-1], "Gain of fine-tuning that is kept (percent of the parent's), 95% intervals over seeds")
     marks = [("Safe LoRA", *STYLES[None]), ("rescaling", NULL, "v"), *((f"control: {name}", *STYLES[name]) for name in CONTROLS if points["control"].eq(name).any()), ("other repairs", OTHER, "P")]
-    handles = [Line2D([], [], marker=mark, color=colour, ls="", ms=4.5, label=name) for name, colour, mark in marks] + [Line2D([], [], color="#777777", ls="--", lw=0.9, label="base model")]
-    fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, columnspacing=1.2, handletextpad=0.4)
-    n = points["run_id"].nunique()
+    handles = [Line2D([], [], marker=mark, color=colour, ls="", ms=4.5, mfc="none" if mark == "o" else colour, label=name) for name, colour, mark in marks] + [Line2D([], [], color="#777777", ls="--", lw=0.9, label="base model")]
+    _legend(fig, handles, 4)
+    n, means = points["run_id"].nunique(), points.groupby(["base_model", "name", "value", "control"], dropna=False)[KEPT].mean()
     return fig, (
         f"{n} runs on the report half of the prompts: what is left of the gain of fine-tuning, and what became of safety, over-refusal and fairness. Small marks: seeds; large marks: means "
         "with 95% t intervals over seeds; lines join the levels of one repair. Right is the fine-tuned parent, left the base model. A repair is worth something where it lies below the "
         "line of rescaling, which only makes the update smaller; a control at the same place says what it was that worked."
+        + (" An arrow at the edge: the mean lies beyond it." if (means < EDGES[0]).any() or (means > EDGES[1]).any() else "")
     )
 
 
@@ -104,19 +114,23 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: no repair was done on every base model.")
     order, shown = _order(rows), [outcome for outcome in NAMES if rows["outcome"].eq(outcome).any()]
-    fig, axes = plt.subplots(1, len(shown), figsize=(WIDTH, 1 + 0.3 * len(order)), sharey=True, squeeze=False)
-    for ax, outcome in zip(axes[0], shown, strict=True):
+    fig, axes = plt.subplots(-(-len(shown) // 4), min(4, len(shown)), figsize=(WIDTH, 0.6 + (0.45 + 0.19 * len(order)) * -(-len(shown) // 4)), sharey=True, squeeze=False)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_visible(False)
+    for ax, outcome in zip(axes.flat, shown, strict=False):
         zero(ax)
         own = rows[rows["outcome"].eq(outcome)]
         places = [order.index(group.removeprefix("mitigation: ")) for group in own["group"]]
-        dots(ax, own, np.array(places, float), [NULL if order[place] == "rescale" else SAFE if "safe_lora" in order[place] else OTHER for place in places], [True] * len(own))
+        dots(ax, own, np.array(places, float), [NULL if order[place].startswith("rescale") else SAFE if "safe_lora" in order[place] else OTHER for place in places], [True] * len(own))
         ax.set_title(NAMES[outcome], fontsize=7)
-        ax.locator_params(axis="x", nbins=3)
-    name_rows(axes[0, 0], [name.replace("_", " ") for name in order])
-    under(axes[0], "Change against the parent, the run that was repaired (95% interval)")
+        ax.locator_params(axis="x", nbins=4)
+    for line in axes:
+        name_rows(line[0], [name.replace("_", " ") for name in order])
+        line[0].tick_params(axis="y", labelsize=7)
+    under(axes[-1], "Change against the parent, the run that was repaired (95% interval)")
     return fig, (
         f"What each repair changed against the run that it was made from, at the level chosen on other prompts, in the mean of {len(bases(tables))} base models; lines: 95% intervals over seeds and prompts. "
-        "Left is less. A repair that deletes the adapter takes back all of the gain (last panel)."
+        "Left is less. A repair that deletes the adapter takes back all of the gain."
     )
 
 
@@ -128,18 +142,19 @@ def controls(tables: dict) -> tuple[Figure, str]:
     rows = rows[rows["group"].isin(["mitigation: safe_lora", "mitigation: subspace"])].astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
-    lines = list(dict.fromkeys(zip(rows["group"].str.removeprefix("mitigation: "), rows["contrast"].str.removeprefix(MINUS.format("")), strict=True)))
+    every = list(dict.fromkeys(zip(rows["group"].str.removeprefix("mitigation: "), rows["contrast"].str.removeprefix(MINUS.format("")), strict=True)))
     columns = [*bases(tables), "all"]
     shown = [outcome for outcome in (UNSAFE, GAIN) if rows["outcome"].eq(outcome).any()]
-    fig, axes = plt.subplots(len(shown), len(columns), figsize=(WIDTH, 0.9 + 0.21 * len(lines) * len(shown) + 0.5 * len(shown)), sharey=True, sharex="row", squeeze=False)
-    for line, outcome in zip(axes, shown, strict=True):
+    fig, axes = plt.subplots(len(shown), len(columns), figsize=(WIDTH, 0.9 + 0.19 * len(every) * len(shown) + 0.5 * len(shown)), sharey="row", sharex="row", squeeze=False)
+    for number, (line, outcome) in enumerate(zip(axes, shown, strict=True)):
+        lines = [one for one in every if outcome == UNSAFE or one[1] != BEYOND]  # at the same gain there is no difference of it
         for ax, base_model in zip(line, columns, strict=True):
             zero(ax)
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
             places = [lines.index((group.removeprefix("mitigation: "), contrast.removeprefix(MINUS.format("")))) for group, contrast in zip(own["group"], own["contrast"], strict=True)]
             dots(ax, own, np.array(places, float), [SAFE if group.endswith("safe_lora") else OTHER for group in own["group"]], own["p_adjusted"].lt(0.05).tolist())
-            if line is axes[0]:
-                ax.set_title("all base models" if base_model == "all" else base_model, fontsize=7.5)
+            if number == 0:
+                ax.set_title("all" if base_model == "all" else base_model, fontsize=7.5)
             ax.locator_params(axis="x", nbins=4)
         name_rows(line[0], [f"{name.replace('_', ' ')} − {'rescaling, same gain' if contrast == BEYOND else contrast}" for name, contrast in lines])
         line[0].tick_params(axis="y", labelsize=6.5)
@@ -170,7 +185,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0], [dimension.replace("_", " ") for dimension in order])
     under(axes, "Change against the base model (percentage points; bias score: points of -100 to 100), 95% interval")
     labels = {PARENT: ("fine-tuned", "#777777"), "safe_lora": ("after Safe LoRA", SAFE), "rescale": ("after rescaling", NULL)}
-    fig.legend(handles=[Line2D([], [], marker="o", ls="", ms=4.5, color=labels[name][1], mfc="white" if name == PARENT else labels[name][1], label=labels[name][0]) for name in names], loc="outside lower center", ncols=3)
+    _legend(fig, [Line2D([], [], marker="o", ls="", ms=4.5, color=labels[name][1], mfc="white" if name == PARENT else labels[name][1], label=labels[name][0]) for name in names], 3)
     return fig, f"BBQ by dimension ({len(order)} of them), in the mean of the base models: what fine-tuning changed, and what is left of it after Safe LoRA and after rescaling, each at its chosen level. BBQ took no part in that choice."
 
 
@@ -197,7 +212,7 @@ def spectra(tables: dict) -> tuple[Figure, str]:
         line[0].set_ylabel(f"{kind}\nshare of ||V||²")
     under(axes[-1], "Number of the singular value, from the largest")
     handles = [Line2D([], [], color=PAIRS[i % len(PAIRS)], lw=1.2, label=f"pair: {pair}") for i, pair in enumerate(pairs)] + [Line2D([], [], color="black", ls=":", label="random matrix of the same norm")]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=7)
+    _legend(fig, handles, 4)
     return fig, (
         "How the squared norm of V, the difference of two checkpoints, is spread over its singular values, a line per module; dotted: a random matrix of the same size (Marchenko and Pastur). A line "
         "that falls faster than the dotted one has directions of its own. Where the placebo pair, made with benign data only, falls alike, a steep fall says nothing of safety."
@@ -233,7 +248,7 @@ def cosine(tables: dict) -> tuple[Figure, str]:
         ax.plot(ends, ends, color="#777777", lw=0.9, ls="--", zorder=1)
         ax.set(xlim=ends, ylim=ends, xlabel="of an update in a random direction", ylabel="of the update", title=title)
         ax.grid(axis="both")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(names)))
+    _legend(fig, [Line2D([], [], marker="o", ls="", ms=4, color=PAIRS[i % len(PAIRS)], label=name.replace("_", " ")) for i, name in enumerate(names)], 5)
     return fig, (
         f"Each dot is a module of a run ({rows['parent_run_id'].nunique()} runs): the number by which Safe LoRA selects it, against the number that an update in a random direction has. On the dashed line the update "
         "has nothing to do with V; the published cosine is high wherever V is spread out, whatever the update."
@@ -278,5 +293,5 @@ def published_threshold(tables: dict) -> tuple[Figure, str]:
             ax.plot(grid, 100 * np.searchsorted(own, grid) / len(own), color=PAIRS[i % len(PAIRS)], lw=1.1, label=base_model)
     ax.grid(axis="both")
     ax.set(xlabel="threshold of the cosine", ylabel="modules below it (percent)")
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.legend(fontsize=7, loc="lower right")
     return fig, "The share of modules that Safe LoRA projects at a threshold: as published for 64 modules of Llama-2-7B-Chat after Dialog Summary, and here. The published numbers were not measured by us."
