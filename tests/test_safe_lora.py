@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import BeftConfig, FourierFTConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    BeftConfig,
+    FourierFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
