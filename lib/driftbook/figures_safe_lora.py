@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.special import stdtrit
 
 from driftbook import frontier as repairs
 from driftbook.figures import SHORT, WIDTH, bases, dots, drawn, name_rows, nothing, panels, under, zero
@@ -36,16 +37,18 @@ def _legend(fig: Figure, handles: list[Line2D], columns: int) -> None:
     fig.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize=7, handlelength=1.4, handletextpad=0.5, columnspacing=1.4)
 
 
+def _half(values: np.ndarray) -> float:
+    """Half the width of the 95% t interval of a mean over seeds; 0 where there is one seed."""
+    return stdtrit(len(values) - 1, 0.975) * np.nanstd(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def _mean(ax: Axes, part: pd.DataFrame, y: str, colour: str, mark: str) -> tuple[float, float]:
     """The mean of some runs with t intervals over them both ways (of rates between 0 and 100), and the runs behind; a mean beyond the edges stands at them, as an arrow."""
-    from scipy.special import stdtrit
-
     x, values = part[KEPT].to_numpy(), part[y].to_numpy()
     ax.plot(x, values, mark, ms=2, color=colour, alpha=0.3, mew=0.4, zorder=2)
     at = np.nanmean(x), np.nanmean(values)
     for i, own in enumerate((x, values)):
-        if len(own) > 1:
-            half = stdtrit(len(own) - 1, 0.975) * np.nanstd(own, ddof=1) / len(own) ** 0.5
+        if half := _half(own):
             ends = [[at[0] - half, at[0] + half], [at[1]] * 2] if i == 0 else [[at[0]] * 2, np.clip([at[1] - half, at[1] + half], 0, 100)]
             ax.plot(*ends, color=colour, lw=0.7, alpha=0.8, zorder=3)
     shown = np.clip(at[0], EDGES[0] + 4, EDGES[1] - 4)
@@ -131,6 +134,44 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
     return fig, (
         f"What each repair changed against the run that it was made from, at the level chosen on other prompts, in the mean of {len(bases(tables))} base models; lines: 95% intervals over seeds and prompts. "
         "Left is less. A repair that deletes the adapter takes back all of the gain."
+    )
+
+
+@drawn("14_safe_lora", "frontier")
+def restored(tables: dict) -> tuple[Figure, str]:
+    """Refusals of harmful prompts and unsafe responses of the base model, of the fine-tuned runs, and of every repair of them at every level."""
+    rows, colours = tables["frontier"], {DECLINED: SAFE, UNSAFE: NULL}
+    shown = [outcome for outcome in colours if rows["outcome"].eq(outcome).any()]
+    if not shown:
+        return nothing("Nothing to draw: the study repairs no runs, or asks no harmful prompts.")
+    points = _points(tables)
+    points = points[points["control"].isna()].assign(
+        place=lambda rows: rows["objective"].where(rows["name"].ne(repairs.BASE), "").str.cat(rows["dataset"].where(rows["name"].ne(repairs.BASE), ""), sep=" "),
+        label=lambda rows: rows["name"].str.replace("_", " ").str.cat(rows["value"].map(lambda value: "" if np.isnan(value) else f" {value:g}")),
+    )
+    first = {repairs.BASE: 0, PARENT: 1}
+    order = points[["place", "label", "name"]].drop_duplicates(["place", "label"]).assign(rank=lambda rows: rows["name"].map(first).fillna(2)).sort_values(["place", "rank"], kind="stable")
+    places = {key: place for place, key in enumerate(zip(order["place"], order["label"], strict=True))}
+    fig, axes = panels(tables, 1, [0.3 + 0.19 * len(places)])
+    for ax, base_model in zip(axes[0], bases(tables), strict=True):
+        for (where, label), part in points[points["base_model"].eq(base_model)].groupby(["place", "label"], sort=False):
+            for outcome, shift in zip(shown, (-0.16, 0.16), strict=False):
+                values, at = part[outcome].dropna().to_numpy(), places[where, label] + shift
+                if len(values):
+                    mean, half, colour = values.mean(), _half(values), colours[outcome]
+                    ax.plot(values, np.full(len(values), at), "o", ms=1.6, color=colour, alpha=0.3, mew=0, zorder=2)
+                    ax.plot(np.clip([mean - half, mean + half], 0, 100), [at, at], color=colour, lw=1, zorder=3)
+                    ax.plot(mean, at, "o", ms=3.5, color=colour, zorder=4)
+        for place in (place for place, rank in enumerate(order["rank"]) if rank == 1):
+            ax.axhline(place - 0.5, color="#cccccc", lw=0.7, zorder=1)
+        ax.set(xlim=(-4, 104), xticks=[0, 50, 100])
+    name_rows(axes[0, 0], [f"fine-tuned: {where}" if name == PARENT else label for where, label, name in zip(order["place"], order["label"], order["name"], strict=True)])
+    axes[0, 0].tick_params(axis="y", labelsize=7)
+    under(axes[0], "Percent of the harmful prompts of the report half, 95% interval over seeds")
+    _legend(fig, [Line2D([], [], marker="o", ls="", ms=4, color=colours[outcome], label={DECLINED: "refusals", UNSAFE: "unsafe responses"}[outcome]) for outcome in shown], 2)
+    return fig, (
+        "What fine-tuning did to refusals and to unsafe responses in each family, and what every repair of it at every level brought back: below each fine-tuning its own repairs. Small dots: seeds; "
+        "large ones: means. How much of the gain is left stands in the frontier: a repair that deletes the adapter is the base model again."
     )
 
 
