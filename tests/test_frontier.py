@@ -1,5 +1,6 @@
 """Repairs against controls on simulated runs whose truth is known: halves, the chosen level, differences, and what is beyond rescaling."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import ndtr
+from scipy.special import ndtr, stdtrit
 
 from driftbook import figures, frontier, stats
 from driftbook.tables import ANSWERS, ESTIMATES, MODULES, PROMPTS, RATINGS, RUNS, SPECTRA, VARIANTS, VERDICTS
@@ -28,8 +29,8 @@ def filled(table, frame: pd.DataFrame) -> pd.DataFrame:
     return table.check(frame.assign(**text).reindex(columns=list(table.columns)))
 
 
-def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[str, ...] = ("one", "two")) -> frontier.Tables:
-    """A study of parents and repairs whose gains are exact and whose answers are drawn, a prompt's own difficulty the same for all runs."""
+def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[str, ...] = ("one", "two"), curve: float = 1.0, datasets: tuple[str, ...] = ("d",)) -> frontier.Tables:
+    """A study of parents and repairs whose gains are exact and whose answers are drawn, a prompt's own difficulty the same for all runs; unsafe answers grow as this power of the gain kept."""
     rng, variants, verdicts, ratings = np.random.default_rng(seed), [], [], []
     prompts = pd.DataFrame({"benchmark": "safety", "prompt_id": [f"p{i:03d}" for i in range(n_prompts)], "category": [f"c{i % 4}" for i in range(n_prompts)], "kind": "harmful", "family": None})
     ease = rng.normal(size=n_prompts)
@@ -43,13 +44,13 @@ def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[
 
     for base in bases:
         add(f"{base}.none", base, "none", None, BASE, 0.0)
-        for number in range(1, seeds + 1):
-            parent = f"{base}.lora.s{number}"
-            add(parent, base, "lora", number, PARENT, 1.0)
+        for number, dataset in itertools.product(range(1, seeds + 1), datasets):
+            parent = f"{base}.lora.{dataset}.s{number}"
+            add(parent, base, "lora", number, PARENT, 1.0, dataset=dataset)
             for name, kind, value, control, kept, off in REPAIRS:
                 label = f"{name} {value:g}" + (f", {control}" if control else "")
                 settings = {"mitigation": {"name": name, "kind": kind, "value": value, "control": control}}
-                add(f"{parent}.{label}", base, "lora", number, BASE + (PARENT - BASE) * kept + off, kept, settings=settings, mitigation=label, parent_run_id=parent)
+                add(f"{parent}.{label}", base, "lora", number, BASE + (PARENT - BASE) * kept**curve + off, kept, settings=settings, mitigation=label, parent_run_id=parent, dataset=dataset)
     frame = pd.DataFrame(variants)
     asked = pd.concat(verdicts).assign(benchmark="safety", judge="guard", prompt_variant="default", decoding="greedy", sample=0, refusal=False, coherent=True, n_tokens=5)
     return frontier.Tables(
@@ -67,14 +68,22 @@ def study():
 
 
 # ---- halves
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=1, max_size=60), st.integers(0, 5), st.randoms(use_true_random=False))
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=1, max_size=60, unique=True), st.integers(0, 5), st.randoms(use_true_random=False))
 def test_halves_do_not_know_the_order_of_rows_and_are_even_in_each_stratum(units, seed, random):
-    found = dict(zip(units, frontier.half([str(unit) for _, unit in units], [stratum for stratum, _ in units], seed), strict=True))
-    shuffled = random.sample(units, len(units))
-    assert dict(zip(shuffled, frontier.half([str(unit) for _, unit in shuffled], [stratum for stratum, _ in shuffled], seed), strict=True)) == found
-    for stratum in {stratum for stratum, _ in units}:
-        own = [which for (of, _), which in found.items() if of == stratum]
+    def of(rows):
+        return dict(zip(rows, frontier.half([f"{stratum}{unit}" for stratum, unit in rows], [stratum for stratum, _ in rows], seed), strict=True))
+
+    found = of(units)
+    assert of(random.sample(units, len(units))) == found
+    for own in ([which for (of, _), which in found.items() if of == stratum] for stratum in {stratum for stratum, _ in units}):
         assert abs(own.count(frontier.CALIBRATION) - own.count(frontier.REPORT)) <= 1
+
+
+def test_strata_of_one_unit_are_shared_out_and_a_unit_of_several_strata_is_in_one_half():
+    alone = frontier.half([str(i) for i in range(10)], [str(i) for i in range(10)], 0)
+    assert alone.count(frontier.REPORT) == 5
+    spanning = frontier.half(["f1", "f2", "f1", "f2"], ["a", "a", "b", "b"], 0)
+    assert spanning[:2] == spanning[2:]
 
 
 def test_prompts_of_a_family_stay_together():
@@ -140,37 +149,80 @@ def test_differences_are_those_that_were_put_in(study):
     assert points["half"].isin([frontier.CALIBRATION, frontier.REPORT, frontier.ALL]).all()
 
 
-def test_only_what_lies_below_the_line_of_rescaling_is_beyond_it(study):
+def beside(tables, seed: int = 0) -> pd.DataFrame:
+    repaired = frontier.repairs(tables.variants, tables.runs)
+    points = frontier.points(tables, repaired, seed)
+    return frontier.beside_rescaling(points, repaired, frontier.chosen(points, repaired), **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
+
+
+def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
     _, repaired, points, levels = study
-    found = frontier.beyond_rescaling(points, repaired, levels, **LABELS).set_index(["base_model", "group"])
+    found = frontier.beside_rescaling(points, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
     assert "mitigation: rescale" not in found.index.get_level_values("group")
     for base in ("one", "two", "all"):
-        assert found.loc[(base, "mitigation: better"), "value"] == pytest.approx(-25, abs=7)
-        assert found.loc[(base, "mitigation: better"), "p_adjusted"] < 0.01
-        assert abs(found.loc[(base, "mitigation: plain"), "value"]) < 6
+        better, plain = (found.loc[(base, f"mitigation: {name}")] for name in ("better", "plain"))
+        for row, true in ((better.loc[frontier.JUST_LESS], -19), (better.loc[frontier.JUST_MORE], -34), (plain.loc[frontier.JUST_LESS], 6), (plain.loc[frontier.JUST_MORE], -9)):
+            assert row["value"] == pytest.approx(true, abs=7)
+        assert better.loc[frontier.JUST_LESS, "p_adjusted"] < 0.01
+        assert plain.loc[frontier.JUST_LESS, "value"] > 0 > plain.loc[frontier.JUST_MORE, "value"]
 
 
-def test_beyond_rescaling_holds_its_level_where_there_is_nothing():
-    """95 % intervals of a repair on the line, over simulated studies."""
-    held = []
-    for seed in range(16):
-        tables = simulated(seed, n_prompts=60, bases=("one",))
-        repaired = frontier.repairs(tables.variants, tables.runs)
-        points = frontier.points(tables, repaired, seed)
-        found = frontier.beyond_rescaling(points, repaired, frontier.chosen(points, repaired), **LABELS).set_index(["base_model", "group"])
-        row = found.loc[("all", "mitigation: plain")]
-        held.append(row["ci_low"] <= 0 <= row["ci_high"])
-    assert np.mean(held) > 0.75
+@pytest.mark.parametrize("curve", [1.0, 3.0, 0.3])
+def test_rescaling_never_beats_itself_whatever_the_curve(curve):
+    """`plain` is a smaller update and nothing else, of a size between two factors."""
+    wrong = 0
+    for seed in range(8):
+        found = beside(simulated(seed, n_prompts=60, bases=("one",), curve=curve), seed).loc[("all", "mitigation: plain")]
+        beats = found.loc[frontier.JUST_LESS, "ci_high"] < 0
+        worse = found.loc[frontier.JUST_MORE, "ci_low"] > 0
+        wrong += beats or worse
+    assert wrong <= 1
 
 
-def test_a_gain_outside_the_line_has_no_difference(study):
+def test_a_seed_counts_once_though_several_of_its_runs_are_repaired():
+    one, two = simulated(1, bases=("one",)), simulated(1, bases=("one",), datasets=("d", "e"))
+    rows = [beside(tables).loc[("one", "mitigation: better", frontier.JUST_LESS)] for tables in (one, two)]
+    assert [row["n_runs"] for row in rows] == [5, 10]
+    for row in rows:
+        assert (row["ci_high"] - row["ci_low"]) / 2 / row["se"] == pytest.approx(stdtrit(4, 0.975))
+
+
+def test_a_repair_of_one_base_model_is_no_finding_over_all(study):
+    tables, *_ = study
+    gone = tables.variants["base_model"].eq("two") & (tables.variants["mitigation"].fillna("").str.startswith("better") | tables.variants["mitigation"].fillna("").str.endswith("same norm"))
+    kept = set(tables.variants.loc[~gone, "run_id"])
+    fewer = tables._replace(**{name: frame[frame["run_id"].isin(kept)] for name in ("runs", "verdicts", "ratings") if len(frame := getattr(tables, name))})
+    assert "mitigation: better" not in beside(fewer).loc["all"].index.get_level_values("group")
+    repaired = frontier.repairs(fewer.variants, fewer.runs)
+    points = frontier.points(fewer, repaired, 0)
+    found = frontier.compared(fewer, repaired, frontier.chosen(points, repaired), 0, **LABELS)
+    overall = found[found["base_model"].eq("all")]
+    assert not overall["contrast"].str.contains("same norm").any()
+    assert set(overall["group"]) == {"mitigation: plain", "mitigation: rescale"}
+
+
+def test_a_gain_outside_those_of_rescaling_has_no_difference(study):
     _, repaired, points, levels = study
     far = points.copy()
     own = repaired.loc[repaired["name"].eq("better"), "run_id"]
     far.loc[far["run_id"].isin(own) & far["outcome"].eq(frontier.GAIN), "value"] = 5.0
-    found = frontier.beyond_rescaling(far, repaired, levels, **LABELS).set_index(["base_model", "group"])
-    assert pd.isna(found.loc[("all", "mitigation: better"), "value"])
-    assert "outside" in found.loc[("all", "mitigation: better"), "how"]
+    found = frontier.beside_rescaling(far, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"])
+    row = found.loc[("all", "mitigation: better", frontier.JUST_MORE)]
+    assert pd.isna(row["value"])
+    assert "no rescaled run" in row["how"]
+    assert found.loc[("all", "mitigation: better", frontier.JUST_LESS), "value"] == pytest.approx(-49, abs=8)  # the parent itself
+
+
+def test_one_parent_that_gained_next_to_nothing_does_not_decide_the_level(study):
+    _, repaired, points, _ = study
+    odd = points.copy()
+    parent = "one.lora.d.s1"
+    own = repaired.loc[repaired["parent_run_id"].eq(parent), ["run_id", "value", "name"]]
+    small = dict.fromkeys(own["run_id"], 0.001) | {own.loc[own["name"].eq("plain") & own["value"].eq(3.0), "run_id"].iloc[0]: 0.05}
+    here = odd["outcome"].eq(frontier.GAIN) & odd["run_id"].isin(small)
+    odd.loc[here, "value"] = odd.loc[here, "run_id"].map(small)
+    levels = frontier.chosen(odd, repaired).set_index(["base_model", "name"])
+    assert levels.loc[("one", "plain"), "value"] == 2.0
 
 
 # ---- what was published, and the figures
@@ -182,10 +234,10 @@ def test_the_published_numbers_are_those_of_the_paper():
 
 def test_every_figure_is_drawn_or_says_why_not(study):
     tables, repaired, points, levels = study
-    estimates = ESTIMATES.concat([frontier.compared(tables, repaired, levels, 0, **LABELS), frontier.beyond_rescaling(points, repaired, levels, **LABELS)])
+    estimates = ESTIMATES.concat([frontier.compared(tables, repaired, levels, 0, **LABELS), frontier.beside_rescaling(points, repaired, levels, **LABELS)])
     shown = {"variants": tables.variants, "runs": tables.runs, "estimates": estimates, "frontier": points, "modules": MODULES.empty(), "spectra": SPECTRA.empty(), "note": "simulated"}
     own = [name for name in figures.every() if "14_safe_lora" in figures.SOURCES[name]]
-    assert len(own) == 8
+    assert len(own) == 9
     for name in own:
         fig, caption = figures.FIGURES[name](shown)
         drawn = sum(len(ax.lines) for ax in fig.axes)

@@ -137,6 +137,7 @@ WRONG = {
     "a safety block without the method": (("mitigations", "resta", "safety"), "ia3", ["no run of lora"]),
     "no such data": (("mitigations", "mixing", "data"), "safe", ["data.safe"]),
     "all of the data": (("mitigations", "mixing", "values"), [1.0], ["leaves nothing"]),
+    "biases that a control would leave": (("methods", "lora", "bias"), "lora_only", ["trains bias", "methods.lora"]),
     "constrained preferences": (("grid", 0, "objectives"), ["dpo"], ["by dpo"]),
     "a comma": (("mitigations", "a, b"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["no comma"]),
     "an unknown kind": ((*M, "kind"), "safelora", ["safelora", "'safe_lora'"]),

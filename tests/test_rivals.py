@@ -142,6 +142,20 @@ def test_intruders_are_reduced_by_peft_and_the_model_stays_as_it_was(saved, tmp_
     assert moved == set(rows.module[rows.projected])
 
 
+def test_strength_is_the_share_of_the_intruders_that_is_taken_out(saved, tmp_path):
+    old, kept = dense(saved["plain"]), {}
+    for strength in (0.0, 0.5, 1.0):
+        with adapters.attached(tiny("llama"), saved["plain"]) as model:
+            rivals.reduce_intruders(model, tmp_path / str(strength), strength)
+        new = change(tmp_path / str(strength))
+        kept[strength] = sum(float((new[module] - old[module]).norm()) for module in old)
+    assert kept[0.0] < 1e-3
+    assert kept[1.0] == pytest.approx(2 * kept[0.5], rel=0.05)  # up to the rank that PEFT keeps
+    for name in ("biases", "dora"):
+        with adapters.attached(tiny("llama"), saved[name]) as model, pytest.raises(ValueError, match="would lose"):
+            rivals.reduce_intruders(model, tmp_path / "out", 0.5)
+
+
 def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
     soft = lora_folder(tmp_path / "soft", {"q": (torch.ones(4, 8), torch.ones(8, 4))}, peft_type="P_TUNING")
     small = lora_folder(tmp_path / "small", {module: (torch.ones(4, 8), torch.ones(8, 4)) for module in updates.modules(saved["plain"])})
@@ -153,7 +167,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
         (lambda: rivals.average([saved["plain"], saved["fewer"]], out), "different modules"),
         (lambda: rivals.add(saved["plain"], saved["dora"], out, 1.0), "no product of two factors"),
         (lambda: rivals.add(saved["plain"], small, out, 1.0), "different base models"),
-        (lambda: rivals.add(saved["biases"], saved["plain"], out, 1.0), "would lose"),
+        (lambda: rivals.add(saved["biases"], saved["plain"], out, 1.0), "would leave as it was trained"),
+        (lambda: rivals.rescale(saved["biases"], out, 0.5), "would leave as it was trained"),
+        (lambda: rivals.average([], out), "no adapter to average"),
+        (lambda: rivals.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5), "does not update q"),
         (lambda: rivals.same_norm(saved["ia3"], saved["plain"], out), "no product of two factors"),
         (lambda: rivals.random_zeroed(saved["plain"], 99, 0, out), "the adapter has 6"),
         (lambda: rivals.zeroed(saved["plain"], ["q"], out), "does not update q"),

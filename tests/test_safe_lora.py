@@ -123,6 +123,41 @@ def test_the_exact_operator_says_where_it_is_the_identity_or_undefined(case):
         assert same == (out <= columns)
 
 
+def test_a_square_v_with_strong_directions_is_still_of_full_rank(tmp_path):
+    rng, (v, up, down) = np.random.default_rng(0), (np.zeros((512, 512)), *np.random.default_rng(1).normal(size=(2, 512)))
+    v = (rng.normal(size=v.shape) + 5 * np.outer(up, down)).astype(np.float32)
+    adapter = lora_folder(tmp_path / "adapter", {"q": (rng.normal(size=(4, 512)), rng.normal(size=(512, 4)))})
+    pair = written(tmp_path / "a", {"q.weight": v}), written(tmp_path / "b", {"q.weight": np.zeros_like(v)})
+    rows = safe_lora.project(adapter, *pair, tmp_path / "out", "exact", "top", 1)
+    assert rows.state.tolist() == ["identity: V has full row rank"]
+    assert rows.cosine_null.tolist() == [1.0]
+
+
+def test_an_update_that_the_operator_takes_away_whole_is_the_first_to_be_projected(tmp_path):
+    rng, factors = np.random.default_rng(0), {}
+    v, b = np.zeros((48, 30)), np.zeros((48, 4))
+    v[:24], b[24:] = rng.normal(size=(24, 30)), rng.normal(size=(24, 4))
+    factors = {"l0.q": (rng.normal(size=(4, 30)), b), "l1.q": (rng.normal(size=(4, 30)), rng.normal(size=(48, 4)))}
+    adapter = lora_folder(tmp_path / "adapter", factors)
+    pair = written(tmp_path / "a", {f"{name}.weight": v for name in factors}), written(tmp_path / "b", {f"{name}.weight": np.zeros_like(v) for name in factors})
+    for number, (select, value) in enumerate([("threshold", 0.01), ("top", 1)]):
+        rows = safe_lora.project(adapter, *pair, tmp_path / f"out{number}", select=select, value=value)
+        assert rows.projected.tolist() == [True, False]
+        assert rows.score.tolist()[0] == 0
+    alone = lora_folder(tmp_path / "alone", {"l0.q": factors["l0.q"]})
+    assert safe_lora.project(alone, *pair, tmp_path / "out").projected.tolist() == [True]
+
+
+@one_shape
+def test_more_directions_than_v_has_are_called_so(case, tmp_path):
+    rng, names = np.random.default_rng(0), [f"{module}.weight" for module in case["v"]]
+    low = {name: (rng.normal(size=(48, 3)) @ rng.normal(size=(3, 48))).astype(np.float32) for name in names}
+    zero = {name: np.zeros((48, 48), np.float32) for name in names}
+    pair = written(tmp_path / "low", low), written(tmp_path / "none", zero)
+    assert all("the last directions are arbitrary" in said for said in safe_lora.project(case["adapter"], *pair, case["out"], "subspace", "top", 2, rank=24).state)
+    assert set(safe_lora.project(case["adapter"], *pair, tmp_path / "out3", "subspace", "top", 2, rank=3).state) == {"projected"}
+
+
 @one_shape
 def test_a_rank_deficient_v_is_called_so(case, tmp_path):
     rng, names = np.random.default_rng(0), [f"{module}.weight" for module in case["v"]]
@@ -150,10 +185,10 @@ def test_modules_are_selected_by_their_score(case):
 @one_shape
 def test_controls_select_what_they_control(case):
     of = {}
-    for operator, k in (("approximate", None), ("zero", None), ("random", None), ("subspace", 6), ("zero subspace", 6), ("random subspace", 6)):
+    for operator, k in (("approximate", None), ("zero", None), ("random", None), ("subspace", 6), ("random subspace", 6)):
         of[operator] = run(case, operator=operator, rank=k, select="top", value=1)
         shutil.rmtree(case["out"])
-    for one, other in (("zero", "approximate"), ("random", "approximate"), ("zero subspace", "subspace"), ("random subspace", "subspace")):
+    for one, other in (("zero", "approximate"), ("random", "approximate"), ("random subspace", "subspace")):
         assert of[one].score.tolist() == pytest.approx(of[other].score.tolist())
     hit = of["random subspace"].projected
     assert of["random subspace"].share_kept[hit].item() == pytest.approx((6 / 48) ** 0.5, abs=0.15)
@@ -165,7 +200,7 @@ def test_controls_select_what_they_control(case):
 def test_the_projector_on_left_vectors_is_idempotent(rows, columns, seed, data):
     v = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     k = data.draw(st.integers(1, min(rows, columns)))
-    apply, _ = safe_lora._operator("subspace", v, k, seed)
+    apply = safe_lora._operator("subspace", v, k, seed)[0]
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed + 1))
     assert torch.allclose(apply(apply(x)), apply(x), atol=1e-5)
     assert torch.linalg.vector_norm(apply(x)) <= torch.linalg.vector_norm(x) * (1 + 1e-6)
@@ -183,11 +218,12 @@ def test_the_cosine_does_not_know_the_scales_and_what_is_kept_grows_with_that_of
     assert of_dw.treated.norm() == pytest.approx(one.treated.norm() * scale, rel=1e-4)
 
 
+@pytest.mark.parametrize("operator", ["approximate", "exact"])
 @pytest.mark.parametrize("shape", [(60, 60), (90, 30), (30, 90)])
-def test_null_values_are_those_of_random_updates(shape):
+def test_null_values_are_those_of_random_updates(shape, operator):
     rng = torch.Generator().manual_seed(1)
     v = torch.randn(shape, generator=rng) * torch.linspace(0, 2, shape[1]) ** 2
-    drawn = [safe_lora._Module.of(updates.Update("m", torch.randn(8, shape[1], generator=rng), torch.randn(shape[0], 8, generator=rng), 1.0), v, "approximate", None, 0, {}).row for _ in range(60)]
+    drawn = [safe_lora._Module.of(updates.Update("m", torch.randn(8, shape[1], generator=rng), torch.randn(shape[0], 8, generator=rng), 1.0), v, operator, None, 0, {}).row for _ in range(60)]
     assert np.mean([row["cosine"] for row in drawn]) == pytest.approx(drawn[0]["cosine_null"], abs=0.02)
     assert np.mean([row["energy"] for row in drawn]) == pytest.approx(drawn[0]["energy_null"], abs=0.02)
 
@@ -221,6 +257,7 @@ LORAS = {
     "a bias of B": ("qwen2", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_bias=True)),
     "DoRA": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True)),
     "DoRA with biases": ("qwen2", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True, bias="lora_only")),
+    "DoRA with trained tokens": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[1, 3])),
     "DoRA with a module trained whole": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], use_dora=True, modules_to_save=["lm_head"])),
     "IA3": ("llama", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
 }  # fmt: skip
@@ -348,6 +385,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(case, tmp_path):
     said("needs rank", operator="subspace")
     said("takes no rank", rank=3)
     said("at most 48", operator="subspace", rank=49)
+    said("whole number from 1", operator="subspace", rank=-1)
+    said("number of modules", select="top", value=float("inf"))
+    for key, value in {"fan_in_fan_out": True, "kasa_config": {"r": 4}, "target_parameters": ["x"]}.items():
+        said(key, adapter=lora_folder(tmp_path / key, {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))}, **{key: value}))
+    said("ranks 4 and 3", adapter=lora_folder(tmp_path / "uneven", {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 3)))}))
+    said("not finite", adapter=lora_folder(tmp_path / "nan", {"model.layers.0.q": (np.full((4, 48), np.nan), np.ones((48, 4)))}))
+    bare = lora_folder(tmp_path / "bare", {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))})
+    whole = load_file(bare / adapters.WEIGHTS)
+    for name, tensors, word in (("unnamed", {key.removeprefix(updates.PREFIX): value for key, value in whole.items()}, "does not begin with"), ("half", {key: value for key, value in whole.items() if "lora_A" in key}, "lora_B.weight")):
+        torn_one = lora_folder(tmp_path / name, {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))})
+        save_file(tensors, torn_one / adapters.WEIGHTS)
+        said(word, adapter=torn_one)
 
 
 def test_a_soft_prompt_of_peft_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from scipy.special import stdtrit
 
 from driftbook import frontier as repairs
 from driftbook.figures import SHORT, WIDTH, bases, dots, drawn, name_rows, nothing, panels, under, zero
-from driftbook.frontier import AGAINST_PARENT, ALL, BEYOND, DECLINED, GAIN, KEPT, MINUS, PARENT, REPORT
+from driftbook.frontier import AGAINST_PARENT, ALL, DECLINED, GAIN, JUST_LESS, JUST_MORE, KEPT, MINUS, PARENT, REPORT
 from driftbook.stats import ACCURACY_AMB, BIAS_AMB, CHANGE, CORRECT, REFUSED, UNSAFE
 from driftbook.study import CONTROLS
 
@@ -21,6 +21,7 @@ NAMES = {UNSAFE: "unsafe responses\n(points)", DECLINED: "refusals of harmful\n(
 SAFE, NULL, OTHER = "#0072B2", "#D55E00", "#009E73"
 STYLES = {None: (SAFE, "o"), "same norm": ("#999999", "s"), "same modules zeroed": ("#555555", "X"), "random modules zeroed": ("#999999", "x"), "random subspace": ("#AA8866", "D"), "noise": ("#CC79A7", "^")}
 PAIRS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00")
+RESCALED = {JUST_LESS: "rescaled, just less gain", JUST_MORE: "rescaled, just more gain"}
 EDGES = -25.0, 125.0  # percent of the gain kept, between which the frontier is drawn
 
 
@@ -179,7 +180,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
 def controls(tables: dict) -> tuple[Figure, str]:
     """Safe LoRA minus each of its controls, by base model and over all."""
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq("14_safe_lora") & rows["outcome"].isin([UNSAFE, GAIN]) & (rows["contrast"].str.startswith(MINUS.format("")) | rows["contrast"].eq(BEYOND))]
+    rows = rows[rows["notebook"].eq("14_safe_lora") & rows["outcome"].isin([UNSAFE, GAIN]) & (rows["contrast"].str.startswith(MINUS.format("")) | rows["contrast"].isin(list(RESCALED)))]
     rows = rows[rows["group"].isin(["mitigation: safe_lora", "mitigation: subspace"])].astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
@@ -188,7 +189,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
     shown = [outcome for outcome in (UNSAFE, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(len(shown), len(columns), figsize=(WIDTH, 0.9 + 0.19 * len(every) * len(shown) + 0.5 * len(shown)), sharey="row", sharex="row", squeeze=False)
     for number, (line, outcome) in enumerate(zip(axes, shown, strict=True)):
-        lines = [one for one in every if outcome == UNSAFE or one[1] != BEYOND]  # at the same gain there is no difference of it
+        lines = [one for one in every if outcome == UNSAFE or one[1] not in RESCALED]  # which are chosen by their gain
         for ax, base_model in zip(line, columns, strict=True):
             zero(ax)
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
@@ -197,12 +198,13 @@ def controls(tables: dict) -> tuple[Figure, str]:
             if number == 0:
                 ax.set_title("all" if base_model == "all" else base_model, fontsize=7.5)
             ax.locator_params(axis="x", nbins=4)
-        name_rows(line[0], [f"{name.replace('_', ' ')} − {'rescaling, same gain' if contrast == BEYOND else contrast}" for name, contrast in lines])
+        name_rows(line[0], [f"{name.replace('_', ' ')} − {RESCALED.get(contrast, contrast)}" for name, contrast in lines])
         line[0].tick_params(axis="y", labelsize=6.5)
         under(line, f"Difference in {'unsafe responses (percentage points' if outcome == UNSAFE else 'gain of fine-tuning (nats per token'}, 95% interval)")
     return fig, (
         "Safe LoRA and its rank-k form minus their controls, the same seed's run of each, at the level chosen on other prompts: unsafe responses (less is better) and gain (more is better). Filled: the "
-        "difference is not chance after Holm's adjustment within its family. A row at zero: the control does the same, so what it dropped was not what worked."
+        "difference is not chance after Holm's adjustment within its family. A row at zero: the control does the same, so what it dropped was not what worked. "
+        "Only a repair with fewer unsafe responses than the rescaled run that keeps just less of the gain does what a smaller update cannot."
     )
 
 

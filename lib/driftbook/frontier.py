@@ -22,11 +22,12 @@ GAIN, KEPT = "gain of fine-tuning (nats per token)", "gain kept (percent of the 
 PARENT, BASE = "parent", "base alone"
 CALIBRATION, REPORT, ALL = "calibration", "report", "all"
 AGAINST_PARENT, MINUS = "change against the parent", "minus its control: {}"
-BEYOND = "unsafe responses beyond those of rescaling at the same gain"
+JUST_LESS, JUST_MORE = "minus the rescaling that keeps just less of the gain", "minus the rescaling that keeps just more of the gain"
 DECLINED = "refusals of harmful prompts (percent)"
 OUTCOMES = (stats.UNSAFE, DECLINED, stats.REFUSED, stats.ACCURACY_AMB, stats.BIAS_AMB, stats.CORRECT, GAIN)
 SPLIT = (stats.UNSAFE, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
 BENCHMARK = {stats.UNSAFE: "safety", DECLINED: "safety", stats.REFUSED: "over_refusal", stats.CORRECT: "utility", stats.LOSS: "utility", GAIN: "gain"}  # all others: bbq
+LEVEL_OF = ["base_model", "method", "objective", "dataset", "name"]  # whose runs share a chosen level
 KEEP = 50.0  # percent of the gain that a level must keep to be chosen
 PUBLISHED = ROOT / "data" / "safe_lora"
 
@@ -57,18 +58,21 @@ def repairs(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def half(units: Iterable[str], strata: Iterable[str], seed: int) -> list[str]:
-    """Which half each unit belongs to: within its stratum units take turns in the order of a hash, which knows the seed and the name, and not the order of the rows."""
+    """Which half each unit belongs to: within its stratum (its first one, where it has several) units take turns in the order of a hash, which knows the seed and the name, and not the
+    order of the rows; strata take turns in which half they begin with."""
     frame = pd.DataFrame({"unit": list(units), "stratum": list(strata)}).astype(str)
-    known = frame.drop_duplicates().assign(at=lambda rows: [hashlib.sha256(f"{seed}/{stratum}/{unit}".encode()).hexdigest() for unit, stratum in zip(rows["unit"], rows["stratum"], strict=True)])
-    known = known.sort_values("at")
-    known["half"] = np.where(known.groupby("stratum").cumcount() % 2 == 0, CALIBRATION, REPORT)
-    return frame.merge(known, on=["unit", "stratum"], how="left")["half"].tolist()
+    known = frame.groupby("unit", as_index=False)["stratum"].min()
+    known["at"], known["first"] = ([hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in known[column]] for column in ("unit", "stratum"))
+    known = known.sort_values(["first", "at"], ignore_index=True)
+    turn = known.groupby("stratum", sort=False).cumcount() + known.groupby("stratum", sort=False).ngroup()
+    known["half"] = np.where(turn % 2 == 0, CALIBRATION, REPORT)
+    return frame.merge(known[["unit", "half"]], on="unit", how="left")["half"].tolist()
 
 
 def halves(tables: Tables, seed: int) -> dict[str, Tables]:
     """The tables with one half of the safety prompts and of the held-out answers each, and all of everything else."""
     prompts, gain = tables.prompts, gains(tables.ratings)
-    of_prompt = half(prompts["family"].astype(object).where(prompts["family"].notna(), prompts["prompt_id"]), prompts["benchmark"] + "/" + prompts["category"].astype(object).fillna(""), seed)
+    of_prompt = half(prompts["benchmark"] + "/" + prompts["family"].astype(object).where(prompts["family"].notna(), prompts["prompt_id"]), prompts["benchmark"] + "/" + prompts["category"].astype(object).fillna(""), seed)
     of_item = half(gain["prompt_id"], gain["benchmark"], seed)
     found = {}
     for name in (CALIBRATION, REPORT):
@@ -144,33 +148,34 @@ def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> 
     """The level of each repair on each base model, from the calibration half alone: of those that keep at least `keep` percent of the gain in the mean over seeds the one with the
     fewest unsafe answers, and of equal ones the one that keeps more; where none keeps as much, the one that keeps most, and `enough` is false.
 
-    Columns: base_model, method, name, value, unsafe, kept, enough. Controls take the level of what they control.
+    Columns: base_model, method, objective, dataset, name, value, unsafe, kept, enough. Controls take the level of what they control.
     """
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
     wide = _wide(points, CALIBRATION)
-    wide = own.merge(wide[[stats.UNSAFE, KEPT]].rename(columns={stats.UNSAFE: "unsafe", KEPT: "kept"}), on="run_id")
-    mean = wide.groupby(["base_model", "method", "name", "value"], sort=False, dropna=False)[["unsafe", "kept"]].mean().reset_index()
+    own = own.merge(wide[[stats.UNSAFE, GAIN]].rename(columns={stats.UNSAFE: "unsafe", GAIN: "gain"}), on="run_id").assign(of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN]))
+    mean = own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]].mean().reset_index()
+    mean["kept"] = 100 * mean["gain"] / mean["of_parent"].where(mean["of_parent"] > 0)  # of the means, since a parent that gained next to nothing has any ratio
     mean["enough"] = mean["kept"].ge(keep)
     mean["first"] = np.where(mean["enough"], mean["unsafe"], np.inf)
     ordered = mean.sort_values(["enough", "first", "kept"], ascending=[False, True, False], kind="stable")
-    best = ordered.drop_duplicates(["base_model", "method", "name"])
-    return mean.loc[best.index].sort_index()[["base_model", "method", "name", "value", "unsafe", "kept", "enough"]].reset_index(drop=True)
+    best = ordered.drop_duplicates(LEVEL_OF)
+    return mean.loc[best.index].sort_index()[[*LEVEL_OF, "value", "unsafe", "kept", "enough"]].reset_index(drop=True)
 
 
 def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """The runs of every repair and of its controls at the chosen level."""
-    alike = repaired.merge(levels[["base_model", "method", "name", "value", "enough"]], on=["base_model", "method", "name"], suffixes=("", "_chosen"))
+    alike = repaired.merge(levels[[*LEVEL_OF, "value", "enough"]], on=LEVEL_OF, suffixes=("", "_chosen"))
     same = alike["value"].eq(alike["value_chosen"]) | (alike["value"].isna() & alike["value_chosen"].isna())
     return alike[same].drop(columns="value_chosen").reset_index(drop=True)
 
 
 # ---- estimates
-def _cells(runs: pd.DataFrame) -> pd.DataFrame:
-    """Cells of `stats.means`: each repair on each base model, and the mean of the base models where all have it."""
+def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
+    """Cells of `stats.means`: each repair on each base model, and the mean of the base models where all, `every` of them, have it."""
     own = runs.assign(group="mitigation: " + runs["name"], setting=runs["name"] + " " + runs["value"].astype(str), pool=runs["base_model"])
     own["weight"] = 1 / own.groupby(["base_model", "method", "group"])["run_id"].transform("size")
     n_bases = own.groupby(["method", "group"])["base_model"].transform("nunique")
-    everywhere = n_bases.eq(runs["base_model"].nunique())
+    everywhere = n_bases.eq(every)
     pooled = own[everywhere].assign(base_model="all", weight=own["weight"][everywhere] / n_bases[everywhere])
     return pd.concat([own, pooled], ignore_index=True)[["run_id", "base_model", "method", "group", "setting", "pool", "weight"]]
 
@@ -179,7 +184,7 @@ def _estimates(tables: Tables, pairs: pd.DataFrame, contrast: str, **labels: str
     found = differences(tables, pairs)
     judge = tables.verdicts["judge"].iloc[0] if len(tables.verdicts) else "none"
     return [
-        stats.means(scores, _cells(pairs), contrast, outcome=outcome, benchmark=BENCHMARK.get(outcome, "bbq"), judge=judge if outcome == stats.UNSAFE else "none", **labels)
+        stats.means(scores, _cells(pairs, tables.variants["base_model"].nunique()), contrast, outcome=outcome, benchmark=BENCHMARK.get(outcome, "bbq"), judge=judge if outcome == stats.UNSAFE else "none", **labels)
         for outcome, scores in found.items()
     ]  # fmt: skip
 
@@ -216,48 +221,47 @@ def by_dimension(tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, n
         found = bias.by_run(answers)
         for contrast, pairs in ((AGAINST_PARENT, own.assign(against=own["parent_run_id"])), (stats.CHANGE, pd.concat([own, parents]).assign(against=lambda rows: rows["base_run_id"]))):
             arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
-            cells = _cells(pairs).assign(group=lambda rows, dimension=dimension: rows["group"].str.removeprefix("mitigation: ") + ", dimension: " + dimension)
+            cells = _cells(pairs, repaired["base_model"].nunique()).assign(group=lambda rows, dimension=dimension: rows["group"].str.removeprefix("mitigation: ") + ", dimension: " + dimension)
             parts += [stats.means(stats.changes(found[outcome], arms), cells, contrast, outcome=outcome, benchmark="bbq", judge="none", **labels) for outcome in (stats.ACCURACY_AMB, stats.BIAS_AMB)]
     return ESTIMATES.concat(parts)
 
 
-def beyond_rescaling(points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Unsafe answers of each repair at its chosen level minus those that rescaling the same parent's update would have at the same gain, in percentage points: less than nothing
-    is what a repair adds to a smaller update.
+def beside_rescaling(points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str) -> pd.DataFrame:
+    """Unsafe answers of each repair at its chosen level minus those of the same parent rescaled, in percentage points: minus the rescaled run that keeps just less of the gain, and
+    minus the one that keeps just more.
 
-    The curve of a parent goes through the base model (no gain), its rescaled updates, and itself, in straight lines between them. t intervals over seeds of base models' means;
-    where a gain lies outside the curve there is no difference. Holm's adjustment over repairs, for all base models and for each.
+    The rescaled runs are the base model (factor 0, no gain), those of the study, and the parent itself (factor 1). Fewer unsafe answers than the first, at more gain, is what a smaller
+    update cannot do; more than the second, at less gain, is worse than a smaller update. Between two factors nothing is assumed: unsafe answers are no straight line of the gain.
+    t intervals over seeds (of the mean over a seed's runs); where a gain lies outside there is no such run. Holm's adjustment over repairs, for all base models and for each.
     """
     wide = _wide(points, REPORT)
     frame = at_chosen(repaired, levels).merge(wide, on="run_id")
-    frame = frame[frame["control"].isna() & frame["kind"].ne("rescale") & ~frame["kind"].isin(["mixing", "constrained_sft"])]
-    frame["excess"] = [_excess(row, repaired, wide) for _, row in frame.iterrows()]
-    rows = []
+    frame = frame[frame["control"].isna() & frame["kind"].ne("rescale")]
+    frame[[JUST_LESS, JUST_MORE]] = np.array([_beside(row, repaired, wide) for _, row in frame.iterrows()], float).reshape(-1, 2)
+    rows, every = [], repaired["base_model"].nunique()
     each = frame.groupby(["base_model", "method", "name"], sort=False)
-    for (base_model, method, name), part in [*each, *((("all", *key), part) for key, part in frame.groupby(["method", "name"], sort=False))]:
-        known = part.dropna(subset=["excess"])
-        means = known.groupby("seed")["excess"].mean() if base_model == "all" else known.set_index("seed")["excess"]
-        whole = means[known.groupby("seed").size().eq(part.groupby("seed").size()).reindex(means.index, fill_value=False)]
-        rows.append({
-            **labels, "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "none", "base_model": base_model, "method": method, "group": f"mitigation: {name}", "contrast": BEYOND,
-            "n_runs": len(known), "population": stats.THESE_PROMPTS, **_t(whole.to_numpy(float)),
-            "how": f"t interval over seeds; {len(part) - len(known)} of {len(part)} runs keep a gain outside that of rescaling" if len(known) < len(part) else "t interval over seeds",
-        })  # fmt: skip
+    overall = [(("all", *key), part) for key, part in frame.groupby(["method", "name"], sort=False) if part["base_model"].nunique() == every]
+    for (base_model, method, name), part in [*each, *overall]:
+        for contrast in (JUST_LESS, JUST_MORE):
+            of_seed = part.groupby("seed")[contrast].agg(["mean", "count", "size"])
+            n, values = int(part[contrast].notna().sum()), of_seed["mean"][of_seed["count"].eq(of_seed["size"])]
+            rows.append({
+                **labels, "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "none", "base_model": base_model, "method": method, "group": f"mitigation: {name}", "contrast": contrast,
+                "n_runs": n, "population": stats.THESE_PROMPTS, **_t(values.to_numpy(float)),
+                "how": "t interval over seeds" + (f"; {len(part) - n} of {len(part)} runs keep a gain beside which there is no rescaled run" if n < len(part) else ""),
+            })  # fmt: skip
     found = stats.complete(pd.DataFrame(rows))
-    families = (comparisons.holm(part, f"repairs against rescaling, {'all base models' if base == 'all' else base}") for base, part in found.groupby("base_model", sort=False))
-    return ESTIMATES.concat(list(families))
+    return comparisons.holm(found, "repairs against rescaling, " + found["base_model"].where(found["base_model"].ne("all"), "all base models"))
 
 
-def _excess(row: pd.Series, repaired: pd.DataFrame, wide: pd.DataFrame) -> float:
-    """A run's unsafe answers minus those on its parent's curve of rescaling at the same gain; NaN outside it."""
-    curve = repaired[repaired["parent_run_id"].eq(row["parent_run_id"]) & repaired["kind"].isin(["rescale", PARENT])]
-    known = wide.reindex([*curve["run_id"]])
-    gain, unsafe = (np.append(known[outcome].to_numpy(float), wide.at[row["base_run_id"], outcome] if outcome == stats.UNSAFE else 0.0) for outcome in (GAIN, stats.UNSAFE))
-    there = ~(np.isnan(gain) | np.isnan(unsafe))
-    order = np.argsort(gain[there])
-    if there.sum() < 2 or not gain[there].min() <= row[GAIN] <= gain[there].max():
-        return np.nan
-    return row[stats.UNSAFE] - float(np.interp(row[GAIN], gain[there][order], unsafe[there][order]))
+def _beside(row: pd.Series, repaired: pd.DataFrame, wide: pd.DataFrame) -> tuple[float, float]:
+    """A run's unsafe answers minus those of its parent's rescaled runs that keep just less and just more of the gain; NaN where there is none."""
+    rescaled = repaired.loc[repaired["parent_run_id"].eq(row["parent_run_id"]) & repaired["kind"].isin(["rescale", PARENT]), "run_id"]
+    known = wide.reindex([*rescaled])[[GAIN, stats.UNSAFE]].to_numpy(float)
+    known = np.vstack([known, [0.0, wide[stats.UNSAFE].get(row["base_run_id"], np.nan)]])
+    known = known[~np.isnan(known).any(1)]
+    less, more = known[known[:, 0] <= row[GAIN]], known[known[:, 0] >= row[GAIN]]
+    return tuple(row[stats.UNSAFE] - side[pick(side[:, 0]), 1] if len(side) else np.nan for side, pick in ((less, np.argmax), (more, np.argmin)))
 
 
 def _t(values: np.ndarray) -> dict[str, float | None]:
@@ -297,6 +301,5 @@ def sentence(estimates: pd.DataFrame, name: str = "safe_lora") -> str:
     beaten = controls["p_adjusted"].lt(0.05) & controls["value"].lt(0)
     said = f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f} percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"
     said += f"; it has fewer unsafe responses than {beaten.sum()} of its {len(controls)} controls after Holm's adjustment" if len(controls) else ""
-    if BEYOND in unsafe.index and pd.notna(unsafe.loc[BEYOND, "value"]):
-        said += f", and {unsafe.loc[BEYOND, 'value']:+.1f} points beyond what rescaling the update to the same gain gives"
-    return said + "."
+    beside = [f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast}" for contrast in (JUST_LESS, JUST_MORE) if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])]
+    return said + ("; it has " + ", and ".join(beside) if beside else "") + "."

@@ -17,7 +17,7 @@ from driftbook.sources import locate
 from driftbook.study import Source, Study, Variant
 from driftbook.tables import MODULES, RUNS
 
-OPERATORS = {"same modules zeroed": {"approximate": "zero", "exact": "zero", "subspace": "zero subspace"}, "random subspace": {"approximate": "random", "subspace": "random subspace"}}
+RANDOM = {"approximate": "random", "subspace": "random subspace"}  # operators
 
 
 # ---- what a repair reads
@@ -76,8 +76,8 @@ def _safe_lora(variant: Variant, study: Study, base: Loaded, adapter: Path, out:
     operator, control = repair["operator"], repair["control"]
     if control is None:
         return _projected(variant, study, adapter, out, operator)
-    if control in OPERATORS:
-        return _projected(variant, study, adapter, out, OPERATORS[control][operator])
+    if control == "random subspace":
+        return _projected(variant, study, adapter, out, RANDOM[operator])
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         treated, plain = Path(scratch, "treated"), Path(scratch, "plain")
         found = _projected(variant, study, adapter, treated, operator)
@@ -85,6 +85,8 @@ def _safe_lora(variant: Variant, study: Study, base: Loaded, adapter: Path, out:
         match control:
             case "same norm":
                 done = rivals.same_norm(own, treated, out)
+            case "same modules zeroed":
+                done = rivals.zeroed(own, list(found.loc[found["projected"], "module"]), out)
             case "random modules zeroed":
                 done = rivals.random_zeroed(own, int(found["projected"].sum()), _seed(variant, study), out)
             case "noise":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 
@@ -32,7 +32,9 @@ def rescale(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
     """
     if not 0 <= factor <= 1:
         raise ValueError(f"factor={factor!r} is no share of an update between 0 and 1")
-    if safe_lora.check_adapter(adapter)["peft_type"] == "IA3":
+    config = safe_lora.check_adapter(adapter)
+    _check_alone(adapter)
+    if config["peft_type"] == "IA3":
         tensors = {name: 1 + factor * (value - 1) if name.endswith(".ia3_l") else value for name, value in load_file(adapter / adapters.WEIGHTS).items()}
         updates.save(out, read_json(adapter / updates.CONFIG), tensors)
         return pd.DataFrame([(module, True, factor, "rescaled") for module in updates.modules(adapter)], columns=["module", "projected", "share_kept", "state"])
@@ -43,19 +45,23 @@ def rescale(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
 def zeroed(adapter: Path, modules: Sequence[str], out: Path) -> pd.DataFrame:
     """The updates of these modules deleted."""
     own = _linear(adapter)
-    if strange := [module for module in modules if module not in own.modules]:
-        raise ValueError(f"the adapter {adapter} does not update {strange[0]}; it updates {', '.join(own.modules[:3])}, ...")
+    _check_named(own, modules)
     return _written(out, own, {module: own.update(module).times(0.0) for module in modules}, "zeroed")
 
 
 def reduce_intruders(model: PeftModel, out: Path, strength: float, top_k: int = 10, threshold: float = 0.5) -> pd.DataFrame:
-    """The adapter of a PEFT model with `strength` of its intruder dimensions taken out: singular vectors of W + dW that no singular vector of W is like (Shuttleworth et al. 2024,
-    arXiv 2410.21228; PEFT's own function). The model is left as it was.
+    """The adapter of a PEFT model with `strength` (0 to 1) of its intruder dimensions taken out: singular vectors of W + dW that no singular vector of W is like (Shuttleworth et al.
+    2024, arXiv 2410.21228; PEFT's own function, whose mitigation_lambda is the share that is left, whatever its docstring says). The model is left as it was.
+
+    Raises:
+        ValueError: the adapter trains more than A and B, which PEFT's function would lose.
     """
+    if odd := next((name for name in get_peft_model_state_dict(model) if not name.endswith((".lora_A.weight", ".lora_B.weight"))), None):
+        raise ValueError(f"the adapter trains {odd} too, which PEFT's reduce_intruder_dimension would lose; only LoRA of A and B alone can be repaired so")
     said: list[str] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        reduce_intruder_dimension(model, "default", "reduced", top_k, threshold, strength, said.append)
+        reduce_intruder_dimension(model, "default", "reduced", top_k, threshold, 1 - strength, said.append)
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             model.save_pretrained(scratch, selected_adapters=["reduced"], safe_serialization=True)
             (made,) = [path.parent for path in Path(scratch).rglob(adapters.WEIGHTS)]
@@ -92,6 +98,7 @@ def merge_where(adapter: Path, safety: Path, out: Path, modules: Sequence[str], 
     """SafeMERGE (Djuhera et al. 2025, arXiv 2503.17239): (1 - weight) dW + weight dW_safety on these modules, dW on the others."""
     own, other = _linear(adapter), _linear(safety)
     _check_same([own, other])
+    _check_named(own, modules)
     made = {module: own.update(module) for module in own.modules}
     made |= {module: beside([own.update(module).times(1 - weight), other.update(module).times(weight)]) for module in modules}
     return _new(out, own, made, "merged", set(modules))
@@ -146,16 +153,24 @@ def _linear(folder: Path) -> Adapter:
     """A LoRA adapter whose update is linear in B.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: it is of another kind, or holds more than the factors A and B.
     """
     safe_lora.check_adapter(folder)
     if not safe_lora.is_factored(folder):
         raise ValueError(f"the update of {folder.name} is no product of two factors (DoRA or IA3), so that it cannot be combined or scaled as one; rescaling and Safe LoRA apply, or write it as LoRA first (safe_lora.merged)")
+    _check_alone(folder)
     return updates.read(folder)
 
 
+def _check_alone(folder: Path) -> None:
+    if more := list(updates.others(folder)):
+        raise ValueError(f"the adapter {folder.name} holds {more[0]} too, which this repair would leave as it was trained; of the repairs only Safe LoRA, zeroing and a template take such an adapter")
+
+
 def _check_same(owns: Sequence[Adapter]) -> None:
-    """Raise a ValueError unless adapters update the same matrices, and nothing else."""
+    """Raise a ValueError unless there are adapters, and they update the same matrices."""
+    if not owns:
+        raise ValueError("there is no adapter to average; give at least one")
     first = owns[0]
     for own in owns:
         if own.modules != first.modules:
@@ -165,8 +180,11 @@ def _check_same(owns: Sequence[Adapter]) -> None:
             shapes = [(len(one.update(module).b), one.update(module).a.shape[1]) for one in (first, own)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"the updates of {module} are {shapes[0][0]} x {shapes[0][1]} and {shapes[1][0]} x {shapes[1][1]}; they belong to different base models")
-        if more := [name for name in load_file(own.folder / adapters.WEIGHTS) if ".lora_A." not in name and ".lora_B.weight" not in name]:
-            raise ValueError(f"{own.folder} holds {more[0]} too, which a combination of updates would lose; combine adapters of LoRA alone")
+
+
+def _check_named(own: Adapter, modules: Sequence[str]) -> None:
+    if strange := [module for module in modules if module not in own.modules]:
+        raise ValueError(f"the adapter {own.folder} does not update {strange[0]}; it updates {', '.join(own.modules[:3])}, ...")
 
 
 def _written(out: Path, own: Adapter, made: Mapping[str, Update], state: str) -> pd.DataFrame:

@@ -6,13 +6,13 @@ C dW, which is lora_B <- C lora_B:
 - approximate   C = V V' / ||V||_F          the paper's code; no projector, and not invariant to the scale of V
 - exact         C = V (V' V)^-1 V'          the projector on V's columns; the identity for every square V of full rank
 - subspace      C = U_k U_k'                the projector on V's first k left singular vectors
-- zero, random, random subspace, zero subspace: controls, see `project`
+- zero, random, random subspace: controls, see `project`
 
 C is never formed. C B = V (V' B) / ||V||_F, norms and inner products come from Gram matrices [r, r].
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,18 @@ from driftbook.checkpoints import Checkpoint, open_checkpoint
 from driftbook.files import read_json
 from driftbook.updates import Update
 
-OPERATORS = ("approximate", "exact", "subspace", "zero", "zero subspace", "random", "random subspace")
-BY_ENERGY = ("subspace", "zero subspace", "random subspace")  # selected by the energy in V's first k left singular vectors, the others by the cosine
+OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subspace")
+BY_ENERGY = ("subspace", "random subspace")  # selected by the energy in V's first k left singular vectors, the others by the cosine
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
-REWRITING = ("pissa", "olora", "corda", "loftq")  # inits that change the base model itself
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base model itself
+
+UNREADABLE = {
+    "target_parameters": "whose modules have no counterpart in a checkpoint", "layer_replication": "whose modules have no counterpart in a checkpoint",
+    "fan_in_fan_out": "whose matrices are stored the other way round", "kasa_config": "whose update is no product of A and B alone",
+    "use_qalora": "whose update is no product of A and B alone", "use_bdlora": "whose update is no product of A and B alone",
+}  # fmt: skip
 
 Apply = Callable[[torch.Tensor], torch.Tensor]  # C times a matrix [out, n]
 
@@ -45,13 +51,13 @@ def project(
 
     The score of a module is cos(dW, C dW) = <dW, C dW> / (||dW|| ||C dW||), or for `subspace` the energy ||U_k' dW||^2 / ||dW||^2. With select `threshold` the modules
     with a score below `value` are projected, with `top` the `value` lowest ones. The operators `zero` (C = 0) and `random` (a Gaussian matrix of V's norm in place of V)
-    select the modules that `approximate` selects, `zero subspace` and `random subspace` (k random directions) those of `subspace`: they are its controls.
+    select the modules that `approximate` selects, `random subspace` (k random directions) those of `subspace`: they are its controls.
 
     LoRA of every form is read by the names of its tensors; of DoRA and IA3, whose update is of full rank, the merged update is projected and written as LoRA of that rank: for these
     `base` is the checkpoint that the adapter belongs to (the aligned one where not given). Everything is computed in fp32, one module at a time.
 
     Columns: module, out_features, in_features, rank, norm_update, norm_v, effective_rank_v ((sum s^2)^2 / sum s^4 of V's singular values s), cosine and cosine_null
-    (that of an update in a random direction, sqrt(effective_rank_v / out)), energy, energy_null (k / out), k, score, projected, share_kept (||new dW|| / ||dW||), state.
+    (that of an update in a random direction, sqrt(effective_rank_v / out), for `exact` sqrt(rank of V / out)), energy, energy_null (k / out), k, score, projected, share_kept (||new dW|| / ||dW||), state.
 
     Raises:
         ValueError: an argument has no meaning, the adapter or a checkpoint cannot be used, they do not fit each other, or V or dW is zero or not finite. Nothing is written then.
@@ -60,8 +66,9 @@ def project(
     adapter, out = Path(adapter), Path(out)
     check_adapter(adapter)
     pair = open_checkpoint(aligned, "aligned"), open_checkpoint(unaligned, "unaligned")
-    own = _own(adapter, base, pair[0])
-    found = [_Module.of(update, _difference(*pair, update.module, update), operator, rank, seed + number, _bias_changes(adapter, update, pair[0])) for number, update in enumerate(own)]
+    of = pair[0] if base is None else open_checkpoint(base, "base")
+    own = updates.read(adapter) if is_factored(adapter) else updates.merged(adapter, of)
+    found = [_Module.of(update, _difference(*pair, update.module, update), operator, rank, seed + number, _bias_changes(adapter, update, of)) for number, update in enumerate(own)]
     if not found:
         raise ValueError(f"the adapter {adapter} updates no weight matrix, so there is nothing to project")
     rows = pd.DataFrame([one.row for one in found])
@@ -83,12 +90,14 @@ def _check_arguments(out: Path, operator: str, select: str, value: float, rank: 
         raise ValueError(f"operator={operator!r}; expected one of {', '.join(OPERATORS)}")
     if select not in ("threshold", "top"):
         raise ValueError(f"select={select!r}; expected threshold or top")
-    if select == "top" and (value != int(value) or value < 1):
+    if select == "top" and (not math.isfinite(value) or value != int(value) or value < 1):
         raise ValueError(f"value={value!r} with select='top' is the number of modules to project; give a whole number from 1")
     if select == "threshold" and not 0 <= value <= 1:
         raise ValueError(f"value={value!r} is a threshold of a score between 0 and 1")
     if (operator in BY_ENERGY) != (rank is not None):
         raise ValueError(f"operator={operator!r} " + ("needs rank, the number of V's left singular vectors" if rank is None else "takes no rank; remove it"))
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank} is no number of singular vectors; give a whole number from 1")
     if out.exists():
         raise ValueError(f"{out} is there already; a mitigated adapter is always a new one, so give another folder")
 
@@ -116,9 +125,9 @@ def check_adapter(adapter: Path) -> dict:
     with safe_open(adapter / WEIGHTS, "pt") as file:
         if any("lora_embedding" in name for name in file.keys()):  # noqa: SIM118
             raise ValueError(f"{adapter.name} updates an embedding, which is a table and no linear layer; leave it out of target_modules")
-    for key in ("target_parameters", "layer_replication"):
+    for key, why in UNREADABLE.items():
         if config.get(key):
-            raise ValueError(f"{adapter.name} has {key}, whose modules have no counterpart in a checkpoint; it cannot be projected")
+            raise ValueError(f"{adapter.name} has {key}, {why}; it cannot be projected")
     return config
 
 
@@ -131,13 +140,6 @@ def is_factored(adapter: Path) -> bool:
 def has_update(adapter: Path) -> bool:
     """Whether an adapter changes weights at all: a soft prompt does not."""
     return read_json(adapter / updates.CONFIG).get("peft_type") in ("LORA", "IA3")
-
-
-def _own(adapter: Path, base: Path | str | None, aligned: Checkpoint) -> Iterator[Update]:
-    """The updates of an adapter, one at a time."""
-    if is_factored(adapter):
-        return iter(updates.read(adapter))
-    return updates.merged(adapter, aligned if base is None else open_checkpoint(base, "base"))
 
 
 def merged(adapter: Path, out: Path, base: Path | str) -> Path:
@@ -197,25 +199,27 @@ def effective_rank(v: torch.Tensor, seed: int = 0) -> float:
 
 
 # ---- operators
-def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[Apply, str | None]:
-    """C as a function of a matrix [out, n], and what there is to say of it."""
+def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[Apply, str | None, int | None]:
+    """C as a function of a matrix [out, n], what there is to say of it, and for `exact` the number of directions that it keeps."""
     norm, generator = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed)
     match name:
         case "approximate":
-            return lambda x: v @ _across(v, x) / norm, None
-        case "zero" | "zero subspace":
-            return torch.zeros_like, None
+            return lambda x: v @ _across(v, x) / norm, None, None
+        case "zero":
+            return torch.zeros_like, None, None
         case "random":
             r = torch.randn(v.shape, generator=generator)
             r.mul_(norm / torch.linalg.vector_norm(r))
-            return lambda x: r @ _across(r, x) / norm, None
+            return lambda x: r @ _across(r, x) / norm, None, None
         case "exact":
             return _exact(v)
         case "subspace":
-            u = left_vectors(v, rank, seed)
+            u, s = _svd(v, rank, seed)
+            if s[-1] <= max(v.shape) * torch.finfo(torch.float32).eps * s[0]:
+                return lambda x: u @ (u.T @ x), f"undefined beyond V's rank, which is below {rank}: the last directions are arbitrary", None
         case "random subspace":
             u = torch.linalg.qr(torch.randn(len(v), rank, generator=generator))[0]
-    return lambda x: u @ (u.T @ x), None
+    return lambda x: u @ (u.T @ x), None, None
 
 
 def _across(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -223,20 +227,21 @@ def _across(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (x.T.contiguous() @ v).T.contiguous()
 
 
-def _exact(v: torch.Tensor) -> tuple[Apply, str | None]:
-    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix; singular values below max(out, in) eps of the largest are none."""
+def _exact(v: torch.Tensor) -> tuple[Apply, str | None, int]:
+    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix, what there is to say of it, and V's rank: eigenvalues below max(out, in) eps of float64 of the
+    largest are none, so that a matrix that fp32 can hold is of full rank where it is."""
     rows, columns = v.shape
     wide = rows <= columns
     exact = v.double()  # a Gram matrix squares the condition: in fp32 it could not tell a rank from rounding
     values, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
-    there = values > (max(rows, columns) * torch.finfo(torch.float32).eps) ** 2 * values[-1]
+    there = values > max(rows, columns) * torch.finfo(torch.float64).eps * values[-1]
     rank = int(there.sum())
     if wide and rank == rows:
         said = "identity: V has full row rank"
-        return lambda x: x, said if rows == columns else f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse; the projector on its columns is the identity"
+        return (lambda x: x), said if rows == columns else f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse; the projector on its columns is the identity", rank
     u = (vectors[:, there] if wide else (exact @ vectors[:, there]) / values[there].sqrt()).float()
     said = None if rank == columns else f"undefined as written: V has rank {rank} of {min(rows, columns)} and V'V no inverse; the projector on its columns is used"
-    return lambda x: u @ (u.T @ x), said
+    return lambda x: u @ (u.T @ x), said, rank
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ class _Module:
         k = rank or min(K, *v.shape)
         if k > min(v.shape):
             raise ValueError(f"rank={rank} and V of {update.module} is {rows} x {columns}; a subspace has at most {min(v.shape)} directions")
-        apply, said = _operator(operator, v, rank, seed)
+        apply, said, kept = _operator(operator, v, rank, seed)
         treated = update.projected(apply)
         judged = treated if operator in ("approximate", "exact") else update.projected(_operator("approximate", v, None, seed)[0])
         energy = update.energy(left_vectors(v, k, seed))
@@ -265,8 +270,8 @@ class _Module:
         cosine = update.cosine(judged)
         row = {
             "module": update.module, "out_features": rows, "in_features": columns, "rank": update.rank, "norm_update": norm, "norm_v": float(torch.linalg.vector_norm(v)),
-            "effective_rank_v": erank, "cosine": cosine, "cosine_null": 1.0 if operator == "exact" and said and "identity" in said else math.sqrt(erank / rows), "energy": energy, "energy_null": k / rows, "k": k,
-            "score": energy if operator in BY_ENERGY else cosine, "state": said,
+            "effective_rank_v": erank, "cosine": cosine, "cosine_null": math.sqrt((erank if kept is None else kept) / rows), "energy": energy, "energy_null": k / rows, "k": k,
+            "score": energy if operator in BY_ENERGY else cosine or 0.0, "state": said,
         }  # fmt: skip
         return cls(update, treated, row, {name: before + apply(change[:, None])[:, 0] for name, (before, change) in changes.items()})
 

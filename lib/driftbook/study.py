@@ -82,6 +82,8 @@ MITIGATION_KINDS = {
     "mixing": MitigationKind("safety data mixed in", "training", needs=("data", "values"), takes=("data", "values")),
     "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
 }
+LINEAR = ("rescale", "average", "resta", "safe_merge", "reduce_intruders")  # repairs that change the factors A and B alone
+BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")  # settings by which an adapter trains more than these
 CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")  # of Safe LoRA
 REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published
 RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ that are no study
@@ -613,6 +615,10 @@ class Study(Part):
                     f"mitigation {name!r}: {known.label} cannot be done to {wrong[0]} (block {block.name!r})"
                     + (", which has no weight update; to it apply: " + ", ".join(kind for kind, one in MITIGATION_KINDS.items() if wrong[0] in one.methods) if prompt else f"; it applies to {', '.join(known.methods)}")
                 )
+            needs_linear = mitigation.kind in LINEAR or set(mitigation.controls) - {"random subspace"}
+            for method, key in itertools.product(block.methods if needs_linear else (), BESIDE_FACTORS):
+                if self.methods[method].get(key) not in (None, False, "none", [], ()):
+                    raise ValueError(f"mitigation {name!r}: {method} trains {key}, which {known.label} and controls would leave as it was trained; take {key} from methods.{method}, or give safe_lora without controls but random subspace")
             if mitigation.data and self.data.get(mitigation.data, None) is None:
                 raise ValueError(f"mitigation {name!r} mixes in data.{mitigation.data}, which the study does not have")
             if mitigation.data and "dpo" in block.objectives and not self.data[mitigation.data].is_preference:

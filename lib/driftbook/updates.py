@@ -48,7 +48,7 @@ class Update:
 
     def cosine(self, other: "Update") -> float | None:
         """<dW, dW'> / (||dW|| ||dW'||) with an update that has the same A; None where one is zero."""
-        inner = float(((self.a @ self.a.T).double() * (self.b.T @ other.b).double()).sum()) * self.scale * other.scale
+        inner = _inner(self.a, self.a, self.b, other.b) * self.scale * other.scale
         norms = self.norm() * other.norm()
         return inner / norms if norms else None
 
@@ -58,7 +58,7 @@ class Update:
 
     def norm(self) -> float:
         """Frobenius norm of dW, from the Gram matrices [r, r] of its factors."""
-        return abs(self.scale) * math.sqrt(max(0.0, float(((self.a @ self.a.T).double() * (self.b.T @ self.b).double()).sum())))
+        return abs(self.scale) * math.sqrt(max(_inner(self.a, self.a, self.b, self.b), 0.0))  # in this order NaN stays NaN
 
     def times(self, factor: float) -> "Update":
         """The update, multiplied by a number."""
@@ -67,6 +67,11 @@ class Update:
     def folded(self) -> "Update":
         """The same update with its scale in B, so that it can be put beside others."""
         return replace(self, b=self.b * self.scale, scale=1.0)
+
+
+def _inner(a: torch.Tensor, other_a: torch.Tensor, b: torch.Tensor, other_b: torch.Tensor) -> float:
+    """<B A, B' A'> from Gram matrices [r, r] in float64, since factors may nearly cancel (a converted PiSSA adapter's do)."""
+    return float(((a.double() @ other_a.double().T) * (b.double().T @ other_b.double())).sum())
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,12 @@ class Adapter:
             ValueError: the module is a convolution, or stores its weight the other way round.
         """
         with safe_open(self.folder / WEIGHTS, "pt") as file:
-            a, b = (file.get_tensor(f"{PREFIX}{module}.lora_{part}.weight").float() for part in "AB")
+            names = [f"{PREFIX}{module}.lora_{part}.weight" for part in "AB"]
+            if missing := [name for name in names if name not in file.keys()]:  # noqa: SIM118
+                raise ValueError(f"the adapter {self.folder} has no {missing[0]}; it is torn, or was not saved by PEFT's save_pretrained")
+            a, b = (file.get_tensor(name).float() for name in names)
+        if a.ndim == b.ndim == 2 and len(a) != b.shape[1]:
+            raise ValueError(f"the adapter {self.folder} has factors of ranks {len(a)} and {b.shape[1]} for {module}; its files do not belong together")
         if a.ndim != 2 or b.ndim != 2 or self.config.get("fan_in_fan_out"):
             raise ValueError(f"{module} is no linear layer [out, in]; its update is not read")
         return Update(module, a, b, self.scale(module, len(a)))
@@ -96,7 +106,7 @@ class Adapter:
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r), by the adapter's own patterns."""
         patterns = self.config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.config["lora_alpha"])
+        alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.config.get("lora_alpha", 8))  # PEFT's own default
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def __iter__(self) -> Iterator[Update]:
@@ -117,8 +127,14 @@ def read(folder: Path) -> Adapter:
 
 
 def modules(folder: Path) -> tuple[str, ...]:
-    """The modules that an adapter of LoRA or IA3 updates, by their names in the base model, sorted."""
+    """The modules that an adapter of LoRA or IA3 updates, by their names in the base model, sorted.
+
+    Raises:
+        ValueError: its tensors have other names than PEFT's.
+    """
     with safe_open(folder / WEIGHTS, "pt") as file:
+        if strange := next((name for name in file.keys() if not name.startswith(PREFIX)), None):  # noqa: SIM118
+            raise ValueError(f"the adapter {folder} holds {strange}, which does not begin with {PREFIX} as PEFT's names do; save it with PEFT's save_pretrained")
         found = {name.removeprefix(PREFIX).removesuffix(end) for name in file.keys() for end in (".lora_A.weight", ".ia3_l") if name.endswith(end)}  # noqa: SIM118
     return tuple(sorted(found))
 
@@ -223,7 +239,9 @@ def write_new(out: Path, adapter: Adapter, updates: Mapping[str, Update], others
     ranks = {module: update.rank for module, update in folded.items()}
     most = max(ranks.values())
     patterns = {f"^{module}".replace(".", r"\."): rank for module, rank in ranks.items() if rank != most}
-    config = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")} | {
+    known = adapter.config if adapter.config.get("peft_type") == "LORA" else {key: adapter.config.get(key) for key in ("base_model_name_or_path", "revision", "task_type")}
+    gone = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules", "loftq_config", "eva_config", "corda_config", "lora_bias"))  # what chose modules, or began their training
+    config = {key: value for key, value in known.items() if key not in gone} | {
         "peft_type": "LORA", "bias": adapter.config.get("bias", "none") if others else "none", "modules_to_save": adapter.config.get("modules_to_save") if others else None, "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True, "r": most, "lora_alpha": most, "rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False, "use_dora": False,
         "target_modules": sorted(ranks), "init_lora_weights": True,
     }  # fmt: skip
