@@ -118,6 +118,18 @@ def test_where_no_level_keeps_enough_the_one_that_keeps_most_is_taken_and_called
     assert not levels["enough"].any()
 
 
+def test_where_the_parents_gained_nothing_there_is_nothing_to_keep(study):
+    _, repaired, points, _ = study
+    none = points.copy()
+    parents = repaired.loc[repaired["name"].eq(frontier.PARENT) & repaired["base_model"].eq("one"), "run_id"]
+    none.loc[none["run_id"].isin(parents) & none["outcome"].eq(frontier.GAIN), "value"] = -0.1
+    levels = frontier.chosen(none, repaired)
+    here = levels["base_model"].eq("one")
+    assert levels.loc[here, "kept"].isna().all()
+    assert not levels.loc[here, "enough"].any()
+    assert levels.loc[~here, "enough"].all()
+
+
 def test_the_choice_never_sees_the_report_half(study):
     tables, repaired, points, levels = study
     report = set(frontier.halves(tables, 0)[frontier.REPORT].prompts["prompt_id"])

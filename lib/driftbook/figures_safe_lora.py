@@ -147,7 +147,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
         return nothing("Nothing to draw: the study repairs no runs, or asks no harmful prompts.")
     points = _points(tables)
     points = points[points["control"].isna()].assign(
-        place=lambda rows: rows["objective"].where(rows["name"].ne(repairs.BASE), "").str.cat(rows["dataset"].where(rows["name"].ne(repairs.BASE), ""), sep=" "),
+        place=lambda rows: ["" if name == repairs.BASE else objective if objective == dataset else f"{objective} on {dataset}" for name, objective, dataset in zip(rows["name"], rows["objective"], rows["dataset"], strict=True)],
         label=lambda rows: rows["name"].str.replace("_", " ").str.cat(rows["value"].map(lambda value: "" if np.isnan(value) else f" {value:g}")),
     )
     first = {repairs.BASE: 0, PARENT: 1}
@@ -166,7 +166,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
         for place in (place for place, rank in enumerate(order["rank"]) if rank == 1):
             ax.axhline(place - 0.5, color="#cccccc", lw=0.7, zorder=1)
         ax.set(xlim=(-4, 104), xticks=[0, 50, 100])
-    name_rows(axes[0, 0], [f"fine-tuned: {where}" if name == PARENT else label for where, label, name in zip(order["place"], order["label"], order["name"], strict=True)])
+    name_rows(axes[0, 0], [f"fine-tuned by {where}" if name == PARENT else label for where, label, name in zip(order["place"], order["label"], order["name"], strict=True)])
     axes[0, 0].tick_params(axis="y", labelsize=7)
     under(axes[0], "Percent of the harmful prompts of the report half, 95% interval over seeds")
     _legend(fig, [Line2D([], [], marker="o", ls="", ms=4, color=colours[outcome], label={DECLINED: "refusals", UNSAFE: "unsafe responses"}[outcome]) for outcome in shown], 2)

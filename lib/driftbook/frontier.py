@@ -153,7 +153,7 @@ def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> 
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
     wide = _wide(points, CALIBRATION)
     own = own.merge(wide[[stats.UNSAFE, GAIN]].rename(columns={stats.UNSAFE: "unsafe", GAIN: "gain"}), on="run_id").assign(of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN]))
-    mean = own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]].mean().reset_index()
+    mean = own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]].mean().astype(float).reset_index()
     mean["kept"] = 100 * mean["gain"] / mean["of_parent"].where(mean["of_parent"] > 0)  # of the means, since a parent that gained next to nothing has any ratio
     mean["enough"] = mean["kept"].ge(keep)
     mean["first"] = np.where(mean["enough"], mean["unsafe"], np.inf)
