@@ -301,5 +301,5 @@ def sentence(estimates: pd.DataFrame, name: str = "safe_lora") -> str:
     beaten = controls["p_adjusted"].lt(0.05) & controls["value"].lt(0)
     said = f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f} percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"
     said += f"; it has fewer unsafe responses than {beaten.sum()} of its {len(controls)} controls after Holm's adjustment" if len(controls) else ""
-    beside = [f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast}" for contrast in (JUST_LESS, JUST_MORE) if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])]
-    return said + ("; it has " + ", and ".join(beside) if beside else "") + "."
+    beside = [f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast.replace('minus', 'to', 1)}" for contrast in (JUST_LESS, JUST_MORE) if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])]
+    return said + (". Beside rescaling: " + ", ".join(beside) if beside else "") + "."
