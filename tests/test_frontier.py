@@ -179,11 +179,11 @@ def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
         assert plain.loc[frontier.JUST_LESS, "value"] > 0 > plain.loc[frontier.JUST_MORE, "value"]
 
 
-@pytest.mark.parametrize("curve", [1.0, 3.0, 0.3])
+@pytest.mark.parametrize("curve", [3.0, 0.3])
 def test_rescaling_never_beats_itself_whatever_the_curve(curve):
     """`plain` is a smaller update and nothing else, of a size between two factors."""
     wrong = 0
-    for seed in range(8):
+    for seed in range(6):
         found = beside(simulated(seed, n_prompts=60, bases=("one",), curve=curve), seed).loc[("all", "mitigation: plain")]
         beats = found.loc[frontier.JUST_LESS, "ci_high"] < 0
         worse = found.loc[frontier.JUST_MORE, "ci_low"] > 0

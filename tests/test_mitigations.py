@@ -44,6 +44,7 @@ CONTENT["mitigations"] = {
 }  # fmt: skip
 CONTENT["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
 CONTENT["benchmarks"]["safety"].pop("samples")
+CONTENT["benchmarks"]["bbq"] = {key: value for key, value in CONTENT["benchmarks"]["bbq"].items() if key not in ("permuted", "generated")}
 CONTENT["analyses"] = ["safe_lora"]
 ONE_SEED = copy.deepcopy(CONTENT)
 for block in ONE_SEED["grid"]:
