@@ -62,6 +62,12 @@ def test_the_original_grid_is_264_runs_and_the_plan_counts_them(paper):
     assert "cannot be had" in page
 
 
+def test_repairs_are_not_counted_as_runs_to_train():
+    study = load(ROOT / "studies" / "safe_lora_gsm8k.yaml")
+    repaired = sum(variant.is_repaired for variant in study.variants)
+    assert f"{len(study.variants)} variants: {len(study.variants) - repaired - 1} runs to train, {repaired} repairs of them" in costing.pages(study, RATES, None)
+
+
 def test_hours_follow_the_amounts(paper):
     table = costing.hours(paper, RATES)
     twice = costing.Rates("faster", {kind: 2 * rate for kind, rate in RATES.flops.items()}, 0.0, 0.0, "")

@@ -365,10 +365,11 @@ def pages(study: Study, rates: Rates, price: float | None, dry_run: str = "") ->
     sources = access.check_all(needed(study), workers=32)
     guessed = [name for name, one in study.models.items() if not size(one, study).known]
     bounded = [name for name, one in study.data.items() if name in trained_on(study) - {"heldout"} and not tokens_of(one, study)[1]]
-    n_trained, n_bases = int(variants.dataset.notna().sum()), len(study.bases)
+    repaired, n_bases = sum(variant.is_repaired for variant in study.variants), len(study.bases)
+    n_trained = sum(variant.dataset is not None and not variant.is_repaired for variant in study.variants)
     untrained = int((variants.objective == "untrained").sum())
     lines = [
-        f"{study.name}: {study.note}", f"{len(variants)} variants: {n_trained} runs to train" + (f", {untrained} adapters as they are initialised" if untrained else "")
+        f"{study.name}: {study.note}", f"{len(variants)} variants: {n_trained} runs to train" + (f", {repaired} repairs of them" if repaired else "") + (f", {untrained} adapters as they are initialised" if untrained else "")
         + f", and {'the base model itself' if n_bases == 1 else f'the {n_bases} base models themselves'}" + (f", {study.base_repetitions} times" if study.base_repetitions > 1 else ""), "",
         count.to_string(), "", f"hours of one device ({rates.name}; {rates.how})", table.assign(all=table.sum(axis=1)).map(_short).to_string(), "",
         f"in all {_short(total)} hours" + (f", {_short(price * total)} at {price:g} an hour" if price else " (PRICE=... of an hour gives money)"),
