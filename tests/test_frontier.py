@@ -254,5 +254,7 @@ def test_every_figure_is_drawn_or_says_why_not(study):
         fig, caption = figures.FIGURES[name](shown)
         drawn = sum(len(ax.lines) for ax in fig.axes)
         assert (drawn > 0) == (not caption.startswith("Nothing to draw")), name
-    assert not figures.FIGURES["frontier"](shown)[1].startswith("Nothing")
+    for name in ("frontier", "controls", "mitigations", "restored"):  # whatever the study calls its mitigations
+        assert not figures.FIGURES[name](shown)[1].startswith("Nothing")
+    assert frontier.leading(repaired) == "plain"
     assert "fewer unsafe responses" in frontier.sentence(estimates, "better")

@@ -1,14 +1,16 @@
 """Mitigations in a study file: which variants they make, what is refused, and one small study of all kinds through the real batch."""
 
 import copy
+import dataclasses
 import json
 
 import pandas as pd
 import pytest
 
 from conftest import SMALL, local, one_sentence, write_study
-from driftbook import collecting, jobs, keys, mitigating, models
+from driftbook import collecting, jobs, keys, mitigating, models, preparing
 from driftbook.files import OUTPUTS, read_json, write_json
+from driftbook.scoring import VariantFailure
 from driftbook.study import MITIGATION_KINDS, Study, load
 from driftbook.tables import MODULES, RUNS
 
@@ -34,7 +36,7 @@ CONTENT["mitigations"] = {
     "exact": {"kind": "safe_lora", "blocks": ["main"], "pair": "placebo", "operator": "exact", "values": [1.0]},
     "zero": {"kind": "zero", "blocks": ["main"], "pair": "alignment", "select": "top", "values": [1]},
     "rescale": {"kind": "rescale", "blocks": ["main", "ia3"], "values": [0.25, 0.75]},
-    "average": {"kind": "average", "blocks": ["main"], "values": [0.5], "snapshots": 2},
+    "average": {"kind": "average", "blocks": ["main"], "values": [1.0], "snapshots": 2},
     "resta": {"kind": "resta", "blocks": ["main"], "safety": "safe", "values": [0.5]},
     "safe_merge": {"kind": "safe_merge", "blocks": ["main"], "safety": "safe", "pair": "alignment", "select": "top", "values": [2]},
     "intruders": {"kind": "reduce_intruders", "blocks": ["main"], "values": [0.75]},
@@ -138,6 +140,17 @@ WRONG = {
     "a safety block without the method": (("mitigations", "resta", "safety"), "ia3", ["no run of lora"]),
     "no such data": (("mitigations", "mixing", "data"), "safe", ["data.safe"]),
     "all of the data": (("mitigations", "mixing", "values"), [1.0], ["leaves nothing"]),
+    "two blocks of one name": (("grid", 1, "name"), "main", ["two blocks of the name 'main'"]),
+    "a reserved name": (("mitigations", "parent"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["'parent'", "another name"]),
+    "a module trained whole": (("methods", "lora", "modules_to_save"), ["lm_head"], ["trains modules_to_save"]),
+    "an init that changes the base": (("methods", "lora", "init_lora_weights"), "pissa", ["changes the base model itself"]),
+    "the same checkpoint twice": (("bases", "tiny-llama", "pairs", "alignment", "unaligned"), local("llama/aligned"), ["the same checkpoint", "V is zero"]),
+    "safety added to itself": (("mitigations", "resta", "safety"), "main", ["to itself"]),
+    "held-out answers mixed in": (("mitigations", "mixing", "data"), "heldout", ["held-out answers"]),
+    "the last snapshot alone": (("mitigations", "average", "values"), [0.2], ["the last one alone"]),
+    "a number in place of a list": (("mitigations", "rescale", "values"), 0.5, ["write a list, [0.5]"]),
+    "a number of modules as threshold": ((*M, "select"), "threshold", ["say select: top"]),
+    "a misspelt twin": (("bases", "tiny-llama", "pairs", "alignment"), {"unalligned": local("llama/stage0")}, ["did you mean 'unaligned'"]),
     "biases that a control would leave": (("methods", "lora", "bias"), "lora_only", ["trains bias", "methods.lora"]),
     "constrained preferences": (("grid", 0, "objectives"), ["dpo"], ["by dpo"]),
     "a comma": (("mitigations", "a, b"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["no comma"]),
@@ -259,6 +272,25 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
     finally:
         path.write_bytes(old)
         assert again() == children
+
+
+def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(mitigated, tmp_path):
+    study = mitigated.study()
+    base, one = models.load(study.bases["tiny-llama"], "tiny-llama", study), next(iter(of(mitigated, "safe_lora 4").values()))
+    settings = json.loads(one.settings)
+    settings["mitigation"]["value"] = 99
+    with pytest.raises(VariantFailure, match="the adapter has 4"):
+        mitigating.make(dataclasses.replace(one, settings=json.dumps(settings)), study, base, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_twin_that_cannot_be_read_is_told_before_any_training(standins, tmp_path):
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "pytorch_model.bin").write_bytes(b"x")
+    study = load(write_study(tmp_path, changed("bases", "tiny-llama", "pairs", "alignment", "unaligned", value={"source": "a/b", "path": str(tmp_path / "twin")})))
+    with pytest.raises(ValueError) as error:
+        preparing.prepare("tiny-llama", study)
+    assert "pickles" in one_sentence(error.value)
 
 
 def test_spectra_of_every_pair_are_there(mitigated):

@@ -65,7 +65,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     if rows.empty or not rows["outcome"].eq(KEPT).any():
         return nothing("Nothing to draw: the study repairs no runs, or its runs gained nothing to keep.")
     points = _points(tables)
-    ys = [outcome for outcome in (UNSAFE, REFUSED, ACCURACY_AMB) if outcome in points]
+    name, ys = repairs.leading(points), [outcome for outcome in (UNSAFE, REFUSED, ACCURACY_AMB) if outcome in points]
     fig, axes = panels(tables, len(ys), [2.1, *[1.5] * (len(ys) - 1)], sharex="all")
     for line, y in zip(axes, ys, strict=True):
         for ax, base_model in zip(line, bases(tables), strict=True):
@@ -75,13 +75,13 @@ def frontier(tables: dict) -> tuple[Figure, str]:
             rescaled = own[own["kind"].eq("rescale") | (own["name"].eq(PARENT) & own["run_id"].isin(own["parent_run_id"][own["kind"].eq("rescale")]))]
             curve = [_mean(ax, part, y, NULL, "v") for _, part in rescaled.fillna({"value": 1.0}).groupby("value")]
             ax.plot(*np.array([(0.0, own.loc[own["name"].eq(repairs.BASE), y].mean()), *curve]).T, color=NULL, lw=1, zorder=2)
-            safe = own[own["name"].eq("safe_lora")]
+            safe = own[own["name"].eq(name)]
             for control in dict.fromkeys(safe["control"].where(safe["control"].notna(), None)):
                 of = safe[safe["control"].isna() if control is None else safe["control"].eq(control)]
                 colour, mark = STYLES[control]
                 line_of = [_mean(ax, part, y, colour, mark) for _, part in of.groupby("value")]
                 ax.plot(*np.array(line_of).T, color=colour, lw=1 if control is None else 0.6, zorder=2)
-            others = own[own["control"].isna() & ~own["kind"].isin(["safe_lora", "rescale", PARENT, repairs.BASE]) & own[KEPT].notna()]
+            others = own[own["control"].isna() & own["name"].ne(name) & ~own["kind"].isin(["rescale", PARENT, repairs.BASE]) & own[KEPT].notna()]
             for _, part in others.groupby(["name", "value"], dropna=False, sort=False):
                 _mean(ax, part, y, OTHER, "P")
             ax.set_xlim(*EDGES)
@@ -91,7 +91,8 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     marks = [("Safe LoRA", *STYLES[None]), ("rescaling", NULL, "v"), *((f"control: {name}", *STYLES[name]) for name in CONTROLS if points["control"].eq(name).any()), ("other repairs", OTHER, "P")]
     handles = [Line2D([], [], marker=mark, color=colour, ls="", ms=4.5, mfc="none" if mark == "o" else colour, label=name) for name, colour, mark in marks] + [Line2D([], [], color="#777777", ls="--", lw=0.9, label="base model")]
     _legend(fig, handles, 4)
-    n, means = points["run_id"].nunique(), points.groupby(["base_model", "name", "value", "control"], dropna=False)[KEPT].mean()
+    n = points.loc[points["control"].isna() | points["name"].eq(name), [KEPT, "run_id"]].dropna()["run_id"].nunique()
+    means = points.groupby(["base_model", "name", "value", "control"], dropna=False)[KEPT].mean()
     return fig, (
         f"{n} runs on the report half of the prompts: what is left of the gain of fine-tuning, and what became of safety, over-refusal and fairness. Small marks: seeds; large marks: means "
         "with 95% t intervals over seeds; lines join the levels of one repair. Right is the fine-tuned parent, left the base model. A repair is worth something where it lies below the "
@@ -117,6 +118,8 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, AGAINST_PARENT, "all")
     if rows.empty:
         return nothing("Nothing to draw: no repair was done on every base model.")
+    known = repairs.repairs(tables["variants"], tables["runs"])
+    kinds = dict(zip(known["name"], known["kind"], strict=True))
     order, shown = _order(rows), [outcome for outcome in NAMES if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(-(-len(shown) // 4), min(4, len(shown)), figsize=(WIDTH, 0.6 + (0.45 + 0.19 * len(order)) * -(-len(shown) // 4)), sharey=True, squeeze=False)
     for ax in axes.flat[len(shown) :]:
@@ -125,7 +128,7 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         own = rows[rows["outcome"].eq(outcome)]
         places = [order.index(group.removeprefix("mitigation: ")) for group in own["group"]]
-        dots(ax, own, np.array(places, float), [NULL if order[place].startswith("rescale") else SAFE if "safe_lora" in order[place] else OTHER for place in places], [True] * len(own))
+        dots(ax, own, np.array(places, float), [{"rescale": NULL, "safe_lora": SAFE}.get(kinds[order[place]], OTHER) for place in places], [True] * len(own))
         ax.set_title(NAMES[outcome], fontsize=7)
         ax.locator_params(axis="x", nbins=4)
     for line in axes:
@@ -181,7 +184,9 @@ def controls(tables: dict) -> tuple[Figure, str]:
     """Safe LoRA minus each of its controls, by base model and over all."""
     rows = tables["estimates"]
     rows = rows[rows["notebook"].eq("14_safe_lora") & rows["outcome"].isin([UNSAFE, GAIN]) & (rows["contrast"].str.startswith(MINUS.format("")) | rows["contrast"].isin(list(RESCALED)))]
-    rows = rows[rows["group"].isin(["mitigation: safe_lora", "mitigation: subspace"])].astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
+    kinds = repairs.repairs(tables["variants"], tables["runs"])
+    controlled = [f"mitigation: {name}" for name in dict.fromkeys(kinds.loc[kinds["kind"].eq("safe_lora") & kinds["control"].notna(), "name"])]
+    rows = rows[rows["group"].isin(controlled)].astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["group"].str.removeprefix("mitigation: "), rows["contrast"].str.removeprefix(MINUS.format("")), strict=True)))
@@ -194,7 +199,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
             zero(ax)
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
             places = [lines.index((group.removeprefix("mitigation: "), contrast.removeprefix(MINUS.format("")))) for group, contrast in zip(own["group"], own["contrast"], strict=True)]
-            dots(ax, own, np.array(places, float), [SAFE if group.endswith("safe_lora") else OTHER for group in own["group"]], own["p_adjusted"].lt(0.05).tolist())
+            dots(ax, own, np.array(places, float), [SAFE if group == controlled[0] else OTHER for group in own["group"]], own["p_adjusted"].lt(0.05).tolist())
             if number == 0:
                 ax.set_title("all" if base_model == "all" else base_model, fontsize=7.5)
             ax.locator_params(axis="x", nbins=4)
@@ -215,20 +220,21 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     rows = rows[rows["notebook"].eq("14_safe_lora") & rows["group"].str.contains(", dimension: ") & rows["base_model"].eq("all") & rows["contrast"].eq(CHANGE)]
     if rows.empty:
         return nothing("Nothing to draw: no repair was scored on BBQ on every base model.")
+    known = repairs.repairs(tables["variants"], tables["runs"])
+    styles = {PARENT: ("fine-tuned", "#777777"), repairs.leading(known): ("after Safe LoRA", SAFE), repairs.leading(known, "rescale"): ("after rescaling", NULL)}
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float)).assign(name=rows["group"].str.partition(", dimension: ")[0], dimension=rows["group"].str.partition(", dimension: ")[2])
-    order, names = sorted(rows["dimension"].unique()), [name for name in (PARENT, "safe_lora", "rescale") if rows["name"].eq(name).any()]
+    order, names = sorted(rows["dimension"].unique()), [name for name in styles if rows["name"].eq(name).any()]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.4 * len(order)), sharey=True)
     for ax, outcome in zip(axes, (ACCURACY_AMB, BIAS_AMB), strict=True):
         zero(ax)
         for place, name in enumerate(names):
             own = rows[rows["outcome"].eq(outcome) & rows["name"].eq(name)]
             at = np.array([order.index(dimension) for dimension in own["dimension"]]) + 0.22 * (place - (len(names) - 1) / 2)
-            dots(ax, own, at, [{PARENT: "#777777", "safe_lora": SAFE, "rescale": NULL}[name]] * len(own), [name != PARENT] * len(own))
+            dots(ax, own, at, [styles[name][1]] * len(own), [name != PARENT] * len(own))
         ax.set_title(SHORT[outcome].capitalize())
     name_rows(axes[0], [dimension.replace("_", " ") for dimension in order])
     under(axes, "Change against the base model (percentage points; bias score: points of -100 to 100), 95% interval")
-    labels = {PARENT: ("fine-tuned", "#777777"), "safe_lora": ("after Safe LoRA", SAFE), "rescale": ("after rescaling", NULL)}
-    _legend(fig, [Line2D([], [], marker="o", ls="", ms=4.5, color=labels[name][1], mfc="white" if name == PARENT else labels[name][1], label=labels[name][0]) for name in names], 3)
+    _legend(fig, [Line2D([], [], marker="o", ls="", ms=4.5, color=styles[name][1], mfc="white" if name == PARENT else styles[name][1], label=styles[name][0]) for name in names], 3)
     return fig, f"BBQ by dimension ({len(order)} of them), in the mean of the base models: what fine-tuning changed, and what is left of it after Safe LoRA and after rescaling, each at its chosen level. BBQ took no part in that choice."
 
 
@@ -301,8 +307,9 @@ def cosine(tables: dict) -> tuple[Figure, str]:
 @drawn("14_safe_lora", "modules")
 def touched(tables: dict) -> tuple[Figure, str]:
     """Which modules were projected at each level, and how much of their update was kept."""
-    rows = repairs.touched(tables["modules"], repairs.repairs(tables["variants"], tables["runs"]))
-    rows = rows[rows["name"].eq("safe_lora")]
+    known = repairs.repairs(tables["variants"], tables["runs"])
+    rows = repairs.touched(tables["modules"], known)
+    rows = rows[rows["name"].eq(repairs.leading(known))]
     if rows.empty:
         return nothing("Nothing to draw: no run was repaired by Safe LoRA.")
     order = sorted(rows["module"].unique())
@@ -326,7 +333,7 @@ def touched(tables: dict) -> tuple[Figure, str]:
 def published_threshold(tables: dict) -> tuple[Figure, str]:
     """The published share of modules below a threshold, and that of the study's runs."""
     known, there = repairs.published_thresholds(), repairs.repairs(tables["variants"], tables["runs"])
-    rows = tables["modules"].merge(there[there["name"].eq("safe_lora") & there["control"].isna()], on="run_id").drop_duplicates(["parent_run_id", "module"])
+    rows = tables["modules"].merge(there[there["name"].eq(repairs.leading(there)) & there["control"].isna()], on="run_id").drop_duplicates(["parent_run_id", "module"])
     fig, ax = plt.subplots(figsize=(WIDTH, 2.5))
     ax.plot(known["threshold"], known["share"], "s-", color="#555555", ms=3.5, label="Hsu et al. 2024, Llama-2-7B-Chat, as published")
     grid = np.linspace(0, 1, 101)

@@ -289,8 +289,16 @@ def published_thresholds() -> pd.DataFrame:
     return pd.read_csv(PUBLISHED / "threshold.csv")
 
 
-def sentence(estimates: pd.DataFrame, name: str = "safe_lora") -> str:
+def leading(repaired: pd.DataFrame, kind: str = "safe_lora") -> str | None:
+    """The name of the mitigation of a kind that figures tell of: the one that is called as its kind is, else the first."""
+    names = list(dict.fromkeys(repaired.loc[repaired["kind"].eq(kind), "name"]))
+    return kind if kind in names else names[0] if names else None
+
+
+def sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
     """What a repair did at its chosen level, over all base models, in one sentence."""
+    if name is None:
+        return "Nothing was repaired by Safe LoRA."
     own = estimates[estimates["group"].eq(f"mitigation: {name}") & estimates["base_model"].eq("all")]
     unsafe = own[own["outcome"].eq(stats.UNSAFE)].set_index("contrast")
     unsafe = unsafe[unsafe["method"].eq(unsafe["method"].iloc[0])] if len(unsafe) else unsafe

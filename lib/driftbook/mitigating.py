@@ -145,16 +145,18 @@ def make(variant: Variant, study: Study, base: Loaded, folder: Path) -> tuple[di
     """Write the adapter of a repaired variant into folder/adapter; its record (columns of `runs`) and what was done to its modules (rows of `modules`).
 
     Raises:
-        VariantFailure: its parent, or the safety run that it needs, failed to train.
-        ValueError: a checkpoint does not fit; nothing is written.
+        VariantFailure: its parent, or the safety run that it needs, failed to train, or this repair cannot be done to this adapter; nothing is written then.
     """
     if variant.method == "none":  # the base model itself under another system prompt
         return RUNS.read(jobs.folder(study, parent(study, variant))).iloc[0].to_dict() | {"run_id": variant.run_id}, MODULES.empty()
     for path in read(study, variant):
         if not path.exists():
             raise VariantFailure(f"there is no {path.parent.name} of {path.parents[1].name}, of which it is made; that run failed")
-    with _anew(folder / "adapter") as out:
-        rows = MAKERS[variant.repair["kind"]](variant, study, base, jobs.adapter(study, parent(study, variant)), out)
+    try:
+        with _anew(folder / "adapter") as out:
+            rows = MAKERS[variant.repair["kind"]](variant, study, base, jobs.adapter(study, parent(study, variant)), out)
+    except ValueError as error:  # of this repair: the others are made
+        raise VariantFailure(str(error)) from error
     modules = rows.reindex(columns=[name for name in MODULES.columns if name != "run_id"]).assign(run_id=variant.run_id)
     return record(variant, study, base, folder / "adapter"), MODULES.check(modules)
 

@@ -46,6 +46,7 @@ def prepare(name: str, study: Study) -> Prepared:
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
         check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
     _check(name, source, study)
+    _check_twins(source, study)
     return Prepared(name, identity(source, study), curve)
 
 
@@ -59,6 +60,15 @@ def _check(name: str, source: Base | Judge, study: Study) -> None:
     shell = models.without_weights(source, name, study) if methods else None
     for method, variant in methods.items():
         adapters.check_targets(method, adapters.config(variant), shell)
+
+
+def _check_twins(source: Base | Judge, study: Study) -> None:
+    """Raise a ValueError where a checkpoint of the model's pairs cannot be read as one; what is on the hub is fetched now, before hours of training."""
+    from driftbook.checkpoints import open_checkpoint
+    from driftbook.mitigating import checkpoint
+
+    for name, twin in getattr(source, "checkpoints", {}).items():
+        open_checkpoint(checkpoint(twin, study), name)
 
 
 def _random(name: str, study: Study) -> None:

@@ -164,7 +164,7 @@ def _linear(folder: Path) -> Adapter:
 
 def _check_alone(folder: Path) -> None:
     if more := list(updates.others(folder)):
-        raise ValueError(f"the adapter {folder.name} holds {more[0]} too, which this repair would leave as it was trained; of the repairs only Safe LoRA, zeroing and a template take such an adapter")
+        raise ValueError(f"the adapter {folder.name} holds {more[0]} too, which this repair would leave as it was trained; of the repairs only a template takes such an adapter, and Safe LoRA where it is a bias of the modules")
 
 
 def _check_same(owns: Sequence[Adapter]) -> None:

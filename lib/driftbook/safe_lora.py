@@ -25,6 +25,7 @@ from driftbook.adapters import WEIGHTS
 from driftbook.adapters import check as check_weights
 from driftbook.checkpoints import Checkpoint, open_checkpoint
 from driftbook.files import read_json
+from driftbook.study import REWRITING
 from driftbook.updates import Update
 
 OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subspace")
@@ -32,7 +33,6 @@ BY_ENERGY = ("subspace", "random subspace")  # selected by the energy in V's fir
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
-REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits that change the base model itself
 
 UNREADABLE = {
     "target_parameters": "whose modules have no counterpart in a checkpoint", "layer_replication": "whose modules have no counterpart in a checkpoint",

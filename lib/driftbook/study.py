@@ -8,6 +8,7 @@ import math
 import os
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -77,13 +78,15 @@ MITIGATION_KINDS = {
     "average": MitigationKind("weight averaging", "after", _LORA, ("values",), ("values", "snapshots")),
     "resta": MitigationKind("RESTA", "after", _LORA, ("safety", "values"), ("safety", "values"), (0.0, 10.0)),
     "safe_merge": MitigationKind("SafeMERGE", "after", _LORA, ("safety", "pair", "values"), ("safety", "pair", "select", "weight", "values")),
-    "reduce_intruders": MitigationKind("intruder dimensions reduced", "after", _LORA, ("values",), ("values",)),
+    "reduce_intruders": MitigationKind("intruder dimensions reduced", "after", ("lora", "rslora"), ("values",), ("values",)),
     "template": MitigationKind("safety template at test time (PTST)", "test", needs=("system_prompt",), takes=("system_prompt",)),
     "mixing": MitigationKind("safety data mixed in", "training", needs=("data", "values"), takes=("data", "values")),
     "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
 }
-LINEAR = ("rescale", "average", "resta", "safe_merge", "reduce_intruders")  # repairs that change the factors A and B alone
+LINEAR = ("average", "resta", "safe_merge", "reduce_intruders")  # repairs of LoRA that combine the factors A and B
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # inits of LoRA that change the base model itself
 BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")  # settings by which an adapter trains more than these
+NAMED = ("parent", "base alone")  # what notebook 14 calls runs that are no repairs
 CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")  # of Safe LoRA
 REREAD = ("original_study", "peft_results")  # folders of outputs/ that notebooks 20 and 22 write, from what others published
 RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ that are no study
@@ -461,9 +464,11 @@ class Mitigation(Part):
             if self.select == "top" and (value < 1 or value != int(value)):
                 raise ValueError(f"value {value:g} with select: top is a number of modules, a whole one from 1")
             if self.select != "top" and not low <= value <= high:
-                raise ValueError(f"value {value:g} of the kind {self.kind} is outside {low:g} to {high:g}")
+                raise ValueError(f"value {value:g} of the kind {self.kind} is outside {low:g} to {high:g}" + ("; for a number of modules say select: top" if "select" in known.takes and value > high else ""))
             if self.kind in ("mixing", "average") and value in (0, *((1,) if self.kind == "mixing" else ())):
                 raise ValueError(f"value {value:g} of the kind {self.kind} leaves nothing; give a share above 0" + (" and below 1" if self.kind == "mixing" else ""))
+            if self.kind == "average" and value * self.snapshots <= 1:
+                raise ValueError(f"value {value:g} of {self.snapshots} snapshots is the last one alone, the run itself; give a larger share, or more snapshots")
         if len(set(self.values)) < len(self.values):
             raise ValueError("values repeats a value")
         return self
@@ -530,6 +535,10 @@ class Study(Part):
             raise ValueError("a base model, a judge and a rater share a name; give each its own")
         for block in self.grid:
             self._check_block(block)
+        if twice := [name for name, n in Counter(block.name for block in self.grid).items() if n > 1]:
+            raise ValueError(f"the grid has two blocks of the name {twice[0]!r}; give each a name of its own")
+        if len({one.snapshots for one in self.mitigations.values() if one.kind == "average"}) > 1:
+            raise ValueError("two mitigations average over different numbers of snapshots; a training takes one number of them, so give both the same")
         used = {method for block in self.grid for method in block.methods}
         if self.primary and not used:
             raise ValueError("primary declares tests of what training does, and the grid trains nothing; remove it")
@@ -604,8 +613,8 @@ class Study(Part):
         for wanted in (*mitigation.blocks, *([mitigation.safety] if mitigation.safety else [])):
             if wanted not in blocks:
                 raise ValueError(f"mitigation {name!r} names the grid block {wanted!r}; the grid has {', '.join(blocks)}")
-        if "," in name:
-            raise ValueError(f"mitigation {name!r}: a name may hold no comma, behind which its controls are named")
+        if "," in name or name in NAMED:
+            raise ValueError(f"mitigation {name!r}: a name may hold no comma, behind which its controls are named, and not be {' or '.join(NAMED)}; give another name")
         for block in (blocks[one] for one in mitigation.blocks):
             if "untrained" in block.objectives or (mitigation.kind == "constrained_sft" and "dpo" in block.objectives):
                 raise ValueError(f"mitigation {name!r} ({known.label}) cannot be done to the block {block.name!r}, which has runs by {'dpo' if 'untrained' not in block.objectives else 'untrained'}; name others")
@@ -615,17 +624,36 @@ class Study(Part):
                     f"mitigation {name!r}: {known.label} cannot be done to {wrong[0]} (block {block.name!r})"
                     + (", which has no weight update; to it apply: " + ", ".join(kind for kind, one in MITIGATION_KINDS.items() if wrong[0] in one.methods) if prompt else f"; it applies to {', '.join(known.methods)}")
                 )
-            needs_linear = mitigation.kind in LINEAR or set(mitigation.controls) - {"random subspace"}
-            for method, key in itertools.product(block.methods if needs_linear else (), BESIDE_FACTORS):
-                if self.methods[method].get(key) not in (None, False, "none", [], ()):
-                    raise ValueError(f"mitigation {name!r}: {method} trains {key}, which {known.label} and controls would leave as it was trained; take {key} from methods.{method}, or give safe_lora without controls but random subspace")
-            if mitigation.data and self.data.get(mitigation.data, None) is None:
-                raise ValueError(f"mitigation {name!r} mixes in data.{mitigation.data}, which the study does not have")
+            if known.when == "after":
+                self._check_repairable(name, mitigation, block)
+            if mitigation.data and (self.data.get(mitigation.data) is None or mitigation.data == "heldout"):
+                raise ValueError(f"mitigation {name!r} mixes in data.{mitigation.data}, " + ("the held-out answers" if mitigation.data == "heldout" else "which the study does not have"))
             if mitigation.data and "dpo" in block.objectives and not self.data[mitigation.data].is_preference:
                 raise ValueError(f"mitigation {name!r} mixes data.{mitigation.data} into a training by dpo, and it has no chosen and rejected answers")
             for base in block.bases or self.bases:
                 if mitigation.pair and mitigation.pair not in self.bases[base].pairs:
                     raise ValueError(f"mitigation {name!r} needs the pair {mitigation.pair!r}, and bases.{base} has no such twin; give it under pairs: {{{mitigation.pair}: {{unaligned: {{source: ...}}}}}}")
+
+    def _check_repairable(self, name: str, mitigation: Mitigation, block: Block) -> None:
+        """Raise a ValueError where a repair would leave a part of an adapter as it was trained, or cannot be done to what the settings of a method make."""
+        if mitigation.safety == block.name:
+            raise ValueError(f"mitigation {name!r} adds the block {block.name!r} to itself; give a block that was trained on safety data under safety")
+        label, alone = MITIGATION_KINDS[mitigation.kind].label, mitigation.kind in ("safe_lora", "zero") and not set(mitigation.controls) - {"random subspace"}
+        for method in block.methods:
+            settings = self.methods[method]
+            for key in BESIDE_FACTORS:
+                value = settings.get(key)
+                if value not in (None, False, "none", [], ()) and not (alone and (key == "lora_bias" or (key == "bias" and value == "lora_only"))):
+                    raise ValueError(f"mitigation {name!r}: {method} trains {key}, of which {label} or a control would leave a part as it was trained; take {key} from methods.{method}")
+            if str(settings.get("init_lora_weights", "")).lower().startswith(REWRITING):
+                raise ValueError(f"mitigation {name!r}: {method} begins as {settings['init_lora_weights']}, which changes the base model itself, so that BA is not its update; take init_lora_weights from methods.{method}")
+            if settings.get("use_dora") and mitigation.kind in LINEAR:
+                raise ValueError(f"mitigation {name!r}: {label} cannot be done to {method} with use_dora, whose update is no product of two factors; call the method dora and name other blocks")
+        for base in block.bases or self.bases:
+            pair = self.bases[base].pairs.get(mitigation.pair)
+            aligned = pair and (pair.aligned or self.bases[base])
+            if pair and (aligned.source, aligned.revision, aligned.path) == (pair.unaligned.source, pair.unaligned.revision, pair.unaligned.path):
+                raise ValueError(f"bases.{base}.pairs.{mitigation.pair} has the same checkpoint as aligned and unaligned, so that V is zero and no direction of alignment; give two that differ")
 
     @property
     def n_snapshots(self) -> int:
@@ -809,6 +837,8 @@ def _sentence(error: ValidationError) -> str:
             return f"{where} = {value!r}; expected {problem['ctx']['expected']}"
         case "value_error":
             return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
+        case "tuple_type":
+            return f"{where} = {value!r} is one value; write a list, [{value}]"
         case _:
             return f"{where} = {value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
@@ -816,7 +846,7 @@ def _sentence(error: ValidationError) -> str:
 def _known_keys(location: tuple) -> list[str]:
     """The keys that the section at `location` may have."""
     sections = {"bases": Base, "judges": Judge, "raters": Rater, "data": TrainingData, "benchmarks": Benchmark, "training": Training, "grid": Block, "primary": Family, "drift": Drift, "mitigations": Mitigation}
-    part = sections.get(location[0], Source) if location else Study
+    part = Pair if "pairs" in location else sections.get(location[0], Source) if location else Study
     return list(part.model_fields)
 
 
