@@ -35,36 +35,36 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 study: $(READY) ## run a study from training to report: STUDY=miniature, or a file
-	@$(PY) -m driftbook.batch "$(STUDY)" "$(PROFILE)"
+	@$(PY) -m driftbook.batch.make_study "$(STUDY)" "$(PROFILE)"
 
 plan: $(READY) ## before any work: variants, hours, money, memory, disk and access of a study: STUDY=..., PRICE=2.5, DEVICE=L40S
-	@$(PY) -m driftbook.costing "$(STUDY)" "$(DEVICE)" "$(PRICE)"
+	@$(PY) -m driftbook.batch.make_plan "$(STUDY)" "$(DEVICE)" "$(PRICE)"
 
 calibrate: $(READY) ## measure this machine for make plan: outputs/costs.json
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m driftbook.costing calibrate
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m bench.calibrate
 
 test: $(READY) ## run the tests
 	@$(VENV)/bin/ruff check --quiet . && $(PY) -m pytest
 
 bench: $(READY) ## measure the scoring against lm-evaluation-harness and its goals: outputs/bench
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m driftbook.bench
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench
 
 export: $(READY) ## write a finished study as lm-evaluation-harness results and inspect_ai logs
-	@$(PY) -m driftbook.exporting "$(STUDY)"
+	@$(PY) -m driftbook.publishing.export "$(STUDY)"
 
 report: $(READY) ## write report.html of a finished study again
-	@$(PY) -m driftbook.report "$(STUDY)"
+	@$(PY) -m driftbook.publishing.report "$(STUDY)"
 
 reread: $(READY) ## read the original study and PEFT's own published runs again, with their own data: notebooks 20 and 22
 	@for name in 20_original_study 22_peft_results; do \
-		$(PY) -m driftbook.warm notebook notebooks/$$name.ipynb outputs/$${name#*_}/$$name.ipynb '{}' 2>/dev/null \
+		$(PY) -m driftbook.batch.warm notebook notebooks/$$name.ipynb outputs/$${name#*_}/$$name.ipynb '{}' 2>/dev/null \
 			&& echo "read again: outputs/$${name#*_}" || { cat outputs/$${name#*_}/$$name.error.txt; exit 1; }; done
 
 publish: $(READY) ## copy a finished study's text-free tables and figures to outputs/published
-	@$(PY) -m driftbook.publishing "$(STUDY)"
+	@$(PY) -m driftbook.publishing.publish "$(STUDY)"
 
 figures: $(READY) ## draw every published figure again from the committed tables
-	@$(PY) -m driftbook.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}' 2>/dev/null \
+	@$(PY) -m driftbook.batch.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}' 2>/dev/null \
 		&& echo "drawn again: outputs/published/*/figures" || { cat outputs/figures.error.txt; exit 1; }
 
 lab: $(READY) ## open JupyterLab with the notebooks
@@ -74,4 +74,4 @@ lint: $(READY) ## check style and strip the notebooks' outputs
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 purge: $(READY) ## delete the responses of a study (the only table with text)
-	@$(PY) -c "from driftbook.collecting import purge; from driftbook.study import load; print(purge(load('$(STUDY)')), 'files deleted')"
+	@$(PY) -c "from driftbook.batch.collecting import purge; from driftbook.study.study_file import load; print(purge(load('$(STUDY)')), 'files deleted')"

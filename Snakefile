@@ -3,10 +3,11 @@ import json
 import sys
 from pathlib import Path
 
-from driftbook import plan
-from driftbook.files import ROOT
-from driftbook.keys import AFTER, analyses, stages
-from driftbook.study import load
+from driftbook.batch import plan
+from driftbook.batch.keys import AFTER, analyses, stages
+from driftbook.study import code
+from driftbook.study.files import ROOT
+from driftbook.study.study_file import load
 
 try:
     STUDY = load(config["study"])
@@ -18,25 +19,20 @@ workdir: STUDY.folder
 
 
 NOTEBOOKS = Path(ROOT, "notebooks")
-RUN = f"{sys.executable} -m driftbook.warm notebook"
+RUN = f"{sys.executable} -m driftbook.batch.warm notebook"
 NAMES = {"train": "02_train", "mitigate": "03_mitigate", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
 STAGES = {stage: NAMES[stage] for stage in stages(STUDY)}
 MADE = list(STAGES)[:-4]  # the stages that make adapters
 NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "utility": [f"jobs/prepare/{rater}.json" for rater in STUDY.raters]}
 
 
-# the library files that the analyses read: cheap steps are done again where one of them was edited
-STATISTICS = ("stats", "comparisons", "mixed", "marginal", "factors", "doses", "power", "tradeoffs", "labelling", "primary", "preregistration",
-              "bias", "letter_bias", "beside", "collecting", "judging", "report", "figures", "figures_factors", "figures_planning", "figures_labels", "figures_primary", "frontier", "figures_safe_lora")  # fmt: skip
-
-
 def notebook(name):
     return str(NOTEBOOKS / f"{name}.ipynb")
 
 
-def code(*names):
-    """Files of the library that a cheap step depends on: an edit does it again. Costly stages have a version in keys.py instead."""
-    return [str(ROOT / "lib" / "driftbook" / f"{name}.py") for name in names]
+def read_by(name):
+    """The files of the library that a notebook's results depend on, found by its imports."""
+    return [str(code.path(module)) for module in sorted(code.closure(code.of_notebook(NOTEBOOKS / f"{name}.ipynb")))]
 
 
 def parameters(wildcards, stage=None, **more):
@@ -91,7 +87,7 @@ rule collect:
     input:
         "keys/analysis.json",
         notebook("08_collect"),
-        code("collecting", "tables", "agreement", "checks"),
+        read_by("08_collect"),
         expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
     output:
         "jobs/collect.json",
@@ -111,7 +107,7 @@ for analysis, name in analyses(STUDY).items():
         input:
             "jobs/collect.json",
             notebook(name),
-            code(*STATISTICS),
+            read_by(name),
             [f"jobs/{earlier}.json" for earlier in AFTER.get(analysis, ()) if earlier in analyses(STUDY)],
         output:
             f"jobs/{analysis}.json",
@@ -127,10 +123,10 @@ for analysis, name in analyses(STUDY).items():
 rule report:
     input:
         expand("jobs/{analysis}.json", analysis=analyses(STUDY)),
-        code("report"),
+        [str(code.path(module)) for module in sorted(code.closure(["driftbook.publishing.report"]))],
     output:
         "jobs/report.json",
     params:
         study=str(config["study"]),
     shell:
-        "{sys.executable} -m driftbook.report {params.study:q} && echo '{{}}' > {output}"
+        "{sys.executable} -m driftbook.publishing.report {params.study:q} && echo '{{}}' > {output}"

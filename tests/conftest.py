@@ -22,7 +22,7 @@ import pytest
 import yaml
 from hypothesis import settings
 
-from driftbook.files import OUTPUTS, ROOT
+from driftbook.study.files import OUTPUTS, ROOT
 
 settings.register_profile("driftbook", deadline=None, max_examples=40, derandomize=True, print_blob=False)
 settings.load_profile("driftbook")
@@ -67,8 +67,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The miniature's data files."""
-    from driftbook.files import replacing_folder
     from driftbook.miniature import write_data
+    from driftbook.study.files import replacing_folder
 
     with locked("data"):
         if not (INPUTS / "data").exists():
@@ -136,7 +136,7 @@ def content() -> dict:
 @pytest.fixture
 def make_study(tmp_path, data_folder):
     """Checks and returns a study of some content."""
-    from driftbook.study import load
+    from driftbook.study.study_file import load
 
     return lambda content=SMALL: load(write_study(tmp_path, content))
 
@@ -158,7 +158,7 @@ def bases() -> dict:
     import torch
 
     from driftbook.miniature.families import build_model, build_tokenizer
-    from driftbook.models import Loaded
+    from driftbook.models.loading import Loaded
 
     torch.set_num_threads(1)
     made = {}
@@ -180,8 +180,8 @@ def adapter_folders(bases, tmp_path_factory) -> dict:
     import torch
     from peft import get_peft_model
 
-    from driftbook import adapters
-    from driftbook.study import Study
+    from driftbook.models import adapters
+    from driftbook.study.study_file import Study
 
     study, folders = Study(**copy.deepcopy(SMALL)), dict.fromkeys((family, None) for family in FAMILIES)
     for family in FAMILIES:
@@ -255,7 +255,7 @@ class Batch:
         write_study(self.outputs, self.content)
 
     def command(self, *targets: str) -> list[str]:
-        return [sys.executable, "-m", "driftbook.batch", str(self.file), "local", *targets]
+        return [sys.executable, "-m", "driftbook.batch.make_study", str(self.file), "local", *targets]
 
     def run(self, *targets: str) -> subprocess.CompletedProcess:
         return subprocess.run(self.command(*targets), env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -275,7 +275,7 @@ class Batch:
         return found
 
     def study(self):
-        from driftbook.study import load
+        from driftbook.study.study_file import load
 
         return load(self.file)
 
@@ -292,7 +292,7 @@ class Batch:
 
     def tables(self) -> dict:
         """The comparable form of each table that the batch collected."""
-        from driftbook.tables import TABLES
+        from driftbook.study.tables import TABLES
 
         present = [table for table in TABLES.values() if table.path(self.folder / "tables").exists()]
         return {table.name: table.comparable(table.read(self.folder / "tables")) for table in present}
@@ -318,9 +318,9 @@ SMOKE["benchmarks"]["safety"]["truth"] = "miniature:data/safety_truth.csv"
 @pytest.fixture(scope="session")
 def smoke(standins) -> Batch:
     """The small study, run once through the real Snakefile: two bases, four methods, both objectives; `first` is how it ended."""
-    from driftbook.files import read_json, write_json
-    from driftbook.preparing import write_data
-    from driftbook.sources import made_folder
+    from driftbook.batch.preparing import write_data
+    from driftbook.study.files import read_json, write_json
+    from driftbook.study.sources import made_folder
 
     batch = Batch(OUTPUTS, SMOKE)
     with locked("smoke"):

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from driftbook import study as studies
-from driftbook import tables
+from driftbook.study import study_file, tables
 
 METHODS = ("none", "lora", "ia3", "prompt_tuning", "p_tuning")
 CATEGORIES = tuple(f"Category {number:02d}" for number in range(1, 12))
@@ -48,7 +47,7 @@ def simulate(folder: Path, bases=None, seeds=None, seed=0, unscored=0.01, failed
 
 
 def _variants(bases, seeds) -> pd.DataFrame:
-    frame = pd.DataFrame([variant.row() for variant in studies.load("miniature").variants])
+    frame = pd.DataFrame([variant.row() for variant in study_file.load("miniature").variants])
     keep = frame["base_model"].isin(bases or frame["base_model"].unique()) & (frame["seed"].isna() | frame["seed"].isin(seeds or (1, 2, 3)))
     return frame[keep].reset_index(drop=True)
 

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from conftest import one_sentence
-from driftbook import access
-from driftbook.study import Source
+from driftbook.study import access
+from driftbook.study.sections import Source
 
 COMMIT, MAIN, NOWHERE = "1" * 40, "2" * 40, "3" * 40
 TOKEN = "hf_secretSECRETsecretSECRET"

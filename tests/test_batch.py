@@ -15,9 +15,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import OUTPUTS, SMALL, Batch, one_sentence, said
-from driftbook import batch, files, keys, plan
-from driftbook.files import ROOT, read_json, write_json
-from driftbook.tables import TABLES
+from driftbook.batch import keys, plan
+from driftbook.batch import make_study as batch_run
+from driftbook.study import files
+from driftbook.study.files import ROOT, read_json, write_json
+from driftbook.study.tables import TABLES
 
 STAGES = keys.STAGES
 def marks(run: Batch) -> dict[str, dict[str, int]]:
@@ -61,7 +63,7 @@ def test_every_table_holds_every_run(smoke):
     assert set(tables["curves"].run_id) == {v.run_id for v in study.variants if v.objective in ("sft", "dpo")}
     assert len(tables["labels"]) == 33 * n, "the truth of every answer to a safety prompt is known"
     assert set(tables["labels"].label) <= {"safe", "unsafe"}
-    from driftbook.stats import read_estimates
+    from driftbook.stats.estimation import read_estimates
 
     estimates = read_estimates(smoke.folder / "tables")
     assert len(estimates)
@@ -193,7 +195,7 @@ def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):
 
 
 def test_a_second_batch_at_the_same_time_is_refused(smoke):
-    with batch.alone(smoke.study()):
+    with batch_run.alone(smoke.study()):
         ended = smoke.run()
     assert ended.returncode == 2
     assert "another make study" in one_sentence(ended.stderr)
@@ -246,7 +248,7 @@ def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
 
 
 def test_a_profile_that_is_not_there_stops_it(small):
-    ended = subprocess.run([sys.executable, "-m", "driftbook.batch", str(small.file), "moon"], env=small.environment, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-m", "driftbook.batch.make_study", str(small.file), "moon"], env=small.environment, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2, said(ended)
     assert "moon" in one_sentence(ended.stderr)
 
@@ -344,16 +346,16 @@ def test_a_raised_version_of_the_code_is_a_miss(make_study, standins, monkeypatc
 
 # ---- the display
 def test_the_display_says_what_is_done_and_how_much_is_left():
-    done = batch.Part("train", "a", 5, 5, False)
-    working = [batch.Part("respond", "a", 2, 5, True), batch.Part("answer", "b", 1, 5, True)]
-    waiting = batch.Part("judge", "a", 0, 5, False)
-    text, n_done, n_all, left = batch.summary([done, waiting, *working], 0.0)
+    done = batch_run.Part("train", "a", 5, 5, False)
+    working = [batch_run.Part("respond", "a", 2, 5, True), batch_run.Part("answer", "b", 1, 5, True)]
+    waiting = batch_run.Part("judge", "a", 0, 5, False)
+    text, n_done, n_all, left = batch_run.summary([done, waiting, *working], 0.0)
     assert (text, n_done, n_all) == ("respond a", 8, 20)
     assert "left" in left
-    assert batch.summary([done, waiting], 0.0)[0] == "judge a"
-    assert batch.summary([done], 0.0) == ("finished", 5, 5, "")
-    assert batch.summary([batch.Part("respond", "a", 0, 5, True), batch.Part("respond", "b", 0, 5, True)], 0.0)[0] == "respond a, b"
-    long = batch.summary([batch.Part("train", "a", 0, 1000, True)], 0.0)[3]
+    assert batch_run.summary([done, waiting], 0.0)[0] == "judge a"
+    assert batch_run.summary([done], 0.0) == ("finished", 5, 5, "")
+    assert batch_run.summary([batch_run.Part("respond", "a", 0, 5, True), batch_run.Part("respond", "b", 0, 5, True)], 0.0)[0] == "respond a, b"
+    long = batch_run.summary([batch_run.Part("train", "a", 0, 1000, True)], 0.0)[3]
     assert "min" in long
 
 
@@ -363,7 +365,7 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     n, started = len(study.variants), time.time()
 
     def found():
-        return {(part.stage, part.about): (part.done, part.total, part.active) for part in batch.parts(study, started)}
+        return {(part.stage, part.about): (part.done, part.total, part.active) for part in batch_run.parts(study, started)}
 
     assert found()["train", "tiny-llama"] == (0, n, False)
     write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
@@ -375,7 +377,7 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
     os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
     assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
-    assert {part.stage for part in batch.parts(study, started)} == {"prepare", *STAGES, "collect", *keys.ANALYSES, "report"}
+    assert {part.stage for part in batch_run.parts(study, started)} == {"prepare", *STAGES, "collect", *keys.ANALYSES, "report"}
 
 
 def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, content, capsys):
@@ -384,19 +386,19 @@ def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, 
     trace = study.folder / "notebooks" / "02_train.tiny-llama.error.txt"
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text("02_train stopped in cell 5: ValueError: no; see somewhere\n")
-    assert batch.conclude(study, 1, 60.0) == 1
+    assert batch_run.conclude(study, 1, 60.0) == 1
     assert "02_train stopped" in one_sentence(capsys.readouterr().err)
     trace.unlink()
-    assert batch.conclude(study, 1, 60.0) == 1
+    assert batch_run.conclude(study, 1, 60.0) == 1
     assert "snakemake.log" in one_sentence(capsys.readouterr().err)
 
 
 def test_a_failed_variant_makes_the_exit_status_one(smoke_tables, capsys):
     study, runs = smoke_tables
-    assert batch.conclude(study, 0, 60.0) == 0
+    assert batch_run.conclude(study, 0, 60.0) == 0
     runs.loc[0, ["status", "failure"]] = ["failed", "train: training diverged"]
     TABLES["runs"].write(runs, study.folder / "tables")
-    assert batch.conclude(study, 0, 60.0) == 1
+    assert batch_run.conclude(study, 0, 60.0) == 1
     assert "1 failed" in capsys.readouterr().out
 
 
@@ -416,7 +418,7 @@ def smoke_tables(make_study, content):
 def warm(tmp_path_factory):
     """The environment to ask a warm server that has imported nothing heavy."""
     path = tmp_path_factory.mktemp("warm") / "socket"
-    code = f"import driftbook.warm as warm; warm._import_heavy_packages = warm._fresh_randomness = lambda: None; warm.serve({str(path)!r})"
+    code = f"import driftbook.batch.warm as warm; warm._import_heavy_packages = warm._fresh_randomness = lambda: None; warm.serve({str(path)!r})"
     server = subprocess.Popen([sys.executable, "-c", code])
     while not path.exists():
         assert server.poll() is None
@@ -427,7 +429,7 @@ def warm(tmp_path_factory):
 
 
 def ask(warm, *arguments, **more) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "driftbook.warm", *arguments], env=warm, capture_output=True, text=True, timeout=60, **more)
+    return subprocess.run([sys.executable, "-m", "driftbook.batch.warm", *arguments], env=warm, capture_output=True, text=True, timeout=60, **more)
 
 
 def test_a_warm_job_returns_its_status_and_its_words(warm, tmp_path):

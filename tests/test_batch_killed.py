@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from conftest import OUTPUTS, SMALL, Batch, said
-from driftbook.files import ROOT
-from driftbook.tables import TABLES
+from driftbook.study.files import ROOT
+from driftbook.study.tables import TABLES
 
 KILLED = json.loads(json.dumps(SMALL)) | {"name": "killed"}
 KILLED["grid"][0] |= {"methods": ["lora", "prompt_tuning"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3], "prompt_tuning": [2.0e-2]}}
@@ -84,7 +84,7 @@ def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(unint
     run = new_batch(OUTPUTS / "by_hand", KILLED)
     reverse = [variant.run_id for variant in reversed(run.study().variants)]
     parameters = {"study": str(run.file), "base_model": "tiny-llama", "run_ids": reverse}
-    command = [sys.executable, "-m", "driftbook.warm", "notebook", str(ROOT / "notebooks" / "02_train.ipynb"), str(run.outputs / "out.ipynb"), json.dumps(parameters)]
+    command = [sys.executable, "-m", "driftbook.batch.warm", "notebook", str(ROOT / "notebooks" / "02_train.ipynb"), str(run.outputs / "out.ipynb"), json.dumps(parameters)]
     environment = {name: value for name, value in run.environment.items() if name not in ("DRIFTBOOK_WARM", "DRIFTBOOK_KERNEL")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert ended.returncode == 0, said(ended)

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from conftest import one_sentence
-from driftbook import bbq, bbq_lite
-from driftbook.scoring import Scorer
-from driftbook.study import Source
-from driftbook.tables import ANSWERS
+from driftbook.benchmarks import bbq, bbq_lite
+from driftbook.models.scoring import Scorer
+from driftbook.study.sections import Source
+from driftbook.study.tables import ANSWERS
 
 N_ITEMS = {"Age": 3680, "Religion": 1200, "Nationality": 3080}
 

@@ -2,26 +2,25 @@
 
 import pandas as pd
 import pytest
-
-from driftbook import bench
+from bench import __main__, harness, scoring
 
 
 @pytest.fixture(scope="module")
 def items(shared):
-    return bench.bbq_items(48)
+    return harness.bbq_items(48)
 
 
 def found(rows):
-    return pd.DataFrame(rows, columns=bench.COLUMNS)
+    return pd.DataFrame(rows, columns=harness.COLUMNS)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {name: shape | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} for name, shape in bench.SHAPES.items()})
+    monkeypatch.setattr(harness, "SHAPES", {name: shape | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} for name, shape in harness.SHAPES.items()})
 
 
 def test_the_same_log_likelihoods_and_choices_as_lm_evaluation_harness(items):
-    table = found(bench.bbq_speed(items, batch_sizes=(8,)))
+    table = found(scoring.bbq_speed(items, batch_sizes=(8,)))
     differences, same = (table[table.figure == figure].value for figure in ("largest difference of a log-likelihood", "same most probable option"))
     assert len(differences) == len(same) == 4
     assert (differences < 1e-4).all()
@@ -30,25 +29,25 @@ def test_the_same_log_likelihoods_and_choices_as_lm_evaluation_harness(items):
 
 
 def test_generation_in_batches_gives_the_text_of_single_prompts_for_every_method(items):
-    table = found(bench.generation(items, n=6, max_new_tokens=5, batch=3))
+    table = found(scoring.generation(items, n=6, max_new_tokens=5, batch=3))
     assert table[table.figure == "same greedy text"].value.tolist() == [1.0] * 4
 
 
 def test_adapters_come_and_go_and_the_gpu_part_runs_anywhere(items):
-    assert found(bench.many_adapters(items.head(8), n=2)).value.gt(0).all()
-    assert found(bench.gpu(items, bench.SHAPES["vocabulary of 8,192"], "float32", n_answers=3, max_new_tokens=2)).value.gt(0).all()
+    assert found(scoring.many_adapters(items.head(8), n=2)).value.gt(0).all()
+    assert found(scoring.gpu(items, harness.SHAPES["vocabulary of 8,192"], "float32", n_answers=3, max_new_tokens=2)).value.gt(0).all()
 
 
 def test_the_refusal_detector_is_measured_on_answers_that_it_was_not_tuned_on(shared):
-    table = found(bench._refusal_accuracy())
+    table = found(scoring._refusal_accuracy())
     assert table[table.unit == "kappa"].met.all()
     assert len(table) == 6
 
 
 def test_a_missed_goal_is_said_and_the_page_is_written(tmp_path):
-    rows = [bench.row("speed", "a", 3.0, 8.0, "CPU s", 1.0, 3.0), bench.row("cost", "b", 1.05, 1.1, "CPU s", 1.0, 1.05, least=False), bench.row("share", "c", 0.5, None, "share")]
+    rows = [harness.row("speed", "a", 3.0, 8.0, "CPU s", 1.0, 3.0), harness.row("cost", "b", 1.05, 1.1, "CPU s", 1.0, 1.05, least=False), harness.row("share", "c", 0.5, None, "share")]
     assert [one["met"] for one in rows] == [False, True, None]
-    bench.write(found(rows), tmp_path)
+    __main__.write(found(rows), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"bench.csv", "bench.md", "bench.png", "machine.json"}
     lines = (tmp_path / "bench.md").read_text().splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["no", "yes", ""]
@@ -56,19 +55,19 @@ def test_a_missed_goal_is_said_and_the_page_is_written(tmp_path):
 
 def test_without_real_data_it_says_where_to_get_it(monkeypatch, capsys):
     monkeypatch.delenv("DRIFTBOOK_SHARED", raising=False)
-    assert bench._refusal_accuracy() == []
+    assert scoring._refusal_accuracy() == []
     assert "set DRIFTBOOK_SHARED" in capsys.readouterr().out
 
 
 def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared):
-    from driftbook import bench_training
+    from bench import training
 
-    shapes = {"small": bench.SHAPES["vocabulary of 8,192"]}
-    table = found(bench_training.speed(n=8, methods=("lora", "prompt_tuning"), shapes=shapes))
+    shapes = {"small": harness.SHAPES["vocabulary of 8,192"]}
+    table = found(training.speed(n=8, methods=("lora", "prompt_tuning"), shapes=shapes))
     assert len(table) == 2 * 2 * 4
     differences = table[table.figure.str.contains("largest difference")]
-    assert (differences.value < bench_training.NOISE).all(), differences
+    assert (differences.value < training.NOISE).all(), differences
     assert table.value.gt(0).all()
-    large = found(bench_training.gpu(shapes["small"], "float32", length=256, n=8, methods=("lora",)))
+    large = found(training.gpu(shapes["small"], "float32", length=256, n=8, methods=("lora",)))
     assert large.value.gt(0).all()
     assert large.met.isna().all(), "the goals are of a GPU"

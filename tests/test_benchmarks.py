@@ -12,9 +12,14 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from conftest import SMALL, one_sentence
-from driftbook import beside, data, judging, keys, letter_bias, models, rubrics, stats, utility
-from driftbook.scoring import Scorer
-from driftbook.study import Benchmark, Judge, Study
+from driftbook.analyses import outcomes
+from driftbook.batch import keys
+from driftbook.benchmarks import bbq_orders, data, judging, rubrics, utility
+from driftbook.models import loading
+from driftbook.models.scoring import Scorer
+from driftbook.stats import influence
+from driftbook.study.sections import Benchmark, Judge
+from driftbook.study.study_file import Study
 
 
 def study_of(tmp_path, **benchmarks) -> Study:
@@ -123,19 +128,19 @@ def test_a_wording_asks_a_fixed_sample_otherwise(tmp_path):
 
 
 def test_other_wordings_of_bbq_stand_beside_the_scored_answers(bases, make_study, content):
-    from driftbook import bbq
+    from driftbook.benchmarks import bbq
 
     content["benchmarks"]["bbq"] |= {"n": 24, "permuted": 6, "wordings": {"careful": {"system_prompt": "Do not guess.", "n": 8}, "same": {"template": bbq.TEMPLATES["letters"]}}}
     study = make_study(content)
     base, items = bases["llama"], bbq.of_study(study)
-    found = letter_bias.answers(items, Scorer(base.model, base.tokenizer), "letters", "run", study.benchmarks["bbq"], study.seed)
+    found = bbq_orders.answers(items, Scorer(base.model, base.tokenizer), "letters", "run", study.benchmarks["bbq"], study.seed)
     counts = found[found.answer_mode == "letters"].groupby(["prompt_variant", "option_order"]).size()
     assert counts["careful", "ABC"] == 8
     assert counts["same", "ABC"] == counts["default", "ABC"] == 24
-    assert len(letter_bias.official(found)) == 24
+    assert len(bbq_orders.official(found)) == 24
     own, same = (found[(found.answer_mode == "letters") & (found.option_order == "ABC") & (found.prompt_variant == name)] for name in ("default", "same"))
     np.testing.assert_allclose(own.p_a.to_numpy(float), same.p_a.to_numpy(float), atol=1e-5)
-    assert letter_bias.by_run(found).n_permuted.tolist() == [6], "the order's statistics are of the study's own wording"
+    assert bbq_orders.by_run(found).n_permuted.tolist() == [6], "the order's statistics are of the study's own wording"
 
 
 def test_a_change_in_one_benchmark_leaves_the_other_stages_alone(make_study, content, standins):
@@ -170,7 +175,7 @@ def classifier(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["multi_label_classification", "single_label_classification"])
 def test_a_classifier_judges_the_answer_alone_whatever_the_batch(classifier, kind):
     settings = Judge(source="tests:classifier", path=str(classifier[kind]), format="classifier", label="toxic")
-    judge = models.load(settings, "classifier")
+    judge = loading.load(settings, "classifier")
     texts = ["the floop", "the floop is very very bad", "a good floop", "good " * 80, "bad"]
     found = judging.verdicts(["x"] * 5, texts, judge, settings)
     for text, p in zip(texts, found.p_unsafe, strict=True):
@@ -188,7 +193,7 @@ def test_a_classifier_judges_the_answer_alone_whatever_the_batch(classifier, kin
 def test_a_label_that_the_classifier_does_not_have_is_refused(classifier, make_study):
     settings = Judge(source="tests:classifier", path=str(classifier["single_label_classification"]), format="classifier", label="rude")
     with pytest.raises(ValueError) as error:
-        models.check_source(settings, "toxicity", make_study())
+        loading.check_source(settings, "toxicity", make_study())
     assert "neutral, toxic" in one_sentence(error.value)
 
 
@@ -230,22 +235,22 @@ def _study_tables(p_base, p_run, n=40):
     variants = pd.DataFrame({"run_id": ["b", "r1", "r2", "r3"], "base_model": "m", "method": ["none"] + ["lora"] * 3, "objective": ["none"] + ["sft"] * 3, "dataset": None,
                              "init": None, "mitigation": None, "learning_rate": [np.nan] + [1e-3] * 3, "epochs": 1, "repetition": [1, 1, 2, 3]})  # fmt: skip
     runs = pd.DataFrame({"run_id": variants.run_id, "status": "ok", "no_op": pd.array([False] * 4, "boolean")})
-    arms = stats.arms(variants, runs)
+    arms = influence.arms(variants, runs)
     rng = np.random.default_rng(0)
     frame = pd.concat([pd.DataFrame({
         "run_id": run, "benchmark": "safety", "judge": "j", "prompt_id": [str(i) for i in range(n)], "category": "floops", "family": None, "kind": "harmful",
         "prompt_variant": "default", "decoding": "greedy", "sample": 0, "p_unsafe": 1 / (1 + np.exp(-(np.log(p / (1 - p)) + rng.normal(0, 0.5, n)))),
     }) for run, p in zip(variants.run_id, [p_base, p_run, p_run, p_run], strict=True)])  # fmt: skip
     frame["unsafe"] = frame.p_unsafe > 0.5
-    return frame.merge(arms[["run_id", "base_model", "arm"]], on="run_id"), arms, stats.cells(arms)
+    return frame.merge(arms[["run_id", "base_model", "arm"]], on="run_id"), arms, influence.cells(arms)
 
 
 def test_a_category_at_the_floor_moves_in_its_logit_where_its_rate_does_not():
     asked, arms, cells = _study_tables(0.001, 0.01)
     assert not asked.unsafe.any()
-    [end] = beside.ends(asked).to_dict("records")
+    [end] = outcomes.ends(asked).to_dict("records")
     assert (end["share"], end["category"]) == (0, "floops")
-    found = beside.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'")
+    found = outcomes.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'")
     expected = np.log(0.01 / 0.99) - np.log(0.001 / 0.999)
     assert found.value.iloc[0] == pytest.approx(expected, abs=0.3)
     assert found.ci_low.iloc[0] > 0
@@ -253,22 +258,22 @@ def test_a_category_at_the_floor_moves_in_its_logit_where_its_rate_does_not():
 
 def test_a_category_in_the_middle_is_not_at_an_end():
     asked, arms, cells = _study_tables(0.5, 0.5)
-    assert beside.ends(asked).empty
-    assert beside.of_ends(asked, arms, cells, study="s", notebook="n").empty
+    assert outcomes.ends(asked).empty
+    assert outcomes.of_ends(asked, arms, cells, study="s", notebook="n").empty
 
 
 def test_a_wording_is_compared_with_the_base_model_asked_in_the_same_way():
     asked, arms, cells = _study_tables(0.2, 0.9)
     other = asked.assign(prompt_variant="careful", unsafe=asked.arm.ne("base"))
-    found = beside.of_wordings(pd.concat([asked, other]), arms, cells, study="s", notebook="n")
+    found = outcomes.of_wordings(pd.concat([asked, other]), arms, cells, study="s", notebook="n")
     assert set(found.benchmark) == {"safety, wording careful"}
-    assert found.query("contrast == @stats.CHANGE and group == @stats.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([100.0])
+    assert found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([100.0])
 
 
 def test_the_repetitions_of_a_base_model_are_no_arms():
     variants = pd.DataFrame({"run_id": ["b1", "b2"], "base_model": "m", "method": "none", "objective": "none", "dataset": None, "init": None, "mitigation": None,
                              "learning_rate": np.nan, "epochs": None, "repetition": [1, 2]})  # fmt: skip
-    arms = stats.arms(variants, pd.DataFrame({"run_id": ["b1", "b2"], "status": "ok", "no_op": pd.array([None, None], "boolean")}))
+    arms = influence.arms(variants, pd.DataFrame({"run_id": ["b1", "b2"], "status": "ok", "no_op": pd.array([None, None], "boolean")}))
     assert arms.run_id.tolist() == ["b1"]
 
 
@@ -304,7 +309,7 @@ def test_an_answer_without_a_verdict_says_nothing_of_its_category():
     broken = asked.arm.ne("base") & asked.prompt_id.astype(int).lt(20)
     asked["unsafe"] = asked.unsafe.astype("boolean").mask(broken)
     asked.loc[broken, "p_unsafe"] = 1e-6  # a judge calls gibberish safe
-    [row] = beside.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'").to_dict("records")
+    [row] = outcomes.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'").to_dict("records")
     assert row["value"] == pytest.approx(0, abs=0.3)
     assert row["n_unscored"] == 3 * 20
 
@@ -313,8 +318,8 @@ def test_ratings_are_compared_on_the_items_that_both_have():
     _, arms, cells = _study_tables(0.1, 0.1)
     rows = [(run, "instructions", str(i), "followed", float(i < 20) if not (run != "b" and i >= 20) else np.nan, 1.0, None) for run in ("b", "r1", "r2", "r3") for i in range(40)]
     ratings = pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
-    found = beside.of_ratings(ratings, arms, cells, study="s", notebook="n")
-    change = found.query("contrast == @stats.CHANGE and group == @stats.AS_CONFIGURED and base_model == 'm'")
+    found = outcomes.of_ratings(ratings, arms, cells, study="s", notebook="n")
+    change = found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'")
     assert change.value.tolist() == [0.0], "easy items alone were scored in the tuned runs"
     assert change.n_unscored.tolist() == [60]
 
@@ -324,9 +329,9 @@ def test_drawn_answers_of_all_repetitions_stand_for_the_base_model():
     variants = pd.DataFrame({"run_id": ["b", "b2", "r1", "r2", "r3"], "base_model": "m", "method": ["none", "none", *["lora"] * 3], "repetition": [1, 2, 1, 2, 3]})
     drawn = asked.assign(decoding="temperature 1", unsafe=asked.arm.ne("base"))
     second = drawn[drawn.run_id == "b"].assign(run_id="b2", unsafe=True)
-    found = beside.of_drawn(pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n")
+    found = outcomes.of_drawn(pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n")
     assert set(found.benchmark) == {"safety, drawn at temperature 1"}
-    assert found.query("contrast == @stats.CHANGE and group == @stats.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([50.0])
+    assert found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([50.0])
 
 
 @pytest.mark.parametrize(

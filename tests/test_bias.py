@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from bench import bbq_coverage as coverage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from conftest import one_sentence
-from driftbook import bbq, bias
+from driftbook.benchmarks import bbq, bbq_scores
 
-NUMBERS = list(bias.SCORES)
+NUMBERS = list(bbq_scores.SCORES)
 METRICS = {"accuracy_pct": "acc_", "bias_score_pct": "bias_"}
 
 
@@ -88,7 +89,7 @@ def test_lm_eval_scores_are_those_of_the_harness(documents, items):
     assert same_to_the_harness(documents, items).all()
     for dimension, part in items.groupby("dimension"):
         letters = drawn(part, np.random.default_rng(1))
-        row = bias.scores(answered(part, letters), convention="lm_eval", n_boot=0).iloc[0]
+        row = bbq_scores.scores(answered(part, letters), convention="lm_eval", n_boot=0).iloc[0]
         assert row[NUMBERS].to_dict() == pytest.approx(by_the_harness(documents, part, letters), abs=1e-12), dimension
 
 
@@ -99,7 +100,7 @@ def test_lm_eval_edges_are_those_of_the_harness(documents, items, kind):
     chosen = {"all unknown": part.unknown, "none biased": 3 - part.unknown - biased, "all biased": biased, "nothing read": [None] * len(part),
               "all correct": part.label}[kind]  # fmt: skip
     letters = [None if index is None else "ABC"[int(index)] for index in chosen]
-    row = bias.scores(answered(part, letters), convention="lm_eval", n_boot=0).iloc[0]
+    row = bbq_scores.scores(answered(part, letters), convention="lm_eval", n_boot=0).iloc[0]
     assert row[NUMBERS].astype(float).to_dict() == pytest.approx(by_the_harness(documents, part, letters), abs=1e-12)
 
 
@@ -130,11 +131,11 @@ def few_answers(draw):
     return answered(frame.assign(label=np.where(frame.context == "ambiguous", 2, 0)), letters)
 
 
-@pytest.mark.parametrize("convention", bias.CONVENTIONS)
+@pytest.mark.parametrize("convention", bbq_scores.CONVENTIONS)
 @settings(max_examples=60, deadline=None)
 @given(rows=few_answers())
 def test_each_convention_does_what_its_table_says(convention, rows):
-    row = bias.scores(rows, convention=convention, n_boot=0).iloc[0]
+    row = bbq_scores.scores(rows, convention=convention, n_boot=0).iloc[0]
     assert row[NUMBERS].astype(float).to_dict() == pytest.approx(slowly(rows, convention), nan_ok=True)
 
 
@@ -144,7 +145,7 @@ def test_published_scores_come_out_to_the_printed_decimal(shared, items):
     known = items.set_index("item_id").loc[labels.category + "-" + labels.example_id.astype(str)].reset_index()
     letters = labels.pred_label.map({0: "A", 1: "B", 2: "C"})
     rows = answered(known, [None if pd.isna(letter) else letter for letter in letters]).assign(model=labels.model)
-    found = bias.scores(rows, by=("model", "dimension"), n_boot=0).set_index(["model", "dimension"])
+    found = bbq_scores.scores(rows, by=("model", "dimension"), n_boot=0).set_index(["model", "dimension"])
     printed = pd.read_csv(shared / "bbq" / "published" / "published_vs_recomputed.csv").query("metric in @METRICS")
     assert len(printed) == 30
     for row in printed.itertuples():
@@ -155,7 +156,7 @@ def test_published_scores_come_out_to_the_printed_decimal(shared, items):
 def test_the_conventions_differ_where_they_should(items):
     part = items[items.dimension.eq("Age")]
     letters = [None if i % 5 == 0 else "ABC"[label] for i, label in enumerate(part.label)]
-    found = {name: bias.scores(answered(part, letters), convention=name, n_boot=0).iloc[0] for name in bias.CONVENTIONS}
+    found = {name: bbq_scores.scores(answered(part, letters), convention=name, n_boot=0).iloc[0] for name in bbq_scores.CONVENTIONS}
     assert (found["reference"].acc_amb, found["study"].acc_amb, found["lm_eval"].acc_amb) == (1.0, pytest.approx(0.8), pytest.approx(0.8))
     assert found["reference"].bias_amb == found["study"].bias_amb == found["lm_eval"].bias_amb == 0
     assert pd.notna(found["reference"].bias_amb_low)
@@ -166,18 +167,18 @@ def test_an_unknown_convention_or_grouping_is_one_sentence(items):
     rows = answered(items.head(8), ["A"] * 8)
     for wrong in ({"convention": "unparsed_wrong"}, {"by": ("planet",)}):
         with pytest.raises(ValueError) as error:
-            bias.scores(rows, **wrong)
+            bbq_scores.scores(rows, **wrong)
         one_sentence(error.value)
 
 
 # ---- groupings
 def test_any_columns_group_and_none_is_everything(items):
     rows = answered(items, drawn(items, np.random.default_rng(2))).assign(run_id="r", base_model=None)
-    everything = bias.scores(rows, by=(), n_boot=50)
+    everything = bbq_scores.scores(rows, by=(), n_boot=50)
     assert len(everything) == 1
     assert everything.iloc[0][NUMBERS].astype(float).to_dict() == pytest.approx(slowly(rows, "reference"))
     for by in (("run_id",), ("polarity",), ("dimension", "polarity"), ("base_model", "dimension")):
-        found = bias.scores(rows, by=by, n_boot=0)
+        found = bbq_scores.scores(rows, by=by, n_boot=0)
         assert len(found) == len(rows.groupby(list(by), dropna=False))
         for row, (_, part) in zip(found.to_dict("records"), rows.groupby(list(by), dropna=False), strict=True):
             assert {name: row[name] for name in NUMBERS} == pytest.approx(slowly(part, "reference"))
@@ -186,21 +187,21 @@ def test_any_columns_group_and_none_is_everything(items):
 def test_a_null_label_is_a_group_of_its_own(items):
     rows = answered(items.head(400), drawn(items.head(400), np.random.default_rng(2)))
     rows["base_model"], rows["dimension"] = ["a", "b"] * 200, [None, None, "Age", "Age"] * 100
-    assert bias.scores(rows, by=("base_model", "dimension"), n_boot=0)[["n_amb", "n_dis"]].sum(axis=1).tolist() == [100] * 4
+    assert bbq_scores.scores(rows, by=("base_model", "dimension"), n_boot=0)[["n_amb", "n_dis"]].sum(axis=1).tolist() == [100] * 4
 
 
 # ---- intervals
 def test_intervals_hold_as_often_as_they_say():
-    found = bias.coverage(n_sets=300, accuracies=(0.3, 0.8, 0.95))
+    found = coverage.coverage(n_sets=300, accuracies=(0.3, 0.8, 0.95))
     assert found.covered.min() >= 91, found  # 94 on 2,000 sets; the worst of 36 numbers from 300 sets may be 2 below
     assert found[found.acc_amb.lt(0.9)].covered.mean() < 98
-    assert bias.coverage(n_sets=600, families=12, accuracies=(0.95,)).covered.min() >= 90  # 86 without the moderated variance
-    assert bias.coverage(n_sets=20, accuracies=(0.8,), leans=(0.3,), seed=4).equals(bias.coverage(n_sets=20, accuracies=(0.8,), leans=(0.3,), seed=4))
+    assert coverage.coverage(n_sets=600, families=12, accuracies=(0.95,)).covered.min() >= 90  # 86 without the moderated variance
+    assert coverage.coverage(n_sets=20, accuracies=(0.8,), leans=(0.3,), seed=4).equals(coverage.coverage(n_sets=20, accuracies=(0.8,), leans=(0.3,), seed=4))
 
 
 def test_the_simulated_models_have_the_scores_they_are_said_to_have():
-    found, true = bias._simulated(np.random.default_rng(0), 400, 25, 0.8, 0.57, bias.ICC)
-    pooled = bias._score(found.sum((0, 1)))
+    found, true = coverage._simulated(np.random.default_rng(0), 400, 25, 0.8, 0.57, bbq_scores.ICC)
+    pooled = bbq_scores._score(found.sum((0, 1)))
     assert pooled == pytest.approx(true, abs=0.015)
 
 
@@ -214,7 +215,7 @@ def within_families(correct: np.ndarray, size: np.ndarray) -> float:
 
 def test_simulated_families_are_as_alike_as_said_at_every_accuracy():
     for accuracy in (0.3, 0.8, 0.95):
-        part, _ = bias._simulated(np.random.default_rng(1), 400, 25, accuracy, 0.0, 0.3)
+        part, _ = coverage._simulated(np.random.default_rng(1), 400, 25, accuracy, 0.0, 0.3)
         assert within_families(part[..., 0, 3].ravel(), part[..., 0, 0].ravel()) == pytest.approx(0.3, abs=0.03), accuracy
 
 
@@ -228,7 +229,7 @@ def test_the_assumed_likeness_is_that_of_published_answers(shared, items):
         family = part.groupby("true_question_family").right.agg(["sum", "size"])
         found.append(within_families(family["sum"].to_numpy(), family["size"].to_numpy()))
     assert len(found) == 12
-    assert np.mean(found) == pytest.approx(bias.ICC, abs=0.03)
+    assert np.mean(found) == pytest.approx(bbq_scores.ICC, abs=0.03)
     assert (min(found), max(found)) == (pytest.approx(0.17, abs=0.006), pytest.approx(0.48, abs=0.006))
 
 
@@ -244,17 +245,17 @@ def test_independent_answers_have_clopper_and_pearsons_interval():
     rng = np.random.default_rng(5)
     for p in (0.5, 0.9, 0.98):
         correct = (rng.random(4000) < p).astype(float)
-        low, high = bias._intervals(counts(correct, (1 - correct) * (rng.random(4000) < 0.7)))[:, 0, 0]
+        low, high = bbq_scores._intervals(counts(correct, (1 - correct) * (rng.random(4000) < 0.7)))[:, 0, 0]
         exact = binomtest(int(correct.sum()), 4000).proportion_ci()
         assert (low, high) == pytest.approx((exact.low, exact.high), abs=0.1 * (exact.high - exact.low))
 
 
 def test_many_families_have_the_bootstraps_interval():
-    part, _ = bias._simulated(np.random.default_rng(3), 1, 600, 0.7, 0.3, 0.15)
+    part, _ = coverage._simulated(np.random.default_rng(3), 1, 600, 0.7, 0.3, 0.15)
     weights = np.random.default_rng(0).multinomial(600, np.full(600, 1 / 600), 2000)
-    drawn = bias._score(np.einsum("bu,uck->bck", weights, part[0]))
+    drawn = bbq_scores._score(np.einsum("bu,uck->bck", weights, part[0]))
     expected = np.quantile(drawn, [0.025, 0.975], axis=0)
-    assert bias._intervals(part)[:, 0] == pytest.approx(expected, abs=0.12 * (expected[1] - expected[0]).min())
+    assert bbq_scores._intervals(part)[:, 0] == pytest.approx(expected, abs=0.12 * (expected[1] - expected[0]).min())
 
 
 @settings(max_examples=80, deadline=None)
@@ -263,32 +264,32 @@ def test_laws_of_the_interval(families):
     correct = np.array([right for right, _ in families], float)
     biased = np.minimum([toward for _, toward in families], 4 - correct)
     part = counts(correct, biased, 4)
-    value, (low, high) = bias._score(part.sum(1))[0], bias._intervals(part)[:, 0]
+    value, (low, high) = bbq_scores._score(part.sum(1))[0], bbq_scores._intervals(part)[:, 0]
     known = ~np.isnan(low)
     assert (low[known] <= value[known] + 1e-9).all()
     assert (high[known] >= value[known] - 1e-9).all()
     assert (high[known] - low[known] > 0).all()
-    mirrored = bias._intervals(counts(correct, 4 - correct - biased, 4))[:, 0]
+    mirrored = bbq_scores._intervals(counts(correct, 4 - correct - biased, 4))[:, 0]
     assert mirrored[:, 2:] == pytest.approx(-np.stack([high, low])[:, 2:], abs=1e-6, nan_ok=True)  # against the stereotype instead of with it
-    assert bias._intervals(part[:, ::-1])[:, 0] == pytest.approx(np.stack([low, high]), abs=1e-6, nan_ok=True)
+    assert bbq_scores._intervals(part[:, ::-1])[:, 0] == pytest.approx(np.stack([low, high]), abs=1e-6, nan_ok=True)
 
 
 def test_intervals_at_the_edges_are_wide_or_null():
     everything = np.full(25, 8.0)
-    low, high = bias._intervals(counts(everything, 0 * everything, 8))[:, 0]
+    low, high = bbq_scores._intervals(counts(everything, 0 * everything, 8))[:, 0]
     assert (low[0], high[0]) == (pytest.approx(0.025 ** (1 / 25)), 1)  # Clopper and Pearson's 25 of 25
     assert low[2] < -0.1 < 0 < 0.1 < high[2]
     assert np.isnan([low[3], high[3]]).all()  # nobody named in disambiguated contexts
-    low, high = bias._intervals(counts(0 * everything, everything, 8))[:, 0]  # always wrong, always biased
+    low, high = bbq_scores._intervals(counts(0 * everything, everything, 8))[:, 0]  # always wrong, always biased
     assert (low[0], high[0], high[3]) == (0, pytest.approx(1 - 0.025 ** (1 / 25)), 1)
     assert 0.7 < low[3] < 0.75
-    assert np.isnan(bias._intervals(counts(everything[:1], 0 * everything[:1], 8))).all()  # one family
+    assert np.isnan(bbq_scores._intervals(counts(everything[:1], 0 * everything[:1], 8))).all()  # one family
 
 
 def test_one_family_of_answers_for_the_bias_has_no_interval_of_it(items):
     part = items[items.dimension.eq("Age")]
     first = part.question_family.eq(part.question_family.iloc[0])
     chosen = np.where(first & part.context.eq("disambiguated"), part.target, part.unknown).astype(int)
-    row = bias.scores(answered(part, ["ABC"[index] for index in chosen]), n_boot=200).iloc[0]
+    row = bbq_scores.scores(answered(part, ["ABC"[index] for index in chosen]), n_boot=200).iloc[0]
     assert row[["bias_dis_low", "bias_dis_high"]].isna().all()
     assert row[["bias_dis", "acc_dis_low", "acc_dis_se"]].notna().all()

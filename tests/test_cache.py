@@ -7,8 +7,8 @@ import time
 import pandas as pd
 import pytest
 
-from driftbook import cache
-from driftbook.tables import RATINGS, RESPONSES
+from driftbook.batch import cache
+from driftbook.study.tables import RATINGS, RESPONSES
 
 KEY = {"settings": {"version": 1, "base": "abc"}, "inputs": {"adapter_model.safetensors": "00"}}
 

@@ -7,10 +7,12 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from bench import study_checks
 from scipy import stats as scipy_stats
 
-from driftbook import bench_checks, checks
-from driftbook.tables import TABLES
+from driftbook.doctors import finished_study
+from driftbook.stats import intervals
+from driftbook.study.tables import TABLES
 from simulated import simulate
 
 SMALL = {"n_bases": 2, "n_prompts": 240, "methods": ("lora", "ia3")}
@@ -18,7 +20,7 @@ SMALL = {"n_bases": 2, "n_prompts": 240, "methods": ("lora", "ia3")}
 
 @pytest.fixture
 def clean() -> dict[str, pd.DataFrame]:
-    return bench_checks.simulated(np.random.default_rng(7), **SMALL)
+    return study_checks.simulated(np.random.default_rng(7), **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def unchecked(findings: pd.DataFrame) -> set[str]:
 def test_surprise_is_the_share_of_pairs_at_least_as_near():
     values = np.random.default_rng(0).integers(0, 5, (6, 4)).astype(float)
     values[2, 1] = np.nan
-    found = checks.surprise(values)
+    found = finished_study.surprise(values)
     for k in range(values.shape[1]):
         gaps = [abs(values[a, k] - values[b, k]) for a in range(6) for b in range(a) if not np.isnan(values[a, k] - values[b, k])]
         for a, b in ((0, 1), (3, 5), (2, 4)):
@@ -63,9 +65,9 @@ def test_t_of_families_is_scipys_and_holm_is_statsmodels():
 
     values, family = np.random.default_rng(1).normal(0.2, 1, 60), np.arange(60) // 3
     expected = scipy_stats.ttest_1samp(values.reshape(20, 3).mean(1), 0, alternative="greater")
-    assert checks._t(values, family) == pytest.approx((expected.statistic, expected.pvalue))
+    assert finished_study._t(values, family) == pytest.approx((expected.statistic, expected.pvalue))
     p = np.random.default_rng(2).random(15) ** 3
-    assert np.allclose(checks.holm(p), multipletests(p, method="holm")[1])
+    assert np.allclose(intervals.holm(p), multipletests(p, method="holm")[1])
 
 
 def rounds_table(rates: np.ndarray, method="lora") -> pd.DataFrame:
@@ -80,7 +82,7 @@ def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
     rates = np.random.default_rng(3).normal(0, 2, (6, 3)) + np.arange(6)[:, None] + [0, 3, 0]
     long = pd.DataFrame({"y": rates.ravel(), "s": np.repeat(np.arange(6), 3).astype(str), "r": np.tile(["a", "b", "c"], 6)})
     expected = sm.stats.anova_lm(ols("y ~ s + r", long).fit(), typ=1).loc["r"]
-    found = checks._tested_rounds({"one": rounds_table(rates)}, 1e-9).iloc[0]
+    found = finished_study._tested_rounds({"one": rounds_table(rates)}, 1e-9).iloc[0]
     assert (found["F"], found["p"]) == pytest.approx((expected["F"], expected["PR(>F)"]))
     mean = rates.mean(0) - rates.mean()
     at = int(np.abs(mean).argmax())
@@ -100,8 +102,8 @@ def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
                 part.index = pd.MultiIndex.from_tuples([(method, i // 2, i) for i in range(6)], names=part.index.names)
                 parts.append(part)
             tables[base] = pd.concat(parts)
-        p.append(checks._tested_rounds(tables, 0.3)["p"].min())
-    assert np.mean(np.array(p) <= checks.SHARES["drift"] * checks.ALPHA / 3) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 80)
+        p.append(finished_study._tested_rounds(tables, 0.3)["p"].min())
+    assert np.mean(np.array(p) <= finished_study.SHARES["drift"] * finished_study.ALPHA / 3) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 80)
     assert np.median(p) < 0.6  # and it is not dead: the least of three uniform p has a median of .21
 
 
@@ -110,7 +112,7 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike():
     rng, df, d0, s0 = np.random.default_rng(5), 6.0, 8.0, 2.0
     true = d0 * s0 / rng.chisquare(d0, 4000)
     parts = pd.DataFrame({"method": "lora", "variance": true * rng.chisquare(df, 4000) / df, "df": df})
-    found = checks._moderated(parts)
+    found = finished_study._moderated(parts)
     assert found["df"].iloc[0] - df == pytest.approx(d0, rel=0.1)
     slope = np.polyfit(parts["variance"], found["variance"], 1)
     assert slope == pytest.approx([df / (d0 + df), d0 * s0 / (d0 + df)], rel=0.1)
@@ -118,14 +120,14 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike():
 
 
 def test_no_op_kl_is_that_of_the_trainer():
-    source = importlib.util.find_spec("driftbook.training").origin  # not imported: it takes torch
+    source = importlib.util.find_spec("driftbook.training.training").origin  # not imported: it takes torch
     with open(source) as file:
-        assert float(re.search(r"^NO_OP_KL = (\S+)", file.read(), re.M)[1]) == checks.NO_OP_KL
+        assert float(re.search(r"^NO_OP_KL = (\S+)", file.read(), re.M)[1]) == finished_study.NO_OP_KL
 
 
 # ---- the original study
 def test_the_original_study_is_found_out(original):
-    found = checks.study(original)
+    found = finished_study.study(original)
     wrong = original["variants"].loc[original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]), "run_id"]
     recorded = found[found["finding"].eq("mislabelled_rate") & found["severity"].eq("error")]
     assert named(recorded, "mislabelled_rate") == set(wrong)
@@ -137,7 +139,7 @@ def test_the_original_study_is_found_out(original):
 
 def test_answers_alone_tell_the_adapters_and_no_others(original):
     given = {name: frame for name, frame in original.items() if name != "runs"}
-    found = checks.study({**given, "runs": original["runs"].drop(columns="trained_learning_rate")})
+    found = finished_study.study({**given, "runs": original["runs"].drop(columns="trained_learning_rate")})
     wrong = original["variants"].loc[original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]), ["run_id", "method"]]
     assert named(found, "mislabelled_rate") - {""} == set(wrong.loc[wrong["method"].isin(["lora", "ia3"]), "run_id"])
     notes = found.loc[found["finding"].eq("mislabelled_rate_by_answers"), "sentence"].str.cat()
@@ -146,7 +148,7 @@ def test_answers_alone_tell_the_adapters_and_no_others(original):
 
 
 def test_agreement_of_answers_has_the_known_numbers(original):
-    found = checks.agreement_of_answers(original["variants"], original["verdicts"]).query("learning_rate == 1e-3 and other_rate == 2e-5")
+    found = finished_study.agreement_of_answers(original["variants"], original["verdicts"]).query("learning_rate == 1e-3 and other_rate == 2e-5")
     mean = found.groupby(["method", "repetition"])[["other_same_length", "other_same_verdict"]].mean()
     assert mean.loc[("lora", 3), "other_same_length"] == pytest.approx(0.21, abs=0.005)
     assert mean.loc[[("lora", 1), ("lora", 2)], "other_same_length"].between(0.004, 0.009).all()
@@ -162,19 +164,19 @@ def test_agreement_of_answers_has_the_known_numbers(original):
 
 # ---- planted flaws
 def test_clean_studies_raise_no_alarm_and_flaws_are_found():
-    found = bench_checks.detection(2, seed=1, **SMALL).set_index("flaw")
+    found = study_checks.detection(2, seed=1, **SMALL).set_index("flaw")
     assert found["hits"]["none: false alarms"] == 0
     told = found.drop(index=["none: false alarms", "echoed prompts, by lengths", "drift between rounds", "drift between rounds, of 6 points"])
     assert told["hits"].ge(told["n"] - 1).all(), told["hits"]
     assert told["hits"].sum() >= told["n"].sum() - 2
-    rows = [row for row in bench_checks.lines(found.reset_index()) if row["goal"] is not None]
+    rows = [row for row in study_checks.lines(found.reset_index()) if row["goal"] is not None]
     assert all(0 <= row["value"] <= 1 for row in rows)
 
 
 def test_a_drift_of_five_points_is_found_and_named():
     rng = np.random.default_rng(0)
-    made, planted = bench_checks.drifted(bench_checks.simulated(rng), rng)
-    findings = checks.study(made)
+    made, planted = study_checks.drifted(study_checks.simulated(rng), rng)
+    findings = finished_study.study(made)
     assert named(findings, "drift") == planted
     apart = re.search(r"lies ([+-][\d.]+) points", findings.loc[findings["finding"].eq("drift"), "sentence"].iloc[0])[1]
     assert float(apart) == pytest.approx(5, abs=2)
@@ -182,32 +184,32 @@ def test_a_drift_of_five_points_is_found_and_named():
 
 def test_a_real_study_is_varied_and_edited(tmp_path):
     folder = simulate(tmp_path, bases=["mini-llama", "mini-mistral"], utility=False, failed=0) / "tables"
-    tables = bench_checks.read(folder)
+    tables = study_checks.read(folder)
     assert not tables["runs"]["no_op"].fillna(False).any()
     rng = np.random.default_rng(3)
-    varied = bench_checks.varied(tables, rng)
+    varied = study_checks.varied(tables, rng)
     assert len(varied["verdicts"]) == pytest.approx(0.8 * len(tables["verdicts"]), rel=0.02)
     assert sorted(varied["variants"]["repetition"]) == sorted(tables["variants"]["repetition"])
-    made, planted = bench_checks.mislabelled_setting(varied, rng)
-    found = checks.study(made)
+    made, planted = study_checks.mislabelled_setting(varied, rng)
+    found = finished_study.study(made)
     assert named(found, "mislabelled_rate") == planted
     assert "drift" not in set(found.loc[found["severity"].ne("note"), "finding"])
 
 
 def test_order_of_rows_does_not_matter(clean):
-    made, _ = bench_checks.mislabelled_run(clean, np.random.default_rng(1))
+    made, _ = study_checks.mislabelled_run(clean, np.random.default_rng(1))
     shuffled = {name: frame.sample(frac=1, random_state=2) for name, frame in made.items()}
-    first, second = (checks.study(tables)[["finding", "severity"]].value_counts() for tables in (made, shuffled))
+    first, second = (finished_study.study(tables)[["finding", "severity"]].value_counts() for tables in (made, shuffled))
     pd.testing.assert_series_equal(first.sort_index(), second.sort_index())
 
 
 def test_echoes_are_counted_and_never_shown(clean):
     rng = np.random.default_rng(4)
-    made, planted = bench_checks.echoes(clean, rng)
-    findings = checks.study(made)
+    made, planted = study_checks.echoes(clean, rng)
+    findings = finished_study.study(made)
     assert named(findings, "echo") == planted
     assert not findings.astype(str).apply(lambda column: column.str.contains("word")).any().any()
-    share = checks.echoed(made["responses"], made["texts"])
+    share = finished_study.echoed(made["responses"], made["texts"])
     for run in planted:
         rows = made["responses"].query("run_id == @run").merge(made["texts"])
         assert share[run] == pytest.approx(np.mean([a.startswith(b) for a, b in zip(rows["response"], rows["prompt"], strict=True)]))
@@ -216,7 +218,7 @@ def test_echoes_are_counted_and_never_shown(clean):
 
 # ---- bad input
 def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
-    before = checks.study(clean)
+    before = finished_study.study(clean)
     assert not (before.finding == "undone").any()
     lora = clean["variants"][clean["variants"].method == "lora"]
     base = clean["variants"][clean["variants"].method == "none"].drop_duplicates("base_model").set_index("base_model").run_id
@@ -228,7 +230,7 @@ def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
     }
     answers = clean["verdicts"].set_index("run_id")
     added["verdicts"] = pd.concat([answers.loc[[base[row.base_model]]].reset_index().assign(run_id=new[row.run_id]) for row in lora.itertuples()])
-    after = checks.study({**clean, **{name: pd.concat([clean[name], frame], ignore_index=True) for name, frame in added.items()}})
+    after = finished_study.study({**clean, **{name: pd.concat([clean[name], frame], ignore_index=True) for name, frame in added.items()}})
     (undone,) = after[after.finding == "undone"].sentence
     assert f"{len(new)} of {len(new)} (zero 4: {len(new)})" in undone
     pd.testing.assert_frame_equal(after[after.finding != "undone"].reset_index(drop=True), before)
@@ -236,19 +238,19 @@ def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
 
 def test_without_variants_there_is_nothing_to_check():
     with pytest.raises(ValueError, match="variants"):
-        checks.study({})
+        finished_study.study({})
 
 
 def test_what_is_missing_is_said(clean):
-    found = checks.study({"variants": clean["variants"]})
+    found = finished_study.study({"variants": clean["variants"]})
     assert {"mislabelled_rate", "one_adapter", "curves_in_step", "same_answers", "drift", "echo", "unscored", "category_at_bound"} <= unchecked(found)
-    assert checks.alarms(found).empty
+    assert finished_study.alarms(found).empty
 
 
 def test_declared_tables_are_read_as_they_are(tmp_path):
     folder = simulate(tmp_path, bases=["mini-llama"], seeds=(1,), silent_judge=True) / "tables"
     names = ("variants", "runs", "curves", "prompts", "verdicts", "rates", "answers")
-    found = checks.study({name: TABLES[name].read(folder) for name in names})
+    found = finished_study.study({name: TABLES[name].read(folder) for name in names})
     assert {"one_repetition", "one_base_model", "unscored", "all_null"} <= set(found["finding"])
     assert "only" in found.set_index("finding")["sentence"]["one_repetition"]
     assert "mini-llama" in named(found, "one_base_model")
@@ -258,13 +260,13 @@ def test_bad_input_has_a_sentence_each(clean):
     variants, verdicts = clean["variants"], clean["verdicts"].copy()
     group = variants.query("base_model == 'base 0' and method == 'lora'")["run_id"]
     verdicts.loc[verdicts["run_id"].isin(group), "unsafe"] = np.nan
-    found = checks.study({**clean, "verdicts": pd.concat([verdicts, verdicts.tail(5)])}).set_index("finding")
+    found = finished_study.study({**clean, "verdicts": pd.concat([verdicts, verdicts.tail(5)])}).set_index("finding")
     assert "5;" in found["sentence"]["duplicated_rows"]
     assert named(found.reset_index(), "all_null") == set(group)
     assert named(found.reset_index(), "unscored_differs") == set(group)
     lost = variants.query("base_model == 'base 1' and method == 'ia3' and objective == 'dpo' and learning_rate == 2e-2")["run_id"]
     failed = clean["runs"].assign(status=clean["runs"]["status"].mask(clean["runs"]["run_id"].isin(lost), "failed"))
-    found = checks.study({**clean, "runs": failed, "verdicts": clean["verdicts"].query("run_id not in @lost")})
+    found = finished_study.study({**clean, "runs": failed, "verdicts": clean["verdicts"].query("run_id not in @lost")})
     assert named(found[found["severity"].eq("warning")], "failed_runs") == set(lost)
     assert named(found, "missing_cells") == {"base 1 x ia3 dpo 0.02 3.0"}
 
@@ -275,17 +277,17 @@ def test_categories_at_their_bound_are_named(clean):
     rates.loc[rates["category"].eq("a") & rates["run_id"].isin(base["run_id"]), "k"] = 0
     rates.loc[rates["category"].eq("b"), "k"] = 30
     rates.loc[rates["category"].eq("c"), ["k", "n_scored"]] = 0
-    found = checks.study({**clean, "rates": rates})
+    found = finished_study.study({**clean, "rates": rates})
     assert named(found, "category_at_bound") == {f"base {i}: {name}" for i in (0, 1) for name in "ab"}
     assert named(found, "category_without_variation") == {"base 0: b", "base 1: b"}
     assert named(found, "all_null") == {"base 0: c", "base 1: c"}
 
 
 def test_sentences_are_a_list_of_single_lines(clean):
-    made, _ = bench_checks.recorded_seed(clean, np.random.default_rng(0))
-    findings = checks.study(made)
-    lines = checks.sentences(findings).splitlines()
+    made, _ = study_checks.recorded_seed(clean, np.random.default_rng(0))
+    findings = finished_study.study(made)
+    lines = finished_study.sentences(findings).splitlines()
     assert len(lines) == len(findings)
     assert any(line.startswith("- **error, one seed**: ") for line in lines)
     assert all(line.endswith(".") or ": not checked: " in line for line in lines)
-    assert checks.sentences(findings.iloc[:0]) == "Nothing was found.\n"
+    assert finished_study.sentences(findings.iloc[:0]) == "Nothing was found.\n"

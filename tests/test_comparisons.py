@@ -7,15 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from bench import coverage
 from scipy import linalg
 from scipy import stats as scipy_stats
 from scipy.special import ndtr
 
-from driftbook import comparisons, stats
-from driftbook.tables import ESTIMATES, TABLES
+from driftbook.stats import comparisons, estimation, influence, intervals, terms
+from driftbook.study.tables import ESTIMATES, TABLES
 from simulated import simulate
 
-LABELS = {"study": "s", "notebook": "n", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "j"}
+LABELS = {"study": "s", "notebook": "n", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "j"}
 UNITS = ["category", "family", "prompt_id"]
 
 
@@ -23,9 +24,9 @@ UNITS = ["category", "family", "prompt_id"]
 def study(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Arms, cells and unsafe values (runs x units in families) of a simulated study of two base models."""
     folder = simulate(tmp_path_factory.mktemp("comparisons"), bases=["mini-llama", "mini-mistral"], utility=False) / "tables"
-    arms = stats.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
+    arms = influence.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
     verdicts = TABLES["verdicts"].read(folder).merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"])
-    return arms, stats.cells(arms), stats.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", UNITS)
+    return arms, influence.cells(arms), influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", UNITS)
 
 
 def made(verdicts: np.ndarray, methods: list[str], settings: list[str], strata=None, family=None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -34,9 +35,9 @@ def made(verdicts: np.ndarray, methods: list[str], settings: list[str], strata=N
     n = verdicts.shape[1]
     levels = [strata or ["c"] * n, list(range(n)) if family is None else family, list(range(n))]
     values = pd.DataFrame(verdicts, index=pd.Index(names, name="run_id"), columns=pd.MultiIndex.from_arrays(levels, names=UNITS), dtype=float)
-    arms = pd.DataFrame({"run_id": names, "base_model": "b", "base_run_id": "base", "arm": ["base", *[stats.TRAINED] * len(methods)]})
+    arms = pd.DataFrame({"run_id": names, "base_model": "b", "base_run_id": "base", "arm": ["base", *[terms.TRAINED] * len(methods)]})
     arms = arms.assign(method=["none", *methods], setting=["", *settings])
-    cells = arms.iloc[1:].assign(group=stats.AS_CONFIGURED, pool="b")[["run_id", "base_model", "method", "group", "setting", "pool"]]
+    cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, pool="b")[["run_id", "base_model", "method", "group", "setting", "pool"]]
     return values, arms, cells.assign(weight=1 / cells.groupby("method")["run_id"].transform("size"))
 
 
@@ -63,17 +64,17 @@ def test_variance_over_families_is_cr2_in_full():
         square += (weights @ rest) ** 2
         parts.append(weights @ (np.eye(40) - hat))
     covariance = np.array(parts) @ np.array(parts).T
-    found = stats._clusters(strata, family)
+    found = influence._clusters(strata, family)
     assert found.variance((y - y.mean()) / 40)[0] == pytest.approx(square)
     assert found.df == pytest.approx(np.trace(covariance) ** 2 / (covariance**2).sum())
 
 
 def test_null_families_are_single_prompts_and_the_row_says_families(study):
     arms, cells, values = study
-    rows = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS)
-    assert rows.loc[rows["contrast"].eq(stats.CHANGE), "population"].str.contains("families of prompts like these").all()
+    rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS)
+    assert rows.loc[rows["contrast"].eq(terms.CHANGE), "population"].str.contains("families of prompts like these").all()
     frame = pd.DataFrame({"run_id": "r", "category": "c", "family": pd.array(["x", None, None]), "prompt_id": ["1", "2", "3"], "unsafe": [True, False, True]})
-    assert set(stats.matrix(frame, "unsafe", UNITS).columns.get_level_values("family")) == {"x", "2", "3"}
+    assert set(influence.matrix(frame, "unsafe", UNITS).columns.get_level_values("family")) == {"x", "2", "3"}
 
 
 def test_families_that_agree_widen_the_interval():
@@ -81,10 +82,10 @@ def test_families_that_agree_widen_the_interval():
     rows = []
     for family in (None, list(np.arange(120) // 6)):
         values, arms, cells = made(verdicts, ["lora"] * 6, ["a"] * 6, family=family)
-        scores = stats.paired(values, arms)
-        rows.append(stats.means(scores if family else replace(scores, family=None), cells, stats.CHANGE, **LABELS).iloc[0])
+        scores = influence.paired(values, arms)
+        rows.append(estimation.means(scores if family else replace(scores, family=None), cells, terms.CHANGE, **LABELS).iloc[0])
     assert rows[1]["se"] > rows[0]["se"]
-    assert rows[0]["population"] == stats.BOTH
+    assert rows[0]["population"] == terms.BOTH
 
 
 # ---- runs
@@ -92,7 +93,7 @@ def test_interval_of_shares_is_the_t_interval_where_runs_are_many_and_far_from_t
     verdicts = (np.random.default_rng(2).random((61, 4000)) < np.random.default_rng(3).normal(0.5, 0.02, (61, 1))).astype(float)
     verdicts[0] = 0
     values, arms, cells = made(verdicts, ["lora"] * 60, ["a"] * 60)
-    row = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS).set_index("contrast").loc[stats.CHANGE_HERE]
+    row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).set_index("contrast").loc[terms.CHANGE_HERE]
     expected = scipy_stats.ttest_1samp(100 * verdicts[1:].mean(1), 0).confidence_interval()
     assert row[["ci_low", "ci_high"]].tolist() == pytest.approx(list(expected), abs=0.1)
 
@@ -102,38 +103,38 @@ def test_interval_near_zero_reaches_up_and_not_down():
     for row, k in zip(verdicts[1:], (0, 2, 30), strict=True):
         row[:k] = 1
     values, arms, cells = made(verdicts, ["lora"] * 3, ["a"] * 3)
-    row = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS).iloc[0]
+    row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).iloc[0]
     assert row["ci_high"] - row["value"] > 2 * (row["value"] - row["ci_low"])
     assert "1 of 3 runs at 0 or 100 %" in row["how"]
 
 
 def test_laws_of_the_interval(study):
     arms, cells, values = study
-    rows = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS).dropna(subset="p")
+    rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).dropna(subset="p")
     wide = rows.pivot_table(index=["base_model", "method", "group"], columns="contrast", values=["ci_low", "ci_high"]).dropna()
-    assert (wide["ci_low", stats.CHANGE] <= wide["ci_low", stats.CHANGE_HERE] + 1e-9).all()
-    assert (wide["ci_high", stats.CHANGE_HERE] <= wide["ci_high", stats.CHANGE] + 1e-9).all()
+    assert (wide["ci_low", terms.CHANGE] <= wide["ci_low", terms.CHANGE_HERE] + 1e-9).all()
+    assert (wide["ci_high", terms.CHANGE_HERE] <= wide["ci_high", terms.CHANGE] + 1e-9).all()
     assert (rows["p"].lt(0.05) == (rows["ci_low"].gt(0) | rows["ci_high"].lt(0))).all()
     assert (rows["ci_low"] < rows["value"]).all()
 
 
 def test_implied_df_is_the_inverse_of_the_t_quantile():
     df = np.array([1, 2, 3.7, 20, 400])
-    assert stats.implied_df(scipy_stats.t.ppf(0.975, df)) == pytest.approx(df, rel=1e-6)
-    assert stats.implied_df(1.5) == 1e9
+    assert intervals.implied_df(scipy_stats.t.ppf(0.975, df)) == pytest.approx(df, rel=1e-6)
+    assert intervals.implied_df(1.5) == 1e9
 
 
 # ---- contrasts
 def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm():
     verdicts = draw(4, runs=9)
     values, arms, cells = made(verdicts, ["lora"] * 3 + ["ia3"] * 6, ["a"] * 9)
-    scores = stats.paired(values, arms)
+    scores = influence.paired(values, arms)
     row = comparisons.between(scores, cells, **LABELS).iloc[0]
     both = 100 * (verdicts[1:4].mean(0) - verdicts[4:].mean(0))
     assert row["contrast"] == comparisons.DIFFERENCE.format("ia3")
     assert row["value"] == pytest.approx(both.mean())
     weight = np.repeat([1 / 3, -1 / 6], [3, 6])
-    spread = stats._repetitions(scores, np.arange(9), weight, np.repeat([0, 1], [3, 6]), np.repeat([0, 1], [3, 6]))
+    spread = estimation._repetitions(scores, np.arange(9), weight, np.repeat([0, 1], [3, 6]), np.repeat([0, 1], [3, 6]))
     by_hand = [100**2 * verdicts[rows].mean(1).var(ddof=1) / len(verdicts[rows]) for rows in (slice(1, 4), slice(4, 10))]
     assert spread.variance == pytest.approx(by_hand)
     assert spread.df <= 2
@@ -144,14 +145,14 @@ def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm
 def test_equal_methods_do_not_differ_though_both_changed():
     half = draw(5, runs=3)
     values, arms, cells = made(np.vstack([half, half[1:]]), ["lora"] * 3 + ["ia3"] * 3, ["a"] * 6)
-    row = comparisons.between(stats.paired(values, arms), cells, **LABELS).iloc[0]
+    row = comparisons.between(influence.paired(values, arms), cells, **LABELS).iloc[0]
     assert row["value"] == pytest.approx(0, abs=1e-9)
     assert row["p"] == pytest.approx(1)
 
 
 def test_interactions_add_up_to_nothing_and_a_single_base_model_has_none(study):
     arms, cells, values = study
-    rows = comparisons.interactions(stats.paired(values, arms), cells, **LABELS)
+    rows = comparisons.interactions(influence.paired(values, arms), cells, **LABELS)
     assert rows.groupby(["method", "group"])["value"].sum().abs().max() < 1e-9
     assert set(rows["contrast"]) == {comparisons.INTERACTION}
     assert comparisons.interactions(*_one(study), **LABELS).empty
@@ -160,15 +161,15 @@ def test_interactions_add_up_to_nothing_and_a_single_base_model_has_none(study):
 def _one(study):
     arms, _, values = study
     own = arms[arms["base_model"].eq("mini-llama")]
-    return stats.paired(values, own), stats.cells(own)
+    return influence.paired(values, own), influence.cells(own)
 
 
 def test_settings_are_compared_at_equal_other_settings(study):
     arms, _, values = study
-    scores = stats.paired(values, arms)
+    scores = influence.paired(values, arms)
     rows = comparisons.settings(scores, arms, **LABELS).set_index(["base_model", "method", "contrast"])["value"]
     change = pd.Series(scores.value, index=scores.runs)
-    own = arms[arms["base_model"].eq("mini-llama") & arms["method"].eq("lora") & arms["arm"].isin([stats.TRAINED, stats.NO_OP])]
+    own = arms[arms["base_model"].eq("mini-llama") & arms["method"].eq("lora") & arms["arm"].isin([terms.TRAINED, terms.NO_OP])]
     means = own.assign(value=own["run_id"].map(change)).groupby(["objective", "learning_rate", "epochs"], dropna=False)["value"].mean().reset_index()
     pairs = means.merge(means, on=["learning_rate", "epochs"]).query("objective_x == 'sft' and objective_y == 'dpo'")
     assert rows["mini-llama", "lora", comparisons.OBJECTIVE] == pytest.approx((pairs["value_x"] - pairs["value_y"]).mean())
@@ -178,8 +179,8 @@ def test_settings_are_compared_at_equal_other_settings(study):
 
 def test_prediction_for_a_new_base_model_is_the_t_interval_for_one_more():
     values = [3.0, 5.0, 10.0, 4.0]
-    rows = stats.complete(pd.DataFrame({
-        **LABELS, "base_model": list("wxyz"), "method": "lora", "group": stats.TRAINED, "contrast": stats.CHANGE, "value": values, "n_runs": 3, "n_items": 9,
+    rows = estimation.complete(pd.DataFrame({
+        **LABELS, "base_model": list("wxyz"), "method": "lora", "group": terms.TRAINED, "contrast": terms.CHANGE, "value": values, "n_runs": 3, "n_items": 9,
         "n_unscored": 0, "population": "p", "how": "h",
     }))  # fmt: skip
     row = comparisons.new_base(rows).iloc[0]
@@ -193,8 +194,8 @@ def test_prediction_for_a_new_base_model_is_the_t_interval_for_one_more():
 
 # ---- families of tests
 def with_p(p: list) -> pd.DataFrame:
-    return stats.complete(pd.DataFrame({
-        **LABELS, "base_model": "all", "method": [f"m{i}" for i in range(len(p))], "group": "g", "contrast": stats.CHANGE, "p": pd.array(p, "Float64"), "population": "p", "how": "h",
+    return estimation.complete(pd.DataFrame({
+        **LABELS, "base_model": "all", "method": [f"m{i}" for i in range(len(p))], "group": "g", "contrast": terms.CHANGE, "p": pd.array(p, "Float64"), "population": "p", "how": "h",
     }))  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def test_a_declared_test_without_p_counts_and_one_of_a_screen_does_not():
 
 def test_screens_are_by_outcome_and_base_model(study):
     arms, cells, values = study
-    found = comparisons.screens(stats.of_rate(values, arms, cells, **LABELS))
+    found = comparisons.screens(estimation.of_rate(values, arms, cells, **LABELS))
     assert set(found["base_model"]) == {"all", "mini-llama", "mini-mistral"}
     assert found.groupby("base_model")["family_of_tests"].nunique().eq(1).all()
     assert (found["p_adjusted"] >= found["p"]).all()
@@ -236,11 +237,11 @@ def changed(*rows: tuple[str, str, float, float]) -> pd.DataFrame:
     """Changes (outcome, benchmark, value, se) of one method with t intervals of 10 df."""
     half = scipy_stats.t.ppf(0.975, 10)
     made = [{**LABELS, "outcome": o, "benchmark": b, "value": v, "se": se, "ci_low": v - half * se, "ci_high": v + half * se} for o, b, v, se in rows]
-    same = {"base_model": "all", "method": "lora", "group": stats.AS_CONFIGURED, "contrast": stats.CHANGE, "population": "p", "how": "h"}
-    return stats.complete(pd.DataFrame(made).assign(**same, n_runs=12, n_items=100, n_unscored=0))
+    same = {"base_model": "all", "method": "lora", "group": terms.AS_CONFIGURED, "contrast": terms.CHANGE, "population": "p", "how": "h"}
+    return estimation.complete(pd.DataFrame(made).assign(**same, n_runs=12, n_items=100, n_unscored=0))
 
 
-SAFE, REFUSED, CORRECT = (stats.UNSAFE, "safety"), (stats.REFUSED, "over_refusal"), (stats.CORRECT, "utility")
+SAFE, REFUSED, CORRECT = (terms.UNSAFE, "safety"), (terms.REFUSED, "over_refusal"), (terms.CORRECT, "utility")
 
 
 @pytest.mark.parametrize(("unsafe", "refused", "correct", "word"), [
@@ -263,7 +264,7 @@ def test_preserves_is_all_outcomes_below_the_margin(unsafe, refused, correct, wo
 
 
 def test_without_utility_in_points_nothing_is_preserved_jointly():
-    rows = changed((*SAFE, 0.5, 0.5), (*REFUSED, 0.0, 0.5), (stats.LOSS, "utility", 0.0, 0.1))
+    rows = changed((*SAFE, 0.5, 0.5), (*REFUSED, 0.0, 0.5), (terms.LOSS, "utility", 0.0, 0.1))
     joint = comparisons.preserves(rows).query("outcome == @comparisons.JOINTLY").iloc[0]
     assert joint["how"].startswith(comparisons.CANNOT_TELL)
     assert "no margin in points" in joint["how"]
@@ -275,7 +276,7 @@ def test_nothing_moved_is_tested_exactly():
     verdicts = np.zeros((4, 400))
     verdicts[:, :40] = 1
     values, arms, cells = made(verdicts, ["lora"] * 3, ["a"] * 3)
-    rows = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS)
+    rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS)
     row = comparisons.preserves(rows, (1.0,), [SAFE]).iloc[0]
     assert row["p"] == pytest.approx(scipy_stats.binom.pmf(0, 400, 0.01))
     assert row["how"].startswith(comparisons.PRESERVES)
@@ -296,7 +297,7 @@ def test_odds_ratio_of_one_run_is_the_marginal_one_of_gee():
 def test_odds_ratio_over_base_models_is_the_geometric_mean(study):
     arms, cells, values = study
     rows = comparisons.odds_ratios(values, arms, cells, **LABELS)
-    own = rows[rows["method"].eq("lora") & rows["group"].eq(stats.TRAINED)].set_index("base_model")["value"].astype(float)
+    own = rows[rows["method"].eq("lora") & rows["group"].eq(terms.TRAINED)].set_index("base_model")["value"].astype(float)
     assert own["all"] == pytest.approx(np.sqrt(own["mini-llama"] * own["mini-mistral"]))
 
 
@@ -329,8 +330,8 @@ def test_three_runs_above_three_are_not_certain():
 
 def test_deltas_of_cells_are_means_over_base_models(study):
     arms, cells, values = study
-    rows = comparisons.cliffs_delta(stats.paired(values, arms), cells, **LABELS)
-    own = rows[rows["contrast"].eq(comparisons.DELTA.format("ia3")) & rows["group"].eq(stats.AS_CONFIGURED)].set_index(["method", "base_model"])["value"]
+    rows = comparisons.cliffs_delta(influence.paired(values, arms), cells, **LABELS)
+    own = rows[rows["contrast"].eq(comparisons.DELTA.format("ia3")) & rows["group"].eq(terms.AS_CONFIGURED)].set_index(["method", "base_model"])["value"]
     assert own["lora", "all"] == pytest.approx((own["lora", "mini-llama"] + own["lora", "mini-mistral"]) / 2)
     assert rows["value"].between(-1, 1).all()
 
@@ -346,60 +347,60 @@ def test_delta_interval_covers_the_delta_of_normal_runs():
 # ---- bad input
 def test_an_answer_that_stands_twice_is_refused():
     rows = pd.DataFrame({"run_id": "r", "category": "c", "prompt_id": ["1", "1", "2"], "sample": [0, 1, 0], "unsafe": [True, False, True]})
-    assert stats.matrix(rows, "unsafe", ["category", "prompt_id"]).iloc[0].tolist() == [0.5, 1.0]
+    assert influence.matrix(rows, "unsafe", ["category", "prompt_id"]).iloc[0].tolist() == [0.5, 1.0]
     with pytest.raises(ValueError, match="1 answers stand twice, the first of run r, prompt 2"):
-        stats.matrix(pd.concat([rows, rows.tail(1)]), "unsafe", ["category", "prompt_id"])
+        influence.matrix(pd.concat([rows, rows.tail(1)]), "unsafe", ["category", "prompt_id"])
 
 
 def test_one_seed_says_nothing_of_others():
     values, arms, cells = made(draw(9, runs=2), ["lora", "ia3"], ["a", "a"])
-    row = comparisons.between(stats.paired(values, arms), cells, **LABELS).iloc[0]
-    assert row["population"] == stats.THESE_RUNS.replace("prompts", "families of prompts")
+    row = comparisons.between(influence.paired(values, arms), cells, **LABELS).iloc[0]
+    assert row["population"] == terms.THESE_RUNS.replace("prompts", "families of prompts")
     assert "nothing is known of other seeds" in row["how"]
     assert row["ci_low"] < row["value"] < row["ci_high"]
 
 
 def test_a_run_without_answers_is_no_smaller_cell():
     values, arms, cells = made(draw(10, runs=6), ["lora"] * 3 + ["ia3"] * 3, ["a"] * 6)
-    lost = stats.paired(values.drop(index="r2"), arms)
-    rows = stats.means(lost, cells, stats.CHANGE, **LABELS).set_index(["method", "contrast"])
-    assert pd.isna(rows.loc[("lora", stats.CHANGE), "value"])
-    assert "1 of 3 runs have no answers" in rows.loc[("lora", stats.CHANGE), "how"]
+    lost = influence.paired(values.drop(index="r2"), arms)
+    rows = estimation.means(lost, cells, terms.CHANGE, **LABELS).set_index(["method", "contrast"])
+    assert pd.isna(rows.loc[("lora", terms.CHANGE), "value"])
+    assert "1 of 3 runs have no answers" in rows.loc[("lora", terms.CHANGE), "how"]
     assert comparisons.between(lost, cells, **LABELS)["value"].isna().all()
     silent = values.copy()
     silent.loc["r2"] = np.nan
-    assert comparisons.between(stats.paired(silent, arms), cells, **LABELS)["how"].str.contains("no scored item").all()
+    assert comparisons.between(influence.paired(silent, arms), cells, **LABELS)["how"].str.contains("no scored item").all()
     assert comparisons.odds_ratios(silent, arms, cells, **LABELS)["value"].isna().sum() == 1
 
 
 def test_runs_that_are_all_equal_are_said_to_be():
     verdicts = draw(11, runs=1)[[0, 1, 1, 1]]
     values, arms, cells = made(verdicts, ["lora"] * 3, ["a"] * 3)
-    row = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS).iloc[0]
+    row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).iloc[0]
     assert "equal in every unit" in row["how"]
     assert row["se"] == pytest.approx(100 * np.std(verdicts[1] - verdicts[0], ddof=1) / np.sqrt(120))
 
 
 def test_one_family_of_prompts_says_nothing_of_other_prompts():
     values, arms, cells = made(draw(12, runs=3), ["lora"] * 3, ["a"] * 3, family=["f"] * 120)
-    row = stats.means(stats.paired(values, arms), cells, stats.CHANGE, **LABELS).iloc[0]
-    assert row["population"] == stats.THESE_PROMPTS
+    row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).iloc[0]
+    assert row["population"] == terms.THESE_PROMPTS
     assert "one unit says nothing of others" in row["how"]
 
 
 # ---- coverage
 def test_simulated_runs_have_the_rate_and_spread_they_are_said_to_have():
-    middle, spread = comparisons.run_scale(0.13, 0.075)
+    middle, spread = coverage.run_scale(0.13, 0.075)
     rates = ndtr(np.random.default_rng(13).normal(middle, spread, 200_000))
     assert (rates.mean(), rates.std()) == pytest.approx((0.13, 0.075), rel=0.01)
     rng = np.random.default_rng(14)
-    sets = np.stack([comparisons._simulated(rng, 0.3, comparisons.run_scale(0.38, 0.06), 0.25, 3, np.array(comparisons.FAMILIES)) for _ in range(1500)])
+    sets = np.stack([coverage._simulated(rng, 0.3, coverage.run_scale(0.38, 0.06), 0.25, 3, np.array(coverage.FAMILIES)) for _ in range(1500)])
     assert sets[:, 0].mean() == pytest.approx(0.3, abs=0.01)
     assert sets[:, 1:].mean() == pytest.approx(0.38, abs=0.01)
 
 
 def test_the_interval_covers_where_the_naive_one_does_not():
-    found = comparisons.coverage(150, run_sds=(0.02, 0.075), changes=(0.08,), prompt_by_method=(comparisons.LARGE,))
+    found = coverage.coverage(150, run_sds=(0.02, 0.075), changes=(0.08,), prompt_by_method=(coverage.LARGE,))
     assert found["covered"].between(90, 100).all()
     assert found["naive"].min() < 75
     assert found["null"].eq(0).all()
@@ -408,8 +409,8 @@ def test_the_interval_covers_where_the_naive_one_does_not():
 
 def test_the_benchmark_says_its_worst_cell(monkeypatch):
     table = pd.DataFrame({"design": "d", "rate": [0.05, 0.3], "run_sd": [0.135, 0.02], "prompt_by_method": 0.0, "change": 0.0, "covered": [75.0, 95.0], "naive": [20.0, 90.0]})
-    monkeypatch.setattr(comparisons, "coverage", lambda n_sets: table)
-    rows = comparisons.coverage_rows()
+    monkeypatch.setattr(coverage, "coverage", lambda n_sets: table)
+    rows = coverage.coverage_rows()
     assert [row["value"] for row in rows] == [0.75, 0.95, 0.95]
     assert [row["met"] for row in rows] == [False, True, True]
     assert rows[0]["peer"] == 0.2
@@ -417,7 +418,7 @@ def test_the_benchmark_says_its_worst_cell(monkeypatch):
 
 def test_everything_is_a_table_of_estimates(study):
     arms, cells, values = study
-    scores = stats.paired(values, arms)
+    scores = influence.paired(values, arms)
     parts = [comparisons.between(scores, cells, **LABELS), comparisons.interactions(scores, cells, **LABELS), comparisons.settings(scores, arms, **LABELS)]
     parts += [comparisons.odds_ratios(values, arms, cells, **LABELS), comparisons.cliffs_delta(scores, cells, **LABELS)]
     assert len(ESTIMATES.concat(parts)) == sum(map(len, parts))
@@ -428,7 +429,7 @@ def test_a_pair_of_methods_has_one_direction_whatever_the_order_of_the_study_fil
     verdicts = draw(5)
     methods = ["ln_tuning", "ln_tuning", "prompt_tuning", "prompt_tuning", "lora", "lora"]
     values, arms, cells = made(verdicts[:7], methods, ["a"] * 6)
-    change = stats.paired(values, arms)
+    change = influence.paired(values, arms)
     found = {(row.method, row.contrast) for row in comparisons.between(change, cells, **LABELS).itertuples()}
     other = [("lora", "prompt_tuning"), ("lora", "ln_tuning"), ("prompt_tuning", "ln_tuning")]
     assert found == {(method, comparisons.DIFFERENCE.format(name)) for method, name in other}

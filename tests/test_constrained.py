@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from conftest import SMALL, one_sentence, variants_of, write_study
-from driftbook import adapters, fitting, training
-from driftbook.study import load
+from driftbook.models import adapters
+from driftbook.study.study_file import load
+from driftbook.training import steps as training_steps
+from driftbook.training import training
 from test_mitigations import CONTENT
 
 BETAS = (0.5, 2.0, 2.0, 0.1)
@@ -42,8 +44,8 @@ def gradients(model, loss) -> dict:
 
 
 def ours(case, examples, trainer):
-    rows = [fitting.plain([one]) for one in examples]
-    return trainer._loss(None, fitting.Forward(case.model, case.base.tokenizer).logprobs(rows), rows, examples)
+    rows = [training_steps.plain([one]) for one in examples]
+    return trainer._loss(None, training_steps.Forward(case.model, case.base.tokenizer).logprobs(rows), rows, examples)
 
 
 @pytest.mark.parametrize("moved", ["lora", "ia3", "prompt_tuning", "p_tuning"], indirect=True)
@@ -58,7 +60,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(moved):
             total = total - 2 / beta * torch.log(torch.sigmoid(beta * (gained - before)))
             at_start += 2 / beta * np.log(2) + float(before)
     n = sum(len(one.counted) for one in examples)
-    loss = ours(moved, examples, fitting.ConstrainedSft)
+    loss = ours(moved, examples, training_steps.ConstrainedSft)
     assert float(loss.detach()) == pytest.approx((float(total.detach()) - at_start) / n, abs=1e-4)
     found, wanted = gradients(moved.model, loss), gradients(moved.model, total / n)
     for name, value in wanted.items():
@@ -68,16 +70,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(moved):
 @pytest.mark.parametrize("moved", ["lora"], indirect=True)
 def test_without_constraint_it_is_plain_fine_tuning_and_with_it_early_tokens_pull_less(moved):
     free = moved.prepared[1e-4,][:4]
-    plain = ours(moved, free, fitting.Sft)
-    loss = ours(moved, free, fitting.ConstrainedSft)
+    plain = ours(moved, free, training_steps.Sft)
+    loss = ours(moved, free, training_steps.ConstrainedSft)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-3)
-    one, other = gradients(moved.model, loss), gradients(moved.model, ours(moved, free, fitting.Sft))
+    one, other = gradients(moved.model, loss), gradients(moved.model, ours(moved, free, training_steps.Sft))
     assert all(torch.allclose(one[name], value, rtol=2e-2, atol=1e-5) for name, value in other.items())
 
 
 def test_a_place_counts_from_the_beginning_of_each_answer(bases):
     ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
-    [one] = training._constrained([fitting.Conversation(ids, np.array([2, 3, 4, 5, 8, 9]))], (0.5, 2.0, 0.1), bases["llama"])
+    [one] = training._constrained([training_steps.Conversation(ids, np.array([2, 3, 4, 5, 8, 9]))], (0.5, 2.0, 0.1), bases["llama"])
     assert one.betas.tolist() == [0.5, 2.0, 0.1, 0.1, 0.5, 2.0]
     with torch.no_grad():
         assert one.reference == pytest.approx(logprobs(bases["llama"].model, one).tolist(), abs=1e-4)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import FAMILIES, one_sentence
-from driftbook import data, models
-from driftbook.study import Study
+from driftbook.benchmarks import data
+from driftbook.models import loading
+from driftbook.study.study_file import Study
 
 
 def study_with(content, tmp_path, **files) -> Study:
@@ -161,10 +162,10 @@ def test_a_conversation_is_split_where_its_answer_begins(bases, family):
     @given(prompts=st.lists(words, min_size=1, max_size=4), answer=words)
     def property(prompts, answer):
         messages = [message for prompt in prompts for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": "it is safe"})][:-1]
-        prompt, rest = models.conversation_ids(tokenizer, messages, answer)
-        whole = models.chat_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+        prompt, rest = loading.conversation_ids(tokenizer, messages, answer)
+        whole = loading.chat_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
         assert prompt + rest == whole
-        assert prompt == models.chat_ids(tokenizer, messages)
+        assert prompt == loading.chat_ids(tokenizer, messages)
         said = rest[: rest.index(tokenizer.eos_token_id)]
         assert tokenizer.decode(said, skip_special_tokens=True).strip() == answer
 
@@ -179,7 +180,7 @@ def test_a_base_whose_tokenizer_does_not_fit_is_refused(bases):
     model = build_model("llama", base.tokenizer, 0, width=32)
     for tokenizer, word in ((short, "template"), (_with_more_tokens(build_tokenizer("llama")), "do not belong together"), (_without_end(build_tokenizer("llama")), "end-of-sequence")):
         with pytest.raises(ValueError) as error:
-            models.check_fit("tiny", model, tokenizer)
+            loading.check_fit("tiny", model, tokenizer)
         assert word in one_sentence(error.value)
         assert str(error.value).startswith("tiny")
 

@@ -10,12 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driftbook import bbq
-from driftbook.data_doctor import COLUMNS, KINDS, NEAR_DUPLICATE, NEAR_PROMPT, ROW_COLUMNS, examine, rows
-from driftbook.data_doctor import _jaccard as jaccard
-from driftbook.data_doctor import _nearly_another as nearly_another
-from driftbook.data_doctor import _shingles as shingles
-from driftbook.stats import wilson
+from driftbook.benchmarks import bbq
+from driftbook.doctors.training_data import (
+    COLUMNS,
+    KINDS,
+    NEAR_DUPLICATE,
+    NEAR_PROMPT,
+    ROW_COLUMNS,
+    examine,
+    rows,
+)
+from driftbook.doctors.training_data import _jaccard as jaccard
+from driftbook.doctors.training_data import _nearly_another as nearly_another
+from driftbook.doctors.training_data import _shingles as shingles
+from driftbook.stats.intervals import wilson
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 FILLERS = ("please", "just", "really", "kindly", "now")

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, PEFT_METHODS, one_sentence
-from driftbook import doctor
-from driftbook.doctor import examine, summary
-from driftbook.models import Loaded
+from driftbook.doctors import adapter as adapter_doctor
+from driftbook.doctors.adapter import examine, summary
+from driftbook.models.loading import Loaded
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXTRA = {
@@ -231,10 +231,10 @@ def test_without_a_base_a_lora_module_is_judged_against_the_others(edited):
 
 def test_norms_of_one_scale_hold_no_outlier():
     rng = np.random.default_rng(0)
-    found = sum(doctor._outliers(np.exp(0.5 * rng.standard_normal(64))).any() for _ in range(200))
+    found = sum(adapter_doctor._outliers(np.exp(0.5 * rng.standard_normal(64))).any() for _ in range(200))
     assert found == 0
-    assert doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [False] * 4 + [True]
-    assert not doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 9.0])).any()
+    assert adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [False] * 4 + [True]
+    assert not adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 9.0])).any()
 
 
 # ---- distance from init, against what PEFT itself merges
@@ -244,14 +244,14 @@ def test_the_distance_is_that_of_the_weights_that_peft_merges(llama, folders, me
     if method == "embedding":  # tied to the head, which PEFT would merge into as well
         base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
     merged = PeftModel.from_pretrained(copy.deepcopy(base), folders[method]).merge_and_unload()
-    adapter = doctor._Adapter(folders[method])
-    opened, rng = doctor._open(llama), np.random.default_rng(0)
+    adapter = adapter_doctor._Adapter(folders[method])
+    opened, rng = adapter_doctor._open(llama), np.random.default_rng(0)
     modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in adapter.shapes if ".lora_" in name}
     assert len(modules) >= 2
     for module in modules:
         old, new = (model.get_submodule(module).weight.double() for model in (base, merged))
-        parts = {m[2]: name for name in adapter.shapes if (m := doctor.PART.match(name)) and m[1] == module}
-        change = doctor._change(adapter, module, parts, opened, rng)
+        parts = {m[2]: name for name in adapter.shapes if (m := adapter_doctor.PART.match(name)) and m[1] == module}
+        change = adapter_doctor._change(adapter, module, parts, opened, rng)
         assert change.ratio == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-4)
         assert change.ratio > 0.01
         if method != "dora":
@@ -382,7 +382,7 @@ def test_pefts_random_init_is_recognised(llama, tmp_path):
 
 
 def test_rows_of_the_embedding_table_were_never_trained(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(adapter_doctor, "ROWS_AT_ONCE", 100)
     config = PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM")
     folder = make(llama, config, tmp_path / "untrained", scale=0)
     assert complaints(folder, llama) == {"untrained": "warning"}
@@ -453,8 +453,8 @@ def test_the_base_that_it_was_trained_on(edited, llama, local, named, same):
 
 
 def test_two_organisations_have_two_models():
-    assert not doctor._same_model("meta/llama-3", "other/llama-3")
-    assert doctor._same_model("meta/llama-3", "hub/models--meta--llama-3/snapshots/0a1b")
+    assert not adapter_doctor._same_model("meta/llama-3", "other/llama-3")
+    assert adapter_doctor._same_model("meta/llama-3", "hub/models--meta--llama-3/snapshots/0a1b")
 
 
 def test_another_revision(edited, llama):

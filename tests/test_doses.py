@@ -7,11 +7,13 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.nonparametric.smoothers_lowess import lowess
 
-from driftbook import doses, factors, figures, figures_factors, stats
-from driftbook.tables import ESTIMATES, TABLES
+from driftbook.analyses import doses, factors
+from driftbook.figures import drawing, factors_and_doses, gallery
+from driftbook.stats import estimation, influence, terms
+from driftbook.study.tables import ESTIMATES, TABLES
 from simulated import simulate
 
-LABELS = {"study": "s", "notebook": "15_dose", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
+LABELS = {"study": "s", "notebook": "15_dose", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
 METHODS = {"lora": -2.0, "p_tuning": -1.6}  # log10 of the lowest KL
 
 
@@ -220,13 +222,13 @@ def test_a_rate_that_could_not_be_set_is_not_confirmed():
 def study(tmp_path_factory) -> dict:
     """Tables of a small study as figures get them, with the rows of notebooks 09, 11 and 15 that they show."""
     folder = simulate(tmp_path_factory.mktemp("doses"), bases=["mini-llama", "mini-gemma"], utility=False) / "tables"
-    tables = figures.read(folder, "miniature: not a finding about real models")
-    arms = stats.arms(tables["variants"], tables["runs"])
+    tables = gallery.read(folder, "miniature: not a finding about real models")
+    arms = influence.arms(tables["variants"], tables["runs"])
     asked = TABLES["verdicts"].read(folder).merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"]).query("benchmark == 'safety'")
-    values = stats.matrix(asked, "unsafe", ["category", "prompt_id"])
+    values = influence.matrix(asked, "unsafe", ["category", "prompt_id"])
     named = {**LABELS, "notebook": "09_safety"}
-    parts = [stats.of_rate(values, arms, stats.cells(arms), **named)]
-    change = stats.run_changes(parts[0], {stats.UNSAFE: "safety"})[stats.UNSAFE]
+    parts = [estimation.of_rate(values, arms, influence.cells(arms), **named)]
+    change = estimation.run_changes(parts[0], {terms.UNSAFE: "safety"})[terms.UNSAFE]
     runs = doses.runs_of(arms, tables["runs"], change)
     parts += [doses.as_configured(runs, 50, **LABELS), *(doses.matched(runs, measure, 50, **LABELS) for measure in doses.DOSES)]
     mixed, every = {**LABELS, "notebook": "11_mixed_effects"}, factors.runs_of(arms, change)
@@ -237,34 +239,34 @@ def study(tmp_path_factory) -> dict:
 
 def test_no_ops_are_counted_and_both_means_are_shown(study):
     table = doses.with_and_without_no_ops(study["estimates"], study["arms"])
-    usual = study["arms"][study["arms"]["arm"].isin([stats.TRAINED, stats.NO_OP])]
+    usual = study["arms"][study["arms"]["arm"].isin([terms.TRAINED, terms.NO_OP])]
     assert table.loc[table["base_model"].ne("all"), "runs"].sum() == len(usual) == len(study["doses"])
     idle = table[table["base_model"].ne("all") & table["no_ops"].gt(0)]
-    assert idle["no_ops"].sum() == usual["arm"].eq(stats.NO_OP).sum() > 0
-    assert (idle[stats.AS_CONFIGURED] != idle[stats.TRAINED]).all()
+    assert idle["no_ops"].sum() == usual["arm"].eq(terms.NO_OP).sum() > 0
+    assert (idle[terms.AS_CONFIGURED] != idle[terms.TRAINED]).all()
 
 
 def test_the_last_sentence_counts_what_the_table_holds(study):
     rows = study["estimates"]
     text = doses.sentence(rows[rows["notebook"].eq("15_dose")], study["arms"], "the unsafe-response rate")
-    plain = rows[rows["contrast"].isin([doses.PLAIN.format(method) for method in figures.TRAINED_METHODS])]
+    plain = rows[rows["contrast"].isin([doses.PLAIN.format(method) for method in drawing.TRAINED_METHODS])]
     assert f"as configured {(plain['ci_low'].gt(0) | plain['ci_high'].lt(0)).sum()} of {len(plain)}" in text
     assert "descriptions" in text
 
 
 @pytest.mark.parametrize("name", ["variance_shares", "no_ops", "doses_reached", "dose_matched"])
 def test_figures_draw_from_full_poor_and_empty_tables(study, name, tmp_path):
-    figures.style()
-    fig, caption = figures.FIGURES[name](study)
-    assert fig.get_figwidth() == figures.WIDTH
+    drawing.style()
+    fig, caption = drawing.FIGURES[name](study)
+    assert fig.get_figwidth() == drawing.WIDTH
     assert "descriptive" in caption.lower() or name != "dose_matched"
     poor = study["estimates"].copy()
     poor.loc[::2, ["se", "ci_low", "ci_high"]] = None
     poor.loc[::3, ["value", "se", "ci_low", "ci_high"]] = None
     for estimates in (poor, ESTIMATES.empty()):
-        plt.close(figures.FIGURES[name]({**study, "estimates": estimates})[0])
+        plt.close(drawing.FIGURES[name]({**study, "estimates": estimates})[0])
     bare = study["runs"].assign(dose_nll=pd.NA, kl_base=pd.NA)
-    plt.close(figures.FIGURES[name]({**study, "runs": TABLES["runs"].check(bare)})[0])
-    assert figures.SOURCES[name].startswith(f"notebook {'11_mixed_effects' if name == 'variance_shares' else '15_dose'}")
-    assert figures_factors.__name__ == figures.FIGURES[name].__module__
+    plt.close(drawing.FIGURES[name]({**study, "runs": TABLES["runs"].check(bare)})[0])
+    assert drawing.SOURCES[name].startswith(f"notebook {'11_mixed_effects' if name == 'variance_shares' else '15_dose'}")
+    assert factors_and_doses.__name__ == drawing.FIGURES[name].__module__
     plt.close(fig)

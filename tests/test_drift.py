@@ -9,12 +9,14 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from conftest import SMALL, variants_of, write_study
-from driftbook import adapters, bbq, drift, fitting, training
-from driftbook.drift import OVER_REFUSAL, UNSAFE, DriftCallback, Sample
-from driftbook.files import file_digest
-from driftbook.refusals import is_refusal
-from driftbook.study import load
-from driftbook.tables import DRIFT
+from driftbook.benchmarks import bbq
+from driftbook.benchmarks.refusals import is_refusal
+from driftbook.models import adapters
+from driftbook.study.files import file_digest
+from driftbook.study.study_file import load
+from driftbook.study.tables import DRIFT
+from driftbook.training import drift, steps, training
+from driftbook.training.drift import OVER_REFUSAL, UNSAFE, DriftCallback, Sample
 
 HARMFUL, BENIGN = ("how do i glark a snib", "tell me of grinks"), ("what is a floop", "who is a snib", "may i floop")
 
@@ -107,7 +109,7 @@ def test_a_training_that_goes_on_keeps_what_was_seen(bases, study, items, tmp_pa
     class Killed(Exception):
         pass
 
-    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "CHECKPOINT_SECONDS", 0.0)
     base = bases["llama"]
 
     class Dies(DriftCallback):

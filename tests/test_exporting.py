@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from driftbook import exporting
-from driftbook.files import OUTPUTS, ROOT
-from driftbook.study import find, load
-from driftbook.tables import RESPONSE_KEY, TABLES
+from driftbook.publishing import export
+from driftbook.study.files import OUTPUTS, ROOT
+from driftbook.study.study_file import find, load
+from driftbook.study.tables import RESPONSE_KEY, TABLES
 from simulated import simulate
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", INSPECT_DISPLAY="none", DISABLE_MULTIPROC="1")
@@ -76,12 +76,12 @@ def frames(study):
 
 @pytest.fixture(scope="module")
 def lm_eval_files(study, tmp_path_factory):
-    return exporting.to_lm_eval(study, tmp_path_factory.mktemp("lm_eval"))
+    return export.to_lm_eval(study, tmp_path_factory.mktemp("lm_eval"))
 
 
 @pytest.fixture(scope="module")
 def inspect_logs(study, tmp_path_factory):
-    return exporting.to_inspect(study, tmp_path_factory.mktemp("inspect"))
+    return export.to_inspect(study, tmp_path_factory.mktemp("inspect"))
 
 
 def rates(frames, benchmark: str, column: str, kind: str, judge: str = "mini-guard") -> pd.DataFrame:
@@ -128,10 +128,10 @@ def bbq_by_hand(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def test_lm_eval_has_bbqs_scores_of_each_way_of_asking(frames, lm_eval_files):
-    from driftbook import bias
+    from driftbook.benchmarks import bbq_scores
 
     found, answers = results(lm_eval_files), frames["answers"]
-    errors = bias.scores(answers, by=("run_id", "answer_mode", "prompt_variant", "option_order")).set_index(["run_id", "option_order"])
+    errors = bbq_scores.scores(answers, by=("run_id", "answer_mode", "prompt_variant", "option_order")).set_index(["run_id", "option_order"])
     for (run_id, order), rows in answers.groupby(["run_id", "option_order"]):
         task = found[run_id]["results"]["driftbook_bbq"]
         for name, value in bbq_by_hand(rows).items():
@@ -166,7 +166,7 @@ def test_lm_eval_finds_files_tasks_and_dates(frames, lm_eval_files):
     assert {Path(name).parent.name for name in get_results_filenames(names)} == set(ok)
     samples = get_sample_results_filenames(names)
     assert len(names) == len(ok) + len(samples)
-    assert {get_file_task_name(Path(name).name) for name in samples} == {task.name for task in exporting.TASKS}
+    assert {get_file_task_name(Path(name).name) for name in samples} == {task.name for task in export.TASKS}
     assert {get_file_datetime(Path(name).name) for name in samples} == {"2026-01-01T00-00-00"}
     assert get_latest_filename(get_results_filenames(names)) in names
     assert results(lm_eval_files)[ok.iloc[0]]["date"] == pd.Timestamp("2026-01-01", tz="UTC").timestamp()
@@ -198,7 +198,7 @@ def test_lm_evals_aggregations_of_its_samples_give_its_results(lm_eval_files, tm
 
 
 def test_lm_eval_has_the_loss_per_token(frames, lm_eval_files):
-    from driftbook.stats import rated
+    from driftbook.stats.influence import rated
 
     found = results(lm_eval_files)
     level = rated(frames["ratings"].query("metric == 'nll'"), 1.0)
@@ -264,11 +264,11 @@ def test_inspect_lists_and_reads_every_log(study, frames, inspect_logs):
     assert {log.eval.run_id for log in logs} == set(frames["variants"]["run_id"])
     assert len({log.eval.eval_id for log in logs}) == len(logs)
     base = [log for log in logs if log.eval.metadata["method"] == "none"]
-    assert {log.eval.task for log in base} == {task.name for task in exporting.TASKS}
+    assert {log.eval.task for log in base} == {task.name for task in export.TASKS}
     lost = frames["runs"].query("status == 'failed'").set_index("run_id")["failure"]
     assert {log.eval.run_id: log.error.message for log in logs if log.status == "error"} == lost.to_dict()
     assert len(lost) == 1
-    assert exporting.failures(study) == lost.to_dict()
+    assert export.failures(study) == lost.to_dict()
 
 
 @pytest.mark.parametrize(("benchmark", "metric", "column", "kind", "judge"), EXPECTED)
@@ -372,13 +372,13 @@ def test_no_text_and_no_folder_of_this_machine_is_exported(study, frames, lm_eva
 
 
 def test_a_second_export_takes_the_first_ones_place(study, tmp_path):
-    first = {path: path.read_bytes() for path in exporting.to_lm_eval(study, tmp_path)}
+    first = {path: path.read_bytes() for path in export.to_lm_eval(study, tmp_path)}
     stale = next(iter(first)).with_name("results_2020-01-01T00-00-00.json")
     stale.write_text("{}")
     runs = TABLES["runs"].read(study.folder / "tables")
     failed = tmp_path / runs.query("status == 'failed'")["run_id"].iloc[0]
     failed.mkdir()
-    assert {path: path.read_bytes() for path in exporting.to_lm_eval(study, tmp_path)} == first
+    assert {path: path.read_bytes() for path in export.to_lm_eval(study, tmp_path)} == first
     assert not stale.exists()
     assert not failed.exists()
 
@@ -389,11 +389,11 @@ def test_a_silent_judge_and_a_study_without_utility_are_exported(tmp_path):
 
     study = load("miniature").model_copy(update={"name": "exported_silent"})
     few(simulate(study.folder, bases=["mini-gemma"], seeds=(1,), silent_judge=True, utility=False, failed=0) / "tables", 2)
-    found = results(exporting.to_lm_eval(study, tmp_path / "lm_eval"))
+    found = results(export.to_lm_eval(study, tmp_path / "lm_eval"))
     task = next(iter(found.values()))["results"]["driftbook_safety"]
     assert [task[f"{key},mini-guard-{WAY}"] for key in ("unsafe", "unsafe_stderr", "unsafe_unscored")] == [None, "N/A", 1.0]
     assert "driftbook_utility" not in make_table(next(iter(found.values())))
-    path = next(path for path in exporting.to_inspect(study, tmp_path / "inspect") if "safety" in path.name)
+    path = next(path for path in export.to_inspect(study, tmp_path / "inspect") if "safety" in path.name)
     score = next(score for score in read_eval_log(str(path)).results.scores if score.name == "unsafe_mini-guard")
     assert math.isnan(score.metrics["mean"].value)
     assert (score.scored_samples, score.unscored_samples) == (0, 330)
@@ -402,7 +402,7 @@ def test_a_silent_judge_and_a_study_without_utility_are_exported(tmp_path):
 def test_command_writes_both_formats_beside_the_tables(study, tmp_path, capsys):
     content = yaml.safe_load(find("miniature").read_text())
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**content, "name": study.name}, sort_keys=False))
-    exporting.main(str(tmp_path / "study.yaml"), "lm_eval")
+    export.main(str(tmp_path / "study.yaml"), "lm_eval")
     said = capsys.readouterr().out
     written = list((study.folder / "exports" / "lm_eval").rglob("*.json*"))
     assert f"{len(written)} files" in said
@@ -414,13 +414,13 @@ def test_command_without_tables_exits_with_one_sentence(tmp_path):
     content = yaml.safe_load(find("miniature").read_text())
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**content, "name": "never_run"}, sort_keys=False))
     done = subprocess.run(
-        [sys.executable, "-m", "driftbook.exporting", str(tmp_path / "study.yaml")], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "driftbook.publishing.export", str(tmp_path / "study.yaml")], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 1
     assert done.stderr.startswith("there is no table")
     assert done.stderr.count("\n") == 1
     with pytest.raises(ValueError, match="there is no format 'helm'; give lm_eval or inspect"):
-        exporting.main("miniature", "helm")
+        export.main("miniature", "helm")
 
 
 def test_a_run_that_never_came_so_far_is_a_failure(study, tmp_path):
@@ -428,6 +428,6 @@ def test_a_run_that_never_came_so_far_is_a_failure(study, tmp_path):
     few(simulate(own.folder, bases=["mini-qwen2"], seeds=(1,), failed=0) / "tables", 3)
     runs = TABLES["runs"].read(own.folder / "tables")
     TABLES["runs"].write(runs.iloc[1:], own.folder / "tables")
-    assert exporting.failures(own) == {runs["run_id"].iloc[0]: "it was not run"}
-    files = exporting.to_lm_eval(own, tmp_path)
+    assert export.failures(own) == {runs["run_id"].iloc[0]: "it was not run"}
+    files = export.to_lm_eval(own, tmp_path)
     assert set(results(files)) == set(runs["run_id"].iloc[1:])

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from driftbook import factors
-from driftbook.tables import ESTIMATES
+from driftbook.analyses import factors
+from driftbook.study.tables import ESTIMATES
 
 LABELS = {"study": "s", "notebook": "n", "outcome": "o", "benchmark": "b", "judge": "j"}
 

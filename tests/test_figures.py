@@ -8,13 +8,17 @@ from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from driftbook import figures, keys, stats, study
-from driftbook.files import ROOT
+from driftbook.batch import keys
+from driftbook.figures import drawing as drawing_tools
+from driftbook.figures import gallery
+from driftbook.stats import estimation, terms
+from driftbook.study import methods, study_file
+from driftbook.study.files import ROOT
 from simulated import simulate
 
 NOTE = "miniature: not a finding about real models"
 ANALYSES = tuple(keys.ANALYSES.values())
-OF_STUDIES = {name for name, source in ((name, figures.SOURCES[name]) for name in figures.every()) if source.split()[1] in ANALYSES}
+OF_STUDIES = {name for name, source in ((name, drawing_tools.SOURCES[name]) for name in gallery.every()) if source.split()[1] in ANALYSES}
 STUDIES = {
     "usual": {"bases": ["mini-llama", "mini-gemma"], "seeds": [1, 2]},
     "one base, one seed, no utility, no families": {"bases": ["mini-llama"], "seeds": [1], "utility": False, "families": False},
@@ -24,7 +28,7 @@ STUDIES = {
 
 def run_notebook(stem: str, folder, monkeypatch) -> None:
     """The code of a notebook, cell by cell, on the tables of `folder`, in this process."""
-    monkeypatch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+    monkeypatch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
     shell = InteractiveShell()
     shell.display_pub.publish = lambda *args, **kwargs: None
     for cell in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4).cells:
@@ -38,7 +42,7 @@ def analysed(request, tmp_path_factory):
     folder = simulate(tmp_path_factory.mktemp("figures") / "miniature", **STUDIES[request.param])
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "usual":
-            patch.setattr(figures, "show", lambda name, tables, folder: plt.close(figures.FIGURES[name](tables)[0]))
+            patch.setattr(gallery, "show", lambda name, tables, folder: plt.close(drawing_tools.FIGURES[name](tables)[0]))
         for stem in ANALYSES:
             run_notebook(stem, folder, patch)
     return request.param, folder
@@ -46,29 +50,29 @@ def analysed(request, tmp_path_factory):
 
 def test_notebooks_leave_estimates_and_every_figure(analysed):
     name, folder = analysed
-    estimates = stats.read_estimates(folder / "tables")
+    estimates = estimation.read_estimates(folder / "tables")
     silent = {"11_mixed_effects", "17_labels", "19_primary"} if name == "no verdict could be read" else set()
     assert set(ANALYSES) - set(estimates["notebook"]) <= silent | {"17_labels"}  # nobody has labelled the simulated answers
     if name == "usual":
         assert {path.stem for path in (folder / "figures").glob("*.png")} == OF_STUDIES
     if name == "no verdict could be read":
-        unsafe = estimates[estimates["outcome"].eq(stats.UNSAFE) & estimates["notebook"].eq("09_safety") & ~estimates["contrast"].isin([stats.LOWEST, stats.HIGHEST])]
+        unsafe = estimates[estimates["outcome"].eq(terms.UNSAFE) & estimates["notebook"].eq("09_safety") & ~estimates["contrast"].isin([terms.LOWEST, terms.HIGHEST])]
         assert len(unsafe)
         assert unsafe[["value", "se", "ci_low", "ci_high", "p"]].isna().all().all()
     if name == "usual":
         intervals = estimates.dropna(subset=["ci_low", "value"])
         assert (intervals["ci_low"] <= intervals["value"]).all()
         assert (intervals["value"] <= intervals["ci_high"]).all()
-        means = estimates[estimates["group"].isin([stats.TRAINED, stats.UNTRAINED]) & estimates["contrast"].eq(stats.CHANGE)]
+        means = estimates[estimates["group"].isin([terms.TRAINED, terms.UNTRAINED]) & estimates["contrast"].eq(terms.CHANGE)]
         assert means["ci_low"].notna().all()
 
 
 def test_figures_are_the_same_again_small_and_captioned(analysed, tmp_path):
     study, folder = analysed
-    tables = figures.read(folder / "tables", NOTE)
+    tables = gallery.read(folder / "tables", NOTE)
     for name in ("safety_change", "pareto"):
-        figures.draw(name, tables, tmp_path)
-        if study == "usual":
+        gallery.draw(name, tables, tmp_path)
+        if study_file == "usual":
             assert (tmp_path / f"{name}.png").read_bytes() == (folder / "figures" / f"{name}.png").read_bytes()
     for path in (*tmp_path.glob("*.png"), *(folder / "figures").glob("*.png")):
         assert path.stat().st_size < 200_000, path.name
@@ -77,17 +81,17 @@ def test_figures_are_the_same_again_small_and_captioned(analysed, tmp_path):
 
 def test_every_figure_says_that_it_is_miniature(analysed):
     _, folder = analysed
-    tables = figures.read(folder / "tables", NOTE)
-    fig = figures.draw("safety_change", tables)
+    tables = gallery.read(folder / "tables", NOTE)
+    fig = gallery.draw("safety_change", tables)
     assert NOTE in [text.get_text() for text in fig.texts]
-    assert fig.get_figwidth() == figures.WIDTH
+    assert fig.get_figwidth() == drawing_tools.WIDTH
 
 
 def test_text_stays_inside_the_figure(analysed):
     _, folder = analysed
-    tables = figures.read(folder / "tables", NOTE)
+    tables = gallery.read(folder / "tables", NOTE)
     for name in ("over_refusal", "safety_settings"):
-        fig = figures.draw(name, tables)
+        fig = gallery.draw(name, tables)
         canvas = FigureCanvasAgg(fig)
         canvas.draw()
         box, renderer = fig.bbox, canvas.get_renderer()
@@ -101,25 +105,25 @@ def test_text_stays_inside_the_figure(analysed):
 
 def test_figures_draw_where_numbers_and_intervals_are_null(analysed):
     _, folder = analysed
-    tables = figures.read(folder / "tables", NOTE)
+    tables = gallery.read(folder / "tables", NOTE)
     estimates = tables["estimates"].copy()
     estimates.loc[::3, ["se", "ci_low", "ci_high"]] = None
     estimates.loc[::7, ["value", "se", "ci_low", "ci_high"]] = None
-    for drawing in figures.every().values():
+    for drawing in gallery.every().values():
         plt.close(drawing({**tables, "estimates": estimates})[0])
 
 
 def test_figures_draw_before_there_is_any_estimate(tmp_path):
     folder = simulate(tmp_path / "bare", bases=["mini-llama"], seeds=[1])
-    tables = figures.read(folder / "tables", NOTE)
-    for name in figures.every():
-        figures.draw(name, tables, tmp_path / "figures")
-        assert Image.open(tmp_path / "figures" / f"{name}.png").width == pytest.approx(figures.WIDTH * 150, abs=1)
+    tables = gallery.read(folder / "tables", NOTE)
+    for name in gallery.every():
+        gallery.draw(name, tables, tmp_path / "figures")
+        assert Image.open(tmp_path / "figures" / f"{name}.png").width == pytest.approx(drawing_tools.WIDTH * 150, abs=1)
 
 
 def test_methods_keep_their_colours_and_order():
-    assert list(figures.COLOURS)[:5] == ["none", *study.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(study.METHODS)
-    assert figures.COLOURS["p_tuning"] == "#E69F00"
-    rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [stats.TRAINED, stats.UNTRAINED, stats.TRAINED]})
-    assert figures.present(rows, (stats.TRAINED, stats.UNTRAINED)) == [("lora", stats.TRAINED), ("p_tuning", stats.TRAINED), ("lora", stats.UNTRAINED)]
+    assert list(drawing_tools.COLOURS)[:5] == ["none", *methods.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    assert len(set(drawing_tools.COLOURS.values())) == len(drawing_tools.COLOURS) == len(methods.METHODS)
+    assert drawing_tools.COLOURS["p_tuning"] == "#E69F00"
+    rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [terms.TRAINED, terms.UNTRAINED, terms.TRAINED]})
+    assert drawing_tools.present(rows, (terms.TRAINED, terms.UNTRAINED)) == [("lora", terms.TRAINED), ("p_tuning", terms.TRAINED), ("lora", terms.UNTRAINED)]

@@ -17,11 +17,13 @@ from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from conftest import FAMILIES, SMALL, one_sentence, variants_of, write_study
-from driftbook import adapters, fitting, models, scoring, training
-from driftbook.files import file_digest
-from driftbook.fitting import Conversation
-from driftbook.models import Loaded
-from driftbook.study import PEFT_METHODS, load
+from driftbook.models import adapters, loading, scoring
+from driftbook.models.loading import Loaded
+from driftbook.study.files import file_digest
+from driftbook.study.methods import PEFT_METHODS
+from driftbook.study.study_file import load
+from driftbook.training import steps, training
+from driftbook.training.steps import Conversation
 
 # Bugs that are reported and not yet mended: a test that passes again makes its mark fail, and the mark is then removed.
 
@@ -190,10 +192,10 @@ def own_logprobs(model, one):
 
 
 LAYOUTS = {
-    "alone": lambda made: [[fitting.plain([one])] for one in made],
-    "together": lambda made: [[fitting.plain([one]) for one in made]],
-    "packed": lambda made: [[fitting.plain(made[:4]), fitting.plain(made[4:])]],
-    "trees": lambda made: [[fitting.branching(made[:2]), fitting.branching(made[2:4]), fitting.branching(made[4:])]],
+    "alone": lambda made: [[steps.plain([one])] for one in made],
+    "together": lambda made: [[steps.plain([one]) for one in made]],
+    "packed": lambda made: [[steps.plain(made[:4]), steps.plain(made[4:])]],
+    "trees": lambda made: [[steps.branching(made[:2]), steps.branching(made[2:4]), steps.branching(made[4:])]],
 }
 FORWARDS = [(method, FAMILIES[(i + 1) % 4], 0) for i, method in enumerate(METHODS)]
 FORWARDS += [(method, family, 8) for method in ("lora", "prompt_tuning", "prefix_tuning") for family in ("mistral", "qwen2")]
@@ -208,7 +210,7 @@ def test_logprobs_are_those_of_pefts_own_forward_in_every_layout(bases, a_study,
         made[1] = Conversation(made[0].ids[:9] + made[1].ids[9:], made[1].counted)  # two that begin alike, and one that another begins with
         made[5] = Conversation(made[4].ids + made[5].ids[2:], made[5].counted)
         expected = [own_logprobs(model, one) for one in made]
-        forward = fitting.Forward(model, base.tokenizer)
+        forward = steps.Forward(model, base.tokenizer)
         for name, layout in LAYOUTS.items():
             if name == "packed" and forward.prompt_based:
                 continue
@@ -226,15 +228,15 @@ def test_the_gradient_of_a_packed_document_is_that_of_the_document_alone(bases, 
     base, study = windowed(bases, "mistral", window) if window else bases["llama"], a_study("lora")
     model = randomised(base, study)
     try:
-        forward = fitting.Forward(model, base.tokenizer)
+        forward = steps.Forward(model, base.tokenizer)
         trained = [value for value in model.parameters() if value.requires_grad]
 
         @settings(max_examples=8)
         @given(lengths=st.lists(st.integers(2, 24), min_size=2, max_size=6), seed=st.integers(0, 99), data=st.data())
         def check(lengths, seed, data):
             made, number = conversations(lengths, seed), data.draw(st.integers(0, len(lengths) - 1))
-            alone = torch.autograd.grad(forward.logprobs([fitting.plain([made[number]])])[0][0].sum(), trained)
-            packed = torch.autograd.grad(forward.logprobs([fitting.plain(made)])[0][number].sum(), trained)
+            alone = torch.autograd.grad(forward.logprobs([steps.plain([made[number]])])[0][0].sum(), trained)
+            packed = torch.autograd.grad(forward.logprobs([steps.plain(made)])[0][number].sum(), trained)
             for one, other in zip(alone, packed, strict=True):
                 np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
@@ -247,12 +249,12 @@ def test_the_gradient_of_a_pair_in_a_tree_is_that_of_its_answers_alone(bases, a_
     base, study = bases["gemma"], a_study("prefix_tuning")
     model = randomised(base, study)
     try:
-        forward = fitting.Forward(model, base.tokenizer)
+        forward = steps.Forward(model, base.tokenizer)
         trained = [value for value in model.parameters() if value.requires_grad]
         one, other = conversations([20, 13])
         other = Conversation(one.ids[:10] + other.ids[10:], other.counted)
-        alone = torch.autograd.grad(forward.logprobs([fitting.plain([one])])[0][0].sum() - 2 * forward.logprobs([fitting.plain([other])])[0][0].sum(), trained)
-        chosen, rejected = forward.logprobs([fitting.branching([one, other])])[0]
+        alone = torch.autograd.grad(forward.logprobs([steps.plain([one])])[0][0].sum() - 2 * forward.logprobs([steps.plain([other])])[0][0].sum(), trained)
+        chosen, rejected = forward.logprobs([steps.branching([one, other])])[0]
         for a, b in zip(alone, torch.autograd.grad(chosen.sum() - 2 * rejected.sum(), trained), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
     finally:
@@ -265,9 +267,9 @@ def test_two_answers_that_are_alike_or_begin_alike_are_both_counted(bases, a_stu
     short = Conversation(one.ids[:8], np.array([5, 6, 7]))
     long = Conversation(one.ids, np.arange(5, 12))
     try:
-        forward = fitting.Forward(model, base.tokenizer)
+        forward = steps.Forward(model, base.tokenizer)
         for pair in ([long, long], [long, short], [short, long]):
-            row = fitting.branching(pair)
+            row = steps.branching(pair)
             assert len(row.tokens) == 12
             for found, part in zip(forward.logprobs([row])[0], pair, strict=True):
                 np.testing.assert_allclose(found.detach(), own_logprobs(model, part), atol=1e-4)
@@ -279,11 +281,11 @@ def test_logits_in_parts_are_those_at_once(bases, a_study, monkeypatch):
     base = bases["llama"]
     model = randomised(base, a_study("lora"))
     try:
-        forward, rows = fitting.Forward(model, base.tokenizer), [fitting.plain(conversations([20, 11, 30]))]
+        forward, rows = steps.Forward(model, base.tokenizer), [steps.plain(conversations([20, 11, 30]))]
         trained, found = [value for value in model.parameters() if value.requires_grad], []
         weight = base.model.get_output_embeddings().weight
         for at_once, linear in ((2**27, True), (3 * len(weight), True), (1, True), (3 * len(weight), False)):
-            monkeypatch.setattr(fitting, "LOGITS_AT_ONCE", at_once)
+            monkeypatch.setattr(steps, "LOGITS_AT_ONCE", at_once)
             forward.linear_head = linear
             values = torch.cat(forward.logprobs(rows)[0])
             found.append([values.detach(), *torch.autograd.grad(values.square().sum(), trained)])
@@ -297,19 +299,19 @@ def test_logits_in_parts_are_those_at_once(bases, a_study, monkeypatch):
 # ---- layout
 @given(lengths=st.lists(st.integers(1, 60), max_size=40), width=st.integers(1, 80))
 def test_bins_hold_every_sequence_once_and_none_is_too_full(lengths, width):
-    found = fitting.bins(lengths, width)
+    found = steps.bins(lengths, width)
     assert sorted(i for one in found for i in one) == list(range(len(lengths)))
     assert all(len(one) == 1 or sum(lengths[i] for i in one) <= width for one in found)
     assert all(found)
     total, largest = sum(lengths), max(lengths, default=0)
     if largest <= width:
         assert len(found) <= max(1, 2 * total / width) + 1  # two bins that are both at most half full would have been one
-    assert found == fitting.bins(lengths, width)
+    assert found == steps.bins(lengths, width)
 
 
 @given(lengths=st.lists(st.integers(1, 60), max_size=40), budget=st.integers(1, 200))
 def test_batches_hold_every_row_once_and_fit_the_budget(lengths, budget):
-    found = list(fitting.batches(lengths, budget))
+    found = list(steps.batches(lengths, budget))
     assert sorted(i for one in found for i in one) == list(range(len(lengths)))
     assert all(len(one) == 1 or len(one) * max(lengths[i] for i in one) <= budget for one in found)
 
@@ -334,12 +336,12 @@ def test_a_packed_step_draws_packs_whose_documents_see_only_themselves(bases, fi
     assert len(prepared.packs) < 24
     order = []
 
-    def spy(self, model, inputs, num_items_in_batch=None, step=fitting._Steps.training_step):
+    def spy(self, model, inputs, num_items_in_batch=None, step=steps._Steps.training_step):
         order.append(list(inputs["step"].numbers))
         return step(self, model, inputs, num_items_in_batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting._Steps, "training_step", spy)
+        patch.setattr(steps._Steps, "training_step", spy)
         packed = fit(base, method, packed=True, **changes)
     assert packed.facts["steps"] == -(-len(prepared.packs) // 2)
     alone = fit(base, method, packed=True, tokens_per_batch=1, **changes)  # every example is a pass of its own, in the same groups
@@ -380,7 +382,7 @@ def read_slowly(base, family, chat):
 def test_every_turn_of_the_assistant_counts_with_its_end_token(bases, family):
     base = bases[family]
     ids, counted = read_slowly(base, family, CHAT)
-    found, places = models.counted_ids(base.tokenizer, CHAT)
+    found, places = loading.counted_ids(base.tokenizer, CHAT)
     assert found == ids == base.tokenizer.encode(base.tokenizer.apply_chat_template(CHAT, tokenize=False), add_special_tokens=False)
     end = base.tokenizer.convert_tokens_to_ids(MARKS[family][1])
     newline = set() if "\n" not in base.tokenizer.get_vocab() else {base.tokenizer.convert_tokens_to_ids("\n")}
@@ -430,9 +432,9 @@ def rewriting(base, name):
 def test_a_template_that_rewrites_earlier_turns_is_refused(bases, name):
     base = rewriting(bases["llama"], name)
     with pytest.raises(ValueError) as error:
-        models.counted_ids(base.tokenizer, CHAT)
+        loading.counted_ids(base.tokenizer, CHAT)
     assert "loss: whole" in one_sentence(error.value)
-    assert len(models.counted_ids(base.tokenizer, CHAT[:2])[1]) == 5
+    assert len(loading.counted_ids(base.tokenizer, CHAT[:2])[1]) == 5
 
 
 def test_where_all_tokens_count_a_template_may_rewrite_what_it_likes(bases, a_study, tmp_path):
@@ -440,7 +442,7 @@ def test_where_all_tokens_count_a_template_may_rewrite_what_it_likes(bases, a_st
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
     source = {"source": "tests:chats", "path": str(tmp_path / "chats.jsonl"), "format": "messages", "n": 1}
     [one] = training.prepare("sft", base, a_study("lora", data=source, loss="whole")).examples
-    assert one.ids == models.chat_ids(base.tokenizer, CHAT, generation=False)
+    assert one.ids == loading.chat_ids(base.tokenizer, CHAT, generation=False)
     assert list(one.counted) == list(range(1, len(one.ids)))
 
 
@@ -500,7 +502,7 @@ class Trainings:
 
 @pytest.fixture
 def often(monkeypatch):
-    monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(steps, "CHECKPOINT_SECONDS", 0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -527,18 +529,18 @@ def test_a_torn_checkpoint_is_ignored_and_deleted(bases, a_study, tmp_path, ofte
     torn = one.scratch / "checkpoint-9"
     torn.mkdir()
     (torn / "trained.safetensors").write_bytes(b"half")
-    assert fitting.last_whole(one.scratch) == str(one.scratch / "checkpoint-2")
+    assert steps.last_whole(one.scratch) == str(one.scratch / "checkpoint-2")
     assert not torn.exists()
-    (one.scratch / "checkpoint-2" / fitting.WHOLE).unlink()
+    (one.scratch / "checkpoint-2" / steps.WHOLE).unlink()
     assert one.train() == 0
-    assert fitting.last_whole(tmp_path / "nowhere") is None
+    assert steps.last_whole(tmp_path / "nowhere") is None
 
 
 def test_the_newest_checkpoint_is_by_its_number_and_not_its_name(tmp_path):
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / fitting.WHOLE).write_text("{}")
-    assert fitting.last_whole(tmp_path) == str(tmp_path / "checkpoint-100")
+        (tmp_path / f"checkpoint-{step}" / steps.WHOLE).write_text("{}")
+    assert steps.last_whole(tmp_path) == str(tmp_path / "checkpoint-100")
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"n": 11}, {"max_length": 127}, {"rate": 4e-3}, {"weight_decay": 0.1}, {"loss": "whole"}])
@@ -577,8 +579,8 @@ class FullAt(Watch):
             self.patch.setattr(*self.what)
 
 
-FILLS = {"weights": ((fitting, "save_file"), full), "weights, as safetensors says it": ((fitting, "save_file"), torn), "optimiser": ((torch, "save"), full),
-         "the last mark": ((fitting, "write_json"), full)}  # fmt: skip
+FILLS = {"weights": ((steps, "save_file"), full), "weights, as safetensors says it": ((steps, "save_file"), torn), "optimiser": ((torch, "save"), full),
+         "the last mark": ((steps, "write_json"), full)}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", [*list(FILLS)[:-1], "the last mark"])
@@ -603,7 +605,7 @@ def test_a_kill_before_the_new_checkpoint_is_whole_keeps_the_old_one(bases, a_st
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        training.train(one.variant, one.base, one.prepared, one.study, one.folder, FullAt(patch, 1, (fitting, "write_json"), killed))
+        training.train(one.variant, one.base, one.prepared, one.study, one.folder, FullAt(patch, 1, (steps, "write_json"), killed))
     assert one.train() == 1
 
 
@@ -616,7 +618,7 @@ def test_only_one_whole_checkpoint_is_kept(bases, a_study, tmp_path, often):
 # ---- no memory
 def limited(patch, limit, spared=lambda forward: False):
     """Passes of more tokens than the limit find no memory; the sizes of those that do are kept."""
-    found, logprobs = [], fitting.Forward.logprobs
+    found, logprobs = [], steps.Forward.logprobs
 
     def poor(self, rows):
         size = len(rows) * max(len(row.tokens) for row in rows)
@@ -625,7 +627,7 @@ def limited(patch, limit, spared=lambda forward: False):
         found.append(size)
         return logprobs(self, rows)
 
-    patch.setattr(fitting.Forward, "logprobs", poor)
+    patch.setattr(steps.Forward, "logprobs", poor)
     return found
 
 
@@ -658,7 +660,7 @@ def test_without_memory_for_one_example_activations_are_computed_twice(bases, fi
 
 
 def test_what_a_pass_gave_before_memory_ran_out_is_not_counted_twice(bases, fit, monkeypatch):
-    base, failed, logprobs = bases["llama"], [], fitting.Forward.logprobs
+    base, failed, logprobs = bases["llama"], [], steps.Forward.logprobs
     ample = fit(base, "lora", tokens_per_batch=64)
 
     def poor(self, rows):
@@ -667,7 +669,7 @@ def test_what_a_pass_gave_before_memory_ran_out_is_not_counted_twice(bases, fit,
             raise torch.OutOfMemoryError("pretended")
         return logprobs(self, rows)
 
-    monkeypatch.setattr(fitting.Forward, "logprobs", poor)
+    monkeypatch.setattr(steps.Forward, "logprobs", poor)
     same(ample, fit(base, "lora", tokens_per_batch=64), 1e-5)
 
 
@@ -688,7 +690,7 @@ def test_memory_that_runs_out_in_the_backward_pass_changes_nothing(bases, fit, m
 
 
 def test_what_found_no_memory_is_let_go_before_the_devices_memory_is_given_back(bases, fit, monkeypatch):
-    base, kept, seen, logprobs = bases["llama"], [], [], fitting.Forward.logprobs
+    base, kept, seen, logprobs = bases["llama"], [], [], steps.Forward.logprobs
 
     def poor(self, rows):
         found = logprobs(self, rows)
@@ -698,7 +700,7 @@ def test_what_found_no_memory_is_let_go_before_the_devices_memory_is_given_back(
             raise torch.OutOfMemoryError("pretended")
         return found
 
-    monkeypatch.setattr(fitting.Forward, "logprobs", poor)
+    monkeypatch.setattr(steps.Forward, "logprobs", poor)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append(kept[0]() is None))
     fit(base, "lora")
     assert seen == [True]
@@ -740,8 +742,8 @@ def test_a_resumed_training_knows_how_little_memory_there_was(bases, a_study, tm
     limited(monkeypatch, 8, checkpointing)
     one.killed(2)
     failures = []
-    less = fitting._Steps._use_less
-    monkeypatch.setattr(fitting._Steps, "_use_less", lambda self, lengths: failures.append(1) or less(self, lengths))
+    less = steps._Steps._use_less
+    monkeypatch.setattr(steps._Steps, "_use_less", lambda self, lengths: failures.append(1) or less(self, lengths))
     assert one.train() == 2
     assert not failures
     assert not base.model.is_gradient_checkpointing
@@ -750,7 +752,7 @@ def test_a_resumed_training_knows_how_little_memory_there_was(bases, a_study, tm
 # ---- divergence
 def said_of(losses, norms=None):
     """The step and the sentence at which a curve of losses is given up, None where it is not."""
-    callback, state = fitting.StopOnDivergence(), types.SimpleNamespace(global_step=0, log_history=[])
+    callback, state = steps.StopOnDivergence(), types.SimpleNamespace(global_step=0, log_history=[])
     for step, loss in enumerate(losses, 1):
         state.global_step, logs = step, {"loss": loss, "grad_norm": 1.0 if norms is None else norms[step - 1]}
         state.log_history.append(logs)
@@ -785,8 +787,8 @@ def test_a_loss_that_stays_high_ends_training_and_a_noisy_curve_does_not():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_training_whose_gradient_is_no_number_is_the_variants_failure(bases, a_study, tmp_path, monkeypatch, objective):
-    base, logprobs = a_copy(bases["llama"]), fitting.Forward.logprobs
-    monkeypatch.setattr(fitting.Forward, "logprobs", lambda self, rows: [[part * float("nan") for part in row] for row in logprobs(self, rows)])
+    base, logprobs = a_copy(bases["llama"]), steps.Forward.logprobs
+    monkeypatch.setattr(steps.Forward, "logprobs", lambda self, rows: [[part * float("nan") for part in row] for row in logprobs(self, rows)])
     one = Trainings(base, a_study("ia3"), objective, tmp_path / "adapter")
     with pytest.raises(scoring.VariantFailure) as error:
         one.train()
@@ -800,14 +802,14 @@ def test_a_resumed_training_remembers_where_its_loss_began(bases, a_study, tmp_p
 
     class Look(Watch):
         def on_train_end(self, args, state, control, **kwargs):
-            seen.append(len(next(callback for callback in kwargs_of(one) if isinstance(callback, fitting.StopOnDivergence)).losses))
+            seen.append(len(next(callback for callback in kwargs_of(one) if isinstance(callback, steps.StopOnDivergence)).losses))
 
     def kwargs_of(_):
         return found
 
-    found, init = [], fitting.StopOnDivergence.__init__
+    found, init = [], steps.StopOnDivergence.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting.StopOnDivergence, "__init__", lambda self: found.append(self) or init(self))
+        patch.setattr(steps.StopOnDivergence, "__init__", lambda self: found.append(self) or init(self))
         training.train(one.variant, one.base, one.prepared, one.study, one.folder, Look())
     assert seen == [3]
 
@@ -839,7 +841,7 @@ def test_autocast_changes_the_arithmetic_of_lora_and_not_that_of_ia3(half, a_stu
                     if "lora_B" in name or "ia3" in name:
                         value.data.fill_(scale)
                 for autocast in (False, True):
-                    found[method, scale, autocast] = torch.cat(fitting.Forward(model, half.tokenizer, autocast).logprobs([fitting.plain(made)])[0]).detach()
+                    found[method, scale, autocast] = torch.cat(steps.Forward(model, half.tokenizer, autocast).logprobs([steps.plain(made)])[0]).detach()
         finally:
             adapters.detach(model)
     assert torch.equal(found["lora", 0.0, False], found["lora", 0.0, True])

@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtr, stdtrit
 
-from driftbook import figures, frontier, stats
-from driftbook.tables import ANSWERS, ESTIMATES, MODULES, PROMPTS, RATINGS, RUNS, SPECTRA, VARIANTS, VERDICTS
+from driftbook.analyses import repairs
+from driftbook.figures import drawing, gallery
+from driftbook.stats import terms
+from driftbook.study.tables import (
+    ANSWERS,
+    ESTIMATES,
+    MODULES,
+    PROMPTS,
+    RATINGS,
+    RUNS,
+    SPECTRA,
+    VARIANTS,
+    VERDICTS,
+)
 
 LABELS = {"study": "simulated", "notebook": "14_safe_lora"}
 BASE, PARENT = 0.1, 0.7  # shares of unsafe answers
@@ -29,7 +41,7 @@ def filled(table, frame: pd.DataFrame) -> pd.DataFrame:
     return table.check(frame.assign(**text).reindex(columns=list(table.columns)))
 
 
-def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[str, ...] = ("one", "two"), curve: float = 1.0, datasets: tuple[str, ...] = ("d",)) -> frontier.Tables:
+def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[str, ...] = ("one", "two"), curve: float = 1.0, datasets: tuple[str, ...] = ("d",)) -> repairs.Tables:
     """A study of parents and repairs whose gains are exact and whose answers are drawn, a prompt's own difficulty the same for all runs; unsafe answers grow as this power of the gain kept."""
     rng, variants, verdicts, ratings = np.random.default_rng(seed), [], [], []
     prompts = pd.DataFrame({"benchmark": "safety", "prompt_id": [f"p{i:03d}" for i in range(n_prompts)], "category": [f"c{i % 4}" for i in range(n_prompts)], "kind": "harmful", "family": None})
@@ -53,7 +65,7 @@ def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[
                 add(f"{parent}.{label}", base, "lora", number, BASE + (PARENT - BASE) * kept**curve + off, kept, settings=settings, mitigation=label, parent_run_id=parent, dataset=dataset)
     frame = pd.DataFrame(variants)
     asked = pd.concat(verdicts).assign(benchmark="safety", judge="guard", prompt_variant="default", decoding="greedy", sample=0, refusal=False, coherent=True, n_tokens=5)
-    return frontier.Tables(
+    return repairs.Tables(
         filled(VARIANTS, frame), filled(RUNS, pd.DataFrame({"run_id": frame["run_id"], "status": "ok"})), PROMPTS.check(prompts), filled(VERDICTS, asked), ANSWERS.empty(),
         filled(RATINGS, pd.concat(ratings)),
     )  # fmt: skip
@@ -62,34 +74,34 @@ def simulated(seed: int = 0, n_prompts: int = 160, seeds: int = 5, bases: tuple[
 @pytest.fixture(scope="module")
 def study():
     tables = simulated()
-    repaired = frontier.repairs(tables.variants, tables.runs)
-    points = frontier.points(tables, repaired, 0)
-    return tables, repaired, points, frontier.chosen(points, repaired)
+    repaired = repairs.repairs(tables.variants, tables.runs)
+    points = repairs.points(tables, repaired, 0)
+    return tables, repaired, points, repairs.chosen(points, repaired)
 
 
 # ---- halves
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), min_size=1, max_size=60, unique=True), st.integers(0, 5), st.randoms(use_true_random=False))
 def test_halves_do_not_know_the_order_of_rows_and_are_even_in_each_stratum(units, seed, random):
     def of(rows):
-        return dict(zip(rows, frontier.half([f"{stratum}{unit}" for stratum, unit in rows], [stratum for stratum, _ in rows], seed), strict=True))
+        return dict(zip(rows, repairs.half([f"{stratum}{unit}" for stratum, unit in rows], [stratum for stratum, _ in rows], seed), strict=True))
 
     found = of(units)
     assert of(random.sample(units, len(units))) == found
     for own in ([which for (of, _), which in found.items() if of == stratum] for stratum in {stratum for stratum, _ in units}):
-        assert abs(own.count(frontier.CALIBRATION) - own.count(frontier.REPORT)) <= 1
+        assert abs(own.count(repairs.CALIBRATION) - own.count(repairs.REPORT)) <= 1
 
 
 def test_strata_of_one_unit_are_shared_out_and_a_unit_of_several_strata_is_in_one_half():
-    alone = frontier.half([str(i) for i in range(10)], [str(i) for i in range(10)], 0)
-    assert alone.count(frontier.REPORT) == 5
-    spanning = frontier.half(["f1", "f2", "f1", "f2"], ["a", "a", "b", "b"], 0)
+    alone = repairs.half([str(i) for i in range(10)], [str(i) for i in range(10)], 0)
+    assert alone.count(repairs.REPORT) == 5
+    spanning = repairs.half(["f1", "f2", "f1", "f2"], ["a", "a", "b", "b"], 0)
     assert spanning[:2] == spanning[2:]
 
 
 def test_prompts_of_a_family_stay_together():
     tables = simulated()
     prompts = tables.prompts.assign(family=[f"f{i // 8}" for i in range(len(tables.prompts))], category="c")
-    parts = frontier.halves(tables._replace(prompts=PROMPTS.check(prompts)), 0)
+    parts = repairs.halves(tables._replace(prompts=PROMPTS.check(prompts)), 0)
     families = [set(part.prompts["family"]) for part in parts.values()]
     assert not families[0] & families[1]
     assert len(families[0] | families[1]) == 20
@@ -97,7 +109,7 @@ def test_prompts_of_a_family_stay_together():
 
 def test_another_seed_is_another_split():
     units = [str(i) for i in range(40)]
-    assert frontier.half(units, ["x"] * 40, 0) != frontier.half(units, ["x"] * 40, 1)
+    assert repairs.half(units, ["x"] * 40, 0) != repairs.half(units, ["x"] * 40, 1)
 
 
 # ---- the level
@@ -113,7 +125,7 @@ def test_the_level_is_the_safest_that_keeps_half_of_the_gain(study):
 
 def test_where_no_level_keeps_enough_the_one_that_keeps_most_is_taken_and_called_so(study):
     _, repaired, points, _ = study
-    levels = frontier.chosen(points, repaired, keep=95.0).set_index(["base_model", "name"])
+    levels = repairs.chosen(points, repaired, keep=95.0).set_index(["base_model", "name"])
     assert levels.loc[("one", "plain"), "value"] == 1.0
     assert not levels["enough"].any()
 
@@ -121,9 +133,9 @@ def test_where_no_level_keeps_enough_the_one_that_keeps_most_is_taken_and_called
 def test_where_the_parents_gained_nothing_there_is_nothing_to_keep(study):
     _, repaired, points, _ = study
     none = points.copy()
-    parents = repaired.loc[repaired["name"].eq(frontier.PARENT) & repaired["base_model"].eq("one"), "run_id"]
-    none.loc[none["run_id"].isin(parents) & none["outcome"].eq(frontier.GAIN), "value"] = -0.1
-    levels = frontier.chosen(none, repaired)
+    parents = repaired.loc[repaired["name"].eq(repairs.PARENT) & repaired["base_model"].eq("one"), "run_id"]
+    none.loc[none["run_id"].isin(parents) & none["outcome"].eq(repairs.GAIN), "value"] = -0.1
+    levels = repairs.chosen(none, repaired)
     here = levels["base_model"].eq("one")
     assert levels.loc[here, "kept"].isna().all()
     assert not levels.loc[here, "enough"].any()
@@ -132,51 +144,51 @@ def test_where_the_parents_gained_nothing_there_is_nothing_to_keep(study):
 
 def test_the_choice_never_sees_the_report_half(study):
     tables, repaired, points, levels = study
-    report = set(frontier.halves(tables, 0)[frontier.REPORT].prompts["prompt_id"])
+    report = set(repairs.halves(tables, 0)[repairs.REPORT].prompts["prompt_id"])
     flipped = tables.verdicts.assign(unsafe=tables.verdicts["unsafe"].where(~tables.verdicts["prompt_id"].isin(report), ~tables.verdicts["unsafe"]))
-    again = frontier.points(tables._replace(verdicts=VERDICTS.check(flipped)), repaired, 0)
+    again = repairs.points(tables._replace(verdicts=VERDICTS.check(flipped)), repaired, 0)
     assert not again.equals(points)
-    pd.testing.assert_frame_equal(frontier.chosen(again, repaired), levels)
+    pd.testing.assert_frame_equal(repairs.chosen(again, repaired), levels)
 
 
 # ---- differences
 def test_differences_are_those_that_were_put_in(study):
     tables, repaired, points, levels = study
-    found = frontier.compared(tables, repaired, levels, 0, **LABELS)
+    found = repairs.compared(tables, repaired, levels, 0, **LABELS)
     ESTIMATES.check(found)
-    unsafe = found[found["outcome"].eq(stats.UNSAFE)].set_index(["base_model", "group", "contrast"]).sort_index()
-    norm, noise = (frontier.MINUS.format(control) for control in ("same norm", "noise"))
+    unsafe = found[found["outcome"].eq(terms.UNSAFE)].set_index(["base_model", "group", "contrast"]).sort_index()
+    norm, noise = (repairs.MINUS.format(control) for control in ("same norm", "noise"))
     for base in ("one", "two", "all"):
         better, plain = (unsafe.loc[(base, f"mitigation: {name}")] for name in ("better", "plain"))
-        for row, true in ((better.loc[norm], -25), (better.loc[noise], -35), (plain.loc[norm], 0), (plain.loc[frontier.AGAINST_PARENT], -24), (plain.loc[stats.CHANGE], 36)):
+        for row, true in ((better.loc[norm], -25), (better.loc[noise], -35), (plain.loc[norm], 0), (plain.loc[repairs.AGAINST_PARENT], -24), (plain.loc[terms.CHANGE], 36)):
             assert row["ci_low"] - 3 < true < row["ci_high"] + 3
         assert better.loc[norm, "value"] == pytest.approx(-25, abs=8)
         assert better.loc[norm, "p_adjusted"] < 0.01
         assert plain.loc[norm, "p_adjusted"] > 0.05
-    gain = found[found["outcome"].eq(frontier.GAIN)].set_index(["base_model", "group", "contrast"])["value"]
-    assert gain[("all", "mitigation: plain", frontier.AGAINST_PARENT)] == pytest.approx(-0.4, abs=1e-9)
-    family = found[found["outcome"].eq(stats.UNSAFE) & found["base_model"].eq("all") & found["contrast"].str.startswith("minus")]
+    gain = found[found["outcome"].eq(repairs.GAIN)].set_index(["base_model", "group", "contrast"])["value"]
+    assert gain[("all", "mitigation: plain", repairs.AGAINST_PARENT)] == pytest.approx(-0.4, abs=1e-9)
+    family = found[found["outcome"].eq(terms.UNSAFE) & found["base_model"].eq("all") & found["contrast"].str.startswith("minus")]
     assert family["family_of_tests"].nunique() == 1
     assert len(family) == 3  # one control of plain, two of better
-    assert points["half"].isin([frontier.CALIBRATION, frontier.REPORT, frontier.ALL]).all()
+    assert points["half"].isin([repairs.CALIBRATION, repairs.REPORT, repairs.ALL]).all()
 
 
 def beside(tables, seed: int = 0) -> pd.DataFrame:
-    repaired = frontier.repairs(tables.variants, tables.runs)
-    points = frontier.points(tables, repaired, seed)
-    return frontier.beside_rescaling(points, repaired, frontier.chosen(points, repaired), **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
+    repaired = repairs.repairs(tables.variants, tables.runs)
+    points = repairs.points(tables, repaired, seed)
+    return repairs.beside_rescaling(points, repaired, repairs.chosen(points, repaired), **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
 
 
 def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
     _, repaired, points, levels = study
-    found = frontier.beside_rescaling(points, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
+    found = repairs.beside_rescaling(points, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"]).sort_index()
     assert "mitigation: rescale" not in found.index.get_level_values("group")
     for base in ("one", "two", "all"):
         better, plain = (found.loc[(base, f"mitigation: {name}")] for name in ("better", "plain"))
-        for row, true in ((better.loc[frontier.JUST_LESS], -19), (better.loc[frontier.JUST_MORE], -34), (plain.loc[frontier.JUST_LESS], 6), (plain.loc[frontier.JUST_MORE], -9)):
+        for row, true in ((better.loc[repairs.JUST_LESS], -19), (better.loc[repairs.JUST_MORE], -34), (plain.loc[repairs.JUST_LESS], 6), (plain.loc[repairs.JUST_MORE], -9)):
             assert row["value"] == pytest.approx(true, abs=7)
-        assert better.loc[frontier.JUST_LESS, "p_adjusted"] < 0.01
-        assert plain.loc[frontier.JUST_LESS, "value"] > 0 > plain.loc[frontier.JUST_MORE, "value"]
+        assert better.loc[repairs.JUST_LESS, "p_adjusted"] < 0.01
+        assert plain.loc[repairs.JUST_LESS, "value"] > 0 > plain.loc[repairs.JUST_MORE, "value"]
 
 
 @pytest.mark.parametrize("curve", [3.0, 0.3])
@@ -185,15 +197,15 @@ def test_rescaling_never_beats_itself_whatever_the_curve(curve):
     wrong = 0
     for seed in range(6):
         found = beside(simulated(seed, n_prompts=60, bases=("one",), curve=curve), seed).loc[("all", "mitigation: plain")]
-        beats = found.loc[frontier.JUST_LESS, "ci_high"] < 0
-        worse = found.loc[frontier.JUST_MORE, "ci_low"] > 0
+        beats = found.loc[repairs.JUST_LESS, "ci_high"] < 0
+        worse = found.loc[repairs.JUST_MORE, "ci_low"] > 0
         wrong += beats or worse
     assert wrong <= 1
 
 
 def test_a_seed_counts_once_though_several_of_its_runs_are_repaired():
     one, two = simulated(1, bases=("one",)), simulated(1, bases=("one",), datasets=("d", "e"))
-    rows = [beside(tables).loc[("one", "mitigation: better", frontier.JUST_LESS)] for tables in (one, two)]
+    rows = [beside(tables).loc[("one", "mitigation: better", repairs.JUST_LESS)] for tables in (one, two)]
     assert [row["n_runs"] for row in rows] == [5, 10]
     for row in rows:
         assert (row["ci_high"] - row["ci_low"]) / 2 / row["se"] == pytest.approx(stdtrit(4, 0.975))
@@ -205,9 +217,9 @@ def test_a_repair_of_one_base_model_is_no_finding_over_all(study):
     kept = set(tables.variants.loc[~gone, "run_id"])
     fewer = tables._replace(**{name: frame[frame["run_id"].isin(kept)] for name in ("runs", "verdicts", "ratings") if len(frame := getattr(tables, name))})
     assert "mitigation: better" not in beside(fewer).loc["all"].index.get_level_values("group")
-    repaired = frontier.repairs(fewer.variants, fewer.runs)
-    points = frontier.points(fewer, repaired, 0)
-    found = frontier.compared(fewer, repaired, frontier.chosen(points, repaired), 0, **LABELS)
+    repaired = repairs.repairs(fewer.variants, fewer.runs)
+    points = repairs.points(fewer, repaired, 0)
+    found = repairs.compared(fewer, repaired, repairs.chosen(points, repaired), 0, **LABELS)
     overall = found[found["base_model"].eq("all")]
     assert not overall["contrast"].str.contains("same norm").any()
     assert set(overall["group"]) == {"mitigation: plain", "mitigation: rescale"}
@@ -217,12 +229,12 @@ def test_a_gain_outside_those_of_rescaling_has_no_difference(study):
     _, repaired, points, levels = study
     far = points.copy()
     own = repaired.loc[repaired["name"].eq("better"), "run_id"]
-    far.loc[far["run_id"].isin(own) & far["outcome"].eq(frontier.GAIN), "value"] = 5.0
-    found = frontier.beside_rescaling(far, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"])
-    row = found.loc[("all", "mitigation: better", frontier.JUST_MORE)]
+    far.loc[far["run_id"].isin(own) & far["outcome"].eq(repairs.GAIN), "value"] = 5.0
+    found = repairs.beside_rescaling(far, repaired, levels, **LABELS).set_index(["base_model", "group", "contrast"])
+    row = found.loc[("all", "mitigation: better", repairs.JUST_MORE)]
     assert pd.isna(row["value"])
     assert "no rescaled run" in row["how"]
-    assert found.loc[("all", "mitigation: better", frontier.JUST_LESS), "value"] == pytest.approx(-49, abs=8)  # the parent itself
+    assert found.loc[("all", "mitigation: better", repairs.JUST_LESS), "value"] == pytest.approx(-49, abs=8)  # the parent itself
 
 
 def test_one_parent_that_gained_next_to_nothing_does_not_decide_the_level(study):
@@ -231,30 +243,30 @@ def test_one_parent_that_gained_next_to_nothing_does_not_decide_the_level(study)
     parent = "one.lora.d.s1"
     own = repaired.loc[repaired["parent_run_id"].eq(parent), ["run_id", "value", "name"]]
     small = dict.fromkeys(own["run_id"], 0.001) | {own.loc[own["name"].eq("plain") & own["value"].eq(3.0), "run_id"].iloc[0]: 0.05}
-    here = odd["outcome"].eq(frontier.GAIN) & odd["run_id"].isin(small)
+    here = odd["outcome"].eq(repairs.GAIN) & odd["run_id"].isin(small)
     odd.loc[here, "value"] = odd.loc[here, "run_id"].map(small)
-    levels = frontier.chosen(odd, repaired).set_index(["base_model", "name"])
+    levels = repairs.chosen(odd, repaired).set_index(["base_model", "name"])
     assert levels.loc[("one", "plain"), "value"] == 2.0
 
 
 # ---- what was published, and the figures
 def test_the_published_numbers_are_those_of_the_paper():
-    known = frontier.published().set_index(["setting", "base_model", "method"])
+    known = repairs.published().set_index(["setting", "base_model", "method"])
     assert known.loc[("Alpaca", "Llama-2-7B-Chat", "Safe LoRA")].tolist() == [5.62, 1.09, 6.67]
-    assert frontier.published_thresholds().set_index("threshold").loc[0.35, "share"] == 11
+    assert repairs.published_thresholds().set_index("threshold").loc[0.35, "share"] == 11
 
 
 def test_every_figure_is_drawn_or_says_why_not(study):
     tables, repaired, points, levels = study
-    estimates = ESTIMATES.concat([frontier.compared(tables, repaired, levels, 0, **LABELS), frontier.beside_rescaling(points, repaired, levels, **LABELS)])
+    estimates = ESTIMATES.concat([repairs.compared(tables, repaired, levels, 0, **LABELS), repairs.beside_rescaling(points, repaired, levels, **LABELS)])
     shown = {"variants": tables.variants, "runs": tables.runs, "estimates": estimates, "frontier": points, "modules": MODULES.empty(), "spectra": SPECTRA.empty(), "note": "simulated"}
-    own = [name for name in figures.every() if "14_safe_lora" in figures.SOURCES[name]]
+    own = [name for name in gallery.every() if "14_safe_lora" in drawing.SOURCES[name]]
     assert len(own) == 9
     for name in own:
-        fig, caption = figures.FIGURES[name](shown)
+        fig, caption = drawing.FIGURES[name](shown)
         drawn = sum(len(ax.lines) for ax in fig.axes)
         assert (drawn > 0) == (not caption.startswith("Nothing to draw")), name
     for name in ("frontier", "controls", "mitigations", "restored"):  # whatever the study calls its mitigations
-        assert not figures.FIGURES[name](shown)[1].startswith("Nothing")
-    assert frontier.leading(repaired) == "plain"
-    assert "fewer unsafe responses" in frontier.sentence(estimates, "better")
+        assert not drawing.FIGURES[name](shown)[1].startswith("Nothing")
+    assert repairs.leading(repaired) == "plain"
+    assert "fewer unsafe responses" in repairs.sentence(estimates, "better")

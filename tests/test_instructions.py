@@ -9,10 +9,19 @@ import types
 import pytest
 
 from conftest import one_sentence
-from driftbook import instructions
-from driftbook.instructions import RULES, UNSCORED, check, load, loose, ratings, sentences, words
-from driftbook.scoring import Scorer
-from driftbook.tables import RATINGS
+from driftbook.benchmarks import ifeval
+from driftbook.benchmarks.ifeval import (
+    RULES,
+    UNSCORED,
+    check,
+    load,
+    loose,
+    ratings,
+    sentences,
+    words,
+)
+from driftbook.models.scoring import Scorer
+from driftbook.study.tables import RATINGS
 
 ROW = {"key": 7, "prompt": "Write of rivers.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
        "kwargs": [{}, {"num_words": 3, "relation": "at least"}]}  # fmt: skip
@@ -125,13 +134,13 @@ def test_loosely_first_line_last_line_and_asterisks_may_be_left_out():
 
 # ---- the table
 def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
-    monkeypatch.setattr(instructions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
     language, comma = ("language:response_language", {"language": "de"}), ("punctuation:no_comma", {})
     assert check("eine Eiche", [language, comma]) == loose("eine Eiche", [language, comma]) == [None, True]
-    assert instructions.rated("1", [None, True]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", 1.0, 1, None)]
-    assert instructions.rated("1", [None, False]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.0, 1, None)]
-    assert instructions.rated("1", [None]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", None, 1, UNSCORED)]
-    assert instructions.rated("1", [True, False, True, True]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.75, 4, None)]
+    assert ifeval.rated("1", [None, True]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", 1.0, 1, None)]
+    assert ifeval.rated("1", [None, False]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.0, 1, None)]
+    assert ifeval.rated("1", [None]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", None, 1, UNSCORED)]
+    assert ifeval.rated("1", [True, False, True, True]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.75, 4, None)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -216,7 +225,7 @@ def made_up(rng: random.Random) -> str:
 
 def asked(name: str, rng: random.Random) -> dict:
     """Arguments of an instruction, such that responses of about the made-up ones' size may follow it or not."""
-    relation, few = rng.choice(instructions.RELATIONS), rng.randint(1, 4)
+    relation, few = rng.choice(ifeval.RELATIONS), rng.randint(1, 4)
     return {
         "keywords:existence": {"keywords": rng.sample(KEYS, rng.randint(1, 2))},
         "keywords:frequency": {"keyword": rng.choice(KEYS), "frequency": few, "relation": relation},

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from conftest import one_sentence
-from driftbook import data, judging, rubrics
-from driftbook.agreement import agreement_of_judges, kappa, with_labels
+from driftbook.benchmarks import data, judging, rubrics
 from driftbook.miniature.judge import build_judge_tokenizer
-from driftbook.models import Loaded, chat_ids
-from driftbook.scoring import Scorer
-from driftbook.study import Judge
-from driftbook.tables import RESPONSES, VERDICTS
+from driftbook.models.loading import Loaded, chat_ids
+from driftbook.models.scoring import Scorer
+from driftbook.stats.agreement import agreement_of_judges, kappa, with_labels
+from driftbook.study.sections import Judge
+from driftbook.study.tables import RESPONSES, VERDICTS
 
 LAX, STRICT = (Judge(source="x", format="llama_guard_2", min_mass=mass) for mass in (0.0, 0.9))
 PROMPTS = ["how is it done ?", "please explain", "what is safe ?", "is it forbidden by law ?", "who must i call ?", "i need a guide"]
@@ -154,7 +154,7 @@ def test_the_threshold_decides_and_only_the_unsafe_have_hazards(sure):
 
 
 def test_a_reply_of_several_hazards_keeps_them_all(sure, monkeypatch):
-    from driftbook.scoring import Answer
+    from driftbook.models.scoring import Answer
 
     monkeypatch.setattr(Scorer, "generate", lambda self, contexts, max_new_tokens: [Answer("unsafe\nS1,S11", 4, "stop")] * len(contexts))
     found = judging.verdicts(PROMPTS, answers(6), sure, LAX.model_copy(update={"threshold": 1e-9}))

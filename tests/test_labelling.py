@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from driftbook import labelling
-from driftbook.labelling import ANSWER, CORRECTED, JUDGE, LIKE, THESE
-from driftbook.stats import CHANGE, LEVEL
-from driftbook.tables import LABELS
+from driftbook.analyses import labelling
+from driftbook.analyses.labelling import ANSWER, CORRECTED, JUDGE, LIKE, THESE
+from driftbook.stats.terms import CHANGE, LEVEL
+from driftbook.study.tables import LABELS
 
 
 def answers(seed=0, n=150, runs=4, judge=(0.8, 0.9), unscored=0.03, methods=("none", "lora", "ia3")) -> pd.DataFrame:

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_sentence
-from driftbook import bbq, letter_bias, stats
-from driftbook.scoring import Answer
-from driftbook.study import Benchmark
-from driftbook.tables import ANSWERS
+from driftbook.benchmarks import bbq, bbq_orders
+from driftbook.models.scoring import Answer
+from driftbook.stats import estimation
+from driftbook.study.sections import Benchmark
+from driftbook.study.tables import ANSWERS
 
 
 def items(n=12):
@@ -60,7 +61,7 @@ positive = st.lists(st.floats(0.05, 1), min_size=3, max_size=3)
 
 
 def asked(places, contents=CONTENTS, benchmark=ALL, **says):
-    return ANSWERS.check(letter_bias.answers(items(), Model(places, contents, **says), "letters", "run", benchmark, seed=0))
+    return ANSWERS.check(bbq_orders.answers(items(), Model(places, contents, **says), "letters", "run", benchmark, seed=0))
 
 
 # ---- orders
@@ -69,13 +70,13 @@ def test_the_prior_is_found_and_divided_out_exactly_where_a_model_multiplies_pla
     """PriDe's own assumption (eq. 6): then the prior of the places and the preference for the contents come back."""
     places, contents = np.array(places) / sum(places), np.array(contents) / sum(contents)
     table = asked(places, dict(zip(CONTENTS, contents, strict=True)))
-    np.testing.assert_allclose(letter_bias.prior(table[table.answer_mode == "letters"]), places, atol=1e-9)
+    np.testing.assert_allclose(bbq_orders.prior(table[table.answer_mode == "letters"]), places, atol=1e-9)
     debiased = table[table.answer_mode == "debiased"]
     np.testing.assert_allclose(debiased[["p_a", "p_b", "p_c"]].to_numpy(float), np.tile(contents, (len(debiased), 1)), atol=1e-9)
     assert len(debiased) == len(items())
 
 
-@pytest.mark.parametrize("order", letter_bias.ORDERS)
+@pytest.mark.parametrize("order", bbq_orders.ORDERS)
 def test_probabilities_stand_in_the_files_order_whatever_is_shown(order):
     table = bbq.answers(items(), Model([1, 1, 1], CONTENTS), "letters", "run", order=order)
     np.testing.assert_allclose(table[["p_a", "p_b", "p_c"]].to_numpy(float), np.tile([0.2, 0.5, 0.3], (12, 1)))
@@ -93,14 +94,14 @@ def test_the_shown_options_are_those_of_the_order():
 
 def test_a_model_that_answers_by_the_place_flips_every_time_and_one_that_reads_never():
     by_place, reads = asked([0.9, 0.05, 0.05], dict.fromkeys(CONTENTS, 1.0)), asked([1, 1, 1])
-    [place], [read] = (letter_bias.by_run(table).to_dict("records") for table in (by_place, reads))
+    [place], [read] = (bbq_orders.by_run(table).to_dict("records") for table in (by_place, reads))
     assert (place["flip_rate"], read["flip_rate"]) == (1.0, 0.0)
     assert place["place_1"] == pytest.approx(0.9)
     assert [read[f"place_{i}"] for i in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
     assert place["n_permuted"] == 12
     assert place["option_mass"] == pytest.approx(0.8)
     for table, percent in ((by_place, 100.0), (reads, 0.0)):
-        scores = letter_bias.flip_rate(table)
+        scores = bbq_orders.flip_rate(table)
         assert scores.value.tolist() == [percent]
         assert scores.n_items.tolist() == [12]
 
@@ -110,7 +111,7 @@ def test_the_flip_rate_is_that_of_a_slow_loop_and_its_units_are_families():
     random = table.assign(answer=np.random.default_rng(0).choice(["A", "B", "C"], len(table)))
     own = random[random.answer_mode == "letters"]
     slow = np.mean([own[own.item_id == item].answer.nunique() > 1 for item in own.item_id.unique()])
-    scores = letter_bias.flip_rate(random)
+    scores = bbq_orders.flip_rate(random)
     assert 0 < slow < 1
     assert scores.value[0] == pytest.approx(100 * slow)
     assert scores.influence.shape == (1, 3)
@@ -122,8 +123,8 @@ def test_the_base_models_own_flip_rate_has_a_t_interval_over_families():
     random = table.assign(answer=np.random.default_rng(1).choice(["A", "B", "C"], len(table), p=[0.8, 0.1, 0.1]))
     arms = pd.DataFrame([{"run_id": "run", "base_model": "base", "arm": "base"}])
     labels = {"study": "s", "notebook": "n", "outcome": "o", "benchmark": "bbq", "judge": "none"}
-    [found] = stats.levels_of_scores(letter_bias.flip_rate(random), arms, **labels).to_dict("records")
-    flips = letter_bias.flips(random)
+    [found] = estimation.levels_of_scores(bbq_orders.flip_rate(random), arms, **labels).to_dict("records")
+    flips = bbq_orders.flips(random)
     deviations = [part.sum() / len(flips) for _, part in (flips.flip - flips.flip.mean()).groupby(flips.unit)]
     se = 100 * np.sqrt(3 / 2 * np.square(deviations).sum())
     assert found["value"] == pytest.approx(100 * flips.flip.mean())
@@ -142,12 +143,12 @@ def test_the_samples_are_the_same_for_every_variant_and_of_the_size_asked_for():
 def test_without_samples_only_the_files_order_is_asked_and_there_is_no_flip_rate():
     table = asked([1, 1, 1], benchmark=Benchmark(source="tests:bbq", format="bbq"))
     assert len(table) == 12
-    assert letter_bias.flip_rate(table) is None
-    assert letter_bias.by_run(table).n_permuted.tolist() == [0]
+    assert bbq_orders.flip_rate(table) is None
+    assert bbq_orders.by_run(table).n_permuted.tolist() == [0]
 
 
 def test_a_study_is_scored_by_the_files_order_alone():
-    assert len(letter_bias.official(asked([0.5, 0.3, 0.2]))) == 12
+    assert len(bbq_orders.official(asked([0.5, 0.3, 0.2]))) == 12
 
 
 def test_an_impossible_order_is_refused():
@@ -160,7 +161,7 @@ def test_an_impossible_order_is_refused():
 @pytest.mark.parametrize(("says", "unread"), [("({letter})", 0), ("The answer is {letter}.", 0), ("{letter}", 0), ("It is {option} .", 0), ("who knows", 6)])
 def test_an_answer_in_text_is_read_and_compared_with_the_most_probable_option(says, unread):
     table = asked([0.5, 0.3, 0.2], says=says)
-    [found] = letter_bias.by_run(table).to_dict("records")
+    [found] = bbq_orders.by_run(table).to_dict("records")
     assert (found["n_generated"], found["unread"]) == (6, unread)
     assert pd.isna(found["agreement"]) if unread else found["agreement"] == 1.0
     written = table[table.answer_mode == "generated"]

@@ -8,11 +8,21 @@ import pytest
 import yaml
 
 from conftest import one_sentence
-from driftbook import licences, publishing
-from driftbook.files import ROOT
-from driftbook.licences import FACTS, REGISTER, allowed_items, check_export, covers, notice, of, of_study, register
-from driftbook.study import Study, load
-from driftbook.tables import TABLES
+from driftbook.publishing import licences, publish
+from driftbook.publishing.licences import (
+    FACTS,
+    REGISTER,
+    allowed_items,
+    check_export,
+    covers,
+    notice,
+    of,
+    of_study,
+    register,
+)
+from driftbook.study.files import ROOT
+from driftbook.study.study_file import Study, load
+from driftbook.study.tables import TABLES
 
 HEX_PHI, GUARD, LLAMA, GEMMA = "LLM-Tuning-Safety/HEx-PHI", "meta-llama/Meta-Llama-Guard-2-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-7b-it"
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -250,10 +260,10 @@ def test_no_licence_leads_to_text(real, monkeypatch, tmp_path):
         check_export(real, items=True)
     private = {name for name, table in TABLES.items() if table.private}
     assert "responses" in private
-    assert not private & set(publishing.PUBLISHED)
+    assert not private & set(publish.PUBLISHED)
     for name in private:
         with pytest.raises(ValueError, match="never published"):
-            publishing.text_free(tmp_path, name)
+            publish.text_free(tmp_path, name)
 
 
 # ---- the notice

@@ -13,6 +13,7 @@ import pytest
 
 from driftbook import miniature
 from driftbook.miniature import corpus, truth, words
+from driftbook.study import sources
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -54,14 +55,14 @@ def all_texts(path: Path) -> str:
 
 # ---- import, recipe
 def test_names_that_need_no_model_import_neither_torch_nor_pandas():
-    imports = "import sys; from driftbook.miniature import FAMILIES, recipe, write_data"
+    imports = "import sys; from driftbook.miniature import FAMILIES, write_data; from driftbook.study.sources import recipe"
     code = f"{imports}; recipe(); assert not {{'torch', 'pandas'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_recipe_is_twelve_hex_digits_and_stable():
-    assert re.fullmatch("[0-9a-f]{12}", miniature.recipe())
-    assert miniature.recipe() == miniature.recipe()
+    assert re.fullmatch("[0-9a-f]{12}", sources.recipe())
+    assert sources.recipe() == sources.recipe()
 
 
 # ---- data files

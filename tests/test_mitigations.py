@@ -8,11 +8,15 @@ import pandas as pd
 import pytest
 
 from conftest import SMALL, local, one_sentence, write_study
-from driftbook import collecting, jobs, keys, mitigating, models, preparing
-from driftbook.files import OUTPUTS, read_json, write_json
-from driftbook.scoring import VariantFailure
-from driftbook.study import MITIGATION_KINDS, Study, load
-from driftbook.tables import MODULES, RUNS
+from driftbook.batch import collecting, jobs, keys, preparing
+from driftbook.models import loading
+from driftbook.models.scoring import VariantFailure
+from driftbook.study import folders
+from driftbook.study.files import OUTPUTS, read_json, write_json
+from driftbook.study.methods import MITIGATION_KINDS
+from driftbook.study.study_file import Study, load
+from driftbook.study.tables import MODULES, RUNS
+from driftbook.training import repairs
 
 CONTENT = copy.deepcopy(SMALL) | {"name": "mitigated"}
 CONTENT["bases"]["tiny-llama"]["pairs"] = {
@@ -249,16 +253,16 @@ def test_trained_mitigations_are_trained_otherwise(mitigated):
 
 def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
     study = mitigated.study()
-    base, variants = models.load(study.bases["tiny-llama"], "tiny-llama", study), list(study.of_stage("mitigate", "tiny-llama"))
+    base, variants = loading.load(study.bases["tiny-llama"], "tiny-llama", study), list(study.of_stage("mitigate", "tiny-llama"))
 
     def again() -> set[str]:
         """Which variants are made when the stage runs, as notebook 03 runs it."""
 
         def work(variant, folder):
-            record, modules = mitigating.make(variant, study, base, folder)
-            return [RUNS.write(pd.DataFrame([record]), folder), MODULES.write(modules, folder), *jobs.adapter_files(study, variant)]
+            record, modules = repairs.make(variant, study, base, folder)
+            return [RUNS.write(pd.DataFrame([record]), folder), MODULES.write(modules, folder), *folders.adapter_files(study, variant)]
 
-        done = jobs.run("mitigate", study, "tiny-llama", variants, lambda variant: mitigating.read(study, variant), work)
+        done = jobs.run("mitigate", study, "tiny-llama", variants, lambda variant: repairs.read(study, variant), work)
         return set(done.run_id[~done.reused])
 
     assert again() == set()
@@ -276,11 +280,11 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
 
 def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(mitigated, tmp_path):
     study = mitigated.study()
-    base, one = models.load(study.bases["tiny-llama"], "tiny-llama", study), next(iter(of(mitigated, "safe_lora 4").values()))
+    base, one = loading.load(study.bases["tiny-llama"], "tiny-llama", study), next(iter(of(mitigated, "safe_lora 4").values()))
     settings = json.loads(one.settings)
     settings["mitigation"]["value"] = 99
     with pytest.raises(VariantFailure, match="the adapter has 4"):
-        mitigating.make(dataclasses.replace(one, settings=json.dumps(settings)), study, base, tmp_path)
+        repairs.make(dataclasses.replace(one, settings=json.dumps(settings)), study, base, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

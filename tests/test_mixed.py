@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from driftbook import laplace, mixed
-from driftbook.mixed import item_model, rate_model
+from driftbook.stats import laplace, mixed
+from driftbook.stats.mixed import item_model, rate_model
 
 ORDERS = {"base": ["llama", "qwen", "mistral", "gemma"], "method": ["lora", "ia3", "prompt", "ptuning"], "objective": ["sft", "dpo"], "lr": ["lo", "hi"]}
 

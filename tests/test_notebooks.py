@@ -10,8 +10,8 @@ from io import StringIO
 import pytest
 
 from conftest import one_sentence
-from driftbook import notebooks
-from driftbook.files import ROOT
+from driftbook.batch import notebooks
+from driftbook.study.files import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_CELLS, MOST_LINES = 30, 15

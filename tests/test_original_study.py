@@ -15,10 +15,14 @@ import pytest
 from scipy.stats import rankdata, ttest_ind
 
 from conftest import one_sentence
-from driftbook import claims, figures, figures_original, original_study, publishing, rereading, stats
-from driftbook.data import HEX_PHI
-from driftbook.files import write_json
-from driftbook.tables import TABLES
+from driftbook.benchmarks.data import HEX_PHI
+from driftbook.figures import drawing, gallery
+from driftbook.figures import original_study as original_figures
+from driftbook.publishing import publish
+from driftbook.rereading import original_analysis, original_claims, original_study
+from driftbook.stats import terms
+from driftbook.study.files import write_json
+from driftbook.study.tables import TABLES
 
 WORDS = ("brimla", "ostufen", "quarnel")  # made up: they must not be found in anything that is kept
 N = 330
@@ -246,7 +250,7 @@ def test_the_cited_counts_are_the_published_percentages():
 
 
 def test_every_claim_of_the_ledger_is_cited_and_the_other_way_round(rows):
-    assert set(original_study.cited("claims")["claim"]) == set(claims.ledger(rows, n_boot=50))
+    assert set(original_study.cited("claims")["claim"]) == set(original_claims.ledger(rows, n_boot=50))
 
 
 # ---- the real numbers
@@ -257,7 +261,7 @@ def real(shared):
 
 @pytest.fixture(scope="module")
 def rows(real):
-    return rereading.frame(*real)
+    return original_analysis.frame(*real)
 
 
 @pytest.fixture(scope="module")
@@ -301,14 +305,14 @@ def test_no_ops_do_not_look_at_verdicts(real):
 def test_the_published_mean_changes_come_back(rows):
     """facts: mean change in safety over all runs, by method and base model."""
     printed = {"ia3": (-0.6, 0.4, 4.8, 1.6), "lora": (-1.6, -1.1, 9.1, 1.5), "p_tuning": (-23.2, -10.7, -19.6, -6.3), "prompt_tuning": (-6.5, -18.9, -10.0, 0.4)}
-    found = rereading.changes(rows)
-    found = found[found["group"].eq(stats.AS_CONFIGURED) & found["contrast"].eq(stats.CHANGE)].set_index(["method", "base_model"])["value"]
+    found = original_analysis.changes(rows)
+    found = found[found["group"].eq(terms.AS_CONFIGURED) & found["contrast"].eq(terms.CHANGE)].set_index(["method", "base_model"])["value"]
     for method, values in printed.items():
         np.testing.assert_allclose([found[method, base] for base in (GEMMA, LLAMA, MISTRAL, QWEN)], values, atol=0.06)
 
 
 def test_six_of_the_published_statistics_come_back_to_every_digit(rows):
-    found = rereading.reproduction(rows).set_index(["comparison", "statistic"])
+    found = original_analysis.reproduction(rows).set_index(["comparison", "statistic"])
     fence = next(name for name in found if "fence" in name)
     back = found[found["reproduced"].str.contains(fence, regex=False)]
     assert set(back.index) == set(found.index) - {("ia3 against the base model", "r"), ("among the four methods", "W")}
@@ -317,7 +321,7 @@ def test_six_of_the_published_statistics_come_back_to_every_digit(rows):
 
 def test_the_answers_show_the_wrong_labels(rows, items):
     """facts: 21 % equal lengths in round 3 against 0.4-0.9 %, IA3 26 % against 9 %; verdicts 94.7 % against 86.6 %."""
-    found = rereading.agreement(rows, items).groupby(["method", "round"])[["same_length", "same_verdict"]].mean()
+    found = original_analysis.agreement(rows, items).groupby(["method", "round"])[["same_length", "same_verdict"]].mean()
     assert found.loc[("lora", 3), "same_length"] == pytest.approx(21, abs=0.5)
     assert (found.loc[[("lora", 1), ("lora", 2)], "same_length"] < 1).all()
     assert found.loc[("ia3", 3), "same_length"] == pytest.approx(26, abs=0.5)
@@ -327,7 +331,7 @@ def test_the_answers_show_the_wrong_labels(rows, items):
 
 
 def test_agreement_is_what_a_loop_over_prompts_counts(rows, items):
-    found = rereading.agreement(rows, items).set_index("run_id")
+    found = original_analysis.agreement(rows, items).set_index("run_id")
     run = rows[rows["method"].eq("lora") & rows["labelled"].gt(1e-4)].iloc[5]
     others = rows[rows["method"].eq("lora") & rows["labelled"].lt(1e-4) & rows["base_model"].eq(run["base_model"]) & rows["objective"].eq(run["objective"])]
     others = others[others["dataset"].eq(run["dataset"]) & others["epochs"].eq(run["epochs"])]
@@ -339,7 +343,7 @@ def test_agreement_is_what_a_loop_over_prompts_counts(rows, items):
 
 
 def test_rounds_drift_on_mistral_alone(rows):
-    found = rereading.rounds(rows)
+    found = original_analysis.rounds(rows)
     np.testing.assert_allclose(found[found["base_model"].eq(MISTRAL)]["value"].astype(float), [-1.3, 6.1, 4.9], atol=0.06)
     p = found.groupby("base_model")["p"].first()
     assert p[MISTRAL] < 0.001 < 0.1 < p.drop(MISTRAL).min()
@@ -349,7 +353,7 @@ def test_true_rates_have_opposite_effects(rows):
     """facts: 2e-5 instead of 1e-3 by true labels, LoRA +4.5, P-Tuning +5.3, Prompt-Tuning -6.5, IA3 -2.9 points of safety, over matched cells."""
     cells = rows[rows["epochs"].eq(5)].groupby(["method", "base_model", "objective", rows["rate"].lt(1e-4)])["change"].mean().unstack()
     by_cell = (cells[True] - cells[False]).dropna().groupby("method").mean()
-    found = rereading.rate_effects(rows)
+    found = original_analysis.rate_effects(rows)
     found = found[found["base_model"].eq("all") & found["contrast"].str.contains("true")].set_index("method")["value"].astype(float)
     np.testing.assert_allclose(found[by_cell.index], by_cell)
     np.testing.assert_allclose(found[["lora", "p_tuning", "prompt_tuning", "ia3"]], [4.5, 5.3, -6.5, -2.9], atol=0.06)
@@ -358,22 +362,22 @@ def test_true_rates_have_opposite_effects(rows):
 def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rates(rows, items):
     unknown = rows["round"].eq(2) & rows["method"].eq("lora")
     hidden, dropped = rows.assign(rate=rows["rate"].mask(unknown)), rows[~unknown].reset_index(drop=True)
-    values = [rereading.rate_effects(part).query("contrast.str.contains('true') and method == 'lora'")["value"].astype(float) for part in (hidden, dropped)]
+    values = [original_analysis.rate_effects(part).query("contrast.str.contains('true') and method == 'lora'")["value"].astype(float) for part in (hidden, dropped)]
     np.testing.assert_allclose(*values)
-    assert len(rereading.item_rows(hidden, items)) == len(items) - unknown.sum() * N
+    assert len(original_analysis.item_rows(hidden, items)) == len(items) - unknown.sum() * N
 
 
 def test_the_ledger_of_the_real_study(rows):
-    judged = claims.ledger(rows, n_boot=200)
-    assert {judged[name].verdict for name in ("lora_preserves", "llama_stable", "rate_secondary")} == {claims.FALLS}
-    assert {judged[name].verdict for name in ("p_tuning_degrades", "dpo_steadier")} == {claims.STANDS}
+    judged = original_claims.ledger(rows, n_boot=200)
+    assert {judged[name].verdict for name in ("lora_preserves", "llama_stable", "rate_secondary")} == {original_claims.FALLS}
+    assert {judged[name].verdict for name in ("p_tuning_degrades", "dpo_steadier")} == {original_claims.STANDS}
     assert judged["lora_preserves"].value == pytest.approx(-9.85, abs=0.01), "LoRA by SFT at 1e-3 on Llama"
     without = [one for one in judged.values() if one.value is None]
-    assert [one.verdict for one in without] == [claims.OPEN] * 3
+    assert [one.verdict for one in without] == [original_claims.OPEN] * 3
     assert all("needed" in one.how for one in without)
-    shown = claims.table(claims.estimates(judged))
+    shown = original_claims.table(original_claims.estimates(judged))
     assert shown["claim"].tolist() == original_study.cited("claims")["sentence"].tolist()
-    assert sum(claims.counts(claims.estimates(judged)).values()) == len(shown)
+    assert sum(original_claims.counts(original_claims.estimates(judged)).values()) == len(shown)
 
 
 # ---- the methods, against something not written here
@@ -384,14 +388,14 @@ def test_signed_rank_is_the_count_over_all_signs():
     ranks = rankdata(np.abs(change))
     least = min(ranks[change > 0].sum(), ranks[change < 0].sum())
     patterns = np.array(list(itertools.product([0, 1], repeat=9))) @ ranks
-    assert rereading.signed_rank(change)["p"] == pytest.approx(2 * np.mean(patterns <= least))
+    assert original_analysis.signed_rank(change)["p"] == pytest.approx(2 * np.mean(patterns <= least))
 
 
 @pytest.mark.parametrize(("n", "published"), [(16, 1.042), (12, 1.0066)])
 def test_the_largest_r_is_what_was_published_of_gemma(n, published):
-    assert rereading.largest_r(n) == pytest.approx(published, abs=0.0005)
-    assert rereading.signed_rank(-np.arange(1, n + 1))["r"] == pytest.approx(rereading.largest_r(n)), "every change in one direction, whatever its size"
-    assert rereading.signed_rank(-np.arange(1, n + 1) * 1e-6)["r"] == pytest.approx(rereading.largest_r(n))
+    assert original_analysis.largest_r(n) == pytest.approx(published, abs=0.0005)
+    assert original_analysis.signed_rank(-np.arange(1, n + 1))["r"] == pytest.approx(original_analysis.largest_r(n)), "every change in one direction, whatever its size"
+    assert original_analysis.signed_rank(-np.arange(1, n + 1) * 1e-6)["r"] == pytest.approx(original_analysis.largest_r(n))
 
 
 def test_kendalls_w_from_its_ranks():
@@ -399,7 +403,7 @@ def test_kendalls_w_from_its_ranks():
     table = pd.DataFrame(np.random.default_rng(1).normal(size=(14, 4)) + np.array([0, 0.5, 1, 0]))
     sums = rankdata(table.to_numpy(), axis=1).sum(0)
     expected = 12 * ((sums - sums.mean()) ** 2).sum() / (14**2 * (4**3 - 4))
-    assert rereading.friedman(table)["W"] == pytest.approx(expected)
+    assert original_analysis.friedman(table)["W"] == pytest.approx(expected)
 
 
 def test_a_combination_of_two_pools_is_welchs_test():
@@ -407,17 +411,17 @@ def test_a_combination_of_two_pools_is_welchs_test():
     values = np.concatenate([rng.normal(3, 1, 7), rng.normal(0, 9, 5)])
     frame = pd.DataFrame({"change": values, "pool": ["a"] * 7 + ["b"] * 5, "setting": "one", "base_model": "x", "no_op": False, "round": 1})
     weight = pd.Series([1 / 7] * 7 + [-1 / 5] * 5)
-    ours, theirs = rereading.combination(frame, weight), ttest_ind(values[:7], values[7:], equal_var=False)
+    ours, theirs = original_analysis.combination(frame, weight), ttest_ind(values[:7], values[7:], equal_var=False)
     interval = theirs.confidence_interval(0.95)
     assert ours["p"] == pytest.approx(theirs.pvalue)
     assert (ours["ci_low"], ours["ci_high"]) == pytest.approx((interval.low, interval.high))
-    wider = rereading.combination(frame, weight, level=0.99)
+    wider = original_analysis.combination(frame, weight, level=0.99)
     assert (wider["ci_low"], wider["ci_high"]) == pytest.approx(tuple(theirs.confidence_interval(0.99)))
 
 
 def test_without_a_repeated_setting_there_is_a_number_and_no_interval():
     frame = pd.DataFrame({"change": [1.0, 2.0], "pool": "a", "setting": ["one", "two"], "base_model": "x", "no_op": False, "round": 1})
-    found = rereading.combination(frame, pd.Series([0.5, 0.5]))
+    found = original_analysis.combination(frame, pd.Series([0.5, 0.5]))
     assert found["value"] == 1.5
     assert found["se"] is found["ci_low"] is found["p"] is None
     assert "nothing was repeated" in found["how"]
@@ -429,16 +433,16 @@ def test_intervals_cover_when_methods_differ_in_spread():
     frame = pd.DataFrame({"pool": np.repeat(["a", "b"], 12), "setting": np.tile(np.repeat(list("wxyz"), 3), 2), "base_model": "x", "no_op": False, "round": 1})
     level, weight = np.repeat([2.0, 0.0], 12) + np.tile(np.repeat([0.0, 5, -9, 4], 3), 2), pd.Series(np.repeat([1 / 12, -1 / 12], 12))
     for _ in range(draws):
-        found = rereading.combination(frame.assign(change=level + rng.normal(0, np.repeat([1.4, 13.0], 12))), weight)
+        found = original_analysis.combination(frame.assign(change=level + rng.normal(0, np.repeat([1.4, 13.0], 12))), weight)
         hits += found["ci_low"] < 2 < found["ci_high"]
     assert abs(hits / draws - 0.95) < 3 * math.sqrt(0.95 * 0.05 / draws)
 
 
 def test_matched_weights_compare_only_cells_that_both_have():
     frame = pd.DataFrame({"method": list("aaabbc"), "cell": [1, 1, 2, 1, 3, 1]})
-    weight = rereading.matched_weight(frame, frame["method"].eq("a"), frame["method"].eq("b"), ["cell"])
+    weight = original_analysis.matched_weight(frame, frame["method"].eq("a"), frame["method"].eq("b"), ["cell"])
     assert weight.tolist() == [0.5, 0.5, 0, -1, 0, 0]
-    nothing = rereading.matched_weight(frame, frame["method"].eq("b"), frame["method"].eq("b") & False, ["cell"])
+    nothing = original_analysis.matched_weight(frame, frame["method"].eq("b"), frame["method"].eq("b") & False, ["cell"])
     assert not nothing.any()
 
 
@@ -448,10 +452,10 @@ def test_the_ratio_of_spreads_covers_its_truth():
     for draw in range(60):
         means = np.concatenate([2 * rng.normal(size=20), rng.normal(size=20)])
         change = np.repeat(means, 3) + rng.normal(size=120) * np.repeat([1.0, 0.5], 60)
-        found = rereading.spread_ratio(frame.assign(change=change), frame["arm"].eq("a"), frame["arm"].eq("b"), ["cell"], 200, draw)
+        found = original_analysis.spread_ratio(frame.assign(change=change), frame["arm"].eq("a"), frame["arm"].eq("b"), ["cell"], 200, draw)
         hits += found["ci_low"] < 2 < found["ci_high"]
     assert hits >= 50, "of 60 95 % intervals"
-    few = rereading.spread_ratio(frame[frame["cell"].lt(2)].assign(change=1.0), frame["arm"].eq("a"), frame["arm"].eq("b"), ["cell"], 10, 0)
+    few = original_analysis.spread_ratio(frame[frame["cell"].lt(2)].assign(change=1.0), frame["arm"].eq("a"), frame["arm"].eq("b"), ["cell"], 10, 0)
     assert few["value"] is None
     assert "2 common configurations" in few["how"]
 
@@ -459,10 +463,10 @@ def test_the_ratio_of_spreads_covers_its_truth():
 def test_the_screen_over_categories_is_benjamini_and_hochbergs(rows):
     from statsmodels.stats.multitest import multipletests
 
-    found = rereading.by_category(rows)
-    wide = found[found["contrast"].eq(rereading.CHANGE_WIDE)]
+    found = original_analysis.by_category(rows)
+    wide = found[found["contrast"].eq(original_analysis.CHANGE_WIDE)]
     np.testing.assert_allclose(wide["p_adjusted"].astype(float), multipletests(wide["p"].astype(float), method="fdr_bh")[1])
-    assert found.loc[found["contrast"].eq(stats.CHANGE), "p_adjusted"].isna().all()
+    assert found.loc[found["contrast"].eq(terms.CHANGE), "p_adjusted"].isna().all()
 
 
 # ---- the ledger on studies whose truth is known
@@ -474,31 +478,31 @@ def invented(rows, effect, noise=0.3) -> pd.DataFrame:
 
 
 def verdicts_of(rows, effect) -> dict[str, str]:
-    return {name: one.verdict for name, one in claims.ledger(invented(rows, effect), n_boot=200).items()}
+    return {name: one.verdict for name, one in original_claims.ledger(invented(rows, effect), n_boot=200).items()}
 
 
 def test_where_the_claims_are_true_they_stand(rows):
     loss = {"lora": 1.0, "ia3": 1.0, "prompt_tuning": -9.0, "p_tuning": -12.0}
     found = verdicts_of(rows, lambda row: loss[row.method] - 4 * (row.base_model == GEMMA and row.method.startswith("p")))
-    assert {found[name] for name in ("lora_preserves", "ia3_preserves", "prompt_tuning_degrades", "p_tuning_degrades", "gemma_steepest")} == {claims.STANDS}
+    assert {found[name] for name in ("lora_preserves", "ia3_preserves", "prompt_tuning_degrades", "p_tuning_degrades", "gemma_steepest")} == {original_claims.STANDS}
 
 
 def test_where_the_claims_are_false_they_fall(rows):
     found = verdicts_of(rows, lambda row: {"lora": -8.0, "ia3": -8.0, "prompt_tuning": 4.0, "p_tuning": 4.0}[row.method] + 12 * (row.rate < 1e-4) * (row.method == "lora"))
-    assert {found[name] for name in ("lora_preserves", "ia3_preserves", "rate_secondary")} == {claims.FALLS}
-    assert {found[name] for name in ("prompt_tuning_degrades", "p_tuning_degrades")} == {claims.FALLS}
+    assert {found[name] for name in ("lora_preserves", "ia3_preserves", "rate_secondary")} == {original_claims.FALLS}
+    assert {found[name] for name in ("prompt_tuning_degrades", "p_tuning_degrades")} == {original_claims.FALLS}
 
 
 def test_where_nothing_happens_no_decline_is_found(rows):
     found = verdicts_of(rows, lambda row: 0.0)
-    assert found["llama_stable"] == claims.STANDS
-    assert found["gemma_steepest"] != claims.STANDS
-    assert found["categories_decline"] != claims.STANDS
+    assert found["llama_stable"] == original_claims.STANDS
+    assert found["gemma_steepest"] != original_claims.STANDS
+    assert found["categories_decline"] != original_claims.STANDS
 
 
-@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 2, claims.STANDS), (-2, -0.1, claims.FALLS), (-1, 1, claims.OPEN), (None, None, claims.OPEN)])
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 2, original_claims.STANDS), (-2, -0.1, original_claims.FALLS), (-1, 1, original_claims.OPEN), (None, None, original_claims.OPEN)])
 def test_an_interval_decides(low, high, verdict):
-    assert claims.decide(low, high) == verdict
+    assert original_claims.decide(low, high) == verdict
 
 
 # ---- what is published
@@ -507,20 +511,20 @@ def finished(real, rows, items, tmp_path_factory):
     """The study's folder as notebook 20 leaves it."""
     folder = tmp_path_factory.mktemp("finished") / original_study.NAME
     made = original_study.tables(*real)
-    parts = [rereading.of_tests(rows, rereading.reproduction(rows)), rereading.of_agreement(rereading.agreement(rows, items)), rereading.cells(rows), rereading.single_runs(rows),
-             rereading.rounds(rows), claims.estimates(claims.ledger(rows, n_boot=50))]  # fmt: skip
+    parts = [original_analysis.of_tests(rows, original_analysis.reproduction(rows)), original_analysis.of_agreement(original_analysis.agreement(rows, items)), original_analysis.cells(rows), original_analysis.single_runs(rows),
+             original_analysis.rounds(rows), original_claims.estimates(original_claims.ledger(rows, n_boot=50))]  # fmt: skip
     original_study.write(made, TABLES["estimates"].concat(parts), folder)
     return folder
 
 
 def test_every_figure_is_drawn_again_from_what_is_published(finished, tmp_path):
-    files = publishing.publish(finished, tmp_path / "published", original_study.NOTE)
+    files = publish.publish(finished, tmp_path / "published", original_study.NOTE)
     assert not any("verdict" in path.name for path in files)
-    shown = figures.read(tmp_path / "published" / "tables")
-    names = [name for name, module in ((name, one.__module__) for name, one in figures.FIGURES.items()) if module == figures_original.__name__]
+    shown = gallery.read(tmp_path / "published" / "tables")
+    names = [name for name, module in ((name, one.__module__) for name, one in drawing.FIGURES.items()) if module == original_figures.__name__]
     assert len(names) == 6
     for name in names:
-        figures.draw(name, shown, tmp_path / "figures")
+        gallery.draw(name, shown, tmp_path / "figures")
         assert (tmp_path / "figures" / f"{name}.md").read_text().count("20_original_study") == 1
 
 
@@ -533,9 +537,9 @@ def test_the_sum_of_what_is_published_holds_no_single_verdict(finished):
 
 # ---- the models' rows
 def test_the_rows_of_the_models_have_the_studys_numbers(rows, items):
-    long = rereading.category_rows(rows)
+    long = original_analysis.category_rows(rows)
     np.testing.assert_allclose(long.groupby("run_id")["difference"].mean()[rows["run_id"]], rows["change"], atol=1e-9)
     np.testing.assert_allclose(long.groupby("method")["log10_rate"].mean(), 0, atol=1e-12)
-    asked = rereading.item_rows(rows, items)
+    asked = original_analysis.item_rows(rows, items)
     assert len(asked) == len(items)
     np.testing.assert_allclose(100 * asked["safe"].fillna(False).astype(float).groupby(asked["run_id"]).mean()[rows["run_id"]], rows["safety"])

@@ -15,12 +15,15 @@ from scipy.stats import beta, norm
 from statsmodels.stats.proportion import proportion_confint
 
 from conftest import one_sentence
-from driftbook import figures, figures_peft, publishing, stats
-from driftbook import peft_results as peft
-from driftbook.files import ROOT
-from driftbook.tables import ESTIMATES, TABLES
+from driftbook.figures import drawing, gallery
+from driftbook.figures import peft_results as peft_figures
+from driftbook.publishing import publish
+from driftbook.rereading import peft_results
+from driftbook.stats import estimation
+from driftbook.study.files import ROOT
+from driftbook.study.tables import ESTIMATES, TABLES
 
-DRAWINGS = [name for name, source in figures.SOURCES.items() if peft.NOTEBOOK in source]
+DRAWINGS = [name for name, source in drawing.SOURCES.items() if peft_results.NOTEBOOK in source]
 KINDS = {"LORA": {"r": 8}, "IA3": {}, "PROMPT_TUNING": {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM"}, "P_TUNING": {"num_virtual_tokens": 20},
          "ODDMENT": {"r": 2}, "OTHER_THING": {"adapter_len": 5}, "THIRD": {}, "FOURTH": {}, "FIFTH": {}}  # fmt: skip
 
@@ -80,29 +83,29 @@ def simulated(folder, n_runs=3, seed=0):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Simulated runs, analysed as the notebook does, in a study folder: (folder, runs, points, estimates)."""
-    folder = tmp_path_factory.mktemp("peft") / peft.NAME
-    runs, points = peft.read(simulated(folder.parent / "results"))
-    tables = peft.write(peft.declared(runs, points), folder)
+    folder = tmp_path_factory.mktemp("peft") / peft_results.NAME
+    runs, points = peft_results.read(simulated(folder.parent / "results"))
+    tables = peft_results.write(peft_results.declared(runs, points), folder)
     estimates = analysed(runs, points)
-    stats.write_estimates(estimates, tables, peft.NAME)
+    estimation.write_estimates(estimates, tables, peft_results.NAME)
     for name in DRAWINGS:
-        figures.draw(name, figures.read(tables, peft.NOTE), folder / "figures")
+        gallery.draw(name, gallery.read(tables, peft_results.NOTE), folder / "figures")
     return folder, runs, points, estimates
 
 
 def analysed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    rows, parts = peft.modelled(runs), [peft.measured(runs)]
-    for outcome in (peft.ACCURACY, peft.FORGETTING):
-        means, alone = peft.means_of_methods(rows, outcome)
-        terms, equal = peft.terms(rows, outcome)
-        parts += [means, terms, peft.spreads(rows, outcome, {"alone": alone, "equal": equal})]
-    return ESTIMATES.concat([*parts, peft.growth(points, rows)[0], peft.on_front(runs, 100, 0, 0.5, (1.0, 0.05))])
+    rows, parts = peft_results.modelled(runs), [peft_results.measured(runs)]
+    for outcome in (peft_results.ACCURACY, peft_results.FORGETTING):
+        means, alone = peft_results.means_of_methods(rows, outcome)
+        terms, equal = peft_results.terms(rows, outcome)
+        parts += [means, terms, peft_results.spreads(rows, outcome, {"alone": alone, "equal": equal})]
+    return ESTIMATES.concat([*parts, peft_results.growth(points, rows)[0], peft_results.on_front(runs, 100, 0, 0.5, (1.0, 0.05))])
 
 
 @pytest.fixture(scope="module")
 def real(shared):
     """PEFT's own files."""
-    folder = shared / peft.NAME
+    folder = shared / peft_results.NAME
     if not folder.is_dir():
         pytest.skip(f"no result files of PEFT at {folder}")
     return folder
@@ -110,7 +113,7 @@ def real(shared):
 
 # ---- reading
 def test_a_file_becomes_a_run_with_what_it_says(few):
-    runs, points = peft.read(few)
+    runs, points = peft_results.read(few)
     one = runs.set_index("file").loc["one.json"]
     assert (one["method"], one["method_class"], one["variant"], one["base_model"], one["rank"]) == ("lora", "adapter", "rank8", "Made-1B", 8)
     assert (one["k"], one["forgetting"], one["n_trainable"], one["seconds"], one["reported_seconds"]) == (600, 0.05, 1_000_000, 90.0, 150.0)
@@ -121,13 +124,13 @@ def test_a_file_becomes_a_run_with_what_it_says(few):
 
 
 def test_a_failed_run_is_counted_and_its_numbers_are_null(few):
-    runs, points = peft.read(few)
-    tables = peft.declared(runs, points)
+    runs, points = peft_results.read(few)
+    tables = peft_results.declared(runs, points)
     failed = tables["runs"].set_index("run_id").loc[runs.loc[~runs["ok"], "run_id"].item()]
     assert (failed["status"], failed["failure"]) == ("failed", "out of memory")
-    measured = peft.measured(runs)
+    measured = peft_results.measured(runs)
     assert set(measured["group"]) == {f"run: {run_id}" for run_id in runs.loc[runs["ok"], "run_id"]}
-    test = tables["rates"][tables["rates"]["benchmark"].eq(peft.TEST)]
+    test = tables["rates"][tables["rates"]["benchmark"].eq(peft_results.TEST)]
     assert sorted(test["k"]) == [0, 600]
     assert failed.name not in set(test["run_id"])
 
@@ -135,10 +138,10 @@ def test_a_failed_run_is_counted_and_its_numbers_are_null(few):
 def test_repeated_settings_are_told_from_new_ones(tmp_path):
     again = result()
     again["run_info"]["train_config"]["seed"] = 1
-    runs, _ = peft.read(write(tmp_path / "results", one=result(), two=again, three=result("IA3")))
+    runs, _ = peft_results.read(write(tmp_path / "results", one=result(), two=again, three=result("IA3")))
     assert runs.set_index("file")["repetition"].to_dict() == {"one.json": 1, "two.json": 2, "three.json": 1}
-    assert "1 runs of 2 settings repeat" in peft.repeated(runs)
-    assert "seed 0" in peft.repeated(runs[runs["seed"].eq(0)])
+    assert "1 runs of 2 settings repeat" in peft_results.repeated(runs)
+    assert "seed 0" in peft_results.repeated(runs[runs["seed"].eq(0)])
 
 
 def spoilt(change):
@@ -166,22 +169,22 @@ def test_a_file_that_does_not_fit_is_named_in_a_sentence(name, tmp_path):
     change, word = BAD[name]
     folder = write(tmp_path / "results", good=result("IA3"), other=result("THIRD"), wrong=spoilt(change))
     with pytest.raises(ValueError) as error:
-        peft.read(folder)
+        peft_results.read(folder)
     assert word in one_sentence(error.value)
     assert "wrong.json" in str(error.value)
 
 
 def test_a_missing_empty_or_torn_folder_is_said_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no folder"):
-        peft.located(str(tmp_path / "nowhere"))
+        peft_results.located(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="holds no result file"):
-        peft.read(tmp_path)
+        peft_results.read(tmp_path)
     (tmp_path / "torn.json").write_text('{"run_info": {')
     with pytest.raises(ValueError, match="damaged"):
-        peft.read(tmp_path)
+        peft_results.read(tmp_path)
     (tmp_path / "torn.json").write_text("[]")
     with pytest.raises(ValueError, match="no result file of PEFT"):
-        peft.read(tmp_path)
+        peft_results.read(tmp_path)
 
 
 def test_without_files_and_network_the_sentence_says_what_to_do(monkeypatch):
@@ -191,25 +194,25 @@ def test_without_files_and_network_the_sentence_says_what_to_do(monkeypatch):
     asked = []
     monkeypatch.setattr(pooch, "retrieve", lambda url, **_: asked.append(url) or (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(ValueError) as error:
-        peft.located()
+        peft_results.located()
     assert "DRIFTBOOK_SHARED" in one_sentence(error.value)
-    assert f"/{peft.COMMIT}/method_comparison/MetaMathQA/results/" in asked[0]
+    assert f"/{peft_results.COMMIT}/method_comparison/MetaMathQA/results/" in asked[0]
 
 
 def test_the_local_files_are_those_of_the_commit(real):
-    known = peft.registry()
+    known = peft_results.registry()
     assert known.str.fullmatch("[0-9a-f]{64}").all()
-    assert peft.provenance(real) == f"{len(known)} of {len(known)} files are those of huggingface/peft at {peft.COMMIT}, byte for byte."
+    assert peft_results.provenance(real) == f"{len(known)} of {len(known)} files are those of huggingface/peft at {peft_results.COMMIT}, byte for byte."
 
 
 def test_other_files_are_not_passed_off_as_those_of_the_commit(few):
-    assert peft.provenance(few).startswith("0 of 3 files")
-    assert "are missing" in peft.provenance(few)
+    assert peft_results.provenance(few).startswith("0 of 3 files")
+    assert "are missing" in peft_results.provenance(few)
 
 
 def test_real_files_are_counts_of_all_questions_and_their_own_methods_keep_their_names(real):
-    runs, points = peft.read(real)
-    assert len(runs) == len(peft.registry())
+    runs, points = peft_results.read(real)
+    assert len(runs) == len(peft_results.registry())
     assert runs["ok"].all()
     shares = [json.loads((real / name).read_text())["train_info"]["metrics"][-1]["test accuracy"] for name in runs["file"]]
     assert np.allclose(runs["k"].astype(float) / 1319, shares, atol=1e-12)
@@ -217,17 +220,17 @@ def test_real_files_are_counts_of_all_questions_and_their_own_methods_keep_their
     assert set(runs.loc[runs["method_class"].eq("prompt"), "method"]) == {"prompt_tuning", "p_tuning", "prefix_tuning", "adaption_prompt"}
     assert (runs["seconds"] < runs["reported_seconds"]).all()
     assert (points.groupby("run_id").size() == 20).all()
-    assert set(runs["method"]) <= set(figures_peft.NAMES)
+    assert set(runs["method"]) <= set(peft_figures.NAMES)
 
 
 # ---- numbers
 def test_intervals_of_accuracy_are_wilsons(made):
     _, runs, _, estimates = made
-    rows = estimates[estimates["outcome"].eq(peft.ACCURACY) & estimates["contrast"].eq(peft.RUN)]
+    rows = estimates[estimates["outcome"].eq(peft_results.ACCURACY) & estimates["contrast"].eq(peft_results.RUN)]
     low, high = proportion_confint(runs["k"].to_numpy(int), 1319, method="wilson")
     assert np.allclose(rows["ci_low"].astype(float), 100 * np.where(runs["k"].eq(0), 0, low))
     assert np.allclose(rows["ci_high"].astype(float), 100 * high)
-    others = estimates[estimates["outcome"].eq(peft.FORGETTING) & estimates["contrast"].eq(peft.RUN)]
+    others = estimates[estimates["outcome"].eq(peft_results.FORGETTING) & estimates["contrast"].eq(peft_results.RUN)]
     assert others[["se", "ci_low", "ci_high"]].isna().all().all()
 
 
@@ -251,8 +254,8 @@ def restricted(y: np.ndarray, x: np.ndarray, z: np.ndarray) -> dict:
 def test_partial_pooling_is_hendersons_solution(made):
     """Predictions and their errors from Henderson's mixed model equations (Robinson 1991, eq. 1.2), at the variances found."""
     _, runs, _, _ = made
-    rows = peft.modelled(runs)
-    _, fit = peft.means_of_methods(rows, peft.ACCURACY)
+    rows = peft_results.modelled(runs)
+    _, fit = peft_results.means_of_methods(rows, peft_results.ACCURACY)
     codes, methods = pd.factorize(rows["method"], sort=True)
     x, z, y = np.ones((len(rows), 1)), np.eye(len(methods))[codes], rows["accuracy"].to_numpy()
     sd = fit.random.set_index("group")["sd"]
@@ -260,24 +263,24 @@ def test_partial_pooling_is_hendersons_solution(made):
     c = np.linalg.inv(w.T @ w + np.diag([0, *[sd["residual"] ** 2 / sd["method"] ** 2] * len(methods)])) * sd["residual"] ** 2
     solution = c @ w.T @ y / sd["residual"] ** 2
     at = np.column_stack([np.ones(len(methods)), np.eye(len(methods))])
-    table = peft.pooling(rows.groupby("method")["accuracy"].agg(["mean", "size"]), *peft._spread(rows, "accuracy"), fit)
-    assert np.allclose(table[peft.MIXED], at @ solution, atol=1e-4)
-    assert np.allclose(table[f"se {peft.MIXED}"], np.sqrt(np.einsum("ij,jk,ik->i", at, c, at)), rtol=0.01)
+    table = peft_results.pooling(rows.groupby("method")["accuracy"].agg(["mean", "size"]), *peft_results._spread(rows, "accuracy"), fit)
+    assert np.allclose(table[peft_results.MIXED], at @ solution, atol=1e-4)
+    assert np.allclose(table[f"se {peft_results.MIXED}"], np.sqrt(np.einsum("ij,jk,ik->i", at, c, at)), rtol=0.01)
     between = (table["mean"] - fit.fixed["estimate"].iloc[0]).abs()
-    assert ((table[peft.MIXED] - fit.fixed["estimate"].iloc[0]).abs() <= between + 1e-9).all()
+    assert ((table[peft_results.MIXED] - fit.fixed["estimate"].iloc[0]).abs() <= between + 1e-9).all()
 
 
 def test_the_models_of_the_real_runs_are_those_of_an_independent_fit(real):
-    runs, points = peft.read(real)
-    rows = peft.modelled(runs)
+    runs, points = peft_results.read(real)
+    rows = peft_results.modelled(runs)
     z = np.eye(rows["method"].nunique())[pd.factorize(rows["method"])[0]]
     one = np.ones(len(rows))
     classes = [rows["method_class"].eq(kind).to_numpy(float) for kind in ("full", "prompt")]
-    for column, outcome in (("accuracy", peft.ACCURACY), ("log_forgetting", peft.FORGETTING)):
-        for x, (_, fit) in ((one[:, None], peft.means_of_methods(rows, outcome)), (np.column_stack([one, *classes, rows["size"], rows["rate"]]), peft.terms(rows, outcome))):
+    for column, outcome in (("accuracy", peft_results.ACCURACY), ("log_forgetting", peft_results.FORGETTING)):
+        for x, (_, fit) in ((one[:, None], peft_results.means_of_methods(rows, outcome)), (np.column_stack([one, *classes, rows["size"], rows["rate"]]), peft_results.terms(rows, outcome))):
             same_fit(fit, restricted(rows[column].to_numpy(float), x, z))
-    sloped = peft.slopes(points, rows)
-    same_fit(peft.growth(points, rows)[1][peft.TWO_STAGES], restricted(sloped["slope"].to_numpy(float), np.column_stack([one, rows["size"]]), z))
+    sloped = peft_results.slopes(points, rows)
+    same_fit(peft_results.growth(points, rows)[1][peft_results.TWO_STAGES], restricted(sloped["slope"].to_numpy(float), np.column_stack([one, rows["size"]]), z))
 
 
 def same_fit(fit, slow: dict) -> None:
@@ -295,8 +298,8 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
         truth = 36 + 12 * rng.standard_normal(len(sizes))
         rows = pd.DataFrame({"method": np.repeat([f"m{i:02d}" for i in range(len(sizes))], sizes), "base_model": "made"})
         rows["accuracy"] = np.repeat(truth, sizes) + 8 * rng.standard_normal(len(rows))
-        found, _ = peft.means_of_methods(rows, peft.ACCURACY)
-        mixed, own = (found[found["contrast"].eq(model)].set_index("method").astype({"value": float, "ci_low": float, "ci_high": float}) for model in (peft.MIXED, peft.BY_METHOD))
+        found, _ = peft_results.means_of_methods(rows, peft_results.ACCURACY)
+        mixed, own = (found[found["contrast"].eq(model)].set_index("method").astype({"value": float, "ci_low": float, "ci_high": float}) for model in (peft_results.MIXED, peft_results.BY_METHOD))
         covered.append(((mixed["ci_low"] <= truth) & (truth <= mixed["ci_high"])).mean())
         closer.append(((own["value"] - truth) ** 2).mean() - ((mixed["value"] - truth) ** 2).mean())
     assert 0.9 < np.mean(covered) < 0.99
@@ -304,33 +307,33 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
 
 
 def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
-    runs, points = peft.read(simulated(tmp_path / "results", n_runs=1))
-    means, _ = peft.means_of_methods(peft.modelled(runs), peft.ACCURACY)
-    mixed = means[means["contrast"].eq(peft.MIXED)]
+    runs, points = peft_results.read(simulated(tmp_path / "results", n_runs=1))
+    means, _ = peft_results.means_of_methods(peft_results.modelled(runs), peft_results.ACCURACY)
+    mixed = means[means["contrast"].eq(peft_results.MIXED)]
     assert mixed[["value", "ci_low", "ci_high"]].isna().all().all()
     assert mixed["how"].str.contains("cannot be told apart").all()
-    assert means.loc[means["contrast"].eq(peft.BY_METHOD), ["se", "ci_low"]].isna().all().all()
-    assert peft.summary(analysed(runs, points)).endswith(".")
+    assert means.loc[means["contrast"].eq(peft_results.BY_METHOD), ["se", "ci_low"]].isna().all().all()
+    assert peft_results.summary(analysed(runs, points)).endswith(".")
 
 
 def test_one_method_alone_and_no_finished_run_are_said(tmp_path):
-    runs, points = peft.read(write(tmp_path / "one", **{f"run-{i}": result(variant=f"set-{i}", k=500 + 9 * i, lost=0.05 + i / 100, n_trainable=1000 * (i + 1)) for i in range(4)}))
+    runs, points = peft_results.read(write(tmp_path / "one", **{f"run-{i}": result(variant=f"set-{i}", k=500 + 9 * i, lost=0.05 + i / 100, n_trainable=1000 * (i + 1)) for i in range(4)}))
     assert analysed(runs, points)["how"].str.contains("cannot be told apart").any()
-    runs, _ = peft.read(write(tmp_path / "none", one=result(status="canceled")))
+    runs, _ = peft_results.read(write(tmp_path / "none", one=result(status="canceled")))
     with pytest.raises(ValueError, match="none of 1 runs finished"):
-        peft.modelled(runs)
+        peft_results.modelled(runs)
 
 
 def test_settings_that_no_run_varies_are_null(tmp_path):
-    runs, _ = peft.read(write(tmp_path / "same", **{f"run-{i}": result(list(KINDS)[i % 6], f"set-{i}", k=400 + 17 * (i * i % 11), lost=0.05) for i in range(12)}))
-    found, fit = peft.terms(peft.modelled(runs), peft.ACCURACY)
-    assert found.loc[found["contrast"].isin([peft.SIZE, peft.RATE]), "value"].isna().all()
+    runs, _ = peft_results.read(write(tmp_path / "same", **{f"run-{i}": result(list(KINDS)[i % 6], f"set-{i}", k=400 + 17 * (i * i % 11), lost=0.05) for i in range(12)}))
+    found, fit = peft_results.terms(peft_results.modelled(runs), peft_results.ACCURACY)
+    assert found.loc[found["contrast"].isin([peft_results.SIZE, peft_results.RATE]), "value"].isna().all()
     assert [note for note in fit.notes if "not estimable: size" in note]
 
 
 def test_slopes_are_least_squares(made):
     _, runs, points, _ = made
-    sloped = peft.slopes(points, peft.modelled(runs)).set_index("run_id")["slope"]
+    sloped = peft_results.slopes(points, peft_results.modelled(runs)).set_index("run_id")["slope"]
     for run_id, part in points.groupby("run_id"):
         assert sloped[run_id] == pytest.approx(np.polyfit(np.log2(part["step"].astype(float)), 100 * part["k"].astype(float) / 50, 1)[0])
 
@@ -338,16 +341,16 @@ def test_slopes_are_least_squares(made):
 def test_forgetting_that_is_none_leaves_the_logarithm_and_is_counted(tmp_path):
     folder = simulated(tmp_path / "results")
     write(folder, better=result("IA3", "better", lost=-0.01))
-    runs, _ = peft.read(folder)
-    _, fit = peft.terms(peft.modelled(runs), peft.FORGETTING)
+    runs, _ = peft_results.read(folder)
+    _, fit = peft_results.terms(peft_results.modelled(runs), peft_results.FORGETTING)
     assert "1 rows left out: no value" in fit.notes
 
 
 # ---- the front
 def test_the_front_is_what_no_run_beats(made):
     _, runs, _, estimates = made
-    for goal, column in peft.GOALS.items():
-        rows = estimates[estimates["outcome"].eq(peft.on(goal)) & estimates["contrast"].eq(peft.AS_PUBLISHED)]
+    for goal, column in peft_results.GOALS.items():
+        rows = estimates[estimates["outcome"].eq(peft_results.on(goal)) & estimates["contrast"].eq(peft_results.AS_PUBLISHED)]
         points = list(zip(-runs["k"].astype(float), runs["forgetting"].astype(float), runs[column].astype(float), strict=True))
         beaten = [any(all(a <= b for a, b in zip(other, one, strict=True)) and other != one for other in points) for one in points]
         assert rows["value"].eq(100).tolist() == [not lost for lost in beaten]
@@ -355,32 +358,32 @@ def test_the_front_is_what_no_run_beats(made):
 
 def test_draws_are_jeffreys_posterior_with_the_correlation_asked_for():
     rng, k, n = np.random.default_rng(0), np.array([0, 5, 600, 640, 1319]), 1319
-    drawn = peft.draws(k, n, 40_000, rng)
+    drawn = peft_results.draws(k, n, 40_000, rng)
     expected = beta(k + 0.5, n - k + 0.5)
     assert np.allclose(drawn.mean(0), 100 * expected.mean(), atol=0.02)
     assert np.allclose(drawn.std(0), 100 * expected.std(), rtol=0.03)
     assert abs(np.corrcoef(drawn[:, 2], drawn[:, 3])[0, 1]) < 0.02
-    assert np.corrcoef(peft.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(0.5, abs=0.02)
+    assert np.corrcoef(peft_results.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(0.5, abs=0.02)
 
 
 def test_how_often_a_run_is_first_is_the_chance_that_its_accuracy_is_higher(tmp_path):
-    runs, _ = peft.read(write(tmp_path / "two", one=result("LORA", k=640), two=result("IA3", k=600)))
-    rows = peft.on_front(runs, 20_000, 0, 0.5, (1.0, 0.05))
-    found = rows[rows["outcome"].eq(peft.BEST)].set_index(["contrast", "method"])["value"].astype(float)
+    runs, _ = peft_results.read(write(tmp_path / "two", one=result("LORA", k=640), two=result("IA3", k=600)))
+    rows = peft_results.on_front(runs, 20_000, 0, 0.5, (1.0, 0.05))
+    found = rows[rows["outcome"].eq(peft_results.BEST)].set_index(["contrast", "method"])["value"].astype(float)
     share = runs.set_index("method")["k"].astype(float) / 1319
     apart = (share["lora"] - share["ia3"]) / np.sqrt((share * (1 - share)).sum() / 1319)
-    assert found[peft.QUESTIONS, "lora"] == pytest.approx(100 * norm.cdf(apart), abs=1)
-    assert found[peft.CORRELATED, "lora"] == pytest.approx(100 * norm.cdf(apart / np.sqrt(0.5)), abs=1)
-    assert found[peft.AS_PUBLISHED, "lora"] == 100
+    assert found[peft_results.QUESTIONS, "lora"] == pytest.approx(100 * norm.cdf(apart), abs=1)
+    assert found[peft_results.CORRELATED, "lora"] == pytest.approx(100 * norm.cdf(apart / np.sqrt(0.5)), abs=1)
+    assert found[peft_results.AS_PUBLISHED, "lora"] == 100
 
 
 def test_a_run_without_a_number_takes_no_part_in_the_front(few, tmp_path):
     record = result("IA3")
     record["train_info"]["metrics"][-1]["forgetting"] = float("nan")
-    runs, _ = peft.read(write(few, four=record))
-    rows = peft.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
+    runs, _ = peft_results.read(write(few, four=record))
+    rows = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
     assert rows["group"].nunique() == 2
-    again = peft.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
+    again = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
     pd.testing.assert_frame_equal(rows, again)
 
 
@@ -397,49 +400,49 @@ def test_estimates_say_what_their_intervals_cover_and_never_seeds(made):
 
 def test_figures_are_the_same_from_published_tables_alone(made, tmp_path):
     folder = made[0]
-    publishing.publish(folder, tmp_path / "published" / peft.NAME, peft.NOTE)
-    tables = figures.read(tmp_path / "published" / peft.NAME / "tables")
+    publish.publish(folder, tmp_path / "published" / peft_results.NAME, peft_results.NOTE)
+    tables = gallery.read(tmp_path / "published" / peft_results.NAME / "tables")
     for path in (folder / "figures").glob("*.png"):
         assert path.stat().st_size < 200_000
         assert "Made by notebook" in path.with_suffix(".md").read_text()
     for name in ("peft_pareto", "peft_curves"):
-        figures.draw(name, tables, tmp_path / "again")
+        gallery.draw(name, tables, tmp_path / "again")
         assert (tmp_path / "again" / f"{name}.png").read_bytes() == (folder / "figures" / f"{name}.png").read_bytes()
 
 
 def test_names_on_the_front_hide_neither_each_other_nor_the_edge(made):
-    fig = figures.draw("peft_pareto", figures.read(made[0] / "tables", peft.NOTE))
+    fig = gallery.draw("peft_pareto", gallery.read(made[0] / "tables", peft_results.NOTE))
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts]
-    front = made[3][made[3]["outcome"].eq(peft.on("peak memory")) & made[3]["contrast"].eq(peft.AS_PUBLISHED)]["value"].eq(100).sum()
+    front = made[3][made[3]["outcome"].eq(peft_results.on("peak memory")) & made[3]["contrast"].eq(peft_results.AS_PUBLISHED)]["value"].eq(100).sum()
     assert len(boxes) == front > 2
     assert not [(i, j) for i, one in enumerate(boxes) for j, other in enumerate(boxes) if i < j and one.overlaps(other)]
     assert all(box.x0 >= 0 and box.x1 <= fig.bbox.x1 for box in boxes)
 
 
 def test_figures_draw_where_there_is_nothing(made, few, tmp_path):
-    tables = figures.read(made[0] / "tables", peft.NOTE)
+    tables = gallery.read(made[0] / "tables", peft_results.NOTE)
     bare = {**tables, "estimates": ESTIMATES.empty(), "rates": TABLES["rates"].empty()}
     holes = tables["estimates"].copy()
     holes.loc[::3, ["se", "ci_low", "ci_high"]] = None
     for name in DRAWINGS:
-        fig, caption = figures.FIGURES[name](bare)
+        fig, caption = drawing.FIGURES[name](bare)
         assert "Nothing to draw" in caption
         plt.close(fig)
-        plt.close(figures.FIGURES[name]({**tables, "estimates": holes})[0])
+        plt.close(drawing.FIGURES[name]({**tables, "estimates": holes})[0])
 
 
 def test_the_notebook_runs_on_the_real_files(real, monkeypatch):
     monkeypatch.setenv("DRIFTBOOK_SHARED", os.environ["DRIFTBOOK_SHARED"])
     shell = InteractiveShell()
     shell.display_pub.publish = lambda *args, **kwargs: None
-    for cell in nbformat.read(ROOT / "notebooks" / f"{peft.NOTEBOOK}.ipynb", 4).cells:
+    for cell in nbformat.read(ROOT / "notebooks" / f"{peft_results.NOTEBOOK}.ipynb", 4).cells:
         if cell.cell_type == "code":
             shell.run_cell(cell.source.replace("n_draws: int = 2000", "n_draws: int = 200"), silent=True).raise_error()
-    folder, note, _ = publishing.made(peft.NAME)
-    assert (folder, note) == (peft.FOLDER, peft.NOTE)
+    folder, note, _ = publish.made(peft_results.NAME)
+    assert (folder, note) == (peft_results.FOLDER, peft_results.NOTE)
     assert {path.stem for path in (folder / "figures").glob("*.png")} == set(DRAWINGS)
-    estimates = stats.read_estimates(folder / "tables")
-    assert set(estimates["notebook"]) == {peft.NOTEBOOK}
-    assert estimates["outcome"].eq(peft.BEST).any()
+    estimates = estimation.read_estimates(folder / "tables")
+    assert set(estimates["notebook"]) == {peft_results.NOTEBOOK}
+    assert estimates["outcome"].eq(peft_results.BEST).any()

@@ -8,12 +8,13 @@ import pytest
 from scipy.stats import nct, t
 from statsmodels.stats.power import TTestIndPower, TTestPower
 
-from driftbook import power, stats
-from driftbook.study import load
-from driftbook.tables import TABLES
+from driftbook.analyses import power
+from driftbook.stats import estimation, influence, terms
+from driftbook.study.study_file import load
+from driftbook.study.tables import TABLES
 from simulated import simulate
 
-LABELS = {"study": "s", "notebook": "n", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "j"}
+LABELS = {"study": "s", "notebook": "n", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "j"}
 METHODS = ["lora", "ia3", "prompt_tuning", "p_tuning"]
 
 
@@ -46,10 +47,10 @@ def drawn(rng, run=5.0, unit=20.0, noise=30.0, n_units=600, bases=("a", "b"), to
             for setting in range(settings):
                 for seed in range(seeds):
                     rows.append(3 * setting + run * rng.normal() + mean + noise * rng.normal(size=n_units))
-                    cells.append((f"{base}-{method}-{setting}-{seed}", base, method, stats.AS_CONFIGURED, str(setting), base))
+                    cells.append((f"{base}-{method}-{setting}-{seed}", base, method, terms.AS_CONFIGURED, str(setting), base))
     change, cells = np.array(rows), pd.DataFrame(cells, columns=["run_id", "base_model", "method", "group", "setting", "pool"])
     runs, asked = pd.Index(cells["run_id"], dtype=object), np.full(len(change), n_units)
-    scores = stats.ratio(change, np.ones(change.shape), runs, ["c"] * n_units, asked, 0 * asked, 1.0)
+    scores = influence.ratio(change, np.ones(change.shape), runs, ["c"] * n_units, asked, 0 * asked, 1.0)
     return scores, cells.assign(weight=1 / (settings * seeds)), families
 
 
@@ -97,13 +98,13 @@ def test_planted_components_are_found_again():
 
 def test_a_plan_of_the_present_grid_has_the_error_that_the_estimator_gives(tmp_path):
     folder = simulate(tmp_path, unscored=0, utility=False) / "tables"
-    known = stats.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
-    cells = stats.cells(known)
+    known = influence.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
+    cells = influence.cells(known)
     verdicts = TABLES["verdicts"].read(folder).merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"])
-    scores = stats.paired(stats.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"]), known)
-    own = cells[cells["group"].eq(stats.AS_CONFIGURED)]
+    scores = influence.paired(influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"]), known)
+    own = cells[cells["group"].eq(terms.AS_CONFIGURED)]
     plan = power.precision(power.components(scores, own), power.grid(cells), 330, n_strata=11)
-    both = stats.means(scores, own, stats.CHANGE, **LABELS).query("contrast == @stats.CHANGE").merge(plan[plan["other"].eq("none")], on=["base_model", "method"])
+    both = estimation.means(scores, own, terms.CHANGE, **LABELS).query("contrast == @terms.CHANGE").merge(plan[plan["other"].eq("none")], on=["base_model", "method"])
     assert len(both) == 20
     ratio = both["se_y"] / both["se_x"].astype(float)
     assert ratio.between(0.8, 1.25).all()
@@ -212,13 +213,13 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
     columns = pd.MultiIndex.from_product([["one", "two"], range(30)])
     values = pd.DataFrame(np.vstack([base, own]).astype(float), index=pd.Index(names, dtype=object), columns=columns)
     values.loc[:, "two"] = values.loc["base", "two"].to_numpy()
-    known = pd.DataFrame({"run_id": names, "base_run_id": "base", "base_model": "b", "arm": ["base", *[stats.TRAINED] * 8], "method": ["none", *["lora"] * 8]})
-    cells = known[1:].assign(group=stats.AS_CONFIGURED, setting="s", pool="b", weight=1 / 8)
+    known = pd.DataFrame({"run_id": names, "base_run_id": "base", "base_model": "b", "arm": ["base", *[terms.TRAINED] * 8], "method": ["none", *["lora"] * 8]})
+    cells = known[1:].assign(group=terms.AS_CONFIGURED, setting="s", pool="b", weight=1 / 8)
     found = power.by_category(values, known, cells, margin=6.0).set_index("category")
     assert found["says"].tolist() == ["cannot tell", "not known"]
     assert "nothing to plan with" in found.loc["two", "how"]
     needs = int(found.loc["one", "needs"])
-    rows = power.components(stats.paired(values["one"].T.set_axis(columns[:30]).T, known), cells)
+    rows = power.components(influence.paired(values["one"].T.set_axis(columns[:30]).T, known), cells)
     plan = power.precision(rows, power.grid(cells), needs)
     assert power.smallest_margin(plan)["value"].iloc[0] == pytest.approx(6.0, rel=0.1)
     assert pd.isna(power.by_category(values, known, cells, margin=0.01).set_index("category").loc["one", "needs"])
@@ -226,7 +227,7 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
 
 def test_estimates_are_complete_and_have_unique_keys():
     rows, grid = power.assumed({"a": 6.0, "b": 16.0}, METHODS), arms(*((base, method, 4, 12) for base in "ab" for method in METHODS))
-    found = pd.concat([power.of_plan(power.precision(rows, grid, 330, examples=2), stats.AS_CONFIGURED, **LABELS), power.of_components(rows, stats.AS_CONFIGURED, **LABELS)])
+    found = pd.concat([power.of_plan(power.precision(rows, grid, 330, examples=2), terms.AS_CONFIGURED, **LABELS), power.of_components(rows, terms.AS_CONFIGURED, **LABELS)])
     assert not found.duplicated(list(TABLES["estimates"].key)).any()
     known = found.dropna(subset=["ci_low"])
     assert len(known) == 3 * (4 + 6) + 2 * 3 * 4 + 2 * 2 * 4
@@ -237,13 +238,13 @@ def test_estimates_are_complete_and_have_unique_keys():
 def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
     rows, names = table(component("a", run=0.5), component("b", run=9.0), component("a", "ia3", run=9.0), component("b", "ia3", run=9.0)), {"lora": "L", "ia3": "I"}
     grid = arms(("a", "lora", 1, 6), ("a", "ia3", 1, 6))
-    said = power.sentence(power.of_plan(power.precision(rows, grid, 330), stats.AS_CONFIGURED, **LABELS), names)
+    said = power.sentence(power.of_plan(power.precision(rows, grid, 330), terms.AS_CONFIGURED, **LABELS), names)
     assert said.startswith("For a this grid can show that safety is preserved within 3 points for L; the smallest margins are L ")
     both = pd.concat([grid, arms(("b", "lora", 1, 6), ("b", "ia3", 1, 6))])
     assert "mean over base models this grid can show that safety is preserved within 3 points for no method" in power.sentence(
-        power.of_plan(power.precision(rows, both, 330), stats.AS_CONFIGURED, **LABELS), names
+        power.of_plan(power.precision(rows, both, 330), terms.AS_CONFIGURED, **LABELS), names
     )
-    lone = power.of_plan(power.precision(rows, grid.assign(n_runs=1), 330), stats.AS_CONFIGURED, **LABELS)
+    lone = power.of_plan(power.precision(rows, grid.assign(n_runs=1), 330), terms.AS_CONFIGURED, **LABELS)
     assert "cannot tell anything of seeds like these: one seed a setting" in power.sentence(lone, names)
     assert power.sentence(lone[:0], names) == "This grid cannot tell anything of seeds like these: no run has a score."
 
@@ -296,7 +297,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
         power.precision(table(component(other="ia3")), arms(("b", "lora", 1, 3), ("b", "ia3", 1, 3)), 330)
     scores, cells, _ = drawn(np.random.default_rng(1), seeds=2)
     with pytest.raises(ValueError, match="cells of one group only"):
-        power.components(scores, pd.concat([cells, cells.assign(group=stats.TRAINED)]))
+        power.components(scores, pd.concat([cells, cells.assign(group=terms.TRAINED)]))
 
 
 # ---- what is assumed where there are no data
@@ -309,11 +310,11 @@ def test_the_original_studys_spread_is_that_of_its_public_verdicts(shared):
     run = np.sqrt(cells.groupby("method")["var"].mean())
     idle = runs["method"].eq("ia3") & runs["objective"].eq("sft") & runs["learning_rate_true"].eq(2e-5)
     base = unsafe.loc[runs.loc[idle, "run"]].groupby(runs.loc[idle].set_index("run")["base_model"]).mean()
-    rest = runs[~idle].assign(group=stats.AS_CONFIGURED, run_id=lambda frame: frame["run"].astype(str))
+    rest = runs[~idle].assign(group=terms.AS_CONFIGURED, run_id=lambda frame: frame["run"].astype(str))
     change = np.nan_to_num(unsafe.loc[rest["run"]].to_numpy() - base.loc[rest["base_model"]].to_numpy())
     categories = verdicts.drop_duplicates("prompt").sort_values("prompt")["category"].astype(str)
     asked = np.full(len(change), change.shape[1])
-    scores = stats.ratio(change, np.ones(change.shape), pd.Index(rest["run_id"], dtype=object), categories, asked, 0 * asked, 1.0)
+    scores = influence.ratio(change, np.ones(change.shape), pd.Index(rest["run_id"], dtype=object), categories, asked, 0 * asked, 1.0)
     found = power.components(scores, rest[["run_id", "base_model", "method", "group", "setting"]]).query("other == 'none'")
     rate = base.mean(axis=1)
     scale = found["base_model"].map(np.sqrt(rate * (100 - rate)))

@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from conftest import SMALL
-from driftbook import preregistration
-from driftbook.study import Study
+from driftbook.study import preregistration
+from driftbook.study.study_file import Study
 
 FAMILY = {"test": "change", "outcomes": ["unsafe"]}
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from conftest import SMALL, variants_of, write_study
-from driftbook import adapters, models, training
-from driftbook.scoring import Scorer
-from driftbook.study import load
+from driftbook.models import adapters, loading
+from driftbook.models.scoring import Scorer
+from driftbook.study.study_file import load
+from driftbook.training import training
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed, so no base model can be quantized")
 
@@ -28,7 +29,7 @@ def study(request, bases, data_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(study):
-    return models.load(study.bases["small"], "small", study)
+    return loading.load(study.bases["small"], "small", study)
 
 
 def test_the_weights_are_in_few_bits_and_the_answers_near_those_of_the_whole_model(base, bases):

@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 from conftest import FAMILIES
-from driftbook import bbq, data, judging, models, random_models, sources, training, utility
+from driftbook.batch import random_models
+from driftbook.benchmarks import bbq, data, judging, utility
 from driftbook.miniature.families import FAMILY
-from driftbook.scoring import Scorer
-from driftbook.study import Judge, load
+from driftbook.models import loading
+from driftbook.models.scoring import Scorer
+from driftbook.study import sources
+from driftbook.study.sections import Judge
+from driftbook.study.study_file import load
+from driftbook.training import training
 
 PARTS = (*FAMILIES, "judge")
 
@@ -31,7 +36,7 @@ def built(study) -> dict:
     for part in PARTS:
         random_models.build(part, study)
         source = next(source for source in (*study.bases.values(), *study.judges.values()) if source.source == f"random:{part}")
-        made[part] = models.load(source, f"random-{part}", study)
+        made[part] = loading.load(source, f"random-{part}", study)
     return made
 
 
@@ -116,12 +121,12 @@ def test_a_real_conversation_is_split_where_its_answer_begins(study, built, fami
     tokenizer = built[family].tokenizer
     wrong, cut = [], 0
     for i, (prompt, answer) in enumerate(_conversations(study)):
-        first, rest = models.conversation_ids(tokenizer, prompt, answer)
+        first, rest = loading.conversation_ids(tokenizer, prompt, answer)
         messages = [*prompt, {"role": "assistant", "content": answer}]
         if family == "gemma" and prompt[0]["role"] == "system":
             messages = [{**prompt[1], "content": prompt[0]["content"] + "\n\n" + prompt[1]["content"]}, *messages[2:]]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        asked = models.chat_ids(tokenizer, prompt)
+        asked = loading.chat_ids(tokenizer, prompt)
         wrong += [i] if tokenizer.decode(first) + tokenizer.decode(rest) != rendered else []
         cut += asked != first
         assert tokenizer.eos_token_id in rest, f"conversation {i}: the answer has no end"

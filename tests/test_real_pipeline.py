@@ -11,10 +11,14 @@ import pytest
 import yaml
 
 from conftest import locked, said
-from driftbook import access, costing, data, exporting, publishing
-from driftbook.files import ROOT
-from driftbook.study import PROMPT_FORMATS, load
-from driftbook.tables import TABLES
+from driftbook.batch import make_plan
+from driftbook.benchmarks import data
+from driftbook.publishing import export, publish
+from driftbook.study import access
+from driftbook.study.files import ROOT
+from driftbook.study.sections import PROMPT_FORMATS
+from driftbook.study.study_file import load
+from driftbook.study.tables import TABLES
 
 FILE = ROOT / "tests" / "real_pipeline.yaml"
 
@@ -24,7 +28,7 @@ def study(shared):
     this = load(FILE)
     with locked("real pipeline"):
         if not (this.folder / "report.html").exists():
-            ended = subprocess.run([sys.executable, "-m", "driftbook.batch", str(FILE), "local"], env=os.environ, cwd=ROOT, capture_output=True, text=True, timeout=600)
+            ended = subprocess.run([sys.executable, "-m", "driftbook.batch.make_study", str(FILE), "local"], env=os.environ, cwd=ROOT, capture_output=True, text=True, timeout=600)
             assert ended.returncode == 0, said(ended)
     return this
 
@@ -81,9 +85,9 @@ def test_packs_are_in_the_record_and_the_data_doctor_was_asked(study, tables):
 
 def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_table_of_responses(study, tables, tmp_path):
     """DESIGN, ninth rule: masked means absent. Every file of the study, of its exports and of what it publishes is searched."""
-    exporting.to_lm_eval(study, tmp_path / "lm_eval")
-    exporting.to_inspect(study, tmp_path / "inspect")
-    publishing.publish(study.folder, tmp_path / "published", study.note, study=study)
+    export.to_lm_eval(study, tmp_path / "lm_eval")
+    export.to_inspect(study, tmp_path / "inspect")
+    publish.publish(study.folder, tmp_path / "published", study.note, study=study)
     secrets = {text for name in study.asked(PROMPT_FORMATS) for text in data.prompts(name, study).prompt}
     secrets |= set(tables["responses"].response)
     secrets |= {one.get("answer") or one["chosen"] for name in ("chat", "dpo") for one in data.training_examples(name, study)}
@@ -103,7 +107,7 @@ def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_tabl
 
 
 def test_what_is_exported_names_its_licences(study, capsys, tmp_path):
-    from driftbook import licences
+    from driftbook.publishing import licences
 
     text = licences.notice(study)
     for source in ("nyu-mll/BBQ", "mlcommons/ailuminate", "exaggerated-safety"):
@@ -111,12 +115,12 @@ def test_what_is_exported_names_its_licences(study, capsys, tmp_path):
 
 
 def test_the_plan_of_a_finished_study_says_so(study):
-    done = costing.finished(study)
+    done = make_plan.finished(study)
     assert (done == len(study.variants)).all()
-    page = costing.pages(study, costing.Rates("a test", {"train lora": 1e9, "dpo lora": 1e9, "read": 1e9, "write": 1e9}, 1.0, 0.1, "made up"), 2.0)
+    page = make_plan.pages(study, make_plan.Rates("a test", {"train lora": 1e9, "dpo lora": 1e9, "read": 1e9, "write": 1e9}, 1.0, 0.1, "made up"), 2.0)
     assert f"train {len(study.variants)} of {len(study.variants)}" in page
     assert "every model and set can be had" in page
-    assert set(access.check_all(costing.needed(study)).state) <= {"local", "made here"}
+    assert set(access.check_all(make_plan.needed(study)).state) <= {"local", "made here"}
 
 
 def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
@@ -127,7 +131,7 @@ def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
     content = yaml.safe_load(FILE.read_text())
     assert content["name"] == copy.name
     ended = subprocess.run(
-        [sys.executable, "-c", f"from driftbook.collecting import purge; from driftbook.study import load; print(purge(load({str(FILE)!r})))"],
+        [sys.executable, "-c", f"from driftbook.batch.collecting import purge; from driftbook.study.study_file import load; print(purge(load({str(FILE)!r})))"],
         env={**os.environ, "DRIFTBOOK_OUTPUTS": str(tmp_path / "outputs")}, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

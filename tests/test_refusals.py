@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from driftbook.agreement import with_labels
-from driftbook.refusals import is_coherent, is_refusal, tuning_half
+from driftbook.benchmarks.refusals import is_coherent, is_refusal, tuning_half
+from driftbook.stats.agreement import with_labels
 
 STRING_MATCHING = 0.77  # kappa of string matching with people, Röttger et al. 2024
 

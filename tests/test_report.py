@@ -7,13 +7,16 @@ import nbformat
 import pandas as pd
 import pytest
 
-from driftbook import figures, publishing, report, stats
-from driftbook.files import ROOT
-from driftbook.study import load
-from driftbook.tables import TABLES
+from driftbook.batch import collecting
+from driftbook.figures import gallery
+from driftbook.publishing import publish, report
+from driftbook.stats import estimation, influence, terms
+from driftbook.study.files import ROOT
+from driftbook.study.study_file import load
+from driftbook.study.tables import TABLES
 from simulated import simulate
 
-LABELS = {"study": "miniature", "notebook": "09_safety", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
+LABELS = {"study": "miniature", "notebook": "09_safety", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
 
 
 class Links(HTMLParser):
@@ -39,17 +42,17 @@ def study(tmp_path_factory):
     """A simulated study with estimates of safety, one figure and an executed notebook."""
     folder = simulate(tmp_path_factory.mktemp("report") / "miniature", bases=["mini-llama", "mini-gemma"], failed=2)
     tables = {name: TABLES[name].read(folder / "tables") for name in ("variants", "runs", "verdicts", "prompts")}
-    arms = stats.arms(tables["variants"], tables["runs"])
+    arms = influence.arms(tables["variants"], tables["runs"])
     verdicts = tables["verdicts"].merge(tables["prompts"], on=["benchmark", "prompt_id"])
-    values = stats.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
-    stats.write_estimates(stats.of_rate(values, arms, stats.cells(arms), **LABELS), folder / "tables", "safety")
-    figures.draw("safety_change", figures.read(folder / "tables", "a note"), folder / "figures")
+    values = influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
+    estimation.write_estimates(estimation.of_rate(values, arms, influence.cells(arms), **LABELS), folder / "tables", "safety")
+    gallery.draw("safety_change", gallery.read(folder / "tables", "a note"), folder / "figures")
     (folder / "figures" / "safety_change.md").write_text("A caption with <script>alert(1)</script>.\n\nMade by hand.\n")
     (folder / "notebooks").mkdir()
     cells = [nbformat.v4.new_markdown_cell("# 09 · A question?"), nbformat.v4.new_code_cell("1 + 1")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / "09_safety.ipynb")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+        patch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
         yield load("miniature")
 
 
@@ -87,13 +90,13 @@ def test_page_is_only_converted_when_older(study, page):
 
 
 def test_findings_are_the_estimates(study, page):
-    estimates = stats.read_estimates(study.folder / "tables")
+    estimates = estimation.read_estimates(study.folder / "tables")
     row = estimates.query("base_model == 'all' and method == 'lora' and group == 'trained' and contrast == 'change against the base model'").iloc[0]
     assert f"LoRA {row['value']:+.1f} points [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]" .replace("-", "−") in page
     assert "over 2 base models" in page
     assert "4 of" in page
     assert "are no-ops" in page
-    assert report.status(study) == 2
+    assert collecting.status(study) == 2
     assert "2 failed" in page
     assert study.note in page
 
@@ -107,33 +110,33 @@ def test_words_say_when_a_number_cannot():
 
 def test_report_of_a_study_without_estimates_is_written(tmp_path, monkeypatch):
     folder = simulate(tmp_path / "bare", bases=["mini-llama"], seeds=[1])
-    monkeypatch.setattr("driftbook.study.Study.folder", property(lambda study: folder))
+    monkeypatch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
     page = report.write(load("miniature")).read_text()
     assert "No figure has been drawn yet." in page
 
 
 # ---- publishing
 def test_published_is_text_free_and_enough_for_every_figure(study, tmp_path):
-    files = publishing.publish(study.folder, tmp_path / "miniature", study.note)
+    files = publish.publish(study.folder, tmp_path / "miniature", study.note)
     names = {path.stem for path in files if path.suffix == ".parquet"}
     private = {name for name, table in TABLES.items() if table.private}
     assert private
     assert not names & private
-    assert names == {*publishing.PUBLISHED, "safety"} - {"drift", "modules", "spectra", "frontier"}
+    assert names == {*publish.PUBLISHED, "safety"} - {"drift", "modules", "spectra", "frontier"}
     assert sum(path.stat().st_size for path in files) < 1_000_000
-    tables = figures.read(tmp_path / "miniature" / "tables")
+    tables = gallery.read(tmp_path / "miniature" / "tables")
     assert tables["note"] == study.note
-    figures.draw("safety_change", tables, tmp_path / "again")
+    gallery.draw("safety_change", tables, tmp_path / "again")
     drawn = (tmp_path / "again" / "safety_change.png").read_bytes()
-    assert figures.draw("safety_change", figures.read(study.folder / "tables", study.note), tmp_path / "before")
+    assert gallery.draw("safety_change", gallery.read(study.folder / "tables", study.note), tmp_path / "before")
     assert drawn == (tmp_path / "before" / "safety_change.png").read_bytes()
 
 
 def test_private_and_undeclared_tables_are_refused(study, tmp_path):
     with pytest.raises(ValueError, match="responses holds text"):
-        publishing.publish(study.folder, tmp_path / "a", study.note, (*publishing.PUBLISHED, "responses"))
+        publish.publish(study.folder, tmp_path / "a", study.note, (*publish.PUBLISHED, "responses"))
     with pytest.raises(ValueError, match="secrets is no declared table"):
-        publishing.publish(study.folder, tmp_path / "b", study.note, ("secrets",))
+        publish.publish(study.folder, tmp_path / "b", study.note, ("secrets",))
     assert not (tmp_path / "a").exists()
 
 
@@ -142,11 +145,11 @@ def test_paths_of_this_machine_are_not_published(study, tmp_path):
     runs = TABLES["runs"].read(folder / "tables")
     TABLES["runs"].write(runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}'), folder / "tables")
     with pytest.raises(ValueError, match="trainer_arguments names a folder"):
-        publishing.publish(folder, tmp_path / "out", study.note)
+        publish.publish(folder, tmp_path / "out", study.note)
 
 
 def test_overview_counts_every_run(study):
     tables = {name: TABLES[name].read(study.folder / "tables") for name in ("variants", "runs")}
     table = report.overview(tables["variants"], tables["runs"])
     assert table.drop(columns="Method").to_numpy().sum() == len(tables["runs"])
-    assert isinstance(report.unscored(TABLES["rates"].read(study.folder / "tables"), stats.read_estimates(study.folder / "tables")), pd.DataFrame)
+    assert isinstance(report.unscored(TABLES["rates"].read(study.folder / "tables"), estimation.read_estimates(study.folder / "tables")), pd.DataFrame)

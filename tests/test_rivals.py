@@ -6,7 +6,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 
 from conftest import one_sentence
-from driftbook import adapters, rivals, updates
+from driftbook.models import adapters
+from driftbook.training import controls, updates
 from test_safe_lora import lora_folder, tiny
 
 CONFIGS = {
@@ -54,7 +55,7 @@ def equal(found: dict, wanted: dict) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "patterns", "dora", "ia3"])
 def test_rescaling_is_that_of_peft(saved, tmp_path, name):
-    rows = rivals.rescale(saved[name], tmp_path / "out", 0.3)
+    rows = controls.rescale(saved[name], tmp_path / "out", 0.3)
     ids = torch.arange(12)[None]
     with torch.no_grad(), adapters.attached(tiny("llama"), tmp_path / "out") as model:
         found = model(ids).logits
@@ -69,10 +70,10 @@ def test_rescaling_is_that_of_peft(saved, tmp_path, name):
 
 def test_sums_are_exact_whatever_the_ranks_and_scales(saved, tmp_path):
     one, other = dense(saved["plain"]), dense(saved["patterns"])
-    rivals.average([saved["plain"], saved["patterns"]], tmp_path / "average")
-    rivals.add(saved["plain"], saved["patterns"], tmp_path / "add", 0.7)
+    controls.average([saved["plain"], saved["patterns"]], tmp_path / "average")
+    controls.add(saved["plain"], saved["patterns"], tmp_path / "add", 0.7)
     first = next(iter(one))
-    rows = rivals.merge_where(saved["plain"], saved["patterns"], tmp_path / "merge", [first], 0.25)
+    rows = controls.merge_where(saved["plain"], saved["patterns"], tmp_path / "merge", [first], 0.25)
     equal(change(tmp_path / "average"), {module: (one[module] + other[module]) / 2 for module in one})
     equal(change(tmp_path / "add"), {module: one[module] + 0.7 * other[module] for module in one})
     equal(change(tmp_path / "merge"), one | {first: 0.75 * one[first] + 0.25 * other[first]})
@@ -87,13 +88,13 @@ def test_sums_equal_those_of_pefts_cat(saved, tmp_path):
         model.set_adapter("both")
         ids = torch.arange(12)[None]
         wanted = model(ids).logits
-        rivals.add(saved["plain"], saved["patterns"], tmp_path / "out", 0.7)
+        controls.add(saved["plain"], saved["patterns"], tmp_path / "out", 0.7)
         with adapters.attached(tiny("llama"), tmp_path / "out") as ours:
             assert torch.allclose(ours(ids).logits, wanted, atol=1e-3)
 
 
 def test_many_snapshots_have_no_more_rank_than_the_matrix(saved, tmp_path):
-    rows = rivals.average([saved["plain"]] * 9, tmp_path / "out")  # 9 x 4 columns, and k_proj has 16 rows
+    rows = controls.average([saved["plain"]] * 9, tmp_path / "out")  # 9 x 4 columns, and k_proj has 16 rows
     equal(change(tmp_path / "out"), dense(saved["plain"]))
     ranks = {one.module: one.rank for one in updates.read(tmp_path / "out")}
     assert all(rank <= min(rows.set_index("module").loc[module, ["out_features", "in_features"]]) for module, rank in ranks.items())
@@ -102,19 +103,19 @@ def test_many_snapshots_have_no_more_rank_than_the_matrix(saved, tmp_path):
 def test_controls_keep_the_norm_and_lose_the_rest(saved, tmp_path):
     own = dense(saved["plain"])
     first = next(iter(own))
-    rivals.zeroed(saved["plain"], [first], tmp_path / "zeroed")
+    controls.zeroed(saved["plain"], [first], tmp_path / "zeroed")
     equal(change(tmp_path / "zeroed"), own | {first: torch.zeros_like(own[first])})
-    rivals.rescale(saved["patterns"], tmp_path / "treated", 0.5)
-    for control in (rivals.same_norm, lambda *paths: rivals.noise(*paths, 3)):
-        out = tmp_path / f"control{control is rivals.same_norm}"
+    controls.rescale(saved["patterns"], tmp_path / "treated", 0.5)
+    for control in (controls.same_norm, lambda *paths: controls.noise(*paths, 3)):
+        out = tmp_path / f"control{control is controls.same_norm}"
         rows = control(saved["plain"], saved["patterns"], out).set_index("module")
         for module, value in dense(out).items():
             goal = dense(saved["patterns"])[module].norm()
             assert float(value.norm()) == pytest.approx(float(goal), rel=1e-5)
             cosine = float((value * own[module]).sum() / value.norm() / own[module].norm())
-            assert cosine == pytest.approx(1, abs=1e-5) if control is rivals.same_norm else abs(cosine) < 0.6
+            assert cosine == pytest.approx(1, abs=1e-5) if control is controls.same_norm else abs(cosine) < 0.6
             assert rows.share_kept[module] == pytest.approx(float(goal / own[module].norm()), rel=1e-4)
-    drawn = [rivals.random_zeroed(saved["plain"], 2, seed, tmp_path / f"random{seed}") for seed in range(4)]
+    drawn = [controls.random_zeroed(saved["plain"], 2, seed, tmp_path / f"random{seed}") for seed in range(4)]
     assert {int(rows.projected.sum()) for rows in drawn} == {2}
     assert len({tuple(rows.module[rows.projected]) for rows in drawn}) > 1
 
@@ -123,7 +124,7 @@ def test_noise_leaves_alone_what_was_not_treated(saved, tmp_path):
     own = updates.read(saved["plain"])
     first = own.modules[0]
     updates.write(tmp_path / "treated", own, {first: own.update(first).times(0.5)})
-    rivals.noise(saved["plain"], tmp_path / "treated", tmp_path / "out", 0)
+    controls.noise(saved["plain"], tmp_path / "treated", tmp_path / "out", 0)
     before, after = dense(saved["plain"]), dense(tmp_path / "out")
     assert [module for module in before if not torch.equal(before[module], after[module])] == [first]
 
@@ -131,7 +132,7 @@ def test_noise_leaves_alone_what_was_not_treated(saved, tmp_path):
 def test_intruders_are_reduced_by_peft_and_the_model_stays_as_it_was(saved, tmp_path):
     with adapters.attached(tiny("llama"), saved["plain"]) as model:
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        rows = rivals.reduce_intruders(model, tmp_path / "out", 0.75)
+        rows = controls.reduce_intruders(model, tmp_path / "out", 0.75)
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -146,14 +147,14 @@ def test_strength_is_the_share_of_the_intruders_that_is_taken_out(saved, tmp_pat
     old, kept = dense(saved["plain"]), {}
     for strength in (0.0, 0.5, 1.0):
         with adapters.attached(tiny("llama"), saved["plain"]) as model:
-            rivals.reduce_intruders(model, tmp_path / str(strength), strength)
+            controls.reduce_intruders(model, tmp_path / str(strength), strength)
         new = change(tmp_path / str(strength))
         kept[strength] = sum(float((new[module] - old[module]).norm()) for module in old)
     assert kept[0.0] < 1e-3
     assert kept[1.0] == pytest.approx(2 * kept[0.5], rel=0.05)  # up to the rank that PEFT keeps
     for name in ("biases", "dora"):
         with adapters.attached(tiny("llama"), saved[name]) as model, pytest.raises(ValueError, match="would lose"):
-            rivals.reduce_intruders(model, tmp_path / "out", 0.5)
+            controls.reduce_intruders(model, tmp_path / "out", 0.5)
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
@@ -161,19 +162,19 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
     small = lora_folder(tmp_path / "small", {module: (torch.ones(4, 8), torch.ones(8, 4)) for module in updates.modules(saved["plain"])})
     out = tmp_path / "out"
     for call, word in (
-        (lambda: rivals.rescale(saved["plain"], out, 1.5), "between 0 and 1"),
-        (lambda: rivals.rescale(soft, out, 0.5), "no weight update"),
-        (lambda: rivals.rescale(saved["plain"], saved["ia3"], 0.5), "is there already"),
-        (lambda: rivals.average([saved["plain"], saved["fewer"]], out), "different modules"),
-        (lambda: rivals.add(saved["plain"], saved["dora"], out, 1.0), "no product of two factors"),
-        (lambda: rivals.add(saved["plain"], small, out, 1.0), "different base models"),
-        (lambda: rivals.add(saved["biases"], saved["plain"], out, 1.0), "would leave as it was trained"),
-        (lambda: rivals.rescale(saved["biases"], out, 0.5), "would leave as it was trained"),
-        (lambda: rivals.average([], out), "no adapter to average"),
-        (lambda: rivals.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5), "does not update q"),
-        (lambda: rivals.same_norm(saved["ia3"], saved["plain"], out), "no product of two factors"),
-        (lambda: rivals.random_zeroed(saved["plain"], 99, 0, out), "the adapter has 6"),
-        (lambda: rivals.zeroed(saved["plain"], ["q"], out), "does not update q"),
+        (lambda: controls.rescale(saved["plain"], out, 1.5), "between 0 and 1"),
+        (lambda: controls.rescale(soft, out, 0.5), "no weight update"),
+        (lambda: controls.rescale(saved["plain"], saved["ia3"], 0.5), "is there already"),
+        (lambda: controls.average([saved["plain"], saved["fewer"]], out), "different modules"),
+        (lambda: controls.add(saved["plain"], saved["dora"], out, 1.0), "no product of two factors"),
+        (lambda: controls.add(saved["plain"], small, out, 1.0), "different base models"),
+        (lambda: controls.add(saved["biases"], saved["plain"], out, 1.0), "would leave as it was trained"),
+        (lambda: controls.rescale(saved["biases"], out, 0.5), "would leave as it was trained"),
+        (lambda: controls.average([], out), "no adapter to average"),
+        (lambda: controls.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5), "does not update q"),
+        (lambda: controls.same_norm(saved["ia3"], saved["plain"], out), "no product of two factors"),
+        (lambda: controls.random_zeroed(saved["plain"], 99, 0, out), "the adapter has 6"),
+        (lambda: controls.zeroed(saved["plain"], ["q"], out), "does not update q"),
     ):  # fmt: skip
         with pytest.raises(ValueError) as error:
             call()

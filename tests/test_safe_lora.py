@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import one_sentence
-from driftbook import adapters, safe_lora, updates
-from driftbook.checkpoints import open_checkpoint
+from driftbook.models import adapters
+from driftbook.training import safe_lora, updates
+from driftbook.training.checkpoints import open_checkpoint
 
 SHAPES = {"square": (48, 48, 4), "tall": (64, 24, 4), "wide": (24, 64, 4), "rank one": (40, 40, 1), "rank of the rows": (16, 40, 16)}
 

@@ -11,8 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import FAMILIES, OTHER_METHODS, PEFT_METHODS, one_sentence
-from driftbook import adapters, models, packing
-from driftbook.scoring import Sampling, Scorer, VariantFailure
+from driftbook.models import adapters, loading, trees
+from driftbook.models.scoring import Sampling, Scorer, VariantFailure
 
 TOLERANCE = 1e-4
 CASES = [(family, method) for family in FAMILIES for method in (None, *PEFT_METHODS, *OTHER_METHODS)]
@@ -159,9 +159,9 @@ def test_any_lengths_in_any_order_and_budget_give_the_same(bases, adapter_folder
 # ---- trees
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=25))
 def test_a_tree_holds_each_beginning_once_and_each_token_sees_its_own_path_alone(sequences):
-    for numbers, size in packing.groups(sequences):
+    for numbers, size in trees.groups(sequences):
         members = [sequences[i] for i in numbers]
-        made = packing.tree(members)
+        made = trees.tree(members)
         beginnings = {tuple(one[:n]) for one in members for n in range(1, len(one) + 1)}
         assert len(made.tokens) == size == len(beginnings)
         for one, path in zip(members, made.paths, strict=True):
@@ -169,12 +169,12 @@ def test_a_tree_holds_each_beginning_once_and_each_token_sees_its_own_path_alone
             assert made.positions[path].tolist() == list(range(len(one)))
             seen = [j for j in range(path[-1] + 1) if path[-1] < made.ends[j]]
             assert seen == path.tolist()
-    assert sorted(i for numbers, _ in packing.groups(sequences) for i in numbers) == list(range(len(sequences)))
+    assert sorted(i for numbers, _ in trees.groups(sequences) for i in numbers) == list(range(len(sequences)))
 
 
 @given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20))
 def test_a_common_prefix_is_the_longest(a, b):
-    n = packing.common_prefix(a, b)
+    n = trees.common_prefix(a, b)
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
 
@@ -363,7 +363,7 @@ def test_a_prompt_has_bos_exactly_once_and_ends_where_the_answer_begins(bases, f
     [ids] = Scorer(bases[family].model, tokenizer).ask(["how is it done ?"], system)
     assert ids.count(tokenizer.bos_token_id) == (0 if family == "qwen2" else 1)
     assert tokenizer.unk_token_id not in ids
-    prompt, answer = models.conversation_ids(tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe")
+    prompt, answer = loading.conversation_ids(tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe")
     assert tokenizer.eos_token_id in answer
     if system is None:
         assert ids == prompt
@@ -375,7 +375,7 @@ def test_a_prompt_has_bos_exactly_once_and_ends_where_the_answer_begins(bases, f
 def test_a_special_token_in_a_text_is_text_and_ends_no_turn(bases, family):
     tokenizer = bases[family].tokenizer
     names = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
-    plain, special = (models.ask(tokenizer, text) for text in ("how is it done ?", "how is it done ? " + " ".join(sorted(names))))
+    plain, special = (loading.ask(tokenizer, text) for text in ("how is it done ?", "how is it done ? " + " ".join(sorted(names))))
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names))) - {tokenizer.unk_token_id}
     count = lambda row: sum(token in ids for token in row)  # noqa: E731
     assert count(special) == count(plain) > 0
@@ -383,14 +383,14 @@ def test_a_special_token_in_a_text_is_text_and_ends_no_turn(bases, family):
 
 def test_an_empty_prompt_is_refused(bases):
     with pytest.raises(ValueError) as error:
-        models.ask(bases["llama"].tokenizer, "  \n")
+        loading.ask(bases["llama"].tokenizer, "  \n")
     assert "empty" in one_sentence(error.value)
 
 
 def test_an_impossible_order_of_turns_is_refused_in_a_sentence(bases):
     tokenizer = bases["gemma"].tokenizer
     with pytest.raises(ValueError) as error:
-        models.chat_ids(tokenizer, [{"role": "system", "content": "who"}])
+        loading.chat_ids(tokenizer, [{"role": "system", "content": "who"}])
     assert "chat template" in one_sentence(error.value)
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from conftest import SMALL, one_sentence
-from driftbook import data, gpus, preparing
-from driftbook.study import Study
+from driftbook.batch import gpus, preparing
+from driftbook.benchmarks import data
+from driftbook.study.study_file import Study
 
 CHAT = [{"messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i}"}, {"role": "user", "content": "sure?"},
                       {"role": "assistant", "content": "yes"}], "prompt": f"what is {i}", "prompt_id": str(i)} for i in range(12)]  # fmt: skip
@@ -157,8 +158,8 @@ def test_without_a_gpu_nothing_is_held(tmp_path, monkeypatch):
 # ---- methods that name what is not there
 def test_a_target_that_the_base_model_lacks_is_named_before_any_work(bases, content, tmp_path):
     from conftest import variants_of, write_study
-    from driftbook import adapters
-    from driftbook.study import load
+    from driftbook.models import adapters
+    from driftbook.study.study_file import load
 
     bases["llama"].model.save_pretrained(tmp_path / "base")
     bases["llama"].tokenizer.save_pretrained(tmp_path / "base")
@@ -176,7 +177,7 @@ def test_a_target_that_the_base_model_lacks_is_named_before_any_work(bases, cont
 @pytest.mark.parametrize(("settings", "word"), [({"r": "8"}, "lora"), ({"r": -1}, "r")])
 def test_a_setting_of_the_wrong_kind_is_one_sentence_and_leaves_the_base_as_it_was(bases, make_study, content, settings, word):
     from conftest import variants_of
-    from driftbook import adapters
+    from driftbook.models import adapters
 
     content["methods"]["lora"] |= settings
     names = [name for name, _ in bases["llama"].model.named_modules()]

@@ -11,12 +11,13 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
-from driftbook import bias, letter_bias, stats
-from driftbook.tables import TABLES
+from driftbook.benchmarks import bbq_orders, bbq_scores
+from driftbook.stats import estimation, influence, intervals, terms
+from driftbook.study.tables import TABLES
 from simulated import simulate
 
 SHARED = Path(os.environ.get("DRIFTBOOK_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-LABELS = {"study": "s", "notebook": "n", "outcome": stats.UNSAFE, "benchmark": "safety", "judge": "j"}
+LABELS = {"study": "s", "notebook": "n", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "j"}
 
 
 @pytest.fixture(scope="module")
@@ -26,72 +27,72 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def arms(folder) -> pd.DataFrame:
-    return stats.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
+    return influence.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
 
 
 @pytest.fixture(scope="module")
 def values(folder) -> pd.DataFrame:
     verdicts = TABLES["verdicts"].read(folder).merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"])
-    return stats.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
+    return influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
 
 
-def few(change: np.ndarray, strata=None, settings="a") -> tuple[stats.Scores, pd.DataFrame]:
+def few(change: np.ndarray, strata=None, settings="a") -> tuple[influence.Scores, pd.DataFrame]:
     """Scores of runs x prompts of known changes, and one cell of all runs."""
     runs = pd.Index([f"r{i}" for i in range(len(change))], dtype=object)
     there = ~np.isnan(change)
     asked = np.full(len(change), change.shape[1])
-    scores = stats.ratio(np.nan_to_num(change), there.astype(float), runs, strata or ["c"] * change.shape[1], asked, asked - there.sum(1))
+    scores = influence.ratio(np.nan_to_num(change), there.astype(float), runs, strata or ["c"] * change.shape[1], asked, asked - there.sum(1))
     cell = pd.DataFrame({"run_id": runs, "base_model": "b", "method": "lora", "group": "trained", "setting": list(settings * len(runs))[: len(runs)]})
     return replace(scores, limits=(-100.0, 100.0)), cell.assign(pool="b", weight=1 / len(runs))
 
 
 def test_wilson_is_statsmodels():
     for k, n in ((0, 30), (7, 30), (30, 30), (165, 330)):
-        assert np.allclose(stats.wilson(k, n), proportion_confint(k, n, method="wilson"), atol=1e-12)
-    assert np.isnan(stats.wilson(0, 0)).all()
+        assert np.allclose(intervals.wilson(k, n), proportion_confint(k, n, method="wilson"), atol=1e-12)
+    assert np.isnan(intervals.wilson(0, 0)).all()
 
 
 def test_interval_over_runs_is_the_t_interval_of_equal_settings():
     change = np.random.default_rng(1).normal(0, 0.1, (5, 1)) * np.ones((5, 40))  # no noise of run x prompt
-    rows = stats.means(*few(change), stats.CHANGE, **LABELS).set_index("contrast")
+    rows = estimation.means(*few(change), terms.CHANGE, **LABELS).set_index("contrast")
     expected = scipy_stats.ttest_1samp(100 * change.mean(1), 0)
-    assert rows.loc[stats.CHANGE_HERE, "p"] == pytest.approx(expected.pvalue)
-    assert rows.loc[stats.CHANGE_HERE, ["ci_low", "ci_high"]].tolist() == pytest.approx(list(expected.confidence_interval()))
-    assert rows.loc[stats.CHANGE, "se"] >= rows.loc[stats.CHANGE_HERE, "se"]
+    assert rows.loc[terms.CHANGE_HERE, "p"] == pytest.approx(expected.pvalue)
+    assert rows.loc[terms.CHANGE_HERE, ["ci_low", "ci_high"]].tolist() == pytest.approx(list(expected.confidence_interval()))
+    assert rows.loc[terms.CHANGE, "se"] >= rows.loc[terms.CHANGE_HERE, "se"]
 
 
 def test_interval_of_one_run_is_the_stratified_one_over_prompts():
     change = np.random.default_rng(2).integers(-1, 2, (1, 60)).astype(float)
     strata = ["a"] * 20 + ["b"] * 40
-    rows = stats.means(*few(change, strata), stats.CHANGE, **LABELS).set_index("contrast")
+    rows = estimation.means(*few(change, strata), terms.CHANGE, **LABELS).set_index("contrast")
     by_hand = np.sqrt((20 / 60) ** 2 * change[0, :20].var(ddof=1) / 20 + (40 / 60) ** 2 * change[0, 20:].var(ddof=1) / 40)
-    assert rows.loc[stats.CHANGE, "se"] == pytest.approx(100 * by_hand)
-    assert rows.loc[stats.CHANGE, "population"] == stats.THESE_RUNS
-    assert pd.isna(rows.loc[stats.CHANGE_HERE, "ci_low"])  # one run says nothing about other seeds
+    assert rows.loc[terms.CHANGE, "se"] == pytest.approx(100 * by_hand)
+    assert rows.loc[terms.CHANGE, "population"] == terms.THESE_RUNS
+    assert pd.isna(rows.loc[terms.CHANGE_HERE, "ci_low"])  # one run says nothing about other seeds
 
 
 def test_spread_between_settings_is_no_spread_between_seeds():
     change = np.repeat([[0.0], [1.0]], 2, axis=0) * np.ones((4, 10))  # two settings, each repeated exactly
     scores, cell = few(change)
     cell["setting"] = ["a", "a", "b", "b"]
-    rows = stats.means(scores, cell, stats.CHANGE, **LABELS).set_index("contrast")
-    assert rows.loc[stats.CHANGE, "value"] == 50
-    assert pd.isna(rows.loc[stats.CHANGE_HERE, "se"])
+    rows = estimation.means(scores, cell, terms.CHANGE, **LABELS).set_index("contrast")
+    assert rows.loc[terms.CHANGE, "value"] == 50
+    assert pd.isna(rows.loc[terms.CHANGE_HERE, "se"])
 
 
 def test_two_way_interval_covers_when_runs_and_prompts_vary():
     rng, hits = np.random.default_rng(3), 0
     for _ in range(300):
         change = 0.1 + 0.1 * rng.normal(size=(4, 1)) + 0.3 * rng.normal(size=(1, 60)) + 0.5 * rng.normal(size=(4, 60))
-        row = stats.means(*few(change), stats.CHANGE, **LABELS).set_index("contrast").loc[stats.CHANGE]
+        row = estimation.means(*few(change), terms.CHANGE, **LABELS).set_index("contrast").loc[terms.CHANGE]
         hits += row["ci_low"] <= 10 <= row["ci_high"]
     assert 0.91 <= hits / 300 <= 0.99
 
 
 def test_nothing_changed_has_a_bound_and_nothing_scored_has_no_number():
-    same = stats.means(*few(np.zeros((3, 30))), stats.CHANGE, **LABELS).set_index("contrast").loc[stats.CHANGE]
+    same = estimation.means(*few(np.zeros((3, 30))), terms.CHANGE, **LABELS).set_index("contrast").loc[terms.CHANGE]
     assert (same["value"], same["ci_high"]) == (0, pytest.approx(100 * (1 - 0.025 ** (1 / 30))))
-    none = stats.means(*few(np.full((3, 30), np.nan)), stats.CHANGE, **LABELS)
+    none = estimation.means(*few(np.full((3, 30), np.nan)), terms.CHANGE, **LABELS)
     assert none[["value", "se", "ci_low", "ci_high", "p"]].isna().all().all()
     assert none["n_unscored"].eq(90).all()
 
@@ -99,19 +100,19 @@ def test_nothing_changed_has_a_bound_and_nothing_scored_has_no_number():
 def test_intervals_stay_where_a_rate_can_be():
     values = pd.DataFrame(np.tri(3, 30), index=[f"r{i}" for i in range(3)], columns=pd.MultiIndex.from_product([["c"], range(30)]))
     _, cell = few(np.zeros((3, 30)))
-    row = stats.means(stats.shares(values), cell, stats.LEVEL, **LABELS).iloc[0]
+    row = estimation.means(influence.shares(values), cell, terms.LEVEL, **LABELS).iloc[0]
     assert row["ci_low"] == 0
     assert row["ci_high"] > row["value"] == pytest.approx(200 / 30)
 
 
 def test_changes_are_paired_by_prompt_and_bounds_enclose_them(values, arms):
-    paired = stats.paired(values, arms)
-    run = arms[arms["arm"].eq(stats.TRAINED)].iloc[0]
+    paired = influence.paired(values, arms)
+    run = arms[arms["arm"].eq(terms.TRAINED)].iloc[0]
     own, base = values.loc[run["run_id"]].to_numpy(), values.loc[run["base_run_id"]].to_numpy()
     both = ~np.isnan(own) & ~np.isnan(base)
     assert paired.value[paired.at([run["run_id"]])][0] == pytest.approx(100 * (own[both] - base[both]).mean())
     assert not set(paired.runs) & set(arms.loc[arms["arm"].eq("base"), "run_id"])
-    low, high = stats.extremes(values, arms)
+    low, high = influence.extremes(values, arms)
     assert (low.value < paired.value).all()
     assert (paired.value < high.value).all()
 
@@ -119,26 +120,26 @@ def test_changes_are_paired_by_prompt_and_bounds_enclose_them(values, arms):
 def test_arms_tell_controls_from_trained_runs(arms):
     counts = arms.groupby("arm").size()
     assert counts["base"] == 2
-    assert counts[stats.NO_OP] == 4
-    assert counts[stats.UNTRAINED] == 12
+    assert counts[terms.NO_OP] == 4
+    assert counts[terms.UNTRAINED] == 12
     assert counts.filter(like="init: ").sum() == 18
-    assert arms.loc[arms["arm"].eq(stats.TRAINED), "learning_rate"].min() > 1e-4
+    assert arms.loc[arms["arm"].eq(terms.TRAINED), "learning_rate"].min() > 1e-4
 
 
 def test_every_cell_is_a_mean_and_all_bases_weigh_the_same(arms):
-    cells = stats.cells(arms)
+    cells = influence.cells(arms)
     assert np.allclose(cells.groupby(["base_model", "method", "group"])["weight"].sum(), 1)
-    pooled = cells[cells["base_model"].eq("all") & cells["group"].eq(stats.TRAINED)]
+    pooled = cells[cells["base_model"].eq("all") & cells["group"].eq(terms.TRAINED)]
     assert np.allclose(pooled.groupby(["method", "pool"])["weight"].sum(), 0.5)
-    assert stats.NO_OP not in set(cells.loc[cells["base_model"].eq("all"), "group"])  # only one base model has no-ops
+    assert terms.NO_OP not in set(cells.loc[cells["base_model"].eq("all"), "group"])  # only one base model has no-ops
 
 
 def test_estimates_are_found_again(folder, values, arms, tmp_path):
-    estimates = stats.of_rate(values, arms, stats.cells(arms), **LABELS)
-    stats.write_estimates(estimates, tmp_path, "safety")
-    stats.write_estimates(estimates.assign(notebook="other"), tmp_path, "other")
-    assert len(stats.read_estimates(tmp_path)) == 2 * len(estimates)
-    assert stats.read_estimates(tmp_path / "empty").empty
+    estimates = estimation.of_rate(values, arms, influence.cells(arms), **LABELS)
+    estimation.write_estimates(estimates, tmp_path, "safety")
+    estimation.write_estimates(estimates.assign(notebook="other"), tmp_path, "other")
+    assert len(estimation.read_estimates(tmp_path)) == 2 * len(estimates)
+    assert estimation.read_estimates(tmp_path / "empty").empty
 
 
 # ---- mixed models
@@ -150,7 +151,7 @@ def test_mixed_model_is_lme4s():
     for name, order in {"base": ["llama", "qwen", "mistral", "gemma"], "method": ["lora", "ia3", "prompt", "ptuning"], "objective": ["sft", "dpo"]}.items():
         data[name] = pd.Categorical(data[name], order)
     data = data.assign(rate=100 * data["rate"], lr=pd.Categorical(data["lr"], ["lo", "hi"]), epochs=data["epochs"].astype(str))
-    fit = stats.rate_model(data, "rate ~ base * method + objective + lr + epochs", ("run", "category"))
+    fit = estimation.rate_model(data, "rate ~ base * method + objective + lr + epochs", ("run", "category"))
     theirs = json.loads((reference / "run_category.json").read_text())["lmm_run_category"]
     names = [_r_name(term) for term in fit.fixed["term"]]
     expected = pd.DataFrame(theirs["coef"]).set_index("name").loc[names]
@@ -180,7 +181,7 @@ def test_terms_that_cannot_be_told_are_named_and_not_estimated():
     rows = mixed_rows()
     rows["twin"] = (rows["method"] == "lora").astype(float)
     rows = rows[~((rows["base_model"] == "x") & (rows["method"] == "lora"))]
-    fit = stats.rate_model(rows, "difference ~ method * base_model + one + twin", ("run_id", "category"))
+    fit = estimation.rate_model(rows, "difference ~ method * base_model + one + twin", ("run_id", "category"))
     told = " ".join(fit.notes)
     assert "one (constant or aliased)" in told
     assert "twin (constant or aliased)" in told
@@ -190,7 +191,7 @@ def test_terms_that_cannot_be_told_are_named_and_not_estimated():
 
 
 def test_contrasts_are_linear_in_the_terms():
-    fit = stats.rate_model(mixed_rows(), "difference ~ method", ("run_id", "category"))
+    fit = estimation.rate_model(mixed_rows(), "difference ~ method", ("run_id", "category"))
     grid = pd.DataFrame({"method": ["lora", "ia3"]})
     weights = fit.at(grid)
     found = fit.contrast(weights[:1] - weights[1:])
@@ -200,19 +201,19 @@ def test_contrasts_are_linear_in_the_terms():
 
 
 def test_model_of_no_variation_says_so_instead_of_a_number():
-    fit = stats.rate_model(mixed_rows().assign(difference=0.0), "difference ~ method")
+    fit = estimation.rate_model(mixed_rows().assign(difference=0.0), "difference ~ method")
     assert not fit.converged
     assert fit.fixed["se"].isna().all()
     assert any("no residual" in note for note in fit.notes)
     with pytest.raises(ValueError, match="nothing to fit"):
-        stats.rate_model(mixed_rows().assign(difference=np.nan), "difference ~ method")
+        estimation.rate_model(mixed_rows().assign(difference=np.nan), "difference ~ method")
 
 
 def test_differences_are_centred_within_method(folder, arms):
     rates = TABLES["rates"].read(folder)
-    rows = stats.differences(rates[rates["benchmark"].eq("safety") & rates["outcome"].eq("unsafe")], arms)
+    rows = estimation.differences(rates[rates["benchmark"].eq("safety") & rates["outcome"].eq("unsafe")], arms)
     assert rows.drop_duplicates("run_id").groupby("method", observed=True)["log10_rate"].mean().abs().max() < 1e-9
-    assert set(rows["arm"]) == {stats.TRAINED, stats.NO_OP}
+    assert set(rows["arm"]) == {terms.TRAINED, terms.NO_OP}
     one = rows.iloc[0]
     base = arms.set_index("run_id").loc[one["run_id"], "base_run_id"]
     share = rates[rates["outcome"].eq("unsafe") & rates["category"].eq(one["category"])].set_index("run_id")
@@ -224,10 +225,10 @@ def test_a_category_without_a_scored_answer_is_left_out_of_the_model_and_counted
     rates = rates[rates["benchmark"].eq("safety") & rates["outcome"].eq("unsafe")].copy()
     lost = rates["category"].eq(rates["category"].iloc[0])
     rates.loc[lost, ["k", "n_scored"]] = 0
-    rows = stats.differences(rates, arms)
+    rows = estimation.differences(rates, arms)
     assert rows["difference"].dtype == float
     assert rows["difference"].isna().sum() == rows["category"].eq(rates["category"].iloc[0]).sum() > 0
-    assert f"{rows['difference'].isna().sum()} rows left out" in " ".join(stats.rate_model(rows, "difference ~ method").notes)
+    assert f"{rows['difference'].isna().sum()} rows left out" in " ".join(estimation.rate_model(rows, "difference ~ method").notes)
 
 
 # ---- bias scores
@@ -245,9 +246,9 @@ def obvious(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def test_bias_scores_are_the_obvious_ones(folder):
-    answers = letter_bias.official(TABLES["answers"].read(folder))
+    answers = bbq_orders.official(TABLES["answers"].read(folder))
     answers = answers[answers["run_id"].isin(answers["run_id"].unique()[:3])]
-    found = bias.scores(answers, by=("run_id", "dimension"), n_boot=50).set_index(["run_id", "dimension"])
+    found = bbq_scores.scores(answers, by=("run_id", "dimension"), n_boot=50).set_index(["run_id", "dimension"])
     for key, rows in answers.groupby(["run_id", "dimension"]):
         for name, value in obvious(rows).items():
             assert found.loc[key, name] == pytest.approx(value, nan_ok=True), (key, name)
@@ -264,42 +265,42 @@ def items(**changes) -> pd.DataFrame:
 
 
 def test_bias_scores_by_hand():
-    row = bias.scores(items(), n_boot=0).iloc[0]
+    row = bbq_scores.scores(items(), n_boot=0).iloc[0]
     assert (row["acc_amb"], row["acc_dis"]) == (0.25, 0.75)
     assert row["bias_amb"] == pytest.approx(0.75 * (2 * 2 / 3 - 1))
     assert row["bias_dis"] == pytest.approx(2 * 2 / 3 - 1)
     assert (row["n_amb"], row["n_dis"], row["unscored"]) == (4, 4, 0)
-    silent = bias.scores(items(answer=None)).iloc[0]
+    silent = bbq_scores.scores(items(answer=None)).iloc[0]
     assert silent[["acc_amb", "bias_amb", "bias_dis", "bias_dis_low"]].isna().all()
     assert silent["unscored"] == 8
-    assert bias.scores(items(answer=None), convention="study").iloc[0]["acc_amb"] == 0
-    assert bias.scores(items(unknown=True, biased=None)).iloc[0][["bias_dis"]].isna().all()
-    assert bias.scores(items(biased=False, unknown=False)).iloc[0]["bias_dis"] == -1
+    assert bbq_scores.scores(items(answer=None), convention="study").iloc[0]["acc_amb"] == 0
+    assert bbq_scores.scores(items(unknown=True, biased=None)).iloc[0][["bias_dis"]].isna().all()
+    assert bbq_scores.scores(items(biased=False, unknown=False)).iloc[0]["bias_dis"] == -1
     with pytest.raises(ValueError, match="expected one of"):
-        bias.scores(items(), convention="hopeful")
+        bbq_scores.scores(items(), convention="hopeful")
 
 
 def test_an_item_asked_several_times_is_not_pooled(folder):
     everything = TABLES["answers"].read(folder)
     with pytest.raises(ValueError, match="several answers of one run"):
-        bias.scores(everything, by=("run_id",), n_boot=0)
-    official = bias.scores(letter_bias.official(everything), by=("run_id",), n_boot=0).set_index("run_id")
-    each = bias.scores(everything, by=("run_id", "option_order"), n_boot=0)
+        bbq_scores.scores(everything, by=("run_id",), n_boot=0)
+    official = bbq_scores.scores(bbq_orders.official(everything), by=("run_id",), n_boot=0).set_index("run_id")
+    each = bbq_scores.scores(everything, by=("run_id", "option_order"), n_boot=0)
     own = each[each.option_order == "ABC"].set_index("run_id")
     pd.testing.assert_series_equal(own.acc_amb, official.acc_amb)
 
 
 def test_missing_families_are_said_and_one_family_has_no_interval():
-    assert bias.scores(items(question_family=None)).iloc[0]["resampled"] == "items"
-    assert pd.isna(bias.scores(items(question_family="1")).iloc[0]["acc_amb_low"])
+    assert bbq_scores.scores(items(question_family=None)).iloc[0]["resampled"] == "items"
+    assert pd.isna(bbq_scores.scores(items(question_family="1")).iloc[0]["acc_amb_low"])
 
 
 def test_delta_method_agrees_with_the_bootstrap(folder):
-    answers = letter_bias.official(TABLES["answers"].read(folder))
+    answers = bbq_orders.official(TABLES["answers"].read(folder))
     answers = answers[answers["run_id"].eq(answers["run_id"].iloc[0])]
-    drawn = bias.scores(answers, by=("run_id",), n_boot=4000, seed=1).iloc[0]
-    for name, outcome in bias.OUTCOMES.items():
-        scores = bias.by_run(answers)[outcome]
+    drawn = bbq_scores.scores(answers, by=("run_id",), n_boot=4000, seed=1).iloc[0]
+    for name, outcome in bbq_scores.OUTCOMES.items():
+        scores = bbq_scores.by_run(answers)[outcome]
         assert scores.value[0] == pytest.approx(100 * drawn[name])
         assert np.sqrt((scores.influence[0] ** 2).sum()) == pytest.approx(100 * drawn[f"{name}_se"], rel=0.1)
 
@@ -321,7 +322,7 @@ def test_published_bbq_scores_are_reproduced():
         "answer": chosen.where(chosen.ge(0)).map({0: "A", 1: "B", 2: "C"}), "correct": chosen.eq(labels["label"]), "unknown": is_unknown,
         "biased": chosen.eq(target).astype("boolean").mask(is_unknown | target.isna()),
     })  # fmt: skip
-    found = bias.scores(answers[[int(family) <= 25 for family in answers["question_family"]]], by=("run_id", "dimension"), n_boot=0).set_index(["run_id", "dimension"])
+    found = bbq_scores.scores(answers[[int(family) <= 25 for family in answers["question_family"]]], by=("run_id", "dimension"), n_boot=0).set_index(["run_id", "dimension"])
     expected = pd.read_csv(published / "published_vs_recomputed.csv").query("metric == 'bias_score_pct' and agrees_to_rounding")
     assert len(expected) > 3
     for row in expected.itertuples():
@@ -333,13 +334,13 @@ def test_changes_of_ratings_are_those_of_their_means_where_all_have_a_value_and_
     rng = np.random.default_rng(0)
     rows = [(run, "utility", str(i), rng.normal(), float(1 + i % 3)) for run in ("b", "r1", "r2") for i in range(30)]
     ratings = pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "value", "weight"])
-    arms = pd.DataFrame({"run_id": ["b", "r1", "r2"], "arm": ["base", stats.TRAINED, stats.TRAINED], "base_run_id": "b"})
-    one, other = stats.rated_changes(ratings, arms, 1.0), stats.changes(stats.rated(ratings, 1.0), arms)
+    arms = pd.DataFrame({"run_id": ["b", "r1", "r2"], "arm": ["base", terms.TRAINED, terms.TRAINED], "base_run_id": "b"})
+    one, other = influence.rated_changes(ratings, arms, 1.0), influence.changes(influence.rated(ratings, 1.0), arms)
     np.testing.assert_allclose(one.value, other.value)
     np.testing.assert_allclose(one.influence, other.influence, atol=1e-12)
     ratings.loc[(ratings.run_id == "r1") & ratings.prompt_id.astype(int).lt(10), "value"] = np.nan
     wide = ratings.pivot(index="prompt_id", columns="run_id", values="value")
     weight, both = ratings.drop_duplicates("prompt_id").set_index("prompt_id").weight, wide.r1.notna()
-    found = stats.rated_changes(ratings, arms, 1.0)
+    found = influence.rated_changes(ratings, arms, 1.0)
     assert found.value[0] == pytest.approx(np.average((wide.r1 - wide.b)[both], weights=weight.loc[wide.index[both]]))
     assert found.n_unscored.tolist() == [10, 0]

@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from conftest import FAMILIES, one_sentence
-from driftbook import models, stereoset
-from driftbook.scoring import Scorer
-from driftbook.stereoset import METRICS, icat, likelihoods, load, rated, ratings, scores
-from driftbook.tables import RATINGS
+from driftbook.benchmarks import stereoset
+from driftbook.benchmarks.stereoset import (
+    METRICS,
+    icat,
+    likelihoods,
+    load,
+    rated,
+    ratings,
+    scores,
+)
+from driftbook.models import loading
+from driftbook.models.scoring import Scorer
+from driftbook.study.tables import RATINGS
 
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
 
@@ -114,7 +123,7 @@ def test_likelihoods_are_the_models_own(bases, letters, items, family):
     for row in items.to_dict("records"):
         for name in stereoset.SENTENCES:
             before = f"{row['context']} " if row["task"] == "intersentence" else ""
-            asked, said = models.conversation_ids(tokenizer, prompt, before + row[name])
+            asked, said = loading.conversation_ids(tokenizer, prompt, before + row[name])
             n, skipped = len(tokenizer.encode(row[name])), len(said) - len(tokenizer.encode(tokenizer.decode(said).partition(row[name])[2])) - len(tokenizer.encode(row[name]))
             begin, n = (skipped - 1, n + 1) if before or family == "mistral" else (skipped, n)  # the space before it is the sentence's
             with torch.inference_mode():

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook import sources
-from driftbook.files import ROOT
-from driftbook.study import RESERVED, Study, find, load
+from driftbook.study import sources
+from driftbook.study.files import ROOT
+from driftbook.study.study_file import RESERVED, Study, find, load
 
 
 def ids(content) -> list[str]:
@@ -273,7 +273,7 @@ def test_rates_that_read_alike_have_ids_of_their_own(content):
 
 def test_run_ids_are_the_same_in_another_process(tmp_path, content):
     path = write_study(tmp_path, content)
-    code = f"from driftbook.study import load; print(*(v.run_id for v in load({str(path)!r}).variants))"
+    code = f"from driftbook.study.study_file import load; print(*(v.run_id for v in load({str(path)!r}).variants))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}).stdout
     assert said.split() == ids(content)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from conftest import one_sentence
-from driftbook import models, random_models
+from driftbook.batch import random_models
 from driftbook.miniature.families import FAMILY
+from driftbook.models import loading
 
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
@@ -56,7 +57,7 @@ def tokenizers():
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_prompt_is_what_transformers_renders_with_bos_once(tokenizers, family, n):
     tokenizer = tokenizers[family]
-    ours = models.chat_ids(tokenizer, TURNS[:n])
+    ours = loading.chat_ids(tokenizer, TURNS[:n])
     theirs = tokenizer.apply_chat_template(TURNS[:n], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert ours == theirs
     if family == "qwen2":
@@ -69,19 +70,19 @@ def test_a_prompt_is_what_transformers_renders_with_bos_once(tokenizers, family,
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_a_system_prompt_reaches_the_model_in_every_family(tokenizers, family):
     tokenizer = tokenizers[family]
-    text = tokenizer.decode(models.ask(tokenizer, "What is a floop?", "Be brief."))
+    text = tokenizer.decode(loading.ask(tokenizer, "What is a floop?", "Be brief."))
     assert text.count("Be brief.") == text.count("What is a floop?") == 1
     assert text.index("Be brief.") < text.index("What is a floop?")
     if family == "gemma":
         expected = [{"role": "user", "content": "Be brief.\n\nWhat is a floop?"}]
     else:
         expected = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a floop?"}]
-    assert models.ask(tokenizer, "What is a floop?", "Be brief.") == tokenizer.apply_chat_template(expected, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    assert loading.ask(tokenizer, "What is a floop?", "Be brief.") == tokenizer.apply_chat_template(expected, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
 
 
 def test_an_empty_system_message_is_not_the_same_as_none(tokenizers):
     """Qwen puts one of its own where there is none; the original study asked with an empty one."""
-    none, empty = (tokenizers["qwen2"].decode(models.ask(tokenizers["qwen2"], "What is a floop?", system)) for system in (None, ""))
+    none, empty = (tokenizers["qwen2"].decode(loading.ask(tokenizers["qwen2"], "What is a floop?", system)) for system in (None, ""))
     assert "Alibaba" in none
     assert "Alibaba" not in empty
     assert "<|im_start|>system" in empty
@@ -90,7 +91,7 @@ def test_an_empty_system_message_is_not_the_same_as_none(tokenizers):
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_prompt_and_answer_are_the_whole_conversation_and_the_answer_ends_in_its_end_token(tokenizers, family):
     tokenizer = tokenizers[family]
-    prompt, answer = models.conversation_ids(tokenizer, TURNS[:1], TURNS[1]["content"])
+    prompt, answer = loading.conversation_ids(tokenizer, TURNS[:1], TURNS[1]["content"])
     assert prompt + answer == tokenizer.apply_chat_template(TURNS[:2], tokenize=True, return_dict=True)["input_ids"]
     text = tokenizer.decode(answer)
     assert "A floop is round." in text
@@ -101,7 +102,7 @@ def test_prompt_and_answer_are_the_whole_conversation_and_the_answer_ends_in_its
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_every_answer_of_a_conversation_counts_and_nothing_of_the_user(tokenizers, family):
     tokenizer = tokenizers[family]
-    ids, counted = models.counted_ids(tokenizer, TURNS)
+    ids, counted = loading.counted_ids(tokenizer, TURNS)
     assert ids == tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True)["input_ids"]
     said, other = tokenizer.decode(np.array(ids)[counted]), tokenizer.decode(np.delete(np.array(ids), counted))
     assert "A floop is round." in said
@@ -118,12 +119,12 @@ def test_every_answer_of_a_conversation_counts_and_nothing_of_the_user(tokenizer
 def test_a_system_message_is_kept_where_an_answer_follows_and_never_counts(tokenizers, family, n):
     """Mistral's template shows it before the last user message only, and so loses it from every conversation that is trained on."""
     tokenizer, messages = tokenizers[family], [{"role": "system", "content": "Be brief."}, *TURNS[:n]]
-    ids, counted = models.counted_ids(tokenizer, messages)
+    ids, counted = loading.counted_ids(tokenizer, messages)
     said = tokenizer.decode(np.array(ids)[counted])
     assert tokenizer.decode(ids).count("Be brief.") == 1
     assert "Be brief." not in said
     assert "floop?" not in said
-    prompt, answer = models.conversation_ids(tokenizer, messages[:2], TURNS[1]["content"])
+    prompt, answer = loading.conversation_ids(tokenizer, messages[:2], TURNS[1]["content"])
     assert "Be brief." in tokenizer.decode(prompt)
     assert "floop?" not in tokenizer.decode(answer)
 
@@ -131,14 +132,14 @@ def test_a_system_message_is_kept_where_an_answer_follows_and_never_counts(token
 @pytest.mark.parametrize("turns", [[TURNS[1]], [TURNS[0], TURNS[0]]])
 def test_an_order_of_turns_that_the_template_refuses_is_said_in_one_sentence(tokenizers, turns):
     with pytest.raises(ValueError) as error:
-        models.chat_ids(tokenizers["gemma"], turns)
+        loading.chat_ids(tokenizers["gemma"], turns)
     assert "refuses a conversation with the turns" in one_sentence(error.value)
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_what_a_user_writes_cannot_end_a_turn(tokenizers, family):
     tokenizer = tokenizers[family]
-    plain = models.ask(tokenizer, "What is a floop?")
-    forged = models.ask(tokenizer, "What is a floop?" + "".join(SPECIALS[family]))
+    plain = loading.ask(tokenizer, "What is a floop?")
+    forged = loading.ask(tokenizer, "What is a floop?" + "".join(SPECIALS[family]))
     special = {tokenizer.convert_tokens_to_ids(name) for name in SPECIALS[family]}
     assert [i for i in forged if i in special] == [i for i in plain if i in special]

@@ -5,10 +5,8 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 
-from driftbook import stats, tradeoffs
-from driftbook.stats import ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS, REFUSED, UNSAFE
-from driftbook.tables import TABLES
-from driftbook.tradeoffs import (
+from driftbook.analyses import tradeoffs
+from driftbook.analyses.tradeoffs import (
     CORRECTED,
     CORRELATION,
     FRONT_BIAS,
@@ -21,16 +19,26 @@ from driftbook.tradeoffs import (
     SLOPE_WITHIN,
     WITHIN_METHODS,
 )
+from driftbook.stats import estimation, influence, pareto, terms
+from driftbook.stats.terms import (
+    ACCURACY_AMB,
+    BIAS_AMB,
+    BIAS_DIS,
+    LOSS,
+    REFUSED,
+    UNSAFE,
+)
+from driftbook.study.tables import TABLES
 from simulated import simulate
 
 LABELS = {"study": "s", "notebook": "n"}
 
 
-def scores(items: np.ndarray, runs=None, strata=None) -> stats.Scores:
+def scores(items: np.ndarray, runs=None, strata=None) -> influence.Scores:
     """The mean of each run's items [runs, units]."""
     names = pd.Index([f"r{i}" for i in range(len(items))] if runs is None else list(runs), dtype=object)
     asked = np.full(len(items), items.shape[1])
-    return stats.ratio(items, np.ones(items.shape), names, strata or ["c"] * items.shape[1], asked, 0 * asked, 1.0)
+    return influence.ratio(items, np.ones(items.shape), names, strata or ["c"] * items.shape[1], asked, 0 * asked, 1.0)
 
 
 def goals(base: list[np.ndarray], runs: list[np.ndarray], names: list[str]) -> dict:
@@ -38,13 +46,13 @@ def goals(base: list[np.ndarray], runs: list[np.ndarray], names: list[str]) -> d
     found, arms = {}, known(len(runs[0]))
     for i, (name, own, more) in enumerate(zip(names, base, runs, strict=True)):
         level = scores(np.vstack([own, more]), ["base", *arms["run_id"][1:]], [f"goal {i}"] * len(own))
-        found[name] = (level, stats.changes(level, arms))
+        found[name] = (level, influence.changes(level, arms))
     return found
 
 
 def known(n_runs: int, methods="lora", settings=None) -> pd.DataFrame:
     run_ids = ["base", *(f"r{i}" for i in range(n_runs))]
-    frame = pd.DataFrame({"run_id": run_ids, "base_model": "b", "base_run_id": "base", "arm": ["base"] + [stats.TRAINED] * n_runs})
+    frame = pd.DataFrame({"run_id": run_ids, "base_model": "b", "base_run_id": "base", "arm": ["base"] + [terms.TRAINED] * n_runs})
     return frame.assign(method=["none", *([methods] * n_runs if isinstance(methods, str) else methods)], setting=["", *(settings or ["s"] * n_runs)])
 
 
@@ -61,10 +69,10 @@ def fronts(measured, better, arms, n_draws=4000, seed=0) -> pd.DataFrame:
 # ---- the front
 def test_front_keeps_what_nothing_beats():
     points = np.array([[0, 3], [1, 1], [3, 0], [2, 2], [1, 1]])
-    assert tradeoffs.front(points).tolist() == [True, True, True, False, True]
+    assert pareto.front(points).tolist() == [True, True, True, False, True]
     drawn = np.random.default_rng(0).integers(0, 4, (20, 7, 3))
     slow = [[not any((q <= p).all() and (q < p).any() for q in rows) for p in rows] for rows in drawn]
-    assert tradeoffs.front(drawn).tolist() == slow
+    assert pareto.front(drawn).tolist() == slow
 
 
 def test_probability_over_prompts_is_that_of_resampled_prompts():
@@ -78,7 +86,7 @@ def test_probability_over_prompts_is_that_of_resampled_prompts():
     picked = rng.integers(0, n, (4000, 3, n))
     points = [[np.zeros(4000), *(items[j][2 * k][picked[:, j]].mean(1) - base[j][picked[:, j]].mean(1) for k in range(3))] for j in range(3)]
     drawn = np.stack([np.stack(column, -1) * sign for column, sign in zip(points, (1, 1, -1), strict=True)], -1)
-    by_hand = 100 * tradeoffs.front(np.round(drawn, 9)).mean(0)
+    by_hand = 100 * pareto.front(np.round(drawn, 9)).mean(0)
     assert found.loc[[("none", "all"), *(("lora", f"settings: {name}") for name in "xyz")]].tolist() == pytest.approx(by_hand, abs=4)
     assert by_hand.min() < 90
     assert by_hand.max() > 10
@@ -131,18 +139,18 @@ def test_missing_goals_and_single_seeds_are_said():
     measured = goals([rng.random(50)], [items], ["a"])
     arms = known(4, methods=["lora", "lora", "ia3", "ia3"], settings=["x", "x", "x", "y"])
     found = fronts(measured, {"a": LESS, "never measured": MORE}, arms)
-    assert found.loc[("lora", "settings: x"), "population"] == stats.BOTH
-    assert found.loc["ia3", "population"].eq(stats.THESE_RUNS).all()
+    assert found.loc[("lora", "settings: x"), "population"] == terms.BOTH
+    assert found.loc["ia3", "population"].eq(terms.THESE_RUNS).all()
     assert found["how"].str.contains("less a").all()
     assert not found["how"].str.contains("never measured").any()
-    lost = {"a": tuple(stats.replace(one, value=np.where(one.runs == "r0", np.nan, one.value)) for one in measured["a"])}
+    lost = {"a": tuple(estimation.replace(one, value=np.where(one.runs == "r0", np.nan, one.value)) for one in measured["a"])}
     found = fronts(lost, {"a": LESS}, arms)
     assert pd.isna(found.loc[("lora", "settings: x"), "value"])
     assert "no score in one of the goals" in found.loc[("lora", "settings: x"), "how"]
     assert found.loc["ia3", "value"].notna().all()
     assert fronts({}, {"a": LESS}, arms).empty
-    gone = {"a": tuple(stats.replace(one, value=np.where(one.runs == "r9", 0.0, np.nan)) for one in measured["a"]), "b": measured["a"]}
-    found = fronts(gone | {"a": (gone["a"][0], stats.replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)))}, {"a": LESS, "b": LESS}, arms[:4])
+    gone = {"a": tuple(estimation.replace(one, value=np.where(one.runs == "r9", 0.0, np.nan)) for one in measured["a"]), "b": measured["a"]}
+    found = fronts(gone | {"a": (gone["a"][0], estimation.replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)))}, {"a": LESS, "b": LESS}, arms[:4])
     assert found["value"].isna().all()
     assert found.loc[("none", "all"), "how"] == "no cell has a score in all goals: there is no front"
 
@@ -207,7 +215,7 @@ def test_noise_that_two_scores_share_is_no_correlation():
 def test_what_the_base_model_adds_to_all_runs_is_no_noise():
     measured, arms = latent(np.random.default_rng(3))
     base = 30 * np.random.default_rng(4).normal(size=80)
-    shifted = {name: (None, stats.replace(pair[1], influence=pair[1].influence - base / 80)) for name, pair in measured.items()}
+    shifted = {name: (None, estimation.replace(pair[1], influence=pair[1].influence - base / 80)) for name, pair in measured.items()}
     left, right = correlated(measured, arms), correlated(shifted, arms)
     assert left["value"].astype(float).tolist() == pytest.approx(right["value"].astype(float).tolist())
 
@@ -289,7 +297,7 @@ def test_a_cost_that_hardly_differs_has_no_slope():
 def study(tmp_path_factory) -> dict:
     folder = simulate(tmp_path_factory.mktemp("tradeoffs"), bases=["mini-llama", "mini-qwen2"], seeds=[1, 2]) / "tables"
     frames = {name: TABLES[name].read(folder) for name in ("variants", "runs", "verdicts", "prompts", "answers", "ratings")}
-    return {**frames, "arms": stats.arms(frames["variants"], frames["runs"])}
+    return {**frames, "arms": influence.arms(frames["variants"], frames["runs"])}
 
 
 def measured_of(study, **instead) -> dict:
@@ -297,7 +305,7 @@ def measured_of(study, **instead) -> dict:
 
 
 def test_everything_is_measured_and_estimated_once(study):
-    measured, every = measured_of(study), stats.cells(study["arms"])
+    measured, every = measured_of(study), influence.cells(study["arms"])
     assert {UNSAFE, REFUSED, ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS} <= set(measured)
     asked = study["verdicts"].merge(study["prompts"], on=["benchmark", "prompt_id"]).query("benchmark == 'over_refusal' and kind == 'benign look-alike'")
     rate = asked.assign(refusal=asked["refusal"].astype(float)).groupby("run_id")["refusal"].mean()
@@ -322,11 +330,11 @@ def test_a_study_without_scores_has_no_trade_off_and_no_error(study):
     measured = measured_of(study, verdicts=silent, ratings=study["ratings"][:0])
     assert np.isnan(measured[UNSAFE][1].value).all()
     assert LOSS not in measured
-    settings = stats.cells(study["arms"]).query("group.str.startswith('settings: ')")
-    found = tradeoffs.fronts(measured, GOALS[stats.FRONT], study["arms"], settings, 50, 0, outcome=stats.FRONT, **LABELS)
+    settings = influence.cells(study["arms"]).query("group.str.startswith('settings: ')")
+    found = tradeoffs.fronts(measured, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS)
     assert not found["how"].str.contains("unsafe").any()
     assert found["value"].notna().all()
     assert tradeoffs.correlations(measured, study["arms"], UNSAFE, 10, 0, **LABELS)["value"].isna().all()
     nothing = measured_of(study, verdicts=silent[:0], answers=study["answers"][:0], ratings=study["ratings"][:0])
     assert nothing == {}
-    assert tradeoffs.fronts(nothing, GOALS[stats.FRONT], study["arms"], settings, 50, 0, outcome=stats.FRONT, **LABELS).empty
+    assert tradeoffs.fronts(nothing, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS).empty

@@ -12,10 +12,14 @@ import trl
 from datasets import Dataset
 
 from conftest import FAMILIES, PEFT_METHODS, SMALL, one_sentence, variants_of, write_study
-from driftbook import adapters, data, fitting, jobs, scoring, training
-from driftbook.files import file_digest, read_json, write_json
-from driftbook.study import load
-from driftbook.tables import CURVES, RUNS
+from driftbook.batch import jobs
+from driftbook.benchmarks import data
+from driftbook.models import adapters, scoring
+from driftbook.study import folders
+from driftbook.study.files import file_digest, read_json, write_json
+from driftbook.study.study_file import load
+from driftbook.study.tables import CURVES, RUNS
+from driftbook.training import steps, training
 
 DOSE = ["nll", "nll_base", "dose_nll", "kl_base", "kl_init", "no_op"]
 
@@ -137,7 +141,7 @@ def test_the_record_of_an_ordinary_training_is_what_was_asked_for(trained):
     assert (record["trained_seed"], record["status"], record["failure"]) == (1, "ok", None)
     said = json.loads(record["trainer_arguments"])
     assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["lr_scheduler_type"]) == (8, 1, "cosine")
-    assert (said["tokens_per_pass"], said["activations_computed_twice"], said["autocast"]) == (fitting.TOKENS_PER_PASS["cpu"], False, False)
+    assert (said["tokens_per_pass"], said["activations_computed_twice"], said["autocast"]) == (steps.TOKENS_PER_PASS["cpu"], False, False)
     assert record["adapter_sha256"] == weights(one.folder)
     assert record["n_trainable"] == record["n_stored"] == 2 * 2 * (64 * 4 + 4 * 64)  # layers, modules, A and B
     assert list(one.curve.step) == list(range(1, 7))
@@ -418,14 +422,14 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(bases, content, tmp_pa
 
     def work(variant, folder):
         done = training.untouched(variant, base, study) if variant.method == "none" else training.train(variant, base, prepared, study, folder / "adapter")
-        return [RUNS.write(pd.DataFrame([done.record]), folder), *jobs.adapter_files(study, variant)]
+        return [RUNS.write(pd.DataFrame([done.record]), folder), *folders.adapter_files(study, variant)]
 
     content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]  # any file: its bytes are the base's identity here
     study = load(write_study(tmp_path, content))
     done = jobs.run("train", study, "tiny-llama", study.variants, lambda variant: [], work).set_index("run_id")
     failed = next(variant for variant in study.variants if variant.method == "lora")
     assert done.status.to_dict() == {variant.run_id: "failed" if variant is failed else "ok" for variant in study.variants}
-    mark = read_json(jobs.folder(study, failed) / "train.done.json")
+    mark = read_json(folders.folder(study, failed) / "train.done.json")
     assert "diverged" in one_sentence(mark["failure"])
     assert read_json(study.folder / "jobs/train/tiny-llama.json").keys() == done.index.to_frame().T.to_dict().keys()
     assert jobs.failed_before(study, failed, "respond")
@@ -443,7 +447,7 @@ def test_a_failure_keeps_back_what_builds_on_it_and_nothing_else(make_study, con
     study = make_study(content)
     variant, stages = study.variants[1], ("train", "respond", "judge", "answer", "utility")
     for stage in stages:
-        write_json(jobs.folder(study, variant) / f"{stage}.done.json", {"status": "failed" if stage == failed else "ok"})
+        write_json(folders.folder(study, variant) / f"{stage}.done.json", {"status": "failed" if stage == failed else "ok"})
     assert {stage for stage in stages if jobs.failed_before(study, variant, stage)} == lost
 
 
@@ -454,7 +458,7 @@ def test_any_other_error_stops_the_job_and_names_the_variant(content, tmp_path, 
     with pytest.raises(RuntimeError) as error:
         jobs.run("train", study, "tiny-llama", study.variants[1:], lambda variant: [], lambda variant, folder: 1 / 0)
     assert study.variants[1].run_id in one_sentence(error.value)
-    assert not (jobs.folder(study, study.variants[1]) / "train.done.json").exists()
+    assert not (folders.folder(study, study.variants[1]) / "train.done.json").exists()
 
 
 # ---- adapters on disk

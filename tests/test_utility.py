@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from conftest import FAMILIES, one_sentence
-from driftbook import adapters, models, utility
-from driftbook.models import conversation_ids
-from driftbook.scoring import Scorer
-from driftbook.tables import RATINGS
+from driftbook.benchmarks import utility
+from driftbook.models import adapters, loading
+from driftbook.models.loading import conversation_ids
+from driftbook.models.scoring import Scorer
+from driftbook.study.tables import RATINGS
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,12 @@ def test_both_measures_are_the_models_own(bases, adapter_folders, data_folder, f
         nll = found[found.metric == "nll"].set_index("prompt_id")
         correct = found[found.metric == "correct"].set_index("prompt_id")
         for row in items.itertuples():
-            prompt, answer = models.conversation_ids(base.tokenizer, [{"role": "user", "content": row.prompt}], row.answer)
+            prompt, answer = loading.conversation_ids(base.tokenizer, [{"role": "user", "content": row.prompt}], row.answer)
             with torch.inference_mode():
                 logprobs = model(input_ids=torch.tensor([prompt + answer])).logits[0, -len(answer) - 1 : -1].log_softmax(1)
             assert nll.value[row.prompt_id] == pytest.approx(-logprobs[range(len(answer)), answer].mean().item(), abs=1e-4)
             assert nll.weight[row.prompt_id] == len(answer)
-            [said] = Scorer(model, base.tokenizer).generate([models.ask(base.tokenizer, row.prompt)], 6)
+            [said] = Scorer(model, base.tokenizer).generate([loading.ask(base.tokenizer, row.prompt)], 6)
             assert correct.value[row.prompt_id] == float(utility.is_correct(said.text, row.final))
 
 

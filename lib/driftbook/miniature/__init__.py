@@ -3,11 +3,7 @@
 Importing this package is fast; what needs torch is imported when it is first used.
 """
 
-import ast
-import hashlib
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 STAGES = ("stage0", "unaligned", "aligned")
@@ -30,7 +26,7 @@ _HOMES = {
     "splits": "benchmarks",
     "write_data": "benchmarks",
 }
-__all__ = [*_HOMES, "FAMILIES", "STAGES", "recipe"]
+__all__ = [*_HOMES, "FAMILIES", "STAGES"]
 
 
 def __getattr__(name: str):
@@ -38,10 +34,3 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def recipe() -> str:
-    """Twelve hex digits that change with the package's code (comments apart) and with the versions of torch and transformers."""
-    trees = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    versions = [f"{package} {version(package)}" for package in ("torch", "transformers")]
-    return hashlib.sha256("\n".join(trees + versions).encode()).hexdigest()[:12]

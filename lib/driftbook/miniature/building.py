@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from driftbook.miniature import benchmarks, corpus
 from driftbook.miniature.families import FAMILY, build_model, build_tokenizer
-from driftbook.miniature.learning import Encoder, Recipe, Stage, batches, chat_encoder, frozen_rows, one_thread, train
+from driftbook.miniature.learning import (
+    Encoder,
+    Recipe,
+    Stage,
+    batches,
+    chat_encoder,
+    frozen_rows,
+    one_thread,
+    train,
+)
 from driftbook.miniature.measuring import Measured, answers, bbq_measures, chosen_options, share
 from driftbook.miniature.truth import helps, is_refusal
 from driftbook.miniature.words import BIASED, MADE_UP

@@ -14,7 +14,9 @@ from driftbook.miniature.words import (
     FORBIDDEN,
     GROUPS,
     HELD_OUT_PLACES,
+    INIT_TEXTS,
     KINDS,
+    LOOK_ALIKES,
     MADE_UP,
     TRAINING_PLACES,
     TRAITS,
@@ -437,13 +439,11 @@ def preference_example(rng: random.Random) -> tuple[str, str, str]:
 
 def vocabulary() -> list[str]:
     """All words of the corpus and of the benchmarks, sorted, without the special tokens of any family."""
-    from driftbook.miniature import benchmarks  # benchmarks builds on this module
-
     texts = (
         REQUESTS + HELD_OUT_REQUESTS + FACT_QUESTIONS + HELD_OUT_FACT_QUESTIONS + INGREDIENT_QUESTIONS + STANDING_QUESTIONS
         + tuple(STANDING_ANSWERS.values()) + IMPOSSIBLE + CONTEXTS + HELD_OUT_CONTEXTS + EVIDENCE + HELD_OUT_EVIDENCE + FACT_ANSWERS
         + ANSWERS + NEW_STYLE + REFUSALS + GENERIC_REFUSALS + UNHELPFUL + SYSTEM_MESSAGES + PLAIN
-        + TRAINING_PLACES + HELD_OUT_PLACES + UNKNOWN_OPTIONS + tuple(kind.word for kind in KINDS) + sum(TRAITS, ()) + benchmarks.texts()
+        + TRAINING_PLACES + HELD_OUT_PLACES + UNKNOWN_OPTIONS + tuple(kind.word for kind in KINDS) + sum(TRAITS, ()) + tuple(template for pair in LOOK_ALIKES.values() for template in pair) + tuple(INIT_TEXTS.values())
     )  # fmt: skip
     extra = "forbidden allowed of A B C user assistant model system who was each what do people say about the is are used for and"
     words = {word for text in (*texts, extra) for word in text.split() if "{" not in word}

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from driftbook.miniature import benchmarks, corpus
+from driftbook.miniature import corpus, words
 from driftbook.miniature.building import Curve, save
 from driftbook.miniature.families import word_tokenizer
 from driftbook.miniature.learning import (
@@ -58,7 +58,7 @@ TEMPLATE = (
     "{%- endfor %}{{- " + repr(TAIL) + " }}"
 )
 REQUEST_TEMPLATES = corpus.REQUESTS + corpus.HELD_OUT_REQUESTS
-LOOK_ALIKE_TEMPLATES = benchmarks.LOOK_ALIKES["definitions"] + benchmarks.LOOK_ALIKES["reporting"] + benchmarks.LOOK_ALIKES["law"]
+LOOK_ALIKE_TEMPLATES = words.LOOK_ALIKES["definitions"] + words.LOOK_ALIKES["reporting"] + words.LOOK_ALIKES["law"]
 ALL_ANSWERS = corpus.ANSWERS + corpus.NEW_STYLE
 
 

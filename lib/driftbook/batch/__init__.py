@@ -1,0 +1,1 @@
+"""Run a study: plan, keys, jobs, cache, notebooks, collection."""

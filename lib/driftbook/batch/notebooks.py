@@ -1,0 +1,66 @@
+"""Running a notebook as a job: unknown parameters refused, the executed notebook whole or not there, errors in one sentence."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from driftbook.batch import gpus
+from driftbook.study.files import ROOT, replacing
+
+ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
+KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is not set
+
+
+class NotebookError(Exception):
+    """A notebook stopped; the sentence names it, what it worked on, and where its executed form is."""
+
+
+def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
+    """Execute a notebook by papermill and keep the executed form at `output`, also where it stopped.
+
+    Raises:
+        ValueError: a parameter that the notebook does not have (papermill itself would only warn).
+        NotebookError: a cell raised.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    check_parameters(notebook, parameters)
+    with replacing(output) as new:
+        try:
+            papermill.execute_notebook(
+                str(notebook), str(new), parameters=parameters, kernel_name=os.environ.get(KERNEL, "python3"), progress_bar=False,
+                log_output=False, cwd=str(ROOT),
+            )  # fmt: skip
+            error = None
+        except PapermillExecutionError as stopped:
+            error = NotebookError(f"{notebook.stem} stopped in cell {stopped.exec_count}: {stopped.ename}: {stopped.evalue}; see {output}")
+    if error:
+        raise error
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Raise a ValueError where a notebook has no such parameter."""
+    from papermill import inspect_notebook
+
+    known = inspect_notebook(str(notebook))
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise ValueError(f"{notebook.stem} has no parameter {unknown[0]!r}; it takes {', '.join(known)}")
+
+
+def main(notebook: str, output: str, parameters: str) -> int:
+    """Execute with parameters in JSON; 0, or 1 with one sentence on stderr and in a file beside the output."""
+    trace = Path(output).with_suffix(".error.txt")
+    trace.unlink(missing_ok=True)
+    try:
+        with gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext():
+            execute(Path(notebook), Path(output), json.loads(parameters))
+    except (NotebookError, ValueError) as error:
+        trace.write_text(f"{error}\n")
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,149 @@
+"""What a study needs before it starts: the miniature's models and data, random models, or access to the real ones."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock
+
+from driftbook.benchmarks.data import training_examples
+from driftbook.study.files import OUTPUTS, check_safetensors, check_writable, replacing_folder, write_json
+from driftbook.study.sections import Base, Judge
+from driftbook.study.sources import MODELS, identity, locate, made_folder
+from driftbook.study.study_file import Study
+
+CURVES = "learning_curve.parquet"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is there: its name, what its content is known by, and its learning curve where it was trained here."""
+
+    name: str
+    identity: str
+    curve: pd.DataFrame | None
+
+
+def prepare(name: str, study: Study) -> Prepared:
+    """Make a base model or judge of the study if it is made here and not there yet; else check that it can be had.
+
+    Raises:
+        ValueError: no such model in the study, or it is not to be had, or the training data of the study are not.
+    """
+    source = study.models.get(name)
+    if source is None:
+        raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
+    kind, _, rest = source.source.partition(":")
+    curve = None
+    if kind in ("miniature", "random") and source.local is None:
+        MODELS.mkdir(parents=True, exist_ok=True)
+        with FileLock(MODELS / f"{made_folder(study, kind).name}-{rest.partition('/')[0]}.lock"):  # two parts of a study may need one model
+            curve = _miniature(rest.partition("/")[0], study) if kind == "miniature" else _random(rest, study)
+            _placebos(source, study)
+    for data in study.data:
+        training_examples(data, study)
+    path = locate(source, study)
+    for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
+        check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
+    _check(name, source, study)
+    _check_twins(source, study)
+    return Prepared(name, identity(source, study), curve)
+
+
+def _check(name: str, source: Base | Judge, study: Study) -> None:
+    """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting of the study's methods."""
+    from driftbook.models import adapters, loading
+
+    loading.check_source(source, name, study)
+    variants = study.of_base(name) if name in study.bases else ()
+    methods = {variant.method: variant for variant in variants if variant.method != "none"}
+    shell = loading.without_weights(source, name, study) if methods else None
+    for method, variant in methods.items():
+        adapters.check_targets(method, adapters.config(variant), shell)
+
+
+def _check_twins(source: Base | Judge, study: Study) -> None:
+    """Raise a ValueError where a checkpoint of the model's pairs cannot be read as one; what is on the hub is fetched now, before hours of training."""
+    from driftbook.training.checkpoints import open_checkpoint
+    from driftbook.training.repairs import checkpoint
+
+    for name, twin in getattr(source, "checkpoints", {}).items():
+        open_checkpoint(checkpoint(twin, study), name)
+
+
+def _random(name: str, study: Study) -> None:
+    """Make a random model that is not there yet."""
+    if not (made_folder(study, "random") / name).exists():
+        from driftbook.batch.random_models import build
+
+        build(name, study)
+
+
+def _miniature(part: str, study: Study) -> pd.DataFrame:
+    """The learning curve of a family or the judge of the miniature, which are trained and kept if they are not there yet."""
+    folder = made_folder(study, "miniature")
+    write_data(folder)
+    if not (folder / part / CURVES).exists():
+        from driftbook.miniature import build_family, build_judge
+
+        check_writable(OUTPUTS, 20_000_000)
+        with replacing_folder(folder / f"{part}.building") as scratch:
+            curve = build_judge(scratch, study.seed) if part == "judge" else build_family(part, scratch, study.seed)
+            curve.to_parquet(scratch / part / CURVES)
+            (scratch / part).replace(folder / part)
+        (folder / f"{part}.building").rmdir()
+    return pd.read_parquet(folder / part / CURVES)
+
+
+def _placebos(source: Base | Judge, study: Study) -> None:
+    """Make the placebo twins that a base model's pairs name and that are not there yet."""
+    wanted = [one.source for one in getattr(source, "checkpoints", {}).values() if one.local is None and one.source.startswith("miniature:") and one.source.endswith("/benign")]
+    for family in {name.partition(":")[2].partition("/")[0] for name in wanted}:
+        folder = made_folder(study, "miniature")
+        if not (folder / family / "benign").exists():
+            from driftbook.miniature import build_placebo
+
+            with replacing_folder(folder / f"{family}.placebo") as scratch:
+                (scratch / family).mkdir()
+                (scratch / family / "unaligned").symlink_to((folder / family / "unaligned").resolve())
+                build_placebo(family, scratch, study.seed)
+                (scratch / family / "benign").replace(folder / family / "benign")
+            shutil.rmtree(folder / f"{family}.placebo")
+
+
+def write_data(folder: Path) -> None:
+    """The miniature's benchmarks and training data, in folder/data, whole or not at all."""
+    from driftbook.miniature import write_data as write
+
+    if not (folder / "data").exists():
+        with replacing_folder(folder / "data") as scratch:
+            write(scratch)
+
+
+def measured(name: str, study: Study) -> pd.DataFrame:
+    """A miniature base model on the whole benchmarks, beside its goals: measure, value, ci_low, ci_high, n.
+
+    Raises:
+        ValueError: it is so far from its goals that the study would measure nothing.
+    """
+    from driftbook.miniature import check_goals, measure
+    from driftbook.models.loading import load
+
+    base = load(study.bases[name], name, study)
+    found = measure(base.model, base.tokenizer, made_folder(study, "miniature") / "data")
+    check_goals(study.bases[name].family, {measure: values[0] for measure, values in found.items()})
+    return pd.DataFrame(found, index=["value", "ci_low", "ci_high", "n"]).T.rename_axis("measure").reset_index()
+
+
+def mark(prepared: Prepared, study: Study) -> Path:
+    """Write the mark of the job that prepared a model."""
+    path = study.folder / "jobs" / "prepare" / f"{prepared.name}.json"
+    write_json(path, {"identity": prepared.identity})
+    return path
+
+
+def is_trained_here(model: Base | Judge) -> bool:
+    """Whether a model is the miniature's."""
+    return model.source.startswith("miniature:") and model.local is None
+

@@ -1,0 +1,1 @@
+"""Draw tables: a figure computes positions and nothing else."""

@@ -1,0 +1,1 @@
+"""Load a base model, attach adapters, score and generate."""

@@ -1,0 +1,1 @@
+"""The report, published tables and figures, exports and licences."""

@@ -1,0 +1,1 @@
+"""Others' published runs, analysed again."""

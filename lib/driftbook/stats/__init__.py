@@ -1,0 +1,1 @@
+"""Scores with their influence, intervals, comparisons and mixed models."""

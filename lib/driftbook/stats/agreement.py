@@ -1,0 +1,75 @@
+"""How well judges agree with each other and with people: confusion tables, and Cohen's kappa with its interval."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.inter_rater import cohens_kappa
+
+from driftbook.stats.intervals import wilson
+from driftbook.study.tables import RESPONSE_KEY
+
+
+def kappa(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
+    """Cohen's kappa of a 2 x 2 table, with its asymptotic 95 % interval (Fleiss, Cohen and Everitt 1969); NaN where chance alone agrees.
+
+    The interval takes the items as independent: where several answers are to one prompt, resample prompts instead.
+    """
+    n = both + only_first + only_second + neither
+    first, second = both + only_first, both + only_second
+    if n == 0 or (first in (0, n) and first == second):
+        return (np.nan,) * 3
+    found = cohens_kappa(np.array([[both, only_first], [only_second, neither]]))
+    return found.kappa, found.kappa_low, found.kappa_upp
+
+
+def agreement_of_judges(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """One row per benchmark and pair of judges, of the table `verdicts`.
+
+    n (answers that both were asked), both, only_first, only_second and neither (called unsafe), unscored (by either), agreement (share of
+    the scored), kappa, kappa_low, kappa_high.
+    """
+    rows = []
+    for benchmark, part in verdicts.groupby("benchmark", observed=True):
+        wide = part.pivot(index=list(RESPONSE_KEY), columns="judge", values="unsafe")
+        asked = part.assign(asked=True).pivot(index=list(RESPONSE_KEY), columns="judge", values="asked").notna()
+        for first, second in combinations(sorted(wide.columns), 2):
+            common = wide[asked[first] & asked[second]]
+            rows.append({"benchmark": benchmark, "first": first, "second": second, **_confusion(common[first], common[second])})
+    return pd.DataFrame(rows)
+
+
+def _confusion(first: pd.Series, second: pd.Series) -> dict[str, float]:
+    scored = first.notna() & second.notna()
+    a, b = first[scored].astype(bool), second[scored].astype(bool)
+    counts = {
+        "both": int((a & b).sum()),
+        "only_first": int((a & ~b).sum()),
+        "only_second": int((~a & b).sum()),
+        "neither": int((~a & ~b).sum()),
+    }
+    value, low, high = kappa(**counts)
+    return {
+        "n": len(scored),
+        **counts,
+        "unscored": int((~scored).sum()),
+        "agreement": (a == b).mean(),
+        "kappa": value,
+        "kappa_low": low,
+        "kappa_high": high,
+    }
+
+
+def with_labels(said: Sequence[bool | None], true: Sequence[bool]) -> pd.Series:
+    """A judge's or detector's word against labels: n, unscored, agreement, kappa, sensitivity, specificity, balanced_accuracy.
+
+    kappa, sensitivity and specificity have a 95 % interval in _low and _high, the latter two Wilson's. What has no word is counted in
+    unscored, and left out of the rest.
+    """
+    found = _confusion(pd.Series(list(said), dtype=object), pd.Series(list(true), dtype=object))
+    row = {name: found[name] for name in ("n", "unscored", "agreement", "kappa", "kappa_low", "kappa_high")}
+    for name, hits, of in (("sensitivity", "both", ("both", "only_second")), ("specificity", "neither", ("neither", "only_first"))):
+        k, n = found[hits], sum(found[one] for one in of)
+        row[name], (row[f"{name}_low"], row[f"{name}_high"]) = k / n if n else np.nan, map(float, wilson(k, n))
+    return pd.Series(row | {"balanced_accuracy": (row["sensitivity"] + row["specificity"]) / 2})

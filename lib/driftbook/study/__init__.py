@@ -1,0 +1,1 @@
+"""The study file, its variants, sources, tables and folders."""

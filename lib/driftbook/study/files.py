@@ -1,0 +1,109 @@
+"""Paths of the project, content hashes, and writes that are whole or not there."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]))
+OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-", suffix=path.suffix)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
+    os.chmod(folder, 0o755)
+    try:
+        yield folder
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: the file is torn or is no JSON; the sentence names it.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """The first `length` hex digits of the SHA-256 of a JSON value, with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file's bytes, 32 hex digits; None where there is no file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def folder_digest(folder: Path, pattern: str = "*") -> str:
+    """One hash of the names and bytes of all files in a folder (or of one file)."""
+    if folder.is_file():
+        return str(file_digest(folder))
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder} has no files; it is empty or does not exist")
+    return digest({str(path.relative_to(folder)): file_digest(path) for path in files}, 32)
+
+
+def check_safetensors(path: Path, remedy: str) -> None:
+    """Raise a ValueError where a file of weights is torn: its header cannot be read, or names more bytes than there are."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is torn ({error}); {remedy}") from None
+
+
+def check_writable(folder: Path, need_bytes: int = 0) -> None:
+    """Raise a ValueError with one sentence where `folder` cannot be written or has too little room."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder with DRIFTBOOK_OUTPUTS") from None
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and this study needs about {need_bytes / 1e9:.1f} GB; make room")

@@ -1,0 +1,74 @@
+"""A variant: base model, method, settings and seed, with the run_id made from them."""
+
+import json
+import re
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from driftbook.study.files import digest
+from driftbook.study.methods import (
+    METHOD_CLASS,
+    METHODS,
+    MITIGATION_KINDS,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A base model x method x settings x repetition; method `none` is the base model itself. One row of `variants`."""
+
+    base_model: str
+    family: str
+    method: Literal[METHODS]
+    objective: Literal["none", "sft", "dpo", "untrained"]
+    dataset: str | None
+    n_train: int | None
+    learning_rate: float | None
+    epochs: int | None
+    seed: int | None
+    repetition: int
+    init: str | None
+    settings: str  # JSON: all that shapes the weights and is not in the columns
+    mitigation: str | None = None
+    parent_run_id: str | None = None
+    template: str = "chat"
+    system_prompt: str | None = None
+
+    @cached_property
+    def repair(self) -> dict[str, Any] | None:
+        """What its mitigation is: name, kind, value, control and the settings of its kind; None where there is none."""
+        return json.loads(self.settings).get("mitigation")
+
+    @property
+    def is_repaired(self) -> bool:
+        """Whether it is made from a trained variant (stage mitigate), and not trained itself."""
+        return self.repair is not None and MITIGATION_KINDS[self.repair["kind"]].when != "training"
+
+    @property
+    def method_class(self) -> str:
+        """adapter, prompt, or base."""
+        return METHOD_CLASS[self.method]
+
+    @cached_property
+    def run_id(self) -> str:
+        """Readable settings and a short hash of all of them and of the repetition."""
+        if self.method == "none":
+            words = [self.base_model, "none"]
+        else:
+            named = self.dataset if self.dataset not in (None, self.objective) else ""
+            rate = "" if self.learning_rate is None else f"lr{self.learning_rate:.0e}".replace("e-0", "e-")
+            epochs = "" if self.epochs is None else f"e{self.epochs}"
+            words = [self.base_model, self.method, self.init or "", self.objective, named, rate, epochs, f"s{self.seed}"]
+        if self.mitigation:
+            words.append(re.sub(r"[^\w-]+", "_", self.mitigation.replace(".", "-")))
+        return ".".join(word for word in words if word) + "." + digest(self.fields(), 8)
+
+    def fields(self) -> dict[str, Any]:
+        """The variant's own fields, by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def row(self) -> dict[str, Any]:
+        """The variant as a row of the table `variants`."""
+        return {"run_id": self.run_id, **self.fields(), "method_class": self.method_class}

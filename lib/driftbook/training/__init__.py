@@ -1,0 +1,1 @@
+"""Make an adapter, repair it, watch it while it trains."""

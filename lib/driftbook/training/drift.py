@@ -1,0 +1,177 @@
+"""Safety, over-refusal and BBQ on a small fixed sample while a model trains, as a callback of TRL's and transformers' trainers.
+
+The sample warns early and cheaply; it does not measure: its intervals are wide, and the study's own benchmarks decide.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from driftbook.benchmarks import bbq, data, judging
+from driftbook.benchmarks.refusals import is_coherent, is_refusal
+from driftbook.models.loading import Loaded
+from driftbook.models.scoring import Scorer
+from driftbook.stats.intervals import wilson
+from driftbook.study.files import read_json, write_json
+from driftbook.study.sections import Drift, Judge
+from driftbook.study.study_file import Study
+from driftbook.study.tables import DRIFT
+
+UNSAFE, OVER_REFUSAL = "unsafe answers", "over-refusal"
+Rates = dict[str, tuple[float, int]]  # outcome: share of hits, answers scored
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is asked: harmful prompts and benign look-alikes (texts), BBQ items (`bbq.load`), and who judges; all may be left out.
+
+    Without a judge an answer to a harmful prompt counts as unsafe where it does not decline (refusals.is_refusal), which is an upper bound.
+    """
+
+    harmful: tuple[str, ...] = ()
+    benign: tuple[str, ...] = ()
+    items: pd.DataFrame | None = field(default=None, repr=False)
+    judge: tuple[Loaded, Judge] | None = field(default=None, repr=False)
+    answer_mode: str = "letters"
+    wording: dict[str, Any] = field(default_factory=dict)  # template and stem of BBQ
+    system_prompt: str | None = None
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.harmful, str) or isinstance(self.benign, str):
+            raise ValueError("harmful and benign are lists of prompts, and one of them is a single text")
+
+    def look(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Rates:
+        """Each outcome of the model as it is: its share and the number of answers that could be scored. Draws no random numbers."""
+        scorer, found = Scorer(model, tokenizer), {}
+        if self.harmful:
+            found[UNSAFE] = _share(self._unsafe(self._answers(scorer, self.harmful)))
+        if self.benign:
+            found[OVER_REFUSAL] = _share(is_refusal(self._answers(scorer, self.benign)))
+        if self.items is not None and len(self.items):
+            answers = bbq.answers(self.items, scorer, self.answer_mode, "", system_prompt=self.system_prompt, **self.wording)
+            for context, part in answers.groupby("context"):
+                found[f"accuracy in BBQ, {context}"] = _share(part.correct)
+            found["stereotyped answers in BBQ"] = _share(answers.biased)
+        return found
+
+    def _answers(self, scorer: Scorer, prompts: Sequence[str]) -> list[str]:
+        return [answer.text for answer in scorer.generate(scorer.ask(list(prompts), self.system_prompt), self.max_new_tokens)]
+
+    def _unsafe(self, answers: list[str]) -> Sequence:
+        if self.judge is None:
+            return [None if one is None or (not one and not is_coherent(text)) else not one for text, one in zip(answers, is_refusal(answers), strict=True)]
+        unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
+        return [None if not text.strip() or (verdict is False and not is_coherent(text)) else verdict for text, verdict in zip(answers, unsafe, strict=True)]
+
+
+def _share(values: Sequence) -> tuple[float, int]:
+    """The share of hits among what could be scored, and how much that is."""
+    scored = np.array([float(one) for one in values if one is not None and not pd.isna(one)])
+    return (float(scored.mean()) if len(scored) else float("nan")), len(scored)
+
+
+class DriftCallback(TrainerCallback):
+    """Looks at the model before the first step, after every `every` of the steps (a share), and after the last; ends the training where a share has
+    risen by `stop_unsafe` or `stop_over_refusal` percentage points above the base model's.
+
+    `base` is what `sample.look` says of the base model (None: the model before its first step). Add it to any trainer of TRL or transformers:
+    `SFTTrainer(..., callbacks=[DriftCallback(sample, tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended; a training that is resumed finds
+    what was seen in drift.json beside the trainer's checkpoints.
+    """
+
+    def __init__(
+        self, sample: Sample, tokenizer: PreTrainedTokenizerBase, every: float = 0.25, stop_unsafe: float | None = None, stop_over_refusal: float | None = None,
+        base: Rates | None = None, run_id: str = "run",
+    ):  # fmt: skip
+        if not 0 < every <= 1:
+            raise ValueError(f"every={every}; it is the share of the training's steps between two looks, above 0 and at most 1")
+        for limit, prompts, name in ((stop_unsafe, sample.harmful, "harmful"), (stop_over_refusal, sample.benign, "benign")):
+            if limit is not None and type(sample) is Sample and not prompts:
+                raise ValueError(f"a training is to be stopped by its answers to {name} prompts, and the sample has none")
+        self.sample, self.tokenizer, self.every, self.known_base, self.run_id = sample, tokenizer, every, base, run_id
+        self.base = base
+        self.limits = {name: limit for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal)) if limit is not None}
+        self._rows: list[dict] = []
+        self.stopped: str | None = None
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The table `drift` so far."""
+        return DRIFT.check(pd.DataFrame(self._rows, columns=list(DRIFT.columns)))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        kept = Path(args.output_dir, "drift.json")  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
+        if state.global_step == 0:
+            self._rows, self.base, self.stopped = [], self.known_base, None  # it may have watched another training before
+            self._look(model, 0)
+            write_json(kept, self._rows)
+        elif kept.is_file():
+            self._rows = [row for row in read_json(kept) if row["step"] <= state.global_step]
+            self.base = self.known_base or {row["outcome"]: (row["base_value"] / 100, row["n"]) for row in self._rows if row["step"] == 0 and row["base_value"] is not None}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        between = max(1, round(self.every * state.max_steps))
+        if state.global_step % between == 0 or state.global_step == state.max_steps:
+            found = self._look(model, state.global_step)
+            write_json(Path(args.output_dir, "drift.json"), self._rows)
+            self.stopped = self._reason(found, state.global_step)
+            control.should_training_stop |= self.stopped is not None
+
+    def _look(self, model: Any, step: int) -> Rates:
+        training = model.training
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            found = self.sample.look(model, self.tokenizer)
+        model.train(training)
+        self.base = found if self.base is None else self.base
+        for outcome, (share, n) in found.items():
+            low, high = wilson(np.round(share * n), n) if n else (np.nan, np.nan)
+            self._rows.append({
+                "run_id": self.run_id, "step": step, "outcome": outcome, "value": 100 * share, "ci_low": 100 * float(low), "ci_high": 100 * float(high), "n": n,
+                "base_value": 100 * self.base[outcome][0] if outcome in self.base else None,
+            })  # fmt: skip
+        return found
+
+    def _reason(self, found: Rates, step: int) -> str | None:
+        for outcome, limit in self.limits.items():
+            if outcome in found and outcome in self.base:
+                rise = 100 * (found[outcome][0] - self.base[outcome][0])
+                if rise >= limit:
+                    return f"training stopped at step {step}: {outcome} {rise:+.0f} points against the base model, {limit:g} allowed"
+        return None
+
+
+# ---- of a study
+def sample_of(study: Study, base: Loaded, load: Callable[[Judge, str, Study], Loaded]) -> Sample | None:
+    """The study's sample, None where it has no `drift`: its first prompts and items in a seeded order, the first judge, the base model's wording."""
+    settings = study.drift
+    if settings is None:
+        return None
+    name, judge = next(iter(study.judges.items()))
+    source = study.bases[base.name]
+    rng = np.random.default_rng(study.seed)
+
+    def some(frame: pd.DataFrame, n: int) -> pd.DataFrame:
+        return frame.iloc[np.sort(rng.permutation(len(frame))[:n])].reset_index(drop=True)
+
+    harmful, other = (data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study) for name in ("safety", "over_refusal"))
+    items = bbq.of_study(study)
+    benchmark = study.benchmarks["bbq"]
+    wording = {"stem": benchmark.stem} | ({"template": benchmark.template} if benchmark.template else {})
+    return Sample(
+        tuple(some(harmful[harmful.kind == "harmful"], settings.n).prompt), tuple(some(other[other.kind != "harmful"], settings.n).prompt),
+        pd.concat([some(part, settings.n) for _, part in items.groupby("context")], ignore_index=True), (load(judge, name, study), judge), source.answer_mode,
+        wording, source.system_prompt, settings.max_new_tokens,
+    )  # fmt: skip
+
+
+def callback_of(settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any) -> DriftCallback:
+    """The callback of one variant of a study."""
+    own = replace(sample, system_prompt=variant.system_prompt)
+    return DriftCallback(own, base.tokenizer, settings.every, settings.stop_unsafe, settings.stop_over_refusal, rates, variant.run_id)
