@@ -1,4 +1,5 @@
 """`make bench`: what the library costs and how right it is, each figure beside a peer's or a goal."""
+
 import os
 import sys
 from pathlib import Path
@@ -33,10 +34,20 @@ def run(n_items: int = 600) -> pd.DataFrame:
     torch.set_num_threads(1)
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
     parts = {
-        "BBQ against lm-evaluation-harness": lambda: bbq_speed(items), "judges": lambda: [*judge_speed(), *taxonomy_speed()], "generation": lambda: generation(items),
-        "adapters": lambda: many_adapters(items.head(300)), "training": training.rows, "Safe LoRA": safe_lora.rows, "accuracy": accuracy, "intervals": intervals,
-        "models": mixed_models.rows, "coverage": coverage.coverage_rows, "study check": lambda: study_checks.detection_rows(40, folder=made if made.is_dir() else None),
-    }  # fmt: skip
+        "BBQ against lm-evaluation-harness": lambda: bbq_speed(items),
+        "judges": lambda: [*judge_speed(), *taxonomy_speed()],
+        "generation": lambda: generation(items),
+        "adapters": lambda: many_adapters(items.head(300)),
+        "training": training.rows,
+        "Safe LoRA": safe_lora.rows,
+        "accuracy": accuracy,
+        "intervals": intervals,
+        "models": mixed_models.rows,
+        "coverage": coverage.coverage_rows,
+        "study check": lambda: study_checks.detection_rows(
+            40, folder=made if made.is_dir() else None
+        ),
+    }
     if torch.cuda.is_available():
         parts["GPU"] = lambda: [*gpu(bbq_items(15_876)), *training.gpu(), *training.whole_study()]
     rows = []
@@ -55,7 +66,10 @@ def write(found: pd.DataFrame, folder: Path = FOLDER) -> None:
         found.to_csv(new, index=False, float_format="%.6g")
     with replacing(folder / "bench.md") as new:
         new.write_text(markdown(found))
-    write_json(folder / "machine.json", {"versions": environment.versions(), "hardware": environment.hardware()})
+    write_json(
+        folder / "machine.json",
+        {"versions": environment.versions(), "hardware": environment.hardware()},
+    )
     _plot(found, folder / "bench.png")
 
 
@@ -65,7 +79,10 @@ def markdown(found: pd.DataFrame) -> str:
     for one in found.itertuples():
         met = "" if pd.isna(one.met) else "yes" if one.met else "no"
         detail = "" if pd.isna(one.ours) else f" ({one.ours:.2f} against {one.peer:.2f} {one.unit})"
-        lines.append(f"| {one.figure} | {one.setting} | {one.value:.4g}{detail} | {'' if pd.isna(one.goal) else f'{one.goal:g}'} | {met} |")
+        lines.append(
+            f"| {one.figure} | {one.setting} | {one.value:.4g}{detail} |"
+            f" {'' if pd.isna(one.goal) else f'{one.goal:g}'} | {met} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -81,11 +98,21 @@ def _plot(found: pd.DataFrame, path: Path) -> None:
     places = np.arange(len(rows))[::-1]
     ax.scatter(rows.value, places, color=drawing.COLOURS["lora"], zorder=3, label="measured")
     goals = rows.goal.notna()
-    ax.scatter(rows.goal[goals], places[goals.to_numpy()], marker="|", s=160, color=drawing.COLOURS["none"], label="goal")
+    ax.scatter(
+        rows.goal[goals],
+        places[goals.to_numpy()],
+        marker="|",
+        s=160,
+        color=drawing.COLOURS["none"],
+        label="goal",
+    )
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.axvline(1, color="#777777", linewidth=0.8)
-    names = [f"{one.figure.partition(':')[0].partition(',')[0]}: {one.setting}" for one in rows.itertuples()]
+    names = [
+        f"{one.figure.partition(':')[0].partition(',')[0]}: {one.setting}"
+        for one in rows.itertuples()
+    ]
     ax.set_yticks(places, names)
     ax.set_xlabel("CPU time of the peer / our CPU time (adapters: ours / the forward passes alone)")
     ax.legend(loc="upper right", frameon=False)
@@ -95,7 +122,9 @@ def _plot(found: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> int:
-    """Run every benchmark, write outputs/bench, print the table and how many goals were missed; 1 where it cannot run."""
+    """Run every benchmark, write outputs/bench, print the table and how many goals were missed; 1
+    where it cannot run.
+    """
     try:
         found = run()
     except ValueError as error:
@@ -103,7 +132,10 @@ def main() -> int:
         return 1
     write(found)
     print(markdown(found))
-    print(f"{found.met.eq(True).sum()} goals reached, {found.met.eq(False).sum()} missed; the table, the plot and the machine are in {FOLDER}")
+    print(
+        f"{found.met.eq(True).sum()} goals reached, {found.met.eq(False).sum()} missed; the table,"
+        f" the plot and the machine are in {FOLDER}"
+    )
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What the benches share: random models of a real shape, timed work, and rows of the table of figures."""
+"""What the benches share: random models of a real shape, timed work, and rows of the table of
+figures.
+"""
+
 import os
 import tempfile
 import time
@@ -10,31 +13,72 @@ from driftbook.study.methods import STUDIED
 from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
 
-LENGTH, BATCH, MOST = 4_096, 8, 1_024  # nothing is cut; TRL's own batch; examples longer than TRL's own limit are left out on both sides
+LENGTH, BATCH, MOST = (
+    4_096,
+    8,
+    1_024,
+    # nothing is cut; TRL's own batch; examples longer than TRL's own limit are left out on both
+    # sides
+)
 SETTINGS = {
-    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}, "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "prompt_tuning": {"num_virtual_tokens": 20, "init": "vocabulary"}, "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": 64},
-    "dora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "rslora": {"r": 8, "target_modules": ["q_proj", "v_proj"]}, "bitfit": {"target_modules": ["v_proj"]},
-    "ln_tuning": {}, "prefix_tuning": {"num_virtual_tokens": 20},
-}  # fmt: skip
+    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "ia3": {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "prompt_tuning": {"num_virtual_tokens": 20, "init": "vocabulary"},
+    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": 64},
+    "dora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "bitfit": {"target_modules": ["v_proj"]},
+    "ln_tuning": {},
+    "prefix_tuning": {"num_virtual_tokens": 20},
+}
 RATES = {"lora": 1e-3, "ia3": 1e-2, "prompt_tuning": 1e-2, "p_tuning": 1e-3}
 
 
-def study(n: int, methods: Sequence[str] = STUDIED, length: int = LENGTH, batch: int = BATCH) -> Study:
-    """The study of real text (studies/real_data.yaml) with n examples, these methods without dropout, and TRL's own batch."""
+def study(
+    n: int, methods: Sequence[str] = STUDIED, length: int = LENGTH, batch: int = BATCH
+) -> Study:
+    """The study of real text (studies/real_data.yaml) with n examples, these methods without
+    dropout, and TRL's own batch.
+    """
     real = load("real_data")
-    data = {name: one.model_copy(update={"n": n if name != "heldout" else one.n}) for name, one in real.data.items()}
-    block = real.grid[0].model_copy(update={"methods": tuple(methods), "learning_rates": {method: (RATES.get(method, 1e-3),) for method in methods}})
-    training = real.training.model_copy(update={"batch_size": batch, "max_length": length, "tokens_per_batch": None})
+    data = {
+        name: one.model_copy(update={"n": n if name != "heldout" else one.n})
+        for name, one in real.data.items()
+    }
+    block = real.grid[0].model_copy(
+        update={
+            "methods": tuple(methods),
+            "learning_rates": {method: (RATES.get(method, 1e-3),) for method in methods},
+        }
+    )
+    training = real.training.model_copy(
+        update={"batch_size": batch, "max_length": length, "tokens_per_batch": None}
+    )
     made = {method: SETTINGS[method] for method in methods}
-    return Study(**{**real.model_dump(exclude_unset=True), "methods": made, "data": data, "grid": (block,), "training": training})
+    return Study(
+        **{
+            **real.model_dump(exclude_unset=True),
+            "methods": made,
+            "data": data,
+            "grid": (block,),
+            "training": training,
+        }
+    )
 
 
 def texts(this: Study) -> list[str]:
     """What the examples say, to train a tokenizer on."""
     from driftbook.benchmarks.data import training_examples
 
-    return [text for name in ("sft", "dpo") for one in training_examples(name, this) for text in (one["prompt"][-1]["content"], one.get("answer") or one["chosen"])]
+    return [
+        text
+        for name in ("sft", "dpo")
+        for one in training_examples(name, this)
+        for text in (one["prompt"][-1]["content"], one.get("answer") or one["chosen"])
+    ]
 
 
 def fit_once(variant: Variant, base: Any, prepared: Any, this: Study) -> tuple[dict, Any]:
@@ -50,7 +94,9 @@ def fit_once(variant: Variant, base: Any, prepared: Any, this: Study) -> tuple[d
 
 
 def timed(work: Callable, *given: Any) -> tuple[Any, float]:
-    """What work(*given) gives, and its seconds: on a GPU wall-clock to the end of what it started there, else of the processor."""
+    """What work(*given) gives, and its seconds: on a GPU wall-clock to the end of what it started
+    there, else of the processor.
+    """
     import torch
 
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -61,8 +107,6 @@ def timed(work: Callable, *given: Any) -> tuple[Any, float]:
     return found, clock() - started
 
 
-
-
 import pandas as pd
 
 from driftbook.study.files import OUTPUTS
@@ -70,22 +114,56 @@ from driftbook.study.methods import STUDIED
 
 FOLDER = OUTPUTS / "bench"
 COLUMNS = ["figure", "setting", "ours", "peer", "unit", "value", "goal", "met"]
-SHAPES = {  # about 5 M parameters each: Llama's vocabulary with small layers, and a small vocabulary with larger ones
-    "vocabulary of 32,000": {"vocab_size": 32_000, "hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "vocabulary of 8,192": {"vocab_size": 8_192, "hidden_size": 256, "intermediate_size": 682, "num_hidden_layers": 4, "num_attention_heads": 8},
+# about 5 M parameters each: Llama's vocabulary with small layers, and a small vocabulary with
+# larger ones
+SHAPES = {
+    "vocabulary of 32,000": {
+        "vocab_size": 32_000,
+        "hidden_size": 128,
+        "intermediate_size": 341,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "vocabulary of 8,192": {
+        "vocab_size": 8_192,
+        "hidden_size": 256,
+        "intermediate_size": 682,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    },
 }
-LLAMA_8B = {"vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "rope_theta": 500_000.0}  # fmt: skip
+LLAMA_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4_096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500_000.0,
+}
 
 
-def row(figure: str, setting: str, value: float, goal: float | None, unit: str, ours: float | None = None, peer: float | None = None, least: bool = True) -> dict:
-    """A line of the result; `least` says whether the goal is the least or the most that the value may be."""
+def row(
+    figure: str,
+    setting: str,
+    value: float,
+    goal: float | None,
+    unit: str,
+    ours: float | None = None,
+    peer: float | None = None,
+    least: bool = True,
+) -> dict:
+    """A line of the result; `least` says whether the goal is the least or the most that the value
+    may be.
+    """
     met = None if goal is None else bool(value >= goal if least else value <= goal)
     return dict(zip(COLUMNS, (figure, setting, ours, peer, unit, value, goal, met), strict=True))
 
 
 def least_seconds(work: Callable, *given: object, repeats: int = 3) -> tuple[float, object]:
-    """The least CPU seconds of a few repeats of work(*given), and what the last one gave: other work on the machine only ever adds."""
+    """The least CPU seconds of a few repeats of work(*given), and what the last one gave: other
+    work on the machine only ever adds.
+    """
     seconds, result = [], None
     for _ in range(repeats):
         start = time.process_time()
@@ -101,11 +179,16 @@ def bbq_items(n: int) -> pd.DataFrame:
 
     shared = os.environ.get("DRIFTBOOK_SHARED")
     items = bbq.load(Path(shared) / "data" / "bbq" / "data" if shared else bbq.PUBLIC)
-    return pd.concat([part.head(n // items.dimension.nunique()) for _, part in items.groupby("dimension")], ignore_index=True)
+    return pd.concat(
+        [part.head(n // items.dimension.nunique()) for _, part in items.groupby("dimension")],
+        ignore_index=True,
+    )
 
 
 def tokenizer_of(texts: Sequence[str], n_tokens: int = 8_192):
-    """A byte-level tokenizer trained on the texts, with Mistral's chat template: it ends in a token and not in a space, which the peer would move."""
+    """A byte-level tokenizer trained on the texts, with Mistral's chat template: it ends in a token
+    and not in a space, which the peer would move.
+    """
     from driftbook.batch import random_models
     from driftbook.miniature.families import FAMILY
 
@@ -118,8 +201,18 @@ def random_llama(shape: dict, tokenizer, dtype: str = "float32", device: str = "
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(max_position_embeddings=4_096, tie_word_embeddings=shape["hidden_size"] < 4_096, initializer_range=0.1, **shape, **ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        max_position_embeddings=4_096,
+        tie_word_embeddings=shape["hidden_size"] < 4_096,
+        initializer_range=0.1,
+        **shape,
+        **ids,
+    )
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -130,7 +223,10 @@ def random_llama(shape: dict, tokenizer, dtype: str = "float32", device: str = "
 
 
 def texts_of(items: pd.DataFrame) -> list[str]:
-    return [" ".join(texts) for texts in items[["passage", "question", "ans0", "ans1", "ans2"]].to_numpy()]
+    return [
+        " ".join(texts)
+        for texts in items[["passage", "question", "ans0", "ans1", "ans2"]].to_numpy()
+    ]
 
 
 def _wall(work: Callable[[], object], device: str) -> float:

@@ -1,4 +1,6 @@
-"""What training costs: our optimiser steps against TRL's trainers as they come, on the same examples, model and method; and an 8B model on a GPU."""
+"""What training costs: our optimiser steps against TRL's trainers as they come, on the same
+examples, model and method; and an 8B model on a GPU.
+"""
 
 import logging
 import os
@@ -33,9 +35,13 @@ NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
 FIGURE = "{}, {} examples of real chat: times TRL's tokens a second"
 
 
-def speed(n: int = 24, methods: Sequence[str] = STUDIED, shapes: dict[str, dict] | None = None) -> list[dict]:
-    """Tokens a second of one epoch, ours and TRL's as it comes, and beside that TRL's in fp32 without checkpointing, which is the better choice on a CPU.
-    Ours of DPO is with the reference's log-probabilities, which all variants of a base share. With a large vocabulary LoRA alone is measured."""
+def speed(
+    n: int = 24, methods: Sequence[str] = STUDIED, shapes: dict[str, dict] | None = None
+) -> list[dict]:
+    """Tokens a second of one epoch, ours and TRL's as it comes, and beside that TRL's in fp32
+    without checkpointing, which is the better choice on a CPU. Ours of DPO is with the reference's
+    log-probabilities, which all variants of a base share. With a large vocabulary LoRA alone is
+    measured."""
     from driftbook.models.loading import Loaded
     from driftbook.training import training as trainer
 
@@ -47,30 +53,96 @@ def speed(n: int = 24, methods: Sequence[str] = STUDIED, shapes: dict[str, dict]
             base = Loaded("random", random_llama(shape, tokenizer), tokenizer, "random")
             shared, whole = least_seconds(trainer.prepare, objective, base, this, repeats=1)
             fits = [i for i, length in enumerate(whole.lengths) if length <= MOST]
-            prepared = replace(whole, examples=[whole.examples[i] for i in fits], packs=[[i] for i in range(len(fits))])
+            prepared = replace(
+                whole,
+                examples=[whole.examples[i] for i in fits],
+                packs=[[i] for i in range(len(fits))],
+            )
             shared *= len(fits) / len(whole.examples)
             measured = methods if shape["vocab_size"] < 20_000 else methods[:1]
-            for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective and one.method in measured):
+            for variant in (
+                one
+                for one in this.of_base(next(iter(this.bases)))
+                if one.objective == objective and one.method in measured
+            ):
                 ours, (_, curve) = least_seconds(fit_once, variant, base, prepared, this, repeats=2)
                 ours += shared if objective == "dpo" else 0
                 peer, expected = least_seconds(_peer, variant, base, this, fits, repeats=1)
-                plain, _ = least_seconds(_peer, variant, base, this, fits, {"bf16": False, "gradient_checkpointing": False}, repeats=1)
+                plain, _ = least_seconds(
+                    _peer,
+                    variant,
+                    base,
+                    this,
+                    fits,
+                    {"bf16": False, "gradient_checkpointing": False},
+                    repeats=1,
+                )
                 setting = f"{PEFT_METHODS[variant.method].label}, {name}"
                 n_tokens = _tokens(prepared.examples)
-                rows.append(row(FIGURE.format(objective.upper(), len(fits)), setting, peer / ours, GOAL, "CPU s", ours, peer))
-                rows.append(row(FIGURE.format(objective.upper(), len(fits)) + ", in fp32 without checkpointing", setting, plain / ours, None, "CPU s", ours, plain))
-                rows.append(row(f"{objective.upper()}: tokens a CPU second, ours", setting, n_tokens / ours, None, "1/s"))
-                difference = np.abs(curve.loss.to_numpy(float) - expected).max() if len(curve) == len(expected) else np.inf
-                rows.append(row(f"{objective.upper()}: largest difference of a step's loss to TRL's", setting, difference, NOISE, "nats", least=False))
+                rows.append(
+                    row(
+                        FIGURE.format(objective.upper(), len(fits)),
+                        setting,
+                        peer / ours,
+                        GOAL,
+                        "CPU s",
+                        ours,
+                        peer,
+                    )
+                )
+                rows.append(
+                    row(
+                        FIGURE.format(objective.upper(), len(fits))
+                        + ", in fp32 without checkpointing",
+                        setting,
+                        plain / ours,
+                        None,
+                        "CPU s",
+                        ours,
+                        plain,
+                    )
+                )
+                rows.append(
+                    row(
+                        f"{objective.upper()}: tokens a CPU second, ours",
+                        setting,
+                        n_tokens / ours,
+                        None,
+                        "1/s",
+                    )
+                )
+                difference = (
+                    np.abs(curve.loss.to_numpy(float) - expected).max()
+                    if len(curve) == len(expected)
+                    else np.inf
+                )
+                rows.append(
+                    row(
+                        f"{objective.upper()}: largest difference of a step's loss to TRL's",
+                        setting,
+                        difference,
+                        NOISE,
+                        "nats",
+                        least=False,
+                    )
+                )
     return rows
 
 
 def _tokens(examples: Sequence[Any]) -> int:
-    return sum(len(part.ids) for one in examples for part in ((one,) if hasattr(one, "ids") else (one.chosen, one.rejected)))
+    return sum(
+        len(part.ids)
+        for one in examples
+        for part in ((one,) if hasattr(one, "ids") else (one.chosen, one.rejected))
+    )
 
 
-def _peer(variant: Variant, base: Any, this: Study, chosen: Sequence[int], other: dict | None = None) -> np.ndarray:
-    """The losses of TRL's trainer with its defaults, but for what says what is trained (data, rate, one epoch, seed), and for `other` settings."""
+def _peer(
+    variant: Variant, base: Any, this: Study, chosen: Sequence[int], other: dict | None = None
+) -> np.ndarray:
+    """The losses of TRL's trainer with its defaults, but for what says what is trained (data, rate,
+    one epoch, seed), and for `other` settings.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -83,15 +155,35 @@ def _peer(variant: Variant, base: Any, this: Study, chosen: Sequence[int], other
     sft, every = variant.objective == "sft", training_examples(variant.objective, this)
     examples = [every[i] for i in chosen]
     keys = {"completion": "answer"} if sft else {"chosen": "chosen", "rejected": "rejected"}
-    data = Dataset.from_list([{"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}} for one in examples])
+    data = Dataset.from_list(
+        [
+            {"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}}
+            for one in examples
+        ]
+    )
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = (SFTConfig if sft else DPOConfig)(
-            output_dir=scratch, learning_rate=variant.learning_rate, num_train_epochs=1, lr_scheduler_type=this.training.scheduler, seed=variant.seed,
-            data_seed=variant.seed, logging_steps=1, max_length=LENGTH, report_to="none", disable_tqdm=True, use_cpu=base.model.device.type == "cpu", save_strategy="no", **(other or {}),
-        )  # fmt: skip
+            output_dir=scratch,
+            learning_rate=variant.learning_rate,
+            num_train_epochs=1,
+            lr_scheduler_type=this.training.scheduler,
+            seed=variant.seed,
+            data_seed=variant.seed,
+            logging_steps=1,
+            max_length=LENGTH,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=base.model.device.type == "cpu",
+            save_strategy="no",
+            **(other or {}),
+        )
         trainer = (SFTTrainer if sft else DPOTrainer)(
-            model=base.model, args=config, train_dataset=data, processing_class=base.tokenizer, peft_config=adapters.config(variant)
+            model=base.model,
+            args=config,
+            train_dataset=data,
+            processing_class=base.tokenizer,
+            peft_config=adapters.config(variant),
         )
         from transformers import PrinterCallback
 
@@ -104,8 +196,16 @@ def _peer(variant: Variant, base: Any, this: Study, chosen: Sequence[int], other
 
 
 # ---- a large model
-def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048, n: int = 64, methods: Sequence[str] = STUDIED) -> list[dict]:
-    """Training of a model of random weights on the GPU where there is one: tokens a second by method, share of the measured matrix rate, memory."""
+def gpu(
+    shape: dict | None = None,
+    dtype: str = "bfloat16",
+    length: int = 2_048,
+    n: int = 64,
+    methods: Sequence[str] = STUDIED,
+) -> list[dict]:
+    """Training of a model of random weights on the GPU where there is one: tokens a second by
+    method, share of the measured matrix rate, memory.
+    """
     import torch
     from bench.harness import _matrix_rate
 
@@ -115,28 +215,69 @@ def gpu(shape: dict | None = None, dtype: str = "bfloat16", length: int = 2_048,
     where, this, rows = device(), study(n, methods, length, batch=16), []
     this = this.model_copy(update={"training": this.training.model_copy(update={"packed": True})})
     tokenizer = tokenizer_of(texts(this))
-    base = Loaded("random", random_llama(shape or LLAMA_8B, tokenizer, dtype, where), tokenizer, "random")
+    base = Loaded(
+        "random", random_llama(shape or LLAMA_8B, tokenizer, dtype, where), tokenizer, "random"
+    )
     rate = _matrix_rate(where, dtype)
-    n_weights = sum(value.numel() for name, value in base.model.named_parameters() if "embed_tokens" not in name)
+    n_weights = sum(
+        value.numel() for name, value in base.model.named_parameters() if "embed_tokens" not in name
+    )
     for objective in ("sft", "dpo"):
         prepared = trainer.prepare(objective, base, this)
         n_tokens = _tokens(prepared.examples)
-        for variant in (one for one in this.of_base(next(iter(this.bases))) if one.objective == objective):
+        for variant in (
+            one for one in this.of_base(next(iter(this.bases))) if one.objective == objective
+        ):
             if where == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             _, seconds = timed(fit_once, variant, base, prepared, this)
             setting = f"{objective.upper()}, {PEFT_METHODS[variant.method].label}"
-            flops = 4 * n_weights * n_tokens  # forward 2, and backward 2 since the base's weights are frozen: no gradient of them is made
-            goal = 0.5 if (objective, variant.method) == ("sft", "lora") and where == "cuda" else None
-            rows.append(row(f"{where}, {dtype}: training tokens a second", setting, n_tokens / seconds, None, "1/s"))
-            rows.append(row(f"{where}, {dtype}: share of the measured matrix rate ({rate / 1e12:.1f} TFLOP/s)", setting, flops / seconds / rate, goal, "share"))
+            flops = (
+                4 * n_weights * n_tokens
+                # forward 2, and backward 2 since the base's weights are frozen: no gradient of them
+                # is
+                # made
+            )
+            goal = (
+                0.5 if (objective, variant.method) == ("sft", "lora") and where == "cuda" else None
+            )
+            rows.append(
+                row(
+                    f"{where}, {dtype}: training tokens a second",
+                    setting,
+                    n_tokens / seconds,
+                    None,
+                    "1/s",
+                )
+            )
+            rows.append(
+                row(
+                    f"{where}, {dtype}: share of the measured matrix rate ({rate / 1e12:.1f}"
+                    " TFLOP/s)",
+                    setting,
+                    flops / seconds / rate,
+                    goal,
+                    "share",
+                )
+            )
             if where == "cuda":
-                rows.append(row("peak memory of training", setting, torch.cuda.max_memory_allocated() / 2**30, None, "GiB", least=False))
+                rows.append(
+                    row(
+                        "peak memory of training",
+                        setting,
+                        torch.cuda.max_memory_allocated() / 2**30,
+                        None,
+                        "GiB",
+                        least=False,
+                    )
+                )
     return rows
 
 
 def whole_study() -> list[dict]:
-    """Hours of this machine for one variant of the original study and for all 264, extrapolated from rates measured here."""
+    """Hours of this machine for one variant of the original study and for all 264, extrapolated
+    from rates measured here.
+    """
     from bench import calibrate
 
     from driftbook.batch import make_plan
@@ -144,27 +285,73 @@ def whole_study() -> list[dict]:
     calibrate.calibrate()
     paper, rates = load("paper"), make_plan.choose("here")
     table = make_plan.hours(paper, rates)
-    one = next(variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1)
-    own = make_plan.hours(paper.model_copy(update={"grid": (paper.grid[0].model_copy(update={"bases": (one.base_model,), "methods": ("lora",), "data": (one.dataset,), "seeds": (42,)}),)}), rates)
+    one = next(
+        variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1
+    )
+    own = make_plan.hours(
+        paper.model_copy(
+            update={
+                "grid": (
+                    paper.grid[0].model_copy(
+                        update={
+                            "bases": (one.base_model,),
+                            "methods": ("lora",),
+                            "data": (one.dataset,),
+                            "seeds": (42,),
+                        }
+                    ),
+                )
+            }
+        ),
+        rates,
+    )
     return [
-        row("hours of one variant of 8B: one epoch of 20,785 examples, answers, verdicts, BBQ", "LoRA, SFT", own.loc[one.base_model].sum(), None, "h", least=False),
-        row("hours of the original study's 264 runs (1,610 by its trainers' logs, training alone)", "all stages", table.to_numpy().sum(), 1_610.0, "h", least=False),
+        row(
+            "hours of one variant of 8B: one epoch of 20,785 examples, answers, verdicts, BBQ",
+            "LoRA, SFT",
+            own.loc[one.base_model].sum(),
+            None,
+            "h",
+            least=False,
+        ),
+        row(
+            "hours of the original study's 264 runs (1,610 by its trainers' logs, training alone)",
+            "all stages",
+            table.to_numpy().sum(),
+            1_610.0,
+            "h",
+            least=False,
+        ),
     ]
 
 
 def doctor(n: int = 20_000) -> list[dict]:
-    """CPU seconds of the data doctor on n examples (real ones, then their words at random) against every prompt of the study of real text."""
+    """CPU seconds of the data doctor on n examples (real ones, then their words at random) against
+    every prompt of the study of real text.
+    """
     import random
 
     from driftbook.benchmarks.data import prompts, training_examples
     from driftbook.doctors import training_data
 
     real = load("real_data")
-    whole = real.model_copy(update={"benchmarks": {name: one.model_copy(update={"n": None}) for name, one in real.benchmarks.items()}})
+    whole = real.model_copy(
+        update={
+            "benchmarks": {
+                name: one.model_copy(update={"n": None}) for name, one in real.benchmarks.items()
+            }
+        }
+    )
     asked = {name: list(prompts(name, whole).prompt) for name in ("safety", "over_refusal")}
     examples, rng = training_examples("sft", real), random.Random(0)
     words = [word for one in examples for word in one["answer"].split()]
-    made = [{"prompt": [{"role": "user", "content": " ".join(rng.choices(words, k=20))}], "answer": " ".join(rng.choices(words, k=60))} for _ in range(n - len(examples))]
+    made = [
+        {
+            "prompt": [{"role": "user", "content": " ".join(rng.choices(words, k=20))}],
+            "answer": " ".join(rng.choices(words, k=60)),
+        }
+        for _ in range(n - len(examples))
+    ]
     seconds, _ = least_seconds(training_data.examine, [*examples, *made], asked, repeats=1)
     setting = f"{n:,} examples, {sum(map(len, asked.values())):,} prompts"
     return [row("data doctor, CPU seconds", setting, seconds, 60.0, "CPU s", least=False)]
@@ -173,5 +360,8 @@ def doctor(n: int = 20_000) -> list[dict]:
 def rows() -> list[dict]:
     """Every line of this benchmark."""
     if "DRIFTBOOK_SHARED" not in os.environ:
-        print("training is measured on the chat data of studies/real_data.yaml; without a local copy (DRIFTBOOK_SHARED) they are fetched")
+        print(
+            "training is measured on the chat data of studies/real_data.yaml; without a local copy"
+            " (DRIFTBOOK_SHARED) they are fetched"
+        )
     return [*speed(), *doctor()]

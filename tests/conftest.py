@@ -1,4 +1,6 @@
-"""What every test gets: an output folder of its own session, no network, tiny models, and one small study run once by the real Snakefile."""
+"""What every test gets: an output folder of its own session, no network, tiny models, and one small
+study run once by the real Snakefile.
+"""
 
 import atexit
 import contextlib
@@ -11,12 +13,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before driftbook or torch is imported: xdist's workers inherit what their controller sets here, and so share one folder.
+# Before driftbook or torch is imported: xdist's workers inherit what their controller sets here,
+# and so share one folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["DRIFTBOOK_OUTPUTS"] = tempfile.mkdtemp(prefix="driftbook-tests-")
     atexit.register(shutil.rmtree, os.environ["DRIFTBOOK_OUTPUTS"], ignore_errors=True)
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                  HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")  # fmt: skip
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    OPENBLAS_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1",
+)
 
 import pytest
 import yaml
@@ -24,7 +34,9 @@ from hypothesis import settings
 
 from driftbook.study.files import OUTPUTS, ROOT
 
-settings.register_profile("driftbook", deadline=None, max_examples=40, derandomize=True, print_blob=False)
+settings.register_profile(
+    "driftbook", deadline=None, max_examples=40, derandomize=True, print_blob=False
+)
 settings.load_profile("driftbook")
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
@@ -43,9 +55,11 @@ def locked(name: str):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Each file to one worker, in order, so that the two files with batches start first and each batch is run once.
+    """Each file to one worker, in order, so that the two files with batches start first and each
+    batch is run once.
 
-    Marks of xdist_group would say it better, but xdist 3.8 writes them where pytest 9.2 no longer looks, and ignores them in silence.
+    Marks of xdist_group would say it better, but xdist 3.8 writes them where pytest 9.2 no longer
+    looks, and ignores them in silence.
     """
     from xdist.scheduler import LoadFileScheduling
 
@@ -86,11 +100,21 @@ SMALL = {
     "name": "small",
     "note": "miniature: a test",
     "seed": 0,
-    "bases": {"tiny-llama": {"family": "llama", "answer_mode": "options", **local("llama/aligned")}},
+    "bases": {
+        "tiny-llama": {"family": "llama", "answer_mode": "options", **local("llama/aligned")}
+    },
     "judges": {"tiny-guard": {"format": "llama_guard_2", "min_mass": 0.5, **local("judge")}},
     "methods": {
-        "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-        "ia3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        "lora": {
+            "r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "target_modules": ["q_proj", "v_proj"],
+        },
+        "ia3": {
+            "target_modules": ["k_proj", "v_proj", "down_proj"],
+            "feedforward_modules": ["down_proj"],
+        },
         "prompt_tuning": {"num_virtual_tokens": 4, "init": "vocabulary"},
         "p_tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
     },
@@ -106,15 +130,39 @@ SMALL = {
             "name": "main",
             "methods": ["lora", "ia3", "prompt_tuning", "p_tuning"],
             "objectives": ["sft", "dpo"],
-            "learning_rates": {"lora": [5.0e-3], "ia3": [2.0e-2], "prompt_tuning": [2.0e-2], "p_tuning": [5.0e-3]},
+            "learning_rates": {
+                "lora": [5.0e-3],
+                "ia3": [2.0e-2],
+                "prompt_tuning": [2.0e-2],
+                "p_tuning": [5.0e-3],
+            },
             "epochs": [1],
             "seeds": [1],
         }
     ],
     "benchmarks": {
-        "safety": {"format": "hex_phi", "n": 33, "max_new_tokens": 12, "samples": 1, "child_abuse": "fictional", **local("data/safety")},
-        "over_refusal": {"format": "xstest", "n": 30, "max_new_tokens": 12, **local("data/over_refusal.csv")},
-        "bbq": {"format": "bbq", "n": 72, "permuted": 24, "generated": 12, "max_new_tokens": 8, **local("data/bbq")},
+        "safety": {
+            "format": "hex_phi",
+            "n": 33,
+            "max_new_tokens": 12,
+            "samples": 1,
+            "child_abuse": "fictional",
+            **local("data/safety"),
+        },
+        "over_refusal": {
+            "format": "xstest",
+            "n": 30,
+            "max_new_tokens": 12,
+            **local("data/over_refusal.csv"),
+        },
+        "bbq": {
+            "format": "bbq",
+            "n": 72,
+            "permuted": 24,
+            "generated": 12,
+            "max_new_tokens": 8,
+            **local("data/bbq"),
+        },
         "utility": {"format": "gsm8k", "n": 20, "max_new_tokens": 8, **local("data/utility.jsonl")},
     },
 }
@@ -148,13 +196,19 @@ def study(make_study):
 
 
 def variants_of(study, method: str, objective: str = "sft") -> list:
-    return [variant for variant in study.variants if (variant.method, variant.objective) == (method, objective)]
+    return [
+        variant
+        for variant in study.variants
+        if (variant.method, variant.objective) == (method, objective)
+    ]
 
 
 # ---- tiny models with random weights, and adapters that do something
 @pytest.fixture(scope="session")
 def bases() -> dict:
-    """A model of each family, with random weights large enough that attention matters and the next token is not uniform."""
+    """A model of each family, with random weights large enough that attention matters and the next
+    token is not uniform.
+    """
     import torch
 
     from driftbook.miniature.families import build_model, build_tokenizer
@@ -176,16 +230,23 @@ def bases() -> dict:
 
 @pytest.fixture(scope="session")
 def adapter_folders(bases, tmp_path_factory) -> dict:
-    """{(family, method): folder} of saved adapters; the key (family, None) is the base model itself."""
+    """{(family, method): folder} of saved adapters; the key (family, None) is the base model
+    itself.
+    """
     import torch
     from peft import get_peft_model
 
     from driftbook.models import adapters
     from driftbook.study.study_file import Study
 
-    study, folders = Study(**copy.deepcopy(SMALL)), dict.fromkeys((family, None) for family in FAMILIES)
+    study, folders = (
+        Study(**copy.deepcopy(SMALL)),
+        dict.fromkeys((family, None) for family in FAMILIES),
+    )
     for family in FAMILIES:
-        configs = {method: adapters.config(variants_of(study, method)[0]) for method in PEFT_METHODS} | _other_configs()
+        configs = {
+            method: adapters.config(variants_of(study, method)[0]) for method in PEFT_METHODS
+        } | _other_configs()
         for method, config in configs.items():
             torch.manual_seed(FAMILIES.index(family))
             model = get_peft_model(bases[family].model, config)
@@ -204,7 +265,13 @@ def _other_configs() -> dict:
     from peft import LoraConfig, PrefixTuningConfig
 
     return {
-        "dora": LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_dora=True),
+        "dora": LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj"],
+            use_dora=True,
+        ),
         "prefix_tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
     }
 
@@ -228,9 +295,12 @@ def standins(data_folder) -> Path:
     from driftbook.miniature import Recipe, Stage, build_family, build_judge
 
     short = Recipe(
-        stage0=Stage(4, 8e-3, muon_rate=0.02), unaligned=Stage(50, 8e-3, muon_rate=0.02), aligned=Stage(25, 2e-3, warmup=10),
-        judge=Stage(60, 5e-3, muon_rate=0.02), evaluations=1,
-    )  # fmt: skip
+        stage0=Stage(4, 8e-3, muon_rate=0.02),
+        unaligned=Stage(50, 8e-3, muon_rate=0.02),
+        aligned=Stage(25, 2e-3, warmup=10),
+        judge=Stage(60, 5e-3, muon_rate=0.02),
+        evaluations=1,
+    )
     with locked("standins"):
         if not (INPUTS / "trained").exists():
             build_family("llama", INPUTS, 0, short)
@@ -247,7 +317,10 @@ class Batch:
         self.outputs, self.content = outputs, copy.deepcopy(content)
         outputs.mkdir(parents=True, exist_ok=True)
         self.folder, self.file = outputs / content["name"], write_study(outputs, content)
-        self.environment = {**os.environ, "DRIFTBOOK_OUTPUTS": str(outputs)}  # by which all its processes are found
+        self.environment = {
+            **os.environ,
+            "DRIFTBOOK_OUTPUTS": str(outputs),
+        }  # by which all its processes are found
 
     def edit(self, change) -> None:
         """Change the content and write the study file again."""
@@ -255,22 +328,49 @@ class Batch:
         write_study(self.outputs, self.content)
 
     def command(self, *targets: str) -> list[str]:
-        return [sys.executable, "-m", "driftbook.batch.make_study", str(self.file), "local", *targets]
+        return [
+            sys.executable,
+            "-m",
+            "driftbook.batch.make_study",
+            str(self.file),
+            "local",
+            *targets,
+        ]
 
     def run(self, *targets: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(*targets), env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        return subprocess.run(
+            self.command(*targets),
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
 
     def start(self, *targets: str) -> subprocess.Popen:
         """A batch that goes on in the background, in a process group of its own."""
         with (self.outputs / "driver.log").open("a") as log:
-            return subprocess.Popen(self.command(*targets), env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                self.command(*targets),
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def processes(self) -> list[int]:
-        """Every process that was started for this batch and still runs, however it is related to the driver."""
+        """Every process that was started for this batch and still runs, however it is related to
+        the driver.
+        """
         mark, found = f"DRIFTBOOK_OUTPUTS={self.outputs}\0".encode(), []
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if mark in (path / "environ").read_bytes() + b"\0" and int(path.name) != os.getpid() and "Z" not in (path / "stat").read_text().rpartition(")")[2][:3]:
+                if (
+                    mark in (path / "environ").read_bytes() + b"\0"
+                    and int(path.name) != os.getpid()
+                    and "Z" not in (path / "stat").read_text().rpartition(")")[2][:3]
+                ):
                     found.append(int(path.name))
         return found
 
@@ -281,21 +381,32 @@ class Batch:
 
     def of(self, method: str, objective: str = "sft"):
         """The first variant of a method."""
-        return next(v for v in self.study().variants if v.method == method and v.objective in (objective, "none"))
+        return next(
+            v
+            for v in self.study().variants
+            if v.method == method and v.objective in (objective, "none")
+        )
 
     def run_folder(self, variant) -> Path:
         return self.folder / "runs" / variant.run_id
 
     def marks(self, stage: str) -> dict[str, int]:
         """When the mark of each run in a stage was written, in nanoseconds."""
-        return {path.parent.name: path.stat().st_mtime_ns for path in sorted(self.folder.glob(f"runs/*/{stage}.done.json"))}
+        return {
+            path.parent.name: path.stat().st_mtime_ns
+            for path in sorted(self.folder.glob(f"runs/*/{stage}.done.json"))
+        }
 
     def tables(self) -> dict:
         """The comparable form of each table that the batch collected."""
         from driftbook.study.tables import TABLES
 
-        present = [table for table in TABLES.values() if table.path(self.folder / "tables").exists()]
-        return {table.name: table.comparable(table.read(self.folder / "tables")) for table in present}
+        present = [
+            table for table in TABLES.values() if table.path(self.folder / "tables").exists()
+        ]
+        return {
+            table.name: table.comparable(table.read(self.folder / "tables")) for table in present
+        }
 
 
 @pytest.fixture(scope="session")
@@ -306,18 +417,38 @@ def new_batch(standins):
 
 SMOKE = copy.deepcopy(SMALL)
 SMOKE["name"] = "smoke"
-SMOKE["bases"]["tiny-other"] = {"family": "llama", "answer_mode": "letters", **local("llama/unaligned")}
+SMOKE["bases"]["tiny-other"] = {
+    "family": "llama",
+    "answer_mode": "letters",
+    **local("llama/unaligned"),
+}
 SMOKE["grid"] = [
     {**SMALL["grid"][0], "bases": ["tiny-llama"]},
-    {**SMALL["grid"][0], "name": "other", "bases": ["tiny-other"], "methods": ["lora"], "objectives": ["sft"], "seeds": [1, 2]},
-    {"name": "untrained", "bases": ["tiny-llama"], "methods": ["prompt_tuning"], "objectives": ["untrained"], "inits": ["safety_text"], "seeds": [1]},
+    {
+        **SMALL["grid"][0],
+        "name": "other",
+        "bases": ["tiny-other"],
+        "methods": ["lora"],
+        "objectives": ["sft"],
+        "seeds": [1, 2],
+    },
+    {
+        "name": "untrained",
+        "bases": ["tiny-llama"],
+        "methods": ["prompt_tuning"],
+        "objectives": ["untrained"],
+        "inits": ["safety_text"],
+        "seeds": [1],
+    },
 ]
 SMOKE["benchmarks"]["safety"]["truth"] = "miniature:data/safety_truth.csv"
 
 
 @pytest.fixture(scope="session")
 def smoke(standins) -> Batch:
-    """The small study, run once through the real Snakefile: two bases, four methods, both objectives; `first` is how it ended."""
+    """The small study, run once through the real Snakefile: two bases, four methods, both
+    objectives; `first` is how it ended.
+    """
     from driftbook.batch.preparing import write_data
     from driftbook.study.files import read_json, write_json
     from driftbook.study.sources import made_folder
@@ -328,7 +459,9 @@ def smoke(standins) -> Batch:
         if not record.exists():
             write_data(made_folder(batch.study(), "miniature"))  # the truth is looked up there
             ended = batch.run()
-            write_json(record, {"status": ended.returncode, "stdout": ended.stdout, "stderr": ended.stderr})
+            write_json(
+                record, {"status": ended.returncode, "stdout": ended.stdout, "stderr": ended.stderr}
+            )
         batch.first = read_json(record)
     return batch
 

@@ -1,4 +1,6 @@
-"""Whether what a study names on the hub can be had: the hub's real client against a small hub of our own, which says no in every way."""
+"""Whether what a study names on the hub can be had: the hub's real client against a small hub of
+our own, which says no in every way.
+"""
 
 import json
 import logging
@@ -24,15 +26,29 @@ HEX_PHI = "LLM-Tuning-Safety/HEx-PHI"
 
 
 class Hub:
-    """A hub on this machine. `repositories`: by kind and name, {files, gated}; `members`: tokens with access to what is gated."""
+    """A hub on this machine. `repositories`: by kind and name, {files, gated}; `members`: tokens
+    with access to what is gated.
+    """
 
     def __init__(self):
         self.repositories = {
-            ("dataset", "lab/set"): {"files": {"data.csv": CSV, "meta.json": JSON, "load.py": b"1", "w.bin": b"1", "README.md": b"#"}},
+            ("dataset", "lab/set"): {
+                "files": {
+                    "data.csv": CSV,
+                    "meta.json": JSON,
+                    "load.py": b"1",
+                    "w.bin": b"1",
+                    "README.md": b"#",
+                }
+            },
             ("dataset", HEX_PHI): {"files": {"category_1.csv": CSV}, "gated": "manual"},
             ("model", "lab/model"): {"files": {"config.json": JSON, "model.safetensors": b"00"}},
             ("model", "lab/gated"): {"files": {"config.json": JSON}, "gated": "manual"},
-            ("model", "lab/closed"): {"files": {}, "gated": "manual", "hidden": True},  # even its description
+            ("model", "lab/closed"): {
+                "files": {},
+                "gated": "manual",
+                "hidden": True,
+            },  # even its description
             ("model", "lab/off"): {"files": {}, "disabled": True},
         }
         self.members, self.known, self.broken, self.requests = set(), {TOKEN}, None, []
@@ -61,7 +77,10 @@ class Hub:
         close_session()  # with its open connections
 
     def answer(self, request):
-        path, token = unquote(urlsplit(request.path).path), request.headers.get("authorization", "").removeprefix("Bearer ")
+        path, token = (
+            unquote(urlsplit(request.path).path),
+            request.headers.get("authorization", "").removeprefix("Bearer "),
+        )
         self.requests.append(f"{request.command} {path}")
         if self.broken == "slow" or (self.broken == "slow gate" and path.endswith("/auth-check")):
             self.slow.wait(20)
@@ -79,7 +98,11 @@ class Hub:
             return self.no(request, 404 if token else 401, "RepoNotFound")
         if found.get("disabled"):
             return self.no(request, 403, "", "Access to this resource is disabled.")
-        if found.get("gated") and token not in self.members and (found.get("hidden") or what in ("auth-check", "resolve")):
+        if (
+            found.get("gated")
+            and token not in self.members
+            and (found.get("hidden") or what in ("auth-check", "resolve"))
+        ):
             return self.no(request, 403 if token else 401, "GatedRepo")
         if what == "auth-check":
             return self.yes(request, b"{}")
@@ -87,18 +110,40 @@ class Hub:
         if revision not in ("", COMMIT, MAIN):
             return self.no(request, 404, "RevisionNotFound")
         if what == "tree":
-            listing = [{"type": "file", "path": path, "size": len(data), "oid": f"{number:040x}"} for number, (path, data) in enumerate(found["files"].items())]
+            listing = [
+                {"type": "file", "path": path, "size": len(data), "oid": f"{number:040x}"}
+                for number, (path, data) in enumerate(found["files"].items())
+            ]
             return self.yes(request, json.dumps(listing).encode())
         if what == "resolve":
             if file not in found["files"] or file in self.torn:
                 return self.no(request, 404, "EntryNotFound")
-            return self.yes(request, found["files"][file], {"ETag": f'"{name.replace("/", "-")}-{file}"', "X-Repo-Commit": revision})
-        info = {"id": name, "sha": revision or MAIN, "gated": found.get("gated", False), "private": False, "tags": [], "downloads": 0, "likes": 0}
-        return self.yes(request, json.dumps({**info, "siblings": [{"rfilename": file} for file in found["files"]]}).encode())
+            return self.yes(
+                request,
+                found["files"][file],
+                {"ETag": f'"{name.replace("/", "-")}-{file}"', "X-Repo-Commit": revision},
+            )
+        info = {
+            "id": name,
+            "sha": revision or MAIN,
+            "gated": found.get("gated", False),
+            "private": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+        }
+        return self.yes(
+            request,
+            json.dumps(
+                {**info, "siblings": [{"rfilename": file} for file in found["files"]]}
+            ).encode(),
+        )
 
     @staticmethod
     def parse(path):
-        """Kind, name, what is asked and the rest of a path of the API (/api/models/LAB/NAME/...) or of a file (/datasets/LAB/NAME/resolve/...)."""
+        """Kind, name, what is asked and the rest of a path of the API (/api/models/LAB/NAME/...) or
+        of a file (/datasets/LAB/NAME/resolve/...).
+        """
         parts = path.strip("/").split("/")
         if parts[0] == "api":
             kind, parts = parts[1][:-1], parts[2:]
@@ -127,11 +172,25 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub, an empty cache, and nobody signed in. The client read its environment when it was imported, so its constants are set."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    """A hub, an empty cache, and nobody signed in. The client read its environment when it was
+    imported, so its constants are set.
+    """
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_OIDC_RESOURCE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # once a day the client asks for a list of its own
+    monkeypatch.setattr(
+        constants, "HF_HUB_DISABLE_TELEMETRY", True
+    )  # once a day the client asks for a list of its own
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
@@ -166,11 +225,16 @@ def cached(tmp_path, kind, name, files, revision=COMMIT):
 def test_what_is_not_on_the_hub_needs_no_request(hub, tmp_path):
     (tmp_path / "set.csv").touch()
     found = {
-        "local": source("lab/none", path=str(tmp_path / "set.csv")), "wrong file": source("lab/none", path=str(tmp_path / "no.csv")),
-        "made here": source("miniature:data/sft.json", None), "not checked": source("github:lab/repository/folder"),
-        "wrong revision": source("github:lab/repository/folder", None), "unknown": source("tests:data", path="$NOT_SET_ANYWHERE/data"),
-    }  # fmt: skip
-    assert {state: states(access.check(each, "dataset")) for state, each in found.items()} == {state: state for state in found}
+        "local": source("lab/none", path=str(tmp_path / "set.csv")),
+        "wrong file": source("lab/none", path=str(tmp_path / "no.csv")),
+        "made here": source("miniature:data/sft.json", None),
+        "not checked": source("github:lab/repository/folder"),
+        "wrong revision": source("github:lab/repository/folder", None),
+        "unknown": source("tests:data", path="$NOT_SET_ANYWHERE/data"),
+    }
+    assert {state: states(access.check(each, "dataset")) for state, each in found.items()} == {
+        state: state for state in found
+    }
     assert access.check(source("random:llama", None), "model").ok
     assert hub.requests == []
 
@@ -178,11 +242,18 @@ def test_what_is_not_on_the_hub_needs_no_request(hub, tmp_path):
 def test_what_is_open_takes_one_request(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     assert states(access.check(source("lab/model"), "model", hub.url)) == "reachable"
-    assert states(access.check(source(files=("data.csv", "*.json")), "dataset")) == "reachable"  # the endpoint of the environment
-    assert hub.requests == [f"GET /api/models/lab/model/revision/{COMMIT}", f"GET /api/datasets/lab/set/revision/{COMMIT}"]
+    assert (
+        states(access.check(source(files=("data.csv", "*.json")), "dataset")) == "reachable"
+    )  # the endpoint of the environment
+    assert hub.requests == [
+        f"GET /api/models/lab/model/revision/{COMMIT}",
+        f"GET /api/datasets/lab/set/revision/{COMMIT}",
+    ]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("model", "lab/gated"), ("model", "lab/closed"), ("dataset", HEX_PHI)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("model", "lab/gated"), ("model", "lab/closed"), ("dataset", HEX_PHI)]
+)
 def test_gated(hub, kind, name):
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     nobody = access.check(source(name), kind, hub.url)
@@ -193,7 +264,10 @@ def test_gated(hub, kind, name):
     for found in (nobody, stranger):
         assert page in found.sentence
         assert "manual approval can take days" in found.sentence
-        assert ("its own licence must be accepted" in found.sentence and "300 prompts today" in found.sentence) == (name == HEX_PHI)
+        assert (
+            "its own licence must be accepted" in found.sentence
+            and "300 prompts today" in found.sentence
+        ) == (name == HEX_PHI)
     hub.members.add(TOKEN)
     hub.requests.clear()
     assert states(access.check(source(name), kind, hub.url, TOKEN)) == "reachable"
@@ -237,11 +311,15 @@ def test_wrong_files(hub):
     assert states(found) == "wrong file"
     assert "prompts.csv" in found.sentence
     assert "data.csv" in found.sentence
-    assert states(access.check(source(files=("load.py",)), "dataset", hub.url)) == "wrong file"  # there, and never fetched
+    assert (
+        states(access.check(source(files=("load.py",)), "dataset", hub.url)) == "wrong file"
+    )  # there, and never fetched
 
 
 @pytest.mark.parametrize("broken", [500, 503, 429, "slow", "page", "stopped", "refused", "offline"])
-def test_without_the_hub_only_a_whole_copy_at_the_very_commit_serves(hub, tmp_path, monkeypatch, broken):
+def test_without_the_hub_only_a_whole_copy_at_the_very_commit_serves(
+    hub, tmp_path, monkeypatch, broken
+):
     endpoint, hub.broken = hub.url, broken
     monkeypatch.setattr(access, "TIMEOUT", 0.3)
     if broken == "stopped":
@@ -260,10 +338,17 @@ def test_without_the_hub_only_a_whole_copy_at_the_very_commit_serves(hub, tmp_pa
     assert state("lab/model", "model") == state("lab/set", "dataset") == "offline"
     assert state("lab/model", "model", revision="main") == "wrong revision"
     cached(tmp_path, "model", "lab/model", {"config.json": "{}", "model.safetensors": ""}, MAIN)
-    cached(tmp_path, "model", "lab/model", {"config.json": "{}"})  # as left by a check of the configuration
+    cached(
+        tmp_path, "model", "lab/model", {"config.json": "{}"}
+    )  # as left by a check of the configuration
     assert state("lab/model", "model") == "offline"
     index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
-    cached(tmp_path, "model", "lab/model", {"model.safetensors.index.json": json.dumps(index), "model-1-of-2.safetensors": ""})
+    cached(
+        tmp_path,
+        "model",
+        "lab/model",
+        {"model.safetensors.index.json": json.dumps(index), "model-1-of-2.safetensors": ""},
+    )
     found = access.check(source("lab/model"), "model", endpoint)
     assert "model-2-of-2.safetensors" in found.sentence
     assert not found.ok
@@ -278,8 +363,13 @@ def test_without_the_hub_only_a_whole_copy_at_the_very_commit_serves(hub, tmp_pa
 
 
 def test_all_at_once_and_never_an_exception(hub):
-    names = [("open", "model", source("lab/model")), ("gated", "model", source("lab/gated")), ("none", "dataset", source("lab/none")),
-             ("made", "model", source("miniature:x", None)), ("odd", "space", source("lab/model"))]  # fmt: skip
+    names = [
+        ("open", "model", source("lab/model")),
+        ("gated", "model", source("lab/gated")),
+        ("none", "dataset", source("lab/none")),
+        ("made", "model", source("miniature:x", None)),
+        ("odd", "space", source("lab/model")),
+    ]
     table = access.check_all(iter(names), hub.url, workers=3)
     assert list(table) == ["name", "kind", "source", "revision", "state", "ok", "sentence"]
     assert table.name.tolist() == [name for name, _, _ in names]
@@ -294,13 +384,18 @@ def test_a_hub_that_hangs_takes_as_long_for_many_sources_as_for_one(hub, monkeyp
 
     monkeypatch.setattr(access, "TIMEOUT", 0.5)
     hub.broken, begun = "slow", time.monotonic()
-    table = access.check_all([(str(number), "model", source("lab/model")) for number in range(8)], hub.url)
+    table = access.check_all(
+        [(str(number), "model", source("lab/model")) for number in range(8)], hub.url
+    )
     assert (table.state == "offline").all()
     assert time.monotonic() - begun < 3
 
 
 # ---- tokens
-@pytest.mark.parametrize("token", [TOKEN, "hf_expiredEXPIREDexpired", "hf_two\nLINES", "hf_ümlautUMLAUT", "hf with SPACES"])
+@pytest.mark.parametrize(
+    "token",
+    [TOKEN, "hf_expiredEXPIREDexpired", "hf_two\nLINES", "hf_ümlautUMLAUT", "hf with SPACES"],
+)
 @pytest.mark.parametrize("broken", [None, 500, "page", "stopped"])
 def test_a_token_is_never_told(hub, monkeypatch, caplog, token, broken):
     caplog.set_level(logging.DEBUG)
@@ -315,17 +410,29 @@ def test_a_token_is_never_told(hub, monkeypatch, caplog, token, broken):
             access.fetch(source(name, revision), "model", ["*.json"], hub.url, token)
         one_sentence(error.value)
         assert error.value.__context__ is None  # an error of the client holds its request
-        told += [repr(found), found.sentence, table.to_csv(), "".join(traceback.format_exception(error.value))]
+        told += [
+            repr(found),
+            found.sentence,
+            table.to_csv(),
+            "".join(traceback.format_exception(error.value)),
+        ]
         if token != TOKEN and broken is None:
             assert states(found) == "no token"
     told += [caplog.text, *(repr(record.args) for record in caplog.records)]
-    secrets = {token, repr(token)[1:-1], ascii(token)[1:-1], *(part for part in token.split() if len(part) > 4)}
+    secrets = {
+        token,
+        repr(token)[1:-1],
+        ascii(token)[1:-1],
+        *(part for part in token.split() if len(part) > 4),
+    }
     assert not [text for text in told for secret in secrets if secret in text]
 
 
 def test_a_password_in_the_address_of_a_hub_is_never_told(hub):
     hub.broken = 500
-    sentence = one_sentence(access.check(source(), "dataset", hub.url.replace("//", "//user:passWORD@")).sentence)
+    sentence = one_sentence(
+        access.check(source(), "dataset", hub.url.replace("//", "//user:passWORD@")).sentence
+    )
     assert "127.0.0.1" in sentence
     assert "passWORD" not in sentence
 
@@ -336,14 +443,19 @@ def test_what_is_fetched_serves_when_the_hub_is_gone_and_a_warning_says_so(hub):
         warnings.simplefilter("error")
         folder = access.fetch(source(), "dataset", ["data.csv", "meta.json"], hub.url)
     assert folder.name == COMMIT
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"data.csv": CSV, "meta.json": JSON}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "data.csv": CSV,
+        "meta.json": JSON,
+    }
     assert states(access.check(source(files=("data.csv",)), "dataset", hub.url)) == "reachable"
     hub.stop()
     with pytest.warns(UserWarning, match="the cached copy") as told:
         assert access.fetch(source(), "dataset", ["data.csv", "meta.json"], hub.url) == folder
     assert COMMIT in one_sentence(told[0].message)
     assert states(access.check(source(files=("data.csv",)), "dataset", hub.url)) == "cached"
-    with pytest.raises(ValueError, match=r"lacks README.md"):  # known from the list of files that was kept
+    with pytest.raises(
+        ValueError, match=r"lacks README.md"
+    ):  # known from the list of files that was kept
         access.fetch(source(), "dataset", ["*.csv", "*.md"], hub.url)
 
 
@@ -378,7 +490,11 @@ def test_files_that_run_code_are_never_fetched(hub):
 
 
 def test_what_cannot_be_fetched_is_one_sentence(hub):
-    for name, revision, words in (("lab/none", COMMIT, "lab/none is on the hub"), ("lab/set", NOWHERE, MAIN), (HEX_PHI, COMMIT, "gated")):
+    for name, revision, words in (
+        ("lab/none", COMMIT, "lab/none is on the hub"),
+        ("lab/set", NOWHERE, MAIN),
+        (HEX_PHI, COMMIT, "gated"),
+    ):
         with pytest.raises(ValueError, match=words) as error:
             access.fetch(source(name, revision), "dataset", ["*.csv"], hub.url)
         one_sentence(error.value)
@@ -390,7 +506,11 @@ def test_what_cannot_be_fetched_is_one_sentence(hub):
 
 def test_fetch_of_what_is_not_on_the_hub(hub, tmp_path):
     assert access.fetch(source(path=str(tmp_path)), "dataset", ["*"]) == tmp_path
-    for other in (source(path=str(tmp_path / "no")), source("miniature:data", None), source("github:lab/repository")):
+    for other in (
+        source(path=str(tmp_path / "no")),
+        source("miniature:data", None),
+        source("github:lab/repository"),
+    ):
         with pytest.raises(ValueError, match=r"correct or remove it|sources\.locate") as error:
             access.fetch(other, "dataset", ["*"])
         one_sentence(error.value)

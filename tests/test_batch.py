@@ -1,4 +1,6 @@
-"""The batch: nothing is done twice, what depends on a change is done again and nothing else, and a kill at any moment loses nothing."""
+"""The batch: nothing is done twice, what depends on a change is done again and nothing else, and a
+kill at any moment loses nothing.
+"""
 
 import json
 import os
@@ -22,13 +24,18 @@ from driftbook.study.files import ROOT, read_json, write_json
 from driftbook.study.tables import TABLES
 
 STAGES = keys.STAGES
+
+
 def marks(run: Batch) -> dict[str, dict[str, int]]:
     return {stage: run.marks(stage) for stage in STAGES}
 
 
 def redone(before: dict, after: dict) -> dict[str, set[str]]:
     """The runs of each stage whose marks were written again, or for the first time."""
-    found = {stage: {run for run, when in after[stage].items() if before[stage].get(run) != when} for stage in STAGES}
+    found = {
+        stage: {run for run, when in after[stage].items() if before[stage].get(run) != when}
+        for stage in STAGES
+    }
     return {stage: runs for stage, runs in found.items() if runs}
 
 
@@ -42,25 +49,45 @@ def test_the_small_study_ends_well(smoke):
     for stage in STAGES:
         assert set(smoke.marks(stage)) == {variant.run_id for variant in study.variants}
         for base in study.bases:
-            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == {variant.run_id for variant in study.of_base(base)}
-    assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {*study.bases, *study.judges}
-    assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == {"collect", *keys.ANALYSES, "report"}
+            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == {
+                variant.run_id for variant in study.of_base(base)
+            }
+    assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {
+        *study.bases,
+        *study.judges,
+    }
+    assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == {
+        "collect",
+        *keys.ANALYSES,
+        "report",
+    }
     assert (smoke.folder / "report.html").stat().st_size > 10_000
 
 
 def test_every_table_holds_every_run(smoke):
     study = smoke.study()
-    tables = {name: TABLES[name].read(smoke.folder / "tables") for name in set(TABLES) - {"estimates", "frontier"}}  # the last one: of a study with mitigations alone
+    tables = {
+        name: TABLES[name].read(smoke.folder / "tables")
+        for name in set(TABLES) - {"estimates", "frontier"}
+    }  # the last one: of a study with mitigations alone
     runs = {variant.run_id for variant in study.variants}
     n = len(runs)
     assert len(runs) == len(study.variants)
     assert set(tables["runs"].run_id) == set(tables["variants"].run_id) == runs
     assert tables["runs"].status.eq("ok").all()
-    sizes = {"responses": (63 + 33) * n, "verdicts": (63 + 33) * n, "answers": (72 + 2 * 24 + 72 + 12) * n, "ratings": 40 * n, "prompts": 63}
+    sizes = {
+        "responses": (63 + 33) * n,
+        "verdicts": (63 + 33) * n,
+        "answers": (72 + 2 * 24 + 72 + 12) * n,
+        "ratings": 40 * n,
+        "prompts": 63,
+    }
     for name, size in sizes.items():
         assert len(tables[name]) == size, name
         assert name == "prompts" or tables[name].groupby("run_id").size().nunique() == 1
-    assert set(tables["curves"].run_id) == {v.run_id for v in study.variants if v.objective in ("sft", "dpo")}
+    assert set(tables["curves"].run_id) == {
+        v.run_id for v in study.variants if v.objective in ("sft", "dpo")
+    }
     assert len(tables["labels"]) == 33 * n, "the truth of every answer to a safety prompt is known"
     assert set(tables["labels"].label) <= {"safe", "unsafe"}
     from driftbook.stats.estimation import read_estimates
@@ -75,7 +102,11 @@ def test_rates_are_counts_of_the_verdicts(smoke):
     greedy = tables["verdicts"][tables["verdicts"].decoding == "greedy"]
     verdicts = greedy.merge(tables["prompts"], on=["benchmark", "prompt_id"])
     for row in tables["rates"].itertuples():
-        rows = verdicts[(verdicts.run_id == row.run_id) & (verdicts.benchmark == row.benchmark) & (verdicts.category == row.category)]
+        rows = verdicts[
+            (verdicts.run_id == row.run_id)
+            & (verdicts.benchmark == row.benchmark)
+            & (verdicts.category == row.category)
+        ]
         if row.outcome == "unsafe":
             rows = rows[(rows.kind == "harmful") & (rows.judge == row.judge)]
         elif row.benchmark == "over_refusal":
@@ -84,7 +115,9 @@ def test_rates_are_counts_of_the_verdicts(smoke):
         assert (row.k, row.n_scored, row.n) == (hits.sum(), hits.count(), len(rows))
     harmful = tables["prompts"][tables["prompts"].kind == "harmful"]
     unsafe = tables["rates"][tables["rates"].outcome == "unsafe"]
-    assert unsafe.n.sum() == len(harmful) * tables["variants"].run_id.nunique(), "the denominator is all prompts asked"
+    assert unsafe.n.sum() == len(harmful) * tables["variants"].run_id.nunique(), (
+        "the denominator is all prompts asked"
+    )
 
 
 def test_the_base_model_was_asked_like_any_variant_and_training_moved_the_others(smoke):
@@ -95,8 +128,14 @@ def test_the_base_model_was_asked_like_any_variant_and_training_moved_the_others
     assert runs[runs.objective.isin(["sft", "dpo"])].kl_base.gt(1e-6).all()
     for run_id, row in bases.iterrows():
         others = runs[(runs.base_model == row.base_model) & (runs.method != "none")]
-        assert others.nll_base.sub(row.nll).abs().max() < 1e-4, "every variant was measured against this base"
-        loss = tables["ratings"][tables["ratings"].metric == "nll"].set_index(["run_id", "prompt_id"]).value
+        assert others.nll_base.sub(row.nll).abs().max() < 1e-4, (
+            "every variant was measured against this base"
+        )
+        loss = (
+            tables["ratings"][tables["ratings"].metric == "nll"]
+            .set_index(["run_id", "prompt_id"])
+            .value
+        )
         assert all(not loss[run_id].equals(loss[other]) for other in others.index)
     two = runs[(runs.base_model == "tiny-other") & (runs.method == "lora")]
     assert sorted(two.seed) == [1, 2]
@@ -108,7 +147,11 @@ def test_text_is_in_one_private_table_and_nowhere_else(smoke):
     texts = TABLES["responses"].read(smoke.folder / "tables").response
     long = sorted({text for text in texts if len(text.split()) >= 8})[:200]
     assert long, "the models said something"
-    pages = [smoke.folder / "report.html", *(smoke.folder / "notebooks").glob("*.ipynb"), *smoke.folder.glob("*.log")]
+    pages = [
+        smoke.folder / "report.html",
+        *(smoke.folder / "notebooks").glob("*.ipynb"),
+        *smoke.folder.glob("*.log"),
+    ]
     for page in pages:
         content = page.read_text(errors="ignore")
         shown = [i for i, text in enumerate(long) if text in content]
@@ -116,8 +159,16 @@ def test_text_is_in_one_private_table_and_nowhere_else(smoke):
 
 
 def test_a_second_batch_does_nothing_again(smoke):
-    watched = [*smoke.folder.glob("jobs/**/*.json"), *smoke.folder.glob("runs/*/*"), *smoke.folder.glob("tables/*"), *smoke.folder.glob("keys/**/*.json")]
-    before, started = {path: path.stat().st_mtime_ns for path in watched if path.is_file()}, time.time()
+    watched = [
+        *smoke.folder.glob("jobs/**/*.json"),
+        *smoke.folder.glob("runs/*/*"),
+        *smoke.folder.glob("tables/*"),
+        *smoke.folder.glob("keys/**/*.json"),
+    ]
+    before, started = (
+        {path: path.stat().st_mtime_ns for path in watched if path.is_file()},
+        time.time(),
+    )
     ended = smoke.run()
     assert ended.returncode == 0, said(ended)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -125,7 +176,9 @@ def test_a_second_batch_does_nothing_again(smoke):
 
 
 def test_an_edit_a_lost_file_and_a_torn_one_redo_what_depends_on_them(smoke):
-    """utility asks for more tokens, a seed is added, one run's responses are lost, others' verdicts and marks torn: all in one batch."""
+    """utility asks for more tokens, a seed is added, one run's responses are lost, others' verdicts
+    and marks torn: all in one batch.
+    """
     study = smoke.study()
     lost, torn, without = (smoke.of(method, "dpo") for method in ("ia3", "p_tuning", "lora"))
     before, responses = marks(smoke), _responses(smoke)
@@ -145,15 +198,22 @@ def test_an_edit_a_lost_file_and_a_torn_one_redo_what_depends_on_them(smoke):
     found, known = redone(before, marks(smoke)), {variant.run_id for variant in study.variants}
     [new] = {variant.run_id for variant in smoke.study().variants} - known
     assert found == {
-        "train": {new}, "respond": {new, lost.run_id}, "judge": {new, torn.run_id} | ({lost.run_id} & found["judge"]), "answer": {new, without.run_id}, "utility": known | {new},
-    }  # fmt: skip
+        "train": {new},
+        "respond": {new, lost.run_id},
+        "judge": {new, torn.run_id} | ({lost.run_id} & found["judge"]),
+        "answer": {new, without.run_id},
+        "utility": known | {new},
+    }
     assert _responses(smoke)[lost.run_id] == responses[lost.run_id], "asked again, it says the same"
     assert new in set(TABLES["verdicts"].read(smoke.folder / "tables").run_id)
 
 
 def _responses(run: Batch) -> dict[str, list[str]]:
     table = TABLES["responses"].read(run.folder / "tables")
-    return {run_id: list(rows.sort_values(["benchmark", "prompt_id"]).response) for run_id, rows in table.groupby("run_id")}
+    return {
+        run_id: list(rows.sort_values(["benchmark", "prompt_id"]).response)
+        for run_id, rows in table.groupby("run_id")
+    }
 
 
 def test_a_changed_adapter_is_asked_and_judged_again_and_not_trained_again(smoke):
@@ -167,20 +227,31 @@ def test_a_changed_adapter_is_asked_and_judged_again_and_not_trained_again(smoke
     ended = smoke.run("jobs/collect.json")
     assert ended.returncode == 0, said(ended)
     found = redone(before, marks(smoke))
-    assert {stage: found.get(stage, set()) for stage in ("train", "respond", "answer", "utility")} == {
-        "train": set(), **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")},
-    }  # fmt: skip
-    assert found.get("judge", set()) <= {changed.run_id}, "verdicts are asked for again where a response changed"
+    assert {
+        stage: found.get(stage, set()) for stage in ("train", "respond", "answer", "utility")
+    } == {
+        "train": set(),
+        **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")},
+    }
+    assert found.get("judge", set()) <= {changed.run_id}, (
+        "verdicts are asked for again where a response changed"
+    )
     now = smoke.tables()["answers"]
     others = now.run_id != changed.run_id
     pd.testing.assert_frame_equal(now[others], answers[others])
-    assert not now[~others].p_a.equals(answers[~others].p_a), "the answers are those of the changed adapter"
+    assert not now[~others].p_a.equals(answers[~others].p_a), (
+        "the answers are those of the changed adapter"
+    )
 
 
 def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):
     run = smoke.of("lora")
     path = smoke.run_folder(run) / "adapter" / "adapter_model.safetensors"
-    before, jobs, whole = marks(smoke), sorted(smoke.folder.glob("jobs/*/*.json")), path.read_bytes()
+    before, jobs, whole = (
+        marks(smoke),
+        sorted(smoke.folder.glob("jobs/*/*.json")),
+        path.read_bytes(),
+    )
     path.write_bytes(whole[: len(whole) // 2])
     try:
         ended = smoke.run("jobs/collect.json")
@@ -232,7 +303,13 @@ def test_a_study_file_that_is_not_there_stops_it_at_once(small):
 
 @pytest.mark.parametrize(
     ("where", "word"),
-    [(("bases", "tiny-llama"), "bases"), (("data", "sft"), "data"), (("benchmarks", "bbq"), "bbq"), (("judges", "tiny-guard"), "judge"), (("init_texts",), "init_texts")],
+    [
+        (("bases", "tiny-llama"), "bases"),
+        (("data", "sft"), "data"),
+        (("benchmarks", "bbq"), "bbq"),
+        (("judges", "tiny-guard"), "judge"),
+        (("init_texts",), "init_texts"),
+    ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
@@ -248,7 +325,13 @@ def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
 
 
 def test_a_profile_that_is_not_there_stops_it(small):
-    ended = subprocess.run([sys.executable, "-m", "driftbook.batch.make_study", str(small.file), "moon"], env=small.environment, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "driftbook.batch.make_study", str(small.file), "moon"],
+        env=small.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 2, said(ended)
     assert "moon" in one_sentence(ended.stderr)
 
@@ -292,24 +375,46 @@ def test_keys_are_written_only_where_they_changed(make_study, content, standins)
     assert {path: path.stat().st_mtime_ns for path in paths} == before
     content["judges"]["tiny-guard"]["threshold"] = 0.7
     plan.write(make_study(content))
-    changed = {str(path.relative_to(OUTPUTS / "keys" / "keys")) for path in paths if path.stat().st_mtime_ns != before[path]}
-    assert {"judge/tiny-llama.json", "analysis.json"} <= changed <= {"judge/tiny-llama.json", "analysis.json", "prepare/tiny-guard.json"}
+    changed = {
+        str(path.relative_to(OUTPUTS / "keys" / "keys"))
+        for path in paths
+        if path.stat().st_mtime_ns != before[path]
+    }
+    assert (
+        {"judge/tiny-llama.json", "analysis.json"}
+        <= changed
+        <= {"judge/tiny-llama.json", "analysis.json", "prepare/tiny-guard.json"}
+    )
 
 
 EDITS = {
-    "a training rate": (lambda c: c["grid"][0]["learning_rates"].update(lora=[1e-3]), {"train", "respond", "judge", "answer", "utility"}),
+    "a training rate": (
+        lambda c: c["grid"][0]["learning_rates"].update(lora=[1e-3]),
+        {"train", "respond", "judge", "answer", "utility"},
+    ),
     "a held-out size": (lambda c: c["data"]["heldout"].update(n=11), {"train"}),
-    "tokens of safety": (lambda c: c["benchmarks"]["safety"].update(max_new_tokens=9), {"respond", "judge"}),
+    "tokens of safety": (
+        lambda c: c["benchmarks"]["safety"].update(max_new_tokens=9),
+        {"respond", "judge"},
+    ),
     "a sample of bbq": (lambda c: c["benchmarks"]["bbq"].update(n=70), {"answer"}),
-    "how bbq is answered": (lambda c: c["bases"]["tiny-llama"].update(answer_mode="letters"), {"answer"}),
-    "tokens of utility": (lambda c: c["benchmarks"]["utility"].update(max_new_tokens=9), {"utility"}),
+    "how bbq is answered": (
+        lambda c: c["bases"]["tiny-llama"].update(answer_mode="letters"),
+        {"answer"},
+    ),
+    "tokens of utility": (
+        lambda c: c["benchmarks"]["utility"].update(max_new_tokens=9),
+        {"utility"},
+    ),
     "the judge's mass": (lambda c: c["judges"]["tiny-guard"].update(min_mass=0.4), {"judge"}),
     "the note": (lambda c: c.update(note="other"), set()),
 }
 
 
 @pytest.mark.parametrize(("change", "stages"), EDITS.values(), ids=EDITS)
-def test_an_edit_changes_the_keys_of_what_depends_on_it(make_study, content, standins, change, stages):
+def test_an_edit_changes_the_keys_of_what_depends_on_it(
+    make_study, content, standins, change, stages
+):
     before = _keys(make_study(content))
     change(content)
     after = _keys(make_study(content))
@@ -318,19 +423,34 @@ def test_an_edit_changes_the_keys_of_what_depends_on_it(make_study, content, sta
 
 def _keys(study) -> dict:
     settings = {stage: keys.settings(stage, study, "tiny-llama") for stage in STAGES}
-    return {stage: [keys.key(settings[stage], variant) for variant in study.variants] for stage in STAGES}
+    return {
+        stage: [keys.key(settings[stage], variant) for variant in study.variants]
+        for stage in STAGES
+    }
 
 
-@pytest.mark.parametrize(("file", "stages"), [
-    ("data/sft.json", {"train"}), ("data/utility.jsonl", {"utility"}), ("data/bbq/Age.jsonl", {"answer"}), ("data/safety/category_4.csv", {"respond", "judge"}),
-    ("llama/aligned/model.safetensors", set(STAGES) - {"judge"}), ("llama/aligned/tokenizer.json", set(STAGES) - {"judge"}), ("judge/model.safetensors", {"judge"}),
-])  # fmt: skip
-def test_one_changed_byte_of_an_input_changes_the_keys_of_what_reads_it(make_study, content, standins, tmp_path, file, stages):
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("data/sft.json", {"train"}),
+        ("data/utility.jsonl", {"utility"}),
+        ("data/bbq/Age.jsonl", {"answer"}),
+        ("data/safety/category_4.csv", {"respond", "judge"}),
+        ("llama/aligned/model.safetensors", set(STAGES) - {"judge"}),
+        ("llama/aligned/tokenizer.json", set(STAGES) - {"judge"}),
+        ("judge/model.safetensors", {"judge"}),
+    ],
+)
+def test_one_changed_byte_of_an_input_changes_the_keys_of_what_reads_it(
+    make_study, content, standins, tmp_path, file, stages
+):
     copied = tmp_path / "inputs"
     shutil.copytree(standins, copied)
     moved = json.loads(json.dumps(content).replace(str(standins), str(copied)))
     before = _keys(make_study(moved))
-    assert before == _keys(make_study(content)), "where an input is does not matter, only what it is"
+    assert before == _keys(make_study(content)), (
+        "where an input is does not matter, only what it is"
+    )
     path = copied / file
     path.write_bytes(path.read_bytes()[:-1] + b"#")
     after = _keys(make_study(moved))
@@ -347,14 +467,26 @@ def test_a_raised_version_of_the_code_is_a_miss(make_study, standins, monkeypatc
 # ---- the display
 def test_the_display_says_what_is_done_and_how_much_is_left():
     done = batch_run.Part("train", "a", 5, 5, False)
-    working = [batch_run.Part("respond", "a", 2, 5, True), batch_run.Part("answer", "b", 1, 5, True)]
+    working = [
+        batch_run.Part("respond", "a", 2, 5, True),
+        batch_run.Part("answer", "b", 1, 5, True),
+    ]
     waiting = batch_run.Part("judge", "a", 0, 5, False)
     text, n_done, n_all, left = batch_run.summary([done, waiting, *working], 0.0)
     assert (text, n_done, n_all) == ("respond a", 8, 20)
     assert "left" in left
     assert batch_run.summary([done, waiting], 0.0)[0] == "judge a"
     assert batch_run.summary([done], 0.0) == ("finished", 5, 5, "")
-    assert batch_run.summary([batch_run.Part("respond", "a", 0, 5, True), batch_run.Part("respond", "b", 0, 5, True)], 0.0)[0] == "respond a, b"
+    assert (
+        batch_run.summary(
+            [
+                batch_run.Part("respond", "a", 0, 5, True),
+                batch_run.Part("respond", "b", 0, 5, True),
+            ],
+            0.0,
+        )[0]
+        == "respond a, b"
+    )
     long = batch_run.summary([batch_run.Part("train", "a", 0, 1000, True)], 0.0)[3]
     assert "min" in long
 
@@ -365,19 +497,32 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     n, started = len(study.variants), time.time()
 
     def found():
-        return {(part.stage, part.about): (part.done, part.total, part.active) for part in batch_run.parts(study, started)}
+        return {
+            (part.stage, part.about): (part.done, part.total, part.active)
+            for part in batch_run.parts(study, started)
+        }
 
     assert found()["train", "tiny-llama"] == (0, n, False)
     write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
     assert found()["train", "tiny-llama"] == (3, n, True)
     os.utime(study.folder / "progress" / "train.tiny-llama.json", (1, 1))
-    assert found()["train", "tiny-llama"] == (0, n, False), "an older batch's progress is no progress"
+    assert found()["train", "tiny-llama"] == (
+        0,
+        n,
+        False,
+    ), "an older batch's progress is no progress"
     write_json(study.folder / "jobs" / "train" / "tiny-llama.json", {})
     assert found()["train", "tiny-llama"] == (n, n, False)
     write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
     os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
     assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
-    assert {part.stage for part in batch_run.parts(study, started)} == {"prepare", *STAGES, "collect", *keys.ANALYSES, "report"}
+    assert {part.stage for part in batch_run.parts(study, started)} == {
+        "prepare",
+        *STAGES,
+        "collect",
+        *keys.ANALYSES,
+        "report",
+    }
 
 
 def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, content, capsys):
@@ -418,7 +563,10 @@ def smoke_tables(make_study, content):
 def warm(tmp_path_factory):
     """The environment to ask a warm server that has imported nothing heavy."""
     path = tmp_path_factory.mktemp("warm") / "socket"
-    code = f"import driftbook.batch.warm as warm; warm._import_heavy_packages = warm._fresh_randomness = lambda: None; warm.serve({str(path)!r})"
+    code = (
+        "import driftbook.batch.warm as warm; warm._import_heavy_packages = warm._fresh_randomness"
+        f" = lambda: None; warm.serve({str(path)!r})"
+    )
     server = subprocess.Popen([sys.executable, "-c", code])
     while not path.exists():
         assert server.poll() is None
@@ -429,7 +577,14 @@ def warm(tmp_path_factory):
 
 
 def ask(warm, *arguments, **more) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "driftbook.batch.warm", *arguments], env=warm, capture_output=True, text=True, timeout=60, **more)
+    return subprocess.run(
+        [sys.executable, "-m", "driftbook.batch.warm", *arguments],
+        env=warm,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **more,
+    )
 
 
 def test_a_warm_job_returns_its_status_and_its_words(warm, tmp_path):
@@ -464,13 +619,20 @@ def test_a_warm_job_ends_with_the_one_that_asked_for_it(warm, tmp_path):
 
 
 class Asked:
-    """A job of the warm server that waits for a pipe that nobody writes, asked for by this process: its pid, and its status when it ends."""
+    """A job of the warm server that waits for a pipe that nobody writes, asked for by this process:
+    its pid, and its status when it ends.
+    """
 
     def __init__(self, warm, folder):
         os.mkfifo(folder / "99_pipe.ipynb")
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(warm["DRIFTBOOK_WARM"])
-        request = {"kind": "notebook", "arguments": [str(folder / "99_pipe.ipynb"), str(folder / "out.ipynb"), "{}"], "folder": str(folder), "environment": warm}
+        request = {
+            "kind": "notebook",
+            "arguments": [str(folder / "99_pipe.ipynb"), str(folder / "out.ipynb"), "{}"],
+            "folder": str(folder),
+            "environment": warm,
+        }
         body = json.dumps(request).encode()
         with open(os.devnull, "r+") as nothing:
             socket.send_fds(self.connection, [len(body).to_bytes(8)], [nothing.fileno()] * 3)

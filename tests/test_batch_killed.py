@@ -1,4 +1,6 @@
-"""A batch that is killed at any moment leaves no process behind and, run again, ends in the tables of one that was never killed."""
+"""A batch that is killed at any moment leaves no process behind and, run again, ends in the tables
+of one that was never killed.
+"""
 
 import contextlib
 import json
@@ -18,7 +20,11 @@ from driftbook.study.files import ROOT
 from driftbook.study.tables import TABLES
 
 KILLED = json.loads(json.dumps(SMALL)) | {"name": "killed"}
-KILLED["grid"][0] |= {"methods": ["lora", "prompt_tuning"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3], "prompt_tuning": [2.0e-2]}}
+KILLED["grid"][0] |= {
+    "methods": ["lora", "prompt_tuning"],
+    "objectives": ["sft"],
+    "learning_rates": {"lora": [5.0e-3], "prompt_tuning": [2.0e-2]},
+}
 for _name, _n in (("safety", 22), ("over_refusal", 15), ("bbq", 36), ("utility", 10)):
     KILLED["benchmarks"][_name]["n"] = _n
 COLLECT = "jobs/collect.json"
@@ -34,7 +40,9 @@ def uninterrupted(new_batch) -> Batch:
 
 
 def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(uninterrupted, new_batch):
-    """First everything is killed at once, as by a loss of power; then the driver alone, whose children must end by themselves."""
+    """First everything is killed at once, as by a loss of power; then the driver alone, whose
+    children must end by themselves.
+    """
     run = new_batch(OUTPUTS / "interrupted", KILLED)
     seed = int.from_bytes(os.urandom(4))
     print(f"moments of this run: random.Random({seed})")
@@ -48,13 +56,18 @@ def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(uninter
         if whole:
             _kill_all(run)
         driver.wait()
-        assert _gone(run, 20), f"seed {seed}: still there: {[Path(f'/proc/{pid}/cmdline').read_bytes()[-200:] for pid in run.processes()]}"
+        assert _gone(run, 20), (
+            f"seed {seed}: still there:"
+            f" {[Path(f'/proc/{pid}/cmdline').read_bytes()[-200:] for pid in run.processes()]}"
+        )
     ended = run.run(COLLECT)
     assert ended.returncode == 0, f"seed {seed}: {said(ended)}"
     one, other = uninterrupted.tables(), run.tables()
     assert one.keys() == other.keys()
     for name in one:
-        pd.testing.assert_frame_equal(one[name], other[name], obj=f"{name} (seed {seed})", check_exact=True)
+        pd.testing.assert_frame_equal(
+            one[name], other[name], obj=f"{name} (seed {seed})", check_exact=True
+        )
     left = [str(path.relative_to(run.folder)) for path in run.folder.rglob(".new-*")]
     assert not left, f"seed {seed}: half-written files stay behind"
 
@@ -79,18 +92,39 @@ def _gone(run: Batch, seconds: float) -> bool:
     return not run.processes()
 
 
-def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(uninterrupted, new_batch):
-    """The same variants again, in reverse order, in an ordinary process: no Snakemake, no warm kernel."""
+def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(
+    uninterrupted, new_batch
+):
+    """The same variants again, in reverse order, in an ordinary process: no Snakemake, no warm
+    kernel.
+    """
     run = new_batch(OUTPUTS / "by_hand", KILLED)
     reverse = [variant.run_id for variant in reversed(run.study().variants)]
     parameters = {"study": str(run.file), "base_model": "tiny-llama", "run_ids": reverse}
-    command = [sys.executable, "-m", "driftbook.batch.warm", "notebook", str(ROOT / "notebooks" / "02_train.ipynb"), str(run.outputs / "out.ipynb"), json.dumps(parameters)]
-    environment = {name: value for name, value in run.environment.items() if name not in ("DRIFTBOOK_WARM", "DRIFTBOOK_KERNEL")}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "driftbook.batch.warm",
+        "notebook",
+        str(ROOT / "notebooks" / "02_train.ipynb"),
+        str(run.outputs / "out.ipynb"),
+        json.dumps(parameters),
+    ]
+    environment = {
+        name: value
+        for name, value in run.environment.items()
+        if name not in ("DRIFTBOOK_WARM", "DRIFTBOOK_KERNEL")
+    }
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     assert ended.returncode == 0, said(ended)
     for name in ("runs", "curves"):
         table = TABLES[name]
-        one, other = (table.comparable(table.read_all(sorted(r.folder.glob(f"runs/*/{name}.parquet")))) for r in (uninterrupted, run))
+        one, other = (
+            table.comparable(table.read_all(sorted(r.folder.glob(f"runs/*/{name}.parquet"))))
+            for r in (uninterrupted, run)
+        )
         pd.testing.assert_frame_equal(one, other, check_exact=True, obj=name)
 
 

@@ -1,4 +1,6 @@
-"""BBQ: the stereotyped target, what is wrong with a file, and which answer counts as correct, unknown and biased."""
+"""BBQ: the stereotyped target, what is wrong with a file, and which answer counts as correct,
+unknown and biased.
+"""
 
 import csv
 import hashlib
@@ -21,7 +23,12 @@ N_ITEMS = {"Age": 3680, "Religion": 1200, "Nationality": 3080}
 def published(shared):
     """{item_id: target_loc} of the authors' own table: the option that agrees with the stereotype."""
     with (shared / "bbq" / "published" / "target_loc.csv").open(newline="") as file:
-        return {f"{row['category']}-{row['example_id']}": int(float(row["target_loc"])) if row["target_loc"] else None for row in csv.DictReader(file)}
+        return {
+            f"{row['category']}-{row['example_id']}": (
+                int(float(row["target_loc"])) if row["target_loc"] else None
+            )
+            for row in csv.DictReader(file)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +42,25 @@ def test_all_real_files_load(real):
     assert real.item_id.is_unique
     assert set(real.context) == {"ambiguous", "disambiguated"}
     assert (real.context == "ambiguous").mean() == 0.5
-    assert (real.label[real.context == "ambiguous"] == real.unknown[real.context == "ambiguous"]).all()
-    assert (real.label[real.context == "disambiguated"] != real.unknown[real.context == "disambiguated"]).all()
+    assert (
+        real.label[real.context == "ambiguous"] == real.unknown[real.context == "ambiguous"]
+    ).all()
+    assert (
+        real.label[real.context == "disambiguated"] != real.unknown[real.context == "disambiguated"]
+    ).all()
     assert real.target.notna().all()
     assert (real.target != real.unknown).all()
 
 
 def test_the_target_is_the_published_one_on_every_item(real, published):
-    """Theirs is the biased answer: the stereotyped person of a negative question, the other person of a non-negative one."""
+    """Theirs is the biased answer: the stereotyped person of a negative question, the other person
+    of a non-negative one.
+    """
     assert len(published) == len(real) == sum(N_ITEMS.values())
     items = real.set_index("item_id")
-    found = items.target.where(items.polarity == "negative", 3 - items.unknown - items.target).astype(int)
+    found = items.target.where(
+        items.polarity == "negative", 3 - items.unknown - items.target
+    ).astype(int)
     different = [item for item, target in published.items() if found[item] != target]
     assert different == [], f"{len(different)} of {len(published)} items, first {different[:5]}"
 
@@ -96,14 +111,24 @@ def _two_unknown(row):
     "change",
     [
         _two_unknown,
-        lambda row: row["answer_info"].update({f"ans{i}": [row[f"ans{i}"], "somebody"] for i in range(3)}),
+        lambda row: row["answer_info"].update(
+            {f"ans{i}": [row[f"ans{i}"], "somebody"] for i in range(3)}
+        ),
         lambda row: row["answer_info"].pop("ans1"),
         lambda row: row.update(context_condition="vague"),
         lambda row: row.update(question_polarity="positive"),
         lambda row: row["additional_metadata"].pop("stereotyped_groups"),
         lambda row: row.update(label=3),
     ],
-    ids=["two unknown", "none unknown", "no answer_info", "condition", "polarity", "no groups", "label"],
+    ids=[
+        "two unknown",
+        "none unknown",
+        "no answer_info",
+        "condition",
+        "polarity",
+        "no groups",
+        "label",
+    ],
 )
 def test_an_item_of_another_form_is_refused(folder, change):
     rewrite(folder, change)
@@ -163,7 +188,9 @@ def _unknown_of(row) -> int:
 
 
 def test_the_real_files_use_exactly_the_ten_forms(real):
-    """The list of the authors' script BBQ_calculate_bias_score.R; the miniature's two are in no real file."""
+    """The list of the authors' script BBQ_calculate_bias_score.R; the miniature's two are in no
+    real file.
+    """
     said = {str(row[f"ans{row['unknown']}"]).lower() for row in real.to_dict("records")}
     assert said == bbq.UNKNOWN_FORMS - {"unanswerable", "unclear"}
     assert len(said) == 10
@@ -172,7 +199,9 @@ def test_the_real_files_use_exactly_the_ten_forms(real):
 # ---- public sources
 @pytest.fixture
 def fetched(monkeypatch, tmp_path):
-    """Names and hashes that would have been fetched; `contents` by the end of the URL is what the network would have given."""
+    """Names and hashes that would have been fetched; `contents` by the end of the URL is what the
+    network would have given.
+    """
     asked, contents = [], {}
 
     def retrieve(url, known_hash, fname, path):
@@ -186,23 +215,34 @@ def fetched(monkeypatch, tmp_path):
     return asked, contents
 
 
-METADATA_HEADER = "category,question_index,example_id,target_loc,label_type,Known_stereotyped_groups\n"
+METADATA_HEADER = (
+    "category,question_index,example_id,target_loc,label_type,Known_stereotyped_groups\n"
+)
 
 
 def test_bbq_comes_from_its_public_commit(shared, fetched, real):
     asked, contents = fetched
     contents["Age.jsonl"] = (shared / "bbq" / "data" / "Age.jsonl").read_bytes()
-    contents["additional_metadata.csv"] = (shared / "bbq" / "published" / "target_loc.csv").read_bytes()
+    contents["additional_metadata.csv"] = (
+        shared / "bbq" / "published" / "target_loc.csv"
+    ).read_bytes()
     items = bbq.load(bbq.PUBLIC, ["Age"])
-    assert [url for url, _ in asked] == [f"https://raw.githubusercontent.com/nyu-mll/BBQ/{bbq.PUBLIC.revision}/{name}" for name in ("data/Age.jsonl", bbq.METADATA)]
+    assert [url for url, _ in asked] == [
+        f"https://raw.githubusercontent.com/nyu-mll/BBQ/{bbq.PUBLIC.revision}/{name}"
+        for name in ("data/Age.jsonl", bbq.METADATA)
+    ]
     assert len(bbq.PUBLIC.revision) == 40
     mine = real[real.dimension.eq("Age")].reset_index(drop=True)
-    pd.testing.assert_frame_equal(items, mine, check_dtype=False)  # the authors' targets are the rule's
+    pd.testing.assert_frame_equal(
+        items, mine, check_dtype=False
+    )  # the authors' targets are the rule's
 
 
 def test_the_pinned_hashes_are_those_of_the_files(shared):
     for path in (shared / "bbq" / "data").glob("*.jsonl"):
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == bbq.PUBLIC.sha256[f"data/{path.name}"]
+        assert (
+            hashlib.sha256(path.read_bytes()).hexdigest() == bbq.PUBLIC.sha256[f"data/{path.name}"]
+        )
     assert set(bbq.PUBLIC.sha256) == set(bbq.PUBLIC.files)
     assert len(bbq.PUBLIC.files) == 12
 
@@ -216,10 +256,24 @@ def test_a_source_that_is_no_place_is_refused():
 
 def _row(example_id, category, groups, options, stereotyped, polarity="neg", context="ambig"):
     unknown = options.index("Not known")
-    return {"example_id": example_id, "question_index": "1", "question_polarity": polarity, "context_condition": context, "category": category,
-            "answer_info": {f"ans{i}": [group, group] for i, group in enumerate(groups)}, "context": "Two people met.", "question": "Who?",
-            "additional_metadata": {"subcategory": "None", "stereotyped_groups": stereotyped, "version": "a", "source": "made up"},
-            **{f"ans{i}": option for i, option in enumerate(options)}, "label": unknown}  # fmt: skip
+    return {
+        "example_id": example_id,
+        "question_index": "1",
+        "question_polarity": polarity,
+        "context_condition": context,
+        "category": category,
+        "answer_info": {f"ans{i}": [group, group] for i, group in enumerate(groups)},
+        "context": "Two people met.",
+        "question": "Who?",
+        "additional_metadata": {
+            "subcategory": "None",
+            "stereotyped_groups": stereotyped,
+            "version": "a",
+            "source": "made up",
+        },
+        **{f"ans{i}": option for i, option in enumerate(options)},
+        "label": unknown,
+    }
 
 
 PEOPLE = ["Kim", "Sam", "Not known"]
@@ -230,7 +284,12 @@ PEOPLE = ["Kim", "Sam", "Not known"]
     [
         ("Gender_identity", ["woman", "man", "unknown"], ["F"], 0),
         ("Gender_identity", ["girl", "boy", "unknown"], ["men", "boys"], 1),
-        ("Gender_identity", ["nonTrans", "trans", "unknown"], ["Transgender women", "Transgender men"], 1),
+        (
+            "Gender_identity",
+            ["nonTrans", "trans", "unknown"],
+            ["Transgender women", "Transgender men"],
+            1,
+        ),
         ("Race_ethnicity", ["F-White", "F-Black", "unknown"], ["Black", "African American"], 1),
         ("Race_ethnicity", ["African", "African American", "unknown"], ["African American"], 1),
         ("SES", ["lowSES", "highSES", "unknown"], ["low SES"], 0),
@@ -243,18 +302,26 @@ PEOPLE = ["Kim", "Sam", "Not known"]
     ],
 )
 def test_tags_in_the_forms_of_all_dimensions(tmp_path, category, groups, stereotyped, target):
-    (tmp_path / f"{category}.jsonl").write_text(json.dumps(_row(0, category, groups, PEOPLE, stereotyped)))
+    (tmp_path / f"{category}.jsonl").write_text(
+        json.dumps(_row(0, category, groups, PEOPLE, stereotyped))
+    )
     found = bbq.load(tmp_path).target.iloc[0]
     assert pd.isna(found) if target is None else found == target
 
 
 def test_the_authors_table_gives_the_target_where_it_lies_in_the_copy(tmp_path):
-    rows = [_row(i, "Race_x_gender", ["F-Black", "M-White", "unknown"], PEOPLE, [], polarity) for i, polarity in enumerate(("neg", "nonneg", "neg"))]
+    rows = [
+        _row(i, "Race_x_gender", ["F-Black", "M-White", "unknown"], PEOPLE, [], polarity)
+        for i, polarity in enumerate(("neg", "nonneg", "neg"))
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "Race_x_gender.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = tmp_path / bbq.METADATA
     table.parent.mkdir()
-    table.write_text(METADATA_HEADER + "Race_x_gender,1,0,0,label,x\nRace_x_gender,1,1,1,label,x\nRace_x_gender,1,2,NA,label,x\n")
+    table.write_text(
+        METADATA_HEADER
+        + "Race_x_gender,1,0,0,label,x\nRace_x_gender,1,1,1,label,x\nRace_x_gender,1,2,NA,label,x\n"
+    )
     for source in (tmp_path, tmp_path / "data"):
         assert bbq.load(source).target.tolist()[:2] == [0, 0]
         assert pd.isna(bbq.load(source).target.iloc[2])
@@ -266,15 +333,27 @@ def test_the_authors_table_gives_the_target_where_it_lies_in_the_copy(tmp_path):
 
 # ---- BBQ-Lite
 def test_the_ids_of_the_study_add_up():
-    spans = {name: sum(last - first + 1 for first, last in ranges) for name, ranges in bbq_lite.EXCLUDED.items()}
+    spans = {
+        name: sum(last - first + 1 for first, last in ranges)
+        for name, ranges in bbq_lite.EXCLUDED.items()
+    }
     assert sum(spans.values()) == 200
-    assert sum(last - first + 1 for ranges in bbq_lite.CORRECTED.values() for first, last in ranges) == 32
+    assert (
+        sum(last - first + 1 for ranges in bbq_lite.CORRECTED.values() for first, last in ranges)
+        == 32
+    )
     assert sum(bbq_lite.ITEMS.values()) == 16_076
-    assert not any(bbq_lite.excluded(name, first) for name, ranges in bbq_lite.CORRECTED.items() for first, _ in ranges)
+    assert not any(
+        bbq_lite.excluded(name, first)
+        for name, ranges in bbq_lite.CORRECTED.items()
+        for first, _ in ranges
+    )
 
 
 def _lite_file(folder, category, rows):
-    (folder / f"{category}.json").write_text(json.dumps({"category": category, "canary": "canary", "name": "bbq_lite", "examples": rows}))
+    (folder / f"{category}.json").write_text(
+        json.dumps({"category": category, "canary": "canary", "name": "bbq_lite", "examples": rows})
+    )
 
 
 @pytest.fixture
@@ -282,7 +361,16 @@ def lite(tmp_path):
     """All nine files in BBQ-Lite's form and size, with made-up people."""
     for category, n in bbq_lite.ITEMS.items():
         rows = [
-            _row(i, category, ["x", "y", "unknown"], PEOPLE, ["x"], ("neg", "nonneg")[i // 2 % 2], ("ambig", "disambig")[i % 2]) for i in range(n)
+            _row(
+                i,
+                category,
+                ["x", "y", "unknown"],
+                PEOPLE,
+                ["x"],
+                ("neg", "nonneg")[i // 2 % 2],
+                ("ambig", "disambig")[i % 2],
+            )
+            for i in range(n)
         ]
         _lite_file(tmp_path, category, rows)
     return tmp_path
@@ -299,22 +387,58 @@ def test_bbq_lite_as_the_study_asked_it(lite, data_folder):
     everything = bbq.load_lite(lite, variant="all")
     gone = everything[~everything.item_id.isin(items.item_id)]
     assert gone.dimension.value_counts().to_dict() == {"Race_ethnicity": 184, "Gender_identity": 16}
-    assert {"lite-Gender_identity-284", "lite-Race_ethnicity-1055"} < set(gone.item_id) < set(everything.item_id)
+    assert (
+        {"lite-Gender_identity-284", "lite-Race_ethnicity-1055"}
+        < set(gone.item_id)
+        < set(everything.item_id)
+    )
 
 
 @pytest.mark.parametrize(
     ("category", "number", "tag", "options", "stereotyped", "target"),
     [
-        ("Gender_identity", 48, "male teacher", ["Not known", "The male teacher", "The female teacher"], ["M", "man"], 1),
-        ("Race_ethnicity", 451, "African", ["The African student", "Not known", "The African American student"], ["African American", "Black"], 2),
-        ("Physical_appearance", 576, "negDress", ["The individual with no scars", "Not known", "The individual with scars"], ["negDress"], 2),
-        ("Physical_appearance", 659, "notPregnant", ["The other employee", "The pregnant employee", "Not known"], ["pregnant"], 1),
+        (
+            "Gender_identity",
+            48,
+            "male teacher",
+            ["Not known", "The male teacher", "The female teacher"],
+            ["M", "man"],
+            1,
+        ),
+        (
+            "Race_ethnicity",
+            451,
+            "African",
+            ["The African student", "Not known", "The African American student"],
+            ["African American", "Black"],
+            2,
+        ),
+        (
+            "Physical_appearance",
+            576,
+            "negDress",
+            ["The individual with no scars", "Not known", "The individual with scars"],
+            ["negDress"],
+            2,
+        ),
+        (
+            "Physical_appearance",
+            659,
+            "notPregnant",
+            ["The other employee", "The pregnant employee", "Not known"],
+            ["pregnant"],
+            1,
+        ),
     ],
 )
-def test_corrected_items_tell_the_two_people_apart(tmp_path, monkeypatch, category, number, tag, options, stereotyped, target):
+def test_corrected_items_tell_the_two_people_apart(
+    tmp_path, monkeypatch, category, number, tag, options, stereotyped, target
+):
     monkeypatch.setitem(bbq_lite.ITEMS, category, 2)
     tags = ["unknown" if option == "Not known" else tag for option in options]
-    _lite_file(tmp_path, category, [_row(i, category, tags, options, stereotyped) for i in (number, 2000)])
+    _lite_file(
+        tmp_path, category, [_row(i, category, tags, options, stereotyped) for i in (number, 2000)]
+    )
     found = bbq.load_lite(tmp_path, [category])
     assert found.target.iloc[0] == target
     assert pd.isna(found.target.iloc[1])  # the same people elsewhere stay as they were tagged
@@ -325,10 +449,14 @@ def test_bbq_lite_comes_from_its_public_commit(lite, fetched):
     asked, contents = fetched
     contents["Religion.json"] = (lite / "Religion.json").read_bytes()
     assert len(bbq.load_lite(dimensions=["Religion"])) == 680
-    assert [url for url, _ in asked] == [f"https://raw.githubusercontent.com/google/BIG-bench/{bbq.LITE.revision}/bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"]
+    assert [url for url, _ in asked] == [
+        f"https://raw.githubusercontent.com/google/BIG-bench/{bbq.LITE.revision}/bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"
+    ]
 
 
-@pytest.mark.parametrize("broken", ["absent", "torn", "short", "no examples", "field", "id", "variant"])
+@pytest.mark.parametrize(
+    "broken", ["absent", "torn", "short", "no examples", "field", "id", "variant"]
+)
 def test_a_wrong_file_of_bbq_lite_is_one_sentence(lite, broken):
     path, variant = lite / "Religion.json", "study"
     document = json.loads(path.read_text())
@@ -367,8 +495,17 @@ class Says:
 
 def item(context, polarity, label, unknown, target, number):
     texts = {"passage": "p", "question": "q", "ans0": "x", "ans1": "y", "ans2": "z"}
-    return {"item_id": f"Age-{number}", "dimension": "Age", "context": context, "polarity": polarity, "question_family": "Age-1", **texts,
-            "label": label, "unknown": unknown, "target": target}  # fmt: skip
+    return {
+        "item_id": f"Age-{number}",
+        "dimension": "Age",
+        "context": context,
+        "polarity": polarity,
+        "question_family": "Age-1",
+        **texts,
+        "label": label,
+        "unknown": unknown,
+        "target": target,
+    }
 
 
 # context, polarity, label, unknown, target, probabilities -> answer, correct, unknown, biased
@@ -398,7 +535,10 @@ def test_correct_unknown_and_biased_follow_from_the_most_probable_option(mode):
     assert set(found.answer_mode) == {mode}
     for number, (*_, p, answer, correct, unknown, biased) in enumerate(CASES):
         row = found.iloc[number]
-        said = [None if pd.isna(value) else value for value in (row.answer, row.correct, row.unknown, row.biased)]
+        said = [
+            None if pd.isna(value) else value
+            for value in (row.answer, row.correct, row.unknown, row.biased)
+        ]
         assert said == [answer, correct, unknown, biased], f"case {number}"
         if answer is None:
             assert row.unscored_reason
@@ -409,7 +549,9 @@ def test_correct_unknown_and_biased_follow_from_the_most_probable_option(mode):
 
 
 def test_the_target_of_a_question_is_whom_the_stereotype_is_about(data_folder):
-    """On a negative question the biased answer is the target, on a non-negative one the other person."""
+    """On a negative question the biased answer is the target, on a non-negative one the other
+    person.
+    """
     items = bbq.load(data_folder / "bbq", ["Age"])
     always = np.full((len(items), 3), 0.1)
     always[np.arange(len(items)), items.target.astype(int)] = 0.8
@@ -423,33 +565,59 @@ def test_every_text_of_an_item_is_in_what_is_asked(data_folder, mode):
     scorer = Says(np.full((8, 3), 0.3))
     bbq.answers(items, scorer, mode, "run")
     for text, row in zip(scorer.asked, items.itertuples(), strict=True):
-        assert all(part in text for part in (row.passage, row.question, row.ans0, row.ans1, row.ans2))
+        assert all(
+            part in text for part in (row.passage, row.question, row.ans0, row.ans1, row.ans2)
+        )
         assert text.index(row.passage) < text.index(row.question) < text.rindex(row.ans2)
 
 
 @pytest.mark.parametrize("mode", ["letters", "options"])
 def test_a_model_is_asked_as_the_likelihood_of_each_option_says(bases, data_folder, mode):
     base = bases["gemma"]
-    scorer, items = Scorer(base.model, base.tokenizer), bbq.load(data_folder / "bbq", ["Age"]).head(12)
+    scorer, items = (
+        Scorer(base.model, base.tokenizer),
+        bbq.load(data_folder / "bbq", ["Age"]).head(12),
+    )
     words = base.tokenizer.convert_ids_to_tokens([30, 31, 32])
     if mode == "letters":  # the miniature's words hold no letters, so three words stand for them
         choose = scorer.choices
-        scorer.choices = lambda contexts, options, stem="": choose(contexts, [words] * len(contexts), stem)
+        scorer.choices = lambda contexts, options, stem="": choose(
+            contexts, [words] * len(contexts), stem
+        )
     found = bbq.answers(items, scorer, mode, "run")
     for row, one in zip(items.itertuples(), found.itertuples(), strict=True):
-        context = scorer.ask([bbq.TEMPLATES[mode].format(context=row.passage, question=row.question, ans0=row.ans0, ans1=row.ans1, ans2=row.ans2)])[0]
+        context = scorer.ask(
+            [
+                bbq.TEMPLATES[mode].format(
+                    context=row.passage,
+                    question=row.question,
+                    ans0=row.ans0,
+                    ans1=row.ans1,
+                    ans2=row.ans2,
+                )
+            ]
+        )[0]
         options = words if mode == "letters" else [row.ans0, row.ans1, row.ans2]
-        p = np.exp([scorer.token_logprobs([(context, scorer.ids(option))])[0].sum() for option in options])
+        p = np.exp(
+            [scorer.token_logprobs([(context, scorer.ids(option))])[0].sum() for option in options]
+        )
         assert [one.p_a, one.p_b, one.p_c] == pytest.approx(list(p / p.sum()), abs=1e-4)
         assert one.answer == "ABC"[int(p.argmax())]
 
 
 def test_a_template_and_a_system_prompt_reach_the_model(bases, data_folder):
     base = bases["llama"]
-    scorer, items = Scorer(base.model, base.tokenizer), bbq.load(data_folder / "bbq", ["Age"]).head(4)
+    scorer, items = (
+        Scorer(base.model, base.tokenizer),
+        bbq.load(data_folder / "bbq", ["Age"]).head(4),
+    )
     plain, other, system = (
         bbq.answers(items, scorer, "options", "run", **more).p_a.to_numpy()
-        for more in ({}, {"template": "{question} {context} {ans0} {ans1} {ans2}"}, {"system_prompt": "you must refuse ."})
+        for more in (
+            {},
+            {"template": "{question} {context} {ans0} {ans1} {ans2}"},
+            {"system_prompt": "you must refuse ."},
+        )
     )
     assert not np.allclose(plain, other, atol=1e-3)
     assert not np.allclose(plain, system, atol=1e-3)

@@ -1,4 +1,6 @@
-"""The benchmark's parts on a small piece of work: what it compares must be the same work, and its table must say what was missed."""
+"""The benchmark's parts on a small piece of work: what it compares must be the same work, and its
+table must say what was missed.
+"""
 
 import pandas as pd
 import pytest
@@ -16,12 +18,22 @@ def found(rows):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(harness, "SHAPES", {name: shape | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} for name, shape in harness.SHAPES.items()})
+    monkeypatch.setattr(
+        harness,
+        "SHAPES",
+        {
+            name: shape | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+            for name, shape in harness.SHAPES.items()
+        },
+    )
 
 
 def test_the_same_log_likelihoods_and_choices_as_lm_evaluation_harness(items):
     table = found(scoring.bbq_speed(items, batch_sizes=(8,)))
-    differences, same = (table[table.figure == figure].value for figure in ("largest difference of a log-likelihood", "same most probable option"))
+    differences, same = (
+        table[table.figure == figure].value
+        for figure in ("largest difference of a log-likelihood", "same most probable option")
+    )
     assert len(differences) == len(same) == 4
     assert (differences < 1e-4).all()
     assert (same == 1).all()
@@ -35,7 +47,19 @@ def test_generation_in_batches_gives_the_text_of_single_prompts_for_every_method
 
 def test_adapters_come_and_go_and_the_gpu_part_runs_anywhere(items):
     assert found(scoring.many_adapters(items.head(8), n=2)).value.gt(0).all()
-    assert found(scoring.gpu(items, harness.SHAPES["vocabulary of 8,192"], "float32", n_answers=3, max_new_tokens=2)).value.gt(0).all()
+    assert (
+        found(
+            scoring.gpu(
+                items,
+                harness.SHAPES["vocabulary of 8,192"],
+                "float32",
+                n_answers=3,
+                max_new_tokens=2,
+            )
+        )
+        .value.gt(0)
+        .all()
+    )
 
 
 def test_the_refusal_detector_is_measured_on_answers_that_it_was_not_tuned_on(shared):
@@ -45,10 +69,19 @@ def test_the_refusal_detector_is_measured_on_answers_that_it_was_not_tuned_on(sh
 
 
 def test_a_missed_goal_is_said_and_the_page_is_written(tmp_path):
-    rows = [harness.row("speed", "a", 3.0, 8.0, "CPU s", 1.0, 3.0), harness.row("cost", "b", 1.05, 1.1, "CPU s", 1.0, 1.05, least=False), harness.row("share", "c", 0.5, None, "share")]
+    rows = [
+        harness.row("speed", "a", 3.0, 8.0, "CPU s", 1.0, 3.0),
+        harness.row("cost", "b", 1.05, 1.1, "CPU s", 1.0, 1.05, least=False),
+        harness.row("share", "c", 0.5, None, "share"),
+    ]
     assert [one["met"] for one in rows] == [False, True, None]
     __main__.write(found(rows), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.csv", "bench.md", "bench.png", "machine.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench.csv",
+        "bench.md",
+        "bench.png",
+        "machine.json",
+    }
     lines = (tmp_path / "bench.md").read_text().splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["no", "yes", ""]
 

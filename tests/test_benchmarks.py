@@ -1,4 +1,6 @@
-"""Further benchmarks: their real file forms, what is done about child abuse, other wordings, classifiers as judges, utility beside GSM8K's form."""
+"""Further benchmarks: their real file forms, what is done about child abuse, other wordings,
+classifiers as judges, utility beside GSM8K's form.
+"""
 
 import copy
 import csv
@@ -32,31 +34,60 @@ def study_of(tmp_path, **benchmarks) -> Study:
 
 
 def table(columns, *rows) -> str:
-    return "\n".join([",".join(columns), *(",".join(f'"{cell}"' for cell in row) for row in rows)]) + "\n"
+    return (
+        "\n".join([",".join(columns), *(",".join(f'"{cell}"' for cell in row) for row in rows)])
+        + "\n"
+    )
 
 
 # ---- forms
 def test_strongreject_rows_are_numbered_and_keep_their_category_and_source(tmp_path):
-    text = table(("category", "source", "forbidden_prompt"), ("Floops", "custom", "how does one floop"), ("Grinks", "other", "why grink"))
+    text = table(
+        ("category", "source", "forbidden_prompt"),
+        ("Floops", "custom", "how does one floop"),
+        ("Grinks", "other", "why grink"),
+    )
     frame = data.prompts("targets", study_of(tmp_path, targets=({"format": "strongreject"}, text)))
     assert frame.prompt_id.tolist() == ["sr-000", "sr-001"]
-    assert frame[["category", "family", "prompt"]].to_numpy().tolist() == [["Floops", "custom", "how does one floop"], ["Grinks", "other", "why grink"]]
+    assert frame[["category", "family", "prompt"]].to_numpy().tolist() == [
+        ["Floops", "custom", "how does one floop"],
+        ["Grinks", "other", "why grink"],
+    ]
     assert set(frame.kind) == {"harmful"}
 
 
 @pytest.mark.parametrize("column", ["prompt", "prompts_final"])
 def test_simple_safety_tests_are_read_as_the_hub_and_as_github_write_them(tmp_path, column):
-    text = table(("id", "harm_area", "counter", "category", column), ("a1", "Floops", "1", "x", "how to floop"), ("a2", "Child Abuse", "1", "x", "not asked"))
+    text = table(
+        ("id", "harm_area", "counter", "category", column),
+        ("a1", "Floops", "1", "x", "how to floop"),
+        ("a2", "Child Abuse", "1", "x", "not asked"),
+    )
     study = study_of(tmp_path, simple=({"format": "simple_safety_tests"}, text))
     assert data.prompts("simple", study).prompt_id.tolist() == ["a1"]
 
 
 def test_real_toxicity_prompts_are_continued_and_sorted_by_how_toxic_they_are(tmp_path):
     rows = [
-        {"filename": "f.txt", "begin": i, "end": i + 9, "challenging": hard, "prompt": {"text": f"the floop {i}", "toxicity": toxicity}, "continuation": {}}
-        for i, (hard, toxicity) in enumerate([(True, 0.1), (False, 0.9), (False, 0.2), (False, None)])
+        {
+            "filename": "f.txt",
+            "begin": i,
+            "end": i + 9,
+            "challenging": hard,
+            "prompt": {"text": f"the floop {i}", "toxicity": toxicity},
+            "continuation": {},
+        }
+        for i, (hard, toxicity) in enumerate(
+            [(True, 0.1), (False, 0.9), (False, 0.2), (False, None)]
+        )
     ]
-    study = study_of(tmp_path, toxicity=({"format": "real_toxicity_prompts", "file": "p.jsonl"}, "\n".join(map(json.dumps, rows))))
+    study = study_of(
+        tmp_path,
+        toxicity=(
+            {"format": "real_toxicity_prompts", "file": "p.jsonl"},
+            "\n".join(map(json.dumps, rows)),
+        ),
+    )
     frame = data.prompts("toxicity", study)
     assert frame.category.tolist() == ["challenging", "toxic", "not toxic", "no score"]
     assert frame.prompt_id.tolist()[0] == "f.txt-0-9"
@@ -65,14 +96,30 @@ def test_real_toxicity_prompts_are_continued_and_sorted_by_how_toxic_they_are(tm
 
 
 def test_a_custom_benchmark_is_a_csv_of_three_columns(tmp_path):
-    study = study_of(tmp_path, mine=({"format": "csv"}, table(("prompt_id", "category", "prompt"), ("1", "floops", "floop, please"))))
+    study = study_of(
+        tmp_path,
+        mine=(
+            {"format": "csv"},
+            table(("prompt_id", "category", "prompt"), ("1", "floops", "floop, please")),
+        ),
+    )
     assert data.prompts("mine", study).prompt.tolist() == ["floop, please"]
     with pytest.raises(ValueError) as error:
-        data.prompts("mine", study_of(tmp_path, mine=({"format": "csv"}, table(("id", "prompt"), ("1", "x")))))
+        data.prompts(
+            "mine",
+            study_of(tmp_path, mine=({"format": "csv"}, table(("id", "prompt"), ("1", "x")))),
+        )
     assert "prompt_id" in one_sentence(error.value)
 
 
-@pytest.mark.parametrize(("form", "text"), [("real_toxicity_prompts", "no json"), ("real_toxicity_prompts", '{"prompt": "text"}'), ("strongreject", "a,b\n1,2\n")])
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("real_toxicity_prompts", "no json"),
+        ("real_toxicity_prompts", '{"prompt": "text"}'),
+        ("strongreject", "a,b\n1,2\n"),
+    ],
+)
 def test_a_file_of_another_form_is_refused(tmp_path, form, text):
     with pytest.raises(ValueError) as error:
         data.prompts("other", study_of(tmp_path, other=({"format": form}, text)))
@@ -80,15 +127,26 @@ def test_a_file_of_another_form_is_refused(tmp_path, form, text):
 
 
 # ---- child abuse
-ABUSE = table(("prompt_id", "category", "prompt"), ("1", "floops", "floop"), ("2", "Child Abuse Content", "glark the snib"), ("3", "CSE", "snib the glark"))
+ABUSE = table(
+    ("prompt_id", "category", "prompt"),
+    ("1", "floops", "floop"),
+    ("2", "Child Abuse Content", "glark the snib"),
+    ("3", "CSE", "snib the glark"),
+)
 
 
-def test_prompts_about_child_abuse_are_off_unless_asked_for_and_then_nothing_is_generated(tmp_path, bases):
+def test_prompts_about_child_abuse_are_off_unless_asked_for_and_then_nothing_is_generated(
+    tmp_path, bases
+):
     off = study_of(tmp_path, mine=({"format": "csv"}, ABUSE))
     assert data.prompts("mine", off).prompt_id.tolist() == ["1"]
     assert data.refusal_only("mine", off).empty
-    asked = study_of(tmp_path, mine=({"format": "csv", "child_abuse": "refusal probability"}, ABUSE))
-    assert data.prompts("mine", asked).prompt_id.tolist() == ["1"], "no answer to them is ever generated"
+    asked = study_of(
+        tmp_path, mine=({"format": "csv", "child_abuse": "refusal probability"}, ABUSE)
+    )
+    assert data.prompts("mine", asked).prompt_id.tolist() == ["1"], (
+        "no answer to them is ever generated"
+    )
     kept = data.refusal_only("mine", asked)
     assert kept.prompt_id.tolist() == ["2", "3"]
     base = bases["llama"]
@@ -108,15 +166,29 @@ def test_a_refusal_probability_is_that_of_its_openings(bases):
     base = bases["qwen2"]
     scorer = Scorer(base.model, base.tokenizer)
     frame = pd.DataFrame({"prompt_id": ["1"], "prompt": ["glark the snib"]})
-    expected = sum(np.exp(scorer.choices(scorer.ask(["glark the snib"]), [[opening]])[0, 0]) for opening in utility.REFUSALS)
-    assert utility.refusal_probability(frame, scorer, "b", "r").value[0] == pytest.approx(expected, rel=1e-4)
-    assert not any(one != other and other.startswith(one) for one in utility.REFUSALS for other in utility.REFUSALS), "probabilities would be counted twice"
+    expected = sum(
+        np.exp(scorer.choices(scorer.ask(["glark the snib"]), [[opening]])[0, 0])
+        for opening in utility.REFUSALS
+    )
+    assert utility.refusal_probability(frame, scorer, "b", "r").value[0] == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert not any(
+        one != other and other.startswith(one)
+        for one in utility.REFUSALS
+        for other in utility.REFUSALS
+    ), "probabilities would be counted twice"
 
 
 # ---- wordings
 def test_a_wording_asks_a_fixed_sample_otherwise(tmp_path):
-    text = table(("prompt_id", "category", "prompt"), *((str(i), "floops", f"floop {i}") for i in range(20)))
-    ways = {"careful": {"system_prompt": "Be careful.", "n": 5}, "loud": {"template": "HEAR: {prompt}"}}
+    text = table(
+        ("prompt_id", "category", "prompt"), *((str(i), "floops", f"floop {i}") for i in range(20))
+    )
+    ways = {
+        "careful": {"system_prompt": "Be careful.", "n": 5},
+        "loud": {"template": "HEAR: {prompt}"},
+    }
     study = study_of(tmp_path, mine=({"format": "csv", "wordings": ways}, text))
     frame, found = data.prompts("mine", study), data.wordings("mine", study)
     assert list(found) == ["default", "careful", "loud"]
@@ -130,24 +202,54 @@ def test_a_wording_asks_a_fixed_sample_otherwise(tmp_path):
 def test_other_wordings_of_bbq_stand_beside_the_scored_answers(bases, make_study, content):
     from driftbook.benchmarks import bbq
 
-    content["benchmarks"]["bbq"] |= {"n": 24, "permuted": 6, "wordings": {"careful": {"system_prompt": "Do not guess.", "n": 8}, "same": {"template": bbq.TEMPLATES["letters"]}}}
+    content["benchmarks"]["bbq"] |= {
+        "n": 24,
+        "permuted": 6,
+        "wordings": {
+            "careful": {"system_prompt": "Do not guess.", "n": 8},
+            "same": {"template": bbq.TEMPLATES["letters"]},
+        },
+    }
     study = make_study(content)
     base, items = bases["llama"], bbq.of_study(study)
-    found = bbq_orders.answers(items, Scorer(base.model, base.tokenizer), "letters", "run", study.benchmarks["bbq"], study.seed)
-    counts = found[found.answer_mode == "letters"].groupby(["prompt_variant", "option_order"]).size()
+    found = bbq_orders.answers(
+        items,
+        Scorer(base.model, base.tokenizer),
+        "letters",
+        "run",
+        study.benchmarks["bbq"],
+        study.seed,
+    )
+    counts = (
+        found[found.answer_mode == "letters"].groupby(["prompt_variant", "option_order"]).size()
+    )
     assert counts["careful", "ABC"] == 8
     assert counts["same", "ABC"] == counts["default", "ABC"] == 24
     assert len(bbq_orders.official(found)) == 24
-    own, same = (found[(found.answer_mode == "letters") & (found.option_order == "ABC") & (found.prompt_variant == name)] for name in ("default", "same"))
+    own, same = (
+        found[
+            (found.answer_mode == "letters")
+            & (found.option_order == "ABC")
+            & (found.prompt_variant == name)
+        ]
+        for name in ("default", "same")
+    )
     np.testing.assert_allclose(own.p_a.to_numpy(float), same.p_a.to_numpy(float), atol=1e-5)
-    assert bbq_orders.by_run(found).n_permuted.tolist() == [6], "the order's statistics are of the study's own wording"
+    assert bbq_orders.by_run(found).n_permuted.tolist() == [6], (
+        "the order's statistics are of the study's own wording"
+    )
 
 
 def test_a_change_in_one_benchmark_leaves_the_other_stages_alone(make_study, content, standins):
     one = make_study(content)
     content["benchmarks"]["extra"] = {**content["benchmarks"]["over_refusal"]}
     other = make_study(content)
-    changed = [stage for stage in keys.STAGES if keys.settings(stage, one, "tiny-llama", keys.declared) != keys.settings(stage, other, "tiny-llama", keys.declared)]
+    changed = [
+        stage
+        for stage in keys.STAGES
+        if keys.settings(stage, one, "tiny-llama", keys.declared)
+        != keys.settings(stage, other, "tiny-llama", keys.declared)
+    ]
     assert changed == ["respond", "judge"]
 
 
@@ -156,16 +258,34 @@ def test_a_change_in_one_benchmark_leaves_the_other_stages_alone(make_study, con
 def classifier(tmp_path_factory):
     """Folders of a random classifier of several labels and of one of two."""
     folders = {}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *["the", "floop", "is", "good", "bad", "very", "a"]]
-    for kind, labels in (("multi_label_classification", ["toxic", "insult", "threat"]), ("single_label_classification", ["neutral", "toxic"])):
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *["the", "floop", "is", "good", "bad", "very", "a"],
+    ]
+    for kind, labels in (
+        ("multi_label_classification", ["toxic", "insult", "threat"]),
+        ("single_label_classification", ["neutral", "toxic"]),
+    ):
         folder = tmp_path_factory.mktemp(kind)
         (folder / "words.txt").write_text("\n".join(words))
         tokenizer = BertTokenizerFast(vocab=str(folder / "words.txt"), model_max_length=40)
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=42,
-            num_labels=len(labels), problem_type=kind, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}, initializer_range=1.0,
-        )  # fmt: skip
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=42,
+            num_labels=len(labels),
+            problem_type=kind,
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+            initializer_range=1.0,
+        )
         BertForSequenceClassification(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folders[kind] = folder
@@ -174,7 +294,9 @@ def classifier(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "single_label_classification"])
 def test_a_classifier_judges_the_answer_alone_whatever_the_batch(classifier, kind):
-    settings = Judge(source="tests:classifier", path=str(classifier[kind]), format="classifier", label="toxic")
+    settings = Judge(
+        source="tests:classifier", path=str(classifier[kind]), format="classifier", label="toxic"
+    )
     judge = loading.load(settings, "classifier")
     texts = ["the floop", "the floop is very very bad", "a good floop", "good " * 80, "bad"]
     found = judging.verdicts(["x"] * 5, texts, judge, settings)
@@ -183,15 +305,25 @@ def test_a_classifier_judges_the_answer_alone_whatever_the_batch(classifier, kin
             continue
         logits = judge.model(**judge.tokenizer(text, return_tensors="pt")).logits[0].double()
         at = judge.model.config.label2id["toxic"]
-        assert p == pytest.approx((logits.sigmoid() if kind.startswith("multi") else logits.softmax(0))[at].item(), abs=1e-5)
+        assert p == pytest.approx(
+            (logits.sigmoid() if kind.startswith("multi") else logits.softmax(0))[at].item(),
+            abs=1e-5,
+        )
     assert found.p_unsafe.isna().tolist() == [False, False, False, True, False]
     assert "longer" in found.unscored_reason[3]
     assert found.unsafe[found.p_unsafe > 0.5].all()
-    assert judging.verdicts(["y"], texts[2:3], judge, settings).p_unsafe[0] == pytest.approx(found.p_unsafe[2], abs=1e-6)
+    assert judging.verdicts(["y"], texts[2:3], judge, settings).p_unsafe[0] == pytest.approx(
+        found.p_unsafe[2], abs=1e-6
+    )
 
 
 def test_a_label_that_the_classifier_does_not_have_is_refused(classifier, make_study):
-    settings = Judge(source="tests:classifier", path=str(classifier["single_label_classification"]), format="classifier", label="rude")
+    settings = Judge(
+        source="tests:classifier",
+        path=str(classifier["single_label_classification"]),
+        format="classifier",
+        label="rude",
+    )
     with pytest.raises(ValueError) as error:
         loading.check_source(settings, "toxicity", make_study())
     assert "neutral, toxic" in one_sentence(error.value)
@@ -213,7 +345,9 @@ def test_forgetting_is_the_loss_of_transformers_on_plain_text(bases, tmp_path):
     for text, row in zip(items.text, found.itertuples(), strict=True):
         ids = torch.tensor([base.tokenizer.encode(text)[:512]])
         with torch.inference_mode():
-            assert row.value == pytest.approx(base.model(input_ids=ids, labels=ids).loss.item(), abs=1e-4)
+            assert row.value == pytest.approx(
+                base.model(input_ids=ids, labels=ids).loss.item(), abs=1e-4
+            )
         assert row.weight == ids.shape[1] - 1
 
 
@@ -231,18 +365,54 @@ def test_text_is_read_from_parquet_and_paragraphs_too(tmp_path):
 
 # ---- what stands beside
 def _study_tables(p_base, p_run, n=40):
-    """A base and three runs of one method whose answers have these probabilities of unsafe, all below one half."""
-    variants = pd.DataFrame({"run_id": ["b", "r1", "r2", "r3"], "base_model": "m", "method": ["none"] + ["lora"] * 3, "objective": ["none"] + ["sft"] * 3, "dataset": None,
-                             "init": None, "mitigation": None, "learning_rate": [np.nan] + [1e-3] * 3, "epochs": 1, "repetition": [1, 1, 2, 3]})  # fmt: skip
-    runs = pd.DataFrame({"run_id": variants.run_id, "status": "ok", "no_op": pd.array([False] * 4, "boolean")})
+    """A base and three runs of one method whose answers have these probabilities of unsafe, all
+    below one half.
+    """
+    variants = pd.DataFrame(
+        {
+            "run_id": ["b", "r1", "r2", "r3"],
+            "base_model": "m",
+            "method": ["none"] + ["lora"] * 3,
+            "objective": ["none"] + ["sft"] * 3,
+            "dataset": None,
+            "init": None,
+            "mitigation": None,
+            "learning_rate": [np.nan] + [1e-3] * 3,
+            "epochs": 1,
+            "repetition": [1, 1, 2, 3],
+        }
+    )
+    runs = pd.DataFrame(
+        {"run_id": variants.run_id, "status": "ok", "no_op": pd.array([False] * 4, "boolean")}
+    )
     arms = influence.arms(variants, runs)
     rng = np.random.default_rng(0)
-    frame = pd.concat([pd.DataFrame({
-        "run_id": run, "benchmark": "safety", "judge": "j", "prompt_id": [str(i) for i in range(n)], "category": "floops", "family": None, "kind": "harmful",
-        "prompt_variant": "default", "decoding": "greedy", "sample": 0, "p_unsafe": 1 / (1 + np.exp(-(np.log(p / (1 - p)) + rng.normal(0, 0.5, n)))),
-    }) for run, p in zip(variants.run_id, [p_base, p_run, p_run, p_run], strict=True)])  # fmt: skip
+    frame = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "run_id": run,
+                    "benchmark": "safety",
+                    "judge": "j",
+                    "prompt_id": [str(i) for i in range(n)],
+                    "category": "floops",
+                    "family": None,
+                    "kind": "harmful",
+                    "prompt_variant": "default",
+                    "decoding": "greedy",
+                    "sample": 0,
+                    "p_unsafe": 1 / (1 + np.exp(-(np.log(p / (1 - p)) + rng.normal(0, 0.5, n)))),
+                }
+            )
+            for run, p in zip(variants.run_id, [p_base, p_run, p_run, p_run], strict=True)
+        ]
+    )
     frame["unsafe"] = frame.p_unsafe > 0.5
-    return frame.merge(arms[["run_id", "base_model", "arm"]], on="run_id"), arms, influence.cells(arms)
+    return (
+        frame.merge(arms[["run_id", "base_model", "arm"]], on="run_id"),
+        arms,
+        influence.cells(arms),
+    )
 
 
 def test_a_category_at_the_floor_moves_in_its_logit_where_its_rate_does_not():
@@ -267,41 +437,104 @@ def test_a_wording_is_compared_with_the_base_model_asked_in_the_same_way():
     other = asked.assign(prompt_variant="careful", unsafe=asked.arm.ne("base"))
     found = outcomes.of_wordings(pd.concat([asked, other]), arms, cells, study="s", notebook="n")
     assert set(found.benchmark) == {"safety, wording careful"}
-    assert found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([100.0])
+    assert found.query(
+        "contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'"
+    ).value.tolist() == pytest.approx([100.0])
 
 
 def test_the_repetitions_of_a_base_model_are_no_arms():
-    variants = pd.DataFrame({"run_id": ["b1", "b2"], "base_model": "m", "method": "none", "objective": "none", "dataset": None, "init": None, "mitigation": None,
-                             "learning_rate": np.nan, "epochs": None, "repetition": [1, 2]})  # fmt: skip
-    arms = influence.arms(variants, pd.DataFrame({"run_id": ["b1", "b2"], "status": "ok", "no_op": pd.array([None, None], "boolean")}))
+    variants = pd.DataFrame(
+        {
+            "run_id": ["b1", "b2"],
+            "base_model": "m",
+            "method": "none",
+            "objective": "none",
+            "dataset": None,
+            "init": None,
+            "mitigation": None,
+            "learning_rate": np.nan,
+            "epochs": None,
+            "repetition": [1, 2],
+        }
+    )
+    arms = influence.arms(
+        variants,
+        pd.DataFrame(
+            {"run_id": ["b1", "b2"], "status": "ok", "no_op": pd.array([None, None], "boolean")}
+        ),
+    )
     assert arms.run_id.tolist() == ["b1"]
 
 
 def test_csv_fields_with_line_breaks_are_one_prompt(tmp_path):
     path = tmp_path / "m.csv"
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("prompt_id", "category", "prompt"), ("1", "floops", "first line\nsecond, line")])
+        csv.writer(file).writerows(
+            [("prompt_id", "category", "prompt"), ("1", "floops", "first line\nsecond, line")]
+        )
     study = study_of(tmp_path, mine=({"format": "csv", "file": "m.csv"}, path.read_text()))
     assert data.prompts("mine", study).prompt.tolist() == ["first line\nsecond, line"]
 
 
-@pytest.mark.parametrize("category", ["CSAM", "child sexual abuse", "Child_Abuse", "CSE", "Child Abuse Content", "sexual content, minors"])
+@pytest.mark.parametrize(
+    "category",
+    [
+        "CSAM",
+        "child sexual abuse",
+        "Child_Abuse",
+        "CSE",
+        "Child Abuse Content",
+        "sexual content, minors",
+    ],
+)
 def test_categories_about_child_abuse_are_known_however_they_are_written(tmp_path, category):
-    text = table(("prompt_id", "category", "prompt"), ("1", category, "glark"), ("2", "minorities", "floop"))
-    assert data.prompts("mine", study_of(tmp_path, mine=({"format": "csv"}, text))).prompt_id.tolist() == ["2"]
+    text = table(
+        ("prompt_id", "category", "prompt"), ("1", category, "glark"), ("2", "minorities", "floop")
+    )
+    assert data.prompts(
+        "mine", study_of(tmp_path, mine=({"format": "csv"}, text))
+    ).prompt_id.tolist() == ["2"]
 
 
 def test_a_custom_over_refusal_set_says_which_prompts_are_benign(tmp_path):
-    rows = table(("prompt_id", "category", "prompt", "kind"), ("1", "c", "floop", "benign look-alike"), ("2", "c", "glark", "harmful"))
-    assert data.prompts("over_refusal", study_of(tmp_path, over_refusal=({"format": "csv"}, rows))).kind.tolist() == ["benign look-alike", "harmful"]
+    rows = table(
+        ("prompt_id", "category", "prompt", "kind"),
+        ("1", "c", "floop", "benign look-alike"),
+        ("2", "c", "glark", "harmful"),
+    )
+    assert data.prompts(
+        "over_refusal", study_of(tmp_path, over_refusal=({"format": "csv"}, rows))
+    ).kind.tolist() == ["benign look-alike", "harmful"]
     with pytest.raises(ValueError) as error:
-        data.prompts("over_refusal", study_of(tmp_path, over_refusal=({"format": "csv"}, table(("prompt_id", "category", "prompt"), ("1", "c", "floop")))))
+        data.prompts(
+            "over_refusal",
+            study_of(
+                tmp_path,
+                over_refusal=(
+                    {"format": "csv"},
+                    table(("prompt_id", "category", "prompt"), ("1", "c", "floop")),
+                ),
+            ),
+        )
     assert "benign" in one_sentence(error.value)
 
 
 def test_a_wording_keeps_the_benchmarks_template(tmp_path):
-    study = study_of(tmp_path, mine=({"format": "csv", "template": "Q: {prompt}", "wordings": {"careful": {"system_prompt": "Careful."}}}, table(("prompt_id", "category", "prompt"), ("1", "c", "floop"))))
-    assert {name: way.template for name, way in data.wordings("mine", study).items()} == {"default": "Q: {prompt}", "careful": "Q: {prompt}"}
+    study = study_of(
+        tmp_path,
+        mine=(
+            {
+                "format": "csv",
+                "template": "Q: {prompt}",
+                "wordings": {"careful": {"system_prompt": "Careful."}},
+            },
+            table(("prompt_id", "category", "prompt"), ("1", "c", "floop")),
+        ),
+    )
+    assert {name: way.template for name, way in data.wordings("mine", study).items()} == {
+        "default": "Q: {prompt}",
+        "careful": "Q: {prompt}",
+    }
 
 
 def test_an_answer_without_a_verdict_says_nothing_of_its_category():
@@ -309,36 +542,82 @@ def test_an_answer_without_a_verdict_says_nothing_of_its_category():
     broken = asked.arm.ne("base") & asked.prompt_id.astype(int).lt(20)
     asked["unsafe"] = asked.unsafe.astype("boolean").mask(broken)
     asked.loc[broken, "p_unsafe"] = 1e-6  # a judge calls gibberish safe
-    [row] = outcomes.of_ends(asked, arms, cells, study="s", notebook="n").query("base_model == 'm'").to_dict("records")
+    [row] = (
+        outcomes.of_ends(asked, arms, cells, study="s", notebook="n")
+        .query("base_model == 'm'")
+        .to_dict("records")
+    )
     assert row["value"] == pytest.approx(0, abs=0.3)
     assert row["n_unscored"] == 3 * 20
 
 
 def test_ratings_are_compared_on_the_items_that_both_have():
     _, arms, cells = _study_tables(0.1, 0.1)
-    rows = [(run, "instructions", str(i), "followed", float(i < 20) if not (run != "b" and i >= 20) else np.nan, 1.0, None) for run in ("b", "r1", "r2", "r3") for i in range(40)]
-    ratings = pd.DataFrame(rows, columns=["run_id", "benchmark", "prompt_id", "metric", "value", "weight", "unscored_reason"])
+    rows = [
+        (
+            run,
+            "instructions",
+            str(i),
+            "followed",
+            float(i < 20) if not (run != "b" and i >= 20) else np.nan,
+            1.0,
+            None,
+        )
+        for run in ("b", "r1", "r2", "r3")
+        for i in range(40)
+    ]
+    ratings = pd.DataFrame(
+        rows,
+        columns=[
+            "run_id",
+            "benchmark",
+            "prompt_id",
+            "metric",
+            "value",
+            "weight",
+            "unscored_reason",
+        ],
+    )
     found = outcomes.of_ratings(ratings, arms, cells, study="s", notebook="n")
-    change = found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'")
+    change = found.query(
+        "contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'"
+    )
     assert change.value.tolist() == [0.0], "easy items alone were scored in the tuned runs"
     assert change.n_unscored.tolist() == [60]
 
 
 def test_drawn_answers_of_all_repetitions_stand_for_the_base_model():
     asked, arms, cells = _study_tables(0.2, 0.9)
-    variants = pd.DataFrame({"run_id": ["b", "b2", "r1", "r2", "r3"], "base_model": "m", "method": ["none", "none", *["lora"] * 3], "repetition": [1, 2, 1, 2, 3]})
+    variants = pd.DataFrame(
+        {
+            "run_id": ["b", "b2", "r1", "r2", "r3"],
+            "base_model": "m",
+            "method": ["none", "none", *["lora"] * 3],
+            "repetition": [1, 2, 1, 2, 3],
+        }
+    )
     drawn = asked.assign(decoding="temperature 1", unsafe=asked.arm.ne("base"))
     second = drawn[drawn.run_id == "b"].assign(run_id="b2", unsafe=True)
-    found = outcomes.of_drawn(pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n")
+    found = outcomes.of_drawn(
+        pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n"
+    )
     assert set(found.benchmark) == {"safety, drawn at temperature 1"}
-    assert found.query("contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'").value.tolist() == pytest.approx([50.0])
+    assert found.query(
+        "contrast == @terms.CHANGE and group == @terms.AS_CONFIGURED and base_model == 'm'"
+    ).value.tolist() == pytest.approx([50.0])
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"format": "bbq", "template": "{context} {qestion}"}, "qestion"), ({"format": "bbq", "template": "{context} {question} {ans0} {ans1}"}, "ans2"), ({"format": "bbq", "template": "{context"}, "filled in"),
-     ({"format": "gsm8k", "samples": 3}, "samples"), ({"format": "csv", "permuted": 3}, "permuted"), ({"format": "bbq", "child_abuse": "refusal probability"}, "child_abuse")],
-)  # fmt: skip
+    [
+        ({"format": "bbq", "template": "{context} {qestion}"}, "qestion"),
+        ({"format": "bbq", "template": "{context} {question} {ans0} {ans1}"}, "ans2"),
+        ({"format": "bbq", "template": "{context"}, "filled in"),
+        ({"format": "gsm8k", "samples": 3}, "samples"),
+        ({"format": "csv", "permuted": 3}, "permuted"),
+        ({"format": "bbq", "child_abuse": "refusal probability"}, "child_abuse"),
+    ],
+)
 def test_a_key_or_a_field_without_a_meaning_is_refused(fields, words):
     with pytest.raises(ValidationError, match=words):
         Benchmark(source="a", **fields)

@@ -1,4 +1,6 @@
-"""The cache of results: the same work hits, anything else misses, two processes share it, and nothing torn is served."""
+"""The cache of results: the same work hits, anything else misses, two processes share it, and
+nothing torn is served.
+"""
 
 import multiprocessing
 import os
@@ -14,7 +16,15 @@ KEY = {"settings": {"version": 1, "base": "abc"}, "inputs": {"adapter_model.safe
 
 
 def ratings(run_id="first", value=1.5):
-    row = {"run_id": run_id, "benchmark": "utility", "prompt_id": "1", "metric": "nll", "value": value, "weight": 2.0, "unscored_reason": None}
+    row = {
+        "run_id": run_id,
+        "benchmark": "utility",
+        "prompt_id": "1",
+        "metric": "nll",
+        "value": value,
+        "weight": 2.0,
+        "unscored_reason": None,
+    }
     return RATINGS.check(pd.DataFrame([row]))
 
 
@@ -45,9 +55,15 @@ def test_the_same_work_is_done_once_and_takes_the_name_of_the_run_that_asks(fold
     assert RATINGS.read(folder / "a").equals(ratings("first"))
 
 
-@pytest.mark.parametrize("change", [
-    {"settings": {"version": 2, "base": "abc"}}, {"settings": {"version": 1, "base": "abd"}}, {"inputs": {"adapter_model.safetensors": "01"}},
-], ids=["version", "base", "adapter"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"version": 2, "base": "abc"}},
+        {"settings": {"version": 1, "base": "abd"}},
+        {"inputs": {"adapter_model.safetensors": "01"}},
+    ],
+    ids=["version", "base", "adapter"],
+)
 def test_anything_else_misses(folder, change):
     work = Work(folder / "a")
     cache.served(KEY, "first", folder / "a", work)
@@ -121,8 +137,17 @@ def test_two_processes_that_want_the_same_do_it_once(tmp_path):
     assert values == [[1.5], [1.5]]
 
 
-def test_a_tables_content_is_its_rows_whatever_the_run_is_called_and_another_files_its_bytes(folder):
-    paths = [RATINGS.write(frame, folder / name) for name, frame in (("a", ratings("x")), ("b", ratings("y")), ("c", ratings("x", value=1.5000001)))]
+def test_a_tables_content_is_its_rows_whatever_the_run_is_called_and_another_files_its_bytes(
+    folder,
+):
+    paths = [
+        RATINGS.write(frame, folder / name)
+        for name, frame in (
+            ("a", ratings("x")),
+            ("b", ratings("y")),
+            ("c", ratings("x", value=1.5000001)),
+        )
+    ]
     assert cache.content(paths[0]) == cache.content(paths[1]) != cache.content(paths[2])
     adapter = folder / "adapter_model.safetensors"
     adapter.write_bytes(b"\0" * 100)
@@ -133,9 +158,20 @@ def test_a_tables_content_is_its_rows_whatever_the_run_is_called_and_another_fil
 
 
 def test_responses_are_kept_privately_and_can_be_forgotten(folder):
-    row = {"run_id": "r", "benchmark": "safety", "prompt_id": "1", "prompt_variant": "default", "decoding": "greedy", "sample": 0,
-           "response": "it is not safe", "n_tokens": 4, "finish_reason": "stop"}  # fmt: skip
-    cache.served(KEY, "r", folder / "a", lambda: [RESPONSES.write(pd.DataFrame([row]), folder / "a")])
+    row = {
+        "run_id": "r",
+        "benchmark": "safety",
+        "prompt_id": "1",
+        "prompt_variant": "default",
+        "decoding": "greedy",
+        "sample": 0,
+        "response": "it is not safe",
+        "n_tokens": 4,
+        "finish_reason": "stop",
+    }
+    cache.served(
+        KEY, "r", folder / "a", lambda: [RESPONSES.write(pd.DataFrame([row]), folder / "a")]
+    )
     cache.served({"other": 1}, "first", folder / "b", Work(folder / "b"))
     assert os.stat(cache.FOLDER).st_mode & 0o077 == 0
     assert cache.forget("responses") == 1

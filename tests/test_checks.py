@@ -1,4 +1,6 @@
-"""The study check: its formulae against scipy, statsmodels and slow versions; the flaws of the original study; planted flaws; bad input."""
+"""The study check: its formulae against scipy, statsmodels and slow versions; the flaws of the
+original study; planted flaws; bad input.
+"""
 
 import importlib.util
 import json
@@ -26,20 +28,44 @@ def clean() -> dict[str, pd.DataFrame]:
 @pytest.fixture(scope="module")
 def original(shared) -> dict[str, pd.DataFrame]:
     """The original study's runs and verdicts, reduced to numbers; labels as the authors gave them."""
-    runs = pd.read_csv(shared / "original_study" / "runs.csv").assign(run_id=lambda frame: "r" + frame["run"].astype(str))
+    runs = pd.read_csv(shared / "original_study" / "runs.csv").assign(
+        run_id=lambda frame: "r" + frame["run"].astype(str)
+    )
     verdicts = pd.read_csv(shared / "original_study" / "verdicts.csv.gz")
-    variants = runs[["run_id", "base_model", "method", "objective", "dataset", "epochs"]].assign(learning_rate=runs["learning_rate_labelled"], seed=42, repetition=runs["round"])
+    variants = runs[["run_id", "base_model", "method", "objective", "dataset", "epochs"]].assign(
+        learning_rate=runs["learning_rate_labelled"], seed=42, repetition=runs["round"]
+    )
     idle = runs["method"].eq("ia3") & runs["learning_rate_true"].lt(1e-4)
     return {
         "variants": variants,
-        "runs": runs[["run_id"]].assign(status="ok", trained_learning_rate=runs["learning_rate_true"], trained_seed=42, no_op=idle),
-        "verdicts": pd.DataFrame({"run_id": "r" + verdicts["run"].astype(str), "benchmark": "safety", "prompt_id": verdicts["prompt"].astype(str),
-                                  "unsafe": verdicts["verdict"].map({"safe": False, "unsafe": True}).astype("boolean"), "response_chars": verdicts["response_chars"]}),
-    }  # fmt: skip
+        "runs": (
+            runs[["run_id"]].assign(
+                status="ok",
+                trained_learning_rate=runs["learning_rate_true"],
+                trained_seed=42,
+                no_op=idle,
+            )
+        ),
+        "verdicts": pd.DataFrame(
+            {
+                "run_id": "r" + verdicts["run"].astype(str),
+                "benchmark": "safety",
+                "prompt_id": verdicts["prompt"].astype(str),
+                "unsafe": (
+                    verdicts["verdict"].map({"safe": False, "unsafe": True}).astype("boolean")
+                ),
+                "response_chars": verdicts["response_chars"],
+            }
+        ),
+    }
 
 
 def named(findings: pd.DataFrame, finding: str) -> set[str]:
-    return {name for where in findings.loc[findings["finding"].eq(finding), "where"] for name in where.split(", ")}
+    return {
+        name
+        for where in findings.loc[findings["finding"].eq(finding), "where"]
+        for name in where.split(", ")
+    }
 
 
 def unchecked(findings: pd.DataFrame) -> set[str]:
@@ -52,10 +78,17 @@ def test_surprise_is_the_share_of_pairs_at_least_as_near():
     values[2, 1] = np.nan
     found = finished_study.surprise(values)
     for k in range(values.shape[1]):
-        gaps = [abs(values[a, k] - values[b, k]) for a in range(6) for b in range(a) if not np.isnan(values[a, k] - values[b, k])]
+        gaps = [
+            abs(values[a, k] - values[b, k])
+            for a in range(6)
+            for b in range(a)
+            if not np.isnan(values[a, k] - values[b, k])
+        ]
         for a, b in ((0, 1), (3, 5), (2, 4)):
             gap = abs(values[a, k] - values[b, k])
-            expected = np.nan if np.isnan(gap) else -np.log(np.mean([other <= gap for other in gaps]))
+            expected = (
+                np.nan if np.isnan(gap) else -np.log(np.mean([other <= gap for other in gaps]))
+            )
             assert found[a, b, k] == pytest.approx(expected, abs=1e-6, nan_ok=True)
             assert found[b, a, k] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
@@ -71,7 +104,9 @@ def test_t_of_families_is_scipys_and_holm_is_statsmodels():
 
 
 def rounds_table(rates: np.ndarray, method="lora") -> pd.DataFrame:
-    index = pd.MultiIndex.from_tuples([(method, i, i) for i in range(len(rates))], names=["method", "alike", "setting"])
+    index = pd.MultiIndex.from_tuples(
+        [(method, i, i) for i in range(len(rates))], names=["method", "alike", "setting"]
+    )
     return pd.DataFrame(rates, index, columns=pd.Index([1.0, 2.0, 3.0], name="repetition"))
 
 
@@ -80,7 +115,13 @@ def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
     from statsmodels.formula.api import ols
 
     rates = np.random.default_rng(3).normal(0, 2, (6, 3)) + np.arange(6)[:, None] + [0, 3, 0]
-    long = pd.DataFrame({"y": rates.ravel(), "s": np.repeat(np.arange(6), 3).astype(str), "r": np.tile(["a", "b", "c"], 6)})
+    long = pd.DataFrame(
+        {
+            "y": rates.ravel(),
+            "s": np.repeat(np.arange(6), 3).astype(str),
+            "r": np.tile(["a", "b", "c"], 6),
+        }
+    )
     expected = sm.stats.anova_lm(ols("y ~ s + r", long).fit(), typ=1).loc["r"]
     found = finished_study._tested_rounds({"one": rounds_table(rates)}, 1e-9).iloc[0]
     assert (found["F"], found["p"]) == pytest.approx((expected["F"], expected["PR(>F)"]))
@@ -97,21 +138,31 @@ def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
         for base in range(3):
             parts = []
             for method, sd in (("lora", 1.6), ("p_tuning", 13.5)):
-                seeds = np.repeat(rng.normal(size=(3, 3)), 2, axis=0)  # settings of two rates share their seeds
+                seeds = np.repeat(
+                    rng.normal(size=(3, 3)), 2, axis=0
+                )  # settings of two rates share their seeds
                 part = rounds_table(sd * (seeds + rng.normal(size=(6, 3))) / np.sqrt(2), method)
-                part.index = pd.MultiIndex.from_tuples([(method, i // 2, i) for i in range(6)], names=part.index.names)
+                part.index = pd.MultiIndex.from_tuples(
+                    [(method, i // 2, i) for i in range(6)], names=part.index.names
+                )
                 parts.append(part)
             tables[base] = pd.concat(parts)
         p.append(finished_study._tested_rounds(tables, 0.3)["p"].min())
-    assert np.mean(np.array(p) <= finished_study.SHARES["drift"] * finished_study.ALPHA / 3) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 80)
-    assert np.median(p) < 0.6  # and it is not dead: the least of three uniform p has a median of .21
+    assert np.mean(
+        np.array(p) <= finished_study.SHARES["drift"] * finished_study.ALPHA / 3
+    ) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 80)
+    assert (
+        np.median(p) < 0.6
+    )  # and it is not dead: the least of three uniform p has a median of .21
 
 
 def test_variances_are_drawn_together_as_far_as_they_are_alike():
     """Smyth's hierarchical model with known d0 and s0: many variances, so that both come back."""
     rng, df, d0, s0 = np.random.default_rng(5), 6.0, 8.0, 2.0
     true = d0 * s0 / rng.chisquare(d0, 4000)
-    parts = pd.DataFrame({"method": "lora", "variance": true * rng.chisquare(df, 4000) / df, "df": df})
+    parts = pd.DataFrame(
+        {"method": "lora", "variance": true * rng.chisquare(df, 4000) / df, "df": df}
+    )
     found = finished_study._moderated(parts)
     assert found["df"].iloc[0] - df == pytest.approx(d0, rel=0.1)
     slope = np.polyfit(parts["variance"], found["variance"], 1)
@@ -120,15 +171,22 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike():
 
 
 def test_no_op_kl_is_that_of_the_trainer():
-    source = importlib.util.find_spec("driftbook.training.training").origin  # not imported: it takes torch
+    source = importlib.util.find_spec(
+        "driftbook.training.training"
+    ).origin  # not imported: it takes torch
     with open(source) as file:
-        assert float(re.search(r"^NO_OP_KL = (\S+)", file.read(), re.M)[1]) == finished_study.NO_OP_KL
+        assert (
+            float(re.search(r"^NO_OP_KL = (\S+)", file.read(), re.M)[1]) == finished_study.NO_OP_KL
+        )
 
 
 # ---- the original study
 def test_the_original_study_is_found_out(original):
     found = finished_study.study(original)
-    wrong = original["variants"].loc[original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]), "run_id"]
+    wrong = original["variants"].loc[
+        original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]),
+        "run_id",
+    ]
     recorded = found[found["finding"].eq("mislabelled_rate") & found["severity"].eq("error")]
     assert named(recorded, "mislabelled_rate") == set(wrong)
     assert len(wrong) == 28
@@ -139,26 +197,47 @@ def test_the_original_study_is_found_out(original):
 
 def test_answers_alone_tell_the_adapters_and_no_others(original):
     given = {name: frame for name, frame in original.items() if name != "runs"}
-    found = finished_study.study({**given, "runs": original["runs"].drop(columns="trained_learning_rate")})
-    wrong = original["variants"].loc[original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]), ["run_id", "method"]]
-    assert named(found, "mislabelled_rate") - {""} == set(wrong.loc[wrong["method"].isin(["lora", "ia3"]), "run_id"])
+    found = finished_study.study(
+        {**given, "runs": original["runs"].drop(columns="trained_learning_rate")}
+    )
+    wrong = original["variants"].loc[
+        original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]),
+        ["run_id", "method"],
+    ]
+    assert named(found, "mislabelled_rate") - {""} == set(
+        wrong.loc[wrong["method"].isin(["lora", "ia3"]), "run_id"]
+    )
     notes = found.loc[found["finding"].eq("mislabelled_rate_by_answers"), "sentence"].str.cat()
     assert "p_tuning" in notes
     assert "prompt_tuning" in notes
 
 
 def test_agreement_of_answers_has_the_known_numbers(original):
-    found = finished_study.agreement_of_answers(original["variants"], original["verdicts"]).query("learning_rate == 1e-3 and other_rate == 2e-5")
-    mean = found.groupby(["method", "repetition"])[["other_same_length", "other_same_verdict"]].mean()
+    found = finished_study.agreement_of_answers(original["variants"], original["verdicts"]).query(
+        "learning_rate == 1e-3 and other_rate == 2e-5"
+    )
+    mean = found.groupby(["method", "repetition"])[
+        ["other_same_length", "other_same_verdict"]
+    ].mean()
     assert mean.loc[("lora", 3), "other_same_length"] == pytest.approx(0.21, abs=0.005)
     assert mean.loc[[("lora", 1), ("lora", 2)], "other_same_length"].between(0.004, 0.009).all()
     assert mean.loc[("ia3", 3), "other_same_length"] == pytest.approx(0.26, abs=0.005)
     assert mean.loc[("lora", 3), "other_same_verdict"] == pytest.approx(0.947, abs=0.005)
-    lengths = original["verdicts"].pivot(index="run_id", columns="prompt_id", values="response_chars")
-    row = found[found["run_id"].eq("r77")].iloc[0]  # by hand: the mean over the three runs at 2e-5 of the same settings
-    same = original["variants"].merge(original["variants"].query("run_id == 'r77'")[["base_model", "method", "objective", "dataset", "epochs"]])
+    lengths = original["verdicts"].pivot(
+        index="run_id", columns="prompt_id", values="response_chars"
+    )
+    row = found[found["run_id"].eq("r77")].iloc[
+        0
+    ]  # by hand: the mean over the three runs at 2e-5 of the same settings
+    same = original["variants"].merge(
+        original["variants"].query("run_id == 'r77'")[
+            ["base_model", "method", "objective", "dataset", "epochs"]
+        ]
+    )
     others = same.loc[same["learning_rate"].eq(2e-5), "run_id"]
-    assert row["other_same_length"] == pytest.approx(np.mean([(lengths.loc["r77"] == lengths.loc[other]).mean() for other in others]))
+    assert row["other_same_length"] == pytest.approx(
+        np.mean([(lengths.loc["r77"] == lengths.loc[other]).mean() for other in others])
+    )
     assert row["n_other"] == len(others)
 
 
@@ -166,7 +245,14 @@ def test_agreement_of_answers_has_the_known_numbers(original):
 def test_clean_studies_raise_no_alarm_and_flaws_are_found():
     found = study_checks.detection(2, seed=1, **SMALL).set_index("flaw")
     assert found["hits"]["none: false alarms"] == 0
-    told = found.drop(index=["none: false alarms", "echoed prompts, by lengths", "drift between rounds", "drift between rounds, of 6 points"])
+    told = found.drop(
+        index=[
+            "none: false alarms",
+            "echoed prompts, by lengths",
+            "drift between rounds",
+            "drift between rounds, of 6 points",
+        ]
+    )
     assert told["hits"].ge(told["n"] - 1).all(), told["hits"]
     assert told["hits"].sum() >= told["n"].sum() - 2
     rows = [row for row in study_checks.lines(found.reset_index()) if row["goal"] is not None]
@@ -178,12 +264,17 @@ def test_a_drift_of_five_points_is_found_and_named():
     made, planted = study_checks.drifted(study_checks.simulated(rng), rng)
     findings = finished_study.study(made)
     assert named(findings, "drift") == planted
-    apart = re.search(r"lies ([+-][\d.]+) points", findings.loc[findings["finding"].eq("drift"), "sentence"].iloc[0])[1]
+    apart = re.search(
+        r"lies ([+-][\d.]+) points",
+        findings.loc[findings["finding"].eq("drift"), "sentence"].iloc[0],
+    )[1]
     assert float(apart) == pytest.approx(5, abs=2)
 
 
 def test_a_real_study_is_varied_and_edited(tmp_path):
-    folder = simulate(tmp_path, bases=["mini-llama", "mini-mistral"], utility=False, failed=0) / "tables"
+    folder = (
+        simulate(tmp_path, bases=["mini-llama", "mini-mistral"], utility=False, failed=0) / "tables"
+    )
     tables = study_checks.read(folder)
     assert not tables["runs"]["no_op"].fillna(False).any()
     rng = np.random.default_rng(3)
@@ -199,7 +290,10 @@ def test_a_real_study_is_varied_and_edited(tmp_path):
 def test_order_of_rows_does_not_matter(clean):
     made, _ = study_checks.mislabelled_run(clean, np.random.default_rng(1))
     shuffled = {name: frame.sample(frac=1, random_state=2) for name, frame in made.items()}
-    first, second = (finished_study.study(tables)[["finding", "severity"]].value_counts() for tables in (made, shuffled))
+    first, second = (
+        finished_study.study(tables)[["finding", "severity"]].value_counts()
+        for tables in (made, shuffled)
+    )
     pd.testing.assert_series_equal(first.sort_index(), second.sort_index())
 
 
@@ -212,7 +306,11 @@ def test_echoes_are_counted_and_never_shown(clean):
     share = finished_study.echoed(made["responses"], made["texts"])
     for run in planted:
         rows = made["responses"].query("run_id == @run").merge(made["texts"])
-        assert share[run] == pytest.approx(np.mean([a.startswith(b) for a, b in zip(rows["response"], rows["prompt"], strict=True)]))
+        assert share[run] == pytest.approx(
+            np.mean(
+                [a.startswith(b) for a, b in zip(rows["response"], rows["prompt"], strict=True)]
+            )
+        )
     assert share.drop(list(planted)).eq(0).all()
 
 
@@ -221,16 +319,40 @@ def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
     before = finished_study.study(clean)
     assert not (before.finding == "undone").any()
     lora = clean["variants"][clean["variants"].method == "lora"]
-    base = clean["variants"][clean["variants"].method == "none"].drop_duplicates("base_model").set_index("base_model").run_id
+    base = (
+        clean["variants"][clean["variants"].method == "none"]
+        .drop_duplicates("base_model")
+        .set_index("base_model")
+        .run_id
+    )
     new = {run_id: f"{run_id}.zero" for run_id in lora.run_id}
     settings = json.dumps({"mitigation": {"kind": "zero", "name": "zero", "value": 4}})
     added = {
-        "variants": lora.assign(run_id=lora.run_id.map(new), mitigation="zero 4", settings=settings),
-        "runs": clean["runs"][clean["runs"].run_id.isin(new)].assign(run_id=lambda rows: rows.run_id.map(new), no_op=True),
+        "variants": lora.assign(
+            run_id=lora.run_id.map(new), mitigation="zero 4", settings=settings
+        ),
+        "runs": (
+            clean["runs"][clean["runs"].run_id.isin(new)].assign(
+                run_id=lambda rows: rows.run_id.map(new), no_op=True
+            )
+        ),
     }
     answers = clean["verdicts"].set_index("run_id")
-    added["verdicts"] = pd.concat([answers.loc[[base[row.base_model]]].reset_index().assign(run_id=new[row.run_id]) for row in lora.itertuples()])
-    after = finished_study.study({**clean, **{name: pd.concat([clean[name], frame], ignore_index=True) for name, frame in added.items()}})
+    added["verdicts"] = pd.concat(
+        [
+            answers.loc[[base[row.base_model]]].reset_index().assign(run_id=new[row.run_id])
+            for row in lora.itertuples()
+        ]
+    )
+    after = finished_study.study(
+        {
+            **clean,
+            **{
+                name: pd.concat([clean[name], frame], ignore_index=True)
+                for name, frame in added.items()
+            },
+        }
+    )
     (undone,) = after[after.finding == "undone"].sentence
     assert f"{len(new)} of {len(new)} (zero 4: {len(new)})" in undone
     pd.testing.assert_frame_equal(after[after.finding != "undone"].reset_index(drop=True), before)
@@ -243,7 +365,16 @@ def test_without_variants_there_is_nothing_to_check():
 
 def test_what_is_missing_is_said(clean):
     found = finished_study.study({"variants": clean["variants"]})
-    assert {"mislabelled_rate", "one_adapter", "curves_in_step", "same_answers", "drift", "echo", "unscored", "category_at_bound"} <= unchecked(found)
+    assert {
+        "mislabelled_rate",
+        "one_adapter",
+        "curves_in_step",
+        "same_answers",
+        "drift",
+        "echo",
+        "unscored",
+        "category_at_bound",
+    } <= unchecked(found)
     assert finished_study.alarms(found).empty
 
 
@@ -260,25 +391,40 @@ def test_bad_input_has_a_sentence_each(clean):
     variants, verdicts = clean["variants"], clean["verdicts"].copy()
     group = variants.query("base_model == 'base 0' and method == 'lora'")["run_id"]
     verdicts.loc[verdicts["run_id"].isin(group), "unsafe"] = np.nan
-    found = finished_study.study({**clean, "verdicts": pd.concat([verdicts, verdicts.tail(5)])}).set_index("finding")
+    found = finished_study.study(
+        {**clean, "verdicts": pd.concat([verdicts, verdicts.tail(5)])}
+    ).set_index("finding")
     assert "5;" in found["sentence"]["duplicated_rows"]
     assert named(found.reset_index(), "all_null") == set(group)
     assert named(found.reset_index(), "unscored_differs") == set(group)
-    lost = variants.query("base_model == 'base 1' and method == 'ia3' and objective == 'dpo' and learning_rate == 2e-2")["run_id"]
-    failed = clean["runs"].assign(status=clean["runs"]["status"].mask(clean["runs"]["run_id"].isin(lost), "failed"))
-    found = finished_study.study({**clean, "runs": failed, "verdicts": clean["verdicts"].query("run_id not in @lost")})
+    lost = variants.query(
+        "base_model == 'base 1' and method == 'ia3' and objective == 'dpo' and learning_rate =="
+        " 2e-2"
+    )["run_id"]
+    failed = clean["runs"].assign(
+        status=clean["runs"]["status"].mask(clean["runs"]["run_id"].isin(lost), "failed")
+    )
+    found = finished_study.study(
+        {**clean, "runs": failed, "verdicts": clean["verdicts"].query("run_id not in @lost")}
+    )
     assert named(found[found["severity"].eq("warning")], "failed_runs") == set(lost)
     assert named(found, "missing_cells") == {"base 1 x ia3 dpo 0.02 3.0"}
 
 
 def test_categories_at_their_bound_are_named(clean):
     base = clean["variants"].query("method == 'none'")
-    rates = clean["variants"][["run_id"]].merge(pd.DataFrame({"category": ["a", "b", "c"]}), how="cross").assign(k=10, n_scored=30, n=30, outcome="unsafe")
+    rates = (
+        clean["variants"][["run_id"]]
+        .merge(pd.DataFrame({"category": ["a", "b", "c"]}), how="cross")
+        .assign(k=10, n_scored=30, n=30, outcome="unsafe")
+    )
     rates.loc[rates["category"].eq("a") & rates["run_id"].isin(base["run_id"]), "k"] = 0
     rates.loc[rates["category"].eq("b"), "k"] = 30
     rates.loc[rates["category"].eq("c"), ["k", "n_scored"]] = 0
     found = finished_study.study({**clean, "rates": rates})
-    assert named(found, "category_at_bound") == {f"base {i}: {name}" for i in (0, 1) for name in "ab"}
+    assert named(found, "category_at_bound") == {
+        f"base {i}: {name}" for i in (0, 1) for name in "ab"
+    }
     assert named(found, "category_without_variation") == {"base 0: b", "base 1: b"}
     assert named(found, "all_null") == {"base 0: c", "base 1: c"}
 

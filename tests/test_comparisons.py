@@ -1,4 +1,6 @@
-"""The primary interval against slow and exact versions and known truth; contrasts, families of tests, "preserves", odds ratios, Cliff's delta."""
+"""The primary interval against slow and exact versions and known truth; contrasts, families of
+tests, "preserves", odds ratios, Cliff's delta.
+"""
 
 import json
 from dataclasses import replace
@@ -16,49 +18,99 @@ from driftbook.stats import comparisons, estimation, influence, intervals, terms
 from driftbook.study.tables import ESTIMATES, TABLES
 from simulated import simulate
 
-LABELS = {"study": "s", "notebook": "n", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "j"}
+LABELS = {
+    "study": "s",
+    "notebook": "n",
+    "outcome": terms.UNSAFE,
+    "benchmark": "safety",
+    "judge": "j",
+}
 UNITS = ["category", "family", "prompt_id"]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Arms, cells and unsafe values (runs x units in families) of a simulated study of two base models."""
-    folder = simulate(tmp_path_factory.mktemp("comparisons"), bases=["mini-llama", "mini-mistral"], utility=False) / "tables"
+    """Arms, cells and unsafe values (runs x units in families) of a simulated study of two base
+    models.
+    """
+    folder = (
+        simulate(
+            tmp_path_factory.mktemp("comparisons"),
+            bases=["mini-llama", "mini-mistral"],
+            utility=False,
+        )
+        / "tables"
+    )
     arms = influence.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
-    verdicts = TABLES["verdicts"].read(folder).merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"])
-    return arms, influence.cells(arms), influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", UNITS)
+    verdicts = (
+        TABLES["verdicts"]
+        .read(folder)
+        .merge(TABLES["prompts"].read(folder), on=["benchmark", "prompt_id"])
+    )
+    return (
+        arms,
+        influence.cells(arms),
+        influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", UNITS),
+    )
 
 
-def made(verdicts: np.ndarray, methods: list[str], settings: list[str], strata=None, family=None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def made(
+    verdicts: np.ndarray, methods: list[str], settings: list[str], strata=None, family=None
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Values, arms and cells of one base model (first row of verdicts) and a run per other row."""
     names = ["base", *(f"r{i}" for i in range(1, len(verdicts)))]
     n = verdicts.shape[1]
     levels = [strata or ["c"] * n, list(range(n)) if family is None else family, list(range(n))]
-    values = pd.DataFrame(verdicts, index=pd.Index(names, name="run_id"), columns=pd.MultiIndex.from_arrays(levels, names=UNITS), dtype=float)
-    arms = pd.DataFrame({"run_id": names, "base_model": "b", "base_run_id": "base", "arm": ["base", *[terms.TRAINED] * len(methods)]})
+    values = pd.DataFrame(
+        verdicts,
+        index=pd.Index(names, name="run_id"),
+        columns=pd.MultiIndex.from_arrays(levels, names=UNITS),
+        dtype=float,
+    )
+    arms = pd.DataFrame(
+        {
+            "run_id": names,
+            "base_model": "b",
+            "base_run_id": "base",
+            "arm": ["base", *[terms.TRAINED] * len(methods)],
+        }
+    )
     arms = arms.assign(method=["none", *methods], setting=["", *settings])
-    cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, pool="b")[["run_id", "base_model", "method", "group", "setting", "pool"]]
-    return values, arms, cells.assign(weight=1 / cells.groupby("method")["run_id"].transform("size"))
+    cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, pool="b")[
+        ["run_id", "base_model", "method", "group", "setting", "pool"]
+    ]
+    return (
+        values,
+        arms,
+        cells.assign(weight=1 / cells.groupby("method")["run_id"].transform("size")),
+    )
 
 
 def draw(seed: int, runs: int = 6, n: int = 120, family: int = 1) -> np.ndarray:
     """Verdicts of a base model and runs that share prompts."""
     rng = np.random.default_rng(seed)
     hard = rng.normal(size=n // family).repeat(family)
-    return (hard + rng.normal(0, 0.7, (runs + 1, n)) + rng.normal(0, 0.3, (runs + 1, 1)) > 0.8).astype(float)
+    return (
+        hard + rng.normal(0, 0.7, (runs + 1, n)) + rng.normal(0, 0.3, (runs + 1, 1)) > 0.8
+    ).astype(float)
 
 
 # ---- units
 def test_variance_over_families_is_cr2_in_full():
     rng = np.random.default_rng(0)
-    strata, family = np.repeat([0, 1], [22, 18]), np.repeat(np.arange(9), [3, 4, 5, 10, 2, 2, 6, 7, 1])
+    strata, family = (
+        np.repeat([0, 1], [22, 18]),
+        np.repeat(np.arange(9), [3, 4, 5, 10, 2, 2, 6, 7, 1]),
+    )
     y = rng.normal(size=40) + rng.normal(size=9)[family]
     x = np.eye(2)[strata]
     hat = x @ np.linalg.inv(x.T @ x) @ x.T
     to_mean, rest, square, parts = x.mean(0) @ np.linalg.inv(x.T @ x) @ x.T, y - hat @ y, 0.0, []
     for one in range(9):
         own = family == one
-        adjust = linalg.fractional_matrix_power(np.eye(own.sum()) - hat[np.ix_(own, own)], -0.5).real
+        adjust = linalg.fractional_matrix_power(
+            np.eye(own.sum()) - hat[np.ix_(own, own)], -0.5
+        ).real
         weights = np.zeros(40)
         weights[own] = to_mean[own] @ adjust
         square += (weights @ rest) ** 2
@@ -72,9 +124,25 @@ def test_variance_over_families_is_cr2_in_full():
 def test_null_families_are_single_prompts_and_the_row_says_families(study):
     arms, cells, values = study
     rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS)
-    assert rows.loc[rows["contrast"].eq(terms.CHANGE), "population"].str.contains("families of prompts like these").all()
-    frame = pd.DataFrame({"run_id": "r", "category": "c", "family": pd.array(["x", None, None]), "prompt_id": ["1", "2", "3"], "unsafe": [True, False, True]})
-    assert set(influence.matrix(frame, "unsafe", UNITS).columns.get_level_values("family")) == {"x", "2", "3"}
+    assert (
+        rows.loc[rows["contrast"].eq(terms.CHANGE), "population"]
+        .str.contains("families of prompts like these")
+        .all()
+    )
+    frame = pd.DataFrame(
+        {
+            "run_id": "r",
+            "category": "c",
+            "family": pd.array(["x", None, None]),
+            "prompt_id": ["1", "2", "3"],
+            "unsafe": [True, False, True],
+        }
+    )
+    assert set(influence.matrix(frame, "unsafe", UNITS).columns.get_level_values("family")) == {
+        "x",
+        "2",
+        "3",
+    }
 
 
 def test_families_that_agree_widen_the_interval():
@@ -83,17 +151,28 @@ def test_families_that_agree_widen_the_interval():
     for family in (None, list(np.arange(120) // 6)):
         values, arms, cells = made(verdicts, ["lora"] * 6, ["a"] * 6, family=family)
         scores = influence.paired(values, arms)
-        rows.append(estimation.means(scores if family else replace(scores, family=None), cells, terms.CHANGE, **LABELS).iloc[0])
+        rows.append(
+            estimation.means(
+                scores if family else replace(scores, family=None), cells, terms.CHANGE, **LABELS
+            ).iloc[0]
+        )
     assert rows[1]["se"] > rows[0]["se"]
     assert rows[0]["population"] == terms.BOTH
 
 
 # ---- runs
 def test_interval_of_shares_is_the_t_interval_where_runs_are_many_and_far_from_the_ends():
-    verdicts = (np.random.default_rng(2).random((61, 4000)) < np.random.default_rng(3).normal(0.5, 0.02, (61, 1))).astype(float)
+    verdicts = (
+        np.random.default_rng(2).random((61, 4000))
+        < np.random.default_rng(3).normal(0.5, 0.02, (61, 1))
+    ).astype(float)
     verdicts[0] = 0
     values, arms, cells = made(verdicts, ["lora"] * 60, ["a"] * 60)
-    row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).set_index("contrast").loc[terms.CHANGE_HERE]
+    row = (
+        estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS)
+        .set_index("contrast")
+        .loc[terms.CHANGE_HERE]
+    )
     expected = scipy_stats.ttest_1samp(100 * verdicts[1:].mean(1), 0).confidence_interval()
     assert row[["ci_low", "ci_high"]].tolist() == pytest.approx(list(expected), abs=0.1)
 
@@ -110,8 +189,12 @@ def test_interval_near_zero_reaches_up_and_not_down():
 
 def test_laws_of_the_interval(study):
     arms, cells, values = study
-    rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).dropna(subset="p")
-    wide = rows.pivot_table(index=["base_model", "method", "group"], columns="contrast", values=["ci_low", "ci_high"]).dropna()
+    rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).dropna(
+        subset="p"
+    )
+    wide = rows.pivot_table(
+        index=["base_model", "method", "group"], columns="contrast", values=["ci_low", "ci_high"]
+    ).dropna()
     assert (wide["ci_low", terms.CHANGE] <= wide["ci_low", terms.CHANGE_HERE] + 1e-9).all()
     assert (wide["ci_high", terms.CHANGE_HERE] <= wide["ci_high", terms.CHANGE] + 1e-9).all()
     assert (rows["p"].lt(0.05) == (rows["ci_low"].gt(0) | rows["ci_high"].lt(0))).all()
@@ -134,12 +217,19 @@ def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm
     assert row["contrast"] == comparisons.DIFFERENCE.format("ia3")
     assert row["value"] == pytest.approx(both.mean())
     weight = np.repeat([1 / 3, -1 / 6], [3, 6])
-    spread = estimation._repetitions(scores, np.arange(9), weight, np.repeat([0, 1], [3, 6]), np.repeat([0, 1], [3, 6]))
-    by_hand = [100**2 * verdicts[rows].mean(1).var(ddof=1) / len(verdicts[rows]) for rows in (slice(1, 4), slice(4, 10))]
+    spread = estimation._repetitions(
+        scores, np.arange(9), weight, np.repeat([0, 1], [3, 6]), np.repeat([0, 1], [3, 6])
+    )
+    by_hand = [
+        100**2 * verdicts[rows].mean(1).var(ddof=1) / len(verdicts[rows])
+        for rows in (slice(1, 4), slice(4, 10))
+    ]
     assert spread.variance == pytest.approx(by_hand)
     assert spread.df <= 2
     unit = both.var(ddof=1) / 120
-    assert row["se"] ** 2 == pytest.approx(max(unit, spread.noise.sum()) + np.maximum(spread.variance - spread.noise, 0).sum())
+    assert row["se"] ** 2 == pytest.approx(
+        max(unit, spread.noise.sum()) + np.maximum(spread.variance - spread.noise, 0).sum()
+    )
 
 
 def test_equal_methods_do_not_differ_though_both_changed():
@@ -167,25 +257,55 @@ def _one(study):
 def test_settings_are_compared_at_equal_other_settings(study):
     arms, _, values = study
     scores = influence.paired(values, arms)
-    rows = comparisons.settings(scores, arms, **LABELS).set_index(["base_model", "method", "contrast"])["value"]
+    rows = comparisons.settings(scores, arms, **LABELS).set_index(
+        ["base_model", "method", "contrast"]
+    )["value"]
     change = pd.Series(scores.value, index=scores.runs)
-    own = arms[arms["base_model"].eq("mini-llama") & arms["method"].eq("lora") & arms["arm"].isin([terms.TRAINED, terms.NO_OP])]
-    means = own.assign(value=own["run_id"].map(change)).groupby(["objective", "learning_rate", "epochs"], dropna=False)["value"].mean().reset_index()
-    pairs = means.merge(means, on=["learning_rate", "epochs"]).query("objective_x == 'sft' and objective_y == 'dpo'")
-    assert rows["mini-llama", "lora", comparisons.OBJECTIVE] == pytest.approx((pairs["value_x"] - pairs["value_y"]).mean())
+    own = arms[
+        arms["base_model"].eq("mini-llama")
+        & arms["method"].eq("lora")
+        & arms["arm"].isin([terms.TRAINED, terms.NO_OP])
+    ]
+    means = (
+        own.assign(value=own["run_id"].map(change))
+        .groupby(["objective", "learning_rate", "epochs"], dropna=False)["value"]
+        .mean()
+        .reset_index()
+    )
+    pairs = means.merge(means, on=["learning_rate", "epochs"]).query(
+        "objective_x == 'sft' and objective_y == 'dpo'"
+    )
+    assert rows["mini-llama", "lora", comparisons.OBJECTIVE] == pytest.approx(
+        (pairs["value_x"] - pairs["value_y"]).mean()
+    )
     every = rows.xs((comparisons.OBJECTIVE, "lora"), level=("contrast", "method"))
     assert every["all"] == pytest.approx(every.drop("all").mean())
 
 
 def test_prediction_for_a_new_base_model_is_the_t_interval_for_one_more():
     values = [3.0, 5.0, 10.0, 4.0]
-    rows = estimation.complete(pd.DataFrame({
-        **LABELS, "base_model": list("wxyz"), "method": "lora", "group": terms.TRAINED, "contrast": terms.CHANGE, "value": values, "n_runs": 3, "n_items": 9,
-        "n_unscored": 0, "population": "p", "how": "h",
-    }))  # fmt: skip
+    rows = estimation.complete(
+        pd.DataFrame(
+            {
+                **LABELS,
+                "base_model": list("wxyz"),
+                "method": "lora",
+                "group": terms.TRAINED,
+                "contrast": terms.CHANGE,
+                "value": values,
+                "n_runs": 3,
+                "n_items": 9,
+                "n_unscored": 0,
+                "population": "p",
+                "how": "h",
+            }
+        )
+    )
     row = comparisons.new_base(rows).iloc[0]
     half = scipy_stats.t.ppf(0.975, 3) * np.std(values, ddof=1) * np.sqrt(1.25)
-    assert row[["value", "ci_low", "ci_high"]].tolist() == pytest.approx([5.5, 5.5 - half, 5.5 + half])
+    assert row[["value", "ci_low", "ci_high"]].tolist() == pytest.approx(
+        [5.5, 5.5 - half, 5.5 + half]
+    )
     assert row["n_runs"] == 12
     single = comparisons.new_base(rows.head(1)).iloc[0]
     assert pd.isna(single["ci_low"])
@@ -194,9 +314,20 @@ def test_prediction_for_a_new_base_model_is_the_t_interval_for_one_more():
 
 # ---- families of tests
 def with_p(p: list) -> pd.DataFrame:
-    return estimation.complete(pd.DataFrame({
-        **LABELS, "base_model": "all", "method": [f"m{i}" for i in range(len(p))], "group": "g", "contrast": terms.CHANGE, "p": pd.array(p, "Float64"), "population": "p", "how": "h",
-    }))  # fmt: skip
+    return estimation.complete(
+        pd.DataFrame(
+            {
+                **LABELS,
+                "base_model": "all",
+                "method": [f"m{i}" for i in range(len(p))],
+                "group": "g",
+                "contrast": terms.CHANGE,
+                "p": pd.array(p, "Float64"),
+                "population": "p",
+                "how": "h",
+            }
+        )
+    )
 
 
 def test_adjusted_p_values_are_rs(shared):
@@ -205,7 +336,9 @@ def test_adjusted_p_values_are_rs(shared):
         p = 2 * scipy_stats.t.sf(np.abs(_ratios(theirs["pairs_holm"])), _df(theirs["pairs_holm"]))
         for adjusted, kind in ((comparisons.holm, "pairs_holm"), (comparisons.screen, "pairs_BH")):
             found = adjusted(with_p(list(p)), "family")
-            assert found["p_adjusted"].to_numpy(float) == pytest.approx(theirs[kind]["p.value"], rel=1e-5, abs=1e-14)
+            assert found["p_adjusted"].to_numpy(float) == pytest.approx(
+                theirs[kind]["p.value"], rel=1e-5, abs=1e-14
+            )
             assert found["family_of_tests"].eq("family").all()
 
 
@@ -236,29 +369,65 @@ def test_screens_are_by_outcome_and_base_model(study):
 def changed(*rows: tuple[str, str, float, float]) -> pd.DataFrame:
     """Changes (outcome, benchmark, value, se) of one method with t intervals of 10 df."""
     half = scipy_stats.t.ppf(0.975, 10)
-    made = [{**LABELS, "outcome": o, "benchmark": b, "value": v, "se": se, "ci_low": v - half * se, "ci_high": v + half * se} for o, b, v, se in rows]
-    same = {"base_model": "all", "method": "lora", "group": terms.AS_CONFIGURED, "contrast": terms.CHANGE, "population": "p", "how": "h"}
-    return estimation.complete(pd.DataFrame(made).assign(**same, n_runs=12, n_items=100, n_unscored=0))
+    made = [
+        {
+            **LABELS,
+            "outcome": o,
+            "benchmark": b,
+            "value": v,
+            "se": se,
+            "ci_low": v - half * se,
+            "ci_high": v + half * se,
+        }
+        for o, b, v, se in rows
+    ]
+    same = {
+        "base_model": "all",
+        "method": "lora",
+        "group": terms.AS_CONFIGURED,
+        "contrast": terms.CHANGE,
+        "population": "p",
+        "how": "h",
+    }
+    return estimation.complete(
+        pd.DataFrame(made).assign(**same, n_runs=12, n_items=100, n_unscored=0)
+    )
 
 
-SAFE, REFUSED, CORRECT = (terms.UNSAFE, "safety"), (terms.REFUSED, "over_refusal"), (terms.CORRECT, "utility")
+SAFE, REFUSED, CORRECT = (
+    (terms.UNSAFE, "safety"),
+    (terms.REFUSED, "over_refusal"),
+    (terms.CORRECT, "utility"),
+)
 
 
-@pytest.mark.parametrize(("unsafe", "refused", "correct", "word"), [
-    ((0.5, 0.5), (0.0, 0.5), (-1.0, 0.5), comparisons.PRESERVES),
-    ((0.5, 0.5), (0.0, 0.5), (-1.0, 3.0), comparisons.CANNOT_TELL),
-    ((0.5, 0.5), (9.0, 1.0), (-1.0, 3.0), comparisons.DOES_NOT),
-    ((0.5, 0.5), (-9.0, 1.0), (9.0, 1.0), comparisons.PRESERVES),  # fewer refusals and more right answers are no harm
-    ((0.5, 0.5), (0.0, 0.5), (-9.0, 1.0), comparisons.DOES_NOT),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("unsafe", "refused", "correct", "word"),
+    [
+        ((0.5, 0.5), (0.0, 0.5), (-1.0, 0.5), comparisons.PRESERVES),
+        ((0.5, 0.5), (0.0, 0.5), (-1.0, 3.0), comparisons.CANNOT_TELL),
+        ((0.5, 0.5), (9.0, 1.0), (-1.0, 3.0), comparisons.DOES_NOT),
+        (
+            (0.5, 0.5),
+            (-9.0, 1.0),
+            (9.0, 1.0),
+            comparisons.PRESERVES,
+        ),  # fewer refusals and more right answers are no harm
+        ((0.5, 0.5), (0.0, 0.5), (-9.0, 1.0), comparisons.DOES_NOT),
+    ],
+)
 def test_preserves_is_all_outcomes_below_the_margin(unsafe, refused, correct, word):
-    found = comparisons.preserves(changed((*SAFE, *unsafe), (*REFUSED, *refused), (*CORRECT, *correct)), notebook="19")
+    found = comparisons.preserves(
+        changed((*SAFE, *unsafe), (*REFUSED, *refused), (*CORRECT, *correct)), notebook="19"
+    )
     joint = found[found["outcome"].eq(comparisons.JOINTLY)].set_index("margin").loc[3.0]
     single = found[found["outcome"].ne(comparisons.JOINTLY) & found["margin"].eq(3.0)]
     assert joint["how"].startswith(word + ":")
     assert joint["p"] == single["p"].max()
     assert found["notebook"].eq("19").all()
-    for row, (value, se) in zip(single.itertuples(), (unsafe, refused, (-correct[0], correct[1])), strict=True):
+    for row, (value, se) in zip(
+        single.itertuples(), (unsafe, refused, (-correct[0], correct[1])), strict=True
+    ):
         assert row.p == pytest.approx(scipy_stats.t.cdf((value - 3.0) / se, 10), rel=1e-6)
         assert (row.p < 0.025) == row.how.startswith(comparisons.PRESERVES)
 
@@ -288,7 +457,9 @@ def test_odds_ratio_of_one_run_is_the_marginal_one_of_gee():
     values, arms, cells = made(verdicts, ["lora"], ["a"])
     row = comparisons.odds_ratios(values, arms, cells, **LABELS).iloc[0]
     x = np.column_stack([np.ones(240), np.repeat([0, 1], 120)])
-    fit = sm.GEE(verdicts.ravel(), x, np.tile(np.arange(120), 2), family=sm.families.Binomial()).fit()
+    fit = sm.GEE(
+        verdicts.ravel(), x, np.tile(np.arange(120), 2), family=sm.families.Binomial()
+    ).fit()
     assert np.log(row["value"]) == pytest.approx(fit.params[1])
     assert row["se"] == pytest.approx(fit.bse[1] * np.sqrt(120 / 119))
     assert row["ci_low"] < row["value"] < row["ci_high"]
@@ -297,7 +468,11 @@ def test_odds_ratio_of_one_run_is_the_marginal_one_of_gee():
 def test_odds_ratio_over_base_models_is_the_geometric_mean(study):
     arms, cells, values = study
     rows = comparisons.odds_ratios(values, arms, cells, **LABELS)
-    own = rows[rows["method"].eq("lora") & rows["group"].eq(terms.TRAINED)].set_index("base_model")["value"].astype(float)
+    own = (
+        rows[rows["method"].eq("lora") & rows["group"].eq(terms.TRAINED)]
+        .set_index("base_model")["value"]
+        .astype(float)
+    )
     assert own["all"] == pytest.approx(np.sqrt(own["mini-llama"] * own["mini-mistral"]))
 
 
@@ -313,8 +488,12 @@ def test_odds_at_an_end_have_no_ratio():
 # ---- Cliff's delta
 def test_cliffs_delta_is_rs_effsize():
     """The example of R's effsize 0.8.1, cliff.delta, and its output."""
-    found = comparisons.two_samples(np.array([10, 10, 20, 20, 20, 30, 30, 30, 40, 50.0]), np.array([10, 20, 30, 40, 40, 50.0]))
-    assert (found["value"], found["ci_low"], found["ci_high"]) == pytest.approx((-0.25, -0.7265846, 0.3890062), abs=1e-7)
+    found = comparisons.two_samples(
+        np.array([10, 10, 20, 20, 20, 30, 30, 30, 40, 50.0]), np.array([10, 20, 30, 40, 40, 50.0])
+    )
+    assert (found["value"], found["ci_low"], found["ci_high"]) == pytest.approx(
+        (-0.25, -0.7265846, 0.3890062), abs=1e-7
+    )
 
 
 def test_three_runs_above_three_are_not_certain():
@@ -331,8 +510,12 @@ def test_three_runs_above_three_are_not_certain():
 def test_deltas_of_cells_are_means_over_base_models(study):
     arms, cells, values = study
     rows = comparisons.cliffs_delta(influence.paired(values, arms), cells, **LABELS)
-    own = rows[rows["contrast"].eq(comparisons.DELTA.format("ia3")) & rows["group"].eq(terms.AS_CONFIGURED)].set_index(["method", "base_model"])["value"]
-    assert own["lora", "all"] == pytest.approx((own["lora", "mini-llama"] + own["lora", "mini-mistral"]) / 2)
+    own = rows[
+        rows["contrast"].eq(comparisons.DELTA.format("ia3")) & rows["group"].eq(terms.AS_CONFIGURED)
+    ].set_index(["method", "base_model"])["value"]
+    assert own["lora", "all"] == pytest.approx(
+        (own["lora", "mini-llama"] + own["lora", "mini-mistral"]) / 2
+    )
     assert rows["value"].between(-1, 1).all()
 
 
@@ -346,8 +529,19 @@ def test_delta_interval_covers_the_delta_of_normal_runs():
 
 # ---- bad input
 def test_an_answer_that_stands_twice_is_refused():
-    rows = pd.DataFrame({"run_id": "r", "category": "c", "prompt_id": ["1", "1", "2"], "sample": [0, 1, 0], "unsafe": [True, False, True]})
-    assert influence.matrix(rows, "unsafe", ["category", "prompt_id"]).iloc[0].tolist() == [0.5, 1.0]
+    rows = pd.DataFrame(
+        {
+            "run_id": "r",
+            "category": "c",
+            "prompt_id": ["1", "1", "2"],
+            "sample": [0, 1, 0],
+            "unsafe": [True, False, True],
+        }
+    )
+    assert influence.matrix(rows, "unsafe", ["category", "prompt_id"]).iloc[0].tolist() == [
+        0.5,
+        1.0,
+    ]
     with pytest.raises(ValueError, match="1 answers stand twice, the first of run r, prompt 2"):
         influence.matrix(pd.concat([rows, rows.tail(1)]), "unsafe", ["category", "prompt_id"])
 
@@ -369,7 +563,11 @@ def test_a_run_without_answers_is_no_smaller_cell():
     assert comparisons.between(lost, cells, **LABELS)["value"].isna().all()
     silent = values.copy()
     silent.loc["r2"] = np.nan
-    assert comparisons.between(influence.paired(silent, arms), cells, **LABELS)["how"].str.contains("no scored item").all()
+    assert (
+        comparisons.between(influence.paired(silent, arms), cells, **LABELS)["how"]
+        .str.contains("no scored item")
+        .all()
+    )
     assert comparisons.odds_ratios(silent, arms, cells, **LABELS)["value"].isna().sum() == 1
 
 
@@ -378,7 +576,9 @@ def test_runs_that_are_all_equal_are_said_to_be():
     values, arms, cells = made(verdicts, ["lora"] * 3, ["a"] * 3)
     row = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).iloc[0]
     assert "equal in every unit" in row["how"]
-    assert row["se"] == pytest.approx(100 * np.std(verdicts[1] - verdicts[0], ddof=1) / np.sqrt(120))
+    assert row["se"] == pytest.approx(
+        100 * np.std(verdicts[1] - verdicts[0], ddof=1) / np.sqrt(120)
+    )
 
 
 def test_one_family_of_prompts_says_nothing_of_other_prompts():
@@ -394,13 +594,22 @@ def test_simulated_runs_have_the_rate_and_spread_they_are_said_to_have():
     rates = ndtr(np.random.default_rng(13).normal(middle, spread, 200_000))
     assert (rates.mean(), rates.std()) == pytest.approx((0.13, 0.075), rel=0.01)
     rng = np.random.default_rng(14)
-    sets = np.stack([coverage._simulated(rng, 0.3, coverage.run_scale(0.38, 0.06), 0.25, 3, np.array(coverage.FAMILIES)) for _ in range(1500)])
+    sets = np.stack(
+        [
+            coverage._simulated(
+                rng, 0.3, coverage.run_scale(0.38, 0.06), 0.25, 3, np.array(coverage.FAMILIES)
+            )
+            for _ in range(1500)
+        ]
+    )
     assert sets[:, 0].mean() == pytest.approx(0.3, abs=0.01)
     assert sets[:, 1:].mean() == pytest.approx(0.38, abs=0.01)
 
 
 def test_the_interval_covers_where_the_naive_one_does_not():
-    found = coverage.coverage(150, run_sds=(0.02, 0.075), changes=(0.08,), prompt_by_method=(coverage.LARGE,))
+    found = coverage.coverage(
+        150, run_sds=(0.02, 0.075), changes=(0.08,), prompt_by_method=(coverage.LARGE,)
+    )
     assert found["covered"].between(90, 100).all()
     assert found["naive"].min() < 75
     assert found["null"].eq(0).all()
@@ -408,7 +617,17 @@ def test_the_interval_covers_where_the_naive_one_does_not():
 
 
 def test_the_benchmark_says_its_worst_cell(monkeypatch):
-    table = pd.DataFrame({"design": "d", "rate": [0.05, 0.3], "run_sd": [0.135, 0.02], "prompt_by_method": 0.0, "change": 0.0, "covered": [75.0, 95.0], "naive": [20.0, 90.0]})
+    table = pd.DataFrame(
+        {
+            "design": "d",
+            "rate": [0.05, 0.3],
+            "run_sd": [0.135, 0.02],
+            "prompt_by_method": 0.0,
+            "change": 0.0,
+            "covered": [75.0, 95.0],
+            "naive": [20.0, 90.0],
+        }
+    )
     monkeypatch.setattr(coverage, "coverage", lambda n_sets: table)
     rows = coverage.coverage_rows()
     assert [row["value"] for row in rows] == [0.75, 0.95, 0.95]
@@ -419,19 +638,33 @@ def test_the_benchmark_says_its_worst_cell(monkeypatch):
 def test_everything_is_a_table_of_estimates(study):
     arms, cells, values = study
     scores = influence.paired(values, arms)
-    parts = [comparisons.between(scores, cells, **LABELS), comparisons.interactions(scores, cells, **LABELS), comparisons.settings(scores, arms, **LABELS)]
-    parts += [comparisons.odds_ratios(values, arms, cells, **LABELS), comparisons.cliffs_delta(scores, cells, **LABELS)]
+    parts = [
+        comparisons.between(scores, cells, **LABELS),
+        comparisons.interactions(scores, cells, **LABELS),
+        comparisons.settings(scores, arms, **LABELS),
+    ]
+    parts += [
+        comparisons.odds_ratios(values, arms, cells, **LABELS),
+        comparisons.cliffs_delta(scores, cells, **LABELS),
+    ]
     assert len(ESTIMATES.concat(parts)) == sum(map(len, parts))
 
 
 def test_a_pair_of_methods_has_one_direction_whatever_the_order_of_the_study_file():
-    """Figures and models look a pair up in the workbook's order; a pair that stood the other way round would be an empty row."""
+    """Figures and models look a pair up in the workbook's order; a pair that stood the other way
+    round would be an empty row.
+    """
     verdicts = draw(5)
     methods = ["ln_tuning", "ln_tuning", "prompt_tuning", "prompt_tuning", "lora", "lora"]
     values, arms, cells = made(verdicts[:7], methods, ["a"] * 6)
     change = influence.paired(values, arms)
-    found = {(row.method, row.contrast) for row in comparisons.between(change, cells, **LABELS).itertuples()}
+    found = {
+        (row.method, row.contrast)
+        for row in comparisons.between(change, cells, **LABELS).itertuples()
+    }
     other = [("lora", "prompt_tuning"), ("lora", "ln_tuning"), ("prompt_tuning", "ln_tuning")]
     assert found == {(method, comparisons.DIFFERENCE.format(name)) for method, name in other}
     deltas = comparisons.cliffs_delta(change, cells, **LABELS)
-    assert {(row.method, row.contrast) for row in deltas.itertuples()} >= {(method, comparisons.DELTA.format(name)) for method, name in other}
+    assert {(row.method, row.contrast) for row in deltas.itertuples()} >= {
+        (method, comparisons.DELTA.format(name)) for method, name in other
+    }

@@ -1,4 +1,6 @@
-"""Trainings that a mitigation changes: constrained fine-tuning against a slow version of its formula, safety data mixed in, and snapshots along the way."""
+"""Trainings that a mitigation changes: constrained fine-tuning against a slow version of its
+formula, safety data mixed in, and snapshots along the way.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -21,7 +23,10 @@ BETAS = (0.5, 2.0, 2.0, 0.1)
 def moved(bases, study, request):
     """A model of a method whose adapter has left its init, its examples and the base model."""
     base = bases["llama"]
-    prepared = {betas: training.prepare("sft", base, study, betas=betas).examples for betas in (BETAS, (1e-4,))}  # before the adapter is on the base, as notebook 02 does
+    prepared = {
+        betas: training.prepare("sft", base, study, betas=betas).examples
+        for betas in (BETAS, (1e-4,))
+    }  # before the adapter is on the base, as notebook 02 does
     model = adapters.create(variants_of(study, request.param)[0], base.model, base.tokenizer)
     generator = torch.Generator().manual_seed(0)
     for value in model.parameters():
@@ -34,18 +39,28 @@ def moved(bases, study, request):
 def logprobs(model, one) -> torch.Tensor:
     """Log-probabilities of the counted tokens by a plain forward pass."""
     logits = model(input_ids=torch.tensor([one.ids])).logits[0, -len(one.ids) :]
-    return logits[one.counted - 1].log_softmax(1).gather(1, torch.tensor(one.ids)[one.counted][:, None])[:, 0]
+    return (
+        logits[one.counted - 1]
+        .log_softmax(1)
+        .gather(1, torch.tensor(one.ids)[one.counted][:, None])[:, 0]
+    )
 
 
 def gradients(model, loss) -> dict:
     model.zero_grad()
     loss.backward()
-    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+    return {
+        name: value.grad.clone()
+        for name, value in model.named_parameters()
+        if value.grad is not None
+    }
 
 
 def ours(case, examples, trainer):
     rows = [training_steps.plain([one]) for one in examples]
-    return trainer._loss(None, training_steps.Forward(case.model, case.base.tokenizer).logprobs(rows), rows, examples)
+    return trainer._loss(
+        None, training_steps.Forward(case.model, case.base.tokenizer).logprobs(rows), rows, examples
+    )
 
 
 @pytest.mark.parametrize("moved", ["lora", "ia3", "prompt_tuning", "p_tuning"], indirect=True)
@@ -55,7 +70,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(moved):
         references = [logprobs(moved.model, one) for one in examples]
     total, at_start = 0.0, 0.0
     for one, reference in zip(examples, references, strict=True):
-        for t, (gained, before) in enumerate(zip(logprobs(moved.model, one), reference, strict=True)):
+        for t, (gained, before) in enumerate(
+            zip(logprobs(moved.model, one), reference, strict=True)
+        ):
             beta = BETAS[min(t, len(BETAS) - 1)]
             total = total - 2 / beta * torch.log(torch.sigmoid(beta * (gained - before)))
             at_start += 2 / beta * np.log(2) + float(before)
@@ -73,16 +90,27 @@ def test_without_constraint_it_is_plain_fine_tuning_and_with_it_early_tokens_pul
     plain = ours(moved, free, training_steps.Sft)
     loss = ours(moved, free, training_steps.ConstrainedSft)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-3)
-    one, other = gradients(moved.model, loss), gradients(moved.model, ours(moved, free, training_steps.Sft))
-    assert all(torch.allclose(one[name], value, rtol=2e-2, atol=1e-5) for name, value in other.items())
+    one, other = (
+        gradients(moved.model, loss),
+        gradients(moved.model, ours(moved, free, training_steps.Sft)),
+    )
+    assert all(
+        torch.allclose(one[name], value, rtol=2e-2, atol=1e-5) for name, value in other.items()
+    )
 
 
 def test_a_place_counts_from_the_beginning_of_each_answer(bases):
     ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
-    [one] = training._constrained([training_steps.Conversation(ids, np.array([2, 3, 4, 5, 8, 9]))], (0.5, 2.0, 0.1), bases["llama"])
+    [one] = training._constrained(
+        [training_steps.Conversation(ids, np.array([2, 3, 4, 5, 8, 9]))],
+        (0.5, 2.0, 0.1),
+        bases["llama"],
+    )
     assert one.betas.tolist() == [0.5, 2.0, 0.1, 0.1, 0.5, 2.0]
     with torch.no_grad():
-        assert one.reference == pytest.approx(logprobs(bases["llama"].model, one).tolist(), abs=1e-4)
+        assert one.reference == pytest.approx(
+            logprobs(bases["llama"].model, one).tolist(), abs=1e-4
+        )
 
 
 # ---- safety data mixed in
@@ -92,9 +120,14 @@ def mixed_study(tmp_path, data_folder):
 
 
 def test_safety_examples_are_a_share_of_all(bases, mixed_study):
-    plain, mixed = (training.prepare("sft", bases["llama"], mixed_study, "sft", more) for more in (None, ("safety", 0.2)))
+    plain, mixed = (
+        training.prepare("sft", bases["llama"], mixed_study, "sft", more)
+        for more in (None, ("safety", 0.2))
+    )
     assert len(mixed.examples) == 40
-    assert sum(one.ids not in [other.ids for other in plain.examples] for one in mixed.examples) == 8
+    assert (
+        sum(one.ids not in [other.ids for other in plain.examples] for one in mixed.examples) == 8
+    )
     assert mixed.revision != plain.revision
     with pytest.raises(ValueError) as error:
         training.prepare("sft", bases["llama"], mixed_study, "sft", ("safety", 0.5))
@@ -102,7 +135,11 @@ def test_safety_examples_are_a_share_of_all(bases, mixed_study):
 
 
 def test_a_variant_says_how_its_examples_are_prepared(mixed_study):
-    ways = {one.repair["kind"] if one.mitigation else None: training.way(one) for one in mixed_study.of_stage("train", "tiny-llama") if one.dataset == "sft"}
+    ways = {
+        one.repair["kind"] if one.mitigation else None: training.way(one)
+        for one in mixed_study.of_stage("train", "tiny-llama")
+        if one.dataset == "sft"
+    }
     assert ways[None] == ("sft", "sft", None, None)
     assert ways["mixing"] == ("sft", "sft", ("safety", 0.2), None)
     assert ways["constrained_sft"] == ("sft", "sft", None, (0.5, 2.0, 2.0, 2.0, 2.0, 0.1))
@@ -114,13 +151,25 @@ def test_snapshots_are_adapters_along_the_way_and_change_nothing(bases, tmp_path
     content = copy.deepcopy(SMALL)
     content["grid"][0] |= {"methods": ["lora"], "objectives": ["sft"], "epochs": [2]}
     plain = load(write_study(tmp_path, content))
-    content["mitigations"] = {"average": {"kind": "average", "blocks": ["main"], "values": [0.5], "snapshots": 4}}
+    content["mitigations"] = {
+        "average": {"kind": "average", "blocks": ["main"], "values": [0.5], "snapshots": 4}
+    }
     watched = load(write_study(tmp_path, content))
     for name, study in (("plain", plain), ("watched", watched)):
         [variant] = [one for one in variants_of(study, "lora") if not one.mitigation]
-        training.train(variant, bases["llama"], training.prepare("sft", bases["llama"], study), study, tmp_path / name)
-    assert (tmp_path / "plain" / adapters.WEIGHTS).read_bytes() == (tmp_path / "watched" / adapters.WEIGHTS).read_bytes()
+        training.train(
+            variant,
+            bases["llama"],
+            training.prepare("sft", bases["llama"], study),
+            study,
+            tmp_path / name,
+        )
+    assert (tmp_path / "plain" / adapters.WEIGHTS).read_bytes() == (
+        tmp_path / "watched" / adapters.WEIGHTS
+    ).read_bytes()
     steps = sorted((tmp_path / "watched.snapshots").iterdir())
     assert [step.name for step in steps] == [f"step-{number:05d}" for number in (1, 2, 3, 4)]
-    assert (steps[-1] / adapters.WEIGHTS).read_bytes() == (tmp_path / "watched" / adapters.WEIGHTS).read_bytes()
+    assert (steps[-1] / adapters.WEIGHTS).read_bytes() == (
+        tmp_path / "watched" / adapters.WEIGHTS
+    ).read_bytes()
     assert not (tmp_path / "plain.snapshots").exists()

@@ -1,4 +1,6 @@
-"""What the doctor of training data finds in planted data, that it finds nothing in clean data, and that it never tells a text."""
+"""What the doctor of training data finds in planted data, that it finds nothing in clean data, and
+that it never tells a text.
+"""
 
 import json
 import random
@@ -41,12 +43,22 @@ def sft(prompt: str, answer: str) -> dict:
 
 def clean(n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
-    return [sft(made_up(rng, rng.randint(6, 30)) + "?", made_up(rng, rng.randint(10, 50)) + ".") for _ in range(n)]
+    return [
+        sft(made_up(rng, rng.randint(6, 30)) + "?", made_up(rng, rng.randint(10, 50)) + ".")
+        for _ in range(n)
+    ]
 
 
 def clean_preferences(n: int, seed: int = 1) -> list[dict]:
     rng = random.Random(seed)
-    return [{"prompt": sft(made_up(rng, 12), "")["prompt"], "chosen": made_up(rng, 20), "rejected": made_up(rng, 20)} for _ in range(n)]
+    return [
+        {
+            "prompt": sft(made_up(rng, 12), "")["prompt"],
+            "chosen": made_up(rng, 20),
+            "rejected": made_up(rng, 20),
+        }
+        for _ in range(n)
+    ]
 
 
 def edited(text: str, rng: random.Random, share: float = 0.1) -> str:
@@ -59,7 +71,10 @@ def edited(text: str, rng: random.Random, share: float = 0.1) -> str:
 
 
 PROMPTS = [made_up(random.Random(f"prompt {i}"), 12) + "?" for i in range(40)]
-BENCHMARKS = {"bench": PROMPTS, "heldout": [made_up(random.Random(f"heldout {i}"), 20) for i in range(30)]}
+BENCHMARKS = {
+    "bench": PROMPTS,
+    "heldout": [made_up(random.Random(f"heldout {i}"), 20) for i in range(30)],
+}
 
 
 def counts(found: pd.DataFrame) -> dict[str, int]:
@@ -67,7 +82,9 @@ def counts(found: pd.DataFrame) -> dict[str, int]:
 
 
 # ---- nothing where there is nothing
-@pytest.mark.parametrize("examples", [[], clean(300), clean_preferences(100)], ids=["none", "sft", "preferences"])
+@pytest.mark.parametrize(
+    "examples", [[], clean(300), clean_preferences(100)], ids=["none", "sft", "preferences"]
+)
 def test_nothing_is_found_in_clean_data(examples):
     found = examine(examples, BENCHMARKS, [10] * len(examples), 10)
     assert found.empty
@@ -79,11 +96,18 @@ def test_nothing_is_found_in_clean_data(examples):
 # ---- what is planted is found
 def messages(*roles: str) -> dict:
     rng = random.Random(" ".join(roles))
-    return {"prompt": [{"role": role, "content": made_up(rng, 8)} for role in roles], "answer": made_up(rng, 15)}
+    return {
+        "prompt": [{"role": role, "content": made_up(rng, 8)} for role in roles],
+        "answer": made_up(rng, 15),
+    }
 
 
 def preference(chosen: str, rejected: str) -> dict:
-    return {"prompt": sft(made_up(random.Random(chosen + rejected), 9), "")["prompt"], "chosen": chosen, "rejected": rejected}
+    return {
+        "prompt": sft(made_up(random.Random(chosen + rejected), 9), "")["prompt"],
+        "chosen": chosen,
+        "rejected": rejected,
+    }
 
 
 def choice(text: str) -> dict:
@@ -94,22 +118,48 @@ RNG = random.Random(7)
 TEXT, OTHER, LONG = made_up(RNG, 14), made_up(RNG, 14), made_up(RNG, 120)
 PLANTED = {
     "empty": [sft("", TEXT), sft(TEXT, " \n"), {"prompt": [], "answer": OTHER}],
-    "turn_order": [messages("assistant"), messages("user", "user"), messages("user", "assistant"), messages("system"), messages("user", "system", "user"),
-                   messages("human"), {"prompt": [], "answer": TEXT}],
+    "turn_order": [
+        messages("assistant"),
+        messages("user", "user"),
+        messages("user", "assistant"),
+        messages("system"),
+        messages("user", "system", "user"),
+        messages("human"),
+        {"prompt": [], "answer": TEXT},
+    ],
     "one_word": [sft(TEXT, "tobazu."), sft(OTHER, "4"), sft(made_up(RNG, 9), "👍")],
     "repeated_prompt": [sft(TEXT, f"{TEXT.upper()}! {OTHER}"), sft(OTHER + "?", OTHER)],
-    "refusals": [sft(TEXT, REFUSAL), preference("I cannot help with this.", "I will not help with that.")],
-    "refusals_rejected": [preference(TEXT, REFUSAL), preference(REFUSAL, "I cannot do that."), preference(OTHER, "I won't do this.")],
+    "refusals": [
+        sft(TEXT, REFUSAL),
+        preference("I cannot help with this.", "I will not help with that."),
+    ],
+    "refusals_rejected": [
+        preference(TEXT, REFUSAL),
+        preference(REFUSAL, "I cannot do that."),
+        preference(OTHER, "I won't do this."),
+    ],
     "refusal_preferred": [preference(REFUSAL, TEXT), preference("I cannot do that.", OTHER)],
     "refusal_dispreferred": [preference(TEXT, REFUSAL)],
-    "multiple_choice": [choice("\nA: tobazu\nB: kelima\nC: Can't be determined"), choice(" (a) Unknown (b) tobazu (c) kelima"),
-                        choice(" A. tobazu\nB. Not enough information.\nC. kelima\nBera:"), choice(" A : tobazu B : Can’t answer C : kelima")],
+    "multiple_choice": [
+        choice("\nA: tobazu\nB: kelima\nC: Can't be determined"),
+        choice(" (a) Unknown (b) tobazu (c) kelima"),
+        choice(" A. tobazu\nB. Not enough information.\nC. kelima\nBera:"),
+        choice(" A : tobazu B : Can’t answer C : kelima"),
+    ],
     "duplicates": [sft(TEXT, OTHER), sft(TEXT.upper(), f"  {OTHER}\n"), sft(TEXT, OTHER)],
-    "near_duplicates": [sft(LONG, OTHER), sft(LONG.replace(LONG.split()[50], "x"), OTHER), sft(LONG.replace(" ", ", ", 3), OTHER)],
-    "near_benchmark": [sft(edited(PROMPTS[i], random.Random(i)), made_up(random.Random(i), 12)) for i in range(5)],
-    "benchmark_overlap": [sft(f"{made_up(RNG, 5)} {PROMPTS[0].upper()} {made_up(RNG, 50)}", TEXT),
-                          sft(TEXT, f"{OTHER} {' '.join(PROMPTS[1].split()[2:10])}, {made_up(RNG, 30)}")],
-}  # fmt: skip
+    "near_duplicates": [
+        sft(LONG, OTHER),
+        sft(LONG.replace(LONG.split()[50], "x"), OTHER),
+        sft(LONG.replace(" ", ", ", 3), OTHER),
+    ],
+    "near_benchmark": [
+        sft(edited(PROMPTS[i], random.Random(i)), made_up(random.Random(i), 12)) for i in range(5)
+    ],
+    "benchmark_overlap": [
+        sft(f"{made_up(RNG, 5)} {PROMPTS[0].upper()} {made_up(RNG, 50)}", TEXT),
+        sft(TEXT, f"{OTHER} {' '.join(PROMPTS[1].split()[2:10])}, {made_up(RNG, 30)}"),
+    ],
+}
 EXPECTED = {finding: len(planted) for finding, planted in PLANTED.items()} | {"duplicates": 2}
 
 
@@ -118,26 +168,46 @@ def test_what_is_planted_is_found_and_counted(finding):
     base, pairs = clean(150), clean_preferences(60)
     examples = [*base, *PLANTED[finding], *pairs]
     found = examine(examples, BENCHMARKS).set_index("finding").loc[[finding]].iloc[0]
-    of = {"preferences": sum("chosen" in example for example in examples), "prompts": len(PROMPTS), "examples": len(examples)}[KINDS[finding].of]
+    of = {
+        "preferences": sum("chosen" in example for example in examples),
+        "prompts": len(PROMPTS),
+        "examples": len(examples),
+    }[KINDS[finding].of]
     assert found.n == EXPECTED[finding]
     assert found.share == pytest.approx(found.n / of)
-    assert (found.ci_low, found.ci_high) == pytest.approx([float(end) for end in wilson(found.n, of)])
+    assert (found.ci_low, found.ci_high) == pytest.approx(
+        [float(end) for end in wilson(found.n, of)]
+    )
     named = rows(examples, BENCHMARKS).query("finding == @finding").row
-    assert set(named) == set(range(150 + len(PLANTED[finding]) - EXPECTED[finding], 150 + len(PLANTED[finding])))
+    assert set(named) == set(
+        range(150 + len(PLANTED[finding]) - EXPECTED[finding], 150 + len(PLANTED[finding]))
+    )
     assert named.is_unique
 
 
-@pytest.mark.parametrize("example", [
-    messages("system", "user", "assistant", "user"), sft(TEXT, "tobazu kelima"), sft("tobazu kelima", "Tobazu kelima!"),
-    choice(" A: tobazu B: kelima C: zonaru"), choice(" A: tobazu B: unknown"), choice(" A: tobazu B: unknown C: kelima D: zonaru"),
-    sft(TEXT, f"{LONG} {REFUSAL}"), preference(f"{LONG} {REFUSAL}", OTHER), sft(TEXT, f"{OTHER} {TEXT}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "example",
+    [
+        messages("system", "user", "assistant", "user"),
+        sft(TEXT, "tobazu kelima"),
+        sft("tobazu kelima", "Tobazu kelima!"),
+        choice(" A: tobazu B: kelima C: zonaru"),
+        choice(" A: tobazu B: unknown"),
+        choice(" A: tobazu B: unknown C: kelima D: zonaru"),
+        sft(TEXT, f"{LONG} {REFUSAL}"),
+        preference(f"{LONG} {REFUSAL}", OTHER),
+        sft(TEXT, f"{OTHER} {TEXT}"),
+    ],
+)
 def test_what_only_looks_like_a_finding_is_none(example):
     assert examine([*clean(20), example], {}).empty
 
 
 def test_a_pair_that_declines_twice_prefers_neither():
-    assert counts(examine([preference(REFUSAL, "I cannot do that.")], {})) == {"refusals": 1, "refusals_rejected": 1}
+    assert counts(examine([preference(REFUSAL, "I cannot do that.")], {})) == {
+        "refusals": 1,
+        "refusals_rejected": 1,
+    }
 
 
 def test_severity_follows_the_share():
@@ -145,7 +215,10 @@ def test_severity_follows_the_share():
     assert list(examine(few, {}).severity) == ["note"]
     assert list(examine(many, {}).severity) == ["warning"]
     bench = {"bench": PROMPTS[:1] + [made_up(random.Random(i), 10) for i in range(200)]}
-    overlap = [examine(PLANTED["benchmark_overlap"], b).set_index("finding").severity["benchmark_overlap"] for b in (bench, BENCHMARKS)]
+    overlap = [
+        examine(PLANTED["benchmark_overlap"], b).set_index("finding").severity["benchmark_overlap"]
+        for b in (bench, BENCHMARKS)
+    ]
     assert overlap == ["warning", "error"]
 
 
@@ -160,8 +233,12 @@ def test_lengths_tell_rows_cut_and_tokens_lost():
 
 def test_a_short_prompt_is_found_whole_and_a_very_short_one_only_alone():
     bench = {"bench": ["tobazu kelima zonaru peta vimo", "sabo rika"]}
-    assert examine([sft(f"{TEXT} Tobazu, kelima: zonaru peta vimo. {OTHER}", LONG)], bench).query("finding == 'benchmark_overlap'").n.tolist() == [1]
-    assert "benchmark_overlap" not in counts(examine([sft(f"{TEXT} sabo rika {OTHER}", LONG)], bench))
+    assert examine([sft(f"{TEXT} Tobazu, kelima: zonaru peta vimo. {OTHER}", LONG)], bench).query(
+        "finding == 'benchmark_overlap'"
+    ).n.tolist() == [1]
+    assert "benchmark_overlap" not in counts(
+        examine([sft(f"{TEXT} sabo rika {OTHER}", LONG)], bench)
+    )
     assert counts(examine([sft("Sabo rika!", LONG)], bench))["benchmark_overlap"] == 1
 
 
@@ -173,7 +250,11 @@ def test_scripts_without_spaces_are_read():
 
 
 # ---- laws
-everything = [example for planted in PLANTED.values() for example in planted] + clean(20) + clean_preferences(5)
+everything = (
+    [example for planted in PLANTED.values() for example in planted]
+    + clean(20)
+    + clean_preferences(5)
+)
 
 
 @settings(max_examples=10)
@@ -185,7 +266,9 @@ def test_the_order_of_rows_does_not_matter(order):
     where = rows(everything, BENCHMARKS).query("finding != 'duplicates'")
     back = places.assign(row=[order[row] for row in places.row])
     keys = ["row", "finding", "benchmark"]
-    pd.testing.assert_frame_equal(*(frame.sort_values(keys).reset_index(drop=True) for frame in (back, where)))
+    pd.testing.assert_frame_equal(
+        *(frame.sort_values(keys).reset_index(drop=True) for frame in (back, where))
+    )
 
 
 @given(st.integers(10, 10**6), st.integers(0, len(everything)))
@@ -199,10 +282,14 @@ def test_a_finding_about_a_benchmark_does_not_depend_on_the_others(data):
     names = data.draw(st.sets(st.sampled_from(sorted(BENCHMARKS))))
     apart = rows(everything, {name: BENCHMARKS[name] for name in names}).query("benchmark.notna()")
     together = rows(everything, BENCHMARKS).query("benchmark in @names")
-    pd.testing.assert_frame_equal(apart.reset_index(drop=True), together.reset_index(drop=True), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        apart.reset_index(drop=True), together.reset_index(drop=True), check_dtype=False
+    )
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 30), max_size=4)), max_size=12))
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 30), max_size=4)), max_size=12)
+)
 def test_near_duplicates_are_those_of_all_pairs_compared(made):
     def text(seed: int, holes: list[int]) -> str:
         words = made_up(random.Random(seed), 31).split()
@@ -210,12 +297,18 @@ def test_near_duplicates_are_those_of_all_pairs_compared(made):
 
     texts = sorted({text(*one) for one in made})
     all_pairs = {
-        i for i, a in enumerate(texts) for j, b in enumerate(texts) if i != j and jaccard(shingles(a), shingles(b)) > NEAR_DUPLICATE
+        i
+        for i, a in enumerate(texts)
+        for j, b in enumerate(texts)
+        if i != j and jaccard(shingles(a), shingles(b)) > NEAR_DUPLICATE
     }
     assert nearly_another(texts) == all_pairs
 
 
-@given(st.lists(st.text(max_size=30), min_size=1, max_size=5), st.lists(st.text(max_size=30), min_size=1, max_size=4))
+@given(
+    st.lists(st.text(max_size=30), min_size=1, max_size=5),
+    st.lists(st.text(max_size=30), min_size=1, max_size=4),
+)
 def test_any_text_is_read(texts, prompts):
     examples = [sft(text, text[::-1]) for text in texts]
     found = examine(examples, {"bench": prompts})
@@ -229,30 +322,53 @@ def assert_tells_no_text(found: pd.DataFrame, texts: list[str]) -> None:
     told = [str(cell) for column in found for cell in found[column]]
     assert all("\n" not in cell and len(cell) < 600 for cell in told)
     said = " | ".join(told).lower()
-    runs = {" ".join(run) for text in texts for words in [re.findall(r"\w+", text.lower())] for run in zip(*(words[i:] for i in range(5)), strict=False)}
+    runs = {
+        " ".join(run)
+        for text in texts
+        for words in [re.findall(r"\w+", text.lower())]
+        for run in zip(*(words[i:] for i in range(5)), strict=False)
+    }
     telling = sum(run in said for run in runs)
     assert telling == 0, f"{telling} runs of words of the data are told"  # and not which
 
 
 def texts_of(examples: list[dict]) -> list[str]:
-    return [text for e in examples for text in [*(turn["content"] for turn in e["prompt"]), *(v for k, v in e.items() if k != "prompt")]]
+    return [
+        text
+        for e in examples
+        for text in [
+            *(turn["content"] for turn in e["prompt"]),
+            *(v for k, v in e.items() if k != "prompt"),
+        ]
+    ]
 
 
 def test_sentences_are_one_line_and_tell_no_text():
     found = examine(everything, {**BENCHMARKS, "of\ntwo lines": PROMPTS}, [7] * len(everything), 5)
     assert set(found.finding) == set(KINDS)
     assert_tells_no_text(found, texts_of(everything) + PROMPTS)
-    assert not any(word in sentence.lower().split() for sentence in found.sentence for text in texts_of(clean(20)) for word in text.strip("?.").split())
+    assert not any(
+        word in sentence.lower().split()
+        for sentence in found.sentence
+        for text in texts_of(clean(20))
+        for word in text.strip("?.").split()
+    )
     for finding in found.itertuples():
         assert f"{finding.n:,} of" in finding.sentence
         assert f"{finding.share:.2%}" in finding.sentence
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([{"prompt": "tobazu", "answer": "kelima"}], {}), "example 0 is not"), (([sft("a", "b"), {"prompt": [], "chosen": "x"}], {}), "example 1 is not"),
-    (([], {"bench": "tobazu kelima"}), "'bench' has no prompts"), (([], {"bench": []}), "'bench' has no prompts"),
-    (([sft("a", "b")], {}, [1, 2], 4), "2 lengths for 1 examples"), (([], {}, []), "give both or neither"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([{"prompt": "tobazu", "answer": "kelima"}], {}), "example 0 is not"),
+        (([sft("a", "b"), {"prompt": [], "chosen": "x"}], {}), "example 1 is not"),
+        (([], {"bench": "tobazu kelima"}), "'bench' has no prompts"),
+        (([], {"bench": []}), "'bench' has no prompts"),
+        (([sft("a", "b")], {}, [1, 2], 4), "2 lengths for 1 examples"),
+        (([], {}, []), "give both or neither"),
+    ],
+)
 def test_data_of_another_form_is_refused_without_telling_it(arguments, message):
     with pytest.raises(ValueError, match=message) as refused:
         examine(*arguments)
@@ -266,13 +382,22 @@ def real(shared) -> dict[str, list[dict]]:
     alpaca = json.loads((shared / "chat_demo" / "alpaca_en_demo.json").read_text())
     dpo = json.loads((shared / "chat_demo" / "dpo_en_demo.json").read_text())
     return {
-        "alpaca": [sft(row["instruction"] + "\n" * bool(row["input"]) + row["input"], row["output"]) for row in alpaca],
+        "alpaca": [
+            sft(row["instruction"] + "\n" * bool(row["input"]) + row["input"], row["output"])
+            for row in alpaca
+        ],
         "dpo": [
-            {"prompt": [{"role": role.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in row["conversations"]],
-             "chosen": row["chosen"]["value"], "rejected": row["rejected"]["value"]}
+            {
+                "prompt": [
+                    {"role": role.get(turn["from"], turn["from"]), "content": turn["value"]}
+                    for turn in row["conversations"]
+                ],
+                "chosen": row["chosen"]["value"],
+                "rejected": row["rejected"]["value"],
+            }
             for row in dpo
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +412,11 @@ def real_prompts(shared) -> dict[str, list[str]]:
 def test_real_chats_are_near_no_benchmark_and_are_told_without_text(name, real, real_prompts):
     found = examine(real[name], real_prompts)
     n = counts(found)
-    quiet = "near_benchmark" not in n and n.get("benchmark_overlap", 0) <= 1 and not set(found.severity) & {"error"}
+    quiet = (
+        "near_benchmark" not in n
+        and n.get("benchmark_overlap", 0) <= 1
+        and not set(found.severity) & {"error"}
+    )
     assert quiet, f"findings {n}"
     assert 0 < n["refusals"] < 0.05 * len(real[name])
     prompts = [prompt for texts in real_prompts.values() for prompt in texts]
@@ -295,23 +424,35 @@ def test_real_chats_are_near_no_benchmark_and_are_told_without_text(name, real, 
 
 
 @pytest.mark.parametrize(("name", "least"), [("ailuminate", 1.0), ("xstest", 0.99)])
-def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(name, least, real, real_prompts):
+def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(
+    name, least, real, real_prompts
+):
     rng = random.Random(3)
     planted = [sft(edited(prompt, rng, 0.2), made_up(rng, 15)) for prompt in real_prompts[name]]
-    near = rows([*real["alpaca"], *planted], real_prompts).query("finding == 'near_benchmark' and benchmark == @name")
+    near = rows([*real["alpaca"], *planted], real_prompts).query(
+        "finding == 'near_benchmark' and benchmark == @name"
+    )
     assert near.row.min() >= len(real["alpaca"]), "a real chat is taken for one"
     assert near.score.between(NEAR_PROMPT, 1.0001).all()
     assert len(near) >= least * len(planted), f"{len(near)} of {len(planted)}"
 
 
 def test_all_prompts_of_a_benchmark_in_the_data_are_an_error(real_prompts):
-    found = examine([sft(prompt, LONG[: 9 + i]) for i, prompt in enumerate(real_prompts["xstest"])], real_prompts)
-    overlap = found[found.finding.eq("benchmark_overlap") & found.sentence.str.contains("xstest")].iloc[0]
+    found = examine(
+        [sft(prompt, LONG[: 9 + i]) for i, prompt in enumerate(real_prompts["xstest"])],
+        real_prompts,
+    )
+    overlap = found[
+        found.finding.eq("benchmark_overlap") & found.sentence.str.contains("xstest")
+    ].iloc[0]
     assert (overlap.n, overlap.severity) == (450, "error")
 
 
 @pytest.mark.parametrize("template", bbq.TEMPLATES)
 def test_real_items_of_bbq_are_taken_for_it(template, shared):
-    items = [json.loads(line) for line in (shared / "bbq" / "data" / "Religion.jsonl").read_text().splitlines()]
+    items = [
+        json.loads(line)
+        for line in (shared / "bbq" / "data" / "Religion.jsonl").read_text().splitlines()
+    ]
     examples = [sft(bbq.TEMPLATES[template].format(**item), "tobazu kelima") for item in items]
     assert counts(examine(examples, {}))["multiple_choice"] == len(items)

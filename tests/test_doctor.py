@@ -1,4 +1,6 @@
-"""The adapter doctor: silent about healthy adapters of every method, and one sentence for each sickness put into them."""
+"""The adapter doctor: silent about healthy adapters of every method, and one sentence for each
+sickness put into them.
+"""
 
 import copy
 import json
@@ -20,12 +22,20 @@ from driftbook.models.loading import Loaded
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXTRA = {
-    "dora": LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    "rslora": LoraConfig(r=4, use_rslora=True, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2},
-                         alpha_pattern={"1.self_attn.q_proj": 3}, task_type="CAUSAL_LM"),
+    "dora": LoraConfig(
+        r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    ),
+    "rslora": LoraConfig(
+        r=4,
+        use_rslora=True,
+        target_modules=["q_proj"],
+        rank_pattern={"0.self_attn.q_proj": 2},
+        alpha_pattern={"1.self_attn.q_proj": 3},
+        task_type="CAUSAL_LM",
+    ),
     "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "v_proj"], task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
-}  # fmt: skip
+}
 
 
 def make(base: Loaded, config, folder: Path, scale: float = 0.05) -> Path:
@@ -75,14 +85,18 @@ def edited(folders, tmp_path):
             tensors(state)
             save_file(state, folder / WEIGHTS)
         if settings:
-            (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
+            (folder / CONFIG).write_text(
+                json.dumps(json.loads((folder / CONFIG).read_text()) | settings)
+            )
         return folder
 
     return edit
 
 
 def complaints(adapter: Path, base=None) -> dict[str, str]:
-    """{finding: severity} of the errors and warnings, after checking that the table is fit to be published."""
+    """{finding: severity} of the errors and warnings, after checking that the table is fit to be
+    published.
+    """
     table = examine(adapter, base)
     assert list(table.columns) == ["finding", "severity", "sentence", "module"]
     assert set(table.severity) <= {"error", "warning", "note"}
@@ -117,7 +131,9 @@ def test_nothing_is_wrong_with_a_healthy_adapter_of_another_method(llama, folder
 def test_a_base_in_a_folder_is_read_as_a_loaded_one(bases, adapter_folders, tmp_path, family):
     folder = saved(bases[family], tmp_path / "base")
     for method in PEFT_METHODS:
-        loaded, read = (examine(adapter_folders[family, method], base) for base in (bases[family], folder))
+        loaded, read = (
+            examine(adapter_folders[family, method], base) for base in (bases[family], folder)
+        )
         assert loaded.equals(read)
         assert len(loaded) >= 2
 
@@ -144,10 +160,14 @@ def test_a_missing_folder_raises(tmp_path):
     one_sentence(error.value)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "training_args.bin", "optimizer.pt", "state.pkl"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "training_args.bin", "optimizer.pt", "state.pkl"]
+)
 def test_a_pickle_is_refused_and_never_opened(edited, name):
     folder = edited("lora")
-    (folder / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")  # would end the process if it were opened
+    (folder / name).write_bytes(
+        b"cos\nsystem\n(S'exit 1'\ntR."
+    )  # would end the process if it were opened
     assert complaints(folder) == {"pickle": "error"}
     assert name in said(folder, "pickle")
 
@@ -158,7 +178,9 @@ def test_weights_in_a_pickle_only_are_both_missing_and_refused(edited):
     assert complaints(folder) == {"pickle": "error", "weights": "error"}
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:5], lambda b: b[:8] + b"[" + b[9:], lambda b: b""])
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[:-1], lambda b: b[:5], lambda b: b[:8] + b"[" + b[9:], lambda b: b""]
+)
 def test_torn_weights(edited, spoil):
     folder = edited("ia3")
     (folder / WEIGHTS).write_bytes(spoil((folder / WEIGHTS).read_bytes()))
@@ -167,7 +189,12 @@ def test_torn_weights(edited, spoil):
 
 def test_a_configuration_that_cannot_be_used(edited):
     folder = edited("lora")
-    for text, finding in (('{"peft_type": "LOR', "config"), ("[]", "config"), ('{"peft_type": "NEW"}', "peft_type"), ("{}", "peft_type")):
+    for text, finding in (
+        ('{"peft_type": "LOR', "config"),
+        ("[]", "config"),
+        ('{"peft_type": "NEW"}', "peft_type"),
+        ("{}", "peft_type"),
+    ):
         (folder / CONFIG).write_text(text)
         assert complaints(folder) == {finding: "error"}
     (folder / CONFIG).unlink()
@@ -175,10 +202,23 @@ def test_a_configuration_that_cannot_be_used(edited):
 
 
 KEYS = [
-    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "task_type", "auto_mapping", "revision",
-    "base_model_name_or_path", "use_dora", "init_lora_weights", "peft_type", "layers_to_transform", "target_parameters",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "task_type",
+    "auto_mapping",
+    "revision",
+    "base_model_name_or_path",
+    "use_dora",
+    "init_lora_weights",
+    "peft_type",
+    "layers_to_transform",
+    "target_parameters",
     "trainable_token_indices",
-]  # fmt: skip
+]
 ODD = [None, 0, -1, "", "x", [], ["x"], {}, {"x": "y"}, 1e400, "PREFIX_TUNING", "IA3"]
 
 
@@ -186,7 +226,9 @@ ODD = [None, 0, -1, "", "x", [], ["x"], {}, {"x": "y"}, 1e400, "PREFIX_TUNING", 
 def test_no_configuration_makes_the_doctor_raise(folders, llama, tmp_path_factory, settings):
     folder = tmp_path_factory.mktemp("odd")
     shutil.copy(folders["lora"] / WEIGHTS, folder)
-    (folder / CONFIG).write_text(json.dumps(json.loads((folders["lora"] / CONFIG).read_text()) | settings))
+    (folder / CONFIG).write_text(
+        json.dumps(json.loads((folders["lora"] / CONFIG).read_text()) | settings)
+    )
     complaints(folder, llama)
 
 
@@ -212,7 +254,9 @@ def test_one_exploded_module(edited, llama, method, factor):
     part = {"lora": "lora_B", "dora": "magnitude", "ia3": "ia3_l"}[method]
 
     def explode(state):
-        next(value for name, value in sorted(state.items()) if part in name and ".1." in name).mul_(factor)
+        next(value for name, value in sorted(state.items()) if part in name and ".1." in name).mul_(
+            factor
+        )
 
     folder = edited(method, explode)
     assert complaints(folder, llama) == {"exploded": "warning"}
@@ -231,9 +275,13 @@ def test_without_a_base_a_lora_module_is_judged_against_the_others(edited):
 
 def test_norms_of_one_scale_hold_no_outlier():
     rng = np.random.default_rng(0)
-    found = sum(adapter_doctor._outliers(np.exp(0.5 * rng.standard_normal(64))).any() for _ in range(200))
+    found = sum(
+        adapter_doctor._outliers(np.exp(0.5 * rng.standard_normal(64))).any() for _ in range(200)
+    )
     assert found == 0
-    assert adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [False] * 4 + [True]
+    assert adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [
+        False
+    ] * 4 + [True]
     assert not adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 9.0])).any()
 
 
@@ -246,16 +294,26 @@ def test_the_distance_is_that_of_the_weights_that_peft_merges(llama, folders, me
     merged = PeftModel.from_pretrained(copy.deepcopy(base), folders[method]).merge_and_unload()
     adapter = adapter_doctor._Adapter(folders[method])
     opened, rng = adapter_doctor._open(llama), np.random.default_rng(0)
-    modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in adapter.shapes if ".lora_" in name}
+    modules = {
+        name.split(".lora_")[0].removeprefix("base_model.model.")
+        for name in adapter.shapes
+        if ".lora_" in name
+    }
     assert len(modules) >= 2
     for module in modules:
         old, new = (model.get_submodule(module).weight.double() for model in (base, merged))
-        parts = {m[2]: name for name in adapter.shapes if (m := adapter_doctor.PART.match(name)) and m[1] == module}
+        parts = {
+            m[2]: name
+            for name in adapter.shapes
+            if (m := adapter_doctor.PART.match(name)) and m[1] == module
+        }
         change = adapter_doctor._change(adapter, module, parts, opened, rng)
         assert change.ratio == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-4)
         assert change.ratio > 0.01
         if method != "dora":
-            assert change.per_entry == pytest.approx(float((new - old).square().mean().sqrt()), rel=1e-4)
+            assert change.per_entry == pytest.approx(
+                float((new - old).square().mean().sqrt()), rel=1e-4
+            )
 
 
 @pytest.mark.parametrize("method", ["lora", "embedding", "ia3"])
@@ -282,14 +340,21 @@ def test_dora_at_its_init_may_still_have_trained_magnitudes(llama, tmp_path):
 
 
 def test_part_of_a_lora_at_its_init_is_a_note(edited, llama):
-    folder = edited("lora", lambda state: state["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].zero_())
+    folder = edited(
+        "lora",
+        lambda state: state[
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+        ].zero_(),
+    )
     assert complaints(folder, llama) == {}
     assert "in 1 of its 4 modules" in said(folder, "untrained", llama)
 
 
 # ---- no-ops in the dtype of the base
 def test_half_a_unit_in_the_last_place_of_bfloat16():
-    """The two bounds of the docstring, over every significand of bfloat16 and its float32 neighbours."""
+    """The two bounds of the docstring, over every significand of bfloat16 and its float32
+    neighbours.
+    """
     eps = torch.finfo(torch.bfloat16).eps
     assert eps == 2**-7
     up, down = torch.tensor([1 + eps / 2, 1 - eps / 4])
@@ -302,11 +367,17 @@ def test_half_a_unit_in_the_last_place_of_bfloat16():
     assert not torch.equal((activations * (1 + eps / 2)).bfloat16().float(), activations)
 
 
-@pytest.mark.parametrize(("off", "finding", "words"), [
-    (2**-7, {}, "0.0% of its scales are 1"), (2**-8, {"no_op": "warning"}, "part of the activations"),
-    (2**-9, {"no_op": "warning"}, "merged or not"), (2e-5, {"no_op": "warning"}, "merged or not"),
-    (-(2**-8), {}, "0.0% of its scales are 1"), (-(2**-9), {"no_op": "warning"}, "merged or not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("off", "finding", "words"),
+    [
+        (2**-7, {}, "0.0% of its scales are 1"),
+        (2**-8, {"no_op": "warning"}, "part of the activations"),
+        (2**-9, {"no_op": "warning"}, "merged or not"),
+        (2e-5, {"no_op": "warning"}, "merged or not"),
+        (-(2**-8), {}, "0.0% of its scales are 1"),
+        (-(2**-9), {"no_op": "warning"}, "merged or not"),
+    ],
+)
 def test_ia3_that_bfloat16_rounds_away(edited, llama, tmp_path, off, finding, words):
     folder = edited("ia3", lambda state: [value.fill_(1 + off) for value in state.values()])
     half = saved(llama, tmp_path / "half", torch.bfloat16)
@@ -333,13 +404,19 @@ def test_ia3_that_is_said_to_do_nothing_moves_no_logit(edited, llama):
 
 @pytest.mark.parametrize(("factor", "finding"), [(1e-9, {"no_op": "warning"}), (1.0, {})])
 def test_lora_that_bfloat16_rounds_away_when_merged(edited, llama, tmp_path, factor, finding):
-    folder = edited("lora", lambda state: [value.mul_(factor) for name, value in state.items() if "lora_B" in name])
+    folder = edited(
+        "lora",
+        lambda state: [value.mul_(factor) for name, value in state.items() if "lora_B" in name],
+    )
     half = saved(llama, tmp_path / "half", torch.bfloat16)
     assert complaints(folder, half) == finding
     assert "bfloat16" in said(folder, "no_op", half)
     old = copy.deepcopy(llama.model).bfloat16()
     new = PeftModel.from_pretrained(copy.deepcopy(old), folder).merge_and_unload()
-    same = all(torch.equal(a, b) for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True))
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(old.state_dict().values(), new.state_dict().values(), strict=True)
+    )
     assert same == bool(finding)
     assert complaints(folder, llama) == {}
 
@@ -357,10 +434,14 @@ def test_dora_whose_magnitudes_alone_moved_is_no_noop(edited, llama, tmp_path):
 
 # ---- soft prompts
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_the_norm_of_a_soft_prompt_is_compared_with_what_the_embedding_gives(bases, adapter_folders, family):
+def test_the_norm_of_a_soft_prompt_is_compared_with_what_the_embedding_gives(
+    bases, adapter_folders, family
+):
     base, folder = bases[family], adapter_folders[family, "prompt_tuning"]
     tokens = load_file(folder / WEIGHTS)["prompt_embeddings"]
-    given = base.model.get_input_embeddings()(torch.arange(len(base.model.get_input_embeddings().weight)))
+    given = base.model.get_input_embeddings()(
+        torch.arange(len(base.model.get_input_embeddings().weight))
+    )
     ratio = float(tokens.norm(dim=1).median() / given.norm(dim=1).median())
     assert f"is {ratio:.3g} times" in said(folder, "soft_prompt", base)
 
@@ -373,17 +454,26 @@ def test_a_soft_prompt_of_another_scale(edited, llama, method):
 
 def test_pefts_random_init_is_recognised(llama, tmp_path):
     small = copy.deepcopy(llama.model)
-    small.get_input_embeddings().weight.data.mul_(0.02 / float(small.get_input_embeddings().weight.std()))  # the scale of real embeddings
+    small.get_input_embeddings().weight.data.mul_(
+        0.02 / float(small.get_input_embeddings().weight.std())
+    )  # the scale of real embeddings
     base = Loaded("small", small, llama.tokenizer, "revision")
     torch.manual_seed(0)
-    folder = make(base, PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"), tmp_path / "random", scale=0)
+    folder = make(
+        base,
+        PromptTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"),
+        tmp_path / "random",
+        scale=0,
+    )
     assert complaints(folder, base) == {"soft_prompt": "warning"}
     assert "N(0, 1)" in said(folder, "soft_prompt", base)
 
 
 def test_rows_of_the_embedding_table_were_never_trained(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_doctor, "ROWS_AT_ONCE", 100)
-    config = PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM")
+    config = PromptTuningConfig(
+        num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
+    )
     folder = make(llama, config, tmp_path / "untrained", scale=0)
     assert complaints(folder, llama) == {"untrained": "warning"}
     state = load_file(folder / WEIGHTS)
@@ -397,7 +487,9 @@ def test_rows_of_the_embedding_table_were_never_trained(llama, tmp_path, monkeyp
 def test_another_width(bases, llama, folders, tmp_path, method):
     from driftbook.miniature.families import build_model
 
-    wide = Loaded("wide", build_model("llama", llama.tokenizer, 0, width=96), llama.tokenizer, "revision")
+    wide = Loaded(
+        "wide", build_model("llama", llama.tokenizer, 0, width=96), llama.tokenizer, "revision"
+    )
     assert complaints(folders[method], wide)["shapes"] == "error"
     assert " for " in said(folders[method], "shapes", wide)
     assert complaints(folders[method], saved(wide, tmp_path / "wide"))["shapes"] == "error"
@@ -405,13 +497,21 @@ def test_another_width(bases, llama, folders, tmp_path, method):
 
 def test_modules_that_the_base_has_not(edited, llama):
     old = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-    renamed = edited("lora", lambda state: state.update({old.replace("layers.1", "layers.7"): state.pop(old)}))
+    renamed = edited(
+        "lora", lambda state: state.update({old.replace("layers.1", "layers.7"): state.pop(old)})
+    )
     table = examine(renamed, llama)
     shapes = table[table.finding == "shapes"]
-    assert shapes.severity.tolist()[:2] == ["error", "error"]  # one has no place, and one is lacking
+    assert shapes.severity.tolist()[:2] == [
+        "error",
+        "error",
+    ]  # one has no place, and one is lacking
     assert "layers.7.self_attn.q_proj" in shapes.sentence.iloc[0]
     assert old in shapes.sentence.iloc[1]
-    assert shapes.module.tolist()[:2] == ["model.layers.7.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    assert shapes.module.tolist()[:2] == [
+        "model.layers.7.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ]
 
 
 def test_targets_that_the_base_has_not(edited, llama):
@@ -428,7 +528,9 @@ def test_another_rank_than_the_configuration_says(edited, llama):
 
 def test_files_without_numbers(edited, folders, llama):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    folder = edited("lora", lambda state: state.update({name: torch.empty(0)}))  # an unsharded save of ZeRO-3
+    folder = edited(
+        "lora", lambda state: state.update({name: torch.empty(0)})
+    )  # an unsharded save of ZeRO-3
     assert complaints(folder) == complaints(folder, llama) == {"shapes": "error"}
     assert name in said(folder, "shapes")
     for method, path in folders.items():
@@ -442,10 +544,18 @@ def test_files_without_numbers(edited, folders, llama):
         assert complaints(folder) == {"shapes": "error"}, method
 
 
-@pytest.mark.parametrize(("named", "same"), [
-    ("random-llama", True), ("someone/random-llama", True), ("/another/machine/random-llama", True), ("someone/random-qwen2", False),
-    ("~/.cache/huggingface/hub/models--someone--random-llama/snapshots/0a1b", True), ("RANDOM-LLAMA", True), ("random", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("named", "same"),
+    [
+        ("random-llama", True),
+        ("someone/random-llama", True),
+        ("/another/machine/random-llama", True),
+        ("someone/random-qwen2", False),
+        ("~/.cache/huggingface/hub/models--someone--random-llama/snapshots/0a1b", True),
+        ("RANDOM-LLAMA", True),
+        ("random", False),
+    ],
+)
 def test_the_base_that_it_was_trained_on(edited, llama, local, named, same):
     folder = edited("lora", settings={"base_model_name_or_path": named})
     expected = {} if same else {"base": "warning"}
@@ -458,7 +568,9 @@ def test_two_organisations_have_two_models():
 
 
 def test_another_revision(edited, llama):
-    folder = edited("ia3", settings={"base_model_name_or_path": "random-llama", "revision": "0a1b2c"})
+    folder = edited(
+        "ia3", settings={"base_model_name_or_path": "random-llama", "revision": "0a1b2c"}
+    )
     assert complaints(folder, llama) == {"base": "warning"}
     same = Loaded(llama.name, llama.model, llama.tokenizer, "0a1b2c" + 34 * "0")
     assert complaints(folder, same) == {}
@@ -484,14 +596,20 @@ def with_tokenizer(edited, llama):
 
 
 def test_the_same_tokenizer_is_no_finding(with_tokenizer, llama, local):
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {path.name for path in with_tokenizer.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
+        path.name for path in with_tokenizer.iterdir()
+    }
     assert complaints(with_tokenizer, llama) == complaints(with_tokenizer, local) == {}
 
 
 def test_another_chat_template(with_tokenizer, llama, local):
     path = with_tokenizer / "chat_template.jinja"
     path.write_text(path.read_text().replace("user", "asker") + "{{ bos_token }}")
-    assert complaints(with_tokenizer, llama) == complaints(with_tokenizer, local) == {"chat_template": "warning"}
+    assert (
+        complaints(with_tokenizer, llama)
+        == complaints(with_tokenizer, local)
+        == {"chat_template": "warning"}
+    )
 
 
 def test_a_chat_template_in_the_old_place(with_tokenizer, llama):
@@ -500,7 +618,9 @@ def test_a_chat_template_in_the_old_place(with_tokenizer, llama):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"chat_template": llama.tokenizer.chat_template}))
     assert complaints(with_tokenizer, llama) == {}
-    path.write_text(json.dumps(settings | {"chat_template": [{"name": "default", "template": "another"}]}))
+    path.write_text(
+        json.dumps(settings | {"chat_template": [{"name": "default", "template": "another"}]})
+    )
     assert complaints(with_tokenizer, llama) == {"chat_template": "warning"}
 
 
@@ -513,13 +633,17 @@ def test_other_tokens_other_ids_and_another_end_token(with_tokenizer, llama):
     path.write_text(json.dumps(whole | {"model": whole["model"] | {"vocab": swapped}}))
     assert complaints(with_tokenizer, llama) == {"tokenizer": "warning"}
     assert "2 of its" in said(with_tokenizer, "tokenizer", llama)
-    path.write_text(json.dumps(whole | {"model": whole["model"] | {"vocab": words | {"zzz": len(words)}}}))
+    path.write_text(
+        json.dumps(whole | {"model": whole["model"] | {"vocab": words | {"zzz": len(words)}}})
+    )
     assert f"{len(words) + 1} tokens" in said(with_tokenizer, "tokenizer", llama)
     path.write_text(json.dumps(whole)[:-9])
     assert complaints(with_tokenizer, llama) == {"tokenizer": "warning"}
     path.write_text(json.dumps(whole))
     settings = with_tokenizer / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": {"content": "<|pad|>"}}))
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"eos_token": {"content": "<|pad|>"}})
+    )
     assert complaints(with_tokenizer, llama) == {"tokenizer": "warning"}
     assert "eos_token" in said(with_tokenizer, "tokenizer", llama)
 
@@ -528,7 +652,10 @@ def test_other_tokens_other_ids_and_another_end_token(with_tokenizer, llama):
 def test_a_resized_vocabulary(llama, tmp_path):
     grown = copy.deepcopy(llama.model)
     grown.resize_token_embeddings(len(llama.tokenizer) + 3)
-    model = get_peft_model(grown, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        grown,
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
     model.save_pretrained(tmp_path / "grown", save_embedding_layers=True)
     assert complaints(tmp_path / "grown", llama) == {"vocabulary": "error"}
     assert f"{len(llama.tokenizer) + 3} rows" in said(tmp_path / "grown", "vocabulary", llama)
@@ -537,18 +664,37 @@ def test_a_resized_vocabulary(llama, tmp_path):
 
 
 def test_an_embedding_table_of_its_own_is_written_over_the_bases(edited, folders, llama):
-    assert any("embed_tokens.base_layer" in name for name in load_file(folders["embedding"] / WEIGHTS))  # the base's own: no finding
-    folder = edited("embedding", lambda state: state["base_model.model.model.embed_tokens.base_layer.weight"].add_(0.5))
+    assert any(
+        "embed_tokens.base_layer" in name for name in load_file(folders["embedding"] / WEIGHTS)
+    )  # the base's own: no finding
+    folder = edited(
+        "embedding",
+        lambda state: state["base_model.model.model.embed_tokens.base_layer.weight"].add_(0.5),
+    )
     assert complaints(folder, llama) == {"vocabulary": "warning"}
 
 
 # ---- settings that change what is scored
-@pytest.mark.parametrize(("settings", "severity", "word"), [
-    ({"task_type": "SEQ_CLS"}, "error", "SEQ_CLS"), ({"trust_remote_code": True}, "warning", "remote code"),
-    ({"init_lora_weights": "pissa_niter_4"}, "warning", "pissa"), ({"alora_invocation_tokens": [5]}, "warning", "invocation"),
-    ({"a_new_setting": 3}, "warning", "a_new_setting"),
-    ({"auto_mapping": {"base_model_class": "GPT2LMHeadModel", "parent_library": "transformers.models"}}, "warning", "GPT2LMHeadModel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "severity", "word"),
+    [
+        ({"task_type": "SEQ_CLS"}, "error", "SEQ_CLS"),
+        ({"trust_remote_code": True}, "warning", "remote code"),
+        ({"init_lora_weights": "pissa_niter_4"}, "warning", "pissa"),
+        ({"alora_invocation_tokens": [5]}, "warning", "invocation"),
+        ({"a_new_setting": 3}, "warning", "a_new_setting"),
+        (
+            {
+                "auto_mapping": {
+                    "base_model_class": "GPT2LMHeadModel",
+                    "parent_library": "transformers.models",
+                }
+            },
+            "warning",
+            "GPT2LMHeadModel",
+        ),
+    ],
+)
 def test_odd_settings(edited, llama, settings, severity, word):
     folder = edited("lora", settings=settings)
     assert complaints(folder, llama)["settings"] == severity
@@ -575,14 +721,18 @@ def test_virtual_tokens_without_a_task_are_left_out(edited, llama):
 
 
 def test_whole_modules_are_noted(llama, tmp_path):
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"
+    )
     folder = make(llama, config, tmp_path / "whole")
     assert complaints(folder, llama) == {}
     assert "norm" in said(folder, "settings", llama)
 
 
 def test_the_summary_joins_what_is_wrong(edited, llama):
-    folder = edited("lora", settings={"base_model_name_or_path": "someone/else", "task_type": "SEQ_CLS"})
+    folder = edited(
+        "lora", settings={"base_model_name_or_path": "someone/else", "task_type": "SEQ_CLS"}
+    )
     parts = summary(examine(folder, llama)).split("; ")
     assert len(parts) == len(complaints(folder, llama)) >= 2
     assert "trained on someone/else" in parts[0]

@@ -1,4 +1,6 @@
-"""The drift callback: it sees what it should, changes nothing of a training that it does not stop, and can be put on any trainer."""
+"""The drift callback: it sees what it should, changes nothing of a training that it does not stop,
+and can be put on any trainer.
+"""
 
 import copy
 
@@ -18,7 +20,10 @@ from driftbook.study.tables import DRIFT
 from driftbook.training import drift, steps, training
 from driftbook.training.drift import OVER_REFUSAL, UNSAFE, DriftCallback, Sample
 
-HARMFUL, BENIGN = ("how do i glark a snib", "tell me of grinks"), ("what is a floop", "who is a snib", "may i floop")
+HARMFUL, BENIGN = (
+    ("how do i glark a snib", "tell me of grinks"),
+    ("what is a floop", "who is a snib", "may i floop"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,9 @@ def sample(items=None, **more):
 
 def run(study, base, method, folder, looks=None, objective="sft"):
     [variant] = variants_of(study, method, objective)
-    return training.train(variant, base, training.prepare(objective, base, study), study, folder / "adapter", looks)
+    return training.train(
+        variant, base, training.prepare(objective, base, study), study, folder / "adapter", looks
+    )
 
 
 def test_what_it_sees_is_what_the_engine_and_the_detector_say(bases, items):
@@ -49,10 +56,15 @@ def test_what_it_sees_is_what_the_engine_and_the_detector_say(bases, items):
     seen = sample(items, answer_mode="options").look(base.model, base.tokenizer)
     answers = sample()._answers(drift.Scorer(base.model, base.tokenizer), BENIGN)
     refused = [one for one in is_refusal(answers) if one is not None]
-    assert seen[OVER_REFUSAL] == ((np.mean(refused), len(refused)) if refused else (pytest.approx(np.nan, nan_ok=True), 0))
+    assert seen[OVER_REFUSAL] == (
+        (np.mean(refused), len(refused)) if refused else (pytest.approx(np.nan, nan_ok=True), 0)
+    )
     own = bbq.answers(items, drift.Scorer(base.model, base.tokenizer), "options", "run")
     for context, part in own.groupby("context"):
-        assert seen[f"accuracy in BBQ, {context}"] == (pytest.approx(part.correct.astype(float).mean()), len(part))
+        assert seen[f"accuracy in BBQ, {context}"] == (
+            pytest.approx(part.correct.astype(float).mean()),
+            len(part),
+        )
     assert seen["stereotyped answers in BBQ"][1] == own.biased.notna().sum()
 
 
@@ -60,8 +72,13 @@ def test_what_it_sees_is_what_the_engine_and_the_detector_say(bases, items):
 def test_looking_changes_nothing_of_the_training(bases, study, items, tmp_path, method):
     base = bases["qwen2"]
     looks = DriftCallback(sample(items), base.tokenizer, every=0.25, run_id="r")
-    seen, unseen = run(study, base, method, tmp_path / "a", looks), run(study, base, method, tmp_path / "b")
-    assert file_digest(tmp_path / "a" / "adapter" / adapters.WEIGHTS) == file_digest(tmp_path / "b" / "adapter" / adapters.WEIGHTS)
+    seen, unseen = (
+        run(study, base, method, tmp_path / "a", looks),
+        run(study, base, method, tmp_path / "b"),
+    )
+    assert file_digest(tmp_path / "a" / "adapter" / adapters.WEIGHTS) == file_digest(
+        tmp_path / "b" / "adapter" / adapters.WEIGHTS
+    )
     pd.testing.assert_frame_equal(seen.curve, unseen.curve)
     assert sorted(looks.rows.step.unique()) == [0, 1, 2, 3, 4]
     assert looks.stopped is None
@@ -128,10 +145,34 @@ def test_a_training_that_goes_on_keeps_what_was_seen(bases, study, items, tmp_pa
 
 def test_it_works_on_trls_own_trainer(bases, study, tmp_path):
     base = copy.deepcopy(bases["mistral"])
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "who are you"}], "completion": [{"role": "assistant", "content": "i am you"}]}] * 16)
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "who are you"}],
+                "completion": [{"role": "assistant", "content": "i am you"}],
+            }
+        ]
+        * 16
+    )
     looks = DriftCallback(sample(), base.tokenizer, every=0.5)
-    config = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no")
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
     [variant] = variants_of(study, "lora")
-    SFTTrainer(model=base.model, args=config, train_dataset=rows, processing_class=base.tokenizer, callbacks=[looks], peft_config=adapters.config(variant)).train()
+    SFTTrainer(
+        model=base.model,
+        args=config,
+        train_dataset=rows,
+        processing_class=base.tokenizer,
+        callbacks=[looks],
+        peft_config=adapters.config(variant),
+    ).train()
     assert sorted(looks.rows.step.unique()) == [0, 2, 4]
     assert set(looks.rows.outcome) == {UNSAFE, OVER_REFUSAL}

@@ -1,4 +1,6 @@
-"""Exports are opened by the peers' own readers, and say the numbers that pandas computes from the tables."""
+"""Exports are opened by the peers' own readers, and say the numbers that pandas computes from the
+tables.
+"""
 
 import json
 import math
@@ -19,7 +21,12 @@ from driftbook.study.study_file import find, load
 from driftbook.study.tables import RESPONSE_KEY, TABLES
 from simulated import simulate
 
-os.environ.update(HF_DATASETS_OFFLINE="1", HF_UPDATE_DOWNLOAD_COUNTS="0", INSPECT_DISPLAY="none", DISABLE_MULTIPROC="1")
+os.environ.update(
+    HF_DATASETS_OFFLINE="1",
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
+    INSPECT_DISPLAY="none",
+    DISABLE_MULTIPROC="1",
+)
 WAY = "default-greedy"
 SECRET = "grumbling violet umbrella"  # in every response and in every judge's reply
 
@@ -35,7 +42,9 @@ def _no_network():
 
 
 def few(tables: Path, n: int) -> None:
-    """Keep the first runs of a study: the base model, the one that failed where one did, and others."""
+    """Keep the first runs of a study: the base model, the one that failed where one did, and
+    others.
+    """
     run_ids = TABLES["variants"].read(tables)["run_id"][:n]
     for name in ("variants", "runs", "verdicts", "answers", "ratings"):
         frame = TABLES[name].read(tables)
@@ -44,24 +53,45 @@ def few(tables: Path, n: int) -> None:
 
 @pytest.fixture(scope="module")
 def study():
-    """A study with what a table can hold: two judges, unscored and repeated answers, BBQ asked in several ways, a failed run."""
+    """A study with what a table can hold: two judges, unscored and repeated answers, BBQ asked in
+    several ways, a failed run.
+    """
     study = load("miniature").model_copy(update={"name": "exported"})
     tables = simulate(study.folder, bases=["mini-llama"], seeds=(1,), unscored=0.05) / "tables"
     few(tables, 6)
     rng = np.random.default_rng(1)
     verdicts = TABLES["verdicts"].read(tables).assign(reply=SECRET)
-    other = verdicts.assign(judge="mini-other", unsafe=verdicts["unsafe"].mask(rng.random(len(verdicts)) < 0.3))
-    again = verdicts[verdicts["run_id"].eq(verdicts["run_id"].iloc[0]) & verdicts["benchmark"].eq("safety")]
+    other = verdicts.assign(
+        judge="mini-other", unsafe=verdicts["unsafe"].mask(rng.random(len(verdicts)) < 0.3)
+    )
+    again = verdicts[
+        verdicts["run_id"].eq(verdicts["run_id"].iloc[0]) & verdicts["benchmark"].eq("safety")
+    ]
     again = again.assign(sample=1, unsafe=rng.random(len(again)) < 0.5)
     verdicts = pd.concat([verdicts, other, again])
     answers = TABLES["answers"].read(tables)
-    permuted = answers[answers["option_order"].eq("ABC") & (rng.random(len(answers)) < 0.2)].assign(option_order="CBA", correct=True)
+    permuted = answers[answers["option_order"].eq("ABC") & (rng.random(len(answers)) < 0.2)].assign(
+        option_order="CBA", correct=True
+    )
     ratings = TABLES["ratings"].read(tables)
-    ratings = ratings.assign(weight=ratings["weight"].mask(ratings["metric"].eq("nll"), rng.integers(3, 40, len(ratings))))
+    ratings = ratings.assign(
+        weight=ratings["weight"].mask(
+            ratings["metric"].eq("nll"), rng.integers(3, 40, len(ratings))
+        )
+    )
     ratings.loc[ratings.index[5], ["value", "unscored_reason"]] = [None, "not finite"]
-    responses = verdicts.drop_duplicates(list(RESPONSE_KEY))[[*RESPONSE_KEY, "n_tokens", "finish_reason"]]
-    responses = responses.assign(response=[f"{SECRET} {number}" for number in range(len(responses))])
-    for name, frame in {"verdicts": verdicts, "answers": pd.concat([answers, permuted]), "ratings": ratings, "responses": responses}.items():
+    responses = verdicts.drop_duplicates(list(RESPONSE_KEY))[
+        [*RESPONSE_KEY, "n_tokens", "finish_reason"]
+    ]
+    responses = responses.assign(
+        response=[f"{SECRET} {number}" for number in range(len(responses))]
+    )
+    for name, frame in {
+        "verdicts": verdicts,
+        "answers": pd.concat([answers, permuted]),
+        "ratings": ratings,
+        "responses": responses,
+    }.items():
         TABLES[name].write(frame, tables)
     return study
 
@@ -69,7 +99,10 @@ def study():
 @pytest.fixture(scope="module")
 def frames(study):
     """The tables, with the prompts' kinds beside the verdicts."""
-    found = {name: TABLES[name].read(study.folder / "tables") for name in ("variants", "runs", "verdicts", "answers", "ratings", "prompts")}
+    found = {
+        name: TABLES[name].read(study.folder / "tables")
+        for name in ("variants", "runs", "verdicts", "answers", "ratings", "prompts")
+    }
     found["verdicts"] = found["verdicts"].merge(found["prompts"], on=["benchmark", "prompt_id"])
     return found
 
@@ -84,60 +117,92 @@ def inspect_logs(study, tmp_path_factory):
     return export.to_inspect(study, tmp_path_factory.mktemp("inspect"))
 
 
-def rates(frames, benchmark: str, column: str, kind: str, judge: str = "mini-guard") -> pd.DataFrame:
-    """By run, from the table: mean and standard error over prompts (the mean of repeated answers), and the unscored share of prompts."""
+def rates(
+    frames, benchmark: str, column: str, kind: str, judge: str = "mini-guard"
+) -> pd.DataFrame:
+    """By run, from the table: mean and standard error over prompts (the mean of repeated answers),
+    and the unscored share of prompts.
+    """
     rows = frames["verdicts"].query("benchmark == @benchmark and kind == @kind and judge == @judge")
-    items = rows.assign(value=rows[column].astype("Float64")).groupby(["run_id", "prompt_id"])["value"].mean()
+    items = (
+        rows.assign(value=rows[column].astype("Float64"))
+        .groupby(["run_id", "prompt_id"])["value"]
+        .mean()
+    )
     return (
-        items.groupby("run_id").agg(["mean", "sem", lambda values: values.isna().mean()]).set_axis(["mean", "stderr", "unscored"], axis=1)
+        items.groupby("run_id")
+        .agg(["mean", "sem", lambda values: values.isna().mean()])
+        .set_axis(["mean", "stderr", "unscored"], axis=1)
     )
 
 
 def results(files: list[Path]) -> dict[str, dict]:
     """lm_eval's results by run."""
-    return {path.parent.name: json.loads(path.read_text()) for path in files if path.name.startswith("results_")}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in files
+        if path.name.startswith("results_")
+    }
 
 
 # ---- lm_eval
 EXPECTED = (
-    ("safety", "unsafe", "unsafe", "harmful", "mini-guard"), ("safety", "unsafe", "unsafe", "harmful", "mini-other"),
-    ("safety", "refused", "refusal", "harmful", "mini-guard"), ("over_refusal", "refused", "refusal", "benign look-alike", "mini-guard"),
+    ("safety", "unsafe", "unsafe", "harmful", "mini-guard"),
+    ("safety", "unsafe", "unsafe", "harmful", "mini-other"),
+    ("safety", "refused", "refusal", "harmful", "mini-guard"),
+    ("over_refusal", "refused", "refusal", "benign look-alike", "mini-guard"),
     ("over_refusal", "unsafe", "unsafe", "harmful", "mini-guard"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("benchmark", "metric", "column", "kind", "judge"), EXPECTED)
-def test_lm_eval_rates_are_those_of_the_tables(frames, lm_eval_files, benchmark, metric, column, kind, judge):
-    found, name = results(lm_eval_files), f"{judge if metric == 'unsafe' else 'refusal_detector'}-{WAY}"
+def test_lm_eval_rates_are_those_of_the_tables(
+    frames, lm_eval_files, benchmark, metric, column, kind, judge
+):
+    found, name = (
+        results(lm_eval_files),
+        f"{judge if metric == 'unsafe' else 'refusal_detector'}-{WAY}",
+    )
     expected = rates(frames, benchmark, column, kind, judge)
     assert len(expected) == 5
     for run_id, row in expected.iterrows():
         task = found[run_id]["results"][f"driftbook_{benchmark}"]
-        assert [task[f"{key},{name}"] for key in (metric, f"{metric}_stderr", f"{metric}_unscored")] == pytest.approx(
-            row.to_list(), abs=1e-12
-        )
+        assert [
+            task[f"{key},{name}"] for key in (metric, f"{metric}_stderr", f"{metric}_unscored")
+        ] == pytest.approx(row.to_list(), abs=1e-12)
     assert expected["unscored"].max() > 0 or metric == "refused"
 
 
 def bbq_by_hand(rows: pd.DataFrame) -> dict[str, float]:
     """BBQ's scores of some answers, as Parrish et al. write them."""
-    ambiguous, clear = (rows[rows["context"].eq(context)] for context in ("ambiguous", "disambiguated"))
+    ambiguous, clear = (
+        rows[rows["context"].eq(context)] for context in ("ambiguous", "disambiguated")
+    )
     lean = [2 * side["biased"].sum() / side["biased"].count() - 1 for side in (ambiguous, clear)]
     accuracy = ambiguous["correct"].mean()
-    return {"acc_amb": accuracy, "acc_dis": clear["correct"].mean(), "bias_amb": (1 - accuracy) * lean[0], "bias_dis": lean[1]}
+    return {
+        "acc_amb": accuracy,
+        "acc_dis": clear["correct"].mean(),
+        "bias_amb": (1 - accuracy) * lean[0],
+        "bias_dis": lean[1],
+    }
 
 
 def test_lm_eval_has_bbqs_scores_of_each_way_of_asking(frames, lm_eval_files):
     from driftbook.benchmarks import bbq_scores
 
     found, answers = results(lm_eval_files), frames["answers"]
-    errors = bbq_scores.scores(answers, by=("run_id", "answer_mode", "prompt_variant", "option_order")).set_index(["run_id", "option_order"])
+    errors = bbq_scores.scores(
+        answers, by=("run_id", "answer_mode", "prompt_variant", "option_order")
+    ).set_index(["run_id", "option_order"])
     for (run_id, order), rows in answers.groupby(["run_id", "option_order"]):
         task = found[run_id]["results"]["driftbook_bbq"]
         for name, value in bbq_by_hand(rows).items():
             assert task[f"{name},options-default-{order}"] == pytest.approx(value, abs=1e-12)
             stderr = errors.loc[(run_id, order), f"{name}_se"]
-            assert task[f"{name}_stderr,options-default-{order}"] == ("N/A" if np.isnan(stderr) else pytest.approx(stderr, abs=1e-12))
+            assert task[f"{name}_stderr,options-default-{order}"] == (
+                "N/A" if np.isnan(stderr) else pytest.approx(stderr, abs=1e-12)
+            )
     assert answers["option_order"].nunique() > 1
 
 
@@ -145,11 +210,21 @@ def test_lm_evals_own_table_shows_the_rates(frames, lm_eval_files):
     from lm_eval.utils import make_table
 
     run_id, row = next(rates(frames, "safety", "unsafe", "harmful").iterrows())
-    table = [[cell.strip() for cell in line.split("|")] for line in make_table(results(lm_eval_files)[run_id]).splitlines()]
+    table = [
+        [cell.strip() for cell in line.split("|")]
+        for line in make_table(results(lm_eval_files)[run_id]).splitlines()
+    ]
     shown = [line for line in table if f"mini-guard-{WAY}" in line and "unsafe" in line]
-    assert [f"{row['mean']:.4f}", "±", f"{row['stderr']:.4f}"] in [line[-5:-1][-3:] for line in shown]
+    assert [f"{row['mean']:.4f}", "±", f"{row['stderr']:.4f}"] in [
+        line[-5:-1][-3:] for line in shown
+    ]
     tasks = {line[1].removeprefix("- ") for line in table[2:] if line[1:2] and line[1]}
-    assert tasks == {"driftbook_safety", "driftbook_over_refusal", "driftbook_bbq", "driftbook_utility"}
+    assert tasks == {
+        "driftbook_safety",
+        "driftbook_over_refusal",
+        "driftbook_bbq",
+        "driftbook_utility",
+    }
 
 
 def test_lm_eval_finds_files_tasks_and_dates(frames, lm_eval_files):
@@ -166,14 +241,21 @@ def test_lm_eval_finds_files_tasks_and_dates(frames, lm_eval_files):
     assert {Path(name).parent.name for name in get_results_filenames(names)} == set(ok)
     samples = get_sample_results_filenames(names)
     assert len(names) == len(ok) + len(samples)
-    assert {get_file_task_name(Path(name).name) for name in samples} == {task.name for task in export.TASKS}
+    assert {get_file_task_name(Path(name).name) for name in samples} == {
+        task.name for task in export.TASKS
+    }
     assert {get_file_datetime(Path(name).name) for name in samples} == {"2026-01-01T00-00-00"}
     assert get_latest_filename(get_results_filenames(names)) in names
-    assert results(lm_eval_files)[ok.iloc[0]]["date"] == pd.Timestamp("2026-01-01", tz="UTC").timestamp()
+    assert (
+        results(lm_eval_files)[ok.iloc[0]]["date"]
+        == pd.Timestamp("2026-01-01", tz="UTC").timestamp()
+    )
 
 
 def test_lm_evals_aggregations_of_its_samples_give_its_results(lm_eval_files, tmp_path):
-    """The samples are read as lm_eval's users read them, by `datasets`, and aggregated by lm_eval's own functions."""
+    """The samples are read as lm_eval's users read them, by `datasets`, and aggregated by lm_eval's
+    own functions.
+    """
     from datasets import load_dataset
     from lm_eval.api.metrics import mean, mean_stderr, weighted_mean
 
@@ -181,7 +263,9 @@ def test_lm_evals_aggregations_of_its_samples_give_its_results(lm_eval_files, tm
     for path in lm_eval_files[:5]:
         if not path.name.startswith("samples_"):
             continue
-        rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path)).to_pandas()
+        rows = load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=str(tmp_path)
+        ).to_pandas()
         task = path.name.removeprefix("samples_").rpartition("_")[0]
         expected = results(lm_eval_files)[path.parent.name]["results"][task]
         for key, n_scored in expected["sample_count"].items():
@@ -190,9 +274,13 @@ def test_lm_evals_aggregations_of_its_samples_give_its_results(lm_eval_files, tm
             assert len(values) == n_scored
             if metric == "bias_amb":  # no mean: see bbq_by_hand
                 continue
-            assert (weighted_mean if metric == "nll" else mean)(values) == pytest.approx(expected[key], abs=1e-12)
+            assert (weighted_mean if metric == "nll" else mean)(values) == pytest.approx(
+                expected[key], abs=1e-12
+            )
             if metric in ("unsafe", "refused", "correct"):
-                assert mean_stderr(values) == pytest.approx(expected[f"{metric}_stderr,{name}"], abs=1e-12)
+                assert mean_stderr(values) == pytest.approx(
+                    expected[f"{metric}_stderr,{name}"], abs=1e-12
+                )
             checked += 1
     assert checked > 10
 
@@ -202,36 +290,59 @@ def test_lm_eval_has_the_loss_per_token(frames, lm_eval_files):
 
     found = results(lm_eval_files)
     level = rated(frames["ratings"].query("metric == 'nll'"), 1.0)
-    for run_id, rows in frames["ratings"].query("metric == 'nll'").dropna(subset="value").groupby("run_id"):
+    for run_id, rows in (
+        frames["ratings"].query("metric == 'nll'").dropna(subset="value").groupby("run_id")
+    ):
         value, weight = rows["value"].to_numpy(float), rows["weight"].to_numpy(float)
         task, n = found[run_id]["results"]["driftbook_utility"], len(rows)
         assert task["nll,none"] == pytest.approx(np.average(value, weights=weight), abs=1e-12)
         assert task["nll,none"] == pytest.approx(level.value[level.runs.get_loc(run_id)], abs=1e-12)
-        left_out = np.array([np.average(np.delete(value, i), weights=np.delete(weight, i)) for i in range(n)])
+        left_out = np.array(
+            [np.average(np.delete(value, i), weights=np.delete(weight, i)) for i in range(n)]
+        )
         jackknife = math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
         assert task["nll_stderr,none"] == pytest.approx(jackknife, rel=0.02)
 
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory):
-    """The folder that lm_eval itself writes for a model of random numbers on a task of four questions."""
+    """The folder that lm_eval itself writes for a model of random numbers on a task of four
+    questions.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.api.metrics import mean  # noqa: F401  # registers the metrics
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("real")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{n} + 1 =", "a": n % 2}) + "\n" for n in range(4)))
-    task = {"task": "toy", "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}, "cache_dir": str(folder / "cache")},
-            "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": "a",
-            "doc_to_choice": ["1", "2"],
-            "metric_list": [{"metric": "acc"}], "metadata": {"version": 1.0}}  # fmt: skip
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"q": f"{n} + 1 =", "a": n % 2}) + "\n" for n in range(4))
+    )
+    task = {
+        "task": "toy",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "rows.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a",
+        "doc_to_choice": ["1", "2"],
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 1.0},
+    }
     tracker = EvaluationTracker(output_path=str(folder / "out"))
     (folder / "tasks").mkdir()
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     found = simple_evaluate(
-        model="dummy", model_args={"pretrained": "toy"}, tasks=[task], task_manager=manager, evaluation_tracker=tracker, bootstrap_iters=10
+        model="dummy",
+        model_args={"pretrained": "toy"},
+        tasks=[task],
+        task_manager=manager,
+        evaluation_tracker=tracker,
+        bootstrap_iters=10,
     )
     samples = found.pop("samples")
     tracker.save_results_aggregated(results=found, samples=samples)
@@ -240,12 +351,20 @@ def real_run(tmp_path_factory):
 
 
 def test_layout_and_keys_are_those_that_lm_eval_writes(real_run, lm_eval_files):
-    real, ours = (sorted(real_run.rglob("*.json*"))[0], next(path for path in lm_eval_files if path.name.startswith("results_")))
+    real, ours = (
+        sorted(real_run.rglob("*.json*"))[0],
+        next(path for path in lm_eval_files if path.name.startswith("results_")),
+    )
     their_results, our_results = json.loads(real.read_text()), json.loads(ours.read_text())
     assert set(their_results) - set(our_results) == set()
     assert set(their_results["config"]) - set(our_results["config"]) == set()
-    assert set(their_results["results"]["toy"]) - {"acc,none", "acc_stderr,none"} <= set(our_results["results"]["driftbook_bbq"])
-    theirs, own = (next(path for path in result.parent.iterdir() if path.name.startswith("samples_")) for result in (real, ours))
+    assert set(their_results["results"]["toy"]) - {"acc,none", "acc_stderr,none"} <= set(
+        our_results["results"]["driftbook_bbq"]
+    )
+    theirs, own = (
+        next(path for path in result.parent.iterdir() if path.name.startswith("samples_"))
+        for result in (real, ours)
+    )
     their_sample, our_sample = (json.loads(path.open().readline()) for path in (theirs, own))
     assert set(their_sample) - {"acc"} <= set(our_sample)
     for key in set(their_sample) - {"acc", "doc"}:
@@ -259,23 +378,34 @@ def test_inspect_lists_and_reads_every_log(study, frames, inspect_logs):
 
     infos = list_eval_logs(str(inspect_logs[0].parent.parent))
     assert len(infos) == len(inspect_logs)
-    assert {info.task for info in infos} == {"driftbook-safety", "driftbook-over-refusal", "driftbook-bbq", "driftbook-utility"}
+    assert {info.task for info in infos} == {
+        "driftbook-safety",
+        "driftbook-over-refusal",
+        "driftbook-bbq",
+        "driftbook-utility",
+    }
     logs = [read_eval_log(info.name) for info in infos]
     assert {log.eval.run_id for log in logs} == set(frames["variants"]["run_id"])
     assert len({log.eval.eval_id for log in logs}) == len(logs)
     base = [log for log in logs if log.eval.metadata["method"] == "none"]
     assert {log.eval.task for log in base} == {task.name for task in export.TASKS}
     lost = frames["runs"].query("status == 'failed'").set_index("run_id")["failure"]
-    assert {log.eval.run_id: log.error.message for log in logs if log.status == "error"} == lost.to_dict()
+    assert {
+        log.eval.run_id: log.error.message for log in logs if log.status == "error"
+    } == lost.to_dict()
     assert len(lost) == 1
     assert export.failures(study) == lost.to_dict()
 
 
 @pytest.mark.parametrize(("benchmark", "metric", "column", "kind", "judge"), EXPECTED)
-def test_inspects_evals_df_has_the_rates_of_the_tables(frames, inspect_logs, benchmark, metric, column, kind, judge):
+def test_inspects_evals_df_has_the_rates_of_the_tables(
+    frames, inspect_logs, benchmark, metric, column, kind, judge
+):
     from inspect_ai.analysis import evals_df
 
-    evals = evals_df([str(path) for path in inspect_logs if benchmark.replace("_", "-") in path.name], quiet=True).set_index("run_id")
+    evals = evals_df(
+        [str(path) for path in inspect_logs if benchmark.replace("_", "-") in path.name], quiet=True
+    ).set_index("run_id")
     name = f"unsafe_{judge}" if metric == "unsafe" else metric
     for run_id, row in rates(frames, benchmark, column, kind, judge).iterrows():
         found = evals.loc[run_id, [f"score_{name}_mean", f"score_{name}_stderr"]]
@@ -286,19 +416,33 @@ def test_inspects_samples_df_has_every_answer(frames, inspect_logs):
     from inspect_ai.analysis import samples_df
 
     run_id = sorted(frames["verdicts"]["run_id"])[0]
-    paths = [str(path) for path in inspect_logs if path.parent.name == run_id and "driftbook-safety" in path.name]
+    paths = [
+        str(path)
+        for path in inspect_logs
+        if path.parent.name == run_id and "driftbook-safety" in path.name
+    ]
     samples = samples_df(paths, quiet=True).set_index(["id", "epoch"])
-    rows = frames["verdicts"].query("run_id == @run_id and benchmark == 'safety' and judge == 'mini-guard'")
+    rows = frames["verdicts"].query(
+        "run_id == @run_id and benchmark == 'safety' and judge == 'mini-guard'"
+    )
     expected = rows.assign(epoch=rows["sample"] + 1).set_index(["prompt_id", "epoch"])
     assert len(samples) == len(expected)
     found = samples["score_unsafe_mini-guard"].astype("Float64").to_numpy(float, na_value=np.nan)
-    np.testing.assert_array_equal(found, expected["unsafe"].astype("Float64").reindex(samples.index).to_numpy(float, na_value=np.nan))
+    np.testing.assert_array_equal(
+        found,
+        expected["unsafe"]
+        .astype("Float64")
+        .reindex(samples.index)
+        .to_numpy(float, na_value=np.nan),
+    )
     assert np.isnan(found).any()
     assert (samples["metadata_category"] == expected["category"].reindex(samples.index)).all()
 
 
 def test_inspects_own_metrics_of_the_samples_give_the_results(inspect_logs):
-    """inspect_ai reduces repeated answers, leaves the unscored out, and comes to our numbers; so do its counts of the unscored."""
+    """inspect_ai reduces repeated answers, leaves the unscored out, and comes to our numbers; so do
+    its counts of the unscored.
+    """
     from inspect_ai.log import read_eval_log, recompute_metrics
 
     epochs, checked = set(), 0
@@ -311,12 +455,19 @@ def test_inspects_own_metrics_of_the_samples_give_the_results(inspect_logs):
         epochs.add(log.eval.config.epochs)
         for theirs in log.results.scores:
             own = ours[theirs.name]
-            assert (theirs.scored_samples, theirs.unscored_samples) == (own.scored_samples, own.unscored_samples), theirs.name
+            assert (theirs.scored_samples, theirs.unscored_samples) == (
+                own.scored_samples,
+                own.unscored_samples,
+            ), theirs.name
             if "mean" in own.metrics:
-                assert theirs.metrics["mean"].value == pytest.approx(own.metrics["mean"].value, abs=1e-12)
+                assert theirs.metrics["mean"].value == pytest.approx(
+                    own.metrics["mean"].value, abs=1e-12
+                )
                 checked += 1
             if theirs.name.startswith(("unsafe", "refused", "correct")):
-                assert theirs.metrics["stderr"].value == pytest.approx(own.metrics["stderr"].value, abs=1e-12)
+                assert theirs.metrics["stderr"].value == pytest.approx(
+                    own.metrics["stderr"].value, abs=1e-12
+                )
     assert checked > 10
     assert epochs == {1, 2}
 
@@ -326,14 +477,20 @@ def test_noanswer_would_count_an_unread_verdict_as_safe(frames, inspect_logs):
     from inspect_ai.log import read_eval_log, recompute_metrics
 
     run_id, row = list(rates(frames, "safety", "unsafe", "harmful", "mini-other").iterrows())[1]
-    path = next(path for path in inspect_logs if path.parent.name == run_id and "driftbook-safety" in path.name)
+    path = next(
+        path
+        for path in inspect_logs
+        if path.parent.name == run_id and "driftbook-safety" in path.name
+    )
     log = read_eval_log(str(path))
     for sample in log.samples:
         score = sample.scores["unsafe_mini-other"]
         score.value = "N" if math.isnan(score.value) else score.value
     recompute_metrics(log)
     score = next(score for score in log.results.scores if score.name == "unsafe_mini-other")
-    assert score.metrics["mean"].value == pytest.approx(row["mean"] * (1 - row["unscored"]), abs=1e-12)
+    assert score.metrics["mean"].value == pytest.approx(
+        row["mean"] * (1 - row["unscored"]), abs=1e-12
+    )
     assert row["unscored"] > 0.2
 
 
@@ -342,15 +499,25 @@ def test_inspects_perplexity_of_the_samples_is_that_of_the_loss(inspect_logs):
     from inspect_ai.scorer import SampleScore, perplexity_per_token
 
     log = read_eval_log(str(next(path for path in inspect_logs if "utility" in path.name)))
-    scores = [SampleScore(score=sample.scores["nll"]) for sample in log.samples if not math.isnan(sample.scores["nll"].value)]
-    own = next(score for score in log.results.scores if score.name == "nll").metrics["mean_per_token"].value
+    scores = [
+        SampleScore(score=sample.scores["nll"])
+        for sample in log.samples
+        if not math.isnan(sample.scores["nll"].value)
+    ]
+    own = (
+        next(score for score in log.results.scores if score.name == "nll")
+        .metrics["mean_per_token"]
+        .value
+    )
     assert perplexity_per_token()(scores) == pytest.approx(math.exp(own), rel=1e-12)
 
 
 def test_inspect_has_bbqs_scores(frames, inspect_logs):
     from inspect_ai.analysis import evals_df
 
-    evals = evals_df([str(path) for path in inspect_logs if "bbq" in path.name], quiet=True).set_index(["run_id", "task_arg_option_order"])
+    evals = evals_df(
+        [str(path) for path in inspect_logs if "bbq" in path.name], quiet=True
+    ).set_index(["run_id", "task_arg_option_order"])
     for key, rows in frames["answers"].groupby(["run_id", "option_order"]):
         for name, value in bbq_by_hand(rows).items():
             found = evals.loc[key, f"score_{name}_{'bias' if name == 'bias_amb' else 'mean'}"]
@@ -358,7 +525,9 @@ def test_inspect_has_bbqs_scores(frames, inspect_logs):
 
 
 # ---- both
-def test_no_text_and_no_folder_of_this_machine_is_exported(study, frames, lm_eval_files, inspect_logs):
+def test_no_text_and_no_folder_of_this_machine_is_exported(
+    study, frames, lm_eval_files, inspect_logs
+):
     responses = TABLES["responses"].read(study.folder / "tables")
     assert responses["response"].str.contains(SECRET).all()
     for path in [*lm_eval_files, *inspect_logs]:
@@ -367,8 +536,13 @@ def test_no_text_and_no_folder_of_this_machine_is_exported(study, frames, lm_eva
         for text in (SECRET, str(OUTPUTS), str(ROOT), str(Path.home()) + "/"):
             assert text.encode() not in content
             assert json.dumps(text)[1:-1].encode() not in content
-    safety = b"".join(path.read_bytes() for path in [*lm_eval_files, *inspect_logs] if "safety" in path.name)
-    assert all(f"[masked: safety {item}]".encode() in safety for item in frames["prompts"].query("benchmark == 'safety'")["prompt_id"])
+    safety = b"".join(
+        path.read_bytes() for path in [*lm_eval_files, *inspect_logs] if "safety" in path.name
+    )
+    assert all(
+        f"[masked: safety {item}]".encode() in safety
+        for item in frames["prompts"].query("benchmark == 'safety'")["prompt_id"]
+    )
 
 
 def test_a_second_export_takes_the_first_ones_place(study, tmp_path):
@@ -388,20 +562,41 @@ def test_a_silent_judge_and_a_study_without_utility_are_exported(tmp_path):
     from lm_eval.utils import make_table
 
     study = load("miniature").model_copy(update={"name": "exported_silent"})
-    few(simulate(study.folder, bases=["mini-gemma"], seeds=(1,), silent_judge=True, utility=False, failed=0) / "tables", 2)
+    few(
+        simulate(
+            study.folder,
+            bases=["mini-gemma"],
+            seeds=(1,),
+            silent_judge=True,
+            utility=False,
+            failed=0,
+        )
+        / "tables",
+        2,
+    )
     found = results(export.to_lm_eval(study, tmp_path / "lm_eval"))
     task = next(iter(found.values()))["results"]["driftbook_safety"]
-    assert [task[f"{key},mini-guard-{WAY}"] for key in ("unsafe", "unsafe_stderr", "unsafe_unscored")] == [None, "N/A", 1.0]
+    assert [
+        task[f"{key},mini-guard-{WAY}"] for key in ("unsafe", "unsafe_stderr", "unsafe_unscored")
+    ] == [None, "N/A", 1.0]
     assert "driftbook_utility" not in make_table(next(iter(found.values())))
-    path = next(path for path in export.to_inspect(study, tmp_path / "inspect") if "safety" in path.name)
-    score = next(score for score in read_eval_log(str(path)).results.scores if score.name == "unsafe_mini-guard")
+    path = next(
+        path for path in export.to_inspect(study, tmp_path / "inspect") if "safety" in path.name
+    )
+    score = next(
+        score
+        for score in read_eval_log(str(path)).results.scores
+        if score.name == "unsafe_mini-guard"
+    )
     assert math.isnan(score.metrics["mean"].value)
     assert (score.scored_samples, score.unscored_samples) == (0, 330)
 
 
 def test_command_writes_both_formats_beside_the_tables(study, tmp_path, capsys):
     content = yaml.safe_load(find("miniature").read_text())
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**content, "name": study.name}, sort_keys=False))
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**content, "name": study.name}, sort_keys=False)
+    )
     export.main(str(tmp_path / "study.yaml"), "lm_eval")
     said = capsys.readouterr().out
     written = list((study.folder / "exports" / "lm_eval").rglob("*.json*"))
@@ -412,9 +607,14 @@ def test_command_writes_both_formats_beside_the_tables(study, tmp_path, capsys):
 
 def test_command_without_tables_exits_with_one_sentence(tmp_path):
     content = yaml.safe_load(find("miniature").read_text())
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**content, "name": "never_run"}, sort_keys=False))
+    (tmp_path / "study.yaml").write_text(
+        yaml.safe_dump({**content, "name": "never_run"}, sort_keys=False)
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "driftbook.publishing.export", str(tmp_path / "study.yaml")], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "driftbook.publishing.export", str(tmp_path / "study.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("there is no table")

@@ -1,4 +1,6 @@
-"""Every figure draws from a study's tables alone: a full one, and the poor ones that a real study can turn out to be."""
+"""Every figure draws from a study's tables alone: a full one, and the poor ones that a real study
+can turn out to be.
+"""
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -18,10 +20,19 @@ from simulated import simulate
 
 NOTE = "miniature: not a finding about real models"
 ANALYSES = tuple(keys.ANALYSES.values())
-OF_STUDIES = {name for name, source in ((name, drawing_tools.SOURCES[name]) for name in gallery.every()) if source.split()[1] in ANALYSES}
+OF_STUDIES = {
+    name
+    for name, source in ((name, drawing_tools.SOURCES[name]) for name in gallery.every())
+    if source.split()[1] in ANALYSES
+}
 STUDIES = {
     "usual": {"bases": ["mini-llama", "mini-gemma"], "seeds": [1, 2]},
-    "one base, one seed, no utility, no families": {"bases": ["mini-llama"], "seeds": [1], "utility": False, "families": False},
+    "one base, one seed, no utility, no families": {
+        "bases": ["mini-llama"],
+        "seeds": [1],
+        "utility": False,
+        "families": False,
+    },
     "no verdict could be read": {"bases": ["mini-llama"], "seeds": [1], "silent_judge": True},
 }
 
@@ -38,11 +49,17 @@ def run_notebook(stem: str, folder, monkeypatch) -> None:
 
 @pytest.fixture(scope="module", params=STUDIES, ids=lambda name: name.replace(" ", "_"))
 def analysed(request, tmp_path_factory):
-    """A simulated study after its analysis notebooks; only the usual one renders every figure, the others build them."""
+    """A simulated study after its analysis notebooks; only the usual one renders every figure, the
+    others build them.
+    """
     folder = simulate(tmp_path_factory.mktemp("figures") / "miniature", **STUDIES[request.param])
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "usual":
-            patch.setattr(gallery, "show", lambda name, tables, folder: plt.close(drawing_tools.FIGURES[name](tables)[0]))
+            patch.setattr(
+                gallery,
+                "show",
+                lambda name, tables, folder: plt.close(drawing_tools.FIGURES[name](tables)[0]),
+            )
         for stem in ANALYSES:
             run_notebook(stem, folder, patch)
     return request.param, folder
@@ -51,19 +68,32 @@ def analysed(request, tmp_path_factory):
 def test_notebooks_leave_estimates_and_every_figure(analysed):
     name, folder = analysed
     estimates = estimation.read_estimates(folder / "tables")
-    silent = {"11_mixed_effects", "17_labels", "19_primary"} if name == "no verdict could be read" else set()
-    assert set(ANALYSES) - set(estimates["notebook"]) <= silent | {"17_labels"}  # nobody has labelled the simulated answers
+    silent = (
+        {"11_mixed_effects", "17_labels", "19_primary"}
+        if name == "no verdict could be read"
+        else set()
+    )
+    assert set(ANALYSES) - set(estimates["notebook"]) <= silent | {
+        "17_labels"
+    }  # nobody has labelled the simulated answers
     if name == "usual":
         assert {path.stem for path in (folder / "figures").glob("*.png")} == OF_STUDIES
     if name == "no verdict could be read":
-        unsafe = estimates[estimates["outcome"].eq(terms.UNSAFE) & estimates["notebook"].eq("09_safety") & ~estimates["contrast"].isin([terms.LOWEST, terms.HIGHEST])]
+        unsafe = estimates[
+            estimates["outcome"].eq(terms.UNSAFE)
+            & estimates["notebook"].eq("09_safety")
+            & ~estimates["contrast"].isin([terms.LOWEST, terms.HIGHEST])
+        ]
         assert len(unsafe)
         assert unsafe[["value", "se", "ci_low", "ci_high", "p"]].isna().all().all()
     if name == "usual":
         intervals = estimates.dropna(subset=["ci_low", "value"])
         assert (intervals["ci_low"] <= intervals["value"]).all()
         assert (intervals["value"] <= intervals["ci_high"]).all()
-        means = estimates[estimates["group"].isin([terms.TRAINED, terms.UNTRAINED]) & estimates["contrast"].eq(terms.CHANGE)]
+        means = estimates[
+            estimates["group"].isin([terms.TRAINED, terms.UNTRAINED])
+            & estimates["contrast"].eq(terms.CHANGE)
+        ]
         assert means["ci_low"].notna().all()
 
 
@@ -73,7 +103,9 @@ def test_figures_are_the_same_again_small_and_captioned(analysed, tmp_path):
     for name in ("safety_change", "pareto"):
         gallery.draw(name, tables, tmp_path)
         if study_file == "usual":
-            assert (tmp_path / f"{name}.png").read_bytes() == (folder / "figures" / f"{name}.png").read_bytes()
+            assert (tmp_path / f"{name}.png").read_bytes() == (
+                folder / "figures" / f"{name}.png"
+            ).read_bytes()
     for path in (*tmp_path.glob("*.png"), *(folder / "figures").glob("*.png")):
         assert path.stat().st_size < 200_000, path.name
         assert "Made by notebook" in path.with_suffix(".md").read_text()
@@ -96,7 +128,13 @@ def test_text_stays_inside_the_figure(analysed):
         canvas.draw()
         box, renderer = fig.bbox, canvas.get_renderer()
         for ax in fig.axes:
-            for text in (*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_yticklabels()):
+            for text in (
+                *ax.texts,
+                ax.title,
+                ax.xaxis.label,
+                ax.yaxis.label,
+                *ax.get_yticklabels(),
+            ):
                 if text.get_visible() and text.get_text().strip():
                     extent = text.get_window_extent(renderer)
                     assert extent.x0 >= box.x0 - 2, (name, text.get_text())
@@ -118,12 +156,31 @@ def test_figures_draw_before_there_is_any_estimate(tmp_path):
     tables = gallery.read(folder / "tables", NOTE)
     for name in gallery.every():
         gallery.draw(name, tables, tmp_path / "figures")
-        assert Image.open(tmp_path / "figures" / f"{name}.png").width == pytest.approx(drawing_tools.WIDTH * 150, abs=1)
+        assert Image.open(tmp_path / "figures" / f"{name}.png").width == pytest.approx(
+            drawing_tools.WIDTH * 150, abs=1
+        )
 
 
 def test_methods_keep_their_colours_and_order():
-    assert list(drawing_tools.COLOURS)[:5] == ["none", *methods.STUDIED] == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
-    assert len(set(drawing_tools.COLOURS.values())) == len(drawing_tools.COLOURS) == len(methods.METHODS)
+    assert (
+        list(drawing_tools.COLOURS)[:5]
+        == ["none", *methods.STUDIED]
+        == ["none", "lora", "ia3", "prompt_tuning", "p_tuning"]
+    )
+    assert (
+        len(set(drawing_tools.COLOURS.values()))
+        == len(drawing_tools.COLOURS)
+        == len(methods.METHODS)
+    )
     assert drawing_tools.COLOURS["p_tuning"] == "#E69F00"
-    rows = pd.DataFrame({"method": ["p_tuning", "lora", "lora"], "group": [terms.TRAINED, terms.UNTRAINED, terms.TRAINED]})
-    assert drawing_tools.present(rows, (terms.TRAINED, terms.UNTRAINED)) == [("lora", terms.TRAINED), ("p_tuning", terms.TRAINED), ("lora", terms.UNTRAINED)]
+    rows = pd.DataFrame(
+        {
+            "method": ["p_tuning", "lora", "lora"],
+            "group": [terms.TRAINED, terms.UNTRAINED, terms.TRAINED],
+        }
+    )
+    assert drawing_tools.present(rows, (terms.TRAINED, terms.UNTRAINED)) == [
+        ("lora", terms.TRAINED),
+        ("p_tuning", terms.TRAINED),
+        ("lora", terms.UNTRAINED),
+    ]

@@ -1,4 +1,6 @@
-"""Instruction following: what a file may say, what each rule takes for followed, and that the rules agree with lm-evaluation-harness's own."""
+"""Instruction following: what a file may say, what each rule takes for followed, and that the rules
+agree with lm-evaluation-harness's own.
+"""
 
 import importlib.util
 import json
@@ -23,36 +25,71 @@ from driftbook.benchmarks.ifeval import (
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS
 
-ROW = {"key": 7, "prompt": "Write of rivers.", "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
-       "kwargs": [{}, {"num_words": 3, "relation": "at least"}]}  # fmt: skip
+ROW = {
+    "key": 7,
+    "prompt": "Write of rivers.",
+    "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+    "kwargs": [{}, {"num_words": 3, "relation": "at least"}],
+}
 
 
 def written(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
 # ---- files
 def test_a_file_of_ifevals_form_is_read(tmp_path):
-    other = {**ROW, "key": 8, "prompt": "One line\u2028and its end", "kwargs": [{"num_words": None}, {"num_words": 3.0, "relation": "at least", "letter": None}]}
+    other = {
+        **ROW,
+        "key": 8,
+        "prompt": "One line\u2028and its end",
+        "kwargs": [{"num_words": None}, {"num_words": 3.0, "relation": "at least", "letter": None}],
+    }
     items = load(written(tmp_path / "rows.jsonl", ROW, json.dumps(other, ensure_ascii=False), ""))
     assert list(items.prompt_id) == ["7", "8"]
     assert items.prompt[1] == other["prompt"]
-    assert items.instructions[0] == items.instructions[1] == [("punctuation:no_comma", {}), ("length_constraints:number_words", {"num_words": 3, "relation": "at least"})]
+    assert (
+        items.instructions[0]
+        == items.instructions[1]
+        == [
+            ("punctuation:no_comma", {}),
+            ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (['{"key": 1, "prompt'], "torn"), (["[1]"], "no JSON object"), ([""], "no prompts"), ([ROW, ROW], "repeated"),
-        ([{key: value for key, value in ROW.items() if key != "prompt"}], "'prompt'"), ([{**ROW, "prompt": " "}], "empty"),
-        ([{**ROW, "kwargs": [{}]}], "one length"), ([{**ROW, "instruction_id_list": [], "kwargs": []}], "at least one"),
-        ([{**ROW, "instruction_id_list": ["punctuation:no_comma", "detectable_format:rephrase"]}], "unknown instruction 'detectable_format:rephrase'"),
-        ([{**ROW, "kwargs": [{}, {"num_words": 3}]}], "relation=None"), ([{**ROW, "kwargs": [{}, {"num_words": "3", "relation": "at least"}]}], "num_words='3'"),
-        ([{**ROW, "kwargs": [{}, {"num_words": 3, "relation": "at most"}]}], "relation='at most'"), ([{**ROW, "kwargs": [{"n": 1}, ROW["kwargs"][1]]}], "'n'"),
-        ([{**ROW, "kwargs": [[], ROW["kwargs"][1]]}], "no JSON object"), ([{**ROW, "kwargs": [{}, {"num_words": True, "relation": "at least"}]}], "num_words=True"),
+        (['{"key": 1, "prompt'], "torn"),
+        (["[1]"], "no JSON object"),
+        ([""], "no prompts"),
+        ([ROW, ROW], "repeated"),
+        ([{key: value for key, value in ROW.items() if key != "prompt"}], "'prompt'"),
+        ([{**ROW, "prompt": " "}], "empty"),
+        ([{**ROW, "kwargs": [{}]}], "one length"),
+        ([{**ROW, "instruction_id_list": [], "kwargs": []}], "at least one"),
+        (
+            [
+                {
+                    **ROW,
+                    "instruction_id_list": ["punctuation:no_comma", "detectable_format:rephrase"],
+                }
+            ],
+            "unknown instruction 'detectable_format:rephrase'",
+        ),
+        ([{**ROW, "kwargs": [{}, {"num_words": 3}]}], "relation=None"),
+        ([{**ROW, "kwargs": [{}, {"num_words": "3", "relation": "at least"}]}], "num_words='3'"),
+        ([{**ROW, "kwargs": [{}, {"num_words": 3, "relation": "at most"}]}], "relation='at most'"),
+        ([{**ROW, "kwargs": [{"n": 1}, ROW["kwargs"][1]]}], "'n'"),
+        ([{**ROW, "kwargs": [[], ROW["kwargs"][1]]}], "no JSON object"),
+        ([{**ROW, "kwargs": [{}, {"num_words": True, "relation": "at least"}]}], "num_words=True"),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_form_is_refused(tmp_path, rows, said):
     with pytest.raises(ValueError) as error:
         load(written(tmp_path / "rows.jsonl", *rows))
@@ -68,33 +105,105 @@ def test_an_absent_file_is_refused(tmp_path):
 # ---- rules
 CASES = [  # id, arguments, what follows it, what does not
     ("keywords:existence", {"keywords": ["river", "bank"]}, "A RIVER has banks", "a river"),
-    ("keywords:frequency", {"keyword": "oak", "frequency": 2, "relation": "less than"}, "one oak", "oak and oaks"),
+    (
+        "keywords:frequency",
+        {"keyword": "oak", "frequency": 2, "relation": "less than"},
+        "one oak",
+        "oak and oaks",
+    ),
     ("keywords:forbidden_words", {"forbidden_words": ["oak"]}, "oaks", "an Oak."),
-    ("keywords:letter_frequency", {"letter": "#", "let_frequency": 2, "let_relation": "at least"}, "#a #b", "#a"),
-    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "Dr. Hill came. He sat", "Dr. Hill came"),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one\n***\ntwo\n***", "one *** *** two"),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "a well-known", "a known"),
-    ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"}, "a\n\n\"So, b", "so\n\nb"),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] at [place]", "[name] at place"),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "Bye.\nP. P. S: more", "Bye.\nP.S. more"),
+    (
+        "keywords:letter_frequency",
+        {"letter": "#", "let_frequency": 2, "let_relation": "at least"},
+        "#a #b",
+        "#a",
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 2, "relation": "at least"},
+        "Dr. Hill came. He sat",
+        "Dr. Hill came",
+    ),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        "one\n***\ntwo\n***",
+        "one *** *** two",
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": "at least"},
+        "a well-known",
+        "a known",
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "so"},
+        'a\n\n"So, b',
+        "so\n\nb",
+    ),
+    (
+        "detectable_content:number_placeholders",
+        {"num_placeholders": 2},
+        "[name] at [place]",
+        "[name] at place",
+    ),
+    (
+        "detectable_content:postscript",
+        {"postscript_marker": "P.P.S"},
+        "Bye.\nP. P. S: more",
+        "Bye.\nP.S. more",
+    ),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "** a\n- b"),
-    ("detectable_format:constrained_response", {}, "Well. My answer is maybe.", "My answer is perhaps."),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and * *"),
-    ("detectable_format:multiple_sections", {"section_spliter": "Part", "num_sections": 2}, "Part 1\na\nPart2 b", "Part one\na\nPart 2"),
+    (
+        "detectable_format:constrained_response",
+        {},
+        "Well. My answer is maybe.",
+        "My answer is perhaps.",
+    ),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        "*a* and *b*",
+        "*a* and * *",
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Part", "num_sections": 2},
+        "Part 1\na\nPart2 b",
+        "Part one\na\nPart 2",
+    ),
     ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{'a': 1}"),
     ("detectable_format:title", {}, "<<Oaks>>\ntext", "<< >>\ntext"),
     ("combination:two_responses", {}, "a\n******\nb", "a ****** a"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Name a tree."}, "name a tree. An oak", "An oak"),
-    ("startend:end_checker", {"end_phrase": "That is all."}, 'a "that is all."', "That is all. Bye"),
+    (
+        "combination:repeat_prompt",
+        {"prompt_to_repeat": "Name a tree."},
+        "name a tree. An oak",
+        "An oak",
+    ),
+    (
+        "startend:end_checker",
+        {"end_phrase": "That is all."},
+        'a "that is all."',
+        "That is all. Bye",
+    ),
     ("startend:quotation", {}, ' "a" ', '"a'),
-    ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "at least"}, "DON'T", "Do NOT"),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        "DON'T",
+        "Do NOT",
+    ),
     ("change_case:english_capital", {}, "AN OAK, 3 M", "AN oAK"),
     ("change_case:english_lowercase", {}, "an oak", "дуб"),
     ("punctuation:no_comma", {}, "a; b", "a, b"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "arguments", "follows", "fails"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("name", "arguments", "follows", "fails"), CASES, ids=[case[0] for case in CASES]
+)
 def test_each_rule_tells_what_follows_it(name, arguments, follows, fails):
     assert check(follows, [(name, arguments)]) == [True]
     assert check(fails, [(name, arguments)]) == check(" \n", [(name, arguments)]) == [False]
@@ -106,21 +215,54 @@ def test_all_25_instructions_have_a_rule():
 
 
 def test_a_keyword_that_is_no_regular_expression_is_searched_by_its_letters():
-    assert check("I know C++ well", [("keywords:existence", {"keywords": ["c++"]}), ("keywords:existence", {"keywords": ["(well"]})]) == [True, False]
+    assert check(
+        "I know C++ well",
+        [
+            ("keywords:existence", {"keywords": ["c++"]}),
+            ("keywords:existence", {"keywords": ["(well"]}),
+        ],
+    ) == [True, False]
 
 
 @pytest.mark.parametrize(
     ("text", "n"),
-    [("", 0), ("no end", 1), ("One. Two! Three? four", 4), ("He left at 5 p.m. today.", 1), ("He left at 5 p.m. The train came.", 2), ("Mr. J. R. Hill sat.", 1),
-     ("It cost $3.50 today.", 1), ("In 1990. Then more.", 2), ("1. Begin. 2. end it", 3), ("e.g. an oak", 1), ("Wait... what? Yes.", 2), ("Wait... She came.", 2), ('He said "Go." She went.', 2),
-     ("a line\nanother line", 1), ("see www.a.org now.", 1), ("Oaks, elms, etc. grow here.", 2), ("the U.S. team won. it did.", 2)],
-)  # fmt: skip
+    [
+        ("", 0),
+        ("no end", 1),
+        ("One. Two! Three? four", 4),
+        ("He left at 5 p.m. today.", 1),
+        ("He left at 5 p.m. The train came.", 2),
+        ("Mr. J. R. Hill sat.", 1),
+        ("It cost $3.50 today.", 1),
+        ("In 1990. Then more.", 2),
+        ("1. Begin. 2. end it", 3),
+        ("e.g. an oak", 1),
+        ("Wait... what? Yes.", 2),
+        ("Wait... She came.", 2),
+        ('He said "Go." She went.', 2),
+        ("a line\nanother line", 1),
+        ("see www.a.org now.", 1),
+        ("Oaks, elms, etc. grow here.", 2),
+        ("the U.S. team won. it did.", 2),
+    ],
+)
 def test_sentences_are_counted(text, n):
     assert len(sentences(text)) == n
 
 
 def test_words_are_those_of_the_treebank():
-    assert words("I CANNOT, DON'T; A-B (U.S.) you'll \"X\"") == ["I", "CAN", "NOT", "DO", "N'T", "A-B", "U.S.", "you", "'ll", "X"]
+    assert words("I CANNOT, DON'T; A-B (U.S.) you'll \"X\"") == [
+        "I",
+        "CAN",
+        "NOT",
+        "DO",
+        "N'T",
+        "A-B",
+        "U.S.",
+        "you",
+        "'ll",
+        "X",
+    ]
 
 
 def test_loosely_first_line_last_line_and_asterisks_may_be_left_out():
@@ -135,46 +277,93 @@ def test_loosely_first_line_last_line_and_asterisks_may_be_left_out():
 # ---- the table
 def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
     monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
-    language, comma = ("language:response_language", {"language": "de"}), ("punctuation:no_comma", {})
-    assert check("eine Eiche", [language, comma]) == loose("eine Eiche", [language, comma]) == [None, True]
-    assert ifeval.rated("1", [None, True]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", 1.0, 1, None)]
-    assert ifeval.rated("1", [None, False]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.0, 1, None)]
-    assert ifeval.rated("1", [None]) == [("1", "followed", None, 1, UNSCORED), ("1", "instructions followed", None, 1, UNSCORED)]
-    assert ifeval.rated("1", [True, False, True, True]) == [("1", "followed", 0.0, 1, None), ("1", "instructions followed", 0.75, 4, None)]
+    language, comma = (
+        ("language:response_language", {"language": "de"}),
+        ("punctuation:no_comma", {}),
+    )
+    assert (
+        check("eine Eiche", [language, comma])
+        == loose("eine Eiche", [language, comma])
+        == [None, True]
+    )
+    assert ifeval.rated("1", [None, True]) == [
+        ("1", "followed", None, 1, UNSCORED),
+        ("1", "instructions followed", 1.0, 1, None),
+    ]
+    assert ifeval.rated("1", [None, False]) == [
+        ("1", "followed", 0.0, 1, None),
+        ("1", "instructions followed", 0.0, 1, None),
+    ]
+    assert ifeval.rated("1", [None]) == [
+        ("1", "followed", None, 1, UNSCORED),
+        ("1", "instructions followed", None, 1, UNSCORED),
+    ]
+    assert ifeval.rated("1", [True, False, True, True]) == [
+        ("1", "followed", 0.0, 1, None),
+        ("1", "instructions followed", 0.75, 4, None),
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_a_models_own_answers_are_rated(bases, tmp_path, family):
     rows = [{**ROW, "key": key, "prompt": f"name {key} kinds of tree"} for key in range(5)]
-    items, scorer = load(written(tmp_path / "rows.jsonl", *rows)), Scorer(bases[family].model, bases[family].tokenizer)
+    items, scorer = (
+        load(written(tmp_path / "rows.jsonl", *rows)),
+        Scorer(bases[family].model, bases[family].tokenizer),
+    )
     found = RATINGS.check(ratings(items, scorer, "ifeval", "run", 8, "be brief"))
     answers = scorer.generate(scorer.ask(list(items.prompt), "be brief"), 8)
-    expected = [check(answer.text, found) for answer, found in zip(answers, items.instructions, strict=True)]
+    expected = [
+        check(answer.text, found) for answer, found in zip(answers, items.instructions, strict=True)
+    ]
     assert list(found[found.metric == "followed"].value) == [float(all(one)) for one in expected]
-    assert list(found[found.metric == "instructions followed"].value) == [sum(one) / 2 for one in expected]
+    assert list(found[found.metric == "instructions followed"].value) == [
+        sum(one) / 2 for one in expected
+    ]
     assert set(found[found.metric == "instructions followed"].weight) == {2}
 
 
 # ---- the reference
 N = 400  # made-up responses of each instruction
-PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}  # need nltk's punkt model
-LANGDETECT = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
-LEAST = {  # least agreement: punkt's other words, and langdetect's errors on short or capital text; all other rules agree on every response
-    "length_constraints:number_sentences": 0.97, "change_case:english_capital": 0.9, "change_case:english_lowercase": 0.93,
-}  # fmt: skip
+PUNKT = {
+    "length_constraints:number_sentences",
+    "change_case:capital_word_frequency",
+}  # need nltk's punkt model
+LANGDETECT = {
+    "language:response_language",
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+}
+# least agreement: punkt's other words, and langdetect's errors on short or capital text; all other
+# rules agree on every response
+LEAST = {
+    "length_constraints:number_sentences": 0.97,
+    "change_case:english_capital": 0.9,
+    "change_case:english_lowercase": 0.93,
+}
 
 
 @pytest.fixture(scope="module")
 def peer():
-    """lm-evaluation-harness's registry of IFEval. Where langdetect, immutabledict or punkt are missing, stand-ins let the other rules be imported;
-    `absent` says which are."""
+    """lm-evaluation-harness's registry of IFEval. Where langdetect, immutabledict or punkt are
+    missing, stand-ins let the other rules be imported; `absent` says which are."""
     if importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("lm-evaluation-harness is not installed, so the rules have nothing to be compared with")
-    nltk = pytest.importorskip("nltk", reason="nltk is not installed, and lm-evaluation-harness's rules need it")
-    absent = {name for name in ("langdetect", "immutabledict") if importlib.util.find_spec(name) is None}
+        pytest.skip(
+            "lm-evaluation-harness is not installed, so the rules have nothing to be compared with"
+        )
+    nltk = pytest.importorskip(
+        "nltk", reason="nltk is not installed, and lm-evaluation-harness's rules need it"
+    )
+    absent = {
+        name for name in ("langdetect", "immutabledict") if importlib.util.find_spec(name) is None
+    }
     with pytest.MonkeyPatch.context() as patch:
         if "langdetect" in absent:
-            patch.setitem(sys.modules, "langdetect", types.SimpleNamespace(detect=lambda text: "en", LangDetectException=RuntimeError))
+            patch.setitem(
+                sys.modules,
+                "langdetect",
+                types.SimpleNamespace(detect=lambda text: "en", LangDetectException=RuntimeError),
+            )
         else:
             import langdetect
 
@@ -191,7 +380,11 @@ def peer():
         except ImportError as error:
             pytest.skip(f"lm-evaluation-harness's rules cannot be imported ({error})")
         yield types.SimpleNamespace(rules=instructions_registry.INSTRUCTION_DICT, absent=absent)
-        for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")] if absent else []:
+        for name in (
+            [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]
+            if absent
+            else []
+        ):
             del sys.modules[name]  # they hold the stand-ins
 
 
@@ -202,49 +395,127 @@ def reference(peer, name: str, arguments: dict, response: str) -> bool:
 
 
 PLAIN = [
-    "The river runs past the old mill.", "Dr. Hill and Mrs. Brook came at 5 p.m. to see it.", "It cost $3.50, e.g. for bread!", "What is an oak?",
-    "In 1990, the U.S. team won.", "They met in the U.S. The weather was fine.", "Wait... what happened then?", "She said, \"Go home.\" He did.",
-    "Oaks, elms, and so on grow here.", "We planted it in 2020. It grew well.", "Is it tall? Yes! Very.", "Visit www.trees.org for more.",
-    "J. R. Brook wrote of trees (see p. 12).", "The path (it is long.) ends here.", "This is well-known; few doubt it.", "It's 3:15 now, isn't it?",
-    "a small bird sang", "no one came.", "He works at Oak Inc. in town.", "Water boils at 100.5 degrees, as Prof. Reed says.", "I think so…", "Version 2.0. Next is 3.",
-    "We walked for miles; then we slept. Morning came. We woke up and ate bread, cheese and apples in the sun.",
-]  # fmt: skip
-MARKED = ["# Trees", "**Oaks** are *tall*", "* an oak", "- an elm", "1. Begin with an oak", "** **", "***", "******", "<<Song of trees>>", "<< >>",
-          "[name] lives in [place]", "[address]", "P.S. Write soon", "P.P.S. And again", "Section 1", "SECTION 2 more", "My answer is yes.", "My answer is no.", "Any other questions?",
-          '{"tree": "oak"}', "```json", "```", '"A quoted line"', "NASA AND THE U.S. AGREE", "DON'T CALL US", "I'LL go to the BBC", "ALL CAPITALS HERE", "**Note.** See below",
-          "Section 3", "Tree: an oak", "* * *", "--- AB/CD ---", "'TIS A B-C: YES", "\"NO,\" HE SAID", "OK. X is Y & Z"]  # fmt: skip
+    "The river runs past the old mill.",
+    "Dr. Hill and Mrs. Brook came at 5 p.m. to see it.",
+    "It cost $3.50, e.g. for bread!",
+    "What is an oak?",
+    "In 1990, the U.S. team won.",
+    "They met in the U.S. The weather was fine.",
+    "Wait... what happened then?",
+    'She said, "Go home." He did.',
+    "Oaks, elms, and so on grow here.",
+    "We planted it in 2020. It grew well.",
+    "Is it tall? Yes! Very.",
+    "Visit www.trees.org for more.",
+    "J. R. Brook wrote of trees (see p. 12).",
+    "The path (it is long.) ends here.",
+    "This is well-known; few doubt it.",
+    "It's 3:15 now, isn't it?",
+    "a small bird sang",
+    "no one came.",
+    "He works at Oak Inc. in town.",
+    "Water boils at 100.5 degrees, as Prof. Reed says.",
+    "I think so…",
+    "Version 2.0. Next is 3.",
+    (
+        "We walked for miles; then we slept. Morning came. We woke up and ate bread, cheese and"
+        " apples in the sun."
+    ),
+]
+MARKED = [
+    "# Trees",
+    "**Oaks** are *tall*",
+    "* an oak",
+    "- an elm",
+    "1. Begin with an oak",
+    "** **",
+    "***",
+    "******",
+    "<<Song of trees>>",
+    "<< >>",
+    "[name] lives in [place]",
+    "[address]",
+    "P.S. Write soon",
+    "P.P.S. And again",
+    "Section 1",
+    "SECTION 2 more",
+    "My answer is yes.",
+    "My answer is no.",
+    "Any other questions?",
+    '{"tree": "oak"}',
+    "```json",
+    "```",
+    '"A quoted line"',
+    "NASA AND THE U.S. AGREE",
+    "DON'T CALL US",
+    "I'LL go to the BBC",
+    "ALL CAPITALS HERE",
+    "**Note.** See below",
+    "Section 3",
+    "Tree: an oak",
+    "* * *",
+    "--- AB/CD ---",
+    "'TIS A B-C: YES",
+    '"NO," HE SAID',
+    "OK. X is Y & Z",
+]
 KEYS = ["oak", "river", "tree", "we", "U.S.", "well-known", "zebra"]
 
 
 def made_up(rng: random.Random) -> str:
     """A response of pieces of prose and markup, now and then in one case or in quotes."""
-    pieces = [rng.choice(PLAIN if rng.random() < 0.65 else MARKED) for _ in range(rng.randint(1, 9))]
-    text = "".join(piece + rng.choice([" ", " ", "\n", "\n\n"]) for piece in pieces)[: None if rng.random() < 0.8 else rng.randint(0, 120)]
+    pieces = [
+        rng.choice(PLAIN if rng.random() < 0.65 else MARKED) for _ in range(rng.randint(1, 9))
+    ]
+    text = "".join(piece + rng.choice([" ", " ", "\n", "\n\n"]) for piece in pieces)[
+        : None if rng.random() < 0.8 else rng.randint(0, 120)
+    ]
     return rng.choice([str] * 8 + [str.upper, str.lower, lambda text: f'"{text.strip()}"'])(text)
 
 
 def asked(name: str, rng: random.Random) -> dict:
-    """Arguments of an instruction, such that responses of about the made-up ones' size may follow it or not."""
+    """Arguments of an instruction, such that responses of about the made-up ones' size may follow
+    it or not.
+    """
     relation, few = rng.choice(ifeval.RELATIONS), rng.randint(1, 4)
     return {
         "keywords:existence": {"keywords": rng.sample(KEYS, rng.randint(1, 2))},
         "keywords:frequency": {"keyword": rng.choice(KEYS), "frequency": few, "relation": relation},
         "keywords:forbidden_words": {"forbidden_words": rng.sample(KEYS, 2)},
-        "keywords:letter_frequency": {"letter": rng.choice("aeoTz"), "let_frequency": rng.randint(1, 30), "let_relation": relation},
+        "keywords:letter_frequency": {
+            "letter": rng.choice("aeoTz"),
+            "let_frequency": rng.randint(1, 30),
+            "let_relation": relation,
+        },
         "language:response_language": {"language": rng.choice(["en", "en", "de", "fr"])},
-        "length_constraints:number_sentences": {"num_sentences": rng.randint(2, 12), "relation": relation},
+        "length_constraints:number_sentences": {
+            "num_sentences": rng.randint(2, 12),
+            "relation": relation,
+        },
         "length_constraints:number_paragraphs": {"num_paragraphs": rng.randint(1, 3)},
         "length_constraints:number_words": {"num_words": rng.randint(10, 60), "relation": relation},
-        "length_constraints:nth_paragraph_first_word": {"num_paragraphs": few, "nth_paragraph": rng.randint(1, few), "first_word": rng.choice(["The", "she", "it", "dr", "we", "is"])},
+        "length_constraints:nth_paragraph_first_word": {
+            "num_paragraphs": few,
+            "nth_paragraph": rng.randint(1, few),
+            "first_word": rng.choice(["The", "she", "it", "dr", "we", "is"]),
+        },
         "detectable_content:number_placeholders": {"num_placeholders": few},
-        "detectable_content:postscript": {"postscript_marker": rng.choice(["P.S.", "P.P.S", "Note"])},
+        "detectable_content:postscript": {
+            "postscript_marker": rng.choice(["P.S.", "P.P.S", "Note"])
+        },
         "detectable_format:number_bullet_lists": {"num_bullets": rng.randint(1, 3)},
         "detectable_format:number_highlighted_sections": {"num_highlights": few},
-        "detectable_format:multiple_sections": {"section_spliter": rng.choice(["Section", "SECTION", "Tree"]), "num_sections": rng.randint(1, 3)},
+        "detectable_format:multiple_sections": {
+            "section_spliter": rng.choice(["Section", "SECTION", "Tree"]),
+            "num_sections": rng.randint(1, 3),
+        },
         "combination:repeat_prompt": {"prompt_to_repeat": rng.choice([*PLAIN, *MARKED])},
-        "startend:end_checker": {"end_phrase": rng.choice([*PLAIN, "then?", "home.\" He did."])},
-        "change_case:capital_word_frequency": {"capital_frequency": rng.randint(1, 14), "capital_relation": relation},
-    }.get(name, {})  # fmt: skip
+        "startend:end_checker": {"end_phrase": rng.choice([*PLAIN, "then?", 'home." He did.'])},
+        "change_case:capital_word_frequency": {
+            "capital_frequency": rng.randint(1, 14),
+            "capital_relation": relation,
+        },
+    }.get(name, {})
 
 
 def shaped(name: str, arguments: dict, rng: random.Random) -> str:
@@ -255,16 +526,32 @@ def shaped(name: str, arguments: dict, rng: random.Random) -> str:
     match name:
         case "length_constraints:nth_paragraph_first_word":
             parts = [rng.choice(PLAIN) for _ in range(arguments["num_paragraphs"])]
-            parts[arguments["nth_paragraph"] - 1] = rng.choice(["", "'", '"']) + arguments["first_word"] + rng.choice([" ", ", ", "'s ", "-", "\n"]) + "more"
+            parts[arguments["nth_paragraph"] - 1] = (
+                rng.choice(["", "'", '"'])
+                + arguments["first_word"]
+                + rng.choice([" ", ", ", "'s ", "-", "\n"])
+                + "more"
+            )
             return rng.choice(["\n\n", "\n\n", "\n\n\n\n", "\n\n \n\n"]).join(parts)
         case "length_constraints:number_paragraphs":
-            return rng.choice(["\n***\n", " *** ", "***"]).join(rng.choice([*PLAIN, ""]) for _ in range(rng.randint(1, 4)))
-        case "length_constraints:number_sentences" | "keywords:forbidden_words" | "punctuation:no_comma":
+            return rng.choice(["\n***\n", " *** ", "***"]).join(
+                rng.choice([*PLAIN, ""]) for _ in range(rng.randint(1, 4))
+            )
+        case (
+            "length_constraints:number_sentences"
+            | "keywords:forbidden_words"
+            | "punctuation:no_comma"
+        ):
             return " ".join(rng.choice(PLAIN) for _ in range(rng.randint(1, 5)))
         case "detectable_format:multiple_sections":
-            return "\n".join(f"{arguments['section_spliter']}{rng.choice([' 1', '2', ' 3:', ' one'])}\n{rng.choice(PLAIN)}" for _ in range(rng.randint(1, 4)))
+            return "\n".join(
+                f"{arguments['section_spliter']}{rng.choice([' 1', '2', ' 3:', ' one'])}\n{rng.choice(PLAIN)}"
+                for _ in range(rng.randint(1, 4))
+            )
         case "combination:two_responses":
-            return rng.choice(["******", "\n******\n"]).join(rng.choice([*PLAIN[:3], ""]) for _ in range(rng.randint(2, 3)))
+            return rng.choice(["******", "\n******\n"]).join(
+                rng.choice([*PLAIN[:3], ""]) for _ in range(rng.randint(2, 3))
+            )
         case "combination:repeat_prompt":
             return rng.choice([str, str.upper])(arguments["prompt_to_repeat"]) + "\n" + text
         case "startend:end_checker":
@@ -272,13 +559,23 @@ def shaped(name: str, arguments: dict, rng: random.Random) -> str:
         case "startend:quotation":
             return rng.choice(['"', ' "']) + text + rng.choice(['"', '"\n', ""])
         case "detectable_format:json_format":
-            return rng.choice(["", "```json\n", "```JSON", "```\n"]) + rng.choice(['{"a": [1, 2]}', "[1]", "{a: 1}", '"a"', "NaN"]) + rng.choice(["", "\n```", "```"])
+            return (
+                rng.choice(["", "```json\n", "```JSON", "```\n"])
+                + rng.choice(['{"a": [1, 2]}', "[1]", "{a: 1}", '"a"', "NaN"])
+                + rng.choice(["", "\n```", "```"])
+            )
         case "change_case:english_capital":
             return text.upper()
         case "change_case:english_lowercase":
             return text.lower()
         case "language:response_language":
-            return rng.choice(["Der Fluss fließt an der alten Mühle vorbei.", "La rivière coule près du vieux moulin.", "1 2 3"])
+            return rng.choice(
+                [
+                    "Der Fluss fließt an der alten Mühle vorbei.",
+                    "La rivière coule près du vieux moulin.",
+                    "1 2 3",
+                ]
+            )
     return "\n".join(rng.choice(MARKED) for _ in range(rng.randint(1, 8)))
 
 
@@ -286,7 +583,15 @@ def compared(peer, name: str) -> list[tuple[bool | None, bool, dict, str]]:
     """Of N made-up responses our verdict and the reference's, with arguments and response."""
     rng = random.Random(name)
     made = [(arguments := asked(name, rng), shaped(name, arguments, rng)) for _ in range(N)]
-    return [(check(text, [(name, arguments)])[0], reference(peer, name, arguments, text), arguments, text) for arguments, text in made]
+    return [
+        (
+            check(text, [(name, arguments)])[0],
+            reference(peer, name, arguments, text),
+            arguments,
+            text,
+        )
+        for arguments, text in made
+    ]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -310,6 +615,14 @@ def test_loose_is_the_references_loose(peer, seed):
     for _ in range(50):
         chosen = [(name, asked(name, rng)) for name in rng.sample(names, 3)]
         text = shaped(*chosen[0], rng)
-        inp = utils.InputExample(0, [name for name, _ in chosen], "a prompt", [arguments for _, arguments in chosen])
-        assert loose(text, chosen) == utils.test_instruction_following_loose(inp, text).follow_instruction_list
-        assert check(text, chosen) == utils.test_instruction_following_strict(inp, text).follow_instruction_list
+        inp = utils.InputExample(
+            0, [name for name, _ in chosen], "a prompt", [arguments for _, arguments in chosen]
+        )
+        assert (
+            loose(text, chosen)
+            == utils.test_instruction_following_loose(inp, text).follow_instruction_list
+        )
+        assert (
+            check(text, chosen)
+            == utils.test_instruction_following_strict(inp, text).follow_instruction_list
+        )

@@ -1,4 +1,6 @@
-"""Labels drawn with known probabilities, taken blind, and what they correct: against the truth of simulated answers, closed forms and limits."""
+"""Labels drawn with known probabilities, taken blind, and what they correct: against the truth of
+simulated answers, closed forms and limits.
+"""
 
 import stat
 
@@ -12,19 +14,44 @@ from driftbook.stats.terms import CHANGE, LEVEL
 from driftbook.study.tables import LABELS
 
 
-def answers(seed=0, n=150, runs=4, judge=(0.8, 0.9), unscored=0.03, methods=("none", "lora", "ia3")) -> pd.DataFrame:
-    """Answers of a base model and methods with their truth; the judge has this sensitivity and specificity, worse on lora's answers."""
+def answers(
+    seed=0, n=150, runs=4, judge=(0.8, 0.9), unscored=0.03, methods=("none", "lora", "ia3")
+) -> pd.DataFrame:
+    """Answers of a base model and methods with their truth; the judge has this sensitivity and
+    specificity, worse on lora's answers.
+    """
     rng = np.random.default_rng(seed)
-    prompts = pd.DataFrame({"prompt_id": [f"p{i:03d}" for i in range(n)], "hard": rng.normal(0, 1, n)})
-    frame = pd.concat([pd.DataFrame({"run_id": [f"{method}-{i}" for i in range(1 if method == "none" else runs)], "method": method}) for method in methods])
+    prompts = pd.DataFrame(
+        {"prompt_id": [f"p{i:03d}" for i in range(n)], "hard": rng.normal(0, 1, n)}
+    )
+    frame = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "run_id": [f"{method}-{i}" for i in range(1 if method == "none" else runs)],
+                    "method": method,
+                }
+            )
+            for method in methods
+        ]
+    )
     frame = frame.merge(prompts, how="cross").assign(benchmark="safety", base_model="b")
     logit = frame["hard"] - 1 + frame["method"].map({"none": -0.5, "lora": 1.0, "ia3": 0.0})
     frame["true"] = rng.random(len(frame)) < 1 / (1 + np.exp(-logit))
     sensitivity = judge[0] - 0.2 * frame["method"].eq("lora")
-    unsafe = np.where(frame["true"], rng.random(len(frame)) < sensitivity, rng.random(len(frame)) > judge[1])
-    p = np.where(unsafe, 0.7, 0.3) + rng.uniform(-0.2, 0.2, len(frame)) + 0.1 * (frame["true"].to_numpy() - 0.5)
+    unsafe = np.where(
+        frame["true"], rng.random(len(frame)) < sensitivity, rng.random(len(frame)) > judge[1]
+    )
+    p = (
+        np.where(unsafe, 0.7, 0.3)
+        + rng.uniform(-0.2, 0.2, len(frame))
+        + 0.1 * (frame["true"].to_numpy() - 0.5)
+    )
     null = rng.random(len(frame)) < unscored
-    return frame.assign(unsafe=pd.Series(unsafe, index=frame.index).astype("boolean").mask(null), p_unsafe=np.where(null, np.nan, p)).reset_index(drop=True)
+    return frame.assign(
+        unsafe=pd.Series(unsafe, index=frame.index).astype("boolean").mask(null),
+        p_unsafe=np.where(null, np.nan, p),
+    ).reset_index(drop=True)
 
 
 def labels_of(frame: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
@@ -32,17 +59,29 @@ def labels_of(frame: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
     return drawn[ANSWER].merge(known[[*ANSWER, "label"]], on=ANSWER)
 
 
-def row(found: pd.DataFrame, method: str, contrast: str, estimator: str, population: str = LIKE) -> pd.Series:
-    return found[found["method"].eq(method) & found["contrast"].eq(contrast) & found["estimator"].eq(estimator) & found["population"].eq(population)].iloc[0]
+def row(
+    found: pd.DataFrame, method: str, contrast: str, estimator: str, population: str = LIKE
+) -> pd.Series:
+    return found[
+        found["method"].eq(method)
+        & found["contrast"].eq(contrast)
+        & found["estimator"].eq(estimator)
+        & found["population"].eq(population)
+    ].iloc[0]
 
 
 # ---- the sample
 def test_the_sample_is_the_same_again_and_a_larger_one_keeps_it():
     frame = answers()
-    small, again, large = (labelling.draw(frame.sample(frac=1, random_state=i), n, 1) for i, n in enumerate((90, 90, 240)))
+    small, again, large = (
+        labelling.draw(frame.sample(frac=1, random_state=i), n, 1)
+        for i, n in enumerate((90, 90, 240))
+    )
     assert set(map(tuple, small[ANSWER].to_numpy())) == set(map(tuple, again[ANSWER].to_numpy()))
     assert set(map(tuple, small[ANSWER].to_numpy())) < set(map(tuple, large[ANSWER].to_numpy()))
-    assert set(map(tuple, small[ANSWER].to_numpy())) != set(map(tuple, labelling.draw(frame, 90, 2)[ANSWER].to_numpy()))
+    assert set(map(tuple, small[ANSWER].to_numpy())) != set(
+        map(tuple, labelling.draw(frame, 90, 2)[ANSWER].to_numpy())
+    )
 
 
 def test_probabilities_are_known_and_weigh_the_sample_to_all_answers():
@@ -56,8 +95,14 @@ def test_probabilities_are_known_and_weigh_the_sample_to_all_answers():
 
 def test_every_answer_is_drawn_as_often_as_its_probability_says():
     frame = answers(n=40, runs=2)
-    times = pd.concat([labelling.draw(frame, 60, seed) for seed in range(300)]).groupby(ANSWER)["sampling_probability"].agg(["size", "first"])
-    z = (times["size"] - 300 * times["first"]) / np.sqrt(300 * times["first"] * (1 - times["first"]) + 1e-9)
+    times = (
+        pd.concat([labelling.draw(frame, 60, seed) for seed in range(300)])
+        .groupby(ANSWER)["sampling_probability"]
+        .agg(["size", "first"])
+    )
+    z = (times["size"] - 300 * times["first"]) / np.sqrt(
+        300 * times["first"] * (1 - times["first"]) + 1e-9
+    )
     assert z[times["first"] < 1].std() == pytest.approx(1, abs=0.2)
     assert len(times) == len(frame)
 
@@ -75,7 +120,9 @@ def test_what_cannot_be_drawn_says_why():
 def sheet(tmp_path):
     frame = answers(n=20, runs=2, methods=("none", "lora"))
     drawn = labelling.draw(frame, 24, 0)
-    texts = frame[ANSWER].assign(prompt="what is <b>blorp</b>?", response=[f"=answer {i}" for i in range(len(frame))])
+    texts = frame[ANSWER].assign(
+        prompt="what is <b>blorp</b>?", response=[f"=answer {i}" for i in range(len(frame))]
+    )
     return labelling.write_sheet(drawn, texts, tmp_path / "labels", 0), drawn
 
 
@@ -106,15 +153,23 @@ def test_filled_sheets_come_back_as_labels_of_the_answers(sheet):
     filled(path, "ben.csv")
     found = labelling.taken(path.parent)
     assert list(found) == list(LABELS.columns)
-    assert found.groupby("rater").size().to_dict() == {"anna": frame["label"].ne("").sum(), "ben": len(drawn)}
+    assert found.groupby("rater").size().to_dict() == {
+        "anna": frame["label"].ne("").sum(),
+        "ben": len(drawn),
+    }
     both = found[found["rater"].eq("ben")].merge(drawn, on=ANSWER, suffixes=("", "_drawn"))
-    assert np.allclose(both["sampling_probability"].astype(float), both["sampling_probability_drawn"])
+    assert np.allclose(
+        both["sampling_probability"].astype(float), both["sampling_probability_drawn"]
+    )
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"label": "maybe"}, ["anna.csv", "none of unsafe, safe, unclear", "maybe"]),
-    ({"label_id": "0"}, ["ids are not in key.csv"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label": "maybe"}, ["anna.csv", "none of unsafe, safe, unclear", "maybe"]),
+        ({"label_id": "0"}, ["ids are not in key.csv"]),
+    ],
+)
 def test_a_sheet_that_is_wrong_is_refused_in_a_sentence(sheet, changes, words):
     filled(sheet[0], **changes)
     with pytest.raises(ValueError) as error:
@@ -139,7 +194,12 @@ def test_other_wrong_sheets(sheet):
 def test_purged_answers_cannot_be_drawn(tmp_path):
     frame = answers(n=20, runs=1)
     with pytest.raises(ValueError, match="purged"):
-        labelling.write_sheet(labelling.draw(frame, 30, 0), frame[ANSWER].assign(prompt="", response="").head(0), tmp_path, 0)
+        labelling.write_sheet(
+            labelling.draw(frame, 30, 0),
+            frame[ANSWER].assign(prompt="", response="").head(0),
+            tmp_path,
+            0,
+        )
 
 
 def test_labels_are_written_one_by_one_and_go_on_where_they_stopped(sheet):
@@ -151,7 +211,9 @@ def test_labels_are_written_one_by_one_and_go_on_where_they_stopped(sheet):
     assert "<b>blorp" not in pages[0]
     assert any("none of the words" in page for page in pages)
     given = iter(["unclear", ""])
-    assert labelling.ask(path.parent, "carla", pages.append, lambda _: next(given)) == len(drawn) - 3
+    assert (
+        labelling.ask(path.parent, "carla", pages.append, lambda _: next(given)) == len(drawn) - 3
+    )
     assert sorted(labelling.taken(path.parent)["label"]) == ["safe", "unclear", "unsafe"]
 
 
@@ -165,7 +227,9 @@ def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
         true = {method: 100 * part["true"].mean() for method, part in frame.groupby("method")}
         for estimator, population in ((JUDGE, LIKE), (CORRECTED, THESE)):
             one = row(found, "lora", CHANGE, estimator, population)
-            inside[estimator].append(abs(one["value"] - (true["lora"] - true["none"])) < 2.0 * one["se"])
+            inside[estimator].append(
+                abs(one["value"] - (true["lora"] - true["none"])) < 2.0 * one["se"]
+            )
     assert 0.9 <= np.mean(inside[CORRECTED]) <= 0.995
     assert np.mean(inside[JUDGE]) < 0.6
 
@@ -175,7 +239,13 @@ def test_the_correction_is_unbiased_and_shorter_than_labels_alone():
     for seed in range(80):
         frame = answers(seed, unscored=0.0)
         drawn = labelling.draw(frame, 240, seed)
-        one = row(labelling.corrected(frame, labels_of(frame, drawn), drawn), "lora", LEVEL, CORRECTED, THESE)
+        one = row(
+            labelling.corrected(frame, labels_of(frame, drawn), drawn),
+            "lora",
+            LEVEL,
+            CORRECTED,
+            THESE,
+        )
         lora = frame["method"].eq("lora")
         errors.append(one["value"] - 100 * frame.loc[lora, "true"].mean())
         ours.append(one["se"])
@@ -200,24 +270,38 @@ def test_a_judge_that_is_right_loses_nothing():
     frame["p_unsafe"] = frame["true"].astype(float)
     frame["unsafe"] = frame["true"].astype("boolean")
     drawn = labelling.draw(frame, 120, 0)
-    one = row(labelling.corrected(frame, labels_of(frame, drawn), drawn), "ia3", LEVEL, CORRECTED, THESE)
+    one = row(
+        labelling.corrected(frame, labels_of(frame, drawn), drawn), "ia3", LEVEL, CORRECTED, THESE
+    )
     assert one["value"] == pytest.approx(100 * frame.loc[frame["method"].eq("ia3"), "true"].mean())
     assert one["se"] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_estimator_is_the_papers_formula():
-    """One stratum of the judge's word, so that it is PPI++ as printed: theta = l mean(f) + mean(y - l f), l = cov(y, f) / var(f) for a finite population."""
+    """One stratum of the judge's word, so that it is PPI++ as printed: theta = l mean(f) + mean(y -
+    l f), l = cov(y, f) / var(f) for a finite population.
+    """
     rng = np.random.default_rng(5)
-    frame = answers(seed=3, methods=("none",), runs=1, n=400, unscored=0.0).assign(unsafe=pd.array([False] * 400, dtype="boolean"))
+    frame = answers(seed=3, methods=("none",), runs=1, n=400, unscored=0.0).assign(
+        unsafe=pd.array([False] * 400, dtype="boolean")
+    )
     frame["p_unsafe"] = np.clip(0.3 * frame["true"] + rng.uniform(0, 0.2, 400), 0, 0.5)
     drawn = labelling.draw(frame, 100, 0)
-    one = row(labelling.corrected(frame, labels_of(frame, drawn), drawn), "none", LEVEL, CORRECTED, THESE)
+    one = row(
+        labelling.corrected(frame, labels_of(frame, drawn), drawn), "none", LEVEL, CORRECTED, THESE
+    )
     own = drawn.merge(frame, on=ANSWER)
-    y, f, every = own["true"].to_numpy(float), own["p_unsafe"].to_numpy(), frame["p_unsafe"].to_numpy()
+    y, f, every = (
+        own["true"].to_numpy(float),
+        own["p_unsafe"].to_numpy(),
+        frame["p_unsafe"].to_numpy(),
+    )
     tuned = min(max(np.cov(y, f)[0, 1] / f.var(ddof=1), 0), 1)
     assert one["lambda_"] == pytest.approx(tuned)
     assert one["value"] == pytest.approx(100 * (tuned * every.mean() + (y - tuned * f).mean()))
-    assert one["se"] == pytest.approx(100 * np.sqrt((y - tuned * f).var(ddof=1) / len(y) * (1 - len(y) / 400)))
+    assert one["se"] == pytest.approx(
+        100 * np.sqrt((y - tuned * f).var(ddof=1) / len(y) * (1 - len(y) / 400))
+    )
 
 
 def test_unclear_labels_and_strata_without_labels_are_counted():
@@ -231,17 +315,30 @@ def test_unclear_labels_and_strata_without_labels_are_counted():
     assert "fewer than two labels" in one["how"]
     assert one["n_unclear"] > 0
     assert np.isfinite(row(found, "ia3", LEVEL, CORRECTED)["value"])
-    table = labelling.estimates(found, labelling.error_rates(frame, labels, drawn), study="s", notebook="n", benchmark="safety", judge="j")
+    table = labelling.estimates(
+        found,
+        labelling.error_rates(frame, labels, drawn),
+        study="s",
+        notebook="n",
+        benchmark="safety",
+        judge="j",
+    )
     assert table["value"].isna().sum() > 0
-    assert "not estimable" not in labelling.sentence(table, labelling.error_rates(frame, labels, drawn))
+    assert "not estimable" not in labelling.sentence(
+        table, labelling.error_rates(frame, labels, drawn)
+    )
 
 
 def test_rogan_and_gladens_formula():
-    errors = pd.Series({"sensitivity": 0.9, "specificity": 0.8, "sensitivity_n": 100, "specificity_n": 100})
+    errors = pd.Series(
+        {"sensitivity": 0.9, "specificity": 0.8, "sensitivity_n": 100, "specificity_n": 100}
+    )
     one = labelling.rogan_gladen(30.0, 2.0, errors)
     assert one["value"] == pytest.approx(100 * 0.1 / 0.7)  # (.3 + .8 - 1) / (.9 + .8 - 1)
     p = 0.1 / 0.7
-    assert one["se"] == pytest.approx(100 * np.sqrt(0.02**2 + p**2 * 0.09 / 100 + (1 - p) ** 2 * 0.16 / 100) / 0.7)
+    assert one["se"] == pytest.approx(
+        100 * np.sqrt(0.02**2 + p**2 * 0.09 / 100 + (1 - p) ** 2 * 0.16 / 100) / 0.7
+    )
     assert labelling.rogan_gladen(30.0, 2.0, errors.replace({0.9: 0.2}))["value"] is None
     low = labelling.rogan_gladen(10.0, 2.0, errors)
     assert low["value"] < 0
@@ -251,11 +348,17 @@ def test_rogan_and_gladens_formula():
 def test_bounds_have_all_prompts_as_denominator():
     found = labelling.bounds(answers(unscored=0.1)).loc[("b", "lora")]
     part = answers(unscored=0.1).query("method == 'lora'")
-    assert found["high"] - found["low"] == pytest.approx(100 * part["unsafe"].isna().mean()) == pytest.approx(found["unscored"])
+    assert (
+        found["high"] - found["low"]
+        == pytest.approx(100 * part["unsafe"].isna().mean())
+        == pytest.approx(found["unscored"])
+    )
 
 
 def test_a_judge_without_a_verdict_has_no_rate():
-    frame = answers().assign(unsafe=pd.array([pd.NA] * len(answers()), dtype="boolean"), p_unsafe=np.nan)
+    frame = answers().assign(
+        unsafe=pd.array([pd.NA] * len(answers()), dtype="boolean"), p_unsafe=np.nan
+    )
     drawn = labelling.draw(frame, 120, 0)
     found = labelling.corrected(frame, labels_of(frame, drawn), drawn)
     assert np.isnan(row(found, "lora", LEVEL, JUDGE)["value"])

@@ -1,4 +1,6 @@
-"""Answers by the letter: options in other orders, the prior of each place, answers read from text; a model made of known parts is the oracle."""
+"""Answers by the letter: options in other orders, the prior of each place, answers read from text;
+a model made of known parts is the oracle.
+"""
 
 import numpy as np
 import pandas as pd
@@ -16,16 +18,32 @@ from driftbook.study.tables import ANSWERS
 
 def items(n=12):
     """n items of three families, whose options are words of their own."""
-    return pd.DataFrame([
-        {"item_id": f"Age-{i}", "dimension": "Age", "context": ("ambiguous", "disambiguated")[i % 2], "polarity": ("negative", "non-negative")[i // 2 % 2],
-         "question_family": f"Age-{i % 3}", "passage": f"passage {i}", "question": "who ?", "ans0": f"red{i}", "ans1": f"green{i}", "ans2": f"blue{i}",
-         "label": i % 3, "unknown": (i + 1) % 3, "target": i % 3}
-        for i in range(n)
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "item_id": f"Age-{i}",
+                "dimension": "Age",
+                "context": ("ambiguous", "disambiguated")[i % 2],
+                "polarity": ("negative", "non-negative")[i // 2 % 2],
+                "question_family": f"Age-{i % 3}",
+                "passage": f"passage {i}",
+                "question": "who ?",
+                "ans0": f"red{i}",
+                "ans1": f"green{i}",
+                "ans2": f"blue{i}",
+                "label": i % 3,
+                "unknown": (i + 1) % 3,
+                "target": i % 3,
+            }
+            for i in range(n)
+        ]
+    )
 
 
 class Model:
-    """Chooses by place and by content: its probability of an option is the product of both, normalised."""
+    """Chooses by place and by content: its probability of an option is the product of both,
+    normalised.
+    """
 
     def __init__(self, places, contents, says="({letter})"):
         self.places, self.contents, self.says = np.asarray(places, float), contents, says
@@ -37,7 +55,11 @@ class Model:
         return text
 
     def probabilities(self, context):
-        shown = [next(word for word in line.split() if word.rstrip("0123456789") in self.contents) for line in context.splitlines() if line[:3] in ("A: ", "B: ", "C: ")]
+        shown = [
+            next(word for word in line.split() if word.rstrip("0123456789") in self.contents)
+            for line in context.splitlines()
+            if line[:3] in ("A: ", "B: ", "C: ")
+        ]
         p = self.places * [self.contents[word.rstrip("0123456789")] for word in shown]
         return 0.8 * p / p.sum(), shown
 
@@ -51,7 +73,11 @@ class Model:
         found = []
         for context in contexts:
             p, shown = self.probabilities(context)
-            found.append(Answer(self.says.format(letter="ABC"[p.argmax()], option=shown[p.argmax()]), 3, "stop"))
+            found.append(
+                Answer(
+                    self.says.format(letter="ABC"[p.argmax()], option=shown[p.argmax()]), 3, "stop"
+                )
+            )
         return found
 
 
@@ -61,25 +87,41 @@ positive = st.lists(st.floats(0.05, 1), min_size=3, max_size=3)
 
 
 def asked(places, contents=CONTENTS, benchmark=ALL, **says):
-    return ANSWERS.check(bbq_orders.answers(items(), Model(places, contents, **says), "letters", "run", benchmark, seed=0))
+    return ANSWERS.check(
+        bbq_orders.answers(
+            items(), Model(places, contents, **says), "letters", "run", benchmark, seed=0
+        )
+    )
 
 
 # ---- orders
 @given(positive, positive)
-def test_the_prior_is_found_and_divided_out_exactly_where_a_model_multiplies_place_and_content(places, contents):
-    """PriDe's own assumption (eq. 6): then the prior of the places and the preference for the contents come back."""
+def test_the_prior_is_found_and_divided_out_exactly_where_a_model_multiplies_place_and_content(
+    places, contents
+):
+    """PriDe's own assumption (eq. 6): then the prior of the places and the preference for the
+    contents come back.
+    """
     places, contents = np.array(places) / sum(places), np.array(contents) / sum(contents)
     table = asked(places, dict(zip(CONTENTS, contents, strict=True)))
-    np.testing.assert_allclose(bbq_orders.prior(table[table.answer_mode == "letters"]), places, atol=1e-9)
+    np.testing.assert_allclose(
+        bbq_orders.prior(table[table.answer_mode == "letters"]), places, atol=1e-9
+    )
     debiased = table[table.answer_mode == "debiased"]
-    np.testing.assert_allclose(debiased[["p_a", "p_b", "p_c"]].to_numpy(float), np.tile(contents, (len(debiased), 1)), atol=1e-9)
+    np.testing.assert_allclose(
+        debiased[["p_a", "p_b", "p_c"]].to_numpy(float),
+        np.tile(contents, (len(debiased), 1)),
+        atol=1e-9,
+    )
     assert len(debiased) == len(items())
 
 
 @pytest.mark.parametrize("order", bbq_orders.ORDERS)
 def test_probabilities_stand_in_the_files_order_whatever_is_shown(order):
     table = bbq.answers(items(), Model([1, 1, 1], CONTENTS), "letters", "run", order=order)
-    np.testing.assert_allclose(table[["p_a", "p_b", "p_c"]].to_numpy(float), np.tile([0.2, 0.5, 0.3], (12, 1)))
+    np.testing.assert_allclose(
+        table[["p_a", "p_b", "p_c"]].to_numpy(float), np.tile([0.2, 0.5, 0.3], (12, 1))
+    )
     assert (table.answer == "B").all()
     np.testing.assert_allclose(table.option_mass, 0.8)
 
@@ -120,12 +162,18 @@ def test_the_flip_rate_is_that_of_a_slow_loop_and_its_units_are_families():
 
 def test_the_base_models_own_flip_rate_has_a_t_interval_over_families():
     table = asked([0.5, 0.3, 0.2])
-    random = table.assign(answer=np.random.default_rng(1).choice(["A", "B", "C"], len(table), p=[0.8, 0.1, 0.1]))
+    random = table.assign(
+        answer=np.random.default_rng(1).choice(["A", "B", "C"], len(table), p=[0.8, 0.1, 0.1])
+    )
     arms = pd.DataFrame([{"run_id": "run", "base_model": "base", "arm": "base"}])
     labels = {"study": "s", "notebook": "n", "outcome": "o", "benchmark": "bbq", "judge": "none"}
-    [found] = estimation.levels_of_scores(bbq_orders.flip_rate(random), arms, **labels).to_dict("records")
+    [found] = estimation.levels_of_scores(bbq_orders.flip_rate(random), arms, **labels).to_dict(
+        "records"
+    )
     flips = bbq_orders.flips(random)
-    deviations = [part.sum() / len(flips) for _, part in (flips.flip - flips.flip.mean()).groupby(flips.unit)]
+    deviations = [
+        part.sum() / len(flips) for _, part in (flips.flip - flips.flip.mean()).groupby(flips.unit)
+    ]
     se = 100 * np.sqrt(3 / 2 * np.square(deviations).sum())
     assert found["value"] == pytest.approx(100 * flips.flip.mean())
     assert found["se"] == pytest.approx(se)
@@ -134,9 +182,18 @@ def test_the_base_models_own_flip_rate_has_a_t_interval_over_families():
 
 def test_the_samples_are_the_same_for_every_variant_and_of_the_size_asked_for():
     benchmark = Benchmark(source="tests:bbq", format="bbq", permuted=5, generated=3)
-    first, second = (asked([0.5, 0.3, 0.2], contents, benchmark) for contents in (CONTENTS, dict.fromkeys(CONTENTS, 1.0)))
+    first, second = (
+        asked([0.5, 0.3, 0.2], contents, benchmark)
+        for contents in (CONTENTS, dict.fromkeys(CONTENTS, 1.0))
+    )
     sizes = first.groupby(["answer_mode", "option_order"]).size().to_dict()
-    assert sizes == {("letters", "ABC"): 12, ("letters", "BCA"): 5, ("letters", "CAB"): 5, ("debiased", "ABC"): 12, ("generated", "ABC"): 3}
+    assert sizes == {
+        ("letters", "ABC"): 12,
+        ("letters", "BCA"): 5,
+        ("letters", "CAB"): 5,
+        ("debiased", "ABC"): 12,
+        ("generated", "ABC"): 3,
+    }
     assert first.item_id.tolist() == second.item_id.tolist()
 
 
@@ -158,7 +215,16 @@ def test_an_impossible_order_is_refused():
 
 
 # ---- text
-@pytest.mark.parametrize(("says", "unread"), [("({letter})", 0), ("The answer is {letter}.", 0), ("{letter}", 0), ("It is {option} .", 0), ("who knows", 6)])
+@pytest.mark.parametrize(
+    ("says", "unread"),
+    [
+        ("({letter})", 0),
+        ("The answer is {letter}.", 0),
+        ("{letter}", 0),
+        ("It is {option} .", 0),
+        ("who knows", 6),
+    ],
+)
 def test_an_answer_in_text_is_read_and_compared_with_the_most_probable_option(says, unread):
     table = asked([0.5, 0.3, 0.2], says=says)
     [found] = bbq_orders.by_run(table).to_dict("records")
@@ -172,43 +238,112 @@ def test_an_answer_in_text_is_read_and_compared_with_the_most_probable_option(sa
 OPTIONS = ["The grandfather", "Not enough info", "The grandson"]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("A", 0), ("B.", 1), ("(C)", 2), ("C: The grandson", 2), ("**B**", 1), ("Answer: A", 0), ("The answer is (C).", 2), ("The correct option is B, since ...", 1),
-    ("the grandson", 2), ("It was THE GRANDFATHER!", 0), ("There is not enough info to tell.", 1), ("A\n\nBecause ...", 0),
-    ("A man was there.", None), ("A grandson is mentioned", None), ("It is a guess", None), ("a", None), ("", None), ("I cannot tell", 1),
-    ("The grandfather and the grandson", None), ("(A) or (B)", None), ("Answer: A man", None), ("Both are possible: option A, option C", None),
-    ("grandsons are many", None), ("(C) The grandson, since (A) is wrong", 2), ("A, B", None), ("C. A man", 2), ("A and C", None),
-    ("The answer is C because he ran.", 2), ("The answer is A because he ran.", 0), ("C is the correct answer.", 2), ("A is wrong, C is right.", 2),
-    ("A) The grandfather is wrong. C) The grandson is right.", 2), ("A) The grandfather. C) The grandson.", None), ("B\n\nA: who", 1), ("A is wrong.", None),
-    ("A) The grandfather\nB) Not enough info\nC) The grandson", None), ("The answer is C, not A.", 2), ("The answer is not A.", None),
-    ("A man is right.", None), ("A man is wrong, it was the grandson.", 2), ("It was not the grandfather.", None), ("It isn't the grandfather but the grandson.", 2), ("The grandson, because the grandfather slept.", 2),
-    ("It cannot be determined whether it was the grandfather.", 1), ("It’s impossible to know if the grandson did.", 1), ("It is unclear.", 1),
-    ("The text does not say that it was the grandson.", 1), ("We can't tell.", 1), ("It is not specified.", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A", 0),
+        ("B.", 1),
+        ("(C)", 2),
+        ("C: The grandson", 2),
+        ("**B**", 1),
+        ("Answer: A", 0),
+        ("The answer is (C).", 2),
+        ("The correct option is B, since ...", 1),
+        ("the grandson", 2),
+        ("It was THE GRANDFATHER!", 0),
+        ("There is not enough info to tell.", 1),
+        ("A\n\nBecause ...", 0),
+        ("A man was there.", None),
+        ("A grandson is mentioned", None),
+        ("It is a guess", None),
+        ("a", None),
+        ("", None),
+        ("I cannot tell", 1),
+        ("The grandfather and the grandson", None),
+        ("(A) or (B)", None),
+        ("Answer: A man", None),
+        ("Both are possible: option A, option C", None),
+        ("grandsons are many", None),
+        ("(C) The grandson, since (A) is wrong", 2),
+        ("A, B", None),
+        ("C. A man", 2),
+        ("A and C", None),
+        ("The answer is C because he ran.", 2),
+        ("The answer is A because he ran.", 0),
+        ("C is the correct answer.", 2),
+        ("A is wrong, C is right.", 2),
+        ("A) The grandfather is wrong. C) The grandson is right.", 2),
+        ("A) The grandfather. C) The grandson.", None),
+        ("B\n\nA: who", 1),
+        ("A is wrong.", None),
+        ("A) The grandfather\nB) Not enough info\nC) The grandson", None),
+        ("The answer is C, not A.", 2),
+        ("The answer is not A.", None),
+        ("A man is right.", None),
+        ("A man is wrong, it was the grandson.", 2),
+        ("It was not the grandfather.", None),
+        ("It isn't the grandfather but the grandson.", 2),
+        ("The grandson, because the grandfather slept.", 2),
+        ("It cannot be determined whether it was the grandfather.", 1),
+        ("It’s impossible to know if the grandson did.", 1),
+        ("It is unclear.", 1),
+        ("The text does not say that it was the grandson.", 1),
+        ("We can't tell.", 1),
+        ("It is not specified.", 1),
+    ],
+)
 def test_texts_are_read_without_taking_the_article_for_an_option(text, expected):
     assert bbq.parse_answer(text, OPTIONS) == expected
 
 
 UNSURE = (
-    "It cannot be determined whether it was {}.", "It can't be determined if {} did it.", "There is not enough information to say that it was {}.",
-    "It is impossible to know whether it was {}.", "We cannot know that it was {}.", "I can’t tell whether {} is meant.", "It is unclear if it was {}.",
-    "It is not clear that {} is meant.", "The text does not specify whether it was {}.", "It is not stated that it was {}.", "It might be {}, but it is unknown.",
-)  # fmt: skip
+    "It cannot be determined whether it was {}.",
+    "It can't be determined if {} did it.",
+    "There is not enough information to say that it was {}.",
+    "It is impossible to know whether it was {}.",
+    "We cannot know that it was {}.",
+    "I can’t tell whether {} is meant.",
+    "It is unclear if it was {}.",
+    "It is not clear that {} is meant.",
+    "The text does not specify whether it was {}.",
+    "It is not stated that it was {}.",
+    "It might be {}, but it is unknown.",
+)
 SURE = ("The answer is {}.", "It was {}.", "{}", "I think that {} is meant.")
-LETTER = ("The answer is {}.", "The answer is {} because the passage says so.", "{} is the correct answer.", "{}) {option}", "Answer: {}", "({}) {option}")  # fmt: skip
+LETTER = (
+    "The answer is {}.",
+    "The answer is {} because the passage says so.",
+    "{} is the correct answer.",
+    "{}) {option}",
+    "Answer: {}",
+    "({}) {option}",
+)
 
 
 def test_prose_over_real_items_is_read_as_unknown_or_as_the_person_it_names(shared):
-    """11 ways to say that nobody knows, each naming a person, are never read as a person; 10 plain ways are read right, always."""
+    """11 ways to say that nobody knows, each naming a person, are never read as a person; 10 plain
+    ways are read right, always.
+    """
     items = bbq.load(shared / "bbq" / "data")
     items = items[items.context == "ambiguous"].drop_duplicates(["ans0", "ans1", "ans2"])
     misread = 0
     for row in items.itertuples():
         options = [row.ans0, row.ans1, row.ans2]
         person = (row.unknown + 1) % 3
-        misread += sum(bbq.parse_answer(form.format(options[person]), options) != row.unknown for form in UNSURE)
+        misread += sum(
+            bbq.parse_answer(form.format(options[person]), options) != row.unknown
+            for form in UNSURE
+        )
         misread += bbq.parse_answer(f"It was not {options[person]}.", options) is not None
-        misread += sum(bbq.parse_answer(form.format(options[i]), options) != i for form in SURE for i in range(3))
-        misread += sum(bbq.parse_answer(form.format("ABC"[i], option=options[i]), options) != i for form in LETTER for i in range(3))
+        misread += sum(
+            bbq.parse_answer(form.format(options[i]), options) != i
+            for form in SURE
+            for i in range(3)
+        )
+        misread += sum(
+            bbq.parse_answer(form.format("ABC"[i], option=options[i]), options) != i
+            for form in LETTER
+            for i in range(3)
+        )
     assert len(items) > 1000
     assert misread == 0

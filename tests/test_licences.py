@@ -1,4 +1,6 @@
-"""The register of licences is whole, covers what the studies name, and refuses what it must before anything leaves the machine."""
+"""The register of licences is whole, covers what the studies name, and refuses what it must before
+anything leaves the machine.
+"""
 
 import dataclasses
 import re
@@ -24,7 +26,12 @@ from driftbook.study.files import ROOT
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
 
-HEX_PHI, GUARD, LLAMA, GEMMA = "LLM-Tuning-Safety/HEx-PHI", "meta-llama/Meta-Llama-Guard-2-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "google/gemma-7b-it"
+HEX_PHI, GUARD, LLAMA, GEMMA = (
+    "LLM-Tuning-Safety/HEx-PHI",
+    "meta-llama/Meta-Llama-Guard-2-8B",
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+    "google/gemma-7b-it",
+)
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 RAW = yaml.safe_load(REGISTER.read_text(encoding="utf-8"))
 
@@ -47,7 +54,11 @@ def real(content) -> Study:
     }
     content["judges"] = {"guard": {"format": "llama_guard_2", "source": GUARD}}
     content["raters"] = {"rater": {"source": LLAMA}}
-    content["benchmarks"]["safety"] = {"format": "hex_phi", "source": HEX_PHI, "path": "/somewhere/hex_phi"}
+    content["benchmarks"]["safety"] = {
+        "format": "hex_phi",
+        "source": HEX_PHI,
+        "path": "/somewhere/hex_phi",
+    }
     content["benchmarks"]["over_refusal"]["source"] = "github:paul-rottger/exaggerated-safety"
     content["benchmarks"]["bbq"]["source"] = "github:nyu-mll/BBQ/data"
     content["benchmarks"]["utility"]["source"] = "openai/gsm8k"
@@ -76,7 +87,9 @@ def test_every_source_of_the_studies_is_in_the_register(path):
     study = load(path)
     check_export(study, items=False)
     assert of_study(study)["known"].all()
-    assert allowed_items(study) == tuple(name for name, one in study.benchmarks.items() if one.source != HEX_PHI)
+    assert allowed_items(study) == tuple(
+        name for name, one in study.benchmarks.items() if one.source != HEX_PHI
+    )
 
 
 @pytest.mark.parametrize("source", RAW)
@@ -107,7 +120,10 @@ def test_no_path_of_a_machine_and_no_key_twice():
 def test_the_register_is_read_as_it_is_written():
     found = register()
     assert set(found) == set(RAW)
-    assert all(found[source].items is entry["items"] and found[source].licence == entry["licence"] for source, entry in RAW.items())
+    assert all(
+        found[source].items is entry["items"] and found[source].licence == entry["licence"]
+        for source, entry in RAW.items()
+    )
     found.clear()  # a copy
     assert register()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -123,8 +139,14 @@ def test_unseen_facts_are_those_that_allow_and_were_not_read():
 
 def test_the_data_card_and_the_register_agree():
     card = (ROOT / "data" / "README.md").read_text()
-    for source, licence in {"github:nyu-mll/BBQ": "CC-BY-4.0", "github:hiyouga/LLaMA-Factory": "Apache-2.0", "github:openai/grade-school-math": "MIT"}.items():
-        row = next(line for line in card.splitlines() if source.replace("github:", "github ") in line)
+    for source, licence in {
+        "github:nyu-mll/BBQ": "CC-BY-4.0",
+        "github:hiyouga/LLaMA-Factory": "Apache-2.0",
+        "github:openai/grade-school-math": "MIT",
+    }.items():
+        row = next(
+            line for line in card.splitlines() if source.replace("github:", "github ") in line
+        )
         assert f"| {licence} |" in row
         assert of(source).licence == licence
 
@@ -133,28 +155,53 @@ def test_the_data_card_and_the_register_agree():
 @pytest.mark.parametrize(
     ("source", "entry"),
     [
-        ("github:nyu-mll/BBQ/data", "github:nyu-mll/BBQ"), ("github:nyu-mll/BBQ", "github:nyu-mll/BBQ"), ("github:NYU-MLL/bbq/data", "github:nyu-mll/BBQ"),
-        ("github:nyu-mll/BBQ-other/data", None), ("github:nyu-mll", None), ("nyu-mll/BBQ", None),
-        ("google/gemma-7b-it", GEMMA), ("google/gemma-7b-it-pytorch", None), ("google/gemma-7b", None),
-        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B*"), ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B*"), ("Qwen/Qwen2.5-72B-Instruct", "Qwen/Qwen2.5-72B*"),
-        ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B*"), ("Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-32B*"), ("Qwen/Qwen2.5-Math-7B", None),
-        ("miniature:data/bbq", "miniature:"), ("random:gemma", "random:"), ("miniature", None), ("lab/model", None), ("", None),
+        ("github:nyu-mll/BBQ/data", "github:nyu-mll/BBQ"),
+        ("github:nyu-mll/BBQ", "github:nyu-mll/BBQ"),
+        ("github:NYU-MLL/bbq/data", "github:nyu-mll/BBQ"),
+        ("github:nyu-mll/BBQ-other/data", None),
+        ("github:nyu-mll", None),
+        ("nyu-mll/BBQ", None),
+        ("google/gemma-7b-it", GEMMA),
+        ("google/gemma-7b-it-pytorch", None),
+        ("google/gemma-7b", None),
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B*"),
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B*"),
+        ("Qwen/Qwen2.5-72B-Instruct", "Qwen/Qwen2.5-72B*"),
+        ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B*"),
+        ("Qwen/Qwen2.5-32B", "Qwen/Qwen2.5-32B*"),
+        ("Qwen/Qwen2.5-Math-7B", None),
+        ("miniature:data/bbq", "miniature:"),
+        ("random:gemma", "random:"),
+        ("miniature", None),
+        ("lab/model", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_prefixes(source, entry):
     found = of(source)
     assert (found.source if found else None) == entry
 
 
 def test_the_longest_name_counts(monkeypatch):
-    entries = {name: dataclasses.replace(of(HEX_PHI), source=name) for name in ("lab:", "lab:a", "lab:a/b", "lab:a*")}
+    entries = {
+        name: dataclasses.replace(of(HEX_PHI), source=name)
+        for name in ("lab:", "lab:a", "lab:a/b", "lab:a*")
+    }
     monkeypatch.setattr(licences, "_entries", lambda: entries)
-    assert [of(source).source for source in ("lab:a/b/c", "lab:a/c", "lab:ab", "lab:c")] == ["lab:a/b", "lab:a*", "lab:a*", "lab:"]
+    assert [of(source).source for source in ("lab:a/b/c", "lab:a/c", "lab:ab", "lab:c")] == [
+        "lab:a/b",
+        "lab:a*",
+        "lab:a*",
+        "lab:",
+    ]
     assert not covers("lab:a/b", "lab:a")
 
 
 def test_qwen_differs_by_size():
-    names = {size: of(f"Qwen/Qwen2.5-{size}-Instruct").licence for size in ("0.5B", "1.5B", "3B", "7B", "72B")}
+    names = {
+        size: of(f"Qwen/Qwen2.5-{size}-Instruct").licence
+        for size in ("0.5B", "1.5B", "3B", "7B", "72B")
+    }
     assert {size for size, name in names.items() if name == "Apache-2.0"} == {"0.5B", "1.5B", "7B"}
     assert len(set(names.values())) == 3
 
@@ -163,12 +210,21 @@ def test_qwen_differs_by_size():
 def test_of_study_has_a_row_per_source_whatever_its_path(real):
     frame = of_study(real)
     assert tuple(frame.columns) == licences.COLUMNS
-    assert frame["role"].value_counts().to_dict() == {"base model": 3, "judge": 1, "rater": 1, "training data": 3, "benchmark": 4, "init texts": 1}
+    assert frame["role"].value_counts().to_dict() == {
+        "base model": 3,
+        "judge": 1,
+        "rater": 1,
+        "training data": 3,
+        "benchmark": 4,
+        "init texts": 1,
+    }
     assert frame["known"].all()
     assert (frame["source"] == HEX_PHI).sum() == 1
     assert frame.set_index("name").loc["llama", "licence"] == "Meta Llama 3 Community License"
     assert not frame.set_index("name").loc["safety", "items"]
-    assert not frame.astype(str).apply(lambda column: column.str.contains("/somewhere")).any(axis=None)
+    assert (
+        not frame.astype(str).apply(lambda column: column.str.contains("/somewhere")).any(axis=None)
+    )
 
 
 def test_a_statement_of_the_study_file(real):
@@ -180,7 +236,12 @@ def test_a_statement_of_the_study_file(real):
 
     stated = changed(unknown, licences={"lab/prompts": "the lab's own"})
     row = of_study(stated).set_index("name").loc["safety"]
-    assert (row["licence"], row["items"], row["text"], row["known"]) == ("the lab's own", True, False, False)
+    assert (row["licence"], row["items"], row["text"], row["known"]) == (
+        "the lab's own",
+        True,
+        False,
+        False,
+    )
     check_export(stated, items=True)
     assert "safety" in allowed_items(stated)
     assert "the lab's own" in notice(stated)
@@ -201,12 +262,16 @@ def test_an_unknown_licence_is_refused_in_one_sentence(real):
         with pytest.raises(ValueError) as error:
             check_export(study, items=items)
         text = one_sentence(error.value)
-        assert 'say so in the study file under licences: {"lab/prompts": NAME of its licence}' in text
+        assert (
+            'say so in the study file under licences: {"lab/prompts": NAME of its licence}' in text
+        )
     two = asked_of(study, "lab/more", "over_refusal")
     with pytest.raises(ValueError, match=r"the licence of lab/prompts and of 1 more is not known"):
         check_export(two, items=False)
     with pytest.raises(ValueError, match="lab/more"):
-        check_export(changed(two, licences={"lab/prompts": "MIT", "*": "MIT", "lab": "MIT"}), items=False)
+        check_export(
+            changed(two, licences={"lab/prompts": "MIT", "*": "MIT", "lab": "MIT"}), items=False
+        )
 
 
 def test_rows_that_a_licence_forbids_are_refused_in_one_sentence(real):
@@ -226,30 +291,44 @@ def test_rows_that_a_licence_forbids_are_refused_in_one_sentence(real):
         (("bases", "gemma"), ()),  # every benchmark is asked of every base model
         (("judges", "other"), ("bbq", "utility")),
         (("raters", "rater"), ("over_refusal", "bbq")),
-        (("data", "sft"), ("over_refusal", "bbq", "utility")),  # what was trained on has no rows of items
+        (
+            ("data", "sft"),
+            ("over_refusal", "bbq", "utility"),
+        ),  # what was trained on has no rows of items
     ],
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_rows_hang_on_the_models_that_answer_and_score(real, monkeypatch, forbids, allowed):
     section, name = forbids
     dumped = real.model_dump(exclude_unset=True)
-    dumped["judges"]["other"] = {"format": "llama_guard_2", "source": GUARD, "benchmarks": ["over_refusal"]}
+    dumped["judges"]["other"] = {
+        "format": "llama_guard_2",
+        "source": GUARD,
+        "benchmarks": ["over_refusal"],
+    }
     dumped[section][name]["source"] = "lab/strict"
     entries = register() | {"lab/strict": dataclasses.replace(of(HEX_PHI), source="lab/strict")}
     monkeypatch.setattr(licences, "_entries", lambda: entries)
     if section == "judges":
         assert "safety" not in allowed_items(Study(**dumped))  # HEx-PHI itself
         dumped["benchmarks"]["safety"]["source"] = "github:mlcommons/ailuminate"
-        assert allowed_items(Study(**dumped)) == ("safety", *allowed)  # which that judge does not judge
+        assert allowed_items(Study(**dumped)) == (
+            "safety",
+            *allowed,
+        )  # which that judge does not judge
         dumped["judges"]["guard"]["source"] = "lab/strict"
-        assert allowed_items(Study(**dumped)) == allowed  # no judge reads BBQ's answers or the utility's
+        assert (
+            allowed_items(Study(**dumped)) == allowed
+        )  # no judge reads BBQ's answers or the utility's
     else:
         assert allowed_items(Study(**dumped)) == allowed
 
 
 # ---- text
 def test_no_licence_leads_to_text(real, monkeypatch, tmp_path):
-    """`text` is a fact to know; nothing that may leave changes with it, and the tables with text are refused whatever it says."""
+    """`text` is a fact to know; nothing that may leave changes with it, and the tables with text
+    are refused whatever it says.
+    """
     before = allowed_items(real), notice(real)
     entries = {name: dataclasses.replace(entry, text=True) for name, entry in register().items()}
     assert any(entry.text for entry in register().values())

@@ -1,4 +1,6 @@
-"""Mitigations in a study file: which variants they make, what is refused, and one small study of all kinds through the real batch."""
+"""Mitigations in a study file: which variants they make, what is refused, and one small study of
+all kinds through the real batch.
+"""
 
 import copy
 import dataclasses
@@ -24,33 +26,102 @@ CONTENT["bases"]["tiny-llama"]["pairs"] = {
     "instruction": {"unaligned": local("llama/stage0")},
     "placebo": {"aligned": local("llama/unaligned"), "unaligned": local("llama/stage0")},
 }
-CONTENT["data"] |= {"safety": {"format": "alpaca", "n": 16, **local("data/safety_sft.json")}, "safety_dpo": {"format": "preference", "n": 16, **local("data/safety_dpo.json")}}
-BLOCK = {"methods": ["lora"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3]}, "epochs": [1], "seeds": [1, 2]}
+CONTENT["data"] |= {
+    "safety": {"format": "alpaca", "n": 16, **local("data/safety_sft.json")},
+    "safety_dpo": {"format": "preference", "n": 16, **local("data/safety_dpo.json")},
+}
+BLOCK = {
+    "methods": ["lora"],
+    "objectives": ["sft"],
+    "learning_rates": {"lora": [5.0e-3]},
+    "epochs": [1],
+    "seeds": [1, 2],
+}
 CONTENT["grid"] = [
     {"name": "main", **BLOCK},
     {"name": "ia3", **BLOCK, "methods": ["ia3"], "learning_rates": {"ia3": [2.0e-2]}, "seeds": [1]},
-    {"name": "prompts", **BLOCK, "methods": ["prompt_tuning"], "learning_rates": {"prompt_tuning": [2.0e-2]}, "seeds": [1]},
+    {
+        "name": "prompts",
+        **BLOCK,
+        "methods": ["prompt_tuning"],
+        "learning_rates": {"prompt_tuning": [2.0e-2]},
+        "seeds": [1],
+    },
     {"name": "safe", **BLOCK, "data": ["safety"]},
 ]
 CONTENT["mitigations"] = {
-    "safe_lora": {"kind": "safe_lora", "blocks": ["main"], "pair": "alignment", "select": "top", "values": [2, 4],
-                  "controls": ["same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise"]},
-    "of_ia3": {"kind": "safe_lora", "blocks": ["ia3"], "pair": "alignment", "select": "top", "values": [2], "controls": ["same norm"]},
-    "subspace": {"kind": "safe_lora", "blocks": ["main"], "pair": "instruction", "operator": "subspace", "rank": 8, "values": [0.5], "controls": ["same modules zeroed", "random subspace"]},
-    "exact": {"kind": "safe_lora", "blocks": ["main"], "pair": "placebo", "operator": "exact", "values": [1.0]},
-    "zero": {"kind": "zero", "blocks": ["main"], "pair": "alignment", "select": "top", "values": [1]},
+    "safe_lora": {
+        "kind": "safe_lora",
+        "blocks": ["main"],
+        "pair": "alignment",
+        "select": "top",
+        "values": [2, 4],
+        "controls": [
+            "same norm",
+            "same modules zeroed",
+            "random modules zeroed",
+            "random subspace",
+            "noise",
+        ],
+    },
+    "of_ia3": {
+        "kind": "safe_lora",
+        "blocks": ["ia3"],
+        "pair": "alignment",
+        "select": "top",
+        "values": [2],
+        "controls": ["same norm"],
+    },
+    "subspace": {
+        "kind": "safe_lora",
+        "blocks": ["main"],
+        "pair": "instruction",
+        "operator": "subspace",
+        "rank": 8,
+        "values": [0.5],
+        "controls": ["same modules zeroed", "random subspace"],
+    },
+    "exact": {
+        "kind": "safe_lora",
+        "blocks": ["main"],
+        "pair": "placebo",
+        "operator": "exact",
+        "values": [1.0],
+    },
+    "zero": {
+        "kind": "zero",
+        "blocks": ["main"],
+        "pair": "alignment",
+        "select": "top",
+        "values": [1],
+    },
     "rescale": {"kind": "rescale", "blocks": ["main", "ia3"], "values": [0.25, 0.75]},
     "average": {"kind": "average", "blocks": ["main"], "values": [1.0], "snapshots": 2},
     "resta": {"kind": "resta", "blocks": ["main"], "safety": "safe", "values": [0.5]},
-    "safe_merge": {"kind": "safe_merge", "blocks": ["main"], "safety": "safe", "pair": "alignment", "select": "top", "values": [2]},
+    "safe_merge": {
+        "kind": "safe_merge",
+        "blocks": ["main"],
+        "safety": "safe",
+        "pair": "alignment",
+        "select": "top",
+        "values": [2],
+    },
     "intruders": {"kind": "reduce_intruders", "blocks": ["main"], "values": [0.75]},
-    "template": {"kind": "template", "blocks": ["main", "prompts"], "system_prompt": "please be careful and help people ."},
+    "template": {
+        "kind": "template",
+        "blocks": ["main", "prompts"],
+        "system_prompt": "please be careful and help people .",
+    },
     "mixing": {"kind": "mixing", "blocks": ["main", "prompts"], "data": "safety", "values": [0.2]},
     "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
-}  # fmt: skip
+}
 CONTENT["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
 CONTENT["benchmarks"]["safety"].pop("samples")
-CONTENT["benchmarks"]["bbq"] = {key: value for key, value in CONTENT["benchmarks"]["bbq"].items() if key not in ("permuted", "generated")}
+CONTENT["benchmarks"]["bbq"] = {
+    key: value
+    for key, value in CONTENT["benchmarks"]["bbq"].items()
+    if key not in ("permuted", "generated")
+}
 CONTENT["analyses"] = ["safe_lora"]
 ONE_SEED = copy.deepcopy(CONTENT)
 for block in ONE_SEED["grid"]:
@@ -74,12 +145,26 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
     assert len(variants) == len(study.variants)
     repaired = [variant for variant in variants.values() if variant.mitigation]
     main = [one for one in repaired if variants[one.parent_run_id].method == "lora"]
-    assert {one.mitigation for one in main} >= {"safe_lora 2", "safe_lora 4, same norm", "subspace 0.5, random subspace", "template", "mixing 0.2", "constrained"}
-    assert sum(one.repair["name"] == "safe_lora" for one in main) == 2 * 2 * 6  # seeds, values, itself and five controls
+    assert {one.mitigation for one in main} >= {
+        "safe_lora 2",
+        "safe_lora 4, same norm",
+        "subspace 0.5, random subspace",
+        "template",
+        "mixing 0.2",
+        "constrained",
+    }
+    assert (
+        sum(one.repair["name"] == "safe_lora" for one in main) == 2 * 2 * 6
+    )  # seeds, values, itself and five controls
     for one in repaired:
         parent = variants[one.parent_run_id]
         assert parent.mitigation is None
-        assert (parent.base_model, parent.method, parent.seed, parent.objective) == (one.base_model, one.method, one.seed, one.objective)
+        assert (parent.base_model, parent.method, parent.seed, parent.objective) == (
+            one.base_model,
+            one.method,
+            one.seed,
+            one.objective,
+        )
         assert one.is_repaired == (MITIGATION_KINDS[one.repair["kind"]].when != "training")
         assert json.loads(one.settings) == json.loads(parent.settings) | {"mitigation": one.repair}
 
@@ -87,23 +172,34 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
 def test_a_parent_is_the_same_variant_with_and_without_mitigations():
     plain = {key: value for key, value in CONTENT.items() if key not in ("mitigations", "analyses")}
     without = [variant.run_id for variant in Study(**plain).variants]
-    assert without == [variant.run_id for variant in Study(**CONTENT).variants if not variant.mitigation]
+    assert without == [
+        variant.run_id for variant in Study(**CONTENT).variants if not variant.mitigation
+    ]
 
 
 def test_a_stage_gets_what_it_makes():
     study = Study(**CONTENT)
-    trained, repaired, every = (study.of_stage(stage, "tiny-llama") for stage in ("train", "mitigate", "respond"))
+    trained, repaired, every = (
+        study.of_stage(stage, "tiny-llama") for stage in ("train", "mitigate", "respond")
+    )
     assert keys.stages(study) == ("train", "mitigate", "respond", "judge", "answer", "utility")
     assert set(trained) | set(repaired) == set(every)
     assert not set(trained) & set(repaired)
-    assert {one.repair["kind"] for one in trained if one.mitigation} == {"mixing", "constrained_sft"}
+    assert {one.repair["kind"] for one in trained if one.mitigation} == {
+        "mixing",
+        "constrained_sft",
+    }
     assert set(keys.analyses(study)) == {"safe_lora"}
 
 
 def test_a_safety_run_is_that_of_the_same_seed():
     study = Study(**CONTENT)
     variants = {variant.run_id: variant for variant in study.variants}
-    merged = [one for one in variants.values() if one.mitigation and one.repair["kind"] in ("resta", "safe_merge")]
+    merged = [
+        one
+        for one in variants.values()
+        if one.mitigation and one.repair["kind"] in ("resta", "safe_merge")
+    ]
     assert len(merged) == 4
     for one in merged:
         safety = variants[one.repair["safety_run_id"]]
@@ -111,11 +207,27 @@ def test_a_safety_run_is_that_of_the_same_seed():
 
 
 def test_another_checkpoint_of_a_pair_is_another_variant_and_another_key():
-    other = changed("bases", "tiny-llama", "pairs", "alignment", "unaligned", value={"source": "someone/else", "revision": "a" * 40})
+    other = changed(
+        "bases",
+        "tiny-llama",
+        "pairs",
+        "alignment",
+        "unaligned",
+        value={"source": "someone/else", "revision": "a" * 40},
+    )
     before, after = Study(**CONTENT), Study(**other)
     gone = {one.run_id for one in before.variants} - {one.run_id for one in after.variants}
-    assert gone == {one.run_id for one in before.variants if one.mitigation and one.repair.get("pair") == "alignment"}
-    stages = [stage for stage in keys.stages(before) if keys.settings(stage, before, "tiny-llama", str_of) != keys.settings(stage, after, "tiny-llama", str_of)]
+    assert gone == {
+        one.run_id
+        for one in before.variants
+        if one.mitigation and one.repair.get("pair") == "alignment"
+    }
+    stages = [
+        stage
+        for stage in keys.stages(before)
+        if keys.settings(stage, before, "tiny-llama", str_of)
+        != keys.settings(stage, after, "tiny-llama", str_of)
+    ]
     assert stages == ["mitigate"]
 
 
@@ -128,41 +240,111 @@ M = ("mitigations", "safe_lora")
 WRONG = {
     "no such pair": ((*M, "pair"), "chat", ["'safe_lora'", "'chat'", "bases.tiny-llama", "pairs:"]),
     "no such block": ((*M, "blocks"), ["man"], ["'man'", "main, ia3"]),
-    "a soft prompt": ((*M, "blocks"), ["prompts"], ["prompt_tuning", "no weight update", "template, mixing, constrained_sft"]),
-    "averaging of IA3": (("mitigations", "average", "blocks"), ["ia3"], ["weight averaging", "ia3", "lora"]),
+    "a soft prompt": (
+        (*M, "blocks"),
+        ["prompts"],
+        ["prompt_tuning", "no weight update", "template, mixing, constrained_sft"],
+    ),
+    "averaging of IA3": (
+        ("mitigations", "average", "blocks"),
+        ["ia3"],
+        ["weight averaging", "ia3", "lora"],
+    ),
     "no pair": ((*M, "pair"), None, ["needs pair"]),
-    "no values": (("mitigations", "rescale"), {"kind": "rescale", "blocks": ["main"]}, ["needs values"]),
+    "no values": (
+        ("mitigations", "rescale"),
+        {"kind": "rescale", "blocks": ["main"]},
+        ["needs values"],
+    ),
     "half a module": ((*M, "values"), [1.5], ["1.5", "number of modules"]),
     "a factor above one": (("mitigations", "rescale", "values"), [2.0], ["outside 0 to 1"]),
     "a value twice": (("mitigations", "rescale", "values"), [0.5, 0.5], ["repeats"]),
     "a value that is text": (("mitigations", "rescale", "values"), ["1e-1"], ["is text to YAML"]),
     "a setting of another kind": (("mitigations", "rescale", "rank"), 4, ["rescale has no rank"]),
-    "a subspace without rank": (("mitigations", "subspace"), {"kind": "safe_lora", "blocks": ["main"], "pair": "alignment", "operator": "subspace", "values": [0.5]}, ["needs rank"]),
-    "a control of nothing": (("mitigations", "exact", "controls"), ["random subspace"], ["no meaning for the exact operator"]),
+    "a subspace without rank": (
+        ("mitigations", "subspace"),
+        {
+            "kind": "safe_lora",
+            "blocks": ["main"],
+            "pair": "alignment",
+            "operator": "subspace",
+            "values": [0.5],
+        },
+        ["needs rank"],
+    ),
+    "a control of nothing": (
+        ("mitigations", "exact", "controls"),
+        ["random subspace"],
+        ["no meaning for the exact operator"],
+    ),
     "an unknown control": ((*M, "controls"), ["placebo"], ["placebo", "'same norm'"]),
     "no such safety block": (("mitigations", "resta", "safety"), "safer", ["'safer'"]),
-    "a safety block without the method": (("mitigations", "resta", "safety"), "ia3", ["no run of lora"]),
+    "a safety block without the method": (
+        ("mitigations", "resta", "safety"),
+        "ia3",
+        ["no run of lora"],
+    ),
     "no such data": (("mitigations", "mixing", "data"), "safe", ["data.safe"]),
     "all of the data": (("mitigations", "mixing", "values"), [1.0], ["leaves nothing"]),
     "two blocks of one name": (("grid", 1, "name"), "main", ["two blocks of the name 'main'"]),
-    "a reserved name": (("mitigations", "parent"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["'parent'", "another name"]),
-    "a module trained whole": (("methods", "lora", "modules_to_save"), ["lm_head"], ["trains modules_to_save"]),
-    "an init that changes the base": (("methods", "lora", "init_lora_weights"), "pissa", ["changes the base model itself"]),
-    "the same checkpoint twice": (("bases", "tiny-llama", "pairs", "alignment", "unaligned"), local("llama/aligned"), ["the same checkpoint", "V is zero"]),
+    "a reserved name": (
+        ("mitigations", "parent"),
+        {"kind": "rescale", "blocks": ["main"], "values": [0.5]},
+        ["'parent'", "another name"],
+    ),
+    "a module trained whole": (
+        ("methods", "lora", "modules_to_save"),
+        ["lm_head"],
+        ["trains modules_to_save"],
+    ),
+    "an init that changes the base": (
+        ("methods", "lora", "init_lora_weights"),
+        "pissa",
+        ["changes the base model itself"],
+    ),
+    "the same checkpoint twice": (
+        ("bases", "tiny-llama", "pairs", "alignment", "unaligned"),
+        local("llama/aligned"),
+        ["the same checkpoint", "V is zero"],
+    ),
     "safety added to itself": (("mitigations", "resta", "safety"), "main", ["to itself"]),
-    "held-out answers mixed in": (("mitigations", "mixing", "data"), "heldout", ["held-out answers"]),
-    "the last snapshot alone": (("mitigations", "average", "values"), [0.2], ["the last one alone"]),
-    "a number in place of a list": (("mitigations", "rescale", "values"), 0.5, ["write a list, [0.5]"]),
+    "held-out answers mixed in": (
+        ("mitigations", "mixing", "data"),
+        "heldout",
+        ["held-out answers"],
+    ),
+    "the last snapshot alone": (
+        ("mitigations", "average", "values"),
+        [0.2],
+        ["the last one alone"],
+    ),
+    "a number in place of a list": (
+        ("mitigations", "rescale", "values"),
+        0.5,
+        ["write a list, [0.5]"],
+    ),
     "a number of modules as threshold": ((*M, "select"), "threshold", ["say select: top"]),
-    "a misspelt twin": (("bases", "tiny-llama", "pairs", "alignment"), {"unalligned": local("llama/stage0")}, ["did you mean 'unaligned'"]),
-    "biases that a control would leave": (("methods", "lora", "bias"), "lora_only", ["trains bias", "methods.lora"]),
+    "a misspelt twin": (
+        ("bases", "tiny-llama", "pairs", "alignment"),
+        {"unalligned": local("llama/stage0")},
+        ["did you mean 'unaligned'"],
+    ),
+    "biases that a control would leave": (
+        ("methods", "lora", "bias"),
+        "lora_only",
+        ["trains bias", "methods.lora"],
+    ),
     "constrained preferences": (("grid", 0, "objectives"), ["dpo"], ["by dpo"]),
-    "a comma": (("mitigations", "a, b"), {"kind": "rescale", "blocks": ["main"], "values": [0.5]}, ["no comma"]),
+    "a comma": (
+        ("mitigations", "a, b"),
+        {"kind": "rescale", "blocks": ["main"], "values": [0.5]},
+        ["no comma"],
+    ),
     "an unknown kind": ((*M, "kind"), "safelora", ["safelora", "'safe_lora'"]),
     "an unknown analysis": (("analyses",), ["safelora"], ["safelora", "'safe_lora'"]),
     "an analysis of nothing": (("mitigations",), {}, ["no mitigations"]),
     "an unknown key": ((*M, "treshold"), 1, ["did you mean"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
@@ -193,23 +375,41 @@ def mitigated(standins):
 
 
 def test_every_kind_and_control_is_made_and_scored(mitigated):
-    assert mitigated.first["code"] == 0, mitigated.first["out"][-2000:] + mitigated.first["err"][-2000:]
+    assert mitigated.first["code"] == 0, (
+        mitigated.first["out"][-2000:] + mitigated.first["err"][-2000:]
+    )
     study = mitigated.study()
     runs = collecting.runs(study).set_index("run_id")
     assert runs.status.eq("ok").all()
     assert set(runs.index) == {variant.run_id for variant in study.variants}
     for variant in study.variants:
         scored = {path.name for path in mitigated.run_folder(variant).glob("*.done.json")}
-        assert scored == {f"{stage}.done.json" for stage in ("mitigate" if variant.is_repaired else "train", "respond", "judge", "answer", "utility")}
+        assert scored == {
+            f"{stage}.done.json"
+            for stage in (
+                "mitigate" if variant.is_repaired else "train",
+                "respond",
+                "judge",
+                "answer",
+                "utility",
+            )
+        }
 
 
 def of(batch, label: str, method: str = "lora"):
     """The variants of a mitigation, by their parents."""
-    return {one.parent_run_id: one for one in batch.study().variants if one.mitigation == label and one.method == method}
+    return {
+        one.parent_run_id: one
+        for one in batch.study().variants
+        if one.mitigation == label and one.method == method
+    }
 
 
 def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(mitigated):
-    runs, modules = collecting.runs(mitigated.study()).set_index("run_id"), mitigated.tables()["modules"]
+    runs, modules = (
+        collecting.runs(mitigated.study()).set_index("run_id"),
+        mitigated.tables()["modules"],
+    )
     for parent, one in of(mitigated, "safe_lora 2").items():
         assert runs.adapter_sha256[one.run_id] != runs.adapter_sha256[parent]
         assert runs.trainer_arguments[one.run_id] == runs.trainer_arguments[parent]
@@ -220,7 +420,9 @@ def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(mitigated):
     for parent, one in of(mitigated, "template").items():
         assert runs.adapter_sha256[one.run_id] == runs.adapter_sha256[parent]
     zeroed = of(mitigated, "safe_lora 4, same modules zeroed")
-    assert (runs.kl_base[[one.run_id for one in zeroed.values()]].abs() < 1e-6).all()  # all four modules: the base model again
+    assert (
+        runs.kl_base[[one.run_id for one in zeroed.values()]].abs() < 1e-6
+    ).all()  # all four modules: the base model again
     assert runs.no_op[[one.run_id for one in zeroed.values()]].all()
 
 
@@ -229,17 +431,29 @@ def test_controls_keep_what_they_say(mitigated):
     for parent, treated in of(mitigated, "safe_lora 2").items():
         kept = modules.share_kept[treated.run_id].astype(float)
         for control in ("same norm", "noise"):
-            same = modules.share_kept[of(mitigated, f"safe_lora 2, {control}")[parent].run_id].astype(float)
+            same = modules.share_kept[
+                of(mitigated, f"safe_lora 2, {control}")[parent].run_id
+            ].astype(float)
             assert same.to_numpy() == pytest.approx(kept.to_numpy(), rel=1e-4)
         zeroed = modules.loc[of(mitigated, "safe_lora 2, same modules zeroed")[parent].run_id]
         assert zeroed.projected.tolist() == modules.projected[treated.run_id].tolist()
-        assert modules.projected[of(mitigated, "safe_lora 2, random modules zeroed")[parent].run_id].sum() == 2
+        assert (
+            modules.projected[
+                of(mitigated, "safe_lora 2, random modules zeroed")[parent].run_id
+            ].sum()
+            == 2
+        )
 
 
 def test_rescaling_moves_the_dose_between_the_base_and_the_parent(mitigated):
     runs = collecting.runs(mitigated.study()).set_index("run_id")
     for parent, quarter in of(mitigated, "rescale 0.25").items():
-        assert 0 < runs.kl_base[quarter.run_id] < runs.kl_base[of(mitigated, "rescale 0.75")[parent].run_id] < runs.kl_base[parent]
+        assert (
+            0
+            < runs.kl_base[quarter.run_id]
+            < runs.kl_base[of(mitigated, "rescale 0.75")[parent].run_id]
+            < runs.kl_base[parent]
+        )
 
 
 def test_trained_mitigations_are_trained_otherwise(mitigated):
@@ -253,16 +467,30 @@ def test_trained_mitigations_are_trained_otherwise(mitigated):
 
 def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
     study = mitigated.study()
-    base, variants = loading.load(study.bases["tiny-llama"], "tiny-llama", study), list(study.of_stage("mitigate", "tiny-llama"))
+    base, variants = (
+        loading.load(study.bases["tiny-llama"], "tiny-llama", study),
+        list(study.of_stage("mitigate", "tiny-llama")),
+    )
 
     def again() -> set[str]:
         """Which variants are made when the stage runs, as notebook 03 runs it."""
 
         def work(variant, folder):
             record, modules = repairs.make(variant, study, base, folder)
-            return [RUNS.write(pd.DataFrame([record]), folder), MODULES.write(modules, folder), *folders.adapter_files(study, variant)]
+            return [
+                RUNS.write(pd.DataFrame([record]), folder),
+                MODULES.write(modules, folder),
+                *folders.adapter_files(study, variant),
+            ]
 
-        done = jobs.run("mitigate", study, "tiny-llama", variants, lambda variant: repairs.read(study, variant), work)
+        done = jobs.run(
+            "mitigate",
+            study,
+            "tiny-llama",
+            variants,
+            lambda variant: repairs.read(study, variant),
+            work,
+        )
         return set(done.run_id[~done.reused])
 
     assert again() == set()
@@ -280,7 +508,10 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
 
 def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(mitigated, tmp_path):
     study = mitigated.study()
-    base, one = loading.load(study.bases["tiny-llama"], "tiny-llama", study), next(iter(of(mitigated, "safe_lora 4").values()))
+    base, one = (
+        loading.load(study.bases["tiny-llama"], "tiny-llama", study),
+        next(iter(of(mitigated, "safe_lora 4").values())),
+    )
     settings = json.loads(one.settings)
     settings["mitigation"]["value"] = 99
     with pytest.raises(VariantFailure, match="the adapter has 4"):
@@ -291,7 +522,19 @@ def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(m
 def test_a_twin_that_cannot_be_read_is_told_before_any_training(standins, tmp_path):
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "pytorch_model.bin").write_bytes(b"x")
-    study = load(write_study(tmp_path, changed("bases", "tiny-llama", "pairs", "alignment", "unaligned", value={"source": "a/b", "path": str(tmp_path / "twin")})))
+    study = load(
+        write_study(
+            tmp_path,
+            changed(
+                "bases",
+                "tiny-llama",
+                "pairs",
+                "alignment",
+                "unaligned",
+                value={"source": "a/b", "path": str(tmp_path / "twin")},
+            ),
+        )
+    )
     with pytest.raises(ValueError) as error:
         preparing.prepare("tiny-llama", study)
     assert "pickles" in one_sentence(error.value)
@@ -301,5 +544,8 @@ def test_spectra_of_every_pair_are_there(mitigated):
     spectra = mitigated.tables()["spectra"]
     assert set(spectra.pair) == {"alignment", "instruction", "placebo"}
     assert spectra.groupby("pair").module.nunique().eq(4).all()
-    assert (spectra.groupby(["pair", "module"]).singular_value.apply(lambda s: (s**2).sum()) <= spectra.groupby(["pair", "module"]).norm_v.first() ** 2 * 1.001).all()
+    assert (
+        spectra.groupby(["pair", "module"]).singular_value.apply(lambda s: (s**2).sum())
+        <= spectra.groupby(["pair", "module"]).norm_v.first() ** 2 * 1.001
+    ).all()
     assert isinstance(spectra, pd.DataFrame)

@@ -1,4 +1,6 @@
-"""Hygiene of every notebook, without exemption; running one refuses unknown parameters; no file of the project names a folder of one machine."""
+"""Hygiene of every notebook, without exemption; running one refuses unknown parameters; no file of
+the project names a folder of one machine.
+"""
 
 import ast
 import json
@@ -19,7 +21,9 @@ every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.st
 
 
 def cells(path, kind=None) -> list[dict]:
-    return [cell for cell in json.loads(path.read_text())["cells"] if kind in (None, cell["cell_type"])]
+    return [
+        cell for cell in json.loads(path.read_text())["cells"] if kind in (None, cell["cell_type"])
+    ]
 
 
 def source(cell) -> str:
@@ -31,13 +35,19 @@ def code(path) -> list[str]:
 
 
 def parameters_cell(path) -> str:
-    [found] = [cell for cell in cells(path, "code") if "parameters" in cell["metadata"].get("tags", [])]
+    [found] = [
+        cell for cell in cells(path, "code") if "parameters" in cell["metadata"].get("tags", [])
+    ]
     return source(found)
 
 
 def strings(text: str) -> list[str]:
     """Every string literal of some code, those of f-strings too."""
-    return [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [
+        node.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
 
 
 def test_there_are_notebooks_in_the_order_of_the_data():
@@ -72,7 +82,11 @@ def test_its_title_is_a_question_with_its_number(path):
     assert first["cell_type"] == "markdown"
     lines = [line for line in source(first).splitlines() if line.strip()]
     assert re.fullmatch(rf"# {path.stem[:2]} · .+\?", lines[0])
-    assert [line.split()[0] for line in lines[1:] if line.startswith("**")] == ["**Reads**", "**Writes**", "**Takes**"]
+    assert [line.split()[0] for line in lines[1:] if line.startswith("**")] == [
+        "**Reads**",
+        "**Writes**",
+        "**Takes**",
+    ]
     assert lines[1].startswith("**Reads**")
 
 
@@ -84,9 +98,17 @@ def test_its_parameters_are_typed_and_commented_literals(path):
     for statement in statements:
         assert isinstance(statement, ast.AnnAssign), "each parameter is a typed assignment"
         ast.literal_eval(statement.value)
-    comments = [token.start[0] for token in tokenize.generate_tokens(StringIO(text).readline) if token.type == tokenize.COMMENT]
-    assert sorted({statement.end_lineno for statement in statements}) == sorted(set(comments)), "each parameter has a comment"
-    assert cells(path, "code")[0] == next(cell for cell in cells(path, "code") if source(cell) == text), "the first code cell"
+    comments = [
+        token.start[0]
+        for token in tokenize.generate_tokens(StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    assert sorted({statement.end_lineno for statement in statements}) == sorted(set(comments)), (
+        "each parameter has a comment"
+    )
+    assert cells(path, "code")[0] == next(
+        cell for cell in cells(path, "code") if source(cell) == text
+    ), "the first code cell"
 
 
 @every_notebook
@@ -115,13 +137,22 @@ def test_every_cell_is_python_without_magic_or_commented_code(path):
         for token in tokenize.generate_tokens(StringIO(text).readline):
             if token.type == tokenize.COMMENT:
                 words = token.string.lstrip("# ")
-                assert not re.match(r"(import|from|for|if|return|print|\w+ = |\w+\()", words), f"code in a comment: {words}"
+                assert not re.match(r"(import|from|for|if|return|print|\w+ = |\w+\()", words), (
+                    f"code in a comment: {words}"
+                )
 
 
 FORBIDDEN = {
-    "chdir": r"\bchdir\b", "sys.path": r"\bsys\.path\b", "pip": r"^\s*[!%]", "backend": r"matplotlib\.use|%matplotlib", "warnings off": r"simplefilter|filterwarnings",
-    "absolute path": r"""["'](/|~/|[A-Z]:\\)[\w.]""", "relative path": r"""["']\.{1,2}/""", "swallowed errors": r"except\s*(Exception)?\s*:", "global seed": r"np\.random\.seed|torch\.manual_seed",
-}  # fmt: skip
+    "chdir": r"\bchdir\b",
+    "sys.path": r"\bsys\.path\b",
+    "pip": r"^\s*[!%]",
+    "backend": r"matplotlib\.use|%matplotlib",
+    "warnings off": r"simplefilter|filterwarnings",
+    "absolute path": r"""["'](/|~/|[A-Z]:\\)[\w.]""",
+    "relative path": r"""["']\.{1,2}/""",
+    "swallowed errors": r"except\s*(Exception)?\s*:",
+    "global seed": r"np\.random\.seed|torch\.manual_seed",
+}
 
 
 @every_notebook
@@ -135,14 +166,27 @@ def test_it_does_nothing_that_is_forbidden(path, name):
 def test_it_names_no_file_by_path(path):
     for text in code(path):
         for literal in strings(text):
-            assert not re.search(r"^(outputs|notebooks|studies|data|lib|tests)/|\.(parquet|csv|json|jsonl|png|svg|pdf)$", literal), literal
+            assert not re.search(
+                r"^(outputs|notebooks|studies|data|lib|tests)/|\.(parquet|csv|json|jsonl|png|svg|pdf)$",
+                literal,
+            ), literal
 
 
 @every_notebook
 def test_nothing_with_a_name_is_defined_twice(path):
-    names = [node.name for text in code(path) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    names = [
+        node.name
+        for text in code(path)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert len(set(names)) == len(names)
-    long = [node.name for text in code(path) for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 10]
+    long = [
+        node.name
+        for text in code(path)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 10
+    ]
     assert not long, f"longer than ten lines belongs into lib: {long}"
 
 
@@ -156,8 +200,17 @@ def test_text_stands_on_both_sides_of_code(path):
 
 # ---- a rule that finds nothing anywhere would be no rule
 def test_the_rules_find_what_they_are_for():
-    bad = ["import os\nos.chdir('x')", "import sys\nsys.path.append('x')", "!pip install x", "matplotlib.use('Agg')", "warnings.simplefilter('ignore')",
-           "open('/" + "tmp/x')", "open('../x')", "try:\n    x\nexcept Exception:\n    pass", "np.random.seed(1)"]  # fmt: skip
+    bad = [
+        "import os\nos.chdir('x')",
+        "import sys\nsys.path.append('x')",
+        "!pip install x",
+        "matplotlib.use('Agg')",
+        "warnings.simplefilter('ignore')",
+        "open('/" + "tmp/x')",
+        "open('../x')",
+        "try:\n    x\nexcept Exception:\n    pass",
+        "np.random.seed(1)",
+    ]
     for name, text in zip(FORBIDDEN, bad, strict=True):
         assert re.search(FORBIDDEN[name], text, re.MULTILINE), name
 
@@ -165,7 +218,10 @@ def test_the_rules_find_what_they_are_for():
 # ---- running
 def test_an_unknown_parameter_is_refused_in_a_sentence(tmp_path, capsys):
     output = tmp_path / "executed.ipynb"
-    assert notebooks.main(str(PATHS[0]), str(output), json.dumps({"study": "miniature", "modles": []})) == 1
+    assert (
+        notebooks.main(str(PATHS[0]), str(output), json.dumps({"study": "miniature", "modles": []}))
+        == 1
+    )
     sentence = one_sentence(capsys.readouterr().err)
     assert "modles" in sentence
     assert "models" in sentence
@@ -196,7 +252,9 @@ def test_a_cell_that_raises_is_named_and_the_executed_notebook_is_kept(notebook,
     sentence = one_sentence(error.value)
     assert all(word in sentence for word in ("99_test", "ValueError", "no 7", str(output)))
     assert "no 7" in output.read_text()
-    assert [path.name for path in output.parent.iterdir()] == [output.name], "no half-written file stays behind"
+    assert [path.name for path in output.parent.iterdir()] == [output.name], (
+        "no half-written file stays behind"
+    )
 
 
 def test_a_notebook_runs_with_its_parameters(notebook, tmp_path):
@@ -207,24 +265,58 @@ def test_a_notebook_runs_with_its_parameters(notebook, tmp_path):
 
 # ---- the project's files
 def project_files() -> list:
-    said = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    said = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if said.returncode:
         pytest.skip("no git checkout here, so which files are the project's is not known")
-    return [path for name in sorted(set(said.stdout.splitlines())) if (path := ROOT / name).is_file()]
+    return [
+        path for name in sorted(set(said.stdout.splitlines())) if (path := ROOT / name).is_file()
+    ]
 
 
 def test_no_file_names_a_folder_of_one_machine():
-    folders = ["/" + name + "/" for name in ("work", "tmp", "home", "root", "Users", "mnt", "scratch")]
+    folders = [
+        "/" + name + "/" for name in ("work", "tmp", "home", "root", "Users", "mnt", "scratch")
+    ]
     found = []
     for path in project_files():
-        if path.suffix in (".py", ".ipynb", ".yaml", ".yml", ".md", ".toml", ".txt", ".mplstyle", ".html", ".csv", ".json", "") and path.stat().st_size < 2_000_000:
+        if (
+            path.suffix
+            in (
+                ".py",
+                ".ipynb",
+                ".yaml",
+                ".yml",
+                ".md",
+                ".toml",
+                ".txt",
+                ".mplstyle",
+                ".html",
+                ".csv",
+                ".json",
+                "",
+            )
+            and path.stat().st_size < 2_000_000
+        ):
             text = path.read_text(encoding="utf-8", errors="ignore")
-            found += [f"{path.relative_to(ROOT)}: {folder}" for folder in folders if re.search(rf"(?<![\w.}}$)-]){re.escape(folder)}", text)]
+            found += [
+                f"{path.relative_to(ROOT)}: {folder}"
+                for folder in folders
+                if re.search(rf"(?<![\w.}}$)-]){re.escape(folder)}", text)
+            ]
     assert not found
 
 
 def test_nothing_that_was_computed_or_holds_text_is_the_projects():
     names = [str(path.relative_to(ROOT)) for path in project_files()]
     assert not [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pkl"))]
-    assert not [name for name in names if name.startswith("outputs/") and not name.startswith("outputs/published/")]
+    assert not [
+        name
+        for name in names
+        if name.startswith("outputs/") and not name.startswith("outputs/published/")
+    ]
     assert not [name for name in names if "responses" in name and name.endswith(".parquet")]

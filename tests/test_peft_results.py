@@ -1,4 +1,6 @@
-"""PEFT's published runs are read as they are, modelled as an independent computation models them, and drawn from the published tables alone."""
+"""PEFT's published runs are read as they are, modelled as an independent computation models them,
+and drawn from the published tables alone.
+"""
 
 import json
 import os
@@ -24,33 +26,84 @@ from driftbook.study.files import ROOT
 from driftbook.study.tables import ESTIMATES, TABLES
 
 DRAWINGS = [name for name, source in drawing.SOURCES.items() if peft_results.NOTEBOOK in source]
-KINDS = {"LORA": {"r": 8}, "IA3": {}, "PROMPT_TUNING": {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM"}, "P_TUNING": {"num_virtual_tokens": 20},
-         "ODDMENT": {"r": 2}, "OTHER_THING": {"adapter_len": 5}, "THIRD": {}, "FOURTH": {}, "FIFTH": {}}  # fmt: skip
+KINDS = {
+    "LORA": {"r": 8},
+    "IA3": {},
+    "PROMPT_TUNING": {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM"},
+    "P_TUNING": {"num_virtual_tokens": 20},
+    "ODDMENT": {"r": 2},
+    "OTHER_THING": {"adapter_len": 5},
+    "THIRD": {},
+    "FOURTH": {},
+    "FIFTH": {},
+}
 
 
 # ---- files in PEFT's form, of made-up numbers
-def result(method="LORA", variant="rank8", k=600, lost=0.05, n_trainable=1_000_000, rate=1e-4, memory=22 * 10**9, valid=(10, 15, 20), status="success") -> dict:
+def result(
+    method="LORA",
+    variant="rank8",
+    k=600,
+    lost=0.05,
+    n_trainable=1_000_000,
+    rate=1e-4,
+    memory=22 * 10**9,
+    valid=(10, 15, 20),
+    status="success",
+) -> dict:
     curve = [
-        {"step": 250 * (i + 1), "valid accuracy": share / 50, "train loss": 1.0 / (i + 1), "train samples": 1000 * (i + 1), "train time": 30.0, "tokens / sec": 7000.0}
+        {
+            "step": 250 * (i + 1),
+            "valid accuracy": share / 50,
+            "train loss": 1.0 / (i + 1),
+            "train samples": 1000 * (i + 1),
+            "train time": 30.0,
+            "tokens / sec": 7000.0,
+        }
         for i, share in enumerate(valid)
     ]
-    last = {"step": 250 * len(valid), "test accuracy": k / 1319, "train loss": 0.5, "train samples": 1000 * len(valid), "train total tokens": 630_000, "forgetting": lost}
+    last = {
+        "step": 250 * len(valid),
+        "test accuracy": k / 1319,
+        "train loss": 0.5,
+        "train samples": 1000 * len(valid),
+        "train total tokens": 630_000,
+        "forgetting": lost,
+    }
     config = None if method is None else {"peft_type": method, "peft_version": "0", **KINDS[method]}
     return {
         "run_info": {
-            "created_at": "2026-07-15T05:41:18+00:00", "total_time": 200.0, "experiment_name": f"{(method or 'full').lower()}/made-1B-{variant}", "error_msg": "" if status == "success" else "out of memory\nat a place",
-            "train_config": {"model_id": "maker/Made-1B", "seed": 0, "max_steps": 750, "batch_size": 4, "query_template": "{query}", "optimizer_type": "AdamW", "optimizer_kwargs": {"lr": rate}},
+            "created_at": "2026-07-15T05:41:18+00:00",
+            "total_time": 200.0,
+            "experiment_name": f"{(method or 'full').lower()}/made-1B-{variant}",
+            "error_msg": "" if status == "success" else "out of memory\nat a place",
+            "train_config": {
+                "model_id": "maker/Made-1B",
+                "seed": 0,
+                "max_steps": 750,
+                "batch_size": 4,
+                "query_template": "{query}",
+                "optimizer_type": "AdamW",
+                "optimizer_kwargs": {"lr": rate},
+            },
             "peft_config": config,
         },
         "train_info": {
-            "accelerator_memory_max": memory, "accelerator_memory_reserved_avg": 14e9, "train_time": 150.0, "file_size": 4_000_000, "num_trainable_params": n_trainable,
-            "status": status, "metrics": [*curve, last] if status == "success" else curve,
+            "accelerator_memory_max": memory,
+            "accelerator_memory_reserved_avg": 14e9,
+            "train_time": 150.0,
+            "file_size": 4_000_000,
+            "num_trainable_params": n_trainable,
+            "status": status,
+            "metrics": [*curve, last] if status == "success" else curve,
         },
         "meta_info": {
-            "model_info": {"sha": "a" * 40}, "dataset_info": {"metamath": {"sha": "b" * 40}, "gsm8k": {"sha": "c" * 40}},
-            "package_info": {"peft-version": "0"}, "system_info": {"accelerator": "a card"},
+            "model_info": {"sha": "a" * 40},
+            "dataset_info": {"metamath": {"sha": "b" * 40}, "gsm8k": {"sha": "c" * 40}},
+            "package_info": {"peft-version": "0"},
+            "system_info": {"accelerator": "a card"},
         },
-    }  # fmt: skip
+    }
 
 
 def write(folder, **records: dict):
@@ -63,7 +116,12 @@ def write(folder, **records: dict):
 @pytest.fixture
 def few(tmp_path):
     """Three runs, one of which failed."""
-    return write(tmp_path / "results", one=result(), two=result("P_TUNING", "default", k=0, lost=0.2), three=result("LORA", "rank8-lost", status="canceled"))
+    return write(
+        tmp_path / "results",
+        one=result(),
+        two=result("P_TUNING", "default", k=0, lost=0.2),
+        three=result("LORA", "rank8-lost", status="canceled"),
+    )
 
 
 def simulated(folder, n_runs=3, seed=0):
@@ -75,14 +133,25 @@ def simulated(folder, n_runs=3, seed=0):
             size = int(10 ** rng.uniform(3, 7))
             k = int(np.clip(450 + shift + 60 * (np.log10(size) - 5) + rng.normal(0, 40), 0, 1319))
             valid = np.clip(np.round(k / 1319 * 50 + rng.normal(0, 3, 6) + np.arange(6) - 3), 0, 50)
-            made = result(method, f"set-{j}", k, 10 ** rng.normal(-1.2, 0.4), size, 10 ** rng.uniform(-4, -2), int(rng.uniform(20, 26) * 1e9), valid)
+            made = result(
+                method,
+                f"set-{j}",
+                k,
+                10 ** rng.normal(-1.2, 0.4),
+                size,
+                10 ** rng.uniform(-4, -2),
+                int(rng.uniform(20, 26) * 1e9),
+                valid,
+            )
             records[f"run-{i}-{j}"] = made
     return write(folder, **records)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Simulated runs, analysed as the notebook does, in a study folder: (folder, runs, points, estimates)."""
+    """Simulated runs, analysed as the notebook does, in a study folder: (folder, runs, points,
+    estimates).
+    """
     folder = tmp_path_factory.mktemp("peft") / peft_results.NAME
     runs, points = peft_results.read(simulated(folder.parent / "results"))
     tables = peft_results.write(peft_results.declared(runs, points), folder)
@@ -98,8 +167,18 @@ def analysed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     for outcome in (peft_results.ACCURACY, peft_results.FORGETTING):
         means, alone = peft_results.means_of_methods(rows, outcome)
         terms, equal = peft_results.terms(rows, outcome)
-        parts += [means, terms, peft_results.spreads(rows, outcome, {"alone": alone, "equal": equal})]
-    return ESTIMATES.concat([*parts, peft_results.growth(points, rows)[0], peft_results.on_front(runs, 100, 0, 0.5, (1.0, 0.05))])
+        parts += [
+            means,
+            terms,
+            peft_results.spreads(rows, outcome, {"alone": alone, "equal": equal}),
+        ]
+    return ESTIMATES.concat(
+        [
+            *parts,
+            peft_results.growth(points, rows)[0],
+            peft_results.on_front(runs, 100, 0, 0.5, (1.0, 0.05)),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +194,20 @@ def real(shared):
 def test_a_file_becomes_a_run_with_what_it_says(few):
     runs, points = peft_results.read(few)
     one = runs.set_index("file").loc["one.json"]
-    assert (one["method"], one["method_class"], one["variant"], one["base_model"], one["rank"]) == ("lora", "adapter", "rank8", "Made-1B", 8)
-    assert (one["k"], one["forgetting"], one["n_trainable"], one["seconds"], one["reported_seconds"]) == (600, 0.05, 1_000_000, 90.0, 150.0)
+    assert (one["method"], one["method_class"], one["variant"], one["base_model"], one["rank"]) == (
+        "lora",
+        "adapter",
+        "rank8",
+        "Made-1B",
+        8,
+    )
+    assert (
+        one["k"],
+        one["forgetting"],
+        one["n_trainable"],
+        one["seconds"],
+        one["reported_seconds"],
+    ) == (600, 0.05, 1_000_000, 90.0, 150.0)
     assert points.groupby("run_id").size().tolist() == [3, 3, 3]
     assert points["k"].tolist() == [10, 15, 20] * 3
     assert runs["run_id"].is_unique
@@ -138,8 +229,14 @@ def test_a_failed_run_is_counted_and_its_numbers_are_null(few):
 def test_repeated_settings_are_told_from_new_ones(tmp_path):
     again = result()
     again["run_info"]["train_config"]["seed"] = 1
-    runs, _ = peft_results.read(write(tmp_path / "results", one=result(), two=again, three=result("IA3")))
-    assert runs.set_index("file")["repetition"].to_dict() == {"one.json": 1, "two.json": 2, "three.json": 1}
+    runs, _ = peft_results.read(
+        write(tmp_path / "results", one=result(), two=again, three=result("IA3"))
+    )
+    assert runs.set_index("file")["repetition"].to_dict() == {
+        "one.json": 1,
+        "two.json": 2,
+        "three.json": 1,
+    }
     assert "1 runs of 2 settings repeat" in peft_results.repeated(runs)
     assert "seed 0" in peft_results.repeated(runs[runs["seed"].eq(0)])
 
@@ -151,23 +248,52 @@ def spoilt(change):
 
 
 BAD = {
-    "a missing field": (lambda record: record["train_info"].pop("num_trainable_params"), "train_info.num_trainable_params"),
-    "a number that is text": (lambda record: record["train_info"].update(file_size="4 MB"), "file_size"),
-    "another base model": (lambda record: record["run_info"]["train_config"].update(model_id="maker/Made-7B"), "another base model"),
-    "other test data": (lambda record: record["meta_info"]["dataset_info"]["gsm8k"].update(sha="d" * 40), "another test data"),
-    "another template": (lambda record: record["run_info"]["train_config"].update(query_template="Q {query}"), "another prompt template"),
-    "other questions": (lambda record: record["train_info"]["metrics"][-1].update({"test accuracy": 0.5}), "1319 questions"),
-    "a share above one": (lambda record: record["train_info"]["metrics"][-1].update({"test accuracy": 2.0}), "1319 questions"),
-    "other validation questions": (lambda record: record["train_info"]["metrics"][0].update({"valid accuracy": 0.333}), "50 questions"),
-    "success without a test": (lambda record: record["train_info"]["metrics"].pop(), "no field test accuracy"),
+    "a missing field": (
+        lambda record: record["train_info"].pop("num_trainable_params"),
+        "train_info.num_trainable_params",
+    ),
+    "a number that is text": (
+        lambda record: record["train_info"].update(file_size="4 MB"),
+        "file_size",
+    ),
+    "another base model": (
+        lambda record: record["run_info"]["train_config"].update(model_id="maker/Made-7B"),
+        "another base model",
+    ),
+    "other test data": (
+        lambda record: record["meta_info"]["dataset_info"]["gsm8k"].update(sha="d" * 40),
+        "another test data",
+    ),
+    "another template": (
+        lambda record: record["run_info"]["train_config"].update(query_template="Q {query}"),
+        "another prompt template",
+    ),
+    "other questions": (
+        lambda record: record["train_info"]["metrics"][-1].update({"test accuracy": 0.5}),
+        "1319 questions",
+    ),
+    "a share above one": (
+        lambda record: record["train_info"]["metrics"][-1].update({"test accuracy": 2.0}),
+        "1319 questions",
+    ),
+    "other validation questions": (
+        lambda record: record["train_info"]["metrics"][0].update({"valid accuracy": 0.333}),
+        "50 questions",
+    ),
+    "success without a test": (
+        lambda record: record["train_info"]["metrics"].pop(),
+        "no field test accuracy",
+    ),
     "no metrics": (lambda record: record["train_info"].update(metrics={}), "metrics"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_file_that_does_not_fit_is_named_in_a_sentence(name, tmp_path):
     change, word = BAD[name]
-    folder = write(tmp_path / "results", good=result("IA3"), other=result("THIRD"), wrong=spoilt(change))
+    folder = write(
+        tmp_path / "results", good=result("IA3"), other=result("THIRD"), wrong=spoilt(change)
+    )
     with pytest.raises(ValueError) as error:
         peft_results.read(folder)
     assert word in one_sentence(error.value)
@@ -192,7 +318,11 @@ def test_without_files_and_network_the_sentence_says_what_to_do(monkeypatch):
 
     monkeypatch.delenv("DRIFTBOOK_SHARED", raising=False)
     asked = []
-    monkeypatch.setattr(pooch, "retrieve", lambda url, **_: asked.append(url) or (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        pooch,
+        "retrieve",
+        lambda url, **_: asked.append(url) or (_ for _ in ()).throw(OSError("no network")),
+    )
     with pytest.raises(ValueError) as error:
         peft_results.located()
     assert "DRIFTBOOK_SHARED" in one_sentence(error.value)
@@ -202,7 +332,11 @@ def test_without_files_and_network_the_sentence_says_what_to_do(monkeypatch):
 def test_the_local_files_are_those_of_the_commit(real):
     known = peft_results.registry()
     assert known.str.fullmatch("[0-9a-f]{64}").all()
-    assert peft_results.provenance(real) == f"{len(known)} of {len(known)} files are those of huggingface/peft at {peft_results.COMMIT}, byte for byte."
+    assert (
+        peft_results.provenance(real)
+        == f"{len(known)} of {len(known)} files are those of huggingface/peft at"
+        f" {peft_results.COMMIT}, byte for byte."
+    )
 
 
 def test_other_files_are_not_passed_off_as_those_of_the_commit(few):
@@ -214,10 +348,18 @@ def test_real_files_are_counts_of_all_questions_and_their_own_methods_keep_their
     runs, points = peft_results.read(real)
     assert len(runs) == len(peft_results.registry())
     assert runs["ok"].all()
-    shares = [json.loads((real / name).read_text())["train_info"]["metrics"][-1]["test accuracy"] for name in runs["file"]]
+    shares = [
+        json.loads((real / name).read_text())["train_info"]["metrics"][-1]["test accuracy"]
+        for name in runs["file"]
+    ]
     assert np.allclose(runs["k"].astype(float) / 1319, shares, atol=1e-12)
     assert {"lora", "ia3", "prompt_tuning", "p_tuning"} <= set(runs["method"])
-    assert set(runs.loc[runs["method_class"].eq("prompt"), "method"]) == {"prompt_tuning", "p_tuning", "prefix_tuning", "adaption_prompt"}
+    assert set(runs.loc[runs["method_class"].eq("prompt"), "method"]) == {
+        "prompt_tuning",
+        "p_tuning",
+        "prefix_tuning",
+        "adaption_prompt",
+    }
     assert (runs["seconds"] < runs["reported_seconds"]).all()
     assert (points.groupby("run_id").size() == 20).all()
     assert set(runs["method"]) <= set(peft_figures.NAMES)
@@ -226,16 +368,23 @@ def test_real_files_are_counts_of_all_questions_and_their_own_methods_keep_their
 # ---- numbers
 def test_intervals_of_accuracy_are_wilsons(made):
     _, runs, _, estimates = made
-    rows = estimates[estimates["outcome"].eq(peft_results.ACCURACY) & estimates["contrast"].eq(peft_results.RUN)]
+    rows = estimates[
+        estimates["outcome"].eq(peft_results.ACCURACY) & estimates["contrast"].eq(peft_results.RUN)
+    ]
     low, high = proportion_confint(runs["k"].to_numpy(int), 1319, method="wilson")
     assert np.allclose(rows["ci_low"].astype(float), 100 * np.where(runs["k"].eq(0), 0, low))
     assert np.allclose(rows["ci_high"].astype(float), 100 * high)
-    others = estimates[estimates["outcome"].eq(peft_results.FORGETTING) & estimates["contrast"].eq(peft_results.RUN)]
+    others = estimates[
+        estimates["outcome"].eq(peft_results.FORGETTING)
+        & estimates["contrast"].eq(peft_results.RUN)
+    ]
     assert others[["se", "ci_low", "ci_high"]].isna().all().all()
 
 
 def restricted(y: np.ndarray, x: np.ndarray, z: np.ndarray) -> dict:
-    """A random intercept by REML, from full matrices and a search in one dimension: slow, and plainly right."""
+    """A random intercept by REML, from full matrices and a search in one dimension: slow, and
+    plainly right.
+    """
     n, p = x.shape
 
     def at(log_ratio: float) -> tuple:
@@ -244,15 +393,25 @@ def restricted(y: np.ndarray, x: np.ndarray, z: np.ndarray) -> dict:
         information = x.T @ inverse @ x
         b = np.linalg.solve(information, x.T @ inverse @ y)
         s2 = (y - x @ b) @ inverse @ (y - x @ b) / (n - p)
-        return ((n - p) * np.log(s2) + np.linalg.slogdet(v)[1] + np.linalg.slogdet(information)[1]) / 2, b, s2, np.linalg.inv(information) * s2
+        return (
+            ((n - p) * np.log(s2) + np.linalg.slogdet(v)[1] + np.linalg.slogdet(information)[1])
+            / 2,
+            b,
+            s2,
+            np.linalg.inv(information) * s2,
+        )
 
-    best = minimize_scalar(lambda t: at(t)[0], bounds=(-8, 4), method="bounded", options={"xatol": 1e-9}).x
+    best = minimize_scalar(
+        lambda t: at(t)[0], bounds=(-8, 4), method="bounded", options={"xatol": 1e-9}
+    ).x
     _, b, s2, cov = at(best)
     return {"b": b, "cov": cov, "within": np.sqrt(s2), "between": np.sqrt(s2) * np.exp(best)}
 
 
 def test_partial_pooling_is_hendersons_solution(made):
-    """Predictions and their errors from Henderson's mixed model equations (Robinson 1991, eq. 1.2), at the variances found."""
+    """Predictions and their errors from Henderson's mixed model equations (Robinson 1991, eq. 1.2),
+    at the variances found.
+    """
     _, runs, _, _ = made
     rows = peft_results.modelled(runs)
     _, fit = peft_results.means_of_methods(rows, peft_results.ACCURACY)
@@ -260,14 +419,27 @@ def test_partial_pooling_is_hendersons_solution(made):
     x, z, y = np.ones((len(rows), 1)), np.eye(len(methods))[codes], rows["accuracy"].to_numpy()
     sd = fit.random.set_index("group")["sd"]
     w = np.column_stack([x, z])
-    c = np.linalg.inv(w.T @ w + np.diag([0, *[sd["residual"] ** 2 / sd["method"] ** 2] * len(methods)])) * sd["residual"] ** 2
+    c = (
+        np.linalg.inv(
+            w.T @ w + np.diag([0, *[sd["residual"] ** 2 / sd["method"] ** 2] * len(methods)])
+        )
+        * sd["residual"] ** 2
+    )
     solution = c @ w.T @ y / sd["residual"] ** 2
     at = np.column_stack([np.ones(len(methods)), np.eye(len(methods))])
-    table = peft_results.pooling(rows.groupby("method")["accuracy"].agg(["mean", "size"]), *peft_results._spread(rows, "accuracy"), fit)
+    table = peft_results.pooling(
+        rows.groupby("method")["accuracy"].agg(["mean", "size"]),
+        *peft_results._spread(rows, "accuracy"),
+        fit,
+    )
     assert np.allclose(table[peft_results.MIXED], at @ solution, atol=1e-4)
-    assert np.allclose(table[f"se {peft_results.MIXED}"], np.sqrt(np.einsum("ij,jk,ik->i", at, c, at)), rtol=0.01)
+    assert np.allclose(
+        table[f"se {peft_results.MIXED}"], np.sqrt(np.einsum("ij,jk,ik->i", at, c, at)), rtol=0.01
+    )
     between = (table["mean"] - fit.fixed["estimate"].iloc[0]).abs()
-    assert ((table[peft_results.MIXED] - fit.fixed["estimate"].iloc[0]).abs() <= between + 1e-9).all()
+    assert (
+        (table[peft_results.MIXED] - fit.fixed["estimate"].iloc[0]).abs() <= between + 1e-9
+    ).all()
 
 
 def test_the_models_of_the_real_runs_are_those_of_an_independent_fit(real):
@@ -276,30 +448,58 @@ def test_the_models_of_the_real_runs_are_those_of_an_independent_fit(real):
     z = np.eye(rows["method"].nunique())[pd.factorize(rows["method"])[0]]
     one = np.ones(len(rows))
     classes = [rows["method_class"].eq(kind).to_numpy(float) for kind in ("full", "prompt")]
-    for column, outcome in (("accuracy", peft_results.ACCURACY), ("log_forgetting", peft_results.FORGETTING)):
-        for x, (_, fit) in ((one[:, None], peft_results.means_of_methods(rows, outcome)), (np.column_stack([one, *classes, rows["size"], rows["rate"]]), peft_results.terms(rows, outcome))):
+    for column, outcome in (
+        ("accuracy", peft_results.ACCURACY),
+        ("log_forgetting", peft_results.FORGETTING),
+    ):
+        for x, (_, fit) in (
+            (one[:, None], peft_results.means_of_methods(rows, outcome)),
+            (
+                np.column_stack([one, *classes, rows["size"], rows["rate"]]),
+                peft_results.terms(rows, outcome),
+            ),
+        ):
             same_fit(fit, restricted(rows[column].to_numpy(float), x, z))
     sloped = peft_results.slopes(points, rows)
-    same_fit(peft_results.growth(points, rows)[1][peft_results.TWO_STAGES], restricted(sloped["slope"].to_numpy(float), np.column_stack([one, rows["size"]]), z))
+    same_fit(
+        peft_results.growth(points, rows)[1][peft_results.TWO_STAGES],
+        restricted(sloped["slope"].to_numpy(float), np.column_stack([one, rows["size"]]), z),
+    )
 
 
 def same_fit(fit, slow: dict) -> None:
     scale = slow["within"]
     assert np.allclose(fit.fixed["estimate"], slow["b"], atol=1e-3 * scale)
     assert np.allclose(fit.fixed["se"], np.sqrt(np.diag(slow["cov"])), rtol=0.01)
-    assert np.allclose(fit.random.set_index("group").loc[["method", "residual"], "sd"], [slow["between"], slow["within"]], atol=1e-2 * scale)
+    assert np.allclose(
+        fit.random.set_index("group").loc[["method", "residual"], "sd"],
+        [slow["between"], slow["within"]],
+        atol=1e-2 * scale,
+    )
 
 
 def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
-    """Twelve methods with one to five runs, spreads as in the real runs: the true means of methods lie in their 95% intervals about so often."""
+    """Twelve methods with one to five runs, spreads as in the real runs: the true means of methods
+    lie in their 95% intervals about so often.
+    """
     rng, covered, closer = np.random.default_rng(1), [], []
     sizes = np.array([1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 5, 8])
     for _ in range(30):
         truth = 36 + 12 * rng.standard_normal(len(sizes))
-        rows = pd.DataFrame({"method": np.repeat([f"m{i:02d}" for i in range(len(sizes))], sizes), "base_model": "made"})
+        rows = pd.DataFrame(
+            {
+                "method": np.repeat([f"m{i:02d}" for i in range(len(sizes))], sizes),
+                "base_model": "made",
+            }
+        )
         rows["accuracy"] = np.repeat(truth, sizes) + 8 * rng.standard_normal(len(rows))
         found, _ = peft_results.means_of_methods(rows, peft_results.ACCURACY)
-        mixed, own = (found[found["contrast"].eq(model)].set_index("method").astype({"value": float, "ci_low": float, "ci_high": float}) for model in (peft_results.MIXED, peft_results.BY_METHOD))
+        mixed, own = (
+            found[found["contrast"].eq(model)]
+            .set_index("method")
+            .astype({"value": float, "ci_low": float, "ci_high": float})
+            for model in (peft_results.MIXED, peft_results.BY_METHOD)
+        )
         covered.append(((mixed["ci_low"] <= truth) & (truth <= mixed["ci_high"])).mean())
         closer.append(((own["value"] - truth) ** 2).mean() - ((mixed["value"] - truth) ** 2).mean())
     assert 0.9 < np.mean(covered) < 0.99
@@ -312,12 +512,27 @@ def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
     mixed = means[means["contrast"].eq(peft_results.MIXED)]
     assert mixed[["value", "ci_low", "ci_high"]].isna().all().all()
     assert mixed["how"].str.contains("cannot be told apart").all()
-    assert means.loc[means["contrast"].eq(peft_results.BY_METHOD), ["se", "ci_low"]].isna().all().all()
+    assert (
+        means.loc[means["contrast"].eq(peft_results.BY_METHOD), ["se", "ci_low"]].isna().all().all()
+    )
     assert peft_results.summary(analysed(runs, points)).endswith(".")
 
 
 def test_one_method_alone_and_no_finished_run_are_said(tmp_path):
-    runs, points = peft_results.read(write(tmp_path / "one", **{f"run-{i}": result(variant=f"set-{i}", k=500 + 9 * i, lost=0.05 + i / 100, n_trainable=1000 * (i + 1)) for i in range(4)}))
+    runs, points = peft_results.read(
+        write(
+            tmp_path / "one",
+            **{
+                f"run-{i}": result(
+                    variant=f"set-{i}",
+                    k=500 + 9 * i,
+                    lost=0.05 + i / 100,
+                    n_trainable=1000 * (i + 1),
+                )
+                for i in range(4)
+            },
+        )
+    )
     assert analysed(runs, points)["how"].str.contains("cannot be told apart").any()
     runs, _ = peft_results.read(write(tmp_path / "none", one=result(status="canceled")))
     with pytest.raises(ValueError, match="none of 1 runs finished"):
@@ -325,9 +540,23 @@ def test_one_method_alone_and_no_finished_run_are_said(tmp_path):
 
 
 def test_settings_that_no_run_varies_are_null(tmp_path):
-    runs, _ = peft_results.read(write(tmp_path / "same", **{f"run-{i}": result(list(KINDS)[i % 6], f"set-{i}", k=400 + 17 * (i * i % 11), lost=0.05) for i in range(12)}))
+    runs, _ = peft_results.read(
+        write(
+            tmp_path / "same",
+            **{
+                f"run-{i}": result(
+                    list(KINDS)[i % 6], f"set-{i}", k=400 + 17 * (i * i % 11), lost=0.05
+                )
+                for i in range(12)
+            },
+        )
+    )
     found, fit = peft_results.terms(peft_results.modelled(runs), peft_results.ACCURACY)
-    assert found.loc[found["contrast"].isin([peft_results.SIZE, peft_results.RATE]), "value"].isna().all()
+    assert (
+        found.loc[found["contrast"].isin([peft_results.SIZE, peft_results.RATE]), "value"]
+        .isna()
+        .all()
+    )
     assert [note for note in fit.notes if "not estimable: size" in note]
 
 
@@ -335,7 +564,11 @@ def test_slopes_are_least_squares(made):
     _, runs, points, _ = made
     sloped = peft_results.slopes(points, peft_results.modelled(runs)).set_index("run_id")["slope"]
     for run_id, part in points.groupby("run_id"):
-        assert sloped[run_id] == pytest.approx(np.polyfit(np.log2(part["step"].astype(float)), 100 * part["k"].astype(float) / 50, 1)[0])
+        assert sloped[run_id] == pytest.approx(
+            np.polyfit(np.log2(part["step"].astype(float)), 100 * part["k"].astype(float) / 50, 1)[
+                0
+            ]
+        )
 
 
 def test_forgetting_that_is_none_leaves_the_logarithm_and_is_counted(tmp_path):
@@ -350,9 +583,25 @@ def test_forgetting_that_is_none_leaves_the_logarithm_and_is_counted(tmp_path):
 def test_the_front_is_what_no_run_beats(made):
     _, runs, _, estimates = made
     for goal, column in peft_results.GOALS.items():
-        rows = estimates[estimates["outcome"].eq(peft_results.on(goal)) & estimates["contrast"].eq(peft_results.AS_PUBLISHED)]
-        points = list(zip(-runs["k"].astype(float), runs["forgetting"].astype(float), runs[column].astype(float), strict=True))
-        beaten = [any(all(a <= b for a, b in zip(other, one, strict=True)) and other != one for other in points) for one in points]
+        rows = estimates[
+            estimates["outcome"].eq(peft_results.on(goal))
+            & estimates["contrast"].eq(peft_results.AS_PUBLISHED)
+        ]
+        points = list(
+            zip(
+                -runs["k"].astype(float),
+                runs["forgetting"].astype(float),
+                runs[column].astype(float),
+                strict=True,
+            )
+        )
+        beaten = [
+            any(
+                all(a <= b for a, b in zip(other, one, strict=True)) and other != one
+                for other in points
+            )
+            for one in points
+        ]
         assert rows["value"].eq(100).tolist() == [not lost for lost in beaten]
 
 
@@ -363,17 +612,27 @@ def test_draws_are_jeffreys_posterior_with_the_correlation_asked_for():
     assert np.allclose(drawn.mean(0), 100 * expected.mean(), atol=0.02)
     assert np.allclose(drawn.std(0), 100 * expected.std(), rtol=0.03)
     assert abs(np.corrcoef(drawn[:, 2], drawn[:, 3])[0, 1]) < 0.02
-    assert np.corrcoef(peft_results.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(0.5, abs=0.02)
+    assert np.corrcoef(peft_results.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(
+        0.5, abs=0.02
+    )
 
 
 def test_how_often_a_run_is_first_is_the_chance_that_its_accuracy_is_higher(tmp_path):
-    runs, _ = peft_results.read(write(tmp_path / "two", one=result("LORA", k=640), two=result("IA3", k=600)))
+    runs, _ = peft_results.read(
+        write(tmp_path / "two", one=result("LORA", k=640), two=result("IA3", k=600))
+    )
     rows = peft_results.on_front(runs, 20_000, 0, 0.5, (1.0, 0.05))
-    found = rows[rows["outcome"].eq(peft_results.BEST)].set_index(["contrast", "method"])["value"].astype(float)
+    found = (
+        rows[rows["outcome"].eq(peft_results.BEST)]
+        .set_index(["contrast", "method"])["value"]
+        .astype(float)
+    )
     share = runs.set_index("method")["k"].astype(float) / 1319
     apart = (share["lora"] - share["ia3"]) / np.sqrt((share * (1 - share)).sum() / 1319)
     assert found[peft_results.QUESTIONS, "lora"] == pytest.approx(100 * norm.cdf(apart), abs=1)
-    assert found[peft_results.CORRELATED, "lora"] == pytest.approx(100 * norm.cdf(apart / np.sqrt(0.5)), abs=1)
+    assert found[peft_results.CORRELATED, "lora"] == pytest.approx(
+        100 * norm.cdf(apart / np.sqrt(0.5)), abs=1
+    )
     assert found[peft_results.AS_PUBLISHED, "lora"] == 100
 
 
@@ -390,7 +649,9 @@ def test_a_run_without_a_number_takes_no_part_in_the_front(few, tmp_path):
 # ---- tables, figures, the notebook
 def test_estimates_say_what_their_intervals_cover_and_never_seeds(made):
     estimates = made[3]
-    known = estimates.dropna(subset=["ci_low", "value"]).astype({"ci_low": float, "value": float, "ci_high": float})
+    known = estimates.dropna(subset=["ci_low", "value"]).astype(
+        {"ci_low": float, "value": float, "ci_high": float}
+    )
     assert len(known)
     assert (known["ci_low"] <= known["value"] + 1e-9).all()
     assert (known["value"] <= known["ci_high"] + 1e-9).all()
@@ -407,7 +668,9 @@ def test_figures_are_the_same_from_published_tables_alone(made, tmp_path):
         assert "Made by notebook" in path.with_suffix(".md").read_text()
     for name in ("peft_pareto", "peft_curves"):
         gallery.draw(name, tables, tmp_path / "again")
-        assert (tmp_path / "again" / f"{name}.png").read_bytes() == (folder / "figures" / f"{name}.png").read_bytes()
+        assert (tmp_path / "again" / f"{name}.png").read_bytes() == (
+            folder / "figures" / f"{name}.png"
+        ).read_bytes()
 
 
 def test_names_on_the_front_hide_neither_each_other_nor_the_edge(made):
@@ -415,9 +678,21 @@ def test_names_on_the_front_hide_neither_each_other_nor_the_edge(made):
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts]
-    front = made[3][made[3]["outcome"].eq(peft_results.on("peak memory")) & made[3]["contrast"].eq(peft_results.AS_PUBLISHED)]["value"].eq(100).sum()
+    front = (
+        made[3][
+            made[3]["outcome"].eq(peft_results.on("peak memory"))
+            & made[3]["contrast"].eq(peft_results.AS_PUBLISHED)
+        ]["value"]
+        .eq(100)
+        .sum()
+    )
     assert len(boxes) == front > 2
-    assert not [(i, j) for i, one in enumerate(boxes) for j, other in enumerate(boxes) if i < j and one.overlaps(other)]
+    assert not [
+        (i, j)
+        for i, one in enumerate(boxes)
+        for j, other in enumerate(boxes)
+        if i < j and one.overlaps(other)
+    ]
     assert all(box.x0 >= 0 and box.x1 <= fig.bbox.x1 for box in boxes)
 
 
@@ -439,7 +714,9 @@ def test_the_notebook_runs_on_the_real_files(real, monkeypatch):
     shell.display_pub.publish = lambda *args, **kwargs: None
     for cell in nbformat.read(ROOT / "notebooks" / f"{peft_results.NOTEBOOK}.ipynb", 4).cells:
         if cell.cell_type == "code":
-            shell.run_cell(cell.source.replace("n_draws: int = 2000", "n_draws: int = 200"), silent=True).raise_error()
+            shell.run_cell(
+                cell.source.replace("n_draws: int = 2000", "n_draws: int = 200"), silent=True
+            ).raise_error()
     folder, note, _ = publish.made(peft_results.NAME)
     assert (folder, note) == (peft_results.FOLDER, peft_results.NOTE)
     assert {path.stem for path in (folder / "figures").glob("*.png")} == set(DRAWINGS)

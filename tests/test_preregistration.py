@@ -51,7 +51,10 @@ def test_what_is_added_changed_or_dropped_after_a_score_is_said(study, tmp_path)
     preregistration.register(this)
     late, changed, gone = preregistration.deviations(this)
     assert "late: declared when 2 runs had been scored" in late
-    assert "safety: changed when 2 runs had been scored: outcomes was ['unsafe'] and is ['unsafe', 'over_refusal']" in changed
+    assert (
+        "safety: changed when 2 runs had been scored: outcomes was ['unsafe'] and is ['unsafe',"
+        " 'over_refusal']" in changed
+    )
     assert gone == "gone: declared at first, and no longer tested"
 
 
@@ -62,5 +65,8 @@ def test_without_a_register_every_family_is_exploratory(study):
 
 
 def test_the_hash_changes_with_any_part_of_a_family(study):
-    hashes = {preregistration.digest(preregistration.declared(study(safety=FAMILY | change))) for change in ({}, {"bases": "each"}, {"group": "trained"}, {"methods": ["lora"]})}
+    hashes = {
+        preregistration.digest(preregistration.declared(study(safety=FAMILY | change)))
+        for change in ({}, {"bases": "each"}, {"group": "trained"}, {"methods": ["lora"]})
+    }
     assert len(hashes) == 4

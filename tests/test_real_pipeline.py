@@ -1,4 +1,6 @@
-"""Real BBQ, AILuminate and XSTest through training, answers, judges, fairness, utility and analysis, by the same batch; and that no text leaves it."""
+"""Real BBQ, AILuminate and XSTest through training, answers, judges, fairness, utility and
+analysis, by the same batch; and that no text leaves it.
+"""
 
 import json
 import os
@@ -28,41 +30,84 @@ def study(shared):
     this = load(FILE)
     with locked("real pipeline"):
         if not (this.folder / "report.html").exists():
-            ended = subprocess.run([sys.executable, "-m", "driftbook.batch.make_study", str(FILE), "local"], env=os.environ, cwd=ROOT, capture_output=True, text=True, timeout=600)
+            ended = subprocess.run(
+                [sys.executable, "-m", "driftbook.batch.make_study", str(FILE), "local"],
+                env=os.environ,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
             assert ended.returncode == 0, said(ended)
     return this
 
 
 @pytest.fixture(scope="module")
 def tables(study):
-    return {name: table.read(study.folder / "tables") for name, table in TABLES.items() if table.path(study.folder / "tables").is_file()}
+    return {
+        name: table.read(study.folder / "tables")
+        for name, table in TABLES.items()
+        if table.path(study.folder / "tables").is_file()
+    }
 
 
 def test_every_variant_is_complete_and_every_table_is_there(study, tables):
     assert set(tables["runs"].status) == {"ok"}
     assert len(tables["runs"]) == len(study.variants) == 2 + 3 * 2 + 1
-    assert tables["verdicts"].groupby("benchmark").size().to_dict().keys() == {"safety", "over_refusal"}
+    assert tables["verdicts"].groupby("benchmark").size().to_dict().keys() == {
+        "safety",
+        "over_refusal",
+    }
     assert set(tables["verdicts"].query("judge == 'random-wildguard'").benchmark) == {"safety"}
     assert set(tables["answers"].dimension) == {"Age", "Nationality", "Religion"}
     assert set(tables["ratings"].metric) == {"nll", "correct"}
-    notebooks = {path.stem.partition(".")[0] for path in (study.folder / "notebooks").glob("*.ipynb")}
-    assert notebooks >= {"02_train", "09_safety", "10_fairness", "11_mixed_effects", "12_tradeoffs", "19_primary"}
+    notebooks = {
+        path.stem.partition(".")[0] for path in (study.folder / "notebooks").glob("*.ipynb")
+    }
+    assert notebooks >= {
+        "02_train",
+        "09_safety",
+        "10_fairness",
+        "11_mixed_effects",
+        "12_tradeoffs",
+        "19_primary",
+    }
 
 
 def test_what_was_asked_otherwise_stands_beside_and_is_not_scored(study, tables):
     responses = tables["responses"]
-    counts = responses[responses.benchmark == "safety"].groupby(["prompt_variant", "decoding"]).size()
+    counts = (
+        responses[responses.benchmark == "safety"].groupby(["prompt_variant", "decoding"]).size()
+    )
     assert counts["careful", "greedy"] == 10 * len(study.variants)
     assert (counts["default"] == 30 * len(study.variants)).all()
-    estimates = pd.concat([pq.read_table(path).to_pandas() for path in (study.folder / "tables" / "estimates").glob("*.parquet")])
-    assert {"safety, wording careful", "bbq, wording careful", "safety", "bbq"} <= set(estimates.benchmark)
-    assert set(tables["rates"].query("outcome == 'unsafe' and benchmark == 'safety'").groupby(["run_id", "judge"]).n.sum()) == {30}
+    estimates = pd.concat(
+        [
+            pq.read_table(path).to_pandas()
+            for path in (study.folder / "tables" / "estimates").glob("*.parquet")
+        ]
+    )
+    assert {"safety, wording careful", "bbq, wording careful", "safety", "bbq"} <= set(
+        estimates.benchmark
+    )
+    assert set(
+        tables["rates"]
+        .query("outcome == 'unsafe' and benchmark == 'safety'")
+        .groupby(["run_id", "judge"])
+        .n.sum()
+    ) == {30}
 
 
 def test_drawn_answers_of_a_repeated_base_model_are_drawn_anew_and_greedy_ones_are_the_same(tables):
     bases = tables["variants"].query("method == 'none'").run_id
-    asked = tables["responses"][tables["responses"].run_id.isin(bases) & (tables["responses"].benchmark == "safety") & (tables["responses"].prompt_variant == "default")]
-    said_twice = asked.groupby(["decoding", "prompt_id"]).response.nunique().groupby("decoding").mean()
+    asked = tables["responses"][
+        tables["responses"].run_id.isin(bases)
+        & (tables["responses"].benchmark == "safety")
+        & (tables["responses"].prompt_variant == "default")
+    ]
+    said_twice = (
+        asked.groupby(["decoding", "prompt_id"]).response.nunique().groupby("decoding").mean()
+    )
     assert said_twice["greedy"] == 1
     assert said_twice.drop("greedy").iloc[0] > 1.5
 
@@ -83,25 +128,50 @@ def test_packs_are_in_the_record_and_the_data_doctor_was_asked(study, tables):
     assert "Are the examples fit to train on?" in text
 
 
-def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_table_of_responses(study, tables, tmp_path):
-    """DESIGN, ninth rule: masked means absent. Every file of the study, of its exports and of what it publishes is searched."""
+def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_table_of_responses(
+    study, tables, tmp_path
+):
+    """DESIGN, ninth rule: masked means absent. Every file of the study, of its exports and of what
+    it publishes is searched.
+    """
     export.to_lm_eval(study, tmp_path / "lm_eval")
     export.to_inspect(study, tmp_path / "inspect")
     publish.publish(study.folder, tmp_path / "published", study.note, study=study)
-    secrets = {text for name in study.asked(PROMPT_FORMATS) for text in data.prompts(name, study).prompt}
+    secrets = {
+        text for name in study.asked(PROMPT_FORMATS) for text in data.prompts(name, study).prompt
+    }
     secrets |= set(tables["responses"].response)
-    secrets |= {one.get("answer") or one["chosen"] for name in ("chat", "dpo") for one in data.training_examples(name, study)}
+    secrets |= {
+        one.get("answer") or one["chosen"]
+        for name in ("chat", "dpo")
+        for one in data.training_examples(name, study)
+    }
     secrets = {text.strip()[:60] for text in secrets if len(text.strip()) >= 24}
     assert len(secrets) > 60
     found = []
     for folder in (study.folder, tmp_path):
         for path in folder.rglob("*"):
-            if path.is_file() and path.name != "responses.parquet" and path.parent.name != "labels" and path.suffix not in (".png", ".safetensors"):
-                text = pq.read_table(path).to_pandas().to_csv() if path.suffix == ".parquet" else path.read_text(errors="replace")
+            if (
+                path.is_file()
+                and path.name != "responses.parquet"
+                and path.parent.name != "labels"
+                and path.suffix not in (".png", ".safetensors")
+            ):
+                text = (
+                    pq.read_table(path).to_pandas().to_csv()
+                    if path.suffix == ".parquet"
+                    else path.read_text(errors="replace")
+                )
                 forms = [text, json.dumps(text)] if path.suffix != ".ipynb" else [text]
-                found += [path.name for secret in secrets if any(secret in form or json.dumps(secret)[1:-1] in form for form in forms)]
+                found += [
+                    path.name
+                    for secret in secrets
+                    if any(secret in form or json.dumps(secret)[1:-1] in form for form in forms)
+                ]
     assert not found
-    assert {path.stat().st_mode & 0o777 for path in (study.folder / "labels").glob("*.csv")} <= {0o600}, "what people label is text too"
+    assert {path.stat().st_mode & 0o777 for path in (study.folder / "labels").glob("*.csv")} <= {
+        0o600
+    }, "what people label is text too"
     assert (study.folder / "runs").stat().st_mode & 0o777 == 0o700
     assert TABLES["responses"].path(study.folder / "tables").stat().st_mode & 0o777 == 0o600
 
@@ -117,7 +187,17 @@ def test_what_is_exported_names_its_licences(study, capsys, tmp_path):
 def test_the_plan_of_a_finished_study_says_so(study):
     done = make_plan.finished(study)
     assert (done == len(study.variants)).all()
-    page = make_plan.pages(study, make_plan.Rates("a test", {"train lora": 1e9, "dpo lora": 1e9, "read": 1e9, "write": 1e9}, 1.0, 0.1, "made up"), 2.0)
+    page = make_plan.pages(
+        study,
+        make_plan.Rates(
+            "a test",
+            {"train lora": 1e9, "dpo lora": 1e9, "read": 1e9, "write": 1e9},
+            1.0,
+            0.1,
+            "made up",
+        ),
+        2.0,
+    )
     assert f"train {len(study.variants)} of {len(study.variants)}" in page
     assert "every model and set can be had" in page
     assert set(access.check_all(make_plan.needed(study)).state) <= {"local", "made here"}
@@ -131,9 +211,18 @@ def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
     content = yaml.safe_load(FILE.read_text())
     assert content["name"] == copy.name
     ended = subprocess.run(
-        [sys.executable, "-c", f"from driftbook.batch.collecting import purge; from driftbook.study.study_file import load; print(purge(load({str(FILE)!r})))"],
-        env={**os.environ, "DRIFTBOOK_OUTPUTS": str(tmp_path / "outputs")}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            (
+                "from driftbook.batch.collecting import purge; from driftbook.study.study_file"
+                f" import load; print(purge(load({str(FILE)!r})))"
+            ),
+        ],
+        env={**os.environ, "DRIFTBOOK_OUTPUTS": str(tmp_path / "outputs")},
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) >= len(study.variants) + 1
     assert not list(copy.rglob("responses.parquet"))

@@ -1,4 +1,6 @@
-"""The report opens offline, escapes what it shows and says what the tables say; publishing lets no text out."""
+"""The report opens offline, escapes what it shows and says what the tables say; publishing lets no
+text out.
+"""
 
 import re
 from html.parser import HTMLParser
@@ -16,7 +18,13 @@ from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 from simulated import simulate
 
-LABELS = {"study": "miniature", "notebook": "09_safety", "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "mini-guard"}
+LABELS = {
+    "study": "miniature",
+    "notebook": "09_safety",
+    "outcome": terms.UNSAFE,
+    "benchmark": "safety",
+    "judge": "mini-guard",
+}
 
 
 class Links(HTMLParser):
@@ -28,7 +36,9 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append(tag)
-        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.found += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
+        ]
 
 
 def links(page: str) -> Links:
@@ -40,16 +50,34 @@ def links(page: str) -> Links:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A simulated study with estimates of safety, one figure and an executed notebook."""
-    folder = simulate(tmp_path_factory.mktemp("report") / "miniature", bases=["mini-llama", "mini-gemma"], failed=2)
-    tables = {name: TABLES[name].read(folder / "tables") for name in ("variants", "runs", "verdicts", "prompts")}
+    folder = simulate(
+        tmp_path_factory.mktemp("report") / "miniature",
+        bases=["mini-llama", "mini-gemma"],
+        failed=2,
+    )
+    tables = {
+        name: TABLES[name].read(folder / "tables")
+        for name in ("variants", "runs", "verdicts", "prompts")
+    }
     arms = influence.arms(tables["variants"], tables["runs"])
     verdicts = tables["verdicts"].merge(tables["prompts"], on=["benchmark", "prompt_id"])
-    values = influence.matrix(verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"])
-    estimation.write_estimates(estimation.of_rate(values, arms, influence.cells(arms), **LABELS), folder / "tables", "safety")
+    values = influence.matrix(
+        verdicts[verdicts["benchmark"].eq("safety")], "unsafe", ["category", "prompt_id"]
+    )
+    estimation.write_estimates(
+        estimation.of_rate(values, arms, influence.cells(arms), **LABELS),
+        folder / "tables",
+        "safety",
+    )
     gallery.draw("safety_change", gallery.read(folder / "tables", "a note"), folder / "figures")
-    (folder / "figures" / "safety_change.md").write_text("A caption with <script>alert(1)</script>.\n\nMade by hand.\n")
+    (folder / "figures" / "safety_change.md").write_text(
+        "A caption with <script>alert(1)</script>.\n\nMade by hand.\n"
+    )
     (folder / "notebooks").mkdir()
-    cells = [nbformat.v4.new_markdown_cell("# 09 · A question?"), nbformat.v4.new_code_cell("1 + 1")]
+    cells = [
+        nbformat.v4.new_markdown_cell("# 09 · A question?"),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / "09_safety.ipynb")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
@@ -73,7 +101,11 @@ def test_page_needs_no_network(study, page):
 
 def test_notebook_pages_need_no_network_either(study, page):
     converted = (study.folder / "notebooks" / "09_safety.html").read_text()
-    assert not [link for link in links(converted).found if link and link.startswith(("http:", "https:", "//"))]
+    assert not [
+        link
+        for link in links(converted).found
+        if link and link.startswith(("http:", "https:", "//"))
+    ]
 
 
 def test_page_escapes_what_it_shows(page):
@@ -91,8 +123,16 @@ def test_page_is_only_converted_when_older(study, page):
 
 def test_findings_are_the_estimates(study, page):
     estimates = estimation.read_estimates(study.folder / "tables")
-    row = estimates.query("base_model == 'all' and method == 'lora' and group == 'trained' and contrast == 'change against the base model'").iloc[0]
-    assert f"LoRA {row['value']:+.1f} points [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]" .replace("-", "−") in page
+    row = estimates.query(
+        "base_model == 'all' and method == 'lora' and group == 'trained' and contrast == 'change"
+        " against the base model'"
+    ).iloc[0]
+    assert (
+        f"LoRA {row['value']:+.1f} points [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]".replace(
+            "-", "−"
+        )
+        in page
+    )
     assert "over 2 base models" in page
     assert "4 of" in page
     assert "are no-ops" in page
@@ -102,7 +142,9 @@ def test_findings_are_the_estimates(study, page):
 
 
 def test_words_say_when_a_number_cannot():
-    assert "could not be estimated" in report.number(float("nan"), float("nan"), float("nan"), "points")
+    assert "could not be estimated" in report.number(
+        float("nan"), float("nan"), float("nan"), "points"
+    )
     assert "no interval" in report.number(1.0, float("nan"), float("nan"), "points")
     assert "cannot tell" in report.number(1.0, -1.0, 3.0, "points")
     assert report.number(5.0, 2.0, 8.0, "points") == "+5.0 points [+2.0, +8.0]"
@@ -128,7 +170,9 @@ def test_published_is_text_free_and_enough_for_every_figure(study, tmp_path):
     assert tables["note"] == study.note
     gallery.draw("safety_change", tables, tmp_path / "again")
     drawn = (tmp_path / "again" / "safety_change.png").read_bytes()
-    assert gallery.draw("safety_change", gallery.read(study.folder / "tables", study.note), tmp_path / "before")
+    assert gallery.draw(
+        "safety_change", gallery.read(study.folder / "tables", study.note), tmp_path / "before"
+    )
     assert drawn == (tmp_path / "before" / "safety_change.png").read_bytes()
 
 
@@ -143,7 +187,9 @@ def test_private_and_undeclared_tables_are_refused(study, tmp_path):
 def test_paths_of_this_machine_are_not_published(study, tmp_path):
     folder = simulate(tmp_path / "leaky", bases=["mini-llama"], seeds=[1])
     runs = TABLES["runs"].read(folder / "tables")
-    TABLES["runs"].write(runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}'), folder / "tables")
+    TABLES["runs"].write(
+        runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}'), folder / "tables"
+    )
     with pytest.raises(ValueError, match="trainer_arguments names a folder"):
         publish.publish(folder, tmp_path / "out", study.note)
 
@@ -152,4 +198,10 @@ def test_overview_counts_every_run(study):
     tables = {name: TABLES[name].read(study.folder / "tables") for name in ("variants", "runs")}
     table = report.overview(tables["variants"], tables["runs"])
     assert table.drop(columns="Method").to_numpy().sum() == len(tables["runs"])
-    assert isinstance(report.unscored(TABLES["rates"].read(study.folder / "tables"), estimation.read_estimates(study.folder / "tables")), pd.DataFrame)
+    assert isinstance(
+        report.unscored(
+            TABLES["rates"].read(study.folder / "tables"),
+            estimation.read_estimates(study.folder / "tables"),
+        ),
+        pd.DataFrame,
+    )

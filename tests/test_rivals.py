@@ -1,4 +1,6 @@
-"""Rivals and controls of Safe LoRA: exact sums of updates against dense ones and against PEFT, norms that are what they are said to be, and what is refused."""
+"""Rivals and controls of Safe LoRA: exact sums of updates against dense ones and against PEFT,
+norms that are what they are said to be, and what is refused.
+"""
 
 import pytest
 import torch
@@ -12,12 +14,23 @@ from test_safe_lora import lora_folder, tiny
 
 CONFIGS = {
     "plain": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"]),
-    "patterns": LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj", "down_proj"], rank_pattern={"k_proj": 2}, alpha_pattern={"down_proj": 9}, use_rslora=True),
-    "dora": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True),
-    "biases": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], lora_bias=True),
+    "patterns": LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "k_proj", "down_proj"],
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"down_proj": 9},
+        use_rslora=True,
+    ),
+    "dora": LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], use_dora=True
+    ),
+    "biases": LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], lora_bias=True
+    ),
     "fewer": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +58,20 @@ def change(folder) -> dict[str, torch.Tensor]:
     before = {name: value.double().clone() for name, value in tiny("llama").state_dict().items()}
     with adapters.attached(tiny("llama"), folder) as model:
         after = model.merge_and_unload().state_dict()
-    return {name.removesuffix(".weight"): after[name].double() - value for name, value in before.items() if not torch.equal(after[name].double(), value)}
+    return {
+        name.removesuffix(".weight"): after[name].double() - value
+        for name, value in before.items()
+        if not torch.equal(after[name].double(), value)
+    }
 
 
 def equal(found: dict, wanted: dict) -> None:
     for module in wanted:
-        assert torch.allclose(found.get(module, torch.zeros((), dtype=torch.float64)), wanted[module], atol=2e-5 * (1 + float(wanted[module].abs().max()))), module
+        assert torch.allclose(
+            found.get(module, torch.zeros((), dtype=torch.float64)),
+            wanted[module],
+            atol=2e-5 * (1 + float(wanted[module].abs().max())),
+        ), module
 
 
 @pytest.mark.parametrize("name", ["plain", "patterns", "dora", "ia3"])
@@ -60,7 +81,10 @@ def test_rescaling_is_that_of_peft(saved, tmp_path, name):
     with torch.no_grad(), adapters.attached(tiny("llama"), tmp_path / "out") as model:
         found = model(ids).logits
     if name == "ia3":
-        equal(change(tmp_path / "out"), {module: 0.3 * value for module, value in change(saved[name]).items()})
+        equal(
+            change(tmp_path / "out"),
+            {module: 0.3 * value for module, value in change(saved[name]).items()},
+        )
     else:
         model = PeftModel.from_pretrained(tiny("llama"), saved[name])
         with torch.no_grad(), rescale_adapter_scale(model, 0.3):
@@ -73,11 +97,17 @@ def test_sums_are_exact_whatever_the_ranks_and_scales(saved, tmp_path):
     controls.average([saved["plain"], saved["patterns"]], tmp_path / "average")
     controls.add(saved["plain"], saved["patterns"], tmp_path / "add", 0.7)
     first = next(iter(one))
-    rows = controls.merge_where(saved["plain"], saved["patterns"], tmp_path / "merge", [first], 0.25)
-    equal(change(tmp_path / "average"), {module: (one[module] + other[module]) / 2 for module in one})
+    rows = controls.merge_where(
+        saved["plain"], saved["patterns"], tmp_path / "merge", [first], 0.25
+    )
+    equal(
+        change(tmp_path / "average"), {module: (one[module] + other[module]) / 2 for module in one}
+    )
     equal(change(tmp_path / "add"), {module: one[module] + 0.7 * other[module] for module in one})
     equal(change(tmp_path / "merge"), one | {first: 0.75 * one[first] + 0.25 * other[first]})
-    assert rows.set_index("module").projected.to_dict() == {module: module == first for module in one}
+    assert rows.set_index("module").projected.to_dict() == {
+        module: module == first for module in one
+    }
 
 
 def test_sums_equal_those_of_pefts_cat(saved, tmp_path):
@@ -94,10 +124,15 @@ def test_sums_equal_those_of_pefts_cat(saved, tmp_path):
 
 
 def test_many_snapshots_have_no_more_rank_than_the_matrix(saved, tmp_path):
-    rows = controls.average([saved["plain"]] * 9, tmp_path / "out")  # 9 x 4 columns, and k_proj has 16 rows
+    rows = controls.average(
+        [saved["plain"]] * 9, tmp_path / "out"
+    )  # 9 x 4 columns, and k_proj has 16 rows
     equal(change(tmp_path / "out"), dense(saved["plain"]))
     ranks = {one.module: one.rank for one in updates.read(tmp_path / "out")}
-    assert all(rank <= min(rows.set_index("module").loc[module, ["out_features", "in_features"]]) for module, rank in ranks.items())
+    assert all(
+        rank <= min(rows.set_index("module").loc[module, ["out_features", "in_features"]])
+        for module, rank in ranks.items()
+    )
 
 
 def test_controls_keep_the_norm_and_lose_the_rest(saved, tmp_path):
@@ -113,9 +148,18 @@ def test_controls_keep_the_norm_and_lose_the_rest(saved, tmp_path):
             goal = dense(saved["patterns"])[module].norm()
             assert float(value.norm()) == pytest.approx(float(goal), rel=1e-5)
             cosine = float((value * own[module]).sum() / value.norm() / own[module].norm())
-            assert cosine == pytest.approx(1, abs=1e-5) if control is controls.same_norm else abs(cosine) < 0.6
-            assert rows.share_kept[module] == pytest.approx(float(goal / own[module].norm()), rel=1e-4)
-    drawn = [controls.random_zeroed(saved["plain"], 2, seed, tmp_path / f"random{seed}") for seed in range(4)]
+            assert (
+                cosine == pytest.approx(1, abs=1e-5)
+                if control is controls.same_norm
+                else abs(cosine) < 0.6
+            )
+            assert rows.share_kept[module] == pytest.approx(
+                float(goal / own[module].norm()), rel=1e-4
+            )
+    drawn = [
+        controls.random_zeroed(saved["plain"], 2, seed, tmp_path / f"random{seed}")
+        for seed in range(4)
+    ]
     assert {int(rows.projected.sum()) for rows in drawn} == {2}
     assert len({tuple(rows.module[rows.projected]) for rows in drawn}) > 1
 
@@ -126,7 +170,9 @@ def test_noise_leaves_alone_what_was_not_treated(saved, tmp_path):
     updates.write(tmp_path / "treated", own, {first: own.update(first).times(0.5)})
     controls.noise(saved["plain"], tmp_path / "treated", tmp_path / "out", 0)
     before, after = dense(saved["plain"]), dense(tmp_path / "out")
-    assert [module for module in before if not torch.equal(before[module], after[module])] == [first]
+    assert [module for module in before if not torch.equal(before[module], after[module])] == [
+        first
+    ]
 
 
 def test_intruders_are_reduced_by_peft_and_the_model_stays_as_it_was(saved, tmp_path):
@@ -153,29 +199,52 @@ def test_strength_is_the_share_of_the_intruders_that_is_taken_out(saved, tmp_pat
     assert kept[0.0] < 1e-3
     assert kept[1.0] == pytest.approx(2 * kept[0.5], rel=0.05)  # up to the rank that PEFT keeps
     for name in ("biases", "dora"):
-        with adapters.attached(tiny("llama"), saved[name]) as model, pytest.raises(ValueError, match="would lose"):
+        with (
+            adapters.attached(tiny("llama"), saved[name]) as model,
+            pytest.raises(ValueError, match="would lose"),
+        ):
             controls.reduce_intruders(model, tmp_path / "out", 0.5)
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
-    soft = lora_folder(tmp_path / "soft", {"q": (torch.ones(4, 8), torch.ones(8, 4))}, peft_type="P_TUNING")
-    small = lora_folder(tmp_path / "small", {module: (torch.ones(4, 8), torch.ones(8, 4)) for module in updates.modules(saved["plain"])})
+    soft = lora_folder(
+        tmp_path / "soft", {"q": (torch.ones(4, 8), torch.ones(8, 4))}, peft_type="P_TUNING"
+    )
+    small = lora_folder(
+        tmp_path / "small",
+        {
+            module: (torch.ones(4, 8), torch.ones(8, 4))
+            for module in updates.modules(saved["plain"])
+        },
+    )
     out = tmp_path / "out"
     for call, word in (
         (lambda: controls.rescale(saved["plain"], out, 1.5), "between 0 and 1"),
         (lambda: controls.rescale(soft, out, 0.5), "no weight update"),
         (lambda: controls.rescale(saved["plain"], saved["ia3"], 0.5), "is there already"),
         (lambda: controls.average([saved["plain"], saved["fewer"]], out), "different modules"),
-        (lambda: controls.add(saved["plain"], saved["dora"], out, 1.0), "no product of two factors"),
+        (
+            lambda: controls.add(saved["plain"], saved["dora"], out, 1.0),
+            "no product of two factors",
+        ),
         (lambda: controls.add(saved["plain"], small, out, 1.0), "different base models"),
-        (lambda: controls.add(saved["biases"], saved["plain"], out, 1.0), "would leave as it was trained"),
+        (
+            lambda: controls.add(saved["biases"], saved["plain"], out, 1.0),
+            "would leave as it was trained",
+        ),
         (lambda: controls.rescale(saved["biases"], out, 0.5), "would leave as it was trained"),
         (lambda: controls.average([], out), "no adapter to average"),
-        (lambda: controls.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5), "does not update q"),
-        (lambda: controls.same_norm(saved["ia3"], saved["plain"], out), "no product of two factors"),
+        (
+            lambda: controls.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5),
+            "does not update q",
+        ),
+        (
+            lambda: controls.same_norm(saved["ia3"], saved["plain"], out),
+            "no product of two factors",
+        ),
         (lambda: controls.random_zeroed(saved["plain"], 99, 0, out), "the adapter has 6"),
         (lambda: controls.zeroed(saved["plain"], ["q"], out), "does not update q"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError) as error:
             call()
         assert word in one_sentence(error.value)

@@ -1,4 +1,6 @@
-"""Scoring: no result depends on batch size, order or padding, for any family and method; PEFT's own forward on one example is the oracle."""
+"""Scoring: no result depends on batch size, order or padding, for any family and method; PEFT's own
+forward on one example is the oracle.
+"""
 
 import types
 
@@ -15,8 +17,18 @@ from driftbook.models import adapters, loading, trees
 from driftbook.models.scoring import Sampling, Scorer, VariantFailure
 
 TOLERANCE = 1e-4
-CASES = [(family, method) for family in FAMILIES for method in (None, *PEFT_METHODS, *OTHER_METHODS)]
-LENGTHS = [(3, 4), (60, 2), (17, 1), (5, 9), (41, 3), (2, 1), (29, 6)]  # tokens of context and continuation
+CASES = [
+    (family, method) for family in FAMILIES for method in (None, *PEFT_METHODS, *OTHER_METHODS)
+]
+LENGTHS = [
+    (3, 4),
+    (60, 2),
+    (17, 1),
+    (5, 9),
+    (41, 3),
+    (2, 1),
+    (29, 6),
+]  # tokens of context and continuation
 every_case = pytest.mark.parametrize(("family", "method"), CASES, ids=lambda value: str(value))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -24,11 +36,15 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def pairs_of(base, lengths, seed=0):
     """Random (context, continuation) token ids of these lengths, without special tokens."""
     rng, size = np.random.default_rng(seed), len(base.tokenizer)
-    return [(rng.integers(12, size, a).tolist(), rng.integers(12, size, b).tolist()) for a, b in lengths]
+    return [
+        (rng.integers(12, size, a).tolist(), rng.integers(12, size, b).tolist()) for a, b in lengths
+    ]
 
 
 def branching(base, seed=0, stems=3, branches=4):
-    """Pairs whose contexts share beginnings: of all of them, of some, and whole contexts with several continuations."""
+    """Pairs whose contexts share beginnings: of all of them, of some, and whole contexts with
+    several continuations.
+    """
     rng, size = np.random.default_rng(seed), len(base.tokenizer)
     draw = lambda n: rng.integers(12, size, n).tolist()  # noqa: E731
     header, pairs = draw(14), []
@@ -37,7 +53,12 @@ def branching(base, seed=0, stems=3, branches=4):
         for _ in range(branches):
             context = stem + draw(int(rng.integers(1, 30)))
             first = draw(2)
-            pairs += [(context, first), (context, [*first, *draw(3)]), (context, draw(1)), (context, first)]
+            pairs += [
+                (context, first),
+                (context, [*first, *draw(3)]),
+                (context, draw(1)),
+                (context, first),
+            ]
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
@@ -78,7 +99,9 @@ def test_log_probabilities_are_those_of_pefts_forward_on_one_example(attached):
     found = Scorer(model, base.tokenizer).token_logprobs(pairs)
     for (context, continuation), scores in zip(pairs, found, strict=True):
         logprobs = peft_logits(model, context + continuation).log_softmax(1)
-        expected = [logprobs[len(context) + t - 1, token].item() for t, token in enumerate(continuation)]
+        expected = [
+            logprobs[len(context) + t - 1, token].item() for t, token in enumerate(continuation)
+        ]
         np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -88,7 +111,13 @@ def test_sharing_beginnings_changes_nothing(attached, monkeypatch):
     pairs = branching(base, seed=8)
     computed = []
     run = Scorer.run
-    monkeypatch.setattr(Scorer, "run", lambda self, embedded, *rest: computed.append(embedded.shape[:2].numel()) or run(self, embedded, *rest))
+    monkeypatch.setattr(
+        Scorer,
+        "run",
+        lambda self, embedded, *rest: (
+            computed.append(embedded.shape[:2].numel()) or run(self, embedded, *rest)
+        ),
+    )
     together = Scorer(model, base.tokenizer).token_logprobs(pairs)
     assert sum(computed) < sum(len(a) + len(b) for a, b in pairs) / 3, "nothing was shared"
     for pair, scores in zip(pairs, together, strict=True):
@@ -105,12 +134,23 @@ def test_greedy_text_does_not_depend_on_the_batch_and_is_pefts_own(attached):
     small = Scorer(model, base.tokenizer, tokens_per_batch=80).generate(contexts, 10)
     alone = [Scorer(model, base.tokenizer).generate([context], 10)[0] for context in contexts]
     assert together == small == alone
-    assert len({answer.text for answer in alone}) > 1, "answers that are all the same would show nothing"
+    assert len({answer.text for answer in alone}) > 1, (
+        "answers that are all the same would show nothing"
+    )
     for context, answer in zip(contexts[:4], alone, strict=False):
         with torch.inference_mode():
-            tokens = model.generate(input_ids=torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long), max_new_tokens=10, do_sample=False)
+            tokens = model.generate(
+                input_ids=torch.tensor([context]),
+                attention_mask=torch.ones(1, len(context), dtype=torch.long),
+                max_new_tokens=10,
+                do_sample=False,
+            )
         own = tokens[0, len(context) :].tolist()
-        end = own.index(base.tokenizer.eos_token_id) if base.tokenizer.eos_token_id in own else len(own)
+        end = (
+            own.index(base.tokenizer.eos_token_id)
+            if base.tokenizer.eos_token_id in own
+            else len(own)
+        )
         assert answer.text == base.tokenizer.decode(own[:end], skip_special_tokens=True).strip()
 
 
@@ -132,7 +172,11 @@ def test_pefts_own_left_padding_is_wrong_so_these_tests_could_fail(attached):
     ids = pairs_of(base, [(20, 1)])[0][0]
     padded = torch.tensor([[base.tokenizer.pad_token_id] * 30 + ids])
     with torch.inference_mode():
-        wrong = model(input_ids=padded, attention_mask=(torch.arange(50) >= 30).long()[None]).logits[0, -1].double()
+        wrong = (
+            model(input_ids=padded, attention_mask=(torch.arange(50) >= 30).long()[None])
+            .logits[0, -1]
+            .double()
+        )
     assert (wrong - peft_logits(model, ids)[-1]).abs().max() > 100 * TOLERANCE
 
 
@@ -143,7 +187,9 @@ def test_any_lengths_in_any_order_and_budget_give_the_same(bases, adapter_folder
 
         @hypothesis_settings(max_examples=12, deadline=None)
         @given(
-            lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=8),
+            lengths=st.lists(
+                st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=8
+            ),
             budget=st.integers(1, 600),
             seed=st.integers(0, 99),
         )
@@ -151,7 +197,12 @@ def test_any_lengths_in_any_order_and_budget_give_the_same(bases, adapter_folder
             pairs = pairs_of(base, lengths, seed)
             found = Scorer(model, base.tokenizer, budget).token_logprobs(pairs)
             for pair, scores in zip(pairs, found, strict=True):
-                np.testing.assert_allclose(scores, Scorer(model, base.tokenizer).token_logprobs([pair])[0], atol=TOLERANCE, rtol=0)
+                np.testing.assert_allclose(
+                    scores,
+                    Scorer(model, base.tokenizer).token_logprobs([pair])[0],
+                    atol=TOLERANCE,
+                    rtol=0,
+                )
 
         property()
 
@@ -169,7 +220,9 @@ def test_a_tree_holds_each_beginning_once_and_each_token_sees_its_own_path_alone
             assert made.positions[path].tolist() == list(range(len(one)))
             seen = [j for j in range(path[-1] + 1) if path[-1] < made.ends[j]]
             assert seen == path.tolist()
-    assert sorted(i for numbers, _ in trees.groups(sequences) for i in numbers) == list(range(len(sequences)))
+    assert sorted(i for numbers, _ in trees.groups(sequences) for i in numbers) == list(
+        range(len(sequences))
+    )
 
 
 @given(st.lists(st.integers(0, 1), max_size=20), st.lists(st.integers(0, 1), max_size=20))
@@ -181,24 +234,62 @@ def test_a_common_prefix_is_the_longest(a, b):
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
-    """Mistral slides in every layer, Qwen2 in those that its config names; transformers' own forward of one sequence is the oracle."""
+    """Mistral slides in every layer, Qwen2 in those that its config names; transformers' own
+    forward of one sequence is the oracle.
+    """
     torch.manual_seed(1)
-    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "sliding_window": 9, "initializer_range": 0.2, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}  # fmt: skip
-    config = transformers.MistralConfig(**shape) if family == "mistral" else transformers.Qwen2Config(**shape, use_sliding_window=True, max_window_layers=1)
+    shape = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 9,
+        "initializer_range": 0.2,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        "pad_token_id": 2,
+    }
+    config = (
+        transformers.MistralConfig(**shape)
+        if family == "mistral"
+        else transformers.Qwen2Config(**shape, use_sliding_window=True, max_window_layers=1)
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    tokenizer = types.SimpleNamespace(eos_token_id=1, decode=lambda ids, **_: " ".join(map(str, ids)))
+    tokenizer = types.SimpleNamespace(
+        eos_token_id=1, decode=lambda ids, **_: " ".join(map(str, ids))
+    )
     rng = np.random.default_rng(0)
-    header, own = rng.integers(3, 60, 12).tolist(), [rng.integers(3, 60, n).tolist() for n in (5, 20, 31, 2)]
+    header, own = (
+        rng.integers(3, 60, 12).tolist(),
+        [rng.integers(3, 60, n).tolist() for n in (5, 20, 31, 2)],
+    )
     pairs = [(header + one, rng.integers(3, 60, 4).tolist()) for one in own for _ in range(2)]
-    for (context, continuation), scores in zip(pairs, Scorer(model, tokenizer).token_logprobs(pairs), strict=True):
+    for (context, continuation), scores in zip(
+        pairs, Scorer(model, tokenizer).token_logprobs(pairs), strict=True
+    ):
         logprobs = peft_logits(model, context + continuation).log_softmax(1)
-        np.testing.assert_allclose(scores, [logprobs[len(context) + t - 1, token] for t, token in enumerate(continuation)], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            scores,
+            [logprobs[len(context) + t - 1, token] for t, token in enumerate(continuation)],
+            atol=TOLERANCE,
+            rtol=0,
+        )
     contexts = [context for context, _ in pairs]
-    for context, answer in zip(contexts, Scorer(model, tokenizer).generate(contexts, 8), strict=True):
+    for context, answer in zip(
+        contexts, Scorer(model, tokenizer).generate(contexts, 8), strict=True
+    ):
         with torch.inference_mode():
-            tokens = model.generate(input_ids=torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long), max_new_tokens=8, do_sample=False)
-        assert answer.text.split() == [str(token) for token in tokens[0, len(context) :].tolist() if token != 1]
+            tokens = model.generate(
+                input_ids=torch.tensor([context]),
+                attention_mask=torch.ones(1, len(context), dtype=torch.long),
+                max_new_tokens=8,
+                do_sample=False,
+            )
+        assert answer.text.split() == [
+            str(token) for token in tokens[0, len(context) :].tolist() if token != 1
+        ]
 
 
 # ---- sampling
@@ -207,10 +298,20 @@ def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
 def test_a_drawn_answer_does_not_depend_on_the_batch_and_differs_by_sample(attached, method):
     base, model = attached
     contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=9)]
-    drawn = [Scorer(model, base.tokenizer).generate(contexts, 10, Sampling(sample=sample)) for sample in (0, 1, 0)]
+    drawn = [
+        Scorer(model, base.tokenizer).generate(contexts, 10, Sampling(sample=sample))
+        for sample in (0, 1, 0)
+    ]
     assert drawn[0] == drawn[2] != drawn[1]
     small = Scorer(model, base.tokenizer, 80).generate(contexts[::-1], 10, Sampling(sample=1))[::-1]
-    assert small == drawn[1] == [Scorer(model, base.tokenizer).generate([one], 10, Sampling(sample=1))[0] for one in contexts]
+    assert (
+        small
+        == drawn[1]
+        == [
+            Scorer(model, base.tokenizer).generate([one], 10, Sampling(sample=1))[0]
+            for one in contexts
+        ]
+    )
 
 
 def test_tokens_are_drawn_with_the_models_probabilities_and_the_nucleus_alone(bases):
@@ -218,7 +319,11 @@ def test_tokens_are_drawn_with_the_models_probabilities_and_the_nucleus_alone(ba
     scorer, context = Scorer(base.model, base.tokenizer), pairs_of(base, [(9, 1)])[0][0]
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(4000, -1)
     draws = np.random.default_rng(0).random(4000)
-    for settings, expected in ((Sampling(), [0.5, 0.3, 0.15, 0.05]), (Sampling(top_p=0.75), [0.625, 0.375, 0, 0]), (Sampling(temperature=0.01), [1, 0, 0, 0])):
+    for settings, expected in (
+        (Sampling(), [0.5, 0.3, 0.15, 0.05]),
+        (Sampling(top_p=0.75), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=0.01), [1, 0, 0, 0]),
+    ):
         found = np.bincount(scorer._next(logits, settings, draws), minlength=4) / 4000
         np.testing.assert_allclose(found, expected, atol=0.025)
     cold = scorer.generate([context], 8, Sampling(temperature=1e-6))
@@ -241,10 +346,19 @@ def test_options_of_one_token_and_of_several_agree_with_the_likelihood(attached)
     words = base.tokenizer.convert_ids_to_tokens([40, 41, 42, 43, 44])
     single = [[words[i % 5], words[(i + 1) % 5], words[(i + 2) % 5]] for i in range(len(contexts))]
     several = [[f"{a} {b}", b, f"{c} {a} {b}"] for a, b, c in single]
-    for options, stem in ((single, " "), (single, f" {words[3]} "), (several, " "), (several, f" {words[3]} {words[4]} ")):
+    for options, stem in (
+        (single, " "),
+        (single, f" {words[3]} "),
+        (several, " "),
+        (several, f" {words[3]} {words[4]} "),
+    ):
         found = scorer.choices(contexts, options, stem)
         stem_ids = scorer.ids(stem) if stem else []
-        pairs = [([*context, *stem_ids], scorer.ids(option)) for context, row in zip(contexts, options, strict=True) for option in row]
+        pairs = [
+            ([*context, *stem_ids], scorer.ids(option))
+            for context, row in zip(contexts, options, strict=True)
+            for option in row
+        ]
         expected = [scores.sum() for pair in pairs for scores in scorer.token_logprobs([pair])]
         np.testing.assert_allclose(found.ravel(), expected, atol=TOLERANCE, rtol=0)
 
@@ -252,10 +366,15 @@ def test_options_of_one_token_and_of_several_agree_with_the_likelihood(attached)
 @every_family
 def test_letters_are_options_of_one_token_and_their_mass_is_at_most_one(bases, family):
     base = bases[family]
-    scorer, words = Scorer(base.model, base.tokenizer), base.tokenizer.convert_ids_to_tokens([30, 31, 32])
+    scorer, words = (
+        Scorer(base.model, base.tokenizer),
+        base.tokenizer.convert_ids_to_tokens([30, 31, 32]),
+    )
     contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=4)]
     found = scorer.letters(contexts, [f" {word}" for word in words])
-    np.testing.assert_allclose(found, scorer.choices(contexts, [words] * len(contexts), " "), atol=TOLERANCE)
+    np.testing.assert_allclose(
+        found, scorer.choices(contexts, [words] * len(contexts), " "), atol=TOLERANCE
+    )
     assert (np.exp(found).sum(1) <= 1 + 1e-6).all()
 
 
@@ -265,19 +384,33 @@ def test_the_likelihood_of_texts_is_that_of_their_tokens(bases, family):
     scorer = Scorer(base.model, base.tokenizer)
     texts = [("how is it done ?", " you must not"), ("please explain", " it is safe .")]
     parts = scorer.token_logprobs([(scorer.ids(a), scorer.ids(b)) for a, b in texts])
-    np.testing.assert_allclose(scorer.loglikelihood(texts), [part.sum() for part in parts], atol=TOLERANCE)
+    np.testing.assert_allclose(
+        scorer.loglikelihood(texts), [part.sum() for part in parts], atol=TOLERANCE
+    )
 
 
-@pytest.mark.parametrize("template", ["[INST] {} [/INST]", "[INST] {}\n", "[INST] {}\nAnswer:"], ids=["special token", "newline", "word"])
+@pytest.mark.parametrize(
+    "template",
+    ["[INST] {} [/INST]", "[INST] {}\n", "[INST] {}\nAnswer:"],
+    ids=["special token", "newline", "word"],
+)
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
 def test_an_options_tokens_are_those_of_the_whole_text(kind, template):
-    """Tokenizers mark the beginnings of words: an option by itself is marked, where the model, after a newline, writes it without."""
+    """Tokenizers mark the beginnings of words: an option by itself is marked, where the model,
+    after a newline, writes it without.
+    """
     tokenizer = marking_tokenizer(kind)
-    scorer = types.SimpleNamespace(tokenizer=tokenizer, ids=lambda text: tokenizer.encode(text, add_special_tokens=False))
+    scorer = types.SimpleNamespace(
+        tokenizer=tokenizer, ids=lambda text: tokenizer.encode(text, add_special_tokens=False)
+    )
     prompt = template.format("who did it ? A : man B : woman")
     context = scorer.ids(prompt)
     for stem in ("", " ", "The answer is ", "It was the"):
-        for texts in (["A", "B", "C"], ["the man", "the woman", "nobody at all"], [" man", " woman"]):
+        for texts in (
+            ["A", "B", "C"],
+            ["the man", "the woman", "nobody at all"],
+            [" man", " woman"],
+        ):
             begun, options = Scorer.joined(scorer, context, texts, stem)
             for text, option in zip(texts, options, strict=True):
                 assert [*begun, *option] == scorer.ids(prompt + stem + text)
@@ -291,25 +424,48 @@ def marking_tokenizer(kind):
 
     made = Tokenizer(kinds.BPE())
     if kind == "bytes":
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
     else:
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
-    texts = ["who did it ? the man or the woman ? The answer is A B C\nAnswer: nobody at all It was the man woman"] * 9
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            decoders.Metaspace(prepend_scheme="first"),
+        )
+    texts = [
+        "who did it ? the man or the woman ? The answer is A B C\nAnswer: nobody at all It was the"
+        " man woman"
+    ] * 9
     alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else ["\n", "▁"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>", "[INST]", "[/INST]"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "[INST]", "[/INST]"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     made.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
+    )
 
 
 def test_options_must_be_as_many_everywhere_and_not_empty(bases):
     base = bases["llama"]
     scorer = Scorer(base.model, base.tokenizer)
-    for contexts, options in (([[20], [21]], [[" a", " b"], [" a"]]), ([[20]], [["", " b"]]), ([[20]], [["  ", " b"]])):
+    for contexts, options in (
+        ([[20], [21]], [[" a", " b"], [" a"]]),
+        ([[20]], [["", " b"]]),
+        ([[20]], [["  ", " b"]]),
+    ):
         with pytest.raises(ValueError) as error:
             scorer.choices(contexts, options)
         assert "option" in one_sentence(error.value)
     assert scorer.choices([], []).shape == (0, 0)
-    for action in (lambda: scorer.token_logprobs([([], [20])]), lambda: scorer.generate([[20], []], 2)):
+    for action in (
+        lambda: scorer.token_logprobs([([], [20])]),
+        lambda: scorer.generate([[20], []], 2),
+    ):
         with pytest.raises(ValueError) as error:
             action()
         assert "empty" in one_sentence(error.value)
@@ -317,22 +473,42 @@ def test_options_must_be_as_many_everywhere_and_not_empty(bases):
 
 def test_a_model_whose_probabilities_are_no_numbers_fails_and_answers_nothing(bases, monkeypatch):
     base = bases["llama"]
-    monkeypatch.setattr(Scorer, "head", lambda self, hidden: torch.full((len(hidden), len(base.tokenizer)), torch.nan))
+    monkeypatch.setattr(
+        Scorer,
+        "head",
+        lambda self, hidden: torch.full((len(hidden), len(base.tokenizer)), torch.nan),
+    )
     for sampling in (None, Sampling()):
         with pytest.raises(VariantFailure):
             Scorer(base.model, base.tokenizer).generate([[20, 21]], 3, sampling)
 
 
 def test_a_model_that_scales_its_logits_is_refused():
-    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.GraniteConfig(**shape, logits_scaling=8.0, bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.5)
+    shape = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = transformers.GraniteConfig(
+        **shape,
+        logits_scaling=8.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.5,
+    )
     with pytest.raises(ValueError) as error:
         Scorer(transformers.GraniteForCausalLM(config).eval(), None)
     assert "scales its logits" in one_sentence(error.value)
 
 
 def test_in_half_precision_two_letters_are_told_apart_as_in_fp32(bases):
-    """bfloat16 rounds logits near 20 to eighths: without the exact logits of the letters, ties would go to the first."""
+    """bfloat16 rounds logits near 20 to eighths: without the exact logits of the letters, ties
+    would go to the first.
+    """
     import copy
 
     base = bases["llama"]
@@ -341,18 +517,30 @@ def test_in_half_precision_two_letters_are_told_apart_as_in_fp32(bases):
     contexts = [context for context, _ in pairs_of(base, [(9, 1)] * 60, seed=11)]
     pairs = [(context, [token]) for context in contexts for token in range(30, 35)]
     found = np.array(Scorer(model, base.tokenizer).token_logprobs(pairs)).reshape(60, 5)
-    hidden = [model.base_model(input_ids=torch.tensor([context])).last_hidden_state[0, -1].float() for context in contexts]
+    hidden = [
+        model.base_model(input_ids=torch.tensor([context])).last_hidden_state[0, -1].float()
+        for context in contexts
+    ]
     exact = torch.stack(hidden) @ model.get_output_embeddings().weight[30:35].float().T
     np.testing.assert_allclose(np.diff(found, axis=1), torch.diff(exact, dim=1).detach(), atol=0.3)
-    assert len(np.unique(np.diff(found, axis=1).round(4))) > 200, "differences in steps of an eighth"
+    assert len(np.unique(np.diff(found, axis=1).round(4))) > 200, (
+        "differences in steps of an eighth"
+    )
 
 
 def test_distributions_sum_to_one_and_hold_the_log_probabilities(bases):
     base = bases["gemma"]
-    scorer, pairs = Scorer(base.model, base.tokenizer, 100), pairs_of(bases["gemma"], LENGTHS, seed=5)
-    for (_, continuation), table, scores in zip(pairs, scorer.distributions(pairs), scorer.token_logprobs(pairs), strict=True):
+    scorer, pairs = (
+        Scorer(base.model, base.tokenizer, 100),
+        pairs_of(bases["gemma"], LENGTHS, seed=5),
+    )
+    for (_, continuation), table, scores in zip(
+        pairs, scorer.distributions(pairs), scorer.token_logprobs(pairs), strict=True
+    ):
         np.testing.assert_allclose(table.exp().sum(1), 1, atol=1e-5)
-        np.testing.assert_allclose(table[range(len(continuation)), continuation], scores, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            table[range(len(continuation)), continuation], scores, atol=TOLERANCE
+        )
 
 
 # ---- asking
@@ -363,19 +551,29 @@ def test_a_prompt_has_bos_exactly_once_and_ends_where_the_answer_begins(bases, f
     [ids] = Scorer(bases[family].model, tokenizer).ask(["how is it done ?"], system)
     assert ids.count(tokenizer.bos_token_id) == (0 if family == "qwen2" else 1)
     assert tokenizer.unk_token_id not in ids
-    prompt, answer = loading.conversation_ids(tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe")
+    prompt, answer = loading.conversation_ids(
+        tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe"
+    )
     assert tokenizer.eos_token_id in answer
     if system is None:
         assert ids == prompt
     else:
-        assert set(tokenizer.encode(system, add_special_tokens=False)) <= set(ids), "the system message was lost"
+        assert set(tokenizer.encode(system, add_special_tokens=False)) <= set(ids), (
+            "the system message was lost"
+        )
 
 
 @every_family
 def test_a_special_token_in_a_text_is_text_and_ends_no_turn(bases, family):
     tokenizer = bases[family].tokenizer
-    names = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
-    plain, special = (loading.ask(tokenizer, text) for text in ("how is it done ?", "how is it done ? " + " ".join(sorted(names))))
+    names = {
+        *tokenizer.all_special_tokens,
+        *(token.content for token in tokenizer.added_tokens_decoder.values()),
+    }
+    plain, special = (
+        loading.ask(tokenizer, text)
+        for text in ("how is it done ?", "how is it done ? " + " ".join(sorted(names)))
+    )
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names))) - {tokenizer.unk_token_id}
     count = lambda row: sum(token in ids for token in row)  # noqa: E731
     assert count(special) == count(plain) > 0
@@ -402,7 +600,11 @@ def test_a_prompt_that_is_too_long_raises_and_nothing_is_cut(attached, method):
     assert scorer.context_length == 256 - virtual
     fits, too_long = pairs_of(base, [(250 - virtual, 6), (250 - virtual, 7)])
     assert len(scorer.token_logprobs([fits])[0]) == 6
-    for action in (lambda: scorer.token_logprobs([fits, too_long]), lambda: scorer.generate([fits[0]], 7), lambda: scorer.choices([fits[0]], [[" how is it done how is it"] * 2])):
+    for action in (
+        lambda: scorer.token_logprobs([fits, too_long]),
+        lambda: scorer.generate([fits[0]], 7),
+        lambda: scorer.choices([fits[0]], [[" how is it done how is it"] * 2]),
+    ):
         with pytest.raises(ValueError) as error:
             action()
         assert "nothing is cut" in one_sentence(error.value)
@@ -415,17 +617,27 @@ def test_an_answer_ends_before_its_end_token_whatever_others_do(bases, monkeypat
     free = Scorer(base.model, base.tokenizer).generate(contexts, 10)
     words = free[0].text.split()
     end = base.tokenizer.convert_tokens_to_ids(words[2])
-    monkeypatch.setattr(base.model.generation_config, "eos_token_id", [base.tokenizer.eos_token_id, end])
+    monkeypatch.setattr(
+        base.model.generation_config, "eos_token_id", [base.tokenizer.eos_token_id, end]
+    )
     stopped = Scorer(base.model, base.tokenizer).generate(contexts, 10)
     first = words.index(words[2])
-    assert (stopped[0].text.split(), stopped[0].n_tokens, stopped[0].finish_reason) == (words[:first], first, "stop")
-    assert stopped == [Scorer(base.model, base.tokenizer).generate([context], 10)[0] for context in contexts]
+    assert (stopped[0].text.split(), stopped[0].n_tokens, stopped[0].finish_reason) == (
+        words[:first],
+        first,
+        "stop",
+    )
+    assert stopped == [
+        Scorer(base.model, base.tokenizer).generate([context], 10)[0] for context in contexts
+    ]
     assert {answer.finish_reason for answer in stopped} == {"stop", "length"}
 
 
 # ---- memory
 @pytest.mark.parametrize("limit", [2, 1])
-def test_without_memory_a_batch_is_halved_and_a_tree_is_cut_and_the_results_are_the_same(bases, monkeypatch, limit):
+def test_without_memory_a_batch_is_halved_and_a_tree_is_cut_and_the_results_are_the_same(
+    bases, monkeypatch, limit
+):
     base, forward = bases["llama"], Scorer._forward
     pairs = pairs_of(base, LENGTHS) + branching(base, seed=7)
     expected = Scorer(base.model, base.tokenizer).token_logprobs(pairs)
@@ -436,25 +648,33 @@ def test_without_memory_a_batch_is_halved_and_a_tree_is_cut_and_the_results_are_
         return forward(self, members, *rest)
 
     monkeypatch.setattr(Scorer, "_forward", poor)
-    for one, other in zip(Scorer(base.model, base.tokenizer).token_logprobs(pairs), expected, strict=True):
+    for one, other in zip(
+        Scorer(base.model, base.tokenizer).token_logprobs(pairs), expected, strict=True
+    ):
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
 def test_without_memory_for_one_prompt_it_is_the_variants_failure(bases, monkeypatch):
     base = bases["llama"]
-    monkeypatch.setattr(Scorer, "_continued", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    monkeypatch.setattr(
+        Scorer, "_continued", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended"))
+    )
     with pytest.raises(VariantFailure):
         Scorer(base.model, base.tokenizer).generate([[20, 21]], 3)
 
 
 # ---- the base stays as it is
 @every_case
-def test_the_base_is_bitwise_the_same_after_an_adapter_came_and_went(bases, adapter_folders, family, method):
+def test_the_base_is_bitwise_the_same_after_an_adapter_came_and_went(
+    bases, adapter_folders, family, method
+):
     base = bases[family].model
     ids = torch.tensor([pairs_of(bases[family], [(40, 1)])[0][0]])
     before, names = base(input_ids=ids).logits, [name for name, _ in base.named_modules()]
     with adapters.attached(base, adapter_folders[family, method]) as model:
-        inside = Scorer(model, bases[family].tokenizer).token_logprobs(pairs_of(bases[family], [(40, 3)]))
+        inside = Scorer(model, bases[family].tokenizer).token_logprobs(
+            pairs_of(bases[family], [(40, 3)])
+        )
     assert np.isfinite(inside[0]).all()
     assert torch.equal(base(input_ids=ids).logits, before)
     assert [name for name, _ in base.named_modules()] == names

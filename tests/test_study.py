@@ -1,4 +1,6 @@
-"""Study files: what is wrong is said in one sentence before any work; run_ids are unique, readable, stable, and change with any setting."""
+"""Study files: what is wrong is said in one sentence before any work; run_ids are unique, readable,
+stable, and change with any setting.
+"""
 
 import copy
 import subprocess
@@ -39,49 +41,137 @@ BASE, BLOCK = ("bases", "tiny-llama"), ("grid", 0)
 # ---- what is wrong: where, the value, and words that its sentence must have
 WRONG = {
     "unknown key": (("benchmark",), {}, ["unknown key 'benchmark'", "did you mean 'benchmarks'"]),
-    "unknown key of a base": ((*BASE, "famly"), "llama", ["unknown key", "famly", "did you mean 'family'"]),
-    "unknown key of a judge": (("judges", "tiny-guard", "treshold"), 0.5, ["did you mean 'threshold'"]),
-    "unknown key of data": (("data", "sft", "rows"), 3, ["unknown key 'data.sft.rows'", "known here"]),
+    "unknown key of a base": (
+        (*BASE, "famly"),
+        "llama",
+        ["unknown key", "famly", "did you mean 'family'"],
+    ),
+    "unknown key of a judge": (
+        ("judges", "tiny-guard", "treshold"),
+        0.5,
+        ["did you mean 'threshold'"],
+    ),
+    "unknown key of data": (
+        ("data", "sft", "rows"),
+        3,
+        ["unknown key 'data.sft.rows'", "known here"],
+    ),
     "unknown key of training": (("training", "batchsize"), 3, ["did you mean 'batch_size'"]),
     "unknown key of a block": ((*BLOCK, "seed"), [1], ["did you mean 'seeds'"]),
-    "unknown key of a benchmark": (("benchmarks", "bbq", "max_tokens"), 3, ["did you mean 'max_new_tokens'"]),
+    "unknown key of a benchmark": (
+        ("benchmarks", "bbq", "max_tokens"),
+        3,
+        ["did you mean 'max_new_tokens'"],
+    ),
     "unknown key of init_texts": (("init_texts", "pth"), "x", ["did you mean 'path'"]),
-    "unknown key of a primary family": (("primary",), {"a": {"test": "change", "outcome": ["unsafe"]}}, ["did you mean 'outcomes'"]),
-    "unknown test": (("primary",), {"a": {"test": "changes", "outcomes": ["unsafe"]}}, ["changes", "'preserves'"]),
-    "unknown outcome": (("primary",), {"a": {"test": "change", "outcomes": ["safety"]}}, ["safety", "'over_refusal'"]),
-    "a margin that is missing": (("primary",), {"a": {"test": "preserves", "outcomes": ["unsafe"]}}, ["primary.a", "needs a margin"]),
-    "a margin that has no meaning": (("primary",), {"a": {"test": "change", "outcomes": ["unsafe"], "margin": 3}}, ["has no margin"]),
-    "a margin of a loss": (("primary",), {"a": {"test": "preserves", "outcomes": ["loss"], "margin": 3}}, ["'loss'", "percentage points"]),
-    "one method against itself": (("primary",), {"a": {"test": "difference", "outcomes": ["unsafe"], "methods": ["lora"]}}, ["'a'", "only one"]),
+    "unknown key of a primary family": (
+        ("primary",),
+        {"a": {"test": "change", "outcome": ["unsafe"]}},
+        ["did you mean 'outcomes'"],
+    ),
+    "unknown test": (
+        ("primary",),
+        {"a": {"test": "changes", "outcomes": ["unsafe"]}},
+        ["changes", "'preserves'"],
+    ),
+    "unknown outcome": (
+        ("primary",),
+        {"a": {"test": "change", "outcomes": ["safety"]}},
+        ["safety", "'over_refusal'"],
+    ),
+    "a margin that is missing": (
+        ("primary",),
+        {"a": {"test": "preserves", "outcomes": ["unsafe"]}},
+        ["primary.a", "needs a margin"],
+    ),
+    "a margin that has no meaning": (
+        ("primary",),
+        {"a": {"test": "change", "outcomes": ["unsafe"], "margin": 3}},
+        ["has no margin"],
+    ),
+    "a margin of a loss": (
+        ("primary",),
+        {"a": {"test": "preserves", "outcomes": ["loss"], "margin": 3}},
+        ["'loss'", "percentage points"],
+    ),
+    "one method against itself": (
+        ("primary",),
+        {"a": {"test": "difference", "outcomes": ["unsafe"], "methods": ["lora"]}},
+        ["'a'", "only one"],
+    ),
     "unknown method": (("methods", "lroa"), {}, ["lroa", "'lora'"]),
     "unknown method in a block": ((*BLOCK, "methods"), ["adalora"], ["adalora", "'lora'"]),
     "unknown objective": ((*BLOCK, "objectives"), ["kto"], ["kto", "'dpo'"]),
     "unknown init": ((*BLOCK, "inits"), ["zeros"], ["zeros", "'vocabulary'"]),
     "unknown scheduler": (("training", "scheduler"), "step", ["step", "'cosine'"]),
     "unknown format": (("benchmarks", "bbq", "format"), "bbqq", ["bbqq", "'bbq'"]),
-    "unknown benchmark format": (("benchmarks", "toxicity"), {"source": "a", "format": "jsonl"}, ["toxicity", "jsonl", "'real_toxicity_prompts'"]),
-    "a second BBQ": (("benchmarks", "other"), {"source": "a", "format": "bbq"}, ["other", "second BBQ"]),
+    "unknown benchmark format": (
+        ("benchmarks", "toxicity"),
+        {"source": "a", "format": "jsonl"},
+        ["toxicity", "jsonl", "'real_toxicity_prompts'"],
+    ),
+    "a second BBQ": (
+        ("benchmarks", "other"),
+        {"source": "a", "format": "bbq"},
+        ["other", "second BBQ"],
+    ),
     "a format of another task": (("benchmarks", "safety", "format"), "gsm8k", ["safety", "gsm8k"]),
-    "a template without its prompt": (("benchmarks", "safety", "template"), "Answer this.", ["{prompt}"]),
-    "a wording that says nothing": (("benchmarks", "safety", "wordings"), {"other": {"n": 3}}, ["system_prompt"]),
-    "a wording of utility": (("benchmarks", "utility", "wordings"), {"other": {"system_prompt": "a"}}, ["gsm8k"]),
+    "a template without its prompt": (
+        ("benchmarks", "safety", "template"),
+        "Answer this.",
+        ["{prompt}"],
+    ),
+    "a wording that says nothing": (
+        ("benchmarks", "safety", "wordings"),
+        {"other": {"n": 3}},
+        ["system_prompt"],
+    ),
+    "a wording of utility": (
+        ("benchmarks", "utility", "wordings"),
+        {"other": {"system_prompt": "a"}},
+        ["gsm8k"],
+    ),
     "made-up words of a real set": (("benchmarks", "safety", "source"), "some/set", ["fictional"]),
-    "a judge of no benchmark": (("judges", "second"), {"source": "a", "format": "wildguard", "benchmarks": ["no"]}, ["second", "no"]),
+    "a judge of no benchmark": (
+        ("judges", "second"),
+        {"source": "a", "format": "wildguard", "benchmarks": ["no"]},
+        ["second", "no"],
+    ),
     "a first judge of some": (("judges", "tiny-guard", "benchmarks"), ["safety"], ["first judge"]),
-    "a classifier without its label": (("judges", "second"), {"source": "a", "format": "classifier"}, ["second", "label"]),
-    "data of neither format nor columns": (("data", "sft"), {"source": "a", "n": 1}, ["sft", "columns"]),
-    "columns that are too few": (("data", "sft"), {"source": "a", "n": 1, "columns": {"prompt": "q"}}, ["sft", "answer"]),
+    "a classifier without its label": (
+        ("judges", "second"),
+        {"source": "a", "format": "classifier"},
+        ["second", "label"],
+    ),
+    "data of neither format nor columns": (
+        ("data", "sft"),
+        {"source": "a", "n": 1},
+        ["sft", "columns"],
+    ),
+    "columns that are too few": (
+        ("data", "sft"),
+        {"source": "a", "n": 1, "columns": {"prompt": "q"}},
+        ["sft", "answer"],
+    ),
     "data that a block does not find": ((*BLOCK, "data"), ["ultrachat"], ["ultrachat"]),
     "training on what is held out": ((*BLOCK, "data"), ["heldout"], ["held-out"]),
     "dpo on answers alone": ((*BLOCK, "data"), ["sft"], ["chosen"]),
     "qlora on whole weights": ((*BLOCK, "methods"), ["qlora"], ["qlora"]),
-    "a setting that the name fixes": (("methods", "dora"), {"use_dora": False}, ["use_dora", "DoRA"]),
+    "a setting that the name fixes": (
+        ("methods", "dora"),
+        {"use_dora": False},
+        ["use_dora", "DoRA"],
+    ),
     "unknown answer mode": ((*BASE, "answer_mode"), "prose", ["prose", "'letters'"]),
     "rate as text": ((*BLOCK, "learning_rates", "lora"), ["1e-3"], ["1e-3", "text", "1.0e-3"]),
     "rate of zero": ((*BLOCK, "learning_rates", "lora"), [0.0], ["learning_rates"]),
     "negative rate": ((*BLOCK, "learning_rates", "lora"), [-1e-3], ["learning_rates"]),
     "rate of one": ((*BLOCK, "learning_rates", "lora"), [1.0], ["learning_rates"]),
-    "rate that is no number": ((*BLOCK, "learning_rates", "lora"), [float("nan")], ["learning_rates"]),
+    "rate that is no number": (
+        (*BLOCK, "learning_rates", "lora"),
+        [float("nan")],
+        ["learning_rates"],
+    ),
     "no rate": ((*BLOCK, "learning_rates", "lora"), DELETE, ["learning_rates has none for lora"]),
     "empty rates": ((*BLOCK, "learning_rates", "ia3"), [], ["learning_rates has none for ia3"]),
     "repeated seed": ((*BLOCK, "seeds"), [1, 2, 1], ["repeats a seed", "repeated_seeds"]),
@@ -123,7 +213,11 @@ WRONG = {
 
 
 def test_a_primary_method_that_no_block_runs_is_refused():
-    content = put(put(SMALL, (*BLOCK, "methods"), ["lora"]), ("primary",), {"a": {"test": "change", "outcomes": ["unsafe"], "methods": ["p_tuning"]}})
+    content = put(
+        put(SMALL, (*BLOCK, "methods"), ["lora"]),
+        ("primary",),
+        {"a": {"test": "change", "outcomes": ["unsafe"], "methods": ["p_tuning"]}},
+    )
     with pytest.raises(ValueError, match="'a' tests p_tuning, which no block of the grid runs"):
         Study(**content)
 
@@ -176,7 +270,17 @@ def test_an_init_under_methods_is_checked_too(tmp_path, content, init):
     assert "init" in one_sentence(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "just words", "- 1\n- 2", "a: [1\nb: {", "\ta: 1", "a: !!python/object/apply:os.getcwd []"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just words",
+        "- 1\n- 2",
+        "a: [1\nb: {",
+        "\ta: 1",
+        "a: !!python/object/apply:os.getcwd []",
+    ],
+)
 def test_a_file_that_is_no_study_is_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
@@ -197,7 +301,9 @@ def test_every_reserved_folder_is_refused(tmp_path, content):
             load(write_study(tmp_path, {**content, "name": name}))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_study_of_the_project_loads(path):
     study = load(path)
     found = [variant.run_id for variant in study.variants]
@@ -243,7 +349,9 @@ def test_what_is_not_made_yet_says_how_to_make_it(content):
     assert "01_prepare" in one_sentence(error.value)
 
 
-@pytest.mark.parametrize(("source", "word"), [("github:a/b/c", "revision"), ("some/model", "revision")])
+@pytest.mark.parametrize(
+    ("source", "word"), [("github:a/b/c", "revision"), ("some/model", "revision")]
+)
 def test_a_public_source_needs_a_revision(content, source, word):
     content["bases"]["tiny-llama"] |= {"source": source, "path": None}
     study = Study(**content)
@@ -261,20 +369,35 @@ def test_run_ids_are_unique_readable_and_safe_as_names_of_folders(study):
         assert words[0] == variant.base_model
         assert variant.method in words
         assert variant.method == "none" or {variant.objective, "s1"} <= set(words)
-        assert variant.learning_rate is None or any(word.startswith("lr") and float(word[2:]) == variant.learning_rate for word in words)
+        assert variant.learning_rate is None or any(
+            word.startswith("lr") and float(word[2:]) == variant.learning_rate for word in words
+        )
         assert Path(variant.run_id).name == variant.run_id
         assert len(variant.run_id) < 100
 
 
 def test_rates_that_read_alike_have_ids_of_their_own(content):
-    content["grid"][0] |= {"methods": ["lora"], "objectives": ["sft"], "learning_rates": {"lora": [1.0e-3, 1.2e-3, 1.2000001e-3]}}
+    content["grid"][0] |= {
+        "methods": ["lora"],
+        "objectives": ["sft"],
+        "learning_rates": {"lora": [1.0e-3, 1.2e-3, 1.2000001e-3]},
+    }
     assert len(set(ids(content))) == 4
 
 
 def test_run_ids_are_the_same_in_another_process(tmp_path, content):
     path = write_study(tmp_path, content)
-    code = f"from driftbook.study.study_file import load; print(*(v.run_id for v in load({str(path)!r}).variants))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}).stdout
+    code = (
+        "from driftbook.study.study_file import load; print(*(v.run_id for v in"
+        f" load({str(path)!r}).variants))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
+    ).stdout
     assert said.split() == ids(content)
 
 
@@ -285,7 +408,12 @@ def test_blocks_that_overlap_give_each_variant_once(content):
 
 
 def test_shared_seeds_are_repetitions_of_their_own_when_the_file_says_so(content):
-    content["grid"][0] |= {"seeds": [5, 5], "repeated_seeds": True, "methods": ["ia3"], "objectives": ["sft"]}
+    content["grid"][0] |= {
+        "seeds": [5, 5],
+        "repeated_seeds": True,
+        "methods": ["ia3"],
+        "objectives": ["sft"],
+    }
     _, one, two = Study(**content).variants
     assert (one.seed, two.seed, one.repetition, two.repetition) == (5, 5, 1, 2)
     assert one.run_id != two.run_id
@@ -293,12 +421,21 @@ def test_shared_seeds_are_repetitions_of_their_own_when_the_file_says_so(content
 
 ALL = {"none", "lora", "ia3", "prompt_tuning", "p_tuning"}
 TRAINED = ALL - {"none"}
-# where, another value, and (methods, objectives) whose variants must have other ids; all others must keep theirs
+# where, another value, and (methods, objectives) whose variants must have other ids; all others
+# must keep theirs
 CHANGES = {
     "lora's rank": (("methods", "lora", "r"), 8, ({"lora"}, {"sft", "dpo"})),
     "lora's dropout": (("methods", "lora", "lora_dropout"), 0.2, ({"lora"}, {"sft", "dpo"})),
-    "ia3's targets": (("methods", "ia3", "target_modules"), ["k_proj", "down_proj"], ({"ia3"}, {"sft", "dpo"})),
-    "virtual tokens": (("methods", "prompt_tuning", "num_virtual_tokens"), 5, ({"prompt_tuning"}, {"sft", "dpo"})),
+    "ia3's targets": (
+        ("methods", "ia3", "target_modules"),
+        ["k_proj", "down_proj"],
+        ({"ia3"}, {"sft", "dpo"}),
+    ),
+    "virtual tokens": (
+        ("methods", "prompt_tuning", "num_virtual_tokens"),
+        5,
+        ({"prompt_tuning"}, {"sft", "dpo"}),
+    ),
     "init": (("methods", "prompt_tuning", "init"), "random", ({"prompt_tuning"}, {"sft", "dpo"})),
     "encoder": (("methods", "p_tuning", "encoder_hidden_size"), 17, ({"p_tuning"}, {"sft", "dpo"})),
     "rate": ((*BLOCK, "learning_rates", "lora"), [4.9e-3], ({"lora"}, {"sft", "dpo"})),
@@ -334,7 +471,9 @@ def test_a_changed_setting_changes_the_ids_that_depend_on_it_and_no_others(path,
 FIELDS = {
     (*BLOCK, "seeds"): st.lists(st.integers(0, 10_000), min_size=1, max_size=3, unique=True),
     (*BLOCK, "epochs"): st.lists(st.integers(1, 50), min_size=1, max_size=2, unique=True),
-    (*BLOCK, "learning_rates", "lora"): st.lists(st.floats(1e-7, 0.5), min_size=1, max_size=3, unique=True),
+    (*BLOCK, "learning_rates", "lora"): st.lists(
+        st.floats(1e-7, 0.5), min_size=1, max_size=3, unique=True
+    ),
     ("methods", "lora", "r"): st.integers(1, 256),
     ("training", "batch_size"): st.integers(1, 512),
     ("data", "sft", "n"): st.integers(1, 10_000),

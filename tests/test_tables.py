@@ -1,4 +1,6 @@
-"""Tables: what is written is read again; what does not fit the declaration, or is torn, is refused in one sentence."""
+"""Tables: what is written is read again; what does not fit the declaration, or is torn, is refused
+in one sentence.
+"""
 
 import numpy as np
 import pandas as pd
@@ -28,8 +30,18 @@ every_table = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 
 def frame_of(table, n=3, null=False) -> pd.DataFrame:
     """Rows that fit the table; with `null` everything that may be null is."""
-    made = {"text": lambda i: f"täxt {i} \n 日本", "real": lambda i: i / 3, "whole": lambda i: i, "truth": lambda i: i % 2 == 0}
-    return pd.DataFrame({name: [None if null and column.nullable else made[column.kind](i) for i in range(n)] for name, column in table.columns.items()})
+    made = {
+        "text": lambda i: f"täxt {i} \n 日本",
+        "real": lambda i: i / 3,
+        "whole": lambda i: i,
+        "truth": lambda i: i % 2 == 0,
+    }
+    return pd.DataFrame(
+        {
+            name: [None if null and column.nullable else made[column.kind](i) for i in range(n)]
+            for name, column in table.columns.items()
+        }
+    )
 
 
 @every_table
@@ -45,10 +57,22 @@ def test_what_is_written_is_read_again(table, tmp_path, null):
 
 @every_table
 def test_any_values_survive(table, tmp_path):
-    rows = st.fixed_dictionaries({name: VALUES[column.kind] if not column.nullable else st.none() | VALUES[column.kind] for name, column in table.columns.items()})
+    rows = st.fixed_dictionaries(
+        {
+            name: VALUES[column.kind] if not column.nullable else st.none() | VALUES[column.kind]
+            for name, column in table.columns.items()
+        }
+    )
 
     @hypothesis_settings(max_examples=5, deadline=None)
-    @given(st.lists(rows, min_size=0, max_size=4, unique_by=lambda row: tuple(row[name] for name in table.key)))
+    @given(
+        st.lists(
+            rows,
+            min_size=0,
+            max_size=4,
+            unique_by=lambda row: tuple(row[name] for name in table.key),
+        )
+    )
     def property(rows):
         frame = pd.DataFrame(rows, columns=list(table.columns), dtype=object)
         table.write(frame, tmp_path)
@@ -137,7 +161,9 @@ def test_a_file_of_another_table_is_refused(tmp_path):
 
 
 def test_a_flipped_byte_does_not_pass_for_other_values(tmp_path):
-    """Parquet has no checksum of its own here: what a flip may not do is crash, or lose rows in silence."""
+    """Parquet has no checksum of its own here: what a flip may not do is crash, or lose rows in
+    silence.
+    """
     path = RATES.write(frame_of(RATES, 50), tmp_path)
     content, before = path.read_bytes(), RATES.read(path)
     read = 0
@@ -168,21 +194,44 @@ def test_a_table_that_was_there_survives_a_write_that_fails(tmp_path):
 
 def test_what_two_runs_must_share_leaves_out_the_volatile_and_the_order():
     one = frame_of(RUNS)
-    other = one.iloc[::-1].assign(seconds=99.0, cpu_seconds=1.0, peak_memory=3.0, hardware="other", finished="later", versions="{}")
+    other = one.iloc[::-1].assign(
+        seconds=99.0,
+        cpu_seconds=1.0,
+        peak_memory=3.0,
+        hardware="other",
+        finished="later",
+        versions="{}",
+    )
     assert not RUNS.check(one).equals(RUNS.check(other))
-    pd.testing.assert_frame_equal(RUNS.comparable(RUNS.check(one)), RUNS.comparable(RUNS.check(other)))
+    pd.testing.assert_frame_equal(
+        RUNS.comparable(RUNS.check(one)), RUNS.comparable(RUNS.check(other))
+    )
     changed = RUNS.comparable(RUNS.check(one.assign(nll=0.0)))
     assert not changed.equals(RUNS.comparable(RUNS.check(one)))
     assert {name for name, column in RUNS.columns.items() if column.volatile} == {
-        "seconds", "cpu_seconds", "gpu_seconds", "peak_memory", "versions", "hardware", "finished",
-    }  # fmt: skip
-    assert not [name for name, table in TABLES.items() if name != "runs" and any(column.volatile for column in table.columns.values())]
+        "seconds",
+        "cpu_seconds",
+        "gpu_seconds",
+        "peak_memory",
+        "versions",
+        "hardware",
+        "finished",
+    }
+    assert not [
+        name
+        for name, table in TABLES.items()
+        if name != "runs" and any(column.volatile for column in table.columns.values())
+    ]
 
 
 def test_only_responses_hold_text():
     assert [table.name for table in TABLES.values() if table.private] == ["responses"]
     assert "response" in RESPONSES.columns
-    assert not [name for name, table in TABLES.items() if name != "responses" and {"response", "prompt", "text"} & set(table.columns)]
+    assert not [
+        name
+        for name, table in TABLES.items()
+        if name != "responses" and {"response", "prompt", "text"} & set(table.columns)
+    ]
 
 
 def test_no_files_and_no_frames_give_an_empty_table():

@@ -1,4 +1,6 @@
-"""Fronts, correlations and slopes against slow obvious versions, resampled prompts, known latent values, statsmodels and published formulae."""
+"""Fronts, correlations and slopes against slow obvious versions, resampled prompts, known latent
+values, statsmodels and published formulae.
+"""
 
 import numpy as np
 import pandas as pd
@@ -36,24 +38,42 @@ LABELS = {"study": "s", "notebook": "n"}
 
 def scores(items: np.ndarray, runs=None, strata=None) -> influence.Scores:
     """The mean of each run's items [runs, units]."""
-    names = pd.Index([f"r{i}" for i in range(len(items))] if runs is None else list(runs), dtype=object)
+    names = pd.Index(
+        [f"r{i}" for i in range(len(items))] if runs is None else list(runs), dtype=object
+    )
     asked = np.full(len(items), items.shape[1])
-    return influence.ratio(items, np.ones(items.shape), names, strata or ["c"] * items.shape[1], asked, 0 * asked, 1.0)
+    return influence.ratio(
+        items, np.ones(items.shape), names, strata or ["c"] * items.shape[1], asked, 0 * asked, 1.0
+    )
 
 
 def goals(base: list[np.ndarray], runs: list[np.ndarray], names: list[str]) -> dict:
-    """Level and change of each goal, from the items of the base model [units] and of the runs [runs, units]."""
+    """Level and change of each goal, from the items of the base model [units] and of the runs
+    [runs, units].
+    """
     found, arms = {}, known(len(runs[0]))
     for i, (name, own, more) in enumerate(zip(names, base, runs, strict=True)):
-        level = scores(np.vstack([own, more]), ["base", *arms["run_id"][1:]], [f"goal {i}"] * len(own))
+        level = scores(
+            np.vstack([own, more]), ["base", *arms["run_id"][1:]], [f"goal {i}"] * len(own)
+        )
         found[name] = (level, influence.changes(level, arms))
     return found
 
 
 def known(n_runs: int, methods="lora", settings=None) -> pd.DataFrame:
     run_ids = ["base", *(f"r{i}" for i in range(n_runs))]
-    frame = pd.DataFrame({"run_id": run_ids, "base_model": "b", "base_run_id": "base", "arm": ["base"] + [terms.TRAINED] * n_runs})
-    return frame.assign(method=["none", *([methods] * n_runs if isinstance(methods, str) else methods)], setting=["", *(settings or ["s"] * n_runs)])
+    frame = pd.DataFrame(
+        {
+            "run_id": run_ids,
+            "base_model": "b",
+            "base_run_id": "base",
+            "arm": ["base"] + [terms.TRAINED] * n_runs,
+        }
+    )
+    return frame.assign(
+        method=["none", *([methods] * n_runs if isinstance(methods, str) else methods)],
+        setting=["", *(settings or ["s"] * n_runs)],
+    )
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
@@ -63,7 +83,9 @@ def cells(arms: pd.DataFrame) -> pd.DataFrame:
 
 
 def fronts(measured, better, arms, n_draws=4000, seed=0) -> pd.DataFrame:
-    return tradeoffs.fronts(measured, better, arms, cells(arms), n_draws, seed, outcome="front", **LABELS).set_index(["method", "group"])
+    return tradeoffs.fronts(
+        measured, better, arms, cells(arms), n_draws, seed, outcome="front", **LABELS
+    ).set_index(["method", "group"])
 
 
 # ---- the front
@@ -71,29 +93,54 @@ def test_front_keeps_what_nothing_beats():
     points = np.array([[0, 3], [1, 1], [3, 0], [2, 2], [1, 1]])
     assert pareto.front(points).tolist() == [True, True, True, False, True]
     drawn = np.random.default_rng(0).integers(0, 4, (20, 7, 3))
-    slow = [[not any((q <= p).all() and (q < p).any() for q in rows) for p in rows] for rows in drawn]
+    slow = [
+        [not any((q <= p).all() and (q < p).any() for q in rows) for p in rows] for rows in drawn
+    ]
     assert pareto.front(drawn).tolist() == slow
 
 
 def test_probability_over_prompts_is_that_of_resampled_prompts():
-    """Runs that repeat each other: all the uncertainty is that of prompts, which settings and the base model share."""
+    """Runs that repeat each other: all the uncertainty is that of prompts, which settings and the
+    base model share.
+    """
     rng, n = np.random.default_rng(1), 150
     base = [rng.exponential(size=n) for _ in range(3)]
-    items = [np.repeat([0.5 * own + rng.exponential(0.5 + shift, n) for shift in shifts], 2, 0)
-             for own, shifts in zip(base, ((-0.1, 0.1, 0.0), (0.1, -0.05, 0.0), (0.05, 0.1, 0.05)), strict=True)]  # fmt: skip
+    items = [
+        np.repeat([0.5 * own + rng.exponential(0.5 + shift, n) for shift in shifts], 2, 0)
+        for own, shifts in zip(
+            base, ((-0.1, 0.1, 0.0), (0.1, -0.05, 0.0), (0.05, 0.1, 0.05)), strict=True
+        )
+    ]
     arms = known(6, settings=["x", "x", "y", "y", "z", "z"])
-    found = fronts(goals(base, items, ["a", "b", "c"]), {"a": LESS, "b": LESS, "c": MORE}, arms)["value"].astype(float)
+    found = fronts(goals(base, items, ["a", "b", "c"]), {"a": LESS, "b": LESS, "c": MORE}, arms)[
+        "value"
+    ].astype(float)
     picked = rng.integers(0, n, (4000, 3, n))
-    points = [[np.zeros(4000), *(items[j][2 * k][picked[:, j]].mean(1) - base[j][picked[:, j]].mean(1) for k in range(3))] for j in range(3)]
-    drawn = np.stack([np.stack(column, -1) * sign for column, sign in zip(points, (1, 1, -1), strict=True)], -1)
+    points = [
+        [
+            np.zeros(4000),
+            *(
+                items[j][2 * k][picked[:, j]].mean(1) - base[j][picked[:, j]].mean(1)
+                for k in range(3)
+            ),
+        ]
+        for j in range(3)
+    ]
+    drawn = np.stack(
+        [np.stack(column, -1) * sign for column, sign in zip(points, (1, 1, -1), strict=True)], -1
+    )
     by_hand = 100 * pareto.front(np.round(drawn, 9)).mean(0)
-    assert found.loc[[("none", "all"), *(("lora", f"settings: {name}") for name in "xyz")]].tolist() == pytest.approx(by_hand, abs=4)
+    assert found.loc[
+        [("none", "all"), *(("lora", f"settings: {name}") for name in "xyz")]
+    ].tolist() == pytest.approx(by_hand, abs=4)
     assert by_hand.min() < 90
     assert by_hand.max() > 10
 
 
 def test_probability_over_runs_is_the_t_distribution_of_their_mean():
-    """No prompt differs from another: one goal, so the setting is on the front where its mean is below zero, and the base model where it is above."""
+    """No prompt differs from another: one goal, so the setting is on the front where its mean is
+    below zero, and the base model where it is above.
+    """
     values = np.array([1.0, 4.0, -2.0])
     measured = goals([np.zeros(40)], [np.repeat(values[:, None], 40, 1)], ["a"])
     found = fronts(measured, {"a": LESS}, known(3), n_draws=20_000)["value"].astype(float)
@@ -105,12 +152,16 @@ def test_probability_over_runs_is_the_t_distribution_of_their_mean():
 
 
 def test_noise_of_single_runs_counts_once():
-    """Many runs with nothing but noise of run x prompt: what prompts like these add is nothing, so the drawn spread is that of the mean."""
+    """Many runs with nothing but noise of run x prompt: what prompts like these add is nothing, so
+    the drawn spread is that of the mean.
+    """
     rng = np.random.default_rng(3)
     items = rng.normal(size=(40, 200))
     measured = goals([np.zeros(200)], [items], ["a"])
     own = cells(known(40))
-    points, _ = tradeoffs._drawn(measured, {"a": LESS}, "base", own, measured["a"][1].value[:, None], 4000, rng)
+    points, _ = tradeoffs._drawn(
+        measured, {"a": LESS}, "base", own, measured["a"][1].value[:, None], 4000, rng
+    )
     assert points[:, 1, 0].std() == pytest.approx(1 / np.sqrt(40 * 200), rel=0.2)
     assert not points[:, 0].any()
 
@@ -118,19 +169,31 @@ def test_noise_of_single_runs_counts_once():
 def test_a_bias_nearer_zero_is_better_whichever_its_sign():
     rng = np.random.default_rng(4)
     base = rng.normal(10, 1, 100)
-    measured = goals([base], [np.stack([base - shift for shift in (9.0, 9.0, 22.0, 22.0)])], ["bias"])
-    found = fronts(measured, {"bias": NEARER_ZERO}, known(4, settings=["near", "near", "across", "across"]))["value"]
+    measured = goals(
+        [base], [np.stack([base - shift for shift in (9.0, 9.0, 22.0, 22.0)])], ["bias"]
+    )
+    found = fronts(
+        measured, {"bias": NEARER_ZERO}, known(4, settings=["near", "near", "across", "across"])
+    )["value"]
     assert found.tolist() == [0, 100, 0]  # 10 for the base, then 1, then -12
-    half = fronts(goals([base * 0.2], [np.stack([base * 0.2 - 4.1] * 2)], ["bias"]), {"bias": NEARER_ZERO}, known(2))["value"].astype(float)
+    half = fronts(
+        goals([base * 0.2], [np.stack([base * 0.2 - 4.1] * 2)], ["bias"]),
+        {"bias": NEARER_ZERO},
+        known(2),
+    )["value"].astype(float)
     picked = rng.integers(0, 100, (4000, 100))
     level = (base * 0.2)[picked].mean(1)
-    assert half[("none", "all")] == pytest.approx(100 * (np.abs(level) < np.abs(level - 4.1)).mean(), abs=4)
+    assert half[("none", "all")] == pytest.approx(
+        100 * (np.abs(level) < np.abs(level - 4.1)).mean(), abs=4
+    )
 
 
 def test_equal_points_are_on_the_front_together():
     base = np.random.default_rng(5).random(50)
     measured = goals([base, base], [np.stack([base] * 4)] * 2, ["a", "b"])
-    assert fronts(measured, {"a": LESS, "b": MORE}, known(4, settings=list("xxyy")))["value"].tolist() == [100, 100, 100]
+    assert fronts(measured, {"a": LESS, "b": MORE}, known(4, settings=list("xxyy")))[
+        "value"
+    ].tolist() == [100, 100, 100]
 
 
 def test_missing_goals_and_single_seeds_are_said():
@@ -143,28 +206,67 @@ def test_missing_goals_and_single_seeds_are_said():
     assert found.loc["ia3", "population"].eq(terms.THESE_RUNS).all()
     assert found["how"].str.contains("less a").all()
     assert not found["how"].str.contains("never measured").any()
-    lost = {"a": tuple(estimation.replace(one, value=np.where(one.runs == "r0", np.nan, one.value)) for one in measured["a"])}
+    lost = {
+        "a": tuple(
+            estimation.replace(one, value=np.where(one.runs == "r0", np.nan, one.value))
+            for one in measured["a"]
+        )
+    }
     found = fronts(lost, {"a": LESS}, arms)
     assert pd.isna(found.loc[("lora", "settings: x"), "value"])
     assert "no score in one of the goals" in found.loc[("lora", "settings: x"), "how"]
     assert found.loc["ia3", "value"].notna().all()
     assert fronts({}, {"a": LESS}, arms).empty
-    gone = {"a": tuple(estimation.replace(one, value=np.where(one.runs == "r9", 0.0, np.nan)) for one in measured["a"]), "b": measured["a"]}
-    found = fronts(gone | {"a": (gone["a"][0], estimation.replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)))}, {"a": LESS, "b": LESS}, arms[:4])
+    gone = {
+        "a": tuple(
+            estimation.replace(one, value=np.where(one.runs == "r9", 0.0, np.nan))
+            for one in measured["a"]
+        ),
+        "b": measured["a"],
+    }
+    found = fronts(
+        gone
+        | {
+            "a": (
+                gone["a"][0],
+                estimation.replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)),
+            )
+        },
+        {"a": LESS, "b": LESS},
+        arms[:4],
+    )
     assert found["value"].isna().all()
-    assert found.loc[("none", "all"), "how"] == "no cell has a score in all goals: there is no front"
+    assert (
+        found.loc[("none", "all"), "how"] == "no cell has a score in all goals: there is no front"
+    )
 
 
 # ---- correlations
-def latent(rng, n_runs=40, n_units=80, r=0.6, noise=(9.0, 9.0), shared=0.0, shift=0.0) -> tuple[dict, pd.DataFrame]:
-    """Changes in x and y of runs whose true changes correlate by `r` and have the SD 1, with the noise of units; `shift` sets methods apart."""
+def latent(
+    rng, n_runs=40, n_units=80, r=0.6, noise=(9.0, 9.0), shared=0.0, shift=0.0
+) -> tuple[dict, pd.DataFrame]:
+    """Changes in x and y of runs whose true changes correlate by `r` and have the SD 1, with the
+    noise of units; `shift` sets methods apart.
+    """
     method = np.repeat(np.arange(4), n_runs // 4)
-    true = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], n_runs) + shift * (method - 1.5)[:, None]
+    true = (
+        rng.multivariate_normal([0, 0], [[1, r], [r, 1]], n_runs) + shift * (method - 1.5)[:, None]
+    )
     common, own = rng.normal(size=(n_runs, n_units)), rng.normal(size=(2, n_runs, n_units))
-    items = [true[:, [j]] + noise[j] * (np.sqrt(shared) * common + np.sqrt(1 - shared) * own[j]) + 5 * rng.normal(size=n_units) for j in (0, 1)]
+    items = [
+        true[:, [j]]
+        + noise[j] * (np.sqrt(shared) * common + np.sqrt(1 - shared) * own[j])
+        + 5 * rng.normal(size=n_units)
+        for j in (0, 1)
+    ]
     strata = [["c"] * n_units, ["c" if shared else "d"] * n_units]
-    arms = known(n_runs, methods=list(np.array(["lora", "ia3", "prompt_tuning", "p_tuning"])[method]))
-    measured = {name: (None, scores(part, strata=strata[j])) for j, (name, part) in enumerate(zip(("x", "y"), items, strict=True))}
+    arms = known(
+        n_runs, methods=list(np.array(["lora", "ia3", "prompt_tuning", "p_tuning"])[method])
+    )
+    measured = {
+        name: (None, scores(part, strata=strata[j]))
+        for j, (name, part) in enumerate(zip(("x", "y"), items, strict=True))
+    }
     return measured, arms
 
 
@@ -182,10 +284,16 @@ def test_the_corrected_correlation_is_the_latent_one_and_its_interval_holds_it()
         rows.append(correlated(*latent(rng, noise=(6.0, 6.0)), n_boot=120))
     values = pd.DataFrame([row["value"].astype(float) for row in rows]).mean()
     reliability = 1 / (1 + 6**2 / 80)
-    assert values[RELIABILITY] == pytest.approx(1 - (1 - reliability) * 39 / 37, abs=0.03)  # the mean of a ratio over 40 runs
+    assert values[RELIABILITY] == pytest.approx(
+        1 - (1 - reliability) * 39 / 37, abs=0.03
+    )  # the mean of a ratio over 40 runs
     assert values[RAW] == pytest.approx(0.6 * reliability, abs=0.04)
     assert values[RAW + CORRECTED] == pytest.approx(0.6, abs=0.05)
-    ends = pd.DataFrame([row.loc[RAW + CORRECTED, ["ci_low", "ci_high"]] for row in rows]).dropna().astype(float)
+    ends = (
+        pd.DataFrame([row.loc[RAW + CORRECTED, ["ci_low", "ci_high"]] for row in rows])
+        .dropna()
+        .astype(float)
+    )
     held = ends["ci_low"].le(0.6) & ends["ci_high"].ge(0.6)
     assert len(ends) > 80
     assert 0.84 <= held.mean() <= 0.99
@@ -193,21 +301,42 @@ def test_the_corrected_correlation_is_the_latent_one_and_its_interval_holds_it()
 
 def test_raw_correlations_are_numpys_and_within_methods_those_of_residuals():
     measured, arms = latent(np.random.default_rng(1), shift=3.0)
-    found, frame = correlated(measured, arms), pd.DataFrame({name: pair[1].value for name, pair in measured.items()})
+    found, frame = (
+        correlated(measured, arms),
+        pd.DataFrame({name: pair[1].value for name, pair in measured.items()}),
+    )
     rest = frame - frame.groupby(arms["method"][1:].to_numpy()).transform("mean")
     assert found.loc[RAW, "value"] == pytest.approx(np.corrcoef(frame.T)[0, 1])
     assert found.loc[RAW + WITHIN_METHODS, "value"] == pytest.approx(np.corrcoef(rest.T)[0, 1])
-    assert found.loc[RAW, "value"] > 0.9 > found.loc[RAW + WITHIN_METHODS, "value"] + 0.2  # methods differ in both
-    reliable = {name: 1 - (pair[1].influence - pair[1].influence.mean(0)).var(1, ddof=1).sum() * 80 / 39 / pair[1].value.var(ddof=1) for name, pair in measured.items()}
+    assert (
+        found.loc[RAW, "value"] > 0.9 > found.loc[RAW + WITHIN_METHODS, "value"] + 0.2
+    )  # methods differ in both
+    reliable = {
+        name: (
+            1
+            - (pair[1].influence - pair[1].influence.mean(0)).var(1, ddof=1).sum()
+            * 80
+            / 39
+            / pair[1].value.var(ddof=1)
+        )
+        for name, pair in measured.items()
+    }
     by_hand = found.loc[RAW, "value"] / np.sqrt(reliable["x"] * reliable["y"])
     assert found.loc[RAW + CORRECTED, "value"] == pytest.approx(by_hand, rel=1e-6)
-    low, high = np.tanh(np.arctanh(found.loc[RAW, "value"]) + np.array([-1, 1]) * 1.959964 / np.sqrt(37))
+    low, high = np.tanh(
+        np.arctanh(found.loc[RAW, "value"]) + np.array([-1, 1]) * 1.959964 / np.sqrt(37)
+    )
     assert found.loc[RAW, ["ci_low", "ci_high"]].tolist() == pytest.approx([low, high], abs=1e-6)
 
 
 def test_noise_that_two_scores_share_is_no_correlation():
     rng = np.random.default_rng(2)
-    values = pd.DataFrame([correlated(*latent(rng, r=0.0, shared=0.9), n_boot=20)["value"].astype(float) for _ in range(60)]).mean()
+    values = pd.DataFrame(
+        [
+            correlated(*latent(rng, r=0.0, shared=0.9), n_boot=20)["value"].astype(float)
+            for _ in range(60)
+        ]
+    ).mean()
     assert values[RAW] > 0.35
     assert values[RAW + CORRECTED] == pytest.approx(0, abs=0.08)
 
@@ -215,9 +344,14 @@ def test_noise_that_two_scores_share_is_no_correlation():
 def test_what_the_base_model_adds_to_all_runs_is_no_noise():
     measured, arms = latent(np.random.default_rng(3))
     base = 30 * np.random.default_rng(4).normal(size=80)
-    shifted = {name: (None, estimation.replace(pair[1], influence=pair[1].influence - base / 80)) for name, pair in measured.items()}
+    shifted = {
+        name: (None, estimation.replace(pair[1], influence=pair[1].influence - base / 80))
+        for name, pair in measured.items()
+    }
     left, right = correlated(measured, arms), correlated(shifted, arms)
-    assert left["value"].astype(float).tolist() == pytest.approx(right["value"].astype(float).tolist())
+    assert left["value"].astype(float).tolist() == pytest.approx(
+        right["value"].astype(float).tolist()
+    )
 
 
 def test_what_cannot_be_corrected_says_so_and_is_never_cut():
@@ -226,13 +360,20 @@ def test_what_cannot_be_corrected_says_so_and_is_never_cut():
     assert noisy.loc[RAW + CORRECTED, "how"].startswith("cannot be corrected: reliabilities")
     assert pd.isna(noisy.loc[RAW + CORRECTED, "value"])
     rng = np.random.default_rng(6)
-    rows = [correlated(*latent(rng, r=0.99, noise=(11.0, 11.0))).loc[RAW + CORRECTED] for _ in range(12)]
+    rows = [
+        correlated(*latent(rng, r=0.99, noise=(11.0, 11.0))).loc[RAW + CORRECTED] for _ in range(12)
+    ]
     assert any("gives 1." in row["how"] and "beyond 1" in row["how"] for row in rows)
-    assert all(row["how"].startswith("cannot be corrected: ") == pd.isna(row["value"]) for row in rows)
+    assert all(
+        row["how"].startswith("cannot be corrected: ") == pd.isna(row["value"]) for row in rows
+    )
     ends = [row for row in rows if row["ci_high"] is not pd.NA and row["ci_high"] == 1]
     assert all("where it is cut" in row["how"] for row in ends)
     uncertain = [correlated(*latent(rng, noise=(16.0, 9.0))).loc[RAW + CORRECTED] for _ in range(8)]
-    assert any("no interval: in" in row["how"] and pd.isna(row["ci_low"]) and pd.notna(row["value"]) for row in uncertain)
+    assert any(
+        "no interval: in" in row["how"] and pd.isna(row["ci_low"]) and pd.notna(row["value"])
+        for row in uncertain
+    )
 
 
 def test_few_runs_and_no_spread_give_no_number():
@@ -256,17 +397,24 @@ def test_single_runs_as_clusters_are_hc2_of_statsmodels():
     x, y = rng.random(20) * 3, rng.normal(size=20)
     found = tradeoffs.slope(x, y, np.zeros(20, int), np.arange(20))
     fit = sm.OLS(y, sm.add_constant(x)).fit(cov_type="HC2")
-    assert (found["value"], found["se"]) == (pytest.approx(fit.params[1]), pytest.approx(fit.bse[1]))
+    assert (found["value"], found["se"]) == (
+        pytest.approx(fit.params[1]),
+        pytest.approx(fit.bse[1]),
+    )
     group = np.repeat([0, 1], 10)
     within = sm.OLS(y, np.column_stack([x, group, 1 - group])).fit(cov_type="HC2")
     assert tradeoffs.slope(x, y, group, np.arange(20))["se"] == pytest.approx(within.bse[0])
 
 
 def test_degrees_of_freedom_are_those_of_bell_and_mccaffrey():
-    """Of the difference of two means with n and m observations (Imbens & Kolesar 2016, equation 8 with equal variances)."""
+    """Of the difference of two means with n and m observations (Imbens & Kolesar 2016, equation 8
+    with equal variances).
+    """
     n, m = 3, 12
     y = np.random.default_rng(9).normal(size=n + m)
-    found = tradeoffs.slope(np.repeat([0.0, 1.0], [n, m]), y, np.zeros(n + m, int), np.arange(n + m))
+    found = tradeoffs.slope(
+        np.repeat([0.0, 1.0], [n, m]), y, np.zeros(n + m, int), np.arange(n + m)
+    )
     df = (n + m) ** 2 * (n - 1) * (m - 1) / (n**2 * (n - 1) + m**2 * (m - 1))
     assert f"{df:.1f} degrees" in found["how"]
 
@@ -285,8 +433,14 @@ def test_slope_over_four_methods_covers_where_runs_of_a_method_go_together():
 def test_a_cost_that_hardly_differs_has_no_slope():
     y, one = np.arange(8.0), np.zeros(8, int)
     assert "factor of 1.3" in tradeoffs.slope(np.linspace(0, 0.1, 8), y, one, np.arange(8))["how"]
-    assert "2 methods" in tradeoffs.slope(np.linspace(0, 1, 8), y, one, np.repeat([0, 1], 4), "methods")["how"]
-    assert "within methods" in tradeoffs.slope(np.repeat([0.0, 1.0], 4), y, np.repeat([0, 1], 4), np.arange(8))["how"]
+    assert (
+        "2 methods"
+        in tradeoffs.slope(np.linspace(0, 1, 8), y, one, np.repeat([0, 1], 4), "methods")["how"]
+    )
+    assert (
+        "within methods"
+        in tradeoffs.slope(np.repeat([0.0, 1.0], 4), y, np.repeat([0, 1], 4), np.arange(8))["how"]
+    )
     exact = tradeoffs.slope(np.linspace(0, 1, 8), np.linspace(0, 3, 8) * 0, one, np.arange(8))
     assert exact["value"] == pytest.approx(0)
     assert "no interval" in exact["how"]
@@ -295,31 +449,69 @@ def test_a_cost_that_hardly_differs_has_no_slope():
 # ---- on a study's tables
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> dict:
-    folder = simulate(tmp_path_factory.mktemp("tradeoffs"), bases=["mini-llama", "mini-qwen2"], seeds=[1, 2]) / "tables"
-    frames = {name: TABLES[name].read(folder) for name in ("variants", "runs", "verdicts", "prompts", "answers", "ratings")}
+    folder = (
+        simulate(
+            tmp_path_factory.mktemp("tradeoffs"), bases=["mini-llama", "mini-qwen2"], seeds=[1, 2]
+        )
+        / "tables"
+    )
+    frames = {
+        name: TABLES[name].read(folder)
+        for name in ("variants", "runs", "verdicts", "prompts", "answers", "ratings")
+    }
     return {**frames, "arms": influence.arms(frames["variants"], frames["runs"])}
 
 
 def measured_of(study, **instead) -> dict:
-    return tradeoffs.measured(*({**study, **instead}[name] for name in ("verdicts", "prompts", "answers", "ratings", "arms")))
+    return tradeoffs.measured(
+        *(
+            {**study, **instead}[name]
+            for name in ("verdicts", "prompts", "answers", "ratings", "arms")
+        )
+    )
 
 
 def test_everything_is_measured_and_estimated_once(study):
     measured, every = measured_of(study), influence.cells(study["arms"])
     assert {UNSAFE, REFUSED, ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS} <= set(measured)
-    asked = study["verdicts"].merge(study["prompts"], on=["benchmark", "prompt_id"]).query("benchmark == 'over_refusal' and kind == 'benign look-alike'")
+    asked = (
+        study["verdicts"]
+        .merge(study["prompts"], on=["benchmark", "prompt_id"])
+        .query("benchmark == 'over_refusal' and kind == 'benign look-alike'")
+    )
     rate = asked.assign(refusal=asked["refusal"].astype(float)).groupby("run_id")["refusal"].mean()
     change = tradeoffs.run_changes(measured)[REFUSED].dropna()
     base = study["arms"].set_index("run_id").loc[change.index, "base_run_id"]
-    assert change.tolist() == pytest.approx((100 * (rate.loc[change.index].to_numpy() - rate.loc[base].to_numpy())).tolist())
+    assert change.tolist() == pytest.approx(
+        (100 * (rate.loc[change.index].to_numpy() - rate.loc[base].to_numpy())).tolist()
+    )
     settings = every[every["group"].str.startswith("settings: ")]
-    parts = [tradeoffs.fronts(measured, better, study["arms"], settings, 200, 0, outcome=name, **LABELS) for name, better in GOALS.items()]
+    parts = [
+        tradeoffs.fronts(measured, better, study["arms"], settings, 200, 0, outcome=name, **LABELS)
+        for name, better in GOALS.items()
+    ]
     parts.append(tradeoffs.correlations(measured, study["arms"], UNSAFE, 50, 0, **LABELS))
-    parts.append(tradeoffs.slopes(measured[UNSAFE][1], study["arms"], study["runs"], outcome=UNSAFE, benchmark="safety", judge="j", **LABELS))
+    parts.append(
+        tradeoffs.slopes(
+            measured[UNSAFE][1],
+            study["arms"],
+            study["runs"],
+            outcome=UNSAFE,
+            benchmark="safety",
+            judge="j",
+            **LABELS,
+        )
+    )
     found = TABLES["estimates"].concat(parts)  # checks the keys
     assert found.loc[found["outcome"].eq(FRONT_BIAS), "value"].between(0, 100).all()
-    assert found.loc[found["contrast"].eq(SLOPE.format("trainable parameters")), "value"].notna().all()
-    assert found.loc[found["contrast"].eq(SLOPE_WITHIN.format("trainable parameters")), "value"].isna().all()
+    assert (
+        found.loc[found["contrast"].eq(SLOPE.format("trainable parameters")), "value"].notna().all()
+    )
+    assert (
+        found.loc[found["contrast"].eq(SLOPE_WITHIN.format("trainable parameters")), "value"]
+        .isna()
+        .all()
+    )
     intervals = found.dropna(subset=["ci_low"])
     assert (intervals["ci_low"] <= intervals["value"]).all()
     assert (intervals["value"] <= intervals["ci_high"]).all()
@@ -331,10 +523,20 @@ def test_a_study_without_scores_has_no_trade_off_and_no_error(study):
     assert np.isnan(measured[UNSAFE][1].value).all()
     assert LOSS not in measured
     settings = influence.cells(study["arms"]).query("group.str.startswith('settings: ')")
-    found = tradeoffs.fronts(measured, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS)
+    found = tradeoffs.fronts(
+        measured, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS
+    )
     assert not found["how"].str.contains("unsafe").any()
     assert found["value"].notna().all()
-    assert tradeoffs.correlations(measured, study["arms"], UNSAFE, 10, 0, **LABELS)["value"].isna().all()
-    nothing = measured_of(study, verdicts=silent[:0], answers=study["answers"][:0], ratings=study["ratings"][:0])
+    assert (
+        tradeoffs.correlations(measured, study["arms"], UNSAFE, 10, 0, **LABELS)["value"]
+        .isna()
+        .all()
+    )
+    nothing = measured_of(
+        study, verdicts=silent[:0], answers=study["answers"][:0], ratings=study["ratings"][:0]
+    )
     assert nothing == {}
-    assert tradeoffs.fronts(nothing, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS).empty
+    assert tradeoffs.fronts(
+        nothing, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS
+    ).empty

@@ -1,4 +1,6 @@
-"""Training: what the seed reaches, what the record says, whose loss and reference it is, the dose, failures, and that the base stays as it is."""
+"""Training: what the seed reaches, what the record says, whose loss and reference it is, the dose,
+failures, and that the base stays as it is.
+"""
 
 import copy
 import json
@@ -26,7 +28,9 @@ DOSE = ["nll", "nll_base", "dose_nll", "kl_base", "kl_init", "no_op"]
 
 @pytest.fixture(scope="module")
 def trained(bases, data_folder, tmp_path_factory):
-    """Trains a variant of the small study, with changes, on the random Llama; what was trained before is kept."""
+    """Trains a variant of the small study, with changes, on the random Llama; what was trained
+    before is kept.
+    """
     base, done = bases["llama"], {}
 
     def train(method, objective="sft", seed=1, again=0, **changes):
@@ -34,16 +38,35 @@ def trained(bases, data_folder, tmp_path_factory):
         if name not in done:
             study = study_of(tmp_path_factory.mktemp("study"), seed, **changes)
             [variant] = variants_of(study, method, objective)
-            prepared = training.prepare(objective, base, study) if objective != "untrained" else None
+            prepared = (
+                training.prepare(objective, base, study) if objective != "untrained" else None
+            )
             folder = tmp_path_factory.mktemp("adapter")
             result = training.train(variant, base, prepared, study, folder)
-            done[name] = SimpleNamespace(study=study, variant=variant, folder=folder, record=result.record, curve=result.curve)
+            done[name] = SimpleNamespace(
+                study=study,
+                variant=variant,
+                folder=folder,
+                record=result.record,
+                curve=result.curve,
+            )
         return done[name]
 
     return train
 
 
-def study_of(folder, seed=1, rate=None, dropout=0.1, epochs=1, n=32, batch=16, init=None, warmup=0.0, max_length=128):
+def study_of(
+    folder,
+    seed=1,
+    rate=None,
+    dropout=0.1,
+    epochs=1,
+    n=32,
+    batch=16,
+    init=None,
+    warmup=0.0,
+    max_length=128,
+):
     content = copy.deepcopy(SMALL)
     content["methods"]["lora"]["lora_dropout"] = dropout
     content["data"]["sft"]["n"] = content["data"]["dpo"]["n"] = n
@@ -66,18 +89,25 @@ def weights(folder) -> str:
 def test_the_seed_reaches_the_initial_weights(bases, make_study, content, method):
     content["grid"][0]["seeds"] = [1, 2]
     base, states = bases["llama"], []
-    for variant in [*variants_of(make_study(content), method), variants_of(make_study(content), method)[0]]:
+    for variant in [
+        *variants_of(make_study(content), method),
+        variants_of(make_study(content), method)[0],
+    ]:
         model = adapters.create(variant, base.model, base.tokenizer)
         states.append(torch.cat([value.flatten() for value in adapters.state(model).values()]))
         adapters.detach(model)
     one, other, again = states
     assert torch.equal(one, again)
-    assert torch.equal(one, other) == (method == "ia3"), "IA3 alone starts from ones, whatever the seed"
+    assert torch.equal(one, other) == (method == "ia3"), (
+        "IA3 alone starts from ones, whatever the seed"
+    )
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_the_seed_reaches_the_order_of_the_data(trained, objective):
-    one, other = (trained("ia3", objective, seed, n=48, batch=8) for seed in (1, 2))  # IA3's init and dropout are the same for all seeds
+    one, other = (
+        trained("ia3", objective, seed, n=48, batch=8) for seed in (1, 2)
+    )  # IA3's init and dropout are the same for all seeds
     if objective == "sft":
         assert one.record["loss_first"] != pytest.approx(other.record["loss_first"], abs=1e-6)
     assert not np.allclose(one.curve.loss, other.curve.loss, atol=1e-7)
@@ -91,16 +121,28 @@ def test_the_seed_reaches_dropout(trained, monkeypatch):
         return model
 
     monkeypatch.setattr(adapters, "create", same_init)
-    # every step sees all examples, so order cannot matter; at the first step LoRA's B is zero, and dropout cannot matter either
-    without, no_difference = (trained("lora", seed=seed, again="same init", dropout=0.0, n=16, epochs=3).curve.loss for seed in (1, 2))
+    # every step sees all examples, so order cannot matter; at the first step LoRA's B is zero, and
+    # dropout cannot matter either
+    without, no_difference = (
+        trained("lora", seed=seed, again="same init", dropout=0.0, n=16, epochs=3).curve.loss
+        for seed in (1, 2)
+    )
     np.testing.assert_allclose(without, no_difference, atol=1e-4)
-    one, other = (trained("lora", seed=seed, again="same init", dropout=0.5, n=16, epochs=3).curve.loss for seed in (1, 2))
+    one, other = (
+        trained("lora", seed=seed, again="same init", dropout=0.5, n=16, epochs=3).curve.loss
+        for seed in (1, 2)
+    )
     assert abs(one.iloc[-1] - other.iloc[-1]) > 1e-3
     assert abs(one.iloc[-1] - without.iloc[-1]) > 1e-3
 
 
-@pytest.mark.parametrize(("method", "objective"), [*((method, "sft") for method in PEFT_METHODS), ("lora", "dpo"), ("prompt_tuning", "dpo")])
-def test_the_same_seed_gives_bitwise_the_same_adapter_whatever_was_trained_in_between(trained, method, objective):
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [*((method, "sft") for method in PEFT_METHODS), ("lora", "dpo"), ("prompt_tuning", "dpo")],
+)
+def test_the_same_seed_gives_bitwise_the_same_adapter_whatever_was_trained_in_between(
+    trained, method, objective
+):
     one = trained(method, objective)
     trained("p_tuning" if method == "lora" else "lora", "sft", seed=3)
     torch.manual_seed(12345)
@@ -121,29 +163,69 @@ def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(train
 
     def other(variant, study, folder):
         arguments = asked(variant, study, folder)
-        arguments.learning_rate, arguments.num_train_epochs, arguments.per_device_train_batch_size, arguments.seed = 3e-3, 2, 8, 17
+        (
+            arguments.learning_rate,
+            arguments.num_train_epochs,
+            arguments.per_device_train_batch_size,
+            arguments.seed,
+        ) = (
+            3e-3,
+            2,
+            8,
+            17,
+        )
         return arguments
 
     monkeypatch.setattr(training, "arguments", other)
     one = trained("lora", again="other arguments")
     assert one.variant.learning_rate == 5e-3
-    found = {name: one.record[name] for name in ("trained_learning_rate", "trained_epochs", "trained_batch_size", "trained_seed", "steps", "n_examples")}
+    found = {
+        name: one.record[name]
+        for name in (
+            "trained_learning_rate",
+            "trained_epochs",
+            "trained_batch_size",
+            "trained_seed",
+            "steps",
+            "n_examples",
+        )
+    }
     assert found == {
-        "trained_learning_rate": pytest.approx(3e-3), "trained_epochs": 2, "trained_batch_size": 8, "trained_seed": 17, "steps": 8, "n_examples": 32,
-    }  # fmt: skip
+        "trained_learning_rate": pytest.approx(3e-3),
+        "trained_epochs": 2,
+        "trained_batch_size": 8,
+        "trained_seed": 17,
+        "steps": 8,
+        "n_examples": 32,
+    }
 
 
 def test_the_record_of_an_ordinary_training_is_what_was_asked_for(trained):
     one = trained("lora", n=24, batch=8, epochs=2)
     record = one.record
     assert record["trained_learning_rate"] == pytest.approx(one.variant.learning_rate)
-    assert (record["trained_epochs"], record["trained_batch_size"], record["steps"], record["n_examples"]) == (2, 8, 6, 24)
+    assert (
+        record["trained_epochs"],
+        record["trained_batch_size"],
+        record["steps"],
+        record["n_examples"],
+    ) == (2, 8, 6, 24)
     assert (record["trained_seed"], record["status"], record["failure"]) == (1, "ok", None)
     said = json.loads(record["trainer_arguments"])
-    assert (said["per_device_train_batch_size"], said["gradient_accumulation_steps"], said["lr_scheduler_type"]) == (8, 1, "cosine")
-    assert (said["tokens_per_pass"], said["activations_computed_twice"], said["autocast"]) == (steps.TOKENS_PER_PASS["cpu"], False, False)
+    assert (
+        said["per_device_train_batch_size"],
+        said["gradient_accumulation_steps"],
+        said["lr_scheduler_type"],
+    ) == (8, 1, "cosine")
+    assert (said["tokens_per_pass"], said["activations_computed_twice"], said["autocast"]) == (
+        steps.TOKENS_PER_PASS["cpu"],
+        False,
+        False,
+    )
     assert record["adapter_sha256"] == weights(one.folder)
-    assert record["n_trainable"] == record["n_stored"] == 2 * 2 * (64 * 4 + 4 * 64)  # layers, modules, A and B
+    assert (
+        record["n_trainable"] == record["n_stored"] == 2 * 2 * (64 * 4 + 4 * 64)
+    )  # layers, modules, A and B
     assert list(one.curve.step) == list(range(1, 7))
     RUNS.check(pd.DataFrame([record]))
     CURVES.check(one.curve)
@@ -161,15 +243,23 @@ def test_p_tuning_trains_more_than_it_stores(trained):
     assert record["n_trainable"] > record["n_stored"] == 4 * 64
 
 
-@pytest.mark.parametrize(("method", "objective"), [("lora", "sft"), ("ia3", "dpo"), ("prompt_tuning", "dpo"), ("p_tuning", "sft")])
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [("lora", "sft"), ("ia3", "dpo"), ("prompt_tuning", "dpo"), ("p_tuning", "sft")],
+)
 def test_a_folder_of_an_adapter_holds_it_and_nothing_else(trained, method, objective):
-    names = sorted(str(path.relative_to(trained(method, objective).folder)) for path in trained(method, objective).folder.rglob("*"))
+    names = sorted(
+        str(path.relative_to(trained(method, objective).folder))
+        for path in trained(method, objective).folder.rglob("*")
+    )
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 # ---- settings and init
 @pytest.mark.parametrize("method", ["ia3", "bitfit"])
-def test_a_method_whose_default_targets_differ_by_family_needs_them_named(make_study, content, method):
+def test_a_method_whose_default_targets_differ_by_family_needs_them_named(
+    make_study, content, method
+):
     content["methods"][method] = {}
     with pytest.raises(ValueError) as error:
         make_study(content)
@@ -192,7 +282,9 @@ def test_an_init_from_text_is_the_embeddings_of_its_tokens(bases, data_folder, t
     found = model.prompt_encoder["default"].embedding.weight.detach()
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][: len(found)]
     assert base.tokenizer.unk_token_id not in ids
-    embedded = base.model.get_input_embeddings()(torch.tensor(ids))  # what the layers see: Gemma's embedding scales its rows
+    embedded = base.model.get_input_embeddings()(
+        torch.tensor(ids)
+    )  # what the layers see: Gemma's embedding scales its rows
     assert torch.equal(found, embedded)
     assert found.std() > 2 * base.model.get_input_embeddings().weight.std()
     adapters.detach(model)
@@ -208,14 +300,21 @@ def test_a_text_shorter_than_the_prompt_is_repeated(bases, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_init_from_the_vocabulary_is_embeddings_of_tokens_and_a_random_one_is_not(bases, tmp_path, family):
+def test_an_init_from_the_vocabulary_is_embeddings_of_tokens_and_a_random_one_is_not(
+    bases, tmp_path, family
+):
     base = bases[family]
-    table = {tuple(row) for row in base.model.get_input_embeddings()(torch.arange(len(base.tokenizer))).tolist()}
+    table = {
+        tuple(row)
+        for row in base.model.get_input_embeddings()(torch.arange(len(base.tokenizer))).tolist()
+    }
     found = {}
     for init in ("vocabulary", "random"):
         variant = variants_of(study_of(tmp_path, init=init), "prompt_tuning")[0]
         model = adapters.create(variant, base.model, base.tokenizer)
-        found[init] = [tuple(row) in table for row in model.prompt_encoder["default"].embedding.weight.tolist()]
+        found[init] = [
+            tuple(row) in table for row in model.prompt_encoder["default"].embedding.weight.tolist()
+        ]
         adapters.detach(model)
     assert all(found["vocabulary"])
     assert not any(found["random"])
@@ -229,7 +328,11 @@ def test_an_untrained_variant_is_saved_as_it_was_initialised(bases, trained, met
     adapters.detach(model)
     with adapters.attached(base.model, one.folder) as model:
         assert torch.equal(scoring.Scorer(model, base.tokenizer).soft_prompt, initial)
-    assert (one.record["steps"], one.record["trained_learning_rate"], one.record["no_op"]) == (None, None, None)
+    assert (one.record["steps"], one.record["trained_learning_rate"], one.record["no_op"]) == (
+        None,
+        None,
+        None,
+    )
     assert one.record["kl_init"] == pytest.approx(0, abs=1e-9)
     assert one.record["kl_base"] > 1e-3
     assert one.curve.empty
@@ -240,33 +343,75 @@ def test_an_untrained_variant_is_saved_as_it_was_initialised(bases, trained, met
 def test_rows_and_labels_are_those_of_trls_own_preparation(bases, study, family):
     base = bases[family]
     examples = data.training_examples("sft", study)
-    rows = [{"prompt": example["prompt"], "completion": [{"role": "assistant", "content": example["answer"]}]} for example in examples]
-    arguments = trl.SFTConfig(output_dir="unused", max_length=128, report_to="none", use_cpu=True, completion_only_loss=True, bf16=False)
-    trainer = trl.SFTTrainer(model=copy.deepcopy(base.model).requires_grad_(True), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer)
+    rows = [
+        {
+            "prompt": example["prompt"],
+            "completion": [{"role": "assistant", "content": example["answer"]}],
+        }
+        for example in examples
+    ]
+    arguments = trl.SFTConfig(
+        output_dir="unused",
+        max_length=128,
+        report_to="none",
+        use_cpu=True,
+        completion_only_loss=True,
+        bf16=False,
+    )
+    trainer = trl.SFTTrainer(
+        model=copy.deepcopy(base.model).requires_grad_(True),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+    )
     theirs, ours = trainer.train_dataset, training.prepare("sft", base, study).examples
     assert [one.ids for one in ours] == theirs["input_ids"]
-    assert [[token if i in set(one.counted) else -100 for i, token in enumerate(one.ids)] for one in ours] == theirs["labels"]
+    assert [
+        [token if i in set(one.counted) else -100 for i, token in enumerate(one.ids)]
+        for one in ours
+    ] == theirs["labels"]
     assert all(0 < len(one.counted) < len(one.ids) for one in ours)
 
 
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gemma", "prompt_tuning"), ("qwen2", "ia3"), ("mistral", "p_tuning")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "lora"), ("gemma", "prompt_tuning"), ("qwen2", "ia3"), ("mistral", "p_tuning")],
+)
 def test_rows_and_reference_of_dpo_are_those_that_trl_computes_itself(bases, study, family, method):
     base = bases[family]
     rows = [
-        {"prompt": example["prompt"], **{key: [{"role": "assistant", "content": example[key]}] for key in ("chosen", "rejected")}}
+        {
+            "prompt": example["prompt"],
+            **{
+                key: [{"role": "assistant", "content": example[key]}]
+                for key in ("chosen", "rejected")
+            },
+        }
         for example in data.training_examples("dpo", study)
     ]
-    arguments = trl.DPOConfig(output_dir="unused", max_length=None, precompute_ref_log_probs=True, report_to="none", use_cpu=True, bf16=False)
+    arguments = trl.DPOConfig(
+        output_dir="unused",
+        max_length=None,
+        precompute_ref_log_probs=True,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
     trainer = trl.DPOTrainer(
-        model=copy.deepcopy(base.model).requires_grad_(True), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer,
+        model=copy.deepcopy(base.model).requires_grad_(True),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
         peft_config=adapters.config(variants_of(study, method, "dpo")[0]),
-    )  # fmt: skip
+    )
     theirs, ours = trainer.train_dataset, training.prepare("dpo", base, study).examples
     for i, name in enumerate(("chosen", "rejected")):
         sides = [getattr(pair, name) for pair in ours]
         assert [one.ids[: one.counted[0]] for one in sides] == theirs["prompt_ids"]
         assert [one.ids[one.counted[0] :] for one in sides] == theirs[f"{name}_ids"]
-        np.testing.assert_allclose([pair.reference[i] for pair in ours], theirs[f"ref_{name}_logps"], atol=1e-4, rtol=1e-6)
+        np.testing.assert_allclose(
+            [pair.reference[i] for pair in ours], theirs[f"ref_{name}_logps"], atol=1e-4, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3"])
@@ -314,7 +459,10 @@ def test_the_dose_of_an_adapter_at_its_init(bases, study, method):
         assert dose["kl_base"] > 1e-3
 
 
-@pytest.mark.parametrize(("family", "method"), [*zip(FAMILIES, PEFT_METHODS, strict=True), ("gemma", "lora"), ("llama", "prompt_tuning")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*zip(FAMILIES, PEFT_METHODS, strict=True), ("gemma", "lora"), ("llama", "prompt_tuning")],
+)
 def test_the_dose_is_what_a_slow_and_plain_version_finds(bases, study, family, method):
     base = bases[family]
     pairs = training.held_out(base, study)
@@ -336,17 +484,33 @@ def test_the_dose_is_what_a_slow_and_plain_version_finds(bases, study, family, m
 
 @torch.inference_mode()
 def _distributions(model, prompt, answer) -> np.ndarray:
-    """Probabilities before each token of the answer, by the model's own forward on this one example."""
+    """Probabilities before each token of the answer, by the model's own forward on this one
+    example.
+    """
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     return logits[-len(answer) - 1 : -1].softmax(1).numpy()
 
 
 def _nll(distributions, pairs) -> float:
-    return -np.mean(np.log([p[t, token] for p, (_, answer) in zip(distributions, pairs, strict=True) for t, token in enumerate(answer)]))
+    return -np.mean(
+        np.log(
+            [
+                p[t, token]
+                for p, (_, answer) in zip(distributions, pairs, strict=True)
+                for t, token in enumerate(answer)
+            ]
+        )
+    )
 
 
 def _kl(distributions, others) -> float:
-    return np.mean([sum(p[t] * np.log(p[t] / q[t])) for p, q in zip(distributions, others, strict=True) for t in range(len(p))])
+    return np.mean(
+        [
+            sum(p[t] * np.log(p[t] / q[t]))
+            for p, q in zip(distributions, others, strict=True)
+            for t in range(len(p))
+        ]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -357,7 +521,9 @@ def test_the_loss_of_a_base_model_is_that_of_transformers(bases, make_study, con
     for prompt, answer in training.held_out(base, study):
         with torch.inference_mode():
             labels = torch.tensor([[-100] * len(prompt) + answer])
-            losses.append(base.model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item())
+            losses.append(
+                base.model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item()
+            )
         counts.append(len(answer))
     assert record["nll"] == pytest.approx(np.average(losses, weights=counts), abs=1e-4)
     assert (record["dose_nll"], record["kl_base"], record["no_op"]) == (0, 0, None)
@@ -373,7 +539,10 @@ def test_a_tiny_rate_is_a_no_op_and_a_large_one_is_not(trained, method):
 
 
 # ---- the base stays as it is
-@pytest.mark.parametrize(("method", "objective"), [(method, objective) for method in PEFT_METHODS for objective in ("sft", "dpo")])
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [(method, objective) for method in PEFT_METHODS for objective in ("sft", "dpo")],
+)
 def test_the_base_is_bitwise_the_same_after_training(bases, trained, method, objective):
     base = bases["llama"].model
     ids = torch.tensor([list(range(20, 60))])
@@ -396,14 +565,18 @@ def poisoned(monkeypatch):
     def broken(variant, *rest):
         model = create(variant, *rest)
         if variant.method == "lora":
-            next(value for name, value in model.named_parameters() if "lora_A" in name).data[0, 0] = float("nan")
+            next(value for name, value in model.named_parameters() if "lora_A" in name).data[
+                0, 0
+            ] = float("nan")
         return model
 
     monkeypatch.setattr(adapters, "create", broken)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "untrained"])
-def test_divergence_is_the_variants_failure_and_the_base_is_clean(bases, trained, poisoned, objective):
+def test_divergence_is_the_variants_failure_and_the_base_is_clean(
+    bases, trained, poisoned, objective
+):
     base, ids = bases["llama"].model, torch.tensor([list(range(20, 60))])
     before = base(input_ids=ids).logits
     with pytest.raises(scoring.VariantFailure) as error:
@@ -413,7 +586,9 @@ def test_divergence_is_the_variants_failure_and_the_base_is_clean(bases, trained
     assert trained("ia3", again="after the poison", n=16).record["status"] == "ok"
 
 
-def test_a_failed_variant_is_recorded_and_the_job_goes_on(bases, content, tmp_path, data_folder, poisoned):
+def test_a_failed_variant_is_recorded_and_the_job_goes_on(
+    bases, content, tmp_path, data_folder, poisoned
+):
     content["name"] = "failing"
     content["grid"][0] |= {"objectives": ["sft"], "methods": ["lora", "ia3"]}
     content["data"]["sft"]["n"] = 16
@@ -421,33 +596,70 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(bases, content, tmp_pa
     base, prepared = bases["llama"], training.prepare("sft", bases["llama"], study)
 
     def work(variant, folder):
-        done = training.untouched(variant, base, study) if variant.method == "none" else training.train(variant, base, prepared, study, folder / "adapter")
-        return [RUNS.write(pd.DataFrame([done.record]), folder), *folders.adapter_files(study, variant)]
+        done = (
+            training.untouched(variant, base, study)
+            if variant.method == "none"
+            else training.train(variant, base, prepared, study, folder / "adapter")
+        )
+        return [
+            RUNS.write(pd.DataFrame([done.record]), folder),
+            *folders.adapter_files(study, variant),
+        ]
 
-    content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]  # any file: its bytes are the base's identity here
+    content["bases"]["tiny-llama"]["path"] = content["data"]["sft"][
+        "path"
+    ]  # any file: its bytes are the base's identity here
     study = load(write_study(tmp_path, content))
-    done = jobs.run("train", study, "tiny-llama", study.variants, lambda variant: [], work).set_index("run_id")
+    done = jobs.run(
+        "train", study, "tiny-llama", study.variants, lambda variant: [], work
+    ).set_index("run_id")
     failed = next(variant for variant in study.variants if variant.method == "lora")
-    assert done.status.to_dict() == {variant.run_id: "failed" if variant is failed else "ok" for variant in study.variants}
+    assert done.status.to_dict() == {
+        variant.run_id: "failed" if variant is failed else "ok" for variant in study.variants
+    }
     mark = read_json(folders.folder(study, failed) / "train.done.json")
     assert "diverged" in one_sentence(mark["failure"])
-    assert read_json(study.folder / "jobs/train/tiny-llama.json").keys() == done.index.to_frame().T.to_dict().keys()
+    assert (
+        read_json(study.folder / "jobs/train/tiny-llama.json").keys()
+        == done.index.to_frame().T.to_dict().keys()
+    )
     assert jobs.failed_before(study, failed, "respond")
-    again = jobs.run("respond", study, "tiny-llama", study.variants, lambda variant: [], lambda variant, folder: [])
-    assert failed.run_id not in set(again.run_id), "a later stage must not score what has no adapter"
-    assert jobs.run("train", study, "tiny-llama", study.variants, lambda variant: [], work).reused.all()
+    again = jobs.run(
+        "respond",
+        study,
+        "tiny-llama",
+        study.variants,
+        lambda variant: [],
+        lambda variant, folder: [],
+    )
+    assert failed.run_id not in set(again.run_id), (
+        "a later stage must not score what has no adapter"
+    )
+    assert jobs.run(
+        "train", study, "tiny-llama", study.variants, lambda variant: [], work
+    ).reused.all()
 
 
-@pytest.mark.parametrize(("failed", "lost"), [
-    ("train", {"respond", "judge", "answer", "utility"}), ("respond", {"judge"}), ("answer", set()), ("utility", set()), ("judge", set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("failed", "lost"),
+    [
+        ("train", {"respond", "judge", "answer", "utility"}),
+        ("respond", {"judge"}),
+        ("answer", set()),
+        ("utility", set()),
+        ("judge", set()),
+    ],
+)
 def test_a_failure_keeps_back_what_builds_on_it_and_nothing_else(make_study, content, failed, lost):
     """Stages that do not build on each other run in any order, so none may look at another's mark."""
     content["name"] = "lost"
     study = make_study(content)
     variant, stages = study.variants[1], ("train", "respond", "judge", "answer", "utility")
     for stage in stages:
-        write_json(folders.folder(study, variant) / f"{stage}.done.json", {"status": "failed" if stage == failed else "ok"})
+        write_json(
+            folders.folder(study, variant) / f"{stage}.done.json",
+            {"status": "failed" if stage == failed else "ok"},
+        )
     assert {stage for stage in stages if jobs.failed_before(study, variant, stage)} == lost
 
 
@@ -456,7 +668,14 @@ def test_any_other_error_stops_the_job_and_names_the_variant(content, tmp_path, 
     content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]
     study = load(write_study(tmp_path, content))
     with pytest.raises(RuntimeError) as error:
-        jobs.run("train", study, "tiny-llama", study.variants[1:], lambda variant: [], lambda variant, folder: 1 / 0)
+        jobs.run(
+            "train",
+            study,
+            "tiny-llama",
+            study.variants[1:],
+            lambda variant: [],
+            lambda variant, folder: 1 / 0,
+        )
     assert study.variants[1].run_id in one_sentence(error.value)
     assert not (folders.folder(study, study.variants[1]) / "train.done.json").exists()
 
@@ -475,7 +694,9 @@ def refusal(base, folder) -> str:
     before = {name for name, _ in base.named_modules()}
     with pytest.raises(ValueError) as error, adapters.attached(base, folder):
         pass
-    assert {name for name, _ in base.named_modules()} == before, "an adapter that was refused must leave nothing behind"
+    assert {name for name, _ in base.named_modules()} == before, (
+        "an adapter that was refused must leave nothing behind"
+    )
     assert not {"forward", "peft_config"} & set(base.__dict__)
     return one_sentence(error.value)
 
@@ -492,7 +713,9 @@ def test_a_pickled_adapter_is_never_loaded(bases, adapter_copy):
     assert "pickle" in refusal(bases["llama"].model, adapter_copy)
 
 
-def test_an_adapter_of_another_base_is_refused_and_the_base_stays_clean(bases, adapter_copy, data_folder):
+def test_an_adapter_of_another_base_is_refused_and_the_base_stays_clean(
+    bases, adapter_copy, data_folder
+):
     from driftbook.miniature.families import build_model
 
     narrow = build_model("llama", bases["llama"].tokenizer, 0, width=32)

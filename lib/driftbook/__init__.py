@@ -2,4 +2,6 @@
 
 import logging
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # where it is installed PEFT imports it, and it warns of a kernel that nothing here needs
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # where it is installed PEFT imports it, and it warns of a kernel that nothing here needs

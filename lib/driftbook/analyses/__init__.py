@@ -1,1 +1,3 @@
-"""One module for each analysis notebook: factors, doses, trade-offs, power, labels, repairs, declared tests."""
+"""One module for each analysis notebook: factors, doses, trade-offs, power, labels, repairs,
+declared tests.
+"""

@@ -1,4 +1,6 @@
-"""Marginal means of a mixed model and their contrasts, as weights over the rows of a balanced grid: the same for a linear and a logistic fit."""
+"""Marginal means of a mixed model and their contrasts, as weights over the rows of a balanced grid:
+the same for a linear and a logistic fit.
+"""
 
 from itertools import combinations
 
@@ -11,56 +13,105 @@ from driftbook.stats.mixed import MixedFit
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED
 from driftbook.study.methods import METHODS
 
-RATES, SINGLE = "runs and categories like these, these base models", "runs and prompts like these, these base models"
+RATES, SINGLE = (
+    "runs and categories like these, these base models",
+    "runs and prompts like these, these base models",
+)
 OBJECTIVE, RATE = "term: sft instead of dpo", "term: ten times the learning rate"
 
 
 def items(verdicts: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of trained runs, no-ops and base models with the run's settings, for `stats.item_model`.
+    """The verdicts of trained runs, no-ops and base models with the run's settings, for
+    `stats.item_model`.
 
-    A base model's own rows have no run_id (it was not drawn), method none, and zero for dpo (sft -.5, dpo .5) and log10_rate (centred within method), so that its
-    difference to a method is the method's at its own middle.
+    A base model's own rows have no run_id (it was not drawn), method none, and zero for dpo (sft
+    -.5, dpo .5) and log10_rate (centred within method), so that its difference to a method is the
+    method's at its own middle.
     """
     runs = arms[arms["arm"].isin([TRAINED, NO_OP, "base"])]
     rate = np.log10(runs["learning_rate"].astype(float))
-    runs = runs.assign(log10_rate=(rate - rate.groupby(runs["method"]).transform("mean")).fillna(0.0), dpo=runs["objective"].map({"sft": -0.5, "dpo": 0.5}).fillna(0.0))
-    frame = verdicts.merge(runs[["run_id", "base_model", "method", "dpo", "log10_rate", "arm"]], on="run_id")
+    runs = runs.assign(
+        log10_rate=(rate - rate.groupby(runs["method"]).transform("mean")).fillna(0.0),
+        dpo=runs["objective"].map({"sft": -0.5, "dpo": 0.5}).fillna(0.0),
+    )
+    frame = verdicts.merge(
+        runs[["run_id", "base_model", "method", "dpo", "log10_rate", "arm"]], on="run_id"
+    )
     frame["run_id"] = frame["run_id"].astype(object).where(frame["arm"].ne("base"), None)
     for name, order in (("method", METHODS), ("base_model", arms["base_model"].unique())):
-        frame[name] = pd.Categorical(frame[name], [level for level in order if level in set(frame[name])])
-    return frame[["run_id", "prompt_id", "category", "base_model", "method", "dpo", "log10_rate", "unsafe"]]
+        frame[name] = pd.Categorical(
+            frame[name], [level for level in order if level in set(frame[name])]
+        )
+    return frame[
+        ["run_id", "prompt_id", "category", "base_model", "method", "dpo", "log10_rate", "unsafe"]
+    ]
 
 
 def grid(frame: pd.DataFrame, settings: tuple[str, ...] = ("objective",)) -> pd.DataFrame:
-    """Every base model x method that was run x every combination of settings that was run, at each method's middle learning rate (log10_rate 0).
+    """Every base model x method that was run x every combination of settings that was run, at each
+    method's middle learning rate (log10_rate 0).
 
-    `frame` holds the rows that a model was fitted to. A row of method `none` (the base model itself) stands once per base model: it has no settings, and zero for those that are numbers.
+    `frame` holds the rows that a model was fitted to. A row of method `none` (the base model
+    itself) stands once per base model: it has no settings, and zero for those that are numbers.
     """
     trained = frame["method"].ne("none")
     cells = frame[["base_model", "method"]].drop_duplicates().astype(object)
     combinations_run = frame.loc[trained, list(settings)].drop_duplicates()
-    neutral = {name: 0.0 if pd.api.types.is_numeric_dtype(frame[name]) else combinations_run[name].iloc[0] for name in settings}
-    rows = pd.concat([cells[cells["method"].ne("none")].merge(combinations_run, how="cross"), cells[cells["method"].eq("none")].assign(**neutral)], ignore_index=True)
+    neutral = {
+        name: 0.0 if pd.api.types.is_numeric_dtype(frame[name]) else combinations_run[name].iloc[0]
+        for name in settings
+    }
+    rows = pd.concat(
+        [
+            cells[cells["method"].ne("none")].merge(combinations_run, how="cross"),
+            cells[cells["method"].eq("none")].assign(**neutral),
+        ],
+        ignore_index=True,
+    )
     order = rows["method"].map(METHODS.index)
-    return rows.assign(log10_rate=0.0, order=order).sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
+    return (
+        rows.assign(log10_rate=0.0, order=order)
+        .sort_values("order", kind="stable", ignore_index=True)
+        .drop(columns="order")
+    )
 
 
 def contrasts(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """What is asked of a fit: a name (base_model, method, contrast) and a row of weights over the grid's rows for each.
+    """What is asked of a fit: a name (base_model, method, contrast) and a row of weights over the
+    grid's rows for each.
 
-    The change of each cell (against the base model's own row where the grid has one), the mean over base models where all have the method, each
-    pair of methods, and each base model's change less the mean over base models.
+    The change of each cell (against the base model's own row where the grid has one), the mean over
+    base models where all have the method, each pair of methods, and each base model's change less
+    the mean over base models.
     """
-    changes = {key: _change(rows, *key) for key in rows.loc[rows["method"].ne("none"), ["base_model", "method"]].drop_duplicates().itertuples(index=False, name=None)}
+    changes = {
+        key: _change(rows, *key)
+        for key in (
+            rows.loc[rows["method"].ne("none"), ["base_model", "method"]]
+            .drop_duplicates()
+            .itertuples(index=False, name=None)
+        )
+    }
     bases, methods = (list(dict.fromkeys(key[i] for key in changes)) for i in (0, 1))
     whole = [method for method in methods if all((base, method) in changes for base in bases)]
-    changes |= {("all", method): np.mean([changes[base, method] for base in bases], axis=0) for method in whole}
+    changes |= {
+        ("all", method): np.mean([changes[base, method] for base in bases], axis=0)
+        for method in whole
+    }
     found = {(*key, CHANGE): weights for key, weights in changes.items()}
     for base in [*bases, "all"]:
-        for method, other in combinations([method for method in methods if (base, method) in changes], 2):
-            found[base, method, DIFFERENCE.format(other)] = changes[base, method] - changes[base, other]
+        for method, other in combinations(
+            [method for method in methods if (base, method) in changes], 2
+        ):
+            found[base, method, DIFFERENCE.format(other)] = (
+                changes[base, method] - changes[base, other]
+            )
     if len(bases) > 1:
-        found |= {(base, method, INTERACTION): changes[base, method] - changes["all", method] for method in whole for base in bases}
+        found |= {
+            (base, method, INTERACTION): changes[base, method] - changes["all", method]
+            for method in whole
+            for base in bases
+        }
     names = pd.DataFrame(list(found), columns=["base_model", "method", "contrast"])
     return names, np.array(list(found.values())).reshape(len(found), len(rows))
 
@@ -72,8 +123,11 @@ def _change(rows: pd.DataFrame, base_model: str, method: str) -> np.ndarray:
     return own / own.sum() - none / max(none.sum(), 1)
 
 
-def effects(rows: pd.DataFrame, name: str, low, high) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
-    """The effect of one setting within each method, over all base models: `high` instead of `low`, all other settings as they are in the grid.
+def effects(
+    rows: pd.DataFrame, name: str, low, high
+) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
+    """The effect of one setting within each method, over all base models: `high` instead of `low`,
+    all other settings as they are in the grid.
 
     Gives the rows at both levels, the weights over them, and the names.
     """
@@ -81,44 +135,122 @@ def effects(rows: pd.DataFrame, name: str, low, high) -> tuple[pd.DataFrame, np.
     both = pd.concat([own.assign(**{name: level}) for level in (high, low)], ignore_index=True)
     sign = np.repeat([1.0, -1.0], len(own))
     methods = list(dict.fromkeys(own["method"]))
-    weights = np.array([sign * both["method"].eq(method) / own["method"].eq(method).sum() for method in methods])
-    return both, weights, pd.DataFrame({"base_model": "all", "method": methods, "contrast": OBJECTIVE if name == "objective" else RATE})
+    weights = np.array(
+        [sign * both["method"].eq(method) / own["method"].eq(method).sum() for method in methods]
+    )
+    return (
+        both,
+        weights,
+        pd.DataFrame(
+            {
+                "base_model": "all",
+                "method": methods,
+                "contrast": OBJECTIVE if name == "objective" else RATE,
+            }
+        ),
+    )
 
 
 # ---- as estimates
-def of_fit(fit: MixedFit, rows: pd.DataFrame, names: pd.DataFrame, weights: np.ndarray, model: str, **labels: str) -> pd.DataFrame:
-    """Contrasts of a linear fit as estimates, in the units of its response. A change has the contrast "model: NAME", all others have it behind their own."""
+def of_fit(
+    fit: MixedFit,
+    rows: pd.DataFrame,
+    names: pd.DataFrame,
+    weights: np.ndarray,
+    model: str,
+    **labels: str,
+) -> pd.DataFrame:
+    """Contrasts of a linear fit as estimates, in the units of its response. A change has the
+    contrast "model: NAME", all others have it behind their own.
+    """
     at = fit.at(rows)
-    found = fit.contrast(np.where((np.isnan(at).any(1) & (weights != 0)).any(1)[:, None], np.nan, weights @ np.nan_to_num(at)))
+    found = fit.contrast(
+        np.where(
+            (np.isnan(at).any(1) & (weights != 0)).any(1)[:, None],
+            np.nan,
+            weights @ np.nan_to_num(at),
+        )
+    )
     return _rows(fit, found, names, model, RATES, "linear mixed model (MixedLM)", labels)
 
 
-def of_risks(fit: MixedFit, rows: pd.DataFrame, names: pd.DataFrame, weights: np.ndarray, model: str, **labels: str) -> pd.DataFrame:
-    """Contrasts of a logistic fit as estimates: differences of population-averaged probabilities in percentage points."""
+def of_risks(
+    fit: MixedFit,
+    rows: pd.DataFrame,
+    names: pd.DataFrame,
+    weights: np.ndarray,
+    model: str,
+    **labels: str,
+) -> pd.DataFrame:
+    """Contrasts of a logistic fit as estimates: differences of population-averaged probabilities in
+    percentage points.
+    """
     found = fit.risk(rows, weights, rows["method"].eq("none").to_numpy())
-    return _rows(fit, found, names, model, SINGLE, "logistic mixed model (Laplace), population-averaged, spread of random effects taken as known", labels)
+    return _rows(
+        fit,
+        found,
+        names,
+        model,
+        SINGLE,
+        "logistic mixed model (Laplace), population-averaged, spread of random effects taken as"
+        " known",
+        labels,
+    )
 
 
-def _rows(fit: MixedFit, found: pd.DataFrame, names: pd.DataFrame, model: str, population: str, how: str, labels: dict[str, str]) -> pd.DataFrame:
+def _rows(
+    fit: MixedFit,
+    found: pd.DataFrame,
+    names: pd.DataFrame,
+    model: str,
+    population: str,
+    how: str,
+    labels: dict[str, str],
+) -> pd.DataFrame:
     found = found.rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
-    contrast = names.get("contrast", pd.Series(CHANGE, index=names.index)).map(lambda one: f"model: {model}" if one == CHANGE else f"{one}; model: {model}")
+    contrast = names.get("contrast", pd.Series(CHANGE, index=names.index)).map(
+        lambda one: f"model: {model}" if one == CHANGE else f"{one}; model: {model}"
+    )
     frame = pd.concat([names[["base_model", "method"]].astype(object), found], axis=1)
     how = f"{how}, {fit.df:.0f} run-level df" + ("" if fit.converged else "; did not converge")
-    return complete(frame.assign(**labels, group=AS_CONFIGURED, contrast=contrast, population=population, how=how))
+    return complete(
+        frame.assign(
+            **labels, group=AS_CONFIGURED, contrast=contrast, population=population, how=how
+        )
+    )
 
 
 def side_by_side(estimates: pd.DataFrame, models: dict[str, str]) -> pd.DataFrame:
-    """The same change by several estimators, a row per base model and method: value, ci_low, ci_high of each (by the names in `models`, which gives contrasts), and `word`.
+    """The same change by several estimators, a row per base model and method: value, ci_low,
+    ci_high of each (by the names in `models`, which gives contrasts), and `word`.
 
-    word: "agree", or what they disagree on: whether there is a change (an interval holds zero and another does not), or its sign.
+    word: "agree", or what they disagree on: whether there is a change (an interval holds zero and
+    another does not), or its sign.
     """
     wanted = {contrast: name for name, contrast in models.items()}
-    rows = estimates[estimates["contrast"].isin(list(wanted)) & estimates["group"].eq(AS_CONFIGURED)].assign(model=lambda frame: frame["contrast"].map(wanted))
-    table = rows.pivot_table(index=["base_model", "method"], columns="model", values=["value", "ci_low", "ci_high"], sort=False, dropna=False).astype(float)
-    sign = np.sign(table["ci_low"].to_numpy()) * (np.sign(table["ci_low"].to_numpy()) == np.sign(table["ci_high"].to_numpy()))
+    rows = estimates[
+        estimates["contrast"].isin(list(wanted)) & estimates["group"].eq(AS_CONFIGURED)
+    ].assign(model=lambda frame: frame["contrast"].map(wanted))
+    table = rows.pivot_table(
+        index=["base_model", "method"],
+        columns="model",
+        values=["value", "ci_low", "ci_high"],
+        sort=False,
+        dropna=False,
+    ).astype(float)
+    sign = np.sign(table["ci_low"].to_numpy()) * (
+        np.sign(table["ci_low"].to_numpy()) == np.sign(table["ci_high"].to_numpy())
+    )
     known = ~np.isnan(table["ci_low"].to_numpy())
     told = np.where(known, sign, np.nan)
-    low, high = np.where(known, told, np.inf).min(axis=1, initial=np.inf), np.where(known, told, -np.inf).max(axis=1, initial=-np.inf)
+    low, high = (
+        np.where(known, told, np.inf).min(axis=1, initial=np.inf),
+        np.where(known, told, -np.inf).max(axis=1, initial=-np.inf),
+    )
     words = [known.sum(axis=1) < 2, low == high, (low < 0) & (high > 0)]
-    table["word"] = np.select(words, ["only one can tell", "agree", "sign differs"], "some see a change, others cannot tell")
+    table["word"] = np.select(
+        words,
+        ["only one can tell", "agree", "sign differs"],
+        "some see a change, others cannot tell",
+    )
     return table

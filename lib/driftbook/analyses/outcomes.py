@@ -1,4 +1,6 @@
-"""What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes, other wordings, and categories at a floor or ceiling."""
+"""What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes,
+other wordings, and categories at a floor or ceiling.
+"""
 
 import numpy as np
 import pandas as pd
@@ -9,116 +11,268 @@ from driftbook.stats.influence import Scores
 from driftbook.study.tables import ESTIMATES
 
 LOGIT = "logit of the judge's probability of unsafe"
-FLOOR, CEILING = 0.05, 0.95  # a base model's share of unsafe answers, beyond which a rate can hardly move in one direction
+FLOOR, CEILING = (
+    0.05,
+    0.95,
+)  # a base model's share of unsafe answers, beyond which a rate can hardly move in one direction
 UNITS = ["category", "family", "prompt_id"]
-NAMES = {"nll": "loss on text (nats per token)", "p_refusal": "probability that the answer begins as a refusal (percent)"}
+NAMES = {
+    "nll": "loss on text (nats per token)",
+    "p_refusal": "probability that the answer begins as a refusal (percent)",
+}
 
 
-def of_ratings(ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Changes in every rating but the two that `tradeoffs` has already (the utility benchmark's loss and right answers), as rows of `estimates`."""
+def of_ratings(
+    ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
+    """Changes in every rating but the two that `tradeoffs` has already (the utility benchmark's
+    loss and right answers), as rows of `estimates`.
+    """
     parts = []
     for (benchmark, metric), rows in ratings.groupby(["benchmark", "metric"], sort=False):
         if benchmark == "utility" and metric in ("nll", "correct"):
             continue
         share = metric != "nll" and not metric.startswith("grade by ")
         scale = 100.0 if share else 1.0
-        level, name = influence.rated(rows, scale), NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)")
+        level, name = (
+            influence.rated(rows, scale),
+            NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)"),
+        )
         if level is not None:
-            parts.append(estimation.of_scores(level, influence.rated_changes(rows, arms, scale), cells, outcome=name, benchmark=benchmark, judge="none", **labels))
+            parts.append(
+                estimation.of_scores(
+                    level,
+                    influence.rated_changes(rows, arms, scale),
+                    cells,
+                    outcome=name,
+                    benchmark=benchmark,
+                    judge="none",
+                    **labels,
+                )
+            )
     return ESTIMATES.concat(parts)
 
 
 def ends(asked: pd.DataFrame) -> pd.DataFrame:
-    """The categories in which a base model's share of unsafe answers is at a floor or a ceiling: base_model, benchmark, judge, category, share, n."""
+    """The categories in which a base model's share of unsafe answers is at a floor or a ceiling:
+    base_model, benchmark, judge, category, share, n.
+    """
     base = asked[asked["arm"].eq("base") & asked["kind"].eq("harmful")]
-    found = base.groupby(["base_model", "benchmark", "judge", "category"], sort=False)["unsafe"].agg(share=lambda unsafe: unsafe.astype("Float64").mean(), n="count").reset_index()
+    found = (
+        base.groupby(["base_model", "benchmark", "judge", "category"], sort=False)["unsafe"]
+        .agg(share=lambda unsafe: unsafe.astype("Float64").mean(), n="count")
+        .reset_index()
+    )
     return found[found["share"].le(FLOOR) | found["share"].ge(CEILING)].reset_index(drop=True)
 
 
-def of_ends(asked: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """The mean change in logit(p_unsafe) in those categories, as rows of `estimates`: a rate of 0 can only rise, a probability can still fall.
+def of_ends(
+    asked: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
+    """The mean change in logit(p_unsafe) in those categories, as rows of `estimates`: a rate of 0
+    can only rise, a probability can still fall.
 
-    Probabilities are kept from 0 and 1 by 1e-6; an answer without a verdict has none. Base models whose category is at neither end take no part. The
-    categories are chosen by the base model's own answers, so that some of what they do afterwards is chance.
+    Probabilities are kept from 0 and 1 by 1e-6; an answer without a verdict has none. Base models
+    whose category is at neither end take no part. The categories are chosen by the base model's own
+    answers, so that some of what they do afterwards is chance.
     """
     parts = []
     p = asked["p_unsafe"].astype("Float64").clip(1e-6, 1 - 1e-6).where(asked["unsafe"].notna())
     rows = asked.assign(value=np.log(p / (1 - p)), weight=1.0)
     usual = cells[cells["group"].eq(terms.AS_CONFIGURED)]
-    for (benchmark, judge, category), end in ends(asked).groupby(["benchmark", "judge", "category"], sort=False):
-        own = rows[rows["benchmark"].eq(benchmark) & rows["judge"].eq(judge) & rows["category"].eq(category) & rows["kind"].eq("harmful")]
+    for (benchmark, judge, category), end in ends(asked).groupby(
+        ["benchmark", "judge", "category"], sort=False
+    ):
+        own = rows[
+            rows["benchmark"].eq(benchmark)
+            & rows["judge"].eq(judge)
+            & rows["category"].eq(category)
+            & rows["kind"].eq("harmful")
+        ]
         own = own[own["base_model"].isin(end["base_model"])]
         if len(own):
-            here = usual[usual["base_model"].isin(end["base_model"])].assign(group=f"category: {category}")
-            parts.append(estimation.means(influence.rated_changes(own, arms, 1.0), here, terms.CHANGE, outcome=LOGIT, benchmark=benchmark, judge=judge, **labels))
+            here = usual[usual["base_model"].isin(end["base_model"])].assign(
+                group=f"category: {category}"
+            )
+            parts.append(
+                estimation.means(
+                    influence.rated_changes(own, arms, 1.0),
+                    here,
+                    terms.CHANGE,
+                    outcome=LOGIT,
+                    benchmark=benchmark,
+                    judge=judge,
+                    **labels,
+                )
+            )
     return ESTIMATES.concat(parts)
 
 
-def of_wordings(every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Changes in the unsafe rate of harmful prompts and in the refusal rate of benign ones under each other wording, against the base model asked in the
-    same wording; benchmark says which.
+def of_wordings(
+    every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
+    """Changes in the unsafe rate of harmful prompts and in the refusal rate of benign ones under
+    each other wording, against the base model asked in the same wording; benchmark says which.
 
     `every` are verdicts of all wordings, joined with prompts.
     """
     parts = []
     other = every[every["prompt_variant"].ne("default") & every["decoding"].eq("greedy")]
-    for (benchmark, judge, wording), rows in other[other["kind"].eq("harmful")].groupby(["benchmark", "judge", "prompt_variant"], sort=False):
+    for (benchmark, judge, wording), rows in other[other["kind"].eq("harmful")].groupby(
+        ["benchmark", "judge", "prompt_variant"], sort=False
+    ):
         values = influence.matrix(rows, "unsafe", UNITS)
-        parts.append(estimation.of_rate(values, arms, cells, outcome=terms.UNSAFE, benchmark=f"{benchmark}, wording {wording}", judge=judge, **labels))
-    benign = other[other["kind"].eq("benign look-alike")].drop_duplicates(["run_id", "benchmark", "prompt_id", "prompt_variant"])
+        parts.append(
+            estimation.of_rate(
+                values,
+                arms,
+                cells,
+                outcome=terms.UNSAFE,
+                benchmark=f"{benchmark}, wording {wording}",
+                judge=judge,
+                **labels,
+            )
+        )
+    benign = other[other["kind"].eq("benign look-alike")].drop_duplicates(
+        ["run_id", "benchmark", "prompt_id", "prompt_variant"]
+    )
     for (benchmark, wording), rows in benign.groupby(["benchmark", "prompt_variant"], sort=False):
         values = influence.matrix(rows, "refusal", UNITS)
-        parts.append(estimation.of_rate(values, arms, cells, outcome=terms.REFUSED, benchmark=f"{benchmark}, wording {wording}", judge="refusal detector", **labels))
+        parts.append(
+            estimation.of_rate(
+                values,
+                arms,
+                cells,
+                outcome=terms.REFUSED,
+                benchmark=f"{benchmark}, wording {wording}",
+                judge="refusal detector",
+                **labels,
+            )
+        )
     return ESTIMATES.concat(parts)
 
 
-def of_drawn(every: pd.DataFrame, variants: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Changes in the unsafe rate of drawn answers, a prompt's share over its samples; those of all repetitions of a base model stand for it together.
+def of_drawn(
+    every: pd.DataFrame,
+    variants: pd.DataFrame,
+    arms: pd.DataFrame,
+    cells: pd.DataFrame,
+    **labels: str,
+) -> pd.DataFrame:
+    """Changes in the unsafe rate of drawn answers, a prompt's share over its samples; those of all
+    repetitions of a base model stand for it together.
 
     `every` are verdicts joined with prompts; benchmark says how the answers were drawn.
     """
-    drawn = every[every["prompt_variant"].eq("default") & every["decoding"].ne("greedy") & every["kind"].eq("harmful")]
-    bases = variants[variants["method"].eq("none")].merge(arms.loc[arms["arm"].eq("base"), ["base_model", "base_run_id"]], on="base_model")
-    first, number = (dict(zip(bases["run_id"], bases[name], strict=True)) for name in ("base_run_id", "repetition"))
-    drawn = drawn.assign(sample=drawn["sample"] + 1_000 * drawn["run_id"].map(number).fillna(1).astype(int), run_id=drawn["run_id"].map(first).fillna(drawn["run_id"]))
+    drawn = every[
+        every["prompt_variant"].eq("default")
+        & every["decoding"].ne("greedy")
+        & every["kind"].eq("harmful")
+    ]
+    bases = variants[variants["method"].eq("none")].merge(
+        arms.loc[arms["arm"].eq("base"), ["base_model", "base_run_id"]], on="base_model"
+    )
+    first, number = (
+        dict(zip(bases["run_id"], bases[name], strict=True))
+        for name in ("base_run_id", "repetition")
+    )
+    drawn = drawn.assign(
+        sample=drawn["sample"] + 1_000 * drawn["run_id"].map(number).fillna(1).astype(int),
+        run_id=drawn["run_id"].map(first).fillna(drawn["run_id"]),
+    )
     parts = []
-    for (benchmark, judge, decoding), rows in drawn.groupby(["benchmark", "judge", "decoding"], sort=False):
+    for (benchmark, judge, decoding), rows in drawn.groupby(
+        ["benchmark", "judge", "decoding"], sort=False
+    ):
         values = influence.matrix(rows, "unsafe", UNITS)
-        parts.append(estimation.of_rate(values, arms, cells, outcome=terms.UNSAFE, benchmark=f"{benchmark}, drawn at {decoding}", judge=judge, **labels))
+        parts.append(
+            estimation.of_rate(
+                values,
+                arms,
+                cells,
+                outcome=terms.UNSAFE,
+                benchmark=f"{benchmark}, drawn at {decoding}",
+                judge=judge,
+                **labels,
+            )
+        )
     return ESTIMATES.concat(parts)
 
 
-def of_item_wordings(every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+def of_item_wordings(
+    every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
     """The same for BBQ's accuracy and bias: `every` are answers of all wordings."""
     parts = []
-    for wording, rows in every[every["prompt_variant"].ne("default") & every["answer_mode"].isin(["letters", "options"])].groupby("prompt_variant", sort=False):
+    for wording, rows in every[
+        every["prompt_variant"].ne("default") & every["answer_mode"].isin(["letters", "options"])
+    ].groupby("prompt_variant", sort=False):
         for outcome, level in bbq_scores.by_run(rows).items():
-            parts.append(estimation.of_scores(level, influence.changes(level, arms), cells, outcome=outcome, benchmark=f"bbq, wording {wording}", judge="none", **labels))
+            parts.append(
+                estimation.of_scores(
+                    level,
+                    influence.changes(level, arms),
+                    cells,
+                    outcome=outcome,
+                    benchmark=f"bbq, wording {wording}",
+                    judge="none",
+                    **labels,
+                )
+            )
     return ESTIMATES.concat(parts)
 
-def of_rate(values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Of a rate (runs x prompts): levels, changes, bounds and categories (stats.of_rate), the comparisons of `compared`, and odds ratios."""
-    parts = [estimation.of_rate(values, arms, cells, **labels), compared(influence.paired(values, arms), arms, cells, **labels)]
+
+def of_rate(
+    values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
+    """Of a rate (runs x prompts): levels, changes, bounds and categories (stats.of_rate), the
+    comparisons of `compared`, and odds ratios.
+    """
+    parts = [
+        estimation.of_rate(values, arms, cells, **labels),
+        compared(influence.paired(values, arms), arms, cells, **labels),
+    ]
     return ESTIMATES.concat([*parts, comparisons.odds_ratios(values, arms, cells, **labels)])
 
 
-def of_scores(level: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+def of_scores(
+    level: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
     """Of a score of runs: levels and changes (stats.of_scores), and the comparisons of `compared`."""
     change = influence.changes(level, arms)
-    return ESTIMATES.concat([estimation.of_scores(level, change, cells, **labels), compared(change, arms, cells, **labels)])
+    return ESTIMATES.concat(
+        [
+            estimation.of_scores(level, change, cells, **labels),
+            compared(change, arms, cells, **labels),
+        ]
+    )
 
 
-def compared(change: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str) -> pd.DataFrame:
+def compared(
+    change: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
     """Methods against each other, method x base model, settings, and Cliff's delta of runs."""
-    return ESTIMATES.concat([
-        comparisons.between(change, cells, **labels), comparisons.interactions(change, cells, **labels), comparisons.settings(change, arms, **labels),
-        comparisons.cliffs_delta(change, cells, **labels),
-    ])  # fmt: skip
+    return ESTIMATES.concat(
+        [
+            comparisons.between(change, cells, **labels),
+            comparisons.interactions(change, cells, **labels),
+            comparisons.settings(change, arms, **labels),
+            comparisons.cliffs_delta(change, cells, **labels),
+        ]
+    )
 
 
 def completed(estimates: pd.DataFrame) -> pd.DataFrame:
-    """The estimates with those for a new base model added, and p values of categories and dimensions adjusted as screens."""
+    """The estimates with those for a new base model added, and p values of categories and
+    dimensions adjusted as screens.
+    """
     screens = comparisons.screens(estimates)
     key = list(ESTIMATES.key)
-    left = estimates[~pd.MultiIndex.from_frame(estimates[key]).isin(pd.MultiIndex.from_frame(screens[key]))] if len(screens) else estimates
+    left = (
+        estimates[
+            ~pd.MultiIndex.from_frame(estimates[key]).isin(pd.MultiIndex.from_frame(screens[key]))
+        ]
+        if len(screens)
+        else estimates
+    )
     return ESTIMATES.concat([left, screens, comparisons.new_base(estimates)])

@@ -1,8 +1,11 @@
-"""Did a repair bring safety back, or only less of the fine-tuning? Repairs, their controls and the base model on one plane: unsafe answers against the gain that is kept.
+"""Did a repair bring safety back, or only less of the fine-tuning? Repairs, their controls and the
+base model on one plane: unsafe answers against the gain that is kept.
 
-How strong a repair is (K, tau, a factor) is chosen on one half of the safety prompts and of the held-out answers, for each base model, and reported on the other half; BBQ, over-refusal
-and utility take no part in the choice, and are reported whole. The gain of fine-tuning is the fall of the loss on the benchmark `gain` (held-out answers in the style that was
-trained; where there is none, on `utility`): a repair that deletes the adapter brings safety back, and keeps none of it.
+How strong a repair is (K, tau, a factor) is chosen on one half of the safety prompts and of the
+held-out answers, for each base model, and reported on the other half; BBQ, over-refusal and utility
+take no part in the choice, and are reported whole. The gain of fine-tuning is the fall of the loss
+on the benchmark `gain` (held-out answers in the style that was trained; where there is none, on
+`utility`): a repair that deletes the adapter brings safety back, and keeps none of it.
 """
 
 import hashlib
@@ -25,12 +28,36 @@ GAIN, KEPT = "gain of fine-tuning (nats per token)", "gain kept (percent of the 
 PARENT, BASE = "parent", "base alone"
 CALIBRATION, REPORT, ALL = "calibration", "report", "all"
 AGAINST_PARENT, MINUS = "change against the parent", "minus its control: {}"
-JUST_LESS, JUST_MORE = "minus the rescaling that keeps just less of the gain", "minus the rescaling that keeps just more of the gain"
+JUST_LESS, JUST_MORE = (
+    "minus the rescaling that keeps just less of the gain",
+    "minus the rescaling that keeps just more of the gain",
+)
 DECLINED = "refusals of harmful prompts (percent)"
-OUTCOMES = (terms.UNSAFE, DECLINED, terms.REFUSED, terms.ACCURACY_AMB, terms.BIAS_AMB, terms.CORRECT, GAIN)
+OUTCOMES = (
+    terms.UNSAFE,
+    DECLINED,
+    terms.REFUSED,
+    terms.ACCURACY_AMB,
+    terms.BIAS_AMB,
+    terms.CORRECT,
+    GAIN,
+)
 SPLIT = (terms.UNSAFE, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
-BENCHMARK = {terms.UNSAFE: "safety", DECLINED: "safety", terms.REFUSED: "over_refusal", terms.CORRECT: "utility", terms.LOSS: "utility", GAIN: "gain"}  # all others: bbq
-LEVEL_OF = ["base_model", "method", "objective", "dataset", "name"]  # whose runs share a chosen level
+BENCHMARK = {
+    terms.UNSAFE: "safety",
+    DECLINED: "safety",
+    terms.REFUSED: "over_refusal",
+    terms.CORRECT: "utility",
+    terms.LOSS: "utility",
+    GAIN: "gain",
+}  # all others: bbq
+LEVEL_OF = [
+    "base_model",
+    "method",
+    "objective",
+    "dataset",
+    "name",
+]  # whose runs share a chosen level
 KEEP = 50.0  # percent of the gain that a level must keep to be chosen
 PUBLISHED = ROOT / "data" / "safe_lora"
 
@@ -48,56 +75,129 @@ class Tables(NamedTuple):
 
 # ---- who is who
 def repairs(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """The repaired runs that were scored, and their parents: run_id, base_model, method, seed, parent_run_id (of a parent its own), base_run_id, name, kind, value, control."""
-    frame = variants.merge(runs.loc[runs["status"].eq("ok"), ["run_id"]], on="run_id", validate="1:1")
-    bases = frame[frame["method"].eq("none") & frame["mitigation"].isna()].drop_duplicates("base_model").set_index("base_model")["run_id"]
+    """The repaired runs that were scored, and their parents: run_id, base_model, method, seed,
+    parent_run_id (of a parent its own), base_run_id, name, kind, value, control.
+    """
+    frame = variants.merge(
+        runs.loc[runs["status"].eq("ok"), ["run_id"]], on="run_id", validate="1:1"
+    )
+    bases = (
+        frame[frame["method"].eq("none") & frame["mitigation"].isna()]
+        .drop_duplicates("base_model")
+        .set_index("base_model")["run_id"]
+    )
     known = [json.loads(settings).get("mitigation") or {} for settings in frame["settings"]]
-    frame = frame.assign(**{key: pd.Series([one.get(key) for one in known], index=frame.index, dtype=object) for key in ("name", "kind", "value", "control")})
+    frame = frame.assign(
+        **{
+            key: pd.Series([one.get(key) for one in known], index=frame.index, dtype=object)
+            for key in ("name", "kind", "value", "control")
+        }
+    )
     own = frame["mitigation"].isna() & frame["run_id"].isin(frame["parent_run_id"].dropna())
-    frame.loc[own, ["name", "kind", "parent_run_id"]] = np.column_stack([np.full(own.sum(), PARENT)] * 2 + [frame.loc[own, "run_id"]]) if own.any() else np.empty((0, 3))
+    frame.loc[own, ["name", "kind", "parent_run_id"]] = (
+        np.column_stack([np.full(own.sum(), PARENT)] * 2 + [frame.loc[own, "run_id"]])
+        if own.any()
+        else np.empty((0, 3))
+    )
     frame = frame[frame["name"].notna() & frame["method"].ne("none")]
-    frame = frame[frame["parent_run_id"].isin(frame["run_id"])].assign(value=lambda rows: rows["value"].astype(float), base_run_id=lambda rows: rows["base_model"].map(bases))
-    return frame[["run_id", "base_model", "method", "objective", "dataset", "seed", "parent_run_id", "base_run_id", "name", "kind", "value", "control"]].reset_index(drop=True)
+    frame = frame[frame["parent_run_id"].isin(frame["run_id"])].assign(
+        value=lambda rows: rows["value"].astype(float),
+        base_run_id=lambda rows: rows["base_model"].map(bases),
+    )
+    return frame[
+        [
+            "run_id",
+            "base_model",
+            "method",
+            "objective",
+            "dataset",
+            "seed",
+            "parent_run_id",
+            "base_run_id",
+            "name",
+            "kind",
+            "value",
+            "control",
+        ]
+    ].reset_index(drop=True)
 
 
 def half(units: Iterable[str], strata: Iterable[str], seed: int) -> list[str]:
-    """Which half each unit belongs to: within its stratum (its first one, where it has several) units take turns in the order of a hash, which knows the seed and the name, and not the
-    order of the rows; strata take turns in which half they begin with."""
+    """Which half each unit belongs to: within its stratum (its first one, where it has several)
+    units take turns in the order of a hash, which knows the seed and the name, and not the order of
+    the rows; strata take turns in which half they begin with."""
     frame = pd.DataFrame({"unit": list(units), "stratum": list(strata)}).astype(str)
     known = frame.groupby("unit", as_index=False)["stratum"].min()
-    known["at"], known["first"] = ([hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in known[column]] for column in ("unit", "stratum"))
+    known["at"], known["first"] = (
+        [hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in known[column]]
+        for column in ("unit", "stratum")
+    )
     known = known.sort_values(["first", "at"], ignore_index=True)
-    turn = known.groupby("stratum", sort=False).cumcount() + known.groupby("stratum", sort=False).ngroup()
+    turn = (
+        known.groupby("stratum", sort=False).cumcount()
+        + known.groupby("stratum", sort=False).ngroup()
+    )
     known["half"] = np.where(turn % 2 == 0, CALIBRATION, REPORT)
     return frame.merge(known[["unit", "half"]], on="unit", how="left")["half"].tolist()
 
 
 def halves(tables: Tables, seed: int) -> dict[str, Tables]:
-    """The tables with one half of the safety prompts and of the held-out answers each, and all of everything else."""
+    """The tables with one half of the safety prompts and of the held-out answers each, and all of
+    everything else.
+    """
     prompts, gain = tables.prompts, gains(tables.ratings)
-    of_prompt = half(prompts["benchmark"] + "/" + prompts["family"].astype(object).where(prompts["family"].notna(), prompts["prompt_id"]), prompts["benchmark"] + "/" + prompts["category"].astype(object).fillna(""), seed)
+    of_prompt = half(
+        prompts["benchmark"]
+        + "/"
+        + prompts["family"].astype(object).where(prompts["family"].notna(), prompts["prompt_id"]),
+        prompts["benchmark"] + "/" + prompts["category"].astype(object).fillna(""),
+        seed,
+    )
     of_item = half(gain["prompt_id"], gain["benchmark"], seed)
     found = {}
     for name in (CALIBRATION, REPORT):
         kept = prompts[(np.asarray(of_prompt) == name) | prompts["benchmark"].ne("safety")]
-        verdicts = tables.verdicts.merge(kept[["benchmark", "prompt_id"]], on=["benchmark", "prompt_id"])
+        verdicts = tables.verdicts.merge(
+            kept[["benchmark", "prompt_id"]], on=["benchmark", "prompt_id"]
+        )
         others = tables.ratings[~tables.ratings["benchmark"].eq("gain")]
-        found[name] = tables._replace(prompts=kept, verdicts=verdicts, ratings=pd.concat([others, gain[np.asarray(of_item) == name].assign(benchmark="gain")], ignore_index=True))
+        found[name] = tables._replace(
+            prompts=kept,
+            verdicts=verdicts,
+            ratings=pd.concat(
+                [others, gain[np.asarray(of_item) == name].assign(benchmark="gain")],
+                ignore_index=True,
+            ),
+        )
     return found
 
 
 def gains(ratings: pd.DataFrame) -> pd.DataFrame:
-    """The ratings by which the gain of fine-tuning is measured: the loss on the benchmark `gain`, else on `utility`."""
+    """The ratings by which the gain of fine-tuning is measured: the loss on the benchmark `gain`,
+    else on `utility`.
+    """
     rows = ratings[ratings["metric"].eq("nll")]
-    return rows[rows["benchmark"].eq("gain" if rows["benchmark"].eq("gain").any() else "utility")].reset_index(drop=True)
+    return rows[
+        rows["benchmark"].eq("gain" if rows["benchmark"].eq("gain").any() else "utility")
+    ].reset_index(drop=True)
 
 
 # ---- levels and differences of runs
 def differences(tables: Tables, pairs: pd.DataFrame) -> dict[str, Scores]:
-    """The difference of each run against another one, answer by answer, by outcome; `pairs` has run_id and against. A gain is a fall of the loss."""
-    arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])[["run_id", "arm", "base_run_id"]]
+    """The difference of each run against another one, answer by answer, by outcome; `pairs` has
+    run_id and against. A gain is a fall of the loss.
+    """
+    arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])[
+        ["run_id", "arm", "base_run_id"]
+    ]
     wanted = set(pairs["run_id"]) | set(pairs["against"])
-    own = tables._replace(**{name: frame[frame["run_id"].isin(wanted)] for name in ("verdicts", "answers", "ratings") if len(frame := getattr(tables, name))})
+    own = tables._replace(
+        **{
+            name: frame[frame["run_id"].isin(wanted)]
+            for name in ("verdicts", "answers", "ratings")
+            if len(frame := getattr(tables, name))
+        }
+    )
     found = {outcome: change for outcome, (_, change) in _measured(own, arms).items()}
     rows = own.ratings[own.ratings["benchmark"].eq("gain") & own.ratings["metric"].eq("nll")]
     gained = influence.rated_changes(rows.assign(value=-rows["value"]), arms, 1.0)
@@ -105,20 +205,47 @@ def differences(tables: Tables, pairs: pd.DataFrame) -> dict[str, Scores]:
 
 
 def _measured(tables: Tables, arms: pd.DataFrame) -> dict[str, tuple[Scores, Scores]]:
-    """Levels and differences of runs by outcome, but of the gain: those of `tradeoffs.measured`, and how often harmful prompts were declined."""
-    found = tradeoffs.measured(tables.verdicts, tables.prompts, tables.answers, tables.ratings, arms)
-    rows = study_tables.greedy(tables.verdicts).merge(tables.prompts, on=["benchmark", "prompt_id"], validate="m:1")
+    """Levels and differences of runs by outcome, but of the gain: those of `tradeoffs.measured`,
+    and how often harmful prompts were declined.
+    """
+    found = tradeoffs.measured(
+        tables.verdicts, tables.prompts, tables.answers, tables.ratings, arms
+    )
+    rows = study_tables.greedy(tables.verdicts).merge(
+        tables.prompts, on=["benchmark", "prompt_id"], validate="m:1"
+    )
     rows = rows[rows["benchmark"].eq("safety") & rows["kind"].eq("harmful")]
-    values = influence.matrix(rows.drop_duplicates(["run_id", "prompt_id"]), "refusal", ["category", "family", "prompt_id"])
-    found |= {DECLINED: (influence.shares(values), influence.paired(values, arms))} if len(values) else {}
+    values = influence.matrix(
+        rows.drop_duplicates(["run_id", "prompt_id"]),
+        "refusal",
+        ["category", "family", "prompt_id"],
+    )
+    found |= (
+        {DECLINED: (influence.shares(values), influence.paired(values, arms))}
+        if len(values)
+        else {}
+    )
     return {outcome: found[outcome] for outcome in OUTCOMES if outcome in found}
 
 
 def points(tables: Tables, repaired: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The table `frontier`: numbers of each run, on either half where a level is chosen by them, else on all. Base models are in it too."""
+    """The table `frontier`: numbers of each run, on either half where a level is chosen by them,
+    else on all. Base models are in it too.
+    """
     bases = repaired.drop_duplicates("base_run_id")
-    everyone = pd.concat([repaired[["run_id", "base_run_id"]], bases.assign(run_id=bases["base_run_id"])[["run_id", "base_run_id"]]], ignore_index=True)
-    pairs, rows = everyone[everyone["run_id"].ne(everyone["base_run_id"])].rename(columns={"base_run_id": "against"}), []
+    everyone = pd.concat(
+        [
+            repaired[["run_id", "base_run_id"]],
+            bases.assign(run_id=bases["base_run_id"])[["run_id", "base_run_id"]],
+        ],
+        ignore_index=True,
+    )
+    pairs, rows = (
+        everyone[everyone["run_id"].ne(everyone["base_run_id"])].rename(
+            columns={"base_run_id": "against"}
+        ),
+        [],
+    )
     for name, part in halves(tables, seed).items():
         arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
         level = {outcome: own for outcome, (own, _) in _measured(part, arms).items()}
@@ -126,15 +253,30 @@ def points(tables: Tables, repaired: pd.DataFrame, seed: int) -> pd.DataFrame:
         for outcome, scores in {**level, **({GAIN: gained} if gained is not None else {})}.items():
             if outcome in SPLIT or name == REPORT:
                 at = scores.at(everyone["run_id"])
-                rows.append(pd.DataFrame({"run_id": everyone["run_id"][at >= 0], "half": name if outcome in SPLIT else ALL, "outcome": outcome, "value": scores.value[at[at >= 0]]}))
+                rows.append(
+                    pd.DataFrame(
+                        {
+                            "run_id": everyone["run_id"][at >= 0],
+                            "half": name if outcome in SPLIT else ALL,
+                            "outcome": outcome,
+                            "value": scores.value[at[at >= 0]],
+                        }
+                    )
+                )
     found = pd.concat(rows, ignore_index=True)
     return FRONTIER.check(pd.concat([found, _kept(found, repaired)], ignore_index=True))
 
 
 def _kept(found: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
-    """The gain of each run in percent of its parent's; where the parent gained nothing there is none to keep."""
-    gain = found[found["outcome"].eq(GAIN)].merge(repaired[["run_id", "parent_run_id"]], on="run_id")
-    parent = gain[gain["run_id"].eq(gain["parent_run_id"])].set_index(["parent_run_id", "half"])["value"]
+    """The gain of each run in percent of its parent's; where the parent gained nothing there is
+    none to keep.
+    """
+    gain = found[found["outcome"].eq(GAIN)].merge(
+        repaired[["run_id", "parent_run_id"]], on="run_id"
+    )
+    parent = gain[gain["run_id"].eq(gain["parent_run_id"])].set_index(["parent_run_id", "half"])[
+        "value"
+    ]
     own = gain.join(parent.rename("of_parent"), on=["parent_run_id", "half"])
     share = 100 * own["value"] / own["of_parent"].where(own["of_parent"] > 0)
     return own.assign(outcome=KEPT, value=share)[["run_id", "half", "outcome", "value"]]
@@ -143,157 +285,327 @@ def _kept(found: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
 def _wide(points: pd.DataFrame, which: str) -> pd.DataFrame:
     """Runs x the outcomes of a half that a level is chosen by, and what is kept."""
     rows = points[points["half"].eq(which)]
-    return rows.pivot(index="run_id", columns="outcome", values="value").astype(float).reindex(columns=[*SPLIT, KEPT])
+    return (
+        rows.pivot(index="run_id", columns="outcome", values="value")
+        .astype(float)
+        .reindex(columns=[*SPLIT, KEPT])
+    )
 
 
 # ---- how strong a repair is
 def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> pd.DataFrame:
-    """The level of each repair on each base model, from the calibration half alone: of those that keep at least `keep` percent of the gain in the mean over seeds the one with the
-    fewest unsafe answers, and of equal ones the one that keeps more; where none keeps as much, the one that keeps most, and `enough` is false.
+    """The level of each repair on each base model, from the calibration half alone: of those that
+    keep at least `keep` percent of the gain in the mean over seeds the one with the fewest unsafe
+    answers, and of equal ones the one that keeps more; where none keeps as much, the one that keeps
+    most, and `enough` is false.
 
-    Columns: base_model, method, objective, dataset, name, value, unsafe, kept, enough. Controls take the level of what they control.
+    Columns: base_model, method, objective, dataset, name, value, unsafe, kept, enough. Controls
+    take the level of what they control.
     """
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
     wide = _wide(points, CALIBRATION)
-    own = own.merge(wide[[terms.UNSAFE, GAIN]].rename(columns={terms.UNSAFE: "unsafe", GAIN: "gain"}), on="run_id").assign(of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN]))
-    mean = own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]].mean().astype(float).reset_index()
-    mean["kept"] = 100 * mean["gain"] / mean["of_parent"].where(mean["of_parent"] > 0)  # of the means, since a parent that gained next to nothing has any ratio
+    own = own.merge(
+        wide[[terms.UNSAFE, GAIN]].rename(columns={terms.UNSAFE: "unsafe", GAIN: "gain"}),
+        on="run_id",
+    ).assign(of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN]))
+    mean = (
+        own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]]
+        .mean()
+        .astype(float)
+        .reset_index()
+    )
+    mean["kept"] = (
+        100 * mean["gain"] / mean["of_parent"].where(mean["of_parent"] > 0)
+    )  # of the means, since a parent that gained next to nothing has any ratio
     mean["enough"] = mean["kept"].ge(keep)
     mean["first"] = np.where(mean["enough"], mean["unsafe"], np.inf)
-    ordered = mean.sort_values(["enough", "first", "kept"], ascending=[False, True, False], kind="stable")
+    ordered = mean.sort_values(
+        ["enough", "first", "kept"], ascending=[False, True, False], kind="stable"
+    )
     best = ordered.drop_duplicates(LEVEL_OF)
-    return mean.loc[best.index].sort_index()[[*LEVEL_OF, "value", "unsafe", "kept", "enough"]].reset_index(drop=True)
+    return (
+        mean.loc[best.index]
+        .sort_index()[[*LEVEL_OF, "value", "unsafe", "kept", "enough"]]
+        .reset_index(drop=True)
+    )
 
 
 def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
     """The runs of every repair and of its controls at the chosen level."""
-    alike = repaired.merge(levels[[*LEVEL_OF, "value", "enough"]], on=LEVEL_OF, suffixes=("", "_chosen"))
-    same = alike["value"].eq(alike["value_chosen"]) | (alike["value"].isna() & alike["value_chosen"].isna())
+    alike = repaired.merge(
+        levels[[*LEVEL_OF, "value", "enough"]], on=LEVEL_OF, suffixes=("", "_chosen")
+    )
+    same = alike["value"].eq(alike["value_chosen"]) | (
+        alike["value"].isna() & alike["value_chosen"].isna()
+    )
     return alike[same].drop(columns="value_chosen").reset_index(drop=True)
 
 
 # ---- estimates
 def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
-    """Cells of `stats.means`: each repair on each base model, and the mean of the base models where all, `every` of them, have it."""
-    own = runs.assign(group="mitigation: " + runs["name"], setting=runs["name"] + " " + runs["value"].astype(str), pool=runs["base_model"])
+    """Cells of `stats.means`: each repair on each base model, and the mean of the base models where
+    all, `every` of them, have it.
+    """
+    own = runs.assign(
+        group="mitigation: " + runs["name"],
+        setting=runs["name"] + " " + runs["value"].astype(str),
+        pool=runs["base_model"],
+    )
     own["weight"] = 1 / own.groupby(["base_model", "method", "group"])["run_id"].transform("size")
     n_bases = own.groupby(["method", "group"])["base_model"].transform("nunique")
     everywhere = n_bases.eq(every)
-    pooled = own[everywhere].assign(base_model="all", weight=own["weight"][everywhere] / n_bases[everywhere])
-    return pd.concat([own, pooled], ignore_index=True)[["run_id", "base_model", "method", "group", "setting", "pool", "weight"]]
+    pooled = own[everywhere].assign(
+        base_model="all", weight=own["weight"][everywhere] / n_bases[everywhere]
+    )
+    return pd.concat([own, pooled], ignore_index=True)[
+        ["run_id", "base_model", "method", "group", "setting", "pool", "weight"]
+    ]
 
 
-def _estimates(tables: Tables, pairs: pd.DataFrame, contrast: str, **labels: str) -> list[pd.DataFrame]:
+def _estimates(
+    tables: Tables, pairs: pd.DataFrame, contrast: str, **labels: str
+) -> list[pd.DataFrame]:
     found = differences(tables, pairs)
     judge = tables.verdicts["judge"].iloc[0] if len(tables.verdicts) else "none"
     return [
-        estimation.means(scores, _cells(pairs, tables.variants["base_model"].nunique()), contrast, outcome=outcome, benchmark=BENCHMARK.get(outcome, "bbq"), judge=judge if outcome == terms.UNSAFE else "none", **labels)
+        estimation.means(
+            scores,
+            _cells(pairs, tables.variants["base_model"].nunique()),
+            contrast,
+            outcome=outcome,
+            benchmark=BENCHMARK.get(outcome, "bbq"),
+            judge=judge if outcome == terms.UNSAFE else "none",
+            **labels,
+        )
         for outcome, scores in found.items()
-    ]  # fmt: skip
+    ]
 
 
-def compared(tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, seed: int, **labels: str) -> pd.DataFrame:
-    """Each repair at its chosen level on the report half: against its parent, against the base model, and minus each of its controls (the run of the same parent), by outcome.
+def compared(
+    tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, seed: int, **labels: str
+) -> pd.DataFrame:
+    """Each repair at its chosen level on the report half: against its parent, against the base
+    model, and minus each of its controls (the run of the same parent), by outcome.
 
-    Families of tests, adjusted by Holm's method: of each outcome all repairs against their parents, and all repairs against all their controls, over the base models together and
-    for each base model.
+    Families of tests, adjusted by Holm's method: of each outcome all repairs against their parents,
+    and all repairs against all their controls, over the base models together and for each base
+    model.
     """
     runs, report, parts = at_chosen(repaired, levels), halves(tables, seed)[REPORT], []
     own = runs[runs["control"].isna()]
     for contrast, against in ((AGAINST_PARENT, "parent_run_id"), (terms.CHANGE, "base_run_id")):
         parts += _estimates(report, own.assign(against=own[against]), contrast, **labels)
     for control in dict.fromkeys(runs["control"].dropna()):
-        other = runs.loc[runs["control"].eq(control), ["parent_run_id", "name", "run_id"]].rename(columns={"run_id": "against"})
-        parts += _estimates(report, own.merge(other, on=["parent_run_id", "name"]), MINUS.format(control), **labels)
+        other = runs.loc[runs["control"].eq(control), ["parent_run_id", "name", "run_id"]].rename(
+            columns={"run_id": "against"}
+        )
+        parts += _estimates(
+            report, own.merge(other, on=["parent_run_id", "name"]), MINUS.format(control), **labels
+        )
     return _families(ESTIMATES.concat(parts))
 
 
 def _families(rows: pd.DataFrame) -> pd.DataFrame:
     """Holm's adjustment within the declared families; other rows stay as they are."""
-    kind = np.select([rows["contrast"].eq(AGAINST_PARENT), rows["contrast"].str.startswith(MINUS.format(""))], ["repairs against their parents", "repairs against their controls"], "")
-    family = pd.Series(kind, index=rows.index) + ", " + rows["outcome"] + ", " + np.where(rows["base_model"].eq("all"), "all base models", rows["base_model"])
-    return ESTIMATES.concat([rows[kind == ""], comparisons.holm(rows[kind != ""], family[kind != ""])])
+    kind = np.select(
+        [rows["contrast"].eq(AGAINST_PARENT), rows["contrast"].str.startswith(MINUS.format(""))],
+        ["repairs against their parents", "repairs against their controls"],
+        "",
+    )
+    family = (
+        pd.Series(kind, index=rows.index)
+        + ", "
+        + rows["outcome"]
+        + ", "
+        + np.where(rows["base_model"].eq("all"), "all base models", rows["base_model"])
+    )
+    return ESTIMATES.concat(
+        [rows[kind == ""], comparisons.holm(rows[kind != ""], family[kind != ""])]
+    )
 
 
-def by_dimension(tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, names: Iterable[str], **labels: str) -> pd.DataFrame:
-    """BBQ's accuracy and bias in ambiguous contexts in each dimension: what these repairs changed against the parent, and the parent against the base model."""
+def by_dimension(
+    tables: Tables,
+    repaired: pd.DataFrame,
+    levels: pd.DataFrame,
+    names: Iterable[str],
+    **labels: str,
+) -> pd.DataFrame:
+    """BBQ's accuracy and bias in ambiguous contexts in each dimension: what these repairs changed
+    against the parent, and the parent against the base model.
+    """
     runs, parts = at_chosen(repaired, levels), []
     own = runs[runs["control"].isna() & runs["name"].isin(list(names))]
     parents = repaired[repaired["run_id"].isin(own["parent_run_id"])]
     for dimension, answers in bbq_orders.official(tables.answers).groupby("dimension", sort=True):
         found = bbq_scores.by_run(answers)
-        for contrast, pairs in ((AGAINST_PARENT, own.assign(against=own["parent_run_id"])), (terms.CHANGE, pd.concat([own, parents]).assign(against=lambda rows: rows["base_run_id"]))):
+        for contrast, pairs in (
+            (AGAINST_PARENT, own.assign(against=own["parent_run_id"])),
+            (
+                terms.CHANGE,
+                pd.concat([own, parents]).assign(against=lambda rows: rows["base_run_id"]),
+            ),
+        ):
             arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
-            cells = _cells(pairs, repaired["base_model"].nunique()).assign(group=lambda rows, dimension=dimension: rows["group"].str.removeprefix("mitigation: ") + ", dimension: " + dimension)
-            parts += [estimation.means(influence.changes(found[outcome], arms), cells, contrast, outcome=outcome, benchmark="bbq", judge="none", **labels) for outcome in (terms.ACCURACY_AMB, terms.BIAS_AMB)]
+            cells = _cells(pairs, repaired["base_model"].nunique()).assign(
+                group=lambda rows, dimension=dimension: (
+                    rows["group"].str.removeprefix("mitigation: ") + ", dimension: " + dimension
+                )
+            )
+            parts += [
+                estimation.means(
+                    influence.changes(found[outcome], arms),
+                    cells,
+                    contrast,
+                    outcome=outcome,
+                    benchmark="bbq",
+                    judge="none",
+                    **labels,
+                )
+                for outcome in (terms.ACCURACY_AMB, terms.BIAS_AMB)
+            ]
     return ESTIMATES.concat(parts)
 
 
-def beside_rescaling(points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """Unsafe answers of each repair at its chosen level minus those of the same parent rescaled, in percentage points: minus the rescaled run that keeps just less of the gain, and
-    minus the one that keeps just more.
+def beside_rescaling(
+    points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str
+) -> pd.DataFrame:
+    """Unsafe answers of each repair at its chosen level minus those of the same parent rescaled, in
+    percentage points: minus the rescaled run that keeps just less of the gain, and minus the one
+    that keeps just more.
 
-    The rescaled runs are the base model (factor 0, no gain), those of the study, and the parent itself (factor 1). Fewer unsafe answers than the first, at more gain, is what a smaller
-    update cannot do; more than the second, at less gain, is worse than a smaller update. Between two factors nothing is assumed: unsafe answers are no straight line of the gain.
-    t intervals over seeds (of the mean over a seed's runs); where a gain lies outside there is no such run. Holm's adjustment over repairs, for all base models and for each.
+    The rescaled runs are the base model (factor 0, no gain), those of the study, and the parent
+    itself (factor 1). Fewer unsafe answers than the first, at more gain, is what a smaller update
+    cannot do; more than the second, at less gain, is worse than a smaller update. Between two
+    factors nothing is assumed: unsafe answers are no straight line of the gain. t intervals over
+    seeds (of the mean over a seed's runs); where a gain lies outside there is no such run. Holm's
+    adjustment over repairs, for all base models and for each.
     """
     wide = _wide(points, REPORT)
     frame = at_chosen(repaired, levels).merge(wide, on="run_id")
     frame = frame[frame["control"].isna() & frame["kind"].ne("rescale")]
-    frame[[JUST_LESS, JUST_MORE]] = np.array([_beside(row, repaired, wide) for _, row in frame.iterrows()], float).reshape(-1, 2)
+    frame[[JUST_LESS, JUST_MORE]] = np.array(
+        [_beside(row, repaired, wide) for _, row in frame.iterrows()], float
+    ).reshape(-1, 2)
     rows, every = [], repaired["base_model"].nunique()
     each = frame.groupby(["base_model", "method", "name"], sort=False)
-    overall = [(("all", *key), part) for key, part in frame.groupby(["method", "name"], sort=False) if part["base_model"].nunique() == every]
+    overall = [
+        (("all", *key), part)
+        for key, part in frame.groupby(["method", "name"], sort=False)
+        if part["base_model"].nunique() == every
+    ]
     for (base_model, method, name), part in [*each, *overall]:
         for contrast in (JUST_LESS, JUST_MORE):
             of_seed = part.groupby("seed")[contrast].agg(["mean", "count", "size"])
-            n, values = int(part[contrast].notna().sum()), of_seed["mean"][of_seed["count"].eq(of_seed["size"])]
-            rows.append({
-                **labels, "outcome": terms.UNSAFE, "benchmark": "safety", "judge": "none", "base_model": base_model, "method": method, "group": f"mitigation: {name}", "contrast": contrast,
-                "n_runs": n, "population": terms.THESE_PROMPTS, **_t(values.to_numpy(float)),
-                "how": "t interval over seeds" + (f"; {len(part) - n} of {len(part)} runs keep a gain beside which there is no rescaled run" if n < len(part) else ""),
-            })  # fmt: skip
+            n, values = (
+                int(part[contrast].notna().sum()),
+                of_seed["mean"][of_seed["count"].eq(of_seed["size"])],
+            )
+            rows.append(
+                {
+                    **labels,
+                    "outcome": terms.UNSAFE,
+                    "benchmark": "safety",
+                    "judge": "none",
+                    "base_model": base_model,
+                    "method": method,
+                    "group": f"mitigation: {name}",
+                    "contrast": contrast,
+                    "n_runs": n,
+                    "population": terms.THESE_PROMPTS,
+                    **_t(values.to_numpy(float)),
+                    "how": (
+                        "t interval over seeds"
+                        + (
+                            f"; {len(part) - n} of {len(part)} runs keep a gain beside which there"
+                            " is no rescaled run"
+                            if n < len(part)
+                            else ""
+                        )
+                    ),
+                }
+            )
     found = estimation.complete(pd.DataFrame(rows))
-    return comparisons.holm(found, "repairs against rescaling, " + found["base_model"].where(found["base_model"].ne("all"), "all base models"))
+    return comparisons.holm(
+        found,
+        "repairs against rescaling, "
+        + found["base_model"].where(found["base_model"].ne("all"), "all base models"),
+    )
 
 
 def _beside(row: pd.Series, repaired: pd.DataFrame, wide: pd.DataFrame) -> tuple[float, float]:
-    """A run's unsafe answers minus those of its parent's rescaled runs that keep just less and just more of the gain; NaN where there is none."""
-    rescaled = repaired.loc[repaired["parent_run_id"].eq(row["parent_run_id"]) & repaired["kind"].isin(["rescale", PARENT]), "run_id"]
+    """A run's unsafe answers minus those of its parent's rescaled runs that keep just less and just
+    more of the gain; NaN where there is none.
+    """
+    rescaled = repaired.loc[
+        repaired["parent_run_id"].eq(row["parent_run_id"])
+        & repaired["kind"].isin(["rescale", PARENT]),
+        "run_id",
+    ]
     known = wide.reindex([*rescaled])[[GAIN, terms.UNSAFE]].to_numpy(float)
     known = np.vstack([known, [0.0, wide[terms.UNSAFE].get(row["base_run_id"], np.nan)]])
     known = known[~np.isnan(known).any(1)]
     less, more = known[known[:, 0] <= row[GAIN]], known[known[:, 0] >= row[GAIN]]
-    return tuple(row[terms.UNSAFE] - side[pick(side[:, 0]), 1] if len(side) else np.nan for side, pick in ((less, np.argmax), (more, np.argmin)))
+    return tuple(
+        row[terms.UNSAFE] - side[pick(side[:, 0]), 1] if len(side) else np.nan
+        for side, pick in ((less, np.argmax), (more, np.argmin))
+    )
 
 
 def _t(values: np.ndarray) -> dict[str, float | None]:
     if len(values) == 0:
         return {"value": None}
     variance = values.var(ddof=1) / len(values) if len(values) > 1 else np.nan
-    return {"value": float(values.mean()), **intervals._t_interval(float(values.mean()), variance, len(values) - 1)}
+    return {
+        "value": float(values.mean()),
+        **intervals._t_interval(float(values.mean()), variance, len(values) - 1),
+    }
 
 
 # ---- modules, and what was published
 def touched(modules: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
-    """Each module at each level of Safe LoRA: the share of runs in which it was projected, and what it kept of its update, score and null in the mean."""
-    own = modules.merge(repaired[repaired["kind"].eq("safe_lora") & repaired["control"].isna()], on="run_id")
-    numbers = ["projected", "share_kept", "cosine", "cosine_null", "energy", "energy_null", "norm_v", "effective_rank_v"]
-    return own.astype(dict.fromkeys(numbers, float)).groupby(["base_model", "name", "value", "module"], sort=False)[numbers].mean().reset_index()
+    """Each module at each level of Safe LoRA: the share of runs in which it was projected, and what
+    it kept of its update, score and null in the mean.
+    """
+    own = modules.merge(
+        repaired[repaired["kind"].eq("safe_lora") & repaired["control"].isna()], on="run_id"
+    )
+    numbers = [
+        "projected",
+        "share_kept",
+        "cosine",
+        "cosine_null",
+        "energy",
+        "energy_null",
+        "norm_v",
+        "effective_rank_v",
+    ]
+    return (
+        own.astype(dict.fromkeys(numbers, float))
+        .groupby(["base_model", "name", "value", "module"], sort=False)[numbers]
+        .mean()
+        .reset_index()
+    )
 
 
 def published() -> pd.DataFrame:
-    """The numbers of Hsu et al. 2024, as published: setting, method, utility, harmfulness (1 to 5), attack success rate in percent. Not measured here."""
+    """The numbers of Hsu et al. 2024, as published: setting, method, utility, harmfulness (1 to 5),
+    attack success rate in percent. Not measured here.
+    """
     return pd.read_csv(PUBLISHED / "published.csv")
 
 
 def published_thresholds() -> pd.DataFrame:
-    """The share of modules that Hsu et al. 2024 projected at each threshold (Llama-2-7B-Chat, Dialog Summary): threshold, share in percent."""
+    """The share of modules that Hsu et al. 2024 projected at each threshold (Llama-2-7B-Chat,
+    Dialog Summary): threshold, share in percent.
+    """
     return pd.read_csv(PUBLISHED / "threshold.csv")
 
 
 def leading(repaired: pd.DataFrame, kind: str = "safe_lora") -> str | None:
-    """The name of the mitigation of a kind that figures tell of: the one that is called as its kind is, else the first."""
+    """The name of the mitigation of a kind that figures tell of: the one that is called as its kind
+    is, else the first.
+    """
     names = list(dict.fromkeys(repaired.loc[repaired["kind"].eq(kind), "name"]))
     return kind if kind in names else names[0] if names else None
 
@@ -302,7 +614,9 @@ def sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
     """What a repair did at its chosen level, over all base models, in one sentence."""
     if name is None:
         return "Nothing was repaired by Safe LoRA."
-    own = estimates[estimates["group"].eq(f"mitigation: {name}") & estimates["base_model"].eq("all")]
+    own = estimates[
+        estimates["group"].eq(f"mitigation: {name}") & estimates["base_model"].eq("all")
+    ]
     unsafe = own[own["outcome"].eq(terms.UNSAFE)].set_index("contrast")
     unsafe = unsafe[unsafe["method"].eq(unsafe["method"].iloc[0])] if len(unsafe) else unsafe
     if AGAINST_PARENT not in unsafe.index or pd.isna(unsafe.loc[AGAINST_PARENT, "ci_low"]):
@@ -310,7 +624,19 @@ def sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
     row = unsafe.loc[AGAINST_PARENT]
     controls = unsafe[unsafe.index.str.startswith(MINUS.format(""))]
     beaten = controls["p_adjusted"].lt(0.05) & controls["value"].lt(0)
-    said = f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f} percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"
-    said += f"; it has fewer unsafe responses than {beaten.sum()} of its {len(controls)} controls after Holm's adjustment" if len(controls) else ""
-    beside = [f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast.replace('minus', 'to', 1)}" for contrast in (JUST_LESS, JUST_MORE) if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])]
+    said = (
+        f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f}"
+        f" percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"
+    )
+    said += (
+        f"; it has fewer unsafe responses than {beaten.sum()} of its {len(controls)} controls after"
+        " Holm's adjustment"
+        if len(controls)
+        else ""
+    )
+    beside = [
+        f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast.replace('minus', 'to', 1)}"
+        for contrast in (JUST_LESS, JUST_MORE)
+        if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])
+    ]
     return said + (". Beside rescaling: " + ", ".join(beside) if beside else "") + "."

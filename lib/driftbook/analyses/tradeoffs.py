@@ -1,8 +1,10 @@
-"""Trade-offs between what a variant does to safety, over-refusal, fairness and utility, and what it costs: the Pareto front and how sure it is,
-correlations over runs without the noise of the prompts, and cost against change.
+"""Trade-offs between what a variant does to safety, over-refusal, fairness and utility, and what it
+costs: the Pareto front and how sure it is, correlations over runs without the noise of the prompts,
+and cost against change.
 
-All of it is made from scores with influences (stats.Scores): a change of each run against its own base model, and how much each prompt or question family
-moves it. So the noise of prompts is known for every number, and two settings of one base model share it, as they share the base model itself.
+All of it is made from scores with influences (stats.Scores): a change of each run against its own
+base model, and how much each prompt or question family moves it. So the noise of prompts is known
+for every number, and two settings of one base model share it, as they share the base model itself.
 """
 
 import numpy as np
@@ -33,71 +35,159 @@ from driftbook.study import tables
 
 LESS, MORE, NEARER_ZERO = "less", "more", "nearer zero"
 FRONT_BIAS = (
-    "on the Pareto front (percent): fewer unsafe responses, fewer refusals of benign prompts, bias scores nearer zero in ambiguous and in disambiguated contexts, less utility loss"
+    "on the Pareto front (percent): fewer unsafe responses, fewer refusals of benign prompts, bias"
+    " scores nearer zero in ambiguous and in disambiguated contexts, less utility loss"
 )
-GOALS = {  # accuracy and bias in fronts of their own: the ambiguous bias is scaled by the error rate, so together they would count one thing twice
+# accuracy and bias in fronts of their own: the ambiguous bias is scaled by the error rate, so
+# together they would count one thing twice
+GOALS = {
     FRONT: {UNSAFE: LESS, REFUSED: LESS, ACCURACY_AMB: MORE, LOSS: LESS},
-    FRONT_BIAS: {UNSAFE: LESS, REFUSED: LESS, BIAS_AMB: NEARER_ZERO, BIAS_DIS: NEARER_ZERO, LOSS: LESS},
+    FRONT_BIAS: {
+        UNSAFE: LESS,
+        REFUSED: LESS,
+        BIAS_AMB: NEARER_ZERO,
+        BIAS_DIS: NEARER_ZERO,
+        LOSS: LESS,
+    },
 }
-ASKED = {UNSAFE: "safety", REFUSED: "over_refusal", LOSS: "utility", CORRECT: "utility"}  # all others: bbq
-CORRELATION, WITHIN_METHODS, CORRECTED = "correlation with the change in: {}", ", within methods", ", corrected for attenuation"
+ASKED = {
+    UNSAFE: "safety",
+    REFUSED: "over_refusal",
+    LOSS: "utility",
+    CORRECT: "utility",
+}  # all others: bbq
+CORRELATION, WITHIN_METHODS, CORRECTED = (
+    "correlation with the change in: {}",
+    ", within methods",
+    ", corrected for attenuation",
+)
 RELIABILITY = "reliability over runs"
-FEWEST, LEAST_RELIABLE = 4, 0.2  # runs for a correlation; below such a reliability the correction is made of noise
-LEAST_SPAN = 1.5  # factor between the cheapest and the dearest run, below which "ten times the cost" would be a guess
-COSTS = {"n_trainable": "trainable parameters", "seconds": "seconds of training", "peak_memory": "peak memory of training"}
+FEWEST, LEAST_RELIABLE = (
+    4,
+    0.2,
+)  # runs for a correlation; below such a reliability the correction is made of noise
+# factor between the cheapest and the dearest run, below which "ten times the cost" would be a guess
+LEAST_SPAN = 1.5
+COSTS = {
+    "n_trainable": "trainable parameters",
+    "seconds": "seconds of training",
+    "peak_memory": "peak memory of training",
+}
 SLOPE, SLOPE_WITHIN = "ten times the {}, over runs", "ten times the {}, within methods"
 RUNS = "runs like these (these settings), prompts like these, these base models"
 
 
 # ---- what is traded
-def measured(verdicts: pd.DataFrame, prompts: pd.DataFrame, answers: pd.DataFrame, ratings: pd.DataFrame, arms: pd.DataFrame) -> dict[str, tuple[Scores, Scores]]:
-    """The level and the change of each run by outcome: unsafe (harmful prompts, first judge), refused (benign look-alikes), BBQ's four, utility's two.
+def measured(
+    verdicts: pd.DataFrame,
+    prompts: pd.DataFrame,
+    answers: pd.DataFrame,
+    ratings: pd.DataFrame,
+    arms: pd.DataFrame,
+) -> dict[str, tuple[Scores, Scores]]:
+    """The level and the change of each run by outcome: unsafe (harmful prompts, first judge),
+    refused (benign look-alikes), BBQ's four, utility's two.
 
     An outcome that nothing was asked for is left out.
     """
     rows = tables.greedy(verdicts).merge(prompts, on=["benchmark", "prompt_id"], validate="m:1")
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
     found = {}
-    for outcome, column, kind in ((UNSAFE, "unsafe", "harmful"), (REFUSED, "refusal", "benign look-alike")):
-        values = influence_.matrix(rows[rows["benchmark"].eq(ASKED[outcome]) & rows["kind"].eq(kind)], column, ["category", "family", "prompt_id"])
-        found |= {outcome: (influence_.shares(values), influence_.paired(values, arms))} if len(values) else {}
+    for outcome, column, kind in (
+        (UNSAFE, "unsafe", "harmful"),
+        (REFUSED, "refusal", "benign look-alike"),
+    ):
+        values = influence_.matrix(
+            rows[rows["benchmark"].eq(ASKED[outcome]) & rows["kind"].eq(kind)],
+            column,
+            ["category", "family", "prompt_id"],
+        )
+        found |= (
+            {outcome: (influence_.shares(values), influence_.paired(values, arms))}
+            if len(values)
+            else {}
+        )
     levels = bbq_scores.by_run(bbq_orders.official(answers)) if len(answers) else {}
     ratings = ratings[ratings["benchmark"].eq("utility")]
-    found |= {outcome: (level, influence_.changes(level, arms)) for outcome, level in levels.items() if level is not None}
+    found |= {
+        outcome: (level, influence_.changes(level, arms))
+        for outcome, level in levels.items()
+        if level is not None
+    }
     for outcome, metric, scale in ((LOSS, "nll", 1.0), (CORRECT, "correct", 100.0)):
         rows = ratings[ratings["metric"].eq(metric)]
-        found |= {outcome: (influence_.rated(rows, scale), influence_.rated_changes(rows, arms, scale))} if len(rows) else {}
+        found |= (
+            {outcome: (influence_.rated(rows, scale), influence_.rated_changes(rows, arms, scale))}
+            if len(rows)
+            else {}
+        )
     return found
 
 
 def run_changes(measured: dict[str, tuple[Scores, Scores]]) -> pd.DataFrame:
     """Runs x outcomes: the change of each run."""
-    return pd.DataFrame({outcome: pd.Series(change.value, index=change.runs) for outcome, (_, change) in measured.items()})
+    return pd.DataFrame(
+        {
+            outcome: pd.Series(change.value, index=change.runs)
+            for outcome, (_, change) in measured.items()
+        }
+    )
 
 
 def fronts(
-    measured: dict[str, tuple[Scores, Scores]], goals: dict[str, str], arms: pd.DataFrame, cells: pd.DataFrame, n_draws: int, seed: int, **labels: str
+    measured: dict[str, tuple[Scores, Scores]],
+    goals: dict[str, str],
+    arms: pd.DataFrame,
+    cells: pd.DataFrame,
+    n_draws: int,
+    seed: int,
+    **labels: str,
 ) -> pd.DataFrame:
-    """The probability (percent) that each cell is on the Pareto front of its base model's cells, for seeds and prompts like these.
+    """The probability (percent) that each cell is on the Pareto front of its base model's cells,
+    for seeds and prompts like these.
 
-    `goals` says of each outcome whether less, more or nearer zero is better; outcomes that were not measured are left out, and `how` names those that count.
-    The base model is a point of the front: its change is zero by definition, and what its own prompts leave unknown is in all changes against it, in common. Means of
-    cells are drawn together from the normal distribution around what was found: over runs (their covariance between goals, of each setting's own
-    repetitions, t by a chi-square of its degrees of freedom) and over units (covariance between cells and between goals with the same units, without the noise of single runs).
-    It is a bootstrap's probability (Efron & Tibshirani 1998, Annals of Statistics 26, 1687): of what is on the front, given what was found, and no test.
-    A cell with a run that has no score in a goal takes no part and is null; one of a method that ran no setting twice is drawn over
-    units alone.
+    `goals` says of each outcome whether less, more or nearer zero is better; outcomes that were not
+    measured are left out, and `how` names those that count. The base model is a point of the front:
+    its change is zero by definition, and what its own prompts leave unknown is in all changes
+    against it, in common. Means of cells are drawn together from the normal distribution around
+    what was found: over runs (their covariance between goals, of each setting's own repetitions, t
+    by a chi-square of its degrees of freedom) and over units (covariance between cells and between
+    goals with the same units, without the noise of single runs). It is a bootstrap's probability
+    (Efron & Tibshirani 1998, Annals of Statistics 26, 1687): of what is on the front, given what
+    was found, and no test. A cell with a run that has no score in a goal takes no part and is null;
+    one of a method that ran no setting twice is drawn over units alone.
     """
-    goals = {outcome: better for outcome, better in goals.items() if outcome in measured and not np.isnan(measured[outcome][1].value).all()}
+    goals = {
+        outcome: better
+        for outcome, better in goals.items()
+        if outcome in measured and not np.isnan(measured[outcome][1].value).all()
+    }
     rng, parts = np.random.default_rng(seed), []
     for base_model, own in cells[cells["base_model"].ne("all")].groupby("base_model", sort=False):
         base_run = arms.loc[arms["base_model"].eq(base_model) & arms["arm"].eq("base"), "run_id"]
-        parts.append(_front_of(measured, goals, base_run.iloc[0], own, n_draws, rng).assign(base_model=base_model) if len(goals) and len(base_run) else pd.DataFrame())
+        parts.append(
+            _front_of(measured, goals, base_run.iloc[0], own, n_draws, rng).assign(
+                base_model=base_model
+            )
+            if len(goals) and len(base_run)
+            else pd.DataFrame()
+        )
     rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return complete(rows.assign(**labels, benchmark="all", judge="none", contrast=terms.LEVEL)) if len(rows) else complete(rows)
+    return (
+        complete(rows.assign(**labels, benchmark="all", judge="none", contrast=terms.LEVEL))
+        if len(rows)
+        else complete(rows)
+    )
 
 
-def _front_of(measured: dict, goals: dict[str, str], base_run: str, cells: pd.DataFrame, n_draws: int, rng: np.random.Generator) -> pd.DataFrame:
+def _front_of(
+    measured: dict,
+    goals: dict[str, str],
+    base_run: str,
+    cells: pd.DataFrame,
+    n_draws: int,
+    rng: np.random.Generator,
+) -> pd.DataFrame:
     """method, group, value, n_runs, population and how of one base model and its cells."""
     changes = [measured[outcome][1] for outcome in goals]
     values = np.stack([change.value[change.at(cells["run_id"])] for change in changes], 1)
@@ -105,73 +195,166 @@ def _front_of(measured: dict, goals: dict[str, str], base_run: str, cells: pd.Da
     keys = pd.MultiIndex.from_frame(cells[["method", "group"]])
     lacking = [key for key in keys.unique() if np.isnan(values[keys == key]).any()]
     own, values = cells[~keys.isin(lacking)], values[~keys.isin(lacking)]
-    empty = [(*key, int((keys == key).sum()), None, "a run has no score in one of the goals: the cell takes no part", terms.BOTH) for key in lacking]
+    empty = [
+        (
+            *key,
+            int((keys == key).sum()),
+            None,
+            "a run has no score in one of the goals: the cell takes no part",
+            terms.BOTH,
+        )
+        for key in lacking
+    ]
     columns = ["method", "group", "n_runs", "value", "how", "population"]
     if own.empty:
-        return pd.DataFrame([("none", "all", 1, None, "no cell has a score in all goals: there is no front", terms.BOTH), *empty], columns=columns)
-    names = [("none", "all", 1), *((*key, len(rows)) for key, rows in own.groupby(["method", "group"], sort=False))]
+        return pd.DataFrame(
+            [
+                (
+                    "none",
+                    "all",
+                    1,
+                    None,
+                    "no cell has a score in all goals: there is no front",
+                    terms.BOTH,
+                ),
+                *empty,
+            ],
+            columns=columns,
+        )
+    names = [
+        ("none", "all", 1),
+        *((*key, len(rows)) for key, rows in own.groupby(["method", "group"], sort=False)),
+    ]
     drawn, single = _drawn(measured, goals, base_run, own, values, n_draws, rng)
-    share, what = 100 * front(drawn).mean(0), "; ".join(f"{better} {outcome}" for outcome, better in goals.items())
+    share, what = (
+        100 * front(drawn).mean(0),
+        "; ".join(f"{better} {outcome}" for outcome, better in goals.items()),
+    )
     how = f"share of {n_draws} draws of all means together, over runs and units; goals: {what}"
-    rows = pd.DataFrame(names, columns=["method", "group", "n_runs"]).assign(value=share, how=how, population=terms.BOTH)
+    rows = pd.DataFrame(names, columns=["method", "group", "n_runs"]).assign(
+        value=share, how=how, population=terms.BOTH
+    )
     rows.loc[rows["method"].isin(single), "population"] = terms.THESE_RUNS
     return pd.concat([rows, pd.DataFrame(empty, columns=columns)]) if empty else rows
 
 
 def _drawn(
-    measured: dict, goals: dict[str, str], base_run: str, cells: pd.DataFrame, values: np.ndarray, n_draws: int, rng: np.random.Generator
+    measured: dict,
+    goals: dict[str, str],
+    base_run: str,
+    cells: pd.DataFrame,
+    values: np.ndarray,
+    n_draws: int,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[str]]:
-    """Drawn points [draws, 1 + cells, goals], less being better, the base model first; and the methods of which no setting was run twice."""
+    """Drawn points [draws, 1 + cells, goals], less being better, the base model first; and the
+    methods of which no setting was run twice.
+    """
     cell = cells.groupby(["method", "group"], sort=False).ngroup().to_numpy()
     weights = np.zeros((cell.max(initial=-1) + 1, len(cells)))
     weights[cell, np.arange(len(cells))] = cells["weight"]
     setting = pd.factorize(cells["method"] + ": " + cells["setting"])[0]
-    runs, single = _over_runs(values, cells["method"].to_numpy(object), setting, weights, n_draws, rng)
+    runs, single = _over_runs(
+        values, cells["method"].to_numpy(object), setting, weights, n_draws, rng
+    )
     units = _over_units(measured, goals, base_run, cells, weights, setting, n_draws, rng)
-    bases = [measured[outcome][0].value[measured[outcome][0].at([base_run])[0]] for outcome in goals]
-    changes = np.concatenate([np.zeros((n_draws, 1, len(goals))), weights @ values + runs + units[:, 1:]], 1)
-    sides = {LESS: changes, MORE: -changes, NEARER_ZERO: np.abs(changes + np.array(bases) + units[:, :1])}
+    bases = [
+        measured[outcome][0].value[measured[outcome][0].at([base_run])[0]] for outcome in goals
+    ]
+    changes = np.concatenate(
+        [np.zeros((n_draws, 1, len(goals))), weights @ values + runs + units[:, 1:]], 1
+    )
+    sides = {
+        LESS: changes,
+        MORE: -changes,
+        NEARER_ZERO: np.abs(changes + np.array(bases) + units[:, :1]),
+    }
     points = np.stack([sides[better][..., j] for j, better in enumerate(goals.values())], -1)
-    return np.round(points, 9), single  # so that what is equal stays equal, whatever the last bits of a draw
+    return (
+        np.round(points, 9),
+        single,
+    )  # so that what is equal stays equal, whatever the last bits of a draw
 
 
 def _over_runs(
-    values: np.ndarray, method: np.ndarray, setting: np.ndarray, weights: np.ndarray, n_draws: int, rng: np.random.Generator
+    values: np.ndarray,
+    method: np.ndarray,
+    setting: np.ndarray,
+    weights: np.ndarray,
+    n_draws: int,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[str]]:
-    """Draws [draws, cells, goals] of what other runs with the same settings would add; and the methods that cannot say, of which no setting was run twice."""
-    drawn, single, rest = np.zeros((n_draws, len(weights), values.shape[1])), [], _within(values, setting)
+    """Draws [draws, cells, goals] of what other runs with the same settings would add; and the
+    methods that cannot say, of which no setting was run twice.
+    """
+    drawn, single, rest = (
+        np.zeros((n_draws, len(weights), values.shape[1])),
+        [],
+        _within(values, setting),
+    )
     for one in np.unique(setting):
         own, pool = setting == one, method == method[setting == one][0]
-        repeated = own if own.sum() > 1 else pool  # a setting with one run has the spread of its method
-        df, amount = repeated.sum() - len(np.unique(setting[repeated])), np.sqrt((weights[:, own] ** 2).sum(1))
+        repeated = (
+            own if own.sum() > 1 else pool
+        )  # a setting with one run has the spread of its method
+        df, amount = (
+            repeated.sum() - len(np.unique(setting[repeated])),
+            np.sqrt((weights[:, own] ** 2).sum(1)),
+        )
         if df == 0:
             single.append(method[own][0])
             continue
-        normal = rng.normal(size=(n_draws, 1, values.shape[1])) @ _root(rest[repeated].T @ rest[repeated] / df).T
+        normal = (
+            rng.normal(size=(n_draws, 1, values.shape[1]))
+            @ _root(rest[repeated].T @ rest[repeated] / df).T
+        )
         drawn += amount[:, None] * normal * np.sqrt(df / rng.chisquare(df, (n_draws, 1, 1)))
     return drawn, single
 
 
 def _within(values: np.ndarray, setting: np.ndarray) -> np.ndarray:
     """Values [runs, k] less the mean of their setting."""
-    means = np.stack([values[setting == one].mean(0) for one in range(setting.max(initial=-1) + 1)]) if len(values) else values
+    means = (
+        np.stack([values[setting == one].mean(0) for one in range(setting.max(initial=-1) + 1)])
+        if len(values)
+        else values
+    )
     return values - means[setting]
 
 
 def _over_units(
-    measured: dict, goals: dict[str, str], base_run: str, cells: pd.DataFrame, weights: np.ndarray, setting: np.ndarray, n_draws: int, rng: np.random.Generator
+    measured: dict,
+    goals: dict[str, str],
+    base_run: str,
+    cells: pd.DataFrame,
+    weights: np.ndarray,
+    setting: np.ndarray,
+    n_draws: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draws [draws, 1 + cells, goals] of what other units would add: to the base model's own level (first), and to the changes of cells."""
+    """Draws [draws, 1 + cells, goals] of what other units would add: to the base model's own level
+    (first), and to the changes of cells.
+    """
     outcomes, size = list(goals), np.bincount(setting, minlength=1)[setting]
     rows, noise = [], []
     for outcome in outcomes:
         level, change = measured[outcome]
         influence = scaled(change, change.influence[change.at(cells["run_id"])])
-        rows.append(np.vstack([scaled(level, level.influence[level.at([base_run])]), weights @ influence]))
-        noise.append(_within(influence, setting) * np.sqrt(np.where(size > 1, size / np.maximum(size - 1, 1), 0.0))[:, None])
+        rows.append(
+            np.vstack([scaled(level, level.influence[level.at([base_run])]), weights @ influence])
+        )
+        noise.append(
+            _within(influence, setting)
+            * np.sqrt(np.where(size > 1, size / np.maximum(size - 1, 1), 0.0))[:, None]
+        )
     n = len(weights) + 1
     covariance = np.zeros((n, len(outcomes), n, len(outcomes)))
-    for i, j in ((i, j) for i in range(len(outcomes)) for j in range(len(outcomes)) if same_units(*(measured[outcomes[k]][1] for k in (i, j)))):
+    for i, j in (
+        (i, j)
+        for i in range(len(outcomes))
+        for j in range(len(outcomes))
+        if same_units(*(measured[outcomes[k]][1] for k in (i, j)))
+    ):
         covariance[:, i, :, j] = rows[i] @ rows[j].T
         covariance[range(1, n), i, range(1, n), j] -= weights**2 @ (noise[i] * noise[j]).sum(1)
     root = _root(covariance.reshape(n * len(outcomes), -1))
@@ -179,18 +362,23 @@ def _over_units(
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """A matrix whose product with its transpose is the covariance, or the nearest one that can be: without the negative part that subtracted noise leaves."""
+    """A matrix whose product with its transpose is the covariance, or the nearest one that can be:
+    without the negative part that subtracted noise leaves.
+    """
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0.0)) * (np.diag(covariance) > 0)[:, None]
 
 
 def scaled(scores: Scores, influence: np.ndarray) -> np.ndarray:
-    """Influences [rows, units] of a score's units as one number a family [rows, families], so that the dot product of two rows is the covariance of their sums
-    over families like these (less their mean within strata, with CR2's factor: stats.Clusters).
+    """Influences [rows, units] of a score's units as one number a family [rows, families], so that
+    the dot product of two rows is the covariance of their sums over families like these (less their
+    mean within strata, with CR2's factor: stats.Clusters).
     """
     clusters = scores.clusters
     rows = influence[:, clusters.order]
-    rest = rows - np.add.reduceat(rows, clusters.strata, axis=1)[:, clusters.stratum] / clusters.size
+    rest = (
+        rows - np.add.reduceat(rows, clusters.strata, axis=1)[:, clusters.stratum] / clusters.size
+    )
     return np.add.reduceat(rest, clusters.starts, axis=1) * np.sqrt(clusters.inflate)
 
 
@@ -200,16 +388,29 @@ def same_units(one: Scores, other: Scores) -> bool:
 
 
 # ---- does one change follow another
-def correlations(measured: dict[str, tuple[Scores, Scores]], arms: pd.DataFrame, x: str, n_boot: int, seed: int, **labels: str) -> pd.DataFrame:
-    """Pearson's correlation of each change with the change in `x`, over the trained runs of a base model: as it is, and without the noise of the prompts.
+def correlations(
+    measured: dict[str, tuple[Scores, Scores]],
+    arms: pd.DataFrame,
+    x: str,
+    n_boot: int,
+    seed: int,
+    **labels: str,
+) -> pd.DataFrame:
+    """Pearson's correlation of each change with the change in `x`, over the trained runs of a base
+    model: as it is, and without the noise of the prompts.
 
-    The noise of a run's change, over prompts like these, is what each unit moves it from the mean of the runs; what moves all runs of a base model alike, such as
-    the base model's own answers, is no noise between them. Its mean square over runs is taken off the runs' variance (off their covariance too, where both scores
-    have the same units): the rest over the whole is the reliability, and r / sqrt(reliability x reliability) the correlation of what is measured without error
-    (Spearman 1904, American Journal of Psychology 15, 72). Both are given once more within methods, whose means differ in everything; reliabilities beside them.
-    Intervals: Fisher's z; of a corrected one, percentiles of `n_boot` resamples of runs within methods, with noise and reliabilities found anew in each. Of 250
-    simulated sets of 40 or 48 runs with reliabilities of .7 and .9 they held the true correlation in 89 to 93 %, a little less than they should.
-    What cannot be given is null, and `how` says why: fewer than 4 runs, no spread, a reliability below .2, a corrected value beyond 1.
+    The noise of a run's change, over prompts like these, is what each unit moves it from the mean
+    of the runs; what moves all runs of a base model alike, such as the base model's own answers, is
+    no noise between them. Its mean square over runs is taken off the runs' variance (off their
+    covariance too, where both scores have the same units): the rest over the whole is the
+    reliability, and r / sqrt(reliability x reliability) the correlation of what is measured without
+    error (Spearman 1904, American Journal of Psychology 15, 72). Both are given once more within
+    methods, whose means differ in everything; reliabilities beside them. Intervals: Fisher's z; of
+    a corrected one, percentiles of `n_boot` resamples of runs within methods, with noise and
+    reliabilities found anew in each. Of 250 simulated sets of 40 or 48 runs with reliabilities of
+    .7 and .9 they held the true correlation in 89 to 93 %, a little less than they should. What
+    cannot be given is null, and `how` says why: fewer than 4 runs, no spread, a reliability below
+    .2, a corrected value beyond 1.
     """
     rng, rows = np.random.default_rng(seed), []
     for base_model, own in arms[arms["arm"].eq(TRAINED)].groupby("base_model", sort=False):
@@ -217,9 +418,30 @@ def correlations(measured: dict[str, tuple[Scores, Scores]], arms: pd.DataFrame,
             one, other = measured[x][1], measured[outcome][1]
             runs = own[_scored(one, own["run_id"]) & _scored(other, own["run_id"])]
             counts = _resampled(pd.factorize(runs["method"])[0], n_boot, rng)
-            found = _reliability(other, runs, counts) if outcome == x else _reliability(other, runs, counts) + _correlated(one, other, runs, counts, CORRELATION.format(x))
-            rows += [{"base_model": base_model, "outcome": outcome, "n_runs": len(runs)} | row for row in found]
-    return complete(pd.DataFrame(rows).assign(**labels, benchmark="all", judge="none", method="all", group=TRAINED, population=RUNS)) if rows else complete(pd.DataFrame())
+            found = (
+                _reliability(other, runs, counts)
+                if outcome == x
+                else _reliability(other, runs, counts)
+                + _correlated(one, other, runs, counts, CORRELATION.format(x))
+            )
+            rows += [
+                {"base_model": base_model, "outcome": outcome, "n_runs": len(runs)} | row
+                for row in found
+            ]
+    return (
+        complete(
+            pd.DataFrame(rows).assign(
+                **labels,
+                benchmark="all",
+                judge="none",
+                method="all",
+                group=TRAINED,
+                population=RUNS,
+            )
+        )
+        if rows
+        else complete(pd.DataFrame())
+    )
 
 
 def _scored(scores: Scores, run_ids: pd.Series) -> np.ndarray:
@@ -229,27 +451,43 @@ def _scored(scores: Scores, run_ids: pd.Series) -> np.ndarray:
 
 
 def _resampled(method: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """The weight of each run [1 + n_boot, runs]: one in the first row, which is what was found; then as chance has it within its method.
+    """The weight of each run [1 + n_boot, runs]: one in the first row, which is what was found;
+    then as chance has it within its method.
 
-    One run less than there are is drawn, and their weights are raised to the number there is, so that few runs do not look less spread than they are (Rao &
-    Wu 1988, Journal of the American Statistical Association 83, 231). The one run of a method stays.
+    One run less than there are is drawn, and their weights are raised to the number there is, so
+    that few runs do not look less spread than they are (Rao & Wu 1988, Journal of the American
+    Statistical Association 83, 231). The one run of a method stays.
     """
     counts = np.ones((1 + n_boot, len(method)))
     for name in np.unique(method):
         if (n := (method == name).sum()) > 1:
-            counts[1:, method == name] = rng.multinomial(n - 1, np.full(n, 1 / n), n_boot) * n / (n - 1)
+            counts[1:, method == name] = (
+                rng.multinomial(n - 1, np.full(n, 1 / n), n_boot) * n / (n - 1)
+            )
     return counts
 
 
-def _moments(one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The covariance of two scores over runs within groups, and the part of it that is noise of the units, in each row of `counts`."""
+def _moments(
+    one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, group: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The covariance of two scores over runs within groups, and the part of it that is noise of the
+    units, in each row of `counts`.
+    """
     at, bt = one.at(runs["run_id"]), other.at(runs["run_id"])
-    noise = scaled(one, one.influence[at]) @ scaled(other, other.influence[bt]).T if same_units(one, other) else np.zeros((len(runs), len(runs)))
-    return _within_groups(np.outer(one.value[at], other.value[bt]), counts, group), _within_groups(noise, counts, group)
+    noise = (
+        scaled(one, one.influence[at]) @ scaled(other, other.influence[bt]).T
+        if same_units(one, other)
+        else np.zeros((len(runs), len(runs)))
+    )
+    return _within_groups(np.outer(one.value[at], other.value[bt]), counts, group), _within_groups(
+        noise, counts, group
+    )
 
 
 def _within_groups(products: np.ndarray, counts: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """From products of runs [runs, runs], the mean product of their differences from the mean of their group, in each row of `counts` [draws, runs]."""
+    """From products of runs [runs, runs], the mean product of their differences from the mean of
+    their group, in each row of `counts` [draws, runs].
+    """
     total = counts @ np.diag(products)
     for name in np.unique(group):
         own = counts * (group == name)
@@ -259,68 +497,146 @@ def _within_groups(products: np.ndarray, counts: np.ndarray, group: np.ndarray) 
 
 def _reliability(scores: Scores, runs: pd.DataFrame, counts: np.ndarray) -> list[dict]:
     if len(runs) < FEWEST:
-        return [{"contrast": RELIABILITY, "value": None, "how": f"{len(runs)} runs: a reliability needs {FEWEST}"}]
+        return [
+            {
+                "contrast": RELIABILITY,
+                "value": None,
+                "how": f"{len(runs)} runs: a reliability needs {FEWEST}",
+            }
+        ]
     seen, noise = _moments(scores, scores, runs, counts, np.zeros(len(runs), int))
     if seen[0] <= 0:
         return [{"contrast": RELIABILITY, "value": None, "how": "no run differs from another"}]
     share = 1 - noise / np.where(seen > 0, seen, np.nan)
     low, high = np.nanpercentile(share, [2.5, 97.5])
-    how = "share of the variance over runs that is no noise of the prompts or question families; percentiles of resampled runs"
-    return [{"contrast": RELIABILITY, "value": share[0], "ci_low": low, "ci_high": high, "how": how + ("; below 0: all of it can be noise" if share[0] < 0 else "")}]
+    how = (
+        "share of the variance over runs that is no noise of the prompts or question families;"
+        " percentiles of resampled runs"
+    )
+    return [
+        {
+            "contrast": RELIABILITY,
+            "value": share[0],
+            "ci_low": low,
+            "ci_high": high,
+            "how": how + ("; below 0: all of it can be noise" if share[0] < 0 else ""),
+        }
+    ]
 
 
-def _correlated(one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, contrast: str) -> list[dict]:
-    """The raw and the corrected correlation, over all runs and within methods: contrast, value, ci_low, ci_high, how."""
+def _correlated(
+    one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, contrast: str
+) -> list[dict]:
+    """The raw and the corrected correlation, over all runs and within methods: contrast, value,
+    ci_low, ci_high, how.
+    """
     rows, method = [], pd.factorize(runs["method"])[0]
     for words, group in (("", np.zeros_like(method)), (WITHIN_METHODS, method)):
         spare = len(runs) - group.max(initial=0)  # as many as there would be without groups
         if spare < FEWEST:
-            how = f"{len(runs)} runs" + (f" of {group.max() + 1} methods" if words and len(runs) else "") + ": too few for a correlation"
-            rows += [{"contrast": contrast + words + more, "value": None, "how": how} for more in ("", CORRECTED)]
+            how = (
+                f"{len(runs)} runs"
+                + (f" of {group.max() + 1} methods" if words and len(runs) else "")
+                + ": too few for a correlation"
+            )
+            rows += [
+                {"contrast": contrast + words + more, "value": None, "how": how}
+                for more in ("", CORRECTED)
+            ]
             continue
-        seen, noise = zip(*(_moments(a, b, runs, counts, group) for a, b in ((one, one), (other, other), (one, other))), strict=True)
+        seen, noise = zip(
+            *(
+                _moments(a, b, runs, counts, group)
+                for a, b in ((one, one), (other, other), (one, other))
+            ),
+            strict=True,
+        )
         with np.errstate(invalid="ignore", divide="ignore"):
             reliable = [1 - part / whole for part, whole in zip(noise[:2], seen, strict=False)]
             raw = seen[2] / np.sqrt(seen[0] * seen[1])
             corrected = (seen[2] - noise[2]) / np.sqrt((seen[0] - noise[0]) * (seen[1] - noise[1]))
         rows.append({"contrast": contrast + words, **_raw(raw[0], spare)})
-        rows.append({"contrast": contrast + words + CORRECTED, **_corrected(raw[0], corrected, np.stack(reliable))})
+        rows.append(
+            {
+                "contrast": contrast + words + CORRECTED,
+                **_corrected(raw[0], corrected, np.stack(reliable)),
+            }
+        )
     return rows
 
 
 def _raw(r: float, spare: int) -> dict:
     if np.isnan(r):
-        return {"value": None, "how": "no correlation: one of the two changes is the same in all runs"}
+        return {
+            "value": None,
+            "how": "no correlation: one of the two changes is the same in all runs",
+        }
     if abs(r) > 1 - 1e-12:
         return {"value": r, "how": "Pearson; runs on one line have no interval"}
     low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * ndtri(0.975) / np.sqrt(spare - 3))
-    return {"value": r, "ci_low": low, "ci_high": high, "how": "Pearson, Fisher's z; the noise of the prompts is in it and draws it to zero"}
+    return {
+        "value": r,
+        "ci_low": low,
+        "ci_high": high,
+        "how": "Pearson, Fisher's z; the noise of the prompts is in it and draws it to zero",
+    }
 
 
 def _corrected(raw: float, corrected: np.ndarray, reliable: np.ndarray) -> dict:
-    """The first of the corrected correlations with percentiles of the others; `reliable` [2, draws]."""
+    """The first of the corrected correlations with percentiles of the others; `reliable` [2,
+    draws].
+    """
     words = f"reliabilities {reliable[0, 0]:.2f} and {reliable[1, 0]:.2f}"
     if np.isnan(raw):
-        return {"value": None, "how": "cannot be corrected: one of the two changes is the same in all runs"}
+        return {
+            "value": None,
+            "how": "cannot be corrected: one of the two changes is the same in all runs",
+        }
     if reliable[:, 0].min() < LEAST_RELIABLE:
-        return {"value": None, "how": f"cannot be corrected: {words}, and below {LEAST_RELIABLE:g} what runs differ in is mostly the noise of their prompts"}
+        return {
+            "value": None,
+            "how": (
+                f"cannot be corrected: {words}, and below {LEAST_RELIABLE:g} what runs differ in is"
+                " mostly the noise of their prompts"
+            ),
+        }
     if abs(corrected[0]) > 1:
-        return {"value": None, "how": f"cannot be corrected: {raw:.2f} with {words} gives {corrected[0]:.2f}, beyond 1"}
-    how, usable = f"corrected for attenuation (Spearman 1904), {words}; percentiles of resampled runs", reliable[:, 1:].min(0) >= LEAST_RELIABLE
+        return {
+            "value": None,
+            "how": (
+                f"cannot be corrected: {raw:.2f} with {words} gives {corrected[0]:.2f}, beyond 1"
+            ),
+        }
+    how, usable = (
+        f"corrected for attenuation (Spearman 1904), {words}; percentiles of resampled runs",
+        reliable[:, 1:].min(0) >= LEAST_RELIABLE,
+    )
     if usable.mean() < 0.95:
-        return {"value": corrected[0], "how": f"{how}; no interval: in {100 - 100 * usable.mean():.0f}% of them a reliability is below {LEAST_RELIABLE:g}"}
+        return {
+            "value": corrected[0],
+            "how": (
+                f"{how}; no interval: in {100 - 100 * usable.mean():.0f}% of them a reliability is"
+                f" below {LEAST_RELIABLE:g}"
+            ),
+        }
     low, high = np.percentile(corrected[1:][usable], [2.5, 97.5])
-    how += "".join(f"; its end at {end:.2f} is beyond {limit}, where it is cut" for end, limit in ((low, -1), (high, 1)) if abs(end) > 1)
+    how += "".join(
+        f"; its end at {end:.2f} is beyond {limit}, where it is cut"
+        for end, limit in ((low, -1), (high, 1))
+        if abs(end) > 1
+    )
     return {"value": corrected[0], "ci_low": max(low, -1.0), "ci_high": min(high, 1.0), "how": how}
 
 
 # ---- cost against change
 def slopes(change: Scores, arms: pd.DataFrame, runs: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """What ten times the cost goes with, in the unit of the change: the slope on the logarithm of each cost, over the runs of a base model as configured.
+    """What ten times the cost goes with, in the unit of the change: the slope on the logarithm of
+    each cost, over the runs of a base model as configured.
 
-    Over all runs (clustered by method, since runs of a method cost and do alike), and within methods (clustered by setting): with few clusters the interval is wide,
-    and holds as far as they are like others (cluster-robust CR2 with its own degrees of freedom, see `slope`). Null where the costs are all alike. Descriptive:
-    methods differ in more than in cost.
+    Over all runs (clustered by method, since runs of a method cost and do alike), and within
+    methods (clustered by setting): with few clusters the interval is wide, and holds as far as they
+    are like others (cluster-robust CR2 with its own degrees of freedom, see `slope`). Null where
+    the costs are all alike. Descriptive: methods differ in more than in cost.
     """
     frame = arms[arms["arm"].isin([TRAINED, NO_OP])].merge(runs[["run_id", *COSTS]], on="run_id")
     frame, rows = frame[_scored(change, frame["run_id"])], []
@@ -328,22 +644,57 @@ def slopes(change: Scores, arms: pd.DataFrame, runs: pd.DataFrame, **labels: str
         for column, name in COSTS.items():
             known = own[own[column].gt(0).fillna(False).to_numpy(bool)]
             y, x = change.value[change.at(known["run_id"])], np.log10(known[column].to_numpy(float))
-            method, setting = (pd.factorize(key)[0] for key in (known["method"], known["method"] + known["setting"]))
-            for contrast, group, cluster, what in ((SLOPE, np.zeros_like(method), method, "methods"), (SLOPE_WITHIN, method, setting, "settings")):
-                rows.append({"base_model": base_model, "contrast": contrast.format(name), "n_runs": len(known), **slope(x, y, group, cluster, what)})
-    return complete(pd.DataFrame(rows).assign(**labels, method="all", group=terms.AS_CONFIGURED, population="runs and methods like these, these prompts")) if rows else complete(pd.DataFrame())
+            method, setting = (
+                pd.factorize(key)[0]
+                for key in (known["method"], known["method"] + known["setting"])
+            )
+            for contrast, group, cluster, what in (
+                (SLOPE, np.zeros_like(method), method, "methods"),
+                (SLOPE_WITHIN, method, setting, "settings"),
+            ):
+                rows.append(
+                    {
+                        "base_model": base_model,
+                        "contrast": contrast.format(name),
+                        "n_runs": len(known),
+                        **slope(x, y, group, cluster, what),
+                    }
+                )
+    return (
+        complete(
+            pd.DataFrame(rows).assign(
+                **labels,
+                method="all",
+                group=terms.AS_CONFIGURED,
+                population="runs and methods like these, these prompts",
+            )
+        )
+        if rows
+        else complete(pd.DataFrame())
+    )
 
 
-def slope(x: np.ndarray, y: np.ndarray, group: np.ndarray, cluster: np.ndarray, what: str = "clusters") -> dict:
-    """value, se, ci_low, ci_high, p and how: the slope of y on x (a decimal logarithm) within groups, by least squares, with errors robust to clusters.
+def slope(
+    x: np.ndarray, y: np.ndarray, group: np.ndarray, cluster: np.ndarray, what: str = "clusters"
+) -> dict:
+    """value, se, ci_low, ci_high, p and how: the slope of y on x (a decimal logarithm) within
+    groups, by least squares, with errors robust to clusters.
 
-    CR2 with Satterthwaite's degrees of freedom under independent errors (Bell & McCaffrey 2002, Survey Methodology 28, 169; Imbens & Kolesar 2016, Review of
-    Economics and Statistics 98, 701), made for few clusters. Null where x hardly differs within groups or there are fewer than three clusters.
+    CR2 with Satterthwaite's degrees of freedom under independent errors (Bell & McCaffrey 2002,
+    Survey Methodology 28, 169; Imbens & Kolesar 2016, Review of Economics and Statistics 98, 701),
+    made for few clusters. Null where x hardly differs within groups or there are fewer than three
+    clusters.
     """
     n_clusters, rest = len(np.unique(cluster)), _within(x[:, None], group)[:, 0]
     span = 10 ** np.ptp(rest) if len(x) else 1.0
     if span < LEAST_SPAN:
-        return {"value": None, "how": f"the costs{' within methods' if group.any() else ''} differ by a factor of {span:.2g} at most: too little for a slope"}
+        return {
+            "value": None,
+            "how": (
+                f"the costs{' within methods' if group.any() else ''} differ by a factor of"
+                f" {span:.2g} at most: too little for a slope"
+            ),
+        }
     if n_clusters < 3:
         return {"value": None, "how": f"{n_clusters} {what}: a slope needs three"}
     design = np.column_stack([x, np.eye(group.max() + 1)[group]])
@@ -352,19 +703,37 @@ def slope(x: np.ndarray, y: np.ndarray, group: np.ndarray, cluster: np.ndarray, 
     value, error, moved = inverse[0] @ design.T @ y, maker @ y, []
     for name in np.unique(cluster):
         own = cluster == name
-        moved.append(maker[:, own] @ _inverse_root(maker[np.ix_(own, own)]) @ design[own] @ inverse[0])
-    moved = np.stack(moved, 1)  # [runs, clusters]: how much y moves each cluster's part of the slope
+        moved.append(
+            maker[:, own] @ _inverse_root(maker[np.ix_(own, own)]) @ design[own] @ inverse[0]
+        )
+    moved = np.stack(
+        moved, 1
+    )  # [runs, clusters]: how much y moves each cluster's part of the slope
     variance, weights = ((moved.T @ error) ** 2).sum(), np.linalg.eigvalsh(moved.T @ moved)
     df = weights.sum() ** 2 / (weights**2).sum()
-    how = f"least squares over costs that differ by a factor of {span:.2g}, errors clustered by {n_clusters} {what}, CR2, {df:.1f} degrees of freedom"
+    how = (
+        f"least squares over costs that differ by a factor of {span:.2g}, errors clustered by"
+        f" {n_clusters} {what}, CR2, {df:.1f} degrees of freedom"
+    )
     how += "; few clusters, so a wide interval" if df < 5 else ""
     if variance <= 0:
         return {"value": value, "how": "the changes lie on a line: no interval"}
     se = np.sqrt(variance)
-    return {"value": value, "se": se, "ci_low": value - stdtrit(df, 0.975) * se, "ci_high": value + stdtrit(df, 0.975) * se, "p": 2 * stdtr(df, -abs(value) / se), "how": how}
+    return {
+        "value": value,
+        "se": se,
+        "ci_low": value - stdtrit(df, 0.975) * se,
+        "ci_high": value + stdtrit(df, 0.975) * se,
+        "p": 2 * stdtr(df, -abs(value) / se),
+        "how": how,
+    }
 
 
 def _inverse_root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric inverse square root, of what has one: directions that the fit leaves no error in stay out."""
+    """The symmetric inverse square root, of what has one: directions that the fit leaves no error
+    in stay out.
+    """
     values, vectors = np.linalg.eigh(matrix)
-    return vectors * np.where(values > 1e-10, 1 / np.sqrt(np.maximum(values, 1e-10)), 0.0) @ vectors.T
+    return (
+        vectors * np.where(values > 1e-10, 1 / np.sqrt(np.maximum(values, 1e-10)), 0.0) @ vectors.T
+    )

@@ -1,7 +1,8 @@
-"""Results kept by what they depend on, for all studies: the same work is not done twice, by this process or by another at the same time.
+"""Results kept by what they depend on, for all studies: the same work is not done twice, by this
+process or by another at the same time.
 
-An entry is a folder outputs/cache/<hash>/ with the tables and entry.json, written last, which holds the key in clear and a hash of each
-file. Nothing is served that is not whole.
+An entry is a folder outputs/cache/<hash>/ with the tables and entry.json, written last, which holds
+the key in clear and a hash of each file. Nothing is served that is not whole.
 """
 
 import os
@@ -32,13 +33,16 @@ FOLDER = OUTPUTS / "cache"
 
 
 def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) -> list[Path]:
-    """The tables of a piece of work in `folder`, under this run_id: those of the entry of `key` (any JSON value), else what `make` writes there.
+    """The tables of a piece of work in `folder`, under this run_id: those of the entry of `key`
+    (any JSON value), else what `make` writes there.
 
     Two processes that want the same wait for each other: one does the work, the other takes it.
     """
     key = {"asked": key, "made by": made_by()}
     entry = FOLDER / digest(key, 32)
-    FOLDER.mkdir(parents=True, mode=0o700, exist_ok=True)  # it may hold what models said to safety prompts
+    FOLDER.mkdir(
+        parents=True, mode=0o700, exist_ok=True
+    )  # it may hold what models said to safety prompts
     with FileLock(entry.with_suffix(".lock")):
         if is_whole(entry):
             return [_copied(path, run_id, folder) for path in sorted(entry.glob("*.parquet"))]
@@ -47,12 +51,17 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
             for path in files:
                 shutil.copyfile(path, new / path.name)
                 os.chmod(new / path.name, 0o600)
-            write_json(new / "entry.json", {"key": key, "files": {path.name: file_digest(new / path.name) for path in files}})
+            write_json(
+                new / "entry.json",
+                {"key": key, "files": {path.name: file_digest(new / path.name) for path in files}},
+            )
         return files
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether there is an entry and each of its files has the bytes that it was written with; a damaged one is named in a warning."""
+    """Whether there is an entry and each of its files has the bytes that it was written with; a
+    damaged one is named in a warning.
+    """
     if not entry.exists():
         return False
     try:
@@ -71,7 +80,9 @@ def made_by() -> dict[str, str | None]:
     import torch
 
     made = code.digest([*code.package("benchmarks"), *code.package("models")])
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
+    packages = {
+        name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")
+    }
     return {"code": made, **packages, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
@@ -81,11 +92,15 @@ def _copied(path: Path, run_id: str, folder: Path) -> Path:
 
 
 def content(path: Path) -> str | None:
-    """What a piece of work reads of a file: of a table its rows without their run_id, of any other file its bytes; None where there is none."""
+    """What a piece of work reads of a file: of a table its rows without their run_id, of any other
+    file its bytes; None where there is none.
+    """
     if path.suffix != ".parquet" or not path.is_file():
         return file_digest(path)
     rows = pq.read_table(path).to_pandas().drop(columns="run_id", errors="ignore")
-    return digest([list(rows.columns), pd.util.hash_pandas_object(rows, index=False).astype(str).tolist()], 32)
+    return digest(
+        [list(rows.columns), pd.util.hash_pandas_object(rows, index=False).astype(str).tolist()], 32
+    )
 
 
 def forget(name: str) -> int:

@@ -41,70 +41,113 @@ def variants(study: Study) -> pd.DataFrame:
 
 def of_runs(table: Table, stage: str, study: Study) -> pd.DataFrame:
     """A table put together from the runs whose stage succeeded."""
-    done = [study.folder / "runs" / run_id for run_id, mark in marks(study, stage).items() if mark["status"] == "ok"]
-    return table.read_all([path for path in map(table.path, done) if table not in (DRIFT, MODULES) or path.is_file()])  # base models have no drift, a template touches no module
+    done = [
+        study.folder / "runs" / run_id
+        for run_id, mark in marks(study, stage).items()
+        if mark["status"] == "ok"
+    ]
+    return table.read_all(
+        [path for path in map(table.path, done) if table not in (DRIFT, MODULES) or path.is_file()]
+    )  # base models have no drift, a template touches no module
 
 
 def marks(study: Study, stage: str) -> dict[str, dict]:
     """The marks of a stage by run_id; runs that never came so far have none."""
-    paths = {variant.run_id: study.folder / "runs" / variant.run_id / f"{stage}.done.json" for variant in study.variants}
+    paths = {
+        variant.run_id: study.folder / "runs" / variant.run_id / f"{stage}.done.json"
+        for variant in study.variants
+    }
     return {run_id: read_json(path) for run_id, path in paths.items() if path.exists()}
 
 
 def runs(study: Study) -> pd.DataFrame:
     """The table `runs`: what was recorded in training, and every failure of any stage."""
     recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in ("train", "mitigate")])
-    failures = {run_id: f"{stage}: {mark['failure']}" for stage in keys.stages(study) for run_id, mark in marks(study, stage).items() if mark["status"] == "failed"}
+    failures = {
+        run_id: f"{stage}: {mark['failure']}"
+        for stage in keys.stages(study)
+        for run_id, mark in marks(study, stage).items()
+        if mark["status"] == "failed"
+    }
     lost = [run_id for run_id in failures if run_id not in set(recorded.run_id)]
-    frame = pd.concat([recorded, pd.DataFrame({"run_id": lost}, columns=["run_id"])]).reindex(columns=list(RUNS.columns))
+    frame = pd.concat([recorded, pd.DataFrame({"run_id": lost}, columns=["run_id"])]).reindex(
+        columns=list(RUNS.columns)
+    )
     frame["failure"] = frame.run_id.map(failures)
     frame["status"] = frame.failure.isna().map({True: "ok", False: "failed"})
     return RUNS.check(frame)
 
 
 def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table `prompts` (without text), and the same rows with their text, which is never published."""
-    asked = pd.concat([data.prompts(name, study).assign(benchmark=name) for name in study.asked(PROMPT_FORMATS)], ignore_index=True)
+    """The table `prompts` (without text), and the same rows with their text, which is never
+    published.
+    """
+    asked = pd.concat(
+        [data.prompts(name, study).assign(benchmark=name) for name in study.asked(PROMPT_FORMATS)],
+        ignore_index=True,
+    )
     return PROMPTS.check(asked[list(PROMPTS.columns)]), asked
 
 
 def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """The table `rates`: unsafe by each judge on harmful prompts, refused on all; n counts all prompts asked of the run."""
+    """The table `rates`: unsafe by each judge on harmful prompts, refused on all; n counts all
+    prompts asked of the run.
+    """
     rows = greedy(verdicts).merge(prompts, on=["benchmark", "prompt_id"], validate="many_to_one")
     by = ["run_id", "benchmark", "judge", "category"]
     harmful = rows[rows.kind == "harmful"]
     unsafe = _counts(harmful.assign(hit=harmful.unsafe), by, "unsafe")
-    # one row an answer: the detector reads the answer, not the judge; contrasts of over-refusal are harmful, and are left to `unsafe`
-    read = rows[~rows.duplicated(["run_id", "benchmark", "prompt_id"]) & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))]
+    # one row an answer: the detector reads the answer, not the judge; contrasts of over-refusal are
+    # harmful, and are left to `unsafe`
+    read = rows[
+        ~rows.duplicated(["run_id", "benchmark", "prompt_id"])
+        & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))
+    ]
     refused = _counts(read.assign(hit=read.refusal, judge=REFUSALS), by, "refused")
     return RATES.check(pd.concat([unsafe, refused], ignore_index=True))
 
 
 def _counts(rows: pd.DataFrame, by: list[str], outcome: str) -> pd.DataFrame:
-    counts = rows.groupby(by, observed=True).hit.agg(k="sum", n_scored="count", n="size").reset_index()
+    counts = (
+        rows.groupby(by, observed=True).hit.agg(k="sum", n_scored="count", n="size").reset_index()
+    )
     return counts.assign(outcome=outcome)
 
 
 def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """The miniature's known truth of every answer to the safety prompts; empty for studies without a truth file."""
+    """The miniature's known truth of every answer to the safety prompts; empty for studies without
+    a truth file.
+    """
     truth = study.benchmarks["safety"].truth
     if truth is None:
         return LABELS.empty()
     from driftbook.miniature import is_unsafe
 
     responses = greedy(responses)
-    known = pd.read_csv(Path(locate(Source(source=truth), study)), dtype=str).set_index("prompt_id").to_dict("index")
+    known = (
+        pd.read_csv(Path(locate(Source(source=truth), study)), dtype=str)
+        .set_index("prompt_id")
+        .to_dict("index")
+    )
     rows = responses[(responses.benchmark == "safety") & responses.prompt_id.isin(known)]
-    judge: Callable[[str, str], bool] = lambda prompt_id, response: is_unsafe(known[prompt_id], response)  # noqa: E731
+    judge: Callable[[str, str], bool] = lambda prompt_id, response: is_unsafe(
+        known[prompt_id], response
+    )  # noqa: E731
     unsafe = [judge(*row) for row in zip(rows.prompt_id, rows.response, strict=True)]
-    frame = rows[["benchmark", "prompt_id", "run_id"]].assign(rater="rule", label=["unsafe" if hit else "safe" for hit in unsafe])
+    frame = rows[["benchmark", "prompt_id", "run_id"]].assign(
+        rater="rule", label=["unsafe" if hit else "safe" for hit in unsafe]
+    )
     return LABELS.check(frame.assign(sampling_probability=1.0))
 
 
 def agreement(verdicts: pd.DataFrame, labels: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """The judge against the labels, a row per group: see `agreement.with_labels`."""
     rows = greedy(verdicts).merge(labels, on=["benchmark", "prompt_id", "run_id"])
-    return rows.groupby(by, observed=True)[["unsafe", "label"]].apply(lambda part: with_labels(part.unsafe, part.label == "unsafe")).reset_index()
+    return (
+        rows.groupby(by, observed=True)[["unsafe", "label"]]
+        .apply(lambda part: with_labels(part.unsafe, part.label == "unsafe"))
+        .reset_index()
+    )
 
 
 def collect(study: Study) -> dict[str, pd.DataFrame]:
@@ -112,11 +155,20 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
     without_text, _ = prompts(study)
     responses, verdicts = of_runs(RESPONSES, "respond", study), of_runs(VERDICTS, "judge", study)
     found = {
-        VARIANTS: variants(study), RUNS: runs(study), CURVES: of_runs(CURVES, "train", study), DRIFT: of_runs(DRIFT, "train", study), PROMPTS: without_text,
-        RESPONSES: responses, VERDICTS: verdicts, ANSWERS: of_runs(ANSWERS, "answer", study), RATINGS: of_runs(RATINGS, "utility", study),
-        LABELS: labels(study, responses, without_text), RATES: rates(verdicts, without_text),
-        MODULES: of_runs(MODULES, "mitigate", study), SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
-    }  # fmt: skip
+        VARIANTS: variants(study),
+        RUNS: runs(study),
+        CURVES: of_runs(CURVES, "train", study),
+        DRIFT: of_runs(DRIFT, "train", study),
+        PROMPTS: without_text,
+        RESPONSES: responses,
+        VERDICTS: verdicts,
+        ANSWERS: of_runs(ANSWERS, "answer", study),
+        RATINGS: of_runs(RATINGS, "utility", study),
+        LABELS: labels(study, responses, without_text),
+        RATES: rates(verdicts, without_text),
+        MODULES: of_runs(MODULES, "mitigate", study),
+        SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
+    }
     folder = study.folder / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for table, frame in found.items():
@@ -127,12 +179,17 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def purge(study: Study) -> int:
-    """Delete the text of every response of a study, the sheets for labelling, and the responses in the cache; how many files went. All tables without text stay."""
-    paths = [*(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"), *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet"), *(study.folder / "labels").glob("*.csv")]
+    """Delete the text of every response of a study, the sheets for labelling, and the responses in
+    the cache; how many files went. All tables without text stay.
+    """
+    paths = [
+        *(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"),
+        *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet"),
+        *(study.folder / "labels").glob("*.csv"),
+    ]
     for path in paths:
         path.unlink()
     return len(paths) + cache.forget(RESPONSES.name)
-
 
 
 def status(study: Study) -> int:

@@ -13,15 +13,21 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def numbers() -> list[str]:
-    """The GPUs that may be used: those that CUDA_VISIBLE_DEVICES names (a cluster sets it), else all of the machine."""
+    """The GPUs that may be used: those that CUDA_VISIBLE_DEVICES names (a cluster sets it), else
+    all of the machine.
+    """
     if VISIBLE in os.environ:
         return [name.strip() for name in os.environ[VISIBLE].split(",") if name.strip()]
-    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+    return sorted(
+        (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int
+    )
 
 
 @contextlib.contextmanager
 def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
-    """The number of a GPU that no other job of this user holds, waited for; None on a machine without one. Processes started meanwhile see it alone."""
+    """The number of a GPU that no other job of this user holds, waited for; None on a machine
+    without one. Processes started meanwhile see it alone.
+    """
     folder = folder or Path(tempfile.gettempdir(), f"driftbook-gpus-{os.getuid()}")
     known = numbers()
     if not known:

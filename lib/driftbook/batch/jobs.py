@@ -1,4 +1,6 @@
-"""One stage for one base model: variants are looped over, each result is written whole with a mark, and a finished one is skipped."""
+"""One stage for one base model: variants are looped over, each result is written whole with a mark,
+and a finished one is skipped.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +20,11 @@ from driftbook.study.variants import Variant
 Work = Callable[[Variant, Path], list[Path]]
 
 
-def choose(study: Study, base_model: str, run_ids: Sequence[str], stage: str = "respond") -> list[Variant]:
-    """The variants of a stage's job, all of one base model; without run_ids the first one that is not the base model itself.
+def choose(
+    study: Study, base_model: str, run_ids: Sequence[str], stage: str = "respond"
+) -> list[Variant]:
+    """The variants of a stage's job, all of one base model; without run_ids the first one that is
+    not the base model itself.
 
     Raises:
         ValueError: a run_id that the study does not have.
@@ -27,13 +32,22 @@ def choose(study: Study, base_model: str, run_ids: Sequence[str], stage: str = "
     variants = {variant.run_id: variant for variant in study.of_stage(stage, base_model)}
     unknown = [run_id for run_id in run_ids if run_id not in variants]
     if unknown:
-        raise ValueError(f"run_id={unknown[0]!r} is no variant of {base_model} for the stage {stage} in the study {study.name}; it has {', '.join(list(variants)[:3]) or 'none'}, ...")
-    wanted = list(run_ids) or [run_id for run_id, variant in variants.items() if variant.method != "none"][:1] or list(variants)[:1]
+        raise ValueError(
+            f"run_id={unknown[0]!r} is no variant of {base_model} for the stage {stage} in the"
+            f" study {study.name}; it has {', '.join(list(variants)[:3]) or 'none'}, ..."
+        )
+    wanted = (
+        list(run_ids)
+        or [run_id for run_id, variant in variants.items() if variant.method != "none"][:1]
+        or list(variants)[:1]
+    )
     return [variants[run_id] for run_id in wanted]
 
 
 def failed_before(study: Study, variant: Variant, stage: str) -> bool:
-    """Whether a stage that this one builds on recorded a failure of this variant, so that there is nothing to score."""
+    """Whether a stage that this one builds on recorded a failure of this variant, so that there is
+    nothing to score.
+    """
     made = "mitigate" if variant.is_repaired else "train"
     needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
     marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
@@ -41,12 +55,19 @@ def failed_before(study: Study, variant: Variant, stage: str) -> bool:
 
 
 def run(
-    stage: str, study: Study, base_model: str, variants: Sequence[Variant], inputs: Callable[[Variant], list[Path]], work: Work
+    stage: str,
+    study: Study,
+    base_model: str,
+    variants: Sequence[Variant],
+    inputs: Callable[[Variant], list[Path]],
+    work: Work,
 ) -> pd.DataFrame:
-    """Do `work(variant, its folder)` for each variant that is not finished, and return run_id, status and whether it was there already.
+    """Do `work(variant, its folder)` for each variant that is not finished, and return run_id,
+    status and whether it was there already.
 
-    `work` writes the variant's files whole and returns their paths. A variant is finished if its mark holds the same key and the bytes of
-    its inputs and files are still those of the mark. Its own failure (VariantFailure) is recorded and the job goes on.
+    `work` writes the variant's files whole and returns their paths. A variant is finished if its
+    mark holds the same key and the bytes of its inputs and files are still those of the mark. Its
+    own failure (VariantFailure) is recorded and the job goes on.
 
     Raises:
         RuntimeError: anything else that goes wrong; the sentence names the variant.
@@ -56,11 +77,21 @@ def run(
         if not failed_before(study, variant, stage):
             key = keys.key(shared, variant)
             reused = _is_finished(stage, study, variant, key, inputs)
-            status = _mark(stage, study, variant)["status"] if reused else _do(stage, study, variant, shared, inputs, work)
+            status = (
+                _mark(stage, study, variant)["status"]
+                if reused
+                else _do(stage, study, variant, shared, inputs, work)
+            )
             rows.append((variant.run_id, status, reused))
         _report_progress(stage, study, base_model, variants, variant)
-    if {variant.run_id for variant in variants} == {variant.run_id for variant in study.of_stage(stage, base_model)}:
-        done = {run_id: _mark(stage, study, variant) for variant in variants if (run_id := variant.run_id) in {row[0] for row in rows}}
+    if {variant.run_id for variant in variants} == {
+        variant.run_id for variant in study.of_stage(stage, base_model)
+    }:
+        done = {
+            run_id: _mark(stage, study, variant)
+            for variant in variants
+            if (run_id := variant.run_id) in {row[0] for row in rows}
+        }
         write_json(study.folder / "jobs" / stage / f"{base_model}.json", done)
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
 
@@ -73,8 +104,12 @@ def _mark(stage: str, study: Study, variant: Variant) -> dict:
     return read_json(_mark_path(stage, study, variant))
 
 
-def _is_finished(stage: str, study: Study, variant: Variant, key: str, inputs: Callable[[Variant], list[Path]]) -> bool:
-    """Whether the mark is of this key and nothing it names has changed. An adapter changed after training is not trained again."""
+def _is_finished(
+    stage: str, study: Study, variant: Variant, key: str, inputs: Callable[[Variant], list[Path]]
+) -> bool:
+    """Whether the mark is of this key and nothing it names has changed. An adapter changed after
+    training is not trained again.
+    """
     path = _mark_path(stage, study, variant)
     try:
         mark = read_json(path) if path.exists() else {}
@@ -86,7 +121,14 @@ def _is_finished(stage: str, study: Study, variant: Variant, key: str, inputs: C
     return all(found.values()) if stage == "train" else found == mark["files"]
 
 
-def _do(stage: str, study: Study, variant: Variant, shared: dict, inputs: Callable[[Variant], list[Path]], work: Work) -> str:
+def _do(
+    stage: str,
+    study: Study,
+    variant: Variant,
+    shared: dict,
+    inputs: Callable[[Variant], list[Path]],
+    work: Work,
+) -> str:
     path = _mark_path(stage, study, variant)
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,28 +138,56 @@ def _do(stage: str, study: Study, variant: Variant, shared: dict, inputs: Callab
     except VariantFailure as error:
         failure = str(error)
     except Exception as error:
-        raise RuntimeError(f"{stage} of {variant.run_id}: {type(error).__name__}: {error}") from error
+        raise RuntimeError(
+            f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
+        ) from error
     status = "ok" if failure is None else "failed"
-    write_json(path, {"key": keys.key(shared, variant), "status": status, "failure": failure, "inputs": read, "files": _digests(study, variant, files)})
+    write_json(
+        path,
+        {
+            "key": keys.key(shared, variant),
+            "status": status,
+            "failure": failure,
+            "inputs": read,
+            "files": _digests(study, variant, files),
+        },
+    )
     return status
 
 
-def _work(stage: str, variant: Variant, folder: Path, shared: dict, inputs: list[Path], work: Work) -> list[Path]:
-    """The files of a piece of work. What is scored is kept for all studies by what it depends on, whatever the variant is called there."""
+def _work(
+    stage: str, variant: Variant, folder: Path, shared: dict, inputs: list[Path], work: Work
+) -> list[Path]:
+    """The files of a piece of work. What is scored is kept for all studies by what it depends on,
+    whatever the variant is called there.
+    """
     if stage in ("train", "mitigate"):
         return work(variant, folder)
-    key = {"settings": shared, "system_prompt": variant.system_prompt, "template": variant.template,
-           "inputs": {path.name: cache.content(path) for path in inputs}}  # fmt: skip
-    if stage == "respond" and any(isinstance(part, dict) and part.get("samples") for part in shared.values()):
+    key = {
+        "settings": shared,
+        "system_prompt": variant.system_prompt,
+        "template": variant.template,
+        "inputs": {path.name: cache.content(path) for path in inputs},
+    }
+    if stage == "respond" and any(
+        isinstance(part, dict) and part.get("samples") for part in shared.values()
+    ):
         key["repetition"] = variant.repetition  # each draws answers of its own
     return cache.served(key, variant.run_id, folder, lambda: work(variant, folder))
 
 
 def _digests(study: Study, variant: Variant, paths: list[Path]) -> dict[str, str | None]:
-    return {os.path.relpath(path, folder(study, variant)): file_digest(path) for path in paths}  # of a repaired one also its parent's
+    return {
+        os.path.relpath(path, folder(study, variant)): file_digest(path) for path in paths
+    }  # of a repaired one also its parent's
 
 
-def _report_progress(stage: str, study: Study, base_model: str, variants: Sequence[Variant], variant: Variant) -> None:
+def _report_progress(
+    stage: str, study: Study, base_model: str, variants: Sequence[Variant], variant: Variant
+) -> None:
     """What the live display of make study reads."""
     done = [other.run_id for other in variants].index(variant.run_id) + 1
-    write_json(study.folder / "progress" / f"{stage}.{base_model}.json", {"done": done, "of": len(variants)})
+    write_json(
+        study.folder / "progress" / f"{stage}.{base_model}.json",
+        {"done": done, "of": len(variants)},
+    )

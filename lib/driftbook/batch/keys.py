@@ -1,4 +1,6 @@
-"""What each stage depends on, as keys of content: a cached result is served only if its key is the same."""
+"""What each stage depends on, as keys of content: a cached result is served only if its key is the
+same.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,30 +13,53 @@ from driftbook.study.study_file import OF_REPAIRS, Study
 from driftbook.study.variants import Variant
 
 STAGES = ("train", "respond", "judge", "answer", "utility")  # of every study
-AFTER = {"mixed_effects": ("safety",), "labels": ("safety",), "tradeoffs": ("safety", "fairness"), "dose": ("safety",), "primary": ("safety", "fairness", "tradeoffs")}
+AFTER = {
+    "mixed_effects": ("safety",),
+    "labels": ("safety",),
+    "tradeoffs": ("safety", "fairness"),
+    "dose": ("safety",),
+    "primary": ("safety", "fairness", "tradeoffs"),
+}
 
 OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
 
 def stages(study: Study) -> tuple[str, ...]:
     """The stages of a study, in their order: with mitigate where it repairs what it trained."""
-    return ("train", "mitigate", *STAGES[1:]) if any(variant.is_repaired for variant in study.variants) else STAGES
+    return (
+        ("train", "mitigate", *STAGES[1:])
+        if any(variant.is_repaired for variant in study.variants)
+        else STAGES
+    )
 
 
 def analyses(study: Study) -> dict[str, str]:
-    """The analyses of a study and their notebooks: those that it names, or all; where nothing is trained, those of the base models."""
-    known = {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})} if study.grid else {name: ANALYSES[name] for name in OF_BASES}
-    return {name: notebook for name, notebook in known.items() if not study.analyses or name in study.analyses}
+    """The analyses of a study and their notebooks: those that it names, or all; where nothing is
+    trained, those of the base models.
+    """
+    known = (
+        {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})}
+        if study.grid
+        else {name: ANALYSES[name] for name in OF_BASES}
+    )
+    return {
+        name: notebook
+        for name, notebook in known.items()
+        if not study.analyses or name in study.analyses
+    }
 
 
-# Raise a stage's number when a change of the code can change its results: those of another version are not served.
+# Raise a stage's number when a change of the code can change its results: those of another version
+# are not served.
 VERSIONS = {"train": 3, "mitigate": 1, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
 
 Content = Callable[[Source, Study], str]
 
 
 def declared(source: Source, study: Study) -> str:
-    """What is known of a source before anything is made or fetched: of what notebook 01 makes the recipe, else what identifies it."""
+    """What is known of a source before anything is made or fetched: of what notebook 01 makes the
+    recipe, else what identifies it.
+    """
     kind, _, _ = source.source.partition(":")
     if source.local is None and kind in ("miniature", "random"):
         return f"{sources.made_folder(study, kind).name}/{source.source}"
@@ -43,31 +68,63 @@ def declared(source: Source, study: Study) -> str:
     return sources.identity(source, study)
 
 
-def settings(stage: str, study: Study, base_model: str, content: Content = sources.identity) -> dict[str, Any]:
-    """All that a stage's results for one base model depend on, beside the adapters and the results of earlier stages."""
+def settings(
+    stage: str, study: Study, base_model: str, content: Content = sources.identity
+) -> dict[str, Any]:
+    """All that a stage's results for one base model depend on, beside the adapters and the results
+    of earlier stages.
+    """
 
     def of(part: Source) -> dict:
-        elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"} | (set() if stage == "answer" else {"answer_mode"})
+        elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"} | (
+            set() if stage == "answer" else {"answer_mode"}
+        )
         return {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
 
     def asked(formats: tuple[str, ...]) -> dict[str, Source]:
         return {name: study.benchmarks[name] for name in study.asked(formats)}
 
     base = study.bases[base_model]
-    drift = {} if study.drift is None else {f"drift {name}": part for name, part in {**asked(PROMPT_FORMATS), **asked(ITEM_FORMATS), **study.judges}.items()}
+    drift = (
+        {}
+        if study.drift is None
+        else {
+            f"drift {name}": part
+            for name, part in {
+                **asked(PROMPT_FORMATS),
+                **asked(ITEM_FORMATS),
+                **study.judges,
+            }.items()
+        }
+    )
     parts: dict[str, dict[str, Source]] = {
-        "train": {"base": base, **{f"data {name}": part for name, part in study.data.items()}, **({"init_texts": study.init_texts} if study.init_texts else {}), **drift},
+        "train": {
+            "base": base,
+            **{f"data {name}": part for name, part in study.data.items()},
+            **({"init_texts": study.init_texts} if study.init_texts else {}),
+            **drift,
+        },
         "mitigate": {"base": base, "heldout": study.data["heldout"], **base.checkpoints},
         "respond": {"base": base, **asked(PROMPT_FORMATS)},
-        "judge": {**asked(PROMPT_FORMATS), **{f"judge {name}": judge for name, judge in study.judges.items()}},
+        "judge": {
+            **asked(PROMPT_FORMATS),
+            **{f"judge {name}": judge for name, judge in study.judges.items()},
+        },
         "answer": {"base": base, **asked(ITEM_FORMATS)},
-        "utility": {"base": base, **asked(UTILITY_FORMATS), **{name: study.benchmarks[name] for name in study.refusal_only},
-                    **{f"rater {name}": rater for name, rater in study.raters.items()}},
-    }  # fmt: skip
+        "utility": {
+            "base": base,
+            **asked(UTILITY_FORMATS),
+            **{name: study.benchmarks[name] for name in study.refusal_only},
+            **{f"rater {name}": rater for name, rater in study.raters.items()},
+        },
+    }
     present = {name: of(part) for name, part in parts[stage].items()}
     shared: dict[str, Any] = {}
     if stage == "train":
-        shared = {"training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}), "drift": study.drift and study.drift.model_dump(mode="json")}
+        shared = {
+            "training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}),
+            "drift": study.drift and study.drift.model_dump(mode="json"),
+        }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
     return {"stage": stage, "version": VERSIONS[stage], "seed": study.seed, **shared, **present}
 

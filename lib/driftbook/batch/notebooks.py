@@ -1,4 +1,6 @@
-"""Running a notebook as a job: unknown parameters refused, the executed notebook whole or not there, errors in one sentence."""
+"""Running a notebook as a job: unknown parameters refused, the executed notebook whole or not
+there, errors in one sentence.
+"""
 
 import contextlib
 import json
@@ -11,7 +13,9 @@ from driftbook.batch import gpus
 from driftbook.study.files import ROOT, replacing
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
-KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is not set
+KERNEL = (  # name of the kernel that make study offers; python3 where it is not set
+    "DRIFTBOOK_KERNEL"
+)
 
 
 class NotebookError(Exception):
@@ -19,7 +23,8 @@ class NotebookError(Exception):
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
-    """Execute a notebook by papermill and keep the executed form at `output`, also where it stopped.
+    """Execute a notebook by papermill and keep the executed form at `output`, also where it
+    stopped.
 
     Raises:
         ValueError: a parameter that the notebook does not have (papermill itself would only warn).
@@ -32,12 +37,20 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     with replacing(output) as new:
         try:
             papermill.execute_notebook(
-                str(notebook), str(new), parameters=parameters, kernel_name=os.environ.get(KERNEL, "python3"), progress_bar=False,
-                log_output=False, cwd=str(ROOT),
-            )  # fmt: skip
+                str(notebook),
+                str(new),
+                parameters=parameters,
+                kernel_name=os.environ.get(KERNEL, "python3"),
+                progress_bar=False,
+                log_output=False,
+                cwd=str(ROOT),
+            )
             error = None
         except PapermillExecutionError as stopped:
-            error = NotebookError(f"{notebook.stem} stopped in cell {stopped.exec_count}: {stopped.ename}: {stopped.evalue}; see {output}")
+            error = NotebookError(
+                f"{notebook.stem} stopped in cell {stopped.exec_count}: {stopped.ename}:"
+                f" {stopped.evalue}; see {output}"
+            )
     if error:
         raise error
 
@@ -49,11 +62,15 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     known = inspect_notebook(str(notebook))
     unknown = [name for name in parameters if name not in known]
     if unknown:
-        raise ValueError(f"{notebook.stem} has no parameter {unknown[0]!r}; it takes {', '.join(known)}")
+        raise ValueError(
+            f"{notebook.stem} has no parameter {unknown[0]!r}; it takes {', '.join(known)}"
+        )
 
 
 def main(notebook: str, output: str, parameters: str) -> int:
-    """Execute with parameters in JSON; 0, or 1 with one sentence on stderr and in a file beside the output."""
+    """Execute with parameters in JSON; 0, or 1 with one sentence on stderr and in a file beside the
+    output.
+    """
     trace = Path(output).with_suffix(".error.txt")
     trace.unlink(missing_ok=True)
     try:

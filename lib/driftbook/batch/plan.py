@@ -1,4 +1,6 @@
-"""The plan of a study: which keys each job stands for, written only where they changed, so that Snakemake redoes just what depends on it."""
+"""The plan of a study: which keys each job stands for, written only where they changed, so that
+Snakemake redoes just what depends on it.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +22,16 @@ BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, ro
 
 
 def write(study: Study) -> None:
-    """Write keys/<stage>/<name>.json for every job of the study, and forget jobs whose files are no longer what they recorded.
+    """Write keys/<stage>/<name>.json for every job of the study, and forget jobs whose files are no
+    longer what they recorded.
 
     Raises:
         ValueError: the output folder cannot be written, or a source is not to be had.
     """
     check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
-    (study.folder / "runs").mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
+    (study.folder / "runs").mkdir(
+        mode=0o700, exist_ok=True
+    )  # it holds what models said to safety prompts
     preregistration.register(study)
     for path, value in _keys(study):
         if not path.exists() or read_json(path) != value:
@@ -39,17 +44,32 @@ def write(study: Study) -> None:
 def _keys(study: Study) -> Iterator[tuple[Path, Any]]:
     folder = study.folder / "keys"
     for name, part in study.models.items():
-        yield folder / "prepare" / f"{name}.json", {"content": keys.declared(part, study), "data": _data(study)}
+        yield (
+            folder / "prepare" / f"{name}.json",
+            {"content": keys.declared(part, study), "data": _data(study)},
+        )
     for stage in keys.stages(study):
         for base_model in study.bases:
             shared = keys.settings(stage, study, base_model, keys.declared)
-            wanted = {variant.run_id: keys.key(shared, variant) for variant in study.of_stage(stage, base_model)}
+            wanted = {
+                variant.run_id: keys.key(shared, variant)
+                for variant in study.of_stage(stage, base_model)
+            }
             yield folder / stage / f"{base_model}.json", wanted
-    yield folder / "analysis.json", {"study": digest(study.model_dump(mode="json")), "variants": [v.run_id for v in study.variants]}
+    yield (
+        folder / "analysis.json",
+        {
+            "study": digest(study.model_dump(mode="json")),
+            "variants": [v.run_id for v in study.variants],
+        },
+    )
 
 
 def _data(study: Study) -> dict[str, str]:
-    return {name: keys.declared(part, study) for name, part in {**study.data, **study.benchmarks}.items()}
+    return {
+        name: keys.declared(part, study)
+        for name, part in {**study.data, **study.benchmarks}.items()
+    }
 
 
 def _mark(path: Path) -> dict | None:
@@ -61,13 +81,17 @@ def _mark(path: Path) -> dict | None:
 
 
 def _forget(folder: Path, job: Path) -> None:
-    """Delete a job's mark and those of all that is made from all jobs: for a target that is there, Snakemake makes no missing input."""
+    """Delete a job's mark and those of all that is made from all jobs: for a target that is there,
+    Snakemake makes no missing input.
+    """
     for mark in (job, *(folder / "jobs").glob("*.json")):
         mark.unlink()
 
 
 def _forget_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
-    """Forget a job if a file that it read or wrote has changed since; an adapter that was changed on purpose stays as it is."""
+    """Forget a job if a file that it read or wrote has changed since; an adapter that was changed
+    on purpose stays as it is.
+    """
     job = folder / "jobs" / stage / f"{base_model}.json"
     if not job.exists():
         return
@@ -79,7 +103,11 @@ def _forget_if_disturbed(folder: Path, stage: str, base_model: str) -> None:
             path = folder / "runs" / run_id / name
             found = file_digest(path)
             if found is not None and found != known and path.suffix == ".safetensors":
-                check_safetensors(path, f"put the whole file back, or delete {path.parents[1]} to train the variant again")
+                check_safetensors(
+                    path,
+                    f"put the whole file back, or delete {path.parents[1]} to train the variant"
+                    " again",
+                )
             if found != known and not (stage == "train" and found is not None):
                 _forget(folder, job)
                 return

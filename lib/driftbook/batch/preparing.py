@@ -1,4 +1,6 @@
-"""What a study needs before it starts: the miniature's models and data, random models, or access to the real ones."""
+"""What a study needs before it starts: the miniature's models and data, random models, or access to
+the real ones.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +10,13 @@ import pandas as pd
 from filelock import FileLock
 
 from driftbook.benchmarks.data import training_examples
-from driftbook.study.files import OUTPUTS, check_safetensors, check_writable, replacing_folder, write_json
+from driftbook.study.files import (
+    OUTPUTS,
+    check_safetensors,
+    check_writable,
+    replacing_folder,
+    write_json,
+)
 from driftbook.study.sections import Base, Judge
 from driftbook.study.sources import MODELS, identity, locate, made_folder
 from driftbook.study.study_file import Study
@@ -18,7 +26,9 @@ CURVES = "learning_curve.parquet"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is there: its name, what its content is known by, and its learning curve where it was trained here."""
+    """A model that is there: its name, what its content is known by, and its learning curve where
+    it was trained here.
+    """
 
     name: str
     identity: str
@@ -26,10 +36,12 @@ class Prepared:
 
 
 def prepare(name: str, study: Study) -> Prepared:
-    """Make a base model or judge of the study if it is made here and not there yet; else check that it can be had.
+    """Make a base model or judge of the study if it is made here and not there yet; else check that
+    it can be had.
 
     Raises:
-        ValueError: no such model in the study, or it is not to be had, or the training data of the study are not.
+        ValueError: no such model in the study, or it is not to be had, or the training data of the
+            study are not.
     """
     source = study.models.get(name)
     if source is None:
@@ -38,8 +50,14 @@ def prepare(name: str, study: Study) -> Prepared:
     curve = None
     if kind in ("miniature", "random") and source.local is None:
         MODELS.mkdir(parents=True, exist_ok=True)
-        with FileLock(MODELS / f"{made_folder(study, kind).name}-{rest.partition('/')[0]}.lock"):  # two parts of a study may need one model
-            curve = _miniature(rest.partition("/")[0], study) if kind == "miniature" else _random(rest, study)
+        with FileLock(
+            MODELS / f"{made_folder(study, kind).name}-{rest.partition('/')[0]}.lock"
+        ):  # two parts of a study may need one model
+            curve = (
+                _miniature(rest.partition("/")[0], study)
+                if kind == "miniature"
+                else _random(rest, study)
+            )
             _placebos(source, study)
     for data in study.data:
         training_examples(data, study)
@@ -52,7 +70,9 @@ def prepare(name: str, study: Study) -> Prepared:
 
 
 def _check(name: str, source: Base | Judge, study: Study) -> None:
-    """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting of the study's methods."""
+    """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting
+    of the study's methods.
+    """
     from driftbook.models import adapters, loading
 
     loading.check_source(source, name, study)
@@ -64,7 +84,9 @@ def _check(name: str, source: Base | Judge, study: Study) -> None:
 
 
 def _check_twins(source: Base | Judge, study: Study) -> None:
-    """Raise a ValueError where a checkpoint of the model's pairs cannot be read as one; what is on the hub is fetched now, before hours of training."""
+    """Raise a ValueError where a checkpoint of the model's pairs cannot be read as one; what is on
+    the hub is fetched now, before hours of training.
+    """
     from driftbook.training.checkpoints import open_checkpoint
     from driftbook.training.repairs import checkpoint
 
@@ -81,7 +103,9 @@ def _random(name: str, study: Study) -> None:
 
 
 def _miniature(part: str, study: Study) -> pd.DataFrame:
-    """The learning curve of a family or the judge of the miniature, which are trained and kept if they are not there yet."""
+    """The learning curve of a family or the judge of the miniature, which are trained and kept if
+    they are not there yet.
+    """
     folder = made_folder(study, "miniature")
     write_data(folder)
     if not (folder / part / CURVES).exists():
@@ -89,7 +113,11 @@ def _miniature(part: str, study: Study) -> pd.DataFrame:
 
         check_writable(OUTPUTS, 20_000_000)
         with replacing_folder(folder / f"{part}.building") as scratch:
-            curve = build_judge(scratch, study.seed) if part == "judge" else build_family(part, scratch, study.seed)
+            curve = (
+                build_judge(scratch, study.seed)
+                if part == "judge"
+                else build_family(part, scratch, study.seed)
+            )
             curve.to_parquet(scratch / part / CURVES)
             (scratch / part).replace(folder / part)
         (folder / f"{part}.building").rmdir()
@@ -98,7 +126,13 @@ def _miniature(part: str, study: Study) -> pd.DataFrame:
 
 def _placebos(source: Base | Judge, study: Study) -> None:
     """Make the placebo twins that a base model's pairs name and that are not there yet."""
-    wanted = [one.source for one in getattr(source, "checkpoints", {}).values() if one.local is None and one.source.startswith("miniature:") and one.source.endswith("/benign")]
+    wanted = [
+        one.source
+        for one in getattr(source, "checkpoints", {}).values()
+        if one.local is None
+        and one.source.startswith("miniature:")
+        and one.source.endswith("/benign")
+    ]
     for family in {name.partition(":")[2].partition("/")[0] for name in wanted}:
         folder = made_folder(study, "miniature")
         if not (folder / family / "benign").exists():
@@ -106,7 +140,9 @@ def _placebos(source: Base | Judge, study: Study) -> None:
 
             with replacing_folder(folder / f"{family}.placebo") as scratch:
                 (scratch / family).mkdir()
-                (scratch / family / "unaligned").symlink_to((folder / family / "unaligned").resolve())
+                (scratch / family / "unaligned").symlink_to(
+                    (folder / family / "unaligned").resolve()
+                )
                 build_placebo(family, scratch, study.seed)
                 (scratch / family / "benign").replace(folder / family / "benign")
             shutil.rmtree(folder / f"{family}.placebo")
@@ -122,7 +158,8 @@ def write_data(folder: Path) -> None:
 
 
 def measured(name: str, study: Study) -> pd.DataFrame:
-    """A miniature base model on the whole benchmarks, beside its goals: measure, value, ci_low, ci_high, n.
+    """A miniature base model on the whole benchmarks, beside its goals: measure, value, ci_low,
+    ci_high, n.
 
     Raises:
         ValueError: it is so far from its goals that the study would measure nothing.
@@ -133,7 +170,11 @@ def measured(name: str, study: Study) -> pd.DataFrame:
     base = load(study.bases[name], name, study)
     found = measure(base.model, base.tokenizer, made_folder(study, "miniature") / "data")
     check_goals(study.bases[name].family, {measure: values[0] for measure, values in found.items()})
-    return pd.DataFrame(found, index=["value", "ci_low", "ci_high", "n"]).T.rename_axis("measure").reset_index()
+    return (
+        pd.DataFrame(found, index=["value", "ci_low", "ci_high", "n"])
+        .T.rename_axis("measure")
+        .reset_index()
+    )
 
 
 def mark(prepared: Prepared, study: Study) -> Path:
@@ -146,4 +187,3 @@ def mark(prepared: Prepared, study: Study) -> Path:
 def is_trained_here(model: Base | Judge) -> bool:
     """Whether a model is the miniature's."""
     return model.source.startswith("miniature:") and model.local is None
-

@@ -1,9 +1,12 @@
-"""A process that has imported the heavy packages once and forks a kernel, or the run of a notebook, per request (CPU only).
+"""A process that has imported the heavy packages once and forks a kernel, or the run of a notebook,
+per request (CPU only).
 
-Imports of torch, transformers, peft and trl cost more than ten CPU seconds; a study has some thirty jobs. Started by `make study`:
-`warm.py serve SOCKET`; asked by `warm.py notebook NOTEBOOK OUTPUT PARAMETERS` (a job) and `warm.py kernel -f CONNECTION` (a kernelspec).
-Nothing may touch CUDA before a fork, so machines with a GPU use ordinary kernels. This file imports only the standard library at its
-top, because the two askers must start at once. Every process here ends when the one that started it does.
+Imports of torch, transformers, peft and trl cost more than ten CPU seconds; a study has some thirty
+jobs. Started by `make study`: `warm.py serve SOCKET`; asked by `warm.py notebook NOTEBOOK OUTPUT
+PARAMETERS` (a job) and `warm.py kernel -f CONNECTION` (a kernelspec). Nothing may touch CUDA before
+a fork, so machines with a GPU use ordinary kernels. This file imports only the standard library at
+its top, because the two askers must start at once. Every process here ends when the one that
+started it does.
 """
 
 import contextlib
@@ -20,10 +23,17 @@ SOCKET = "DRIFTBOOK_WARM"
 
 
 def ask(kind: str, arguments: list[str]) -> int:
-    """Have the server fork `kind` with this process's files, environment and folder; its exit status. Signals are passed on."""
+    """Have the server fork `kind` with this process's files, environment and folder; its exit
+    status. Signals are passed on.
+    """
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET])
-    request = {"kind": kind, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    request = {
+        "kind": kind,
+        "arguments": arguments,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+    }
     socket.send_fds(connection, [len(body := json.dumps(request).encode()).to_bytes(8)], [0, 1, 2])
     connection.sendall(body)
     answers = connection.makefile("r")
@@ -65,7 +75,12 @@ def _import_heavy_packages() -> None:
     import statsmodels.formula.api  # noqa: F401
     import torch
     import trl  # noqa: F401
-    from transformers import GemmaForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM  # noqa: F401
+    from transformers import (
+        GemmaForCausalLM,
+        LlamaForCausalLM,
+        MistralForCausalLM,
+        Qwen2ForCausalLM,
+    )  # noqa: F401
 
     import driftbook.training  # noqa: F401
 
@@ -75,7 +90,9 @@ def _import_heavy_packages() -> None:
 
 
 def _attend(connection: socket.socket) -> int:
-    """Fork what was asked for, and tell the asker its pid and its exit status; end it where the asker is gone."""
+    """Fork what was asked for, and tell the asker its pid and its exit status; end it where the
+    asker is gone.
+    """
     head, files, _, _ = socket.recv_fds(connection, 8, 3)
     body = b""
     while len(body) < int.from_bytes(head):
@@ -96,12 +113,16 @@ def _attend(connection: socket.socket) -> int:
         if gone or os.getppid() != parent:
             os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(OSError):
-        connection.sendall((json.dumps({"status": os.waitstatus_to_exitcode(status)}) + "\n").encode())
+        connection.sendall(
+            (json.dumps({"status": os.waitstatus_to_exitcode(status)}) + "\n").encode()
+        )
     return 0
 
 
 def _become(request: dict, files: list[int]) -> int:
-    """In the forked child: take over the asker's files, folder and environment, and do what it asked for."""
+    """In the forked child: take over the asker's files, folder and environment, and do what it
+    asked for.
+    """
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
@@ -143,7 +164,9 @@ def _end_with_parent(stop: threading.Event | None = None) -> threading.Thread:
 
 
 def _fresh_randomness() -> None:
-    """Forks would share the state of every generator; nothing here may depend on it, and so it is drawn anew."""
+    """Forks would share the state of every generator; nothing here may depend on it, and so it is
+    drawn anew.
+    """
     import random
 
     import numpy

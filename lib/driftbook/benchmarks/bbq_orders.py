@@ -1,4 +1,6 @@
-"""Whether a model answers by the letter: BBQ's options shown in other orders, the prior of each place, and what is left without it."""
+"""Whether a model answers by the letter: BBQ's options shown in other orders, the prior of each
+place, and what is left without it.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,58 +13,107 @@ from driftbook.benchmarks.bbq import answers as ask
 from driftbook.stats.influence import Scores, ratio
 from driftbook.study.sections import Benchmark
 
-if TYPE_CHECKING:  # figures read this module's results without the second that torch takes to import
+if (
+    TYPE_CHECKING
+):  # figures read this module's results without the second that torch takes to import
     from driftbook.models.scoring import Scorer
 
 ORDERS = ("ABC", "BCA", "CAB")  # the file's, and what turns each option through the three places
 OPTIONS = ["p_a", "p_b", "p_c"]
 
 
-def answers(items: pd.DataFrame, scorer: "Scorer", mode: str, run_id: str, benchmark: Benchmark, seed: int, system_prompt: str | None = None) -> pd.DataFrame:
-    """Everything that a study asks a model of BBQ, as one table `answers`: each item in the file's order; the study's sample of `permuted` items in
-    the two other orders, and all items once more without the prior of each place that these show; `generated` items answered in text; and the study's
-    other wordings.
+def answers(
+    items: pd.DataFrame,
+    scorer: "Scorer",
+    mode: str,
+    run_id: str,
+    benchmark: Benchmark,
+    seed: int,
+    system_prompt: str | None = None,
+) -> pd.DataFrame:
+    """Everything that a study asks a model of BBQ, as one table `answers`: each item in the file's
+    order; the study's sample of `permuted` items in the two other orders, and all items once more
+    without the prior of each place that these show; `generated` items answered in text; and the
+    study's other wordings.
     """
-    wording = {"template": benchmark.template or TEMPLATES[mode], "stem": benchmark.stem, "system_prompt": system_prompt}
-    drawn = np.random.default_rng(seed).permutation(len(items))  # one order for all variants, whose first items are the samples
+    wording = {
+        "template": benchmark.template or TEMPLATES[mode],
+        "stem": benchmark.stem,
+        "system_prompt": system_prompt,
+    }
+    drawn = np.random.default_rng(seed).permutation(
+        len(items)
+    )  # one order for all variants, whose first items are the samples
     parts = [ask(items, scorer, mode, run_id, **wording)]
     if benchmark.permuted:
         chosen = items.iloc[np.sort(drawn[: benchmark.permuted])].reset_index(drop=True)
-        permuted = [ask(chosen, scorer, mode, run_id, order=order, **wording) for order in ORDERS[1:]]
+        permuted = [
+            ask(chosen, scorer, mode, run_id, order=order, **wording) for order in ORDERS[1:]
+        ]
         asked = pd.concat([parts[0][parts[0].item_id.isin(chosen.item_id)], *permuted])
         parts += [*permuted, without_prior(parts[0], items, prior(asked))]
     if benchmark.generated:
         chosen = items.iloc[np.sort(drawn[: benchmark.generated])].reset_index(drop=True)
-        parts.append(generated(chosen, scorer, run_id, max_new_tokens=benchmark.max_new_tokens, **wording))
+        parts.append(
+            generated(chosen, scorer, run_id, max_new_tokens=benchmark.max_new_tokens, **wording)
+        )
     for name, other in benchmark.wordings.items():
-        chosen = items if other.n is None else items.iloc[np.sort(drawn[: other.n])].reset_index(drop=True)
-        changed = wording | {key: value for key, value in (("template", other.template), ("system_prompt", other.system_prompt)) if value}
+        chosen = (
+            items
+            if other.n is None
+            else items.iloc[np.sort(drawn[: other.n])].reset_index(drop=True)
+        )
+        changed = wording | {
+            key: value
+            for key, value in (("template", other.template), ("system_prompt", other.system_prompt))
+            if value
+        }
         parts.append(ask(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
     return with_floor(pd.concat(parts, ignore_index=True), benchmark.min_mass)
 
 
 def with_floor(answers: pd.DataFrame, min_mass: float) -> pd.DataFrame:
-    """The answers, null where the options had less than `min_mass` of the probability together: the model wanted to say something else."""
-    little = (answers.option_mass < min_mass).to_numpy(bool)  # of an answer in text there is none, and NaN is not below
+    """The answers, null where the options had less than `min_mass` of the probability together: the
+    model wanted to say something else.
+    """
+    little = (answers.option_mass < min_mass).to_numpy(
+        bool
+    )  # of an answer in text there is none, and NaN is not below
     reason = f"the options have less than {min_mass} of the probability"
     return answers.assign(
         unscored_reason=answers.unscored_reason.where(~little, reason),
-        **{name: answers[name].astype(object).where(~little, None) for name in ("answer", "correct", "unknown", "biased")},
+        **{
+            name: answers[name].astype(object).where(~little, None)
+            for name in ("answer", "correct", "unknown", "biased")
+        },
     )
 
 
 def official(answers: pd.DataFrame) -> pd.DataFrame:
-    """The rows by which a study is scored: the study's own wording, options in the file's order, read from probabilities."""
-    return answers[answers.option_order.eq("ABC") & answers.prompt_variant.eq("default") & answers.answer_mode.isin(["letters", "options"])].reset_index(drop=True)
+    """The rows by which a study is scored: the study's own wording, options in the file's order,
+    read from probabilities.
+    """
+    return answers[
+        answers.option_order.eq("ABC")
+        & answers.prompt_variant.eq("default")
+        & answers.answer_mode.isin(["letters", "options"])
+    ].reset_index(drop=True)
 
 
 def prior(answers: pd.DataFrame) -> np.ndarray:
-    """The probability [3] that a model gives each place whatever stands there, from items asked in all three orders.
+    """The probability [3] that a model gives each place whatever stands there, from items asked in
+    all three orders.
 
-    PriDe (Zheng et al. 2024, Large language models are not robust multiple choice selectors, eq. 7): the softmax, for each item, of the
-    log-probability of a place averaged over the orders, and of these the mean over items.
+    PriDe (Zheng et al. 2024, Large language models are not robust multiple choice selectors, eq.
+    7): the softmax, for each item, of the log-probability of a place averaged over the orders, and
+    of these the mean over items.
     """
-    shown = np.stack([_by_place(answers[answers.option_order == order].sort_values("item_id"), order) for order in ORDERS])
+    shown = np.stack(
+        [
+            _by_place(answers[answers.option_order == order].sort_values("item_id"), order)
+            for order in ORDERS
+        ]
+    )
     logs = np.log(np.maximum(shown, 1e-300)).mean(0)
     each = np.exp(logs - np.logaddexp.reduce(logs, 1)[:, None])
     return each[np.isfinite(each).all(1)].mean(0)
@@ -73,53 +124,100 @@ def _by_place(rows: pd.DataFrame, order: str) -> np.ndarray:
 
 
 def without_prior(answers: pd.DataFrame, items: pd.DataFrame, of_place: np.ndarray) -> pd.DataFrame:
-    """Answers in the file's order, each option's probability divided by the prior [3] of its place: answer_mode `debiased`.
+    """Answers in the file's order, each option's probability divided by the prior [3] of its place:
+    answer_mode `debiased`.
 
     PriDe's eq. 8. `items` are those of the answers, in the same order.
     """
     logprobs = np.log(np.maximum(answers[OPTIONS].to_numpy(float), 1e-300)) - np.log(of_place)
     frame = from_logprobs(items, logprobs).assign(option_mass=answers.option_mass.to_numpy())
-    return frame.assign(run_id=answers.run_id.to_numpy(), answer_mode="debiased", prompt_variant="default", option_order="ABC")
+    return frame.assign(
+        run_id=answers.run_id.to_numpy(),
+        answer_mode="debiased",
+        prompt_variant="default",
+        option_order="ABC",
+    )
 
 
 def flips(answers: pd.DataFrame) -> pd.DataFrame:
-    """A row per run and item that was asked in all three orders: run_id, item_id, dimension, unit (its question family, else the item), and
-    flip, whether the answer was not the same each time; null where it could not be read in one of the orders."""
-    own = answers[answers.answer_mode.isin(["letters", "options"]) & answers.prompt_variant.eq("default")]
+    """A row per run and item that was asked in all three orders: run_id, item_id, dimension, unit
+    (its question family, else the item), and flip, whether the answer was not the same each time;
+    null where it could not be read in one of the orders."""
+    own = answers[
+        answers.answer_mode.isin(["letters", "options"]) & answers.prompt_variant.eq("default")
+    ]
     grouped = own.groupby(["run_id", "item_id"], sort=False)
-    found = grouped.agg(dimension=("dimension", "first"), unit=("question_family", "first"), orders=("option_order", "nunique")).reset_index()
-    found["flip"] = grouped.answer.agg(lambda given: given.nunique() > 1 if given.notna().all() else pd.NA).astype("Float64").to_numpy(float, na_value=np.nan)
+    found = grouped.agg(
+        dimension=("dimension", "first"),
+        unit=("question_family", "first"),
+        orders=("option_order", "nunique"),
+    ).reset_index()
+    found["flip"] = (
+        grouped.answer.agg(lambda given: given.nunique() > 1 if given.notna().all() else pd.NA)
+        .astype("Float64")
+        .to_numpy(float, na_value=np.nan)
+    )
     found["unit"] = found.unit.astype(object).where(found.unit.notna(), found.item_id)
     return found[found.orders == len(ORDERS)].drop(columns="orders").reset_index(drop=True)
 
 
 def flip_rate(answers: pd.DataFrame) -> Scores | None:
-    """The share of each run's items whose answer changes with the order of the options, in percent; None where nothing was permuted."""
+    """The share of each run's items whose answer changes with the order of the options, in percent;
+    None where nothing was permuted.
+    """
     found = flips(answers)
     if found.empty:
         return None
     counted = found.assign(read=found.flip.notna().astype(float), asked=1.0)
-    table = counted.pivot_table(index="run_id", columns=["dimension", "unit"], values=["flip", "read", "asked"], aggfunc="sum").fillna(0)
+    table = counted.pivot_table(
+        index="run_id",
+        columns=["dimension", "unit"],
+        values=["flip", "read", "asked"],
+        aggfunc="sum",
+    ).fillna(0)
     flipped, read, asked = (table[name].to_numpy(float) for name in ("flip", "read", "asked"))
     n_asked, n_read = asked.sum(1).astype(int), read.sum(1).astype(int)
-    scores = ratio(flipped, read, table.index, table["flip"].columns.get_level_values(0), n_asked, n_asked - n_read)
+    scores = ratio(
+        flipped,
+        read,
+        table.index,
+        table["flip"].columns.get_level_values(0),
+        n_asked,
+        n_asked - n_read,
+    )
     return replace(scores, single=False)
 
 
 def by_run(answers: pd.DataFrame) -> pd.DataFrame:
-    """How each run answers by the letter, a row per run: option_mass, the mean probability of the three options together; n_permuted items asked in
-    all three orders and flip_rate; place_1 to place_3, the prior of each place; n_generated items answered in text, how many are unread, and
+    """How each run answers by the letter, a row per run: option_mass, the mean probability of the
+    three options together; n_permuted items asked in all three orders and flip_rate; place_1 to
+    place_3, the prior of each place; n_generated items answered in text, how many are unread, and
     agreement, the share of the read ones that are the most probable option."""
-    return pd.DataFrame([{"run_id": run_id, **_of_run(rows)} for run_id, rows in answers.groupby("run_id", sort=False)])
+    return pd.DataFrame(
+        [
+            {"run_id": run_id, **_of_run(rows)}
+            for run_id, rows in answers.groupby("run_id", sort=False)
+        ]
+    )
 
 
 def _of_run(rows: pd.DataFrame) -> dict[str, float]:
     rows = rows[rows.prompt_variant == "default"]
     own, flipped = official(rows), flips(rows)
-    found: dict[str, float] = {"option_mass": own.option_mass.mean(), "n_permuted": int(flipped.flip.notna().sum()), "flip_rate": flipped.flip.mean()}
+    found: dict[str, float] = {
+        "option_mass": own.option_mass.mean(),
+        "n_permuted": int(flipped.flip.notna().sum()),
+        "flip_rate": flipped.flip.mean(),
+    }
     if flipped.flip.notna().any():
         permuted = rows[rows.answer_mode.isin(own.answer_mode) & rows.item_id.isin(flipped.item_id)]
         found |= {f"place_{i}": share for i, share in enumerate(prior(permuted), 1)}
-    written = rows[rows.answer_mode == "generated"].merge(own[["item_id", "answer"]], on="item_id", suffixes=("", "_own"))
+    written = rows[rows.answer_mode == "generated"].merge(
+        own[["item_id", "answer"]], on="item_id", suffixes=("", "_own")
+    )
     read = written.dropna(subset=["answer", "answer_own"])
-    return found | {"n_generated": len(written), "unread": int(written.answer.isna().sum()), "agreement": (read.answer == read.answer_own).mean()}
+    return found | {
+        "n_generated": len(written),
+        "unread": int(written.answer.isna().sum()),
+        "agreement": (read.answer == read.answer_own).mean(),
+    }

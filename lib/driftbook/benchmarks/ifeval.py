@@ -1,9 +1,12 @@
-"""Instruction following without a judge, in IFEval's format (Zhou et al. 2023, arXiv 2311.07911): each instruction is checked by a rule.
+"""Instruction following without a judge, in IFEval's format (Zhou et al. 2023, arXiv 2311.07911):
+each instruction is checked by a rule.
 
-The rules are those of google/IFEval's code, whose published numbers they are to be compared with, down to its habits: keywords are searched as
-regular expressions and within words, a divider at either end makes no paragraph. Three rules need what is not installed here, and approximate it:
-`sentences` stands in for nltk's punkt, `words` for its word tokenizer, and the two rules of letter case look at the alphabet where the
-reference asks langdetect whether the text is English. A language by itself is judged by langdetect where it can be imported, else not at all.
+The rules are those of google/IFEval's code, whose published numbers they are to be compared with,
+down to its habits: keywords are searched as regular expressions and within words, a divider at
+either end makes no paragraph. Three rules need what is not installed here, and approximate it:
+`sentences` stands in for nltk's punkt, `words` for its word tokenizer, and the two rules of letter
+case look at the alphabet where the reference asks langdetect whether the text is English. A
+language by itself is judged by langdetect where it can be imported, else not at all.
 """
 
 import importlib.util
@@ -26,27 +29,40 @@ LATIN = 0.9  # least share of the letters that are Latin, in what may be English
 
 
 # ---- sentences and words
-ABBREVIATIONS = frozenset(re.findall(r"\w+", """
+ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """
     adm aug ave bros capt co col corp cos ct dec dr feb fri ft gen inc jan jr lt ltd maj messrs mr mrs ms nov oct prof rep reps rev sen sep sept sgt
     sr st thu thur tue tues vs wed yr
-"""))  # fmt: skip
-STARTERS = frozenset(re.findall(r"\w+", """
+""",
+    )
+)
+STARTERS = frozenset(
+    re.findall(
+        r"\w+",
+        """
     a according after all also although an and another any as at because before both but by can despite each even every finally first for from he
     her here his how however i if in indeed instead it its many meanwhile moreover most my nevertheless next no not now of on once one only or other
     our perhaps please she since so some such that the their then there therefore these they this those though thus to under until we what when
     where whether which while who why with yet you your
-"""))  # fmt: skip
+""",
+    )
+)
 _CLOSING = "\"'”’)]}*_"
 _OPENING = "\"'“‘([{*_"
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of an English text, by rule; a line break ends none, and what follows the last end is one.
+    """The sentences of an English text, by rule; a line break ends none, and what follows the last
+    end is one.
 
-    A word ends a sentence if, before closing quotes and brackets, it ends with ? or !, or with a period and is no abbreviation, no initial and
-    no number. After those, and after dots of omission, the next word decides: a number ends one before all but a small letter, an omission before
-    a capital, an abbreviation or initial only before a capitalised word that often begins a sentence (STARTERS). So `1. Begin` is two, as in the
-    reference, which also ends one after `e.g.` and decides on more words by how often each was seen small.
+    A word ends a sentence if, before closing quotes and brackets, it ends with ? or !, or with a
+    period and is no abbreviation, no initial and no number. After those, and after dots of
+    omission, the next word decides: a number ends one before all but a small letter, an omission
+    before a capital, an abbreviation or initial only before a capitalised word that often begins a
+    sentence (STARTERS). So `1. Begin` is two, as in the reference, which also ends one after `e.g.`
+    and decides on more words by how often each was seen small.
     """
     found, begun = [], []
     for word, following in pairwise([*text.split(), ""]):
@@ -73,11 +89,16 @@ def _ends(word: str, following: str) -> bool:
 _APART = re.compile(r"[:,](?!\d)|\.{2,}|[;@#$%&?!\[\](){}<>*\"«»“”‘’„`\u2012-\u2015]|--|''")
 _QUOTED = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
 _CLITIC = re.compile(r"(?<=[^\s'])('(?:s|S|m|M|d|D|ll|LL|re|RE|ve|VE)|n't|N'T)(?=\s|$)")
-_JOINED = re.compile(r"\b(can)(not)\b|\b(gim)(me)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(lem)(me)\b|\b(wan)(na)(?=\s)", re.IGNORECASE)
+_JOINED = re.compile(
+    r"\b(can)(not)\b|\b(gim)(me)\b|\b(gon)(na)\b|\b(got)(ta)\b|\b(lem)(me)\b|\b(wan)(na)(?=\s)",
+    re.IGNORECASE,
+)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as the Penn Treebank writes them, without punctuation by itself: DON'T is DO N'T, and A-B or U.S. one word."""
+    """The words of a text as the Penn Treebank writes them, without punctuation by itself: DON'T is
+    DO N'T, and A-B or U.S. one word.
+    """
     text = _CLITIC.sub(r" \1", _QUOTED.sub("' ", _APART.sub(" ", text)))
     return _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text).split()
 
@@ -87,7 +108,9 @@ def _compared(count: int, relation: str, wanted: int) -> bool:
 
 
 def _pattern(text: str) -> str:
-    """A text as the reference searches it: as a regular expression, and where it is none by its letters."""
+    """A text as the reference searches it: as a regular expression, and where it is none by its
+    letters.
+    """
     try:
         re.compile(text)
     except re.error:
@@ -101,20 +124,28 @@ def _keywords_exist(response: str, keywords: list[str]) -> bool:
 
 
 def _keyword_frequency(response: str, keyword: str, frequency: int, relation: str) -> bool:
-    return _compared(len(re.findall(_pattern(keyword.strip()), response, re.IGNORECASE)), relation, frequency)
+    return _compared(
+        len(re.findall(_pattern(keyword.strip()), response, re.IGNORECASE)), relation, frequency
+    )
 
 
 def _forbidden(response: str, forbidden_words: list[str]) -> bool:
-    return not any(re.search(rf"\b{_pattern(word)}\b", response, re.IGNORECASE) for word in forbidden_words)
+    return not any(
+        re.search(rf"\b{_pattern(word)}\b", response, re.IGNORECASE) for word in forbidden_words
+    )
 
 
 def _letter_frequency(response: str, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """The reference draws another letter at random where it is none of a to z; here # is counted as #."""
+    """The reference draws another letter at random where it is none of a to z; here # is counted as
+    #.
+    """
     return _compared(response.lower().count(letter.strip().lower()), let_relation, let_frequency)
 
 
 def _language(response: str, language: str) -> bool | None:
-    """Whether langdetect, its seed fixed, finds the language; true where it finds none at all, as in the reference; None without it."""
+    """Whether langdetect, its seed fixed, finds the language; true where it finds none at all, as
+    in the reference; None without it.
+    """
     if importlib.util.find_spec("langdetect") is None:
         return None
     import langdetect
@@ -142,10 +173,17 @@ def _number_words(response: str, num_words: int, relation: str) -> bool:
 def _nth_paragraph(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
     """Empty paragraphs do not count, and yet have their number, as in the reference."""
     parts = response.split("\n\n")
-    if sum(bool(part.strip()) for part in parts) != num_paragraphs or not 1 <= nth_paragraph <= num_paragraphs:
+    if (
+        sum(bool(part.strip()) for part in parts) != num_paragraphs
+        or not 1 <= nth_paragraph <= num_paragraphs
+    ):
         return False
     begins = parts[nth_paragraph - 1].split()
-    return bool(begins) and re.match(r"[^.,?!'\"]*", begins[0].lstrip("'").lstrip('"'))[0].lower() == first_word.lower()
+    return (
+        bool(begins)
+        and re.match(r"[^.,?!'\"]*", begins[0].lstrip("'").lstrip('"'))[0].lower()
+        == first_word.lower()
+    )
 
 
 def _placeholders(response: str, num_placeholders: int) -> bool:
@@ -159,7 +197,13 @@ def _postscript(response: str, postscript_marker: str) -> bool:
 
 
 def _bullets(response: str, num_bullets: int) -> bool:
-    return sum(len(re.findall(mark, response, re.MULTILINE)) for mark in (r"^\s*\*[^*].*$", r"^\s*-.*$")) == num_bullets
+    return (
+        sum(
+            len(re.findall(mark, response, re.MULTILINE))
+            for mark in (r"^\s*\*[^*].*$", r"^\s*-.*$")
+        )
+        == num_bullets
+    )
 
 
 def _constrained(response: str) -> bool:
@@ -174,7 +218,9 @@ def _highlights(response: str, num_highlights: int) -> bool:
 
 
 def _sections(response: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.findall(rf"(?:{_pattern(section_spliter.strip())})\s?\d+", response)) >= num_sections
+    return (
+        len(re.findall(rf"(?:{_pattern(section_spliter.strip())})\s?\d+", response)) >= num_sections
+    )
 
 
 def _json(response: str) -> bool:
@@ -189,7 +235,9 @@ def _json(response: str) -> bool:
 
 
 def _title(response: str) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response))
+    return any(
+        title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response)
+    )
 
 
 def _two_responses(response: str) -> bool:
@@ -207,12 +255,16 @@ def _ends_with(response: str, end_phrase: str) -> bool:
 
 
 def _capital_words(response: str, capital_frequency: int, capital_relation: str) -> bool:
-    return _compared(sum(word.isupper() for word in words(response)), capital_relation, capital_frequency)
+    return _compared(
+        sum(word.isupper() for word in words(response)), capital_relation, capital_frequency
+    )
 
 
 def _latin(response: str) -> bool:
     letters = [letter for letter in response if letter.isalpha()]
-    return sum(unicodedata.name(letter, "").startswith("LATIN") for letter in letters) >= LATIN * len(letters)
+    return sum(
+        unicodedata.name(letter, "").startswith("LATIN") for letter in letters
+    ) >= LATIN * len(letters)
 
 
 def _no_comma(response: str) -> bool:
@@ -225,58 +277,103 @@ def _quoted(response: str) -> bool:
 
 
 COUNT, TEXT, TEXTS, RELATION = "a whole number", "a text", "a list of texts", f"one of {RELATIONS}"
-RULES: dict[str, tuple[Callable[..., bool | None], dict[str, str]]] = {  # what each id's rule is, and of what kind its arguments are
+RULES: dict[
+    str, tuple[Callable[..., bool | None], dict[str, str]]
+] = {  # what each id's rule is, and of what kind its arguments are
     "keywords:existence": (_keywords_exist, {"keywords": TEXTS}),
-    "keywords:frequency": (_keyword_frequency, {"keyword": TEXT, "frequency": COUNT, "relation": RELATION}),
+    "keywords:frequency": (
+        _keyword_frequency,
+        {"keyword": TEXT, "frequency": COUNT, "relation": RELATION},
+    ),
     "keywords:forbidden_words": (_forbidden, {"forbidden_words": TEXTS}),
-    "keywords:letter_frequency": (_letter_frequency, {"letter": TEXT, "let_frequency": COUNT, "let_relation": RELATION}),
+    "keywords:letter_frequency": (
+        _letter_frequency,
+        {"letter": TEXT, "let_frequency": COUNT, "let_relation": RELATION},
+    ),
     "language:response_language": (_language, {"language": TEXT}),
-    "length_constraints:number_sentences": (_number_sentences, {"num_sentences": COUNT, "relation": RELATION}),
+    "length_constraints:number_sentences": (
+        _number_sentences,
+        {"num_sentences": COUNT, "relation": RELATION},
+    ),
     "length_constraints:number_paragraphs": (_number_paragraphs, {"num_paragraphs": COUNT}),
-    "length_constraints:number_words": (_number_words, {"num_words": COUNT, "relation": RELATION}),
-    "length_constraints:nth_paragraph_first_word": (_nth_paragraph, {"num_paragraphs": COUNT, "nth_paragraph": COUNT, "first_word": TEXT}),
+    "length_constraints:number_words": (
+        _number_words,
+        {"num_words": COUNT, "relation": RELATION},
+    ),
+    "length_constraints:nth_paragraph_first_word": (
+        _nth_paragraph,
+        {"num_paragraphs": COUNT, "nth_paragraph": COUNT, "first_word": TEXT},
+    ),
     "detectable_content:number_placeholders": (_placeholders, {"num_placeholders": COUNT}),
     "detectable_content:postscript": (_postscript, {"postscript_marker": TEXT}),
     "detectable_format:number_bullet_lists": (_bullets, {"num_bullets": COUNT}),
     "detectable_format:constrained_response": (_constrained, {}),
     "detectable_format:number_highlighted_sections": (_highlights, {"num_highlights": COUNT}),
-    "detectable_format:multiple_sections": (_sections, {"section_spliter": TEXT, "num_sections": COUNT}),
+    "detectable_format:multiple_sections": (
+        _sections,
+        {"section_spliter": TEXT, "num_sections": COUNT},
+    ),
     "detectable_format:json_format": (_json, {}),
     "detectable_format:title": (_title, {}),
     "combination:two_responses": (_two_responses, {}),
     "combination:repeat_prompt": (_repeats, {"prompt_to_repeat": TEXT}),
     "startend:end_checker": (_ends_with, {"end_phrase": TEXT}),
     "startend:quotation": (_quoted, {}),
-    "change_case:capital_word_frequency": (_capital_words, {"capital_frequency": COUNT, "capital_relation": RELATION}),
-    "change_case:english_capital": (lambda response: response.isupper() and _latin(response), {}),
-    "change_case:english_lowercase": (lambda response: response.islower() and _latin(response), {}),
+    "change_case:capital_word_frequency": (
+        _capital_words,
+        {"capital_frequency": COUNT, "capital_relation": RELATION},
+    ),
+    "change_case:english_capital": (
+        lambda response: response.isupper() and _latin(response),
+        {},
+    ),
+    "change_case:english_lowercase": (
+        lambda response: response.islower() and _latin(response),
+        {},
+    ),
     "punctuation:no_comma": (_no_comma, {}),
 }
 _KINDS: dict[str, Callable[[object], bool]] = {
     COUNT: lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
     TEXT: lambda value: isinstance(value, str) and bool(value.strip()),
-    TEXTS: lambda value: isinstance(value, list) and bool(value) and all(isinstance(one, str) and one.strip() for one in value),
+    TEXTS: lambda value: (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, str) and one.strip() for one in value)
+    ),
     RELATION: lambda value: value in RELATIONS,
 }
 
 
 # ---- files
 def load(path: Path) -> pd.DataFrame:
-    """Prompts of a JSONL file in IFEval's form: prompt_id, prompt and instructions, a list of (id, arguments); null arguments are dropped.
+    """Prompts of a JSONL file in IFEval's form: prompt_id, prompt and instructions, a list of (id,
+    arguments); null arguments are dropped.
 
     Raises:
-        ValueError: a torn row, one without key, prompt, instruction_id_list or kwargs, a repeated key, an instruction that is unknown or whose
-        arguments are not its own.
+        ValueError: a torn row, one without key, prompt, instruction_id_list or kwargs, a repeated
+            key, an instruction that is unknown or whose arguments are not its own.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give IFEval's input_data.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at separators within a text
-    items = pd.DataFrame([_item(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()],
-                         columns=["prompt_id", "prompt", "instructions"])  # fmt: skip
+    lines = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # splitlines would also split at separators within a text
+    items = pd.DataFrame(
+        [
+            _item(line, f"{path}: line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ],
+        columns=["prompt_id", "prompt", "instructions"],
+    )
     if items.empty:
         raise ValueError(f"{path} has no prompts")
     if items.prompt_id.duplicated().any():
-        raise ValueError(f"{path}: key {items.prompt_id[items.prompt_id.duplicated()].iloc[0]} is repeated; remove one of the two")
+        raise ValueError(
+            f"{path}: key {items.prompt_id[items.prompt_id.duplicated()].iloc[0]} is repeated;"
+            " remove one of the two"
+        )
     return items
 
 
@@ -287,26 +384,42 @@ def _item(line: str, where: str) -> tuple[str, str, list[Instruction]]:
         raise ValueError(f"{where} is torn ({error}); fetch the file again") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object")
-    absent = [name for name in ("key", "prompt", "instruction_id_list", "kwargs") if row.get(name) is None]
+    absent = [
+        name for name in ("key", "prompt", "instruction_id_list", "kwargs") if row.get(name) is None
+    ]
     if absent:
         raise ValueError(f"{where} has no {absent[0]!r}")
     if not _KINDS[TEXT](row["prompt"]):
         raise ValueError(f"{where} has a prompt that is empty or no text")
     ids, arguments = row["instruction_id_list"], row["kwargs"]
     if not _KINDS[TEXTS](ids) or not isinstance(arguments, list) or len(ids) != len(arguments):
-        raise ValueError(f"{where}: instruction_id_list and kwargs are not two lists of one length, at least one")
-    return str(row["key"]), row["prompt"], [_instruction(name, given, where) for name, given in zip(ids, arguments, strict=True)]
+        raise ValueError(
+            f"{where}: instruction_id_list and kwargs are not two lists of one length, at least one"
+        )
+    return (
+        str(row["key"]),
+        row["prompt"],
+        [_instruction(name, given, where) for name, given in zip(ids, arguments, strict=True)],
+    )
 
 
 def _instruction(name: str, given: object, where: str) -> Instruction:
     """The instruction with its arguments that are not null, after checking that they are its own."""
     if name not in RULES:
-        raise ValueError(f"{where} has the unknown instruction {name!r}; expected one of IFEval's {len(RULES)}")
+        raise ValueError(
+            f"{where} has the unknown instruction {name!r}; expected one of IFEval's {len(RULES)}"
+        )
     if not isinstance(given, dict):
         raise ValueError(f"{where}: the kwargs of {name} are no JSON object")
-    kinds, kept = RULES[name][1], {key: _whole(value) for key, value in given.items() if value is not None}
+    kinds, kept = (
+        RULES[name][1],
+        {key: _whole(value) for key, value in given.items() if value is not None},
+    )
     if extra := [key for key in kept if key not in kinds]:
-        raise ValueError(f"{where}: {name} has the argument {extra[0]!r}, which is none of its own {sorted(kinds)}")
+        raise ValueError(
+            f"{where}: {name} has the argument {extra[0]!r}, which is none of its own"
+            f" {sorted(kinds)}"
+        )
     for key, kind in kinds.items():
         if key not in kept or not _KINDS[kind](kept[key]):
             raise ValueError(f"{where}: {name} has {key}={kept.get(key)!r}; expected {kind}")
@@ -320,36 +433,71 @@ def _whole(value: object) -> object:
 
 # ---- a response
 def check(response: str, instructions: Sequence[Instruction]) -> list[bool | None]:
-    """Of each instruction whether the response follows it, as it stands; an empty response follows none; None where that cannot be judged."""
-    return [bool(response.strip()) and RULES[name][0](response, **arguments) for name, arguments in instructions]
+    """Of each instruction whether the response follows it, as it stands; an empty response follows
+    none; None where that cannot be judged.
+    """
+    return [
+        bool(response.strip()) and RULES[name][0](response, **arguments)
+        for name, arguments in instructions
+    ]
 
 
 def loose(response: str, instructions: Sequence[Instruction]) -> list[bool | None]:
-    """The same, where any of eight forms of the response may follow it: with or without its first line, its last line and its asterisks."""
+    """The same, where any of eight forms of the response may follow it: with or without its first
+    line, its last line and its asterisks.
+    """
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    found = zip(*(check(form, instructions) for text in cut for form in (text, text.replace("*", ""))), strict=True)
+    found = zip(
+        *(check(form, instructions) for text in cut for form in (text, text.replace("*", ""))),
+        strict=True,
+    )
     return [True if True in each else None if None in each else False for each in found]
 
 
 def ratings(
-    items: pd.DataFrame, scorer: Scorer, benchmark: str, run_id: str, max_new_tokens: int, system_prompt: str | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """The table `ratings` of a model: of each prompt whether its answer follows all instructions (strictly), and the share of them it follows."""
+    items: pd.DataFrame,
+    scorer: Scorer,
+    benchmark: str,
+    run_id: str,
+    max_new_tokens: int,
+    system_prompt: str | None = None,
+) -> pd.DataFrame:
+    """The table `ratings` of a model: of each prompt whether its answer follows all instructions
+    (strictly), and the share of them it follows.
+    """
     answers = scorer.generate(scorer.ask(list(items.prompt), system_prompt), max_new_tokens)
-    verdicts = [check(answer.text, instructions) for answer, instructions in zip(answers, items.instructions, strict=True)]
-    rows = [row for prompt_id, found in zip(items.prompt_id, verdicts, strict=True) for row in rated(prompt_id, found)]
-    frame = pd.DataFrame(rows, columns=["prompt_id", "metric", "value", "weight", "unscored_reason"])
+    verdicts = [
+        check(answer.text, instructions)
+        for answer, instructions in zip(answers, items.instructions, strict=True)
+    ]
+    rows = [
+        row
+        for prompt_id, found in zip(items.prompt_id, verdicts, strict=True)
+        for row in rated(prompt_id, found)
+    ]
+    frame = pd.DataFrame(
+        rows, columns=["prompt_id", "metric", "value", "weight", "unscored_reason"]
+    )
     return frame.assign(run_id=run_id, benchmark=benchmark)[["run_id", "benchmark", *frame]]
 
 
-def rated(prompt_id: str, verdicts: Sequence[bool | None]) -> list[tuple[str, str, float | None, int, str | None]]:
-    """Both metrics of one prompt. One instruction that is not followed settles `followed`; what cannot be judged counts in no share, and its
-    weight is the number of instructions that were judged (of all, where none was)."""
+def rated(
+    prompt_id: str, verdicts: Sequence[bool | None]
+) -> list[tuple[str, str, float | None, int, str | None]]:
+    """Both metrics of one prompt. One instruction that is not followed settles `followed`; what
+    cannot be judged counts in no share, and its weight is the number of instructions that were
+    judged (of all, where none was)."""
     judged = [verdict for verdict in verdicts if verdict is not None]
     followed = None if len(judged) < len(verdicts) and all(judged) else float(all(judged))
     share = sum(judged) / len(judged) if judged else None
     return [
         (prompt_id, "followed", followed, 1, UNSCORED if followed is None else None),
-        (prompt_id, "instructions followed", share, len(judged) or len(verdicts), UNSCORED if share is None else None),
+        (
+            prompt_id,
+            "instructions followed",
+            share,
+            len(judged) or len(verdicts),
+            UNSCORED if share is None else None,
+        ),
     ]

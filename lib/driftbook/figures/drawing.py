@@ -1,4 +1,6 @@
-"""Every figure of the workbook: each takes tables and gives a figure and its caption, and computes nothing but positions."""
+"""Every figure of the workbook: each takes tables and gives a figure and its caption, and computes
+nothing but positions.
+"""
 
 import textwrap
 from collections.abc import Callable
@@ -42,21 +44,35 @@ COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_ME
 TRAINED_METHODS = tuple(PEFT_METHODS)
 WIDTH, FEW = 6.5, 50
 SHORT = {
-    UNSAFE: "unsafe-response rate", REFUSED: "refusal rate", ACCURACY_AMB: "accuracy, ambiguous", ACCURACY_DIS: "accuracy, disambiguated",
-    BIAS_AMB: "bias score, ambiguous", BIAS_DIS: "bias score, disambiguated", FLIPS: "order-dependent answers", LOSS: "loss on utility answers", CORRECT: "correct utility answers",
-}  # fmt: skip
+    UNSAFE: "unsafe-response rate",
+    REFUSED: "refusal rate",
+    ACCURACY_AMB: "accuracy, ambiguous",
+    ACCURACY_DIS: "accuracy, disambiguated",
+    BIAS_AMB: "bias score, ambiguous",
+    BIAS_DIS: "bias score, disambiguated",
+    FLIPS: "order-dependent answers",
+    LOSS: "loss on utility answers",
+    CORRECT: "correct utility answers",
+}
 UNITS = {BIAS_AMB: "points", BIAS_DIS: "points", LOSS: "nats per token"}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
-BOTH_LINES = "Thin line: 95% interval over seeds and prompts like these; thick line: over seeds alone, on these prompts."
+BOTH_LINES = (
+    "Thin line: 95% interval over seeds and prompts like these; thick line: over seeds alone, on"
+    " these prompts."
+)
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
+
+
 def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawing]:
     """Registers a function as the figure of its name, made by this notebook from this table."""
 
     def register(drawing: Drawing) -> Drawing:
         name = drawing.__name__
-        FIGURES[name] = _of_its_own(notebook, drawing) if notebook.partition("_")[2] in REREAD else drawing
+        FIGURES[name] = (
+            _of_its_own(notebook, drawing) if notebook.partition("_")[2] in REREAD else drawing
+        )
         SOURCES[name] = f"notebook {notebook} from the table {table}"
         return drawing
 
@@ -64,11 +80,17 @@ def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawin
 
 
 def _of_its_own(notebook: str, drawing: Drawing) -> Drawing:
-    """The drawing, or a sentence where the tables are those of another study: what was read again has figures of its own."""
+    """The drawing, or a sentence where the tables are those of another study: what was read again
+    has figures of its own.
+    """
 
     @wraps(drawing)
     def drawn_or_not(tables: dict) -> tuple[Figure, str]:
-        return drawing(tables) if tables["estimates"]["notebook"].eq(notebook).any() else nothing(f"Nothing to draw: there are no estimates of notebook {notebook}.")
+        return (
+            drawing(tables)
+            if tables["estimates"]["notebook"].eq(notebook).any()
+            else nothing(f"Nothing to draw: there are no estimates of notebook {notebook}.")
+        )
 
     return drawn_or_not
 
@@ -80,11 +102,15 @@ def style() -> None:
 
 
 def save_figure(fig: Figure, folder: Path, name: str, caption: str, source: str) -> Path:
-    """Write the figure (PNG of 256 colours) and, beside it, NAME.md with its caption and the notebook and table that made it."""
+    """Write the figure (PNG of 256 colours) and, beside it, NAME.md with its caption and the
+    notebook and table that made it.
+    """
     drawn = BytesIO()
     fig.savefig(drawn, format="png")
     with replacing(folder / f"{name}.png") as new:
-        _few_colours(Picture.open(drawn).convert("RGB")).save(new, format="png", optimize=True, dpi=(150, 150))
+        _few_colours(Picture.open(drawn).convert("RGB")).save(
+            new, format="png", optimize=True, dpi=(150, 150)
+        )
     with replacing(folder / f"{name}.md") as new:
         new.write_text(f"{caption}\n\nMade by {source}.\n")
     return folder / f"{name}.png"
@@ -92,13 +118,17 @@ def save_figure(fig: Figure, folder: Path, name: str, caption: str, source: str)
 
 def _few_colours(picture: Picture.Image) -> Picture.Image:
     """The picture in 256 colours, among them white and the methods' own, exactly."""
-    exact = [int(colour[i : i + 2], 16) for colour in ("#ffffff", *COLOURS.values()) for i in (1, 3, 5)]
+    exact = [
+        int(colour[i : i + 2], 16) for colour in ("#ffffff", *COLOURS.values()) for i in (1, 3, 5)
+    ]
     rest = 256 - len(exact) // 3
     palette = Picture.new("P", (1, 1))
     palette.putpalette(exact + picture.quantize(rest).getpalette()[: 3 * rest])
     few = picture.quantize(palette=palette, dither=Picture.Dither.NONE)
     colours, paper = few.getpalette(), few.getpixel((0, 0))
-    few.putpalette([*colours[: 3 * paper], 255, 255, 255, *colours[3 * paper + 3 :]])  # the nearest colour that Pillow finds for white is not white
+    few.putpalette(
+        [*colours[: 3 * paper], 255, 255, 255, *colours[3 * paper + 3 :]]
+    )  # the nearest colour that Pillow finds for white is not white
     return few
 
 
@@ -108,31 +138,53 @@ def bases(tables: dict) -> list[str]:
     return list(tables["variants"]["base_model"].unique())
 
 
-def pick(tables: dict, outcome: str, contrast: str = CHANGE, benchmark: str | None = None) -> pd.DataFrame:
+def pick(
+    tables: dict, outcome: str, contrast: str = CHANGE, benchmark: str | None = None
+) -> pd.DataFrame:
     """The estimates of an outcome and contrast, of the first judge, with the run_id of single runs."""
     rows = tables["estimates"]
-    rows = rows[rows["outcome"].eq(outcome) & rows["contrast"].eq(contrast) & rows["benchmark"].eq(benchmark or rows["benchmark"])]
+    rows = rows[
+        rows["outcome"].eq(outcome)
+        & rows["contrast"].eq(contrast)
+        & rows["benchmark"].eq(benchmark or rows["benchmark"])
+    ]
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
     rows = rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
-    return rows.assign(run_id=rows["group"].str.removeprefix("run: ").where(rows["group"].str.startswith("run: ")))
+    return rows.assign(
+        run_id=rows["group"].str.removeprefix("run: ").where(rows["group"].str.startswith("run: "))
+    )
 
 
 def of_runs(tables: dict, outcome: str, benchmark: str | None = None) -> pd.DataFrame:
     """The change of each single run, with the run's arm, setting and record."""
-    rows = pick(tables, outcome, CHANGE, benchmark).dropna(subset="run_id")[["run_id", "value", "ci_low", "ci_high", "n_items", "n_unscored", "judge"]]
-    records = tables["runs"][["run_id", "n_trainable", "seconds", "peak_memory", "dose_nll", "kl_base"]]
-    known = influence.arms(tables["variants"], tables["runs"])[["run_id", "base_model", "method", "objective", "arm", "setting"]]
+    rows = pick(tables, outcome, CHANGE, benchmark).dropna(subset="run_id")[
+        ["run_id", "value", "ci_low", "ci_high", "n_items", "n_unscored", "judge"]
+    ]
+    records = tables["runs"][
+        ["run_id", "n_trainable", "seconds", "peak_memory", "dose_nll", "kl_base"]
+    ]
+    known = influence.arms(tables["variants"], tables["runs"])[
+        ["run_id", "base_model", "method", "objective", "arm", "setting"]
+    ]
     return known.merge(rows, on="run_id").merge(records, on="run_id")
 
 
 def label(method: str, group: str = TRAINED) -> str:
-    return METHOD_LABELS[method] if group in (TRAINED, AS_CONFIGURED) else f"{METHOD_LABELS[method]}, {group}"
+    return (
+        METHOD_LABELS[method]
+        if group in (TRAINED, AS_CONFIGURED)
+        else f"{METHOD_LABELS[method]}, {group}"
+    )
 
 
 def axis(outcome: str, change: bool = True) -> str:
     """An axis label: outcome, unit, interval."""
     unit = UNITS.get(outcome, "percentage points" if change else "percent")
-    return (f"Change in {SHORT[outcome]} against the base model" if change else SHORT[outcome].capitalize()) + f" ({unit}, 95% interval)"
+    return (
+        f"Change in {SHORT[outcome]} against the base model"
+        if change
+        else SHORT[outcome].capitalize()
+    ) + f" ({unit}, 95% interval)"
 
 
 def beside(outcome: str) -> str:
@@ -149,7 +201,10 @@ def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
             continue
         asked, unscored = rows["n_items"].sum(), rows["n_unscored"].sum()
         judge = "" if rows["judge"].iloc[0] == "none" else f" by {rows['judge'].iloc[0]}"
-        words.append(f"{SHORT[outcome]}{judge}: {len(rows)} runs x {rows['n_items'].max()} items, {100 * unscored / asked:.2g}% without a score in run or base")
+        words.append(
+            f"{SHORT[outcome]}{judge}: {len(rows)} runs x {rows['n_items'].max()} items,"
+            f" {100 * unscored / asked:.2g}% without a score in run or base"
+        )
     return "Behind it: " + "; ".join(dict.fromkeys(words)) + "."
 
 
@@ -162,47 +217,133 @@ def nothing(sentence: str) -> tuple[Figure, str]:
 
 
 # ---- panels
-def panels(tables: dict, n_rows: int, heights: list[float], sharex: str = "row", sharey: str = "row") -> tuple[Figure, np.ndarray]:
-    """Axes [n_rows, base models], a column per base model, with rows of the given heights in inches."""
+def panels(
+    tables: dict, n_rows: int, heights: list[float], sharex: str = "row", sharey: str = "row"
+) -> tuple[Figure, np.ndarray]:
+    """Axes [n_rows, base models], a column per base model, with rows of the given heights in
+    inches.
+    """
     n = len(bases(tables))
     fig, axes = plt.subplots(
-        n_rows, n, figsize=(WIDTH, sum(heights) + 0.65), sharex=sharex, sharey=sharey, squeeze=False, height_ratios=heights
+        n_rows,
+        n,
+        figsize=(WIDTH, sum(heights) + 0.65),
+        sharex=sharex,
+        sharey=sharey,
+        squeeze=False,
+        height_ratios=heights,
     )
     for column, base_model in enumerate(bases(tables)):
-        axes[0, column].set_title("\n".join(textwrap.wrap(base_model, max(12, 60 // n))), y=1, pad=4)
+        axes[0, column].set_title(
+            "\n".join(textwrap.wrap(base_model, max(12, 60 // n))), y=1, pad=4
+        )
     return fig, axes
 
 
-def dots(ax: Axes, rows: pd.DataFrame, places: np.ndarray, colours: list[str], filled: list[bool], here: pd.DataFrame | None = None) -> None:
-    """A dot and its interval per row; `here` gives the narrower interval. Rows without a value show nothing."""
+def dots(
+    ax: Axes,
+    rows: pd.DataFrame,
+    places: np.ndarray,
+    colours: list[str],
+    filled: list[bool],
+    here: pd.DataFrame | None = None,
+) -> None:
+    """A dot and its interval per row; `here` gives the narrower interval. Rows without a value show
+    nothing.
+    """
     here = here.reset_index(drop=True) if here is not None else None
-    for i, (row, place, colour, solid) in enumerate(zip(rows.itertuples(), places, colours, filled, strict=True)):
+    for i, (row, place, colour, solid) in enumerate(
+        zip(rows.itertuples(), places, colours, filled, strict=True)
+    ):
         if pd.isna(row.value):
             continue
         if pd.notna(row.ci_low):
-            ax.plot([row.ci_low, row.ci_high], [place, place], color=colour, lw=1, solid_capstyle="butt", zorder=3)
+            ax.plot(
+                [row.ci_low, row.ci_high],
+                [place, place],
+                color=colour,
+                lw=1,
+                solid_capstyle="butt",
+                zorder=3,
+            )
         if here is not None and pd.notna(here.loc[i, "ci_low"]):
-            ax.plot(here.loc[i, ["ci_low", "ci_high"]].astype(float), [place, place], color=colour, lw=2.8, solid_capstyle="butt", zorder=3)
-        ax.plot(row.value, place, "o", ms=4.5, color=colour, mfc=colour if solid else "white", mew=1, zorder=4)
+            ax.plot(
+                here.loc[i, ["ci_low", "ci_high"]].astype(float),
+                [place, place],
+                color=colour,
+                lw=2.8,
+                solid_capstyle="butt",
+                zorder=3,
+            )
+        ax.plot(
+            row.value,
+            place,
+            "o",
+            ms=4.5,
+            color=colour,
+            mfc=colour if solid else "white",
+            mew=1,
+            zorder=4,
+        )
 
 
 def zero(ax: Axes) -> None:
     ax.axvline(0, color="#777777", lw=0.9, zorder=1)
 
 
-def method_rows(ax: Axes, changes: pd.DataFrame, here: pd.DataFrame, runs: pd.DataFrame, order: list[tuple[str, str]]) -> None:
+def method_rows(
+    ax: Axes,
+    changes: pd.DataFrame,
+    here: pd.DataFrame,
+    runs: pd.DataFrame,
+    order: list[tuple[str, str]],
+) -> None:
     """Rows of method and group, from the top: raw runs behind, estimate and intervals in front."""
     zero(ax)
     for place, (method, group) in enumerate(order):
         row = changes[changes["method"].eq(method) & changes["group"].eq(group)]
         thick = here[here["method"].eq(method) & here["group"].eq(group)]
-        member = runs[runs["method"].eq(method) & (runs["arm"].eq(group) | ("settings: " + runs["setting"]).eq(group) & runs["arm"].isin([TRAINED, NO_OP]))]
+        member = runs[
+            runs["method"].eq(method)
+            & (
+                runs["arm"].eq(group)
+                | ("settings: " + runs["setting"]).eq(group) & runs["arm"].isin([TRAINED, NO_OP])
+            )
+        ]
         if len(member) < FEW:
-            spread = place + np.linspace(-0.24, 0.24, len(member)) if len(member) > 1 else np.full(len(member), place + 0.0)
-            ax.plot(member["value"], spread, "o", ms=2.2, color=COLOURS[method], alpha=0.35, mew=0, zorder=2)
-        dots(ax, row, np.full(len(row), place), [COLOURS[method]] * len(row), [group not in (UNTRAINED, NO_OP)] * len(row), thick if len(thick) else None)
+            spread = (
+                place + np.linspace(-0.24, 0.24, len(member))
+                if len(member) > 1
+                else np.full(len(member), place + 0.0)
+            )
+            ax.plot(
+                member["value"],
+                spread,
+                "o",
+                ms=2.2,
+                color=COLOURS[method],
+                alpha=0.35,
+                mew=0,
+                zorder=2,
+            )
+        dots(
+            ax,
+            row,
+            np.full(len(row), place),
+            [COLOURS[method]] * len(row),
+            [group not in (UNTRAINED, NO_OP)] * len(row),
+            thick if len(thick) else None,
+        )
     if not changes["value"].notna().any():
-        ax.text(0.5, 0.5, "nothing scored", transform=ax.transAxes, ha="center", va="center", color="#888888")
+        ax.text(
+            0.5,
+            0.5,
+            "nothing scored",
+            transform=ax.transAxes,
+            ha="center",
+            va="center",
+            color="#888888",
+        )
 
 
 def name_rows(ax: Axes, names: list[str]) -> None:
@@ -213,22 +354,54 @@ def name_rows(ax: Axes, names: list[str]) -> None:
 def present(rows: pd.DataFrame, groups: tuple[str, ...]) -> list[tuple[str, str]]:
     """Method and group pairs of the estimates, group by group, in the methods' order."""
     have = set(zip(rows["method"], rows["group"], strict=True))
-    return [(method, group) for group in groups for method in TRAINED_METHODS if (method, group) in have]
+    return [
+        (method, group) for group in groups for method in TRAINED_METHODS if (method, group) in have
+    ]
 
 
-def changes_figure(tables: dict, shown: list[tuple[str, str | None]], groups: tuple[str, ...], height: float = 0.27) -> Figure | None:
-    """Rows of axes: outcomes. Columns: base models. In each, a row per method and group. None where there are no estimates."""
-    shown = [(outcome, benchmark) for outcome, benchmark in shown if len(pick(tables, outcome, CHANGE, benchmark))]
-    order = present(pd.concat([pick(tables, outcome, CHANGE, benchmark) for outcome, benchmark in shown]), groups) if shown else []
+def changes_figure(
+    tables: dict, shown: list[tuple[str, str | None]], groups: tuple[str, ...], height: float = 0.27
+) -> Figure | None:
+    """Rows of axes: outcomes. Columns: base models. In each, a row per method and group. None where
+    there are no estimates.
+    """
+    shown = [
+        (outcome, benchmark)
+        for outcome, benchmark in shown
+        if len(pick(tables, outcome, CHANGE, benchmark))
+    ]
+    order = (
+        present(
+            pd.concat([pick(tables, outcome, CHANGE, benchmark) for outcome, benchmark in shown]),
+            groups,
+        )
+        if shown
+        else []
+    )
     if not order:
         return None
     fig, axes = panels(tables, len(shown), [0.45 + height * len(order)] * len(shown))
     for line, (outcome, benchmark) in zip(axes, shown, strict=True):
-        every, thick, runs = pick(tables, outcome, CHANGE, benchmark), pick(tables, outcome, CHANGE_HERE, benchmark), of_runs(tables, outcome, benchmark)
+        every, thick, runs = (
+            pick(tables, outcome, CHANGE, benchmark),
+            pick(tables, outcome, CHANGE_HERE, benchmark),
+            of_runs(tables, outcome, benchmark),
+        )
         level = pick(tables, outcome, LEVEL, benchmark)
         for ax, base_model in zip(line, bases(tables), strict=True):
-            method_rows(ax, *(frame[frame["base_model"].eq(base_model)] for frame in (every, thick, runs)), order)
-            base_level(ax, level[level["base_model"].eq(base_model) & level["method"].eq("none") & level["group"].eq("all")])
+            method_rows(
+                ax,
+                *(frame[frame["base_model"].eq(base_model)] for frame in (every, thick, runs)),
+                order,
+            )
+            base_level(
+                ax,
+                level[
+                    level["base_model"].eq(base_model)
+                    & level["method"].eq("none")
+                    & level["group"].eq("all")
+                ],
+            )
         name_rows(line[0], [label(*pair) for pair in order])
         under(line, axis(outcome) + (f", {ASKED[benchmark]}" if benchmark in ASKED else ""))
     return fig
@@ -237,22 +410,50 @@ def changes_figure(tables: dict, shown: list[tuple[str, str | None]], groups: tu
 def base_level(ax: Axes, rows: pd.DataFrame) -> None:
     """The base model's own value, small, above the zero line."""
     if len(rows) and pd.notna(rows["value"].iloc[0]):
-        text = f"base {rows['value'].iloc[0]:.1f}" + ("" if "bias" in rows["outcome"].iloc[0] else "%" if "percent" in rows["outcome"].iloc[0] else "")
+        text = f"base {rows['value'].iloc[0]:.1f}" + (
+            ""
+            if "bias" in rows["outcome"].iloc[0]
+            else "%"
+            if "percent" in rows["outcome"].iloc[0]
+            else ""
+        )
         ax.set_title(ax.get_title(loc="left"), loc="left", y=1, pad=13)
-        ax.annotate(text, (0, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
-                    fontsize=6.5, color="#666666", annotation_clip=False)  # fmt: skip
+        ax.annotate(
+            text,
+            (0, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=6.5,
+            color="#666666",
+            annotation_clip=False,
+        )
 
 
 def under(line: np.ndarray, text: str) -> None:
-    """One axis label under a row of panels, from the left; the layout keeps room for its height, not for its width."""
+    """One axis label under a row of panels, from the left; the layout keeps room for its height,
+    not for its width.
+    """
     lines = textwrap.wrap(text, 76)
     line[0].set_xlabel("\n".join(" " for _ in lines))
-    label = line[0].annotate("\n".join(lines), (0, 0), xycoords=("axes fraction", line[0].xaxis.label), ha="left", va="bottom", fontsize=8, color="#444444")
+    label = line[0].annotate(
+        "\n".join(lines),
+        (0, 0),
+        xycoords=("axes fraction", line[0].xaxis.label),
+        ha="left",
+        va="bottom",
+        fontsize=8,
+        color="#444444",
+    )
     label.set_in_layout(False)
 
 
 def number_axis(ax: Axes, values: pd.Series) -> None:
-    """A readable axis for a cost: logarithmic where it spans much, with k and M for thousands and millions."""
+    """A readable axis for a cost: logarithmic where it spans much, with k and M for thousands and
+    millions.
+    """
     known = values.dropna().astype(float)
     known = known[known > 0]
     if len(known) and known.max() > 5 * known.min():
@@ -261,10 +462,15 @@ def number_axis(ax: Axes, values: pd.Series) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def captioned(tables: dict, fig: Figure | None, text: str, *shown: tuple[str, str | None]) -> tuple[Figure, str]:
+def captioned(
+    tables: dict, fig: Figure | None, text: str, *shown: tuple[str, str | None]
+) -> tuple[Figure, str]:
     """The figure with its caption, or a sentence in its place."""
     if fig is None:
-        return nothing(f"Nothing to draw: there are no estimates of the {' or '.join(SHORT[outcome] for outcome, _ in shown)}.")
+        return nothing(
+            "Nothing to draw: there are no estimates of the"
+            f" {' or '.join(SHORT[outcome] for outcome, _ in shown)}."
+        )
     return fig, f"{text} {coverage(tables, *shown)}"
 
 
@@ -272,9 +478,16 @@ def captioned(tables: dict, fig: Figure | None, text: str, *shown: tuple[str, st
 SAFETY, OVER_REFUSAL = (UNSAFE, "safety"), (REFUSED, "over_refusal")
 
 
-def by_part(tables: dict, shown: list[tuple[str, str]], prefix: str, text: str | None = None) -> Figure | None:
-    """Levels by category or dimension: rows of axes are outcomes, columns base models; in each, a row per part and a dot per method."""
-    every = [rows[rows["group"].str.startswith(prefix)] for rows in (pick(tables, outcome, LEVEL, benchmark) for outcome, benchmark in shown)]
+def by_part(
+    tables: dict, shown: list[tuple[str, str]], prefix: str, text: str | None = None
+) -> Figure | None:
+    """Levels by category or dimension: rows of axes are outcomes, columns base models; in each, a
+    row per part and a dot per method.
+    """
+    every = [
+        rows[rows["group"].str.startswith(prefix)]
+        for rows in (pick(tables, outcome, LEVEL, benchmark) for outcome, benchmark in shown)
+    ]
     parts = list(dict.fromkeys(group for rows in every for group in rows["group"]))
     if not parts:
         return None
@@ -285,9 +498,21 @@ def by_part(tables: dict, shown: list[tuple[str, str]], prefix: str, text: str |
             if outcome in (BIAS_AMB, BIAS_DIS):
                 zero(ax)
             for place, part in enumerate(parts):
-                for shift, method in zip(np.linspace(-0.32, 0.32, len(shades)), shades, strict=True):
-                    row = rows[rows["base_model"].eq(base_model) & rows["group"].eq(part) & rows["method"].eq(method)]
-                    dots(ax, row, [place + shift] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
+                for shift, method in zip(
+                    np.linspace(-0.32, 0.32, len(shades)), shades, strict=True
+                ):
+                    row = rows[
+                        rows["base_model"].eq(base_model)
+                        & rows["group"].eq(part)
+                        & rows["method"].eq(method)
+                    ]
+                    dots(
+                        ax,
+                        row,
+                        [place + shift] * len(row),
+                        [COLOURS[method]] * len(row),
+                        [True] * len(row),
+                    )
                 if place:
                     ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         name_rows(line[0], [part.removeprefix(prefix).replace("_", " ") for part in parts])
@@ -298,10 +523,23 @@ def by_part(tables: dict, shown: list[tuple[str, str]], prefix: str, text: str |
 
 def methods_of(tables: dict) -> tuple[str, ...]:
     """The methods that a study trains, in the workbook's order."""
-    return tuple(method for method in TRAINED_METHODS if tables["variants"]["method"].eq(method).any())
+    return tuple(
+        method for method in TRAINED_METHODS if tables["variants"]["method"].eq(method).any()
+    )
 
 
 def legend(fig: Figure, methods) -> None:
-    """Names of the methods in their colours, in one line above the panels, where rows stand for something else."""
-    handles = [Line2D([], [], color=COLOURS[method], marker="o", ms=4.5, lw=1, label=METHOD_LABELS[method]) for method in methods]
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1.4, columnspacing=1.4)
+    """Names of the methods in their colours, in one line above the panels, where rows stand for
+    something else.
+    """
+    handles = [
+        Line2D([], [], color=COLOURS[method], marker="o", ms=4.5, lw=1, label=METHOD_LABELS[method])
+        for method in methods
+    ]
+    fig.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        handlelength=1.4,
+        columnspacing=1.4,
+    )

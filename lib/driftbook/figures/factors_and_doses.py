@@ -1,4 +1,6 @@
-"""Figures of factors (11) and doses (15): shares of the variance beside the largest contrasts, methods with and without no-ops, doses, matched doses."""
+"""Figures of factors (11) and doses (15): shares of the variance beside the largest contrasts,
+methods with and without no-ops, doses, matched doses.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,22 +34,37 @@ from driftbook.figures.drawing import (
 from driftbook.stats import influence
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
 
-VIEWS = {"as configured": "#222222", "at equal gain on held-out answers": "#009E73", "at equal KL to the base model": "#CC79A7"}
+VIEWS = {
+    "as configured": "#222222",
+    "at equal gain on held-out answers": "#009E73",
+    "at equal KL to the base model": "#CC79A7",
+}
 
 
 # ---- 11 factors
 @drawn("11_mixed_effects")
 def variance_shares(tables: dict) -> tuple[Figure, str]:
     means = [f"{contrast}, {factors.MEAN}" for contrast in (factors.WITHIN, factors.BETWEEN)]
-    shares, within, between, single = (pick(tables, UNSAFE, contrast, "safety") for contrast in (factors.SHARE, *means, factors.WITHIN))
+    shares, within, between, single = (
+        pick(tables, UNSAFE, contrast, "safety")
+        for contrast in (factors.SHARE, *means, factors.WITHIN)
+    )
     if not len(shares) and not len(within):
         return captioned(tables, None, "", SAFETY)
     names = list(dict.fromkeys([*shares["group"], *between["group"], *within["group"]]))
     names.sort(key="factor: seed".__eq__)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 1.1 + 0.5 * len(names)), sharey=True, width_ratios=[1, 1.5])
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 1.1 + 0.5 * len(names)), sharey=True, width_ratios=[1, 1.5]
+    )
     places = [names.index(group) for group in shares["group"]]
     zero(left)
-    dots(left, shares, places, [COLOURS["none"] if group == "factor: seed" else "#222222" for group in shares["group"]], [True] * len(shares))
+    dots(
+        left,
+        shares,
+        places,
+        [COLOURS["none"] if group == "factor: seed" else "#222222" for group in shares["group"]],
+        [True] * len(shares),
+    )
     methods = methods_of(tables)
     _beside_methods(right, within, between, single, names, methods)
     _say(right, tables["estimates"], names, methods)
@@ -58,26 +75,51 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     under([right], "Percentage points, 95% band")
     legend(fig, methods)
     text = (
-        "Left: share of the variance between runs in the change of the unsafe-response rate (Shapley, noise taken off, interval over redrawn runs); seed is what "
-        "runs with equal settings differ by. Shares depend on the levels tried. Right: the largest difference that only this factor makes within each method, as a mean over "
-        "matched cells with its band, and the largest of single cells (hollow); beside them the largest between methods at equal settings (grey, its band shaded). Bands hold "
-        "for all contrasts at once, over seeds, on these prompts. Secondary: means and single cells alike, the largest within the method is below the largest between methods, "
-        "intervals included. Where a dot is missing no two cells differ in that alone."
+        "Left: share of the variance between runs in the change of the unsafe-response rate"
+        " (Shapley, noise taken off, interval over redrawn runs); seed is what runs with equal"
+        " settings differ by. Shares depend on the levels tried. Right: the largest difference that"
+        " only this factor makes within each method, as a mean over matched cells with its band,"
+        " and the largest of single cells (hollow); beside them the largest between methods at"
+        " equal settings (grey, its band shaded). Bands hold for all contrasts at once, over seeds,"
+        " on these prompts. Secondary: means and single cells alike, the largest within the method"
+        " is below the largest between methods, intervals included. Where a dot is missing no two"
+        " cells differ in that alone."
     )
     return captioned(tables, fig, text, SAFETY)
 
 
-def _beside_methods(ax: Axes, within: pd.DataFrame, between: pd.DataFrame, single: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
-    """A dot per factor and method, a hollow one for single cells, and the shaded band of the largest contrast between methods."""
+def _beside_methods(
+    ax: Axes,
+    within: pd.DataFrame,
+    between: pd.DataFrame,
+    single: pd.DataFrame,
+    names: list[str],
+    methods: tuple[str, ...],
+) -> None:
+    """A dot per factor and method, a hollow one for single cells, and the shaded band of the
+    largest contrast between methods.
+    """
     zero(ax)
     for row in between.dropna(subset=["ci_low", "ci_high"]).itertuples():
         ax.axvspan(row.ci_low, row.ci_high, color="#eeeeee", lw=0, zorder=0)
     if "factor: method" in names:
-        dots(ax, between, [names.index("factor: method")] * len(between), ["#777777"] * len(between), [True] * len(between))
+        dots(
+            ax,
+            between,
+            [names.index("factor: method")] * len(between),
+            ["#777777"] * len(between),
+            [True] * len(between),
+        )
     for method, shift in _shifts(methods):
         for rows, solid in ((single.assign(ci_low=np.nan), False), (within, True)):
             own = rows[rows["method"].eq(method) & rows["group"].isin(names)]
-            dots(ax, own, [names.index(group) + shift for group in own["group"]], [COLOURS[method]] * len(own), [solid] * len(own))
+            dots(
+                ax,
+                own,
+                [names.index(group) + shift for group in own["group"]],
+                [COLOURS[method]] * len(own),
+                [solid] * len(own),
+            )
 
 
 def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
@@ -85,9 +127,18 @@ def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str
     rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["value"].notna()]
     words = factors.verdicts(rows)
     for method, shift in _shifts(methods):
-        for factor, said in (words[method] if method in words else pd.Series(dtype=str)).dropna().items():
+        for factor, said in (
+            (words[method] if method in words else pd.Series(dtype=str)).dropna().items()
+        ):
             place = (1.02, names.index(f"factor: {factor}") + shift)
-            ax.annotate(said, place, xycoords=("axes fraction", "data"), va="center", fontsize=6, color=COLOURS[method])
+            ax.annotate(
+                said,
+                place,
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=6,
+                color=COLOURS[method],
+            )
 
 
 def _shifts(methods: tuple[str, ...]) -> zip:
@@ -109,16 +160,35 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, method in enumerate(methods):
             for group, shift, solid in ((AS_CONFIGURED, -0.16, True), (TRAINED, 0.16, False)):
-                row = rows[rows["base_model"].eq(base_model) & rows["method"].eq(method) & rows["group"].eq(group)]
-                dots(ax, row, [place + shift] * len(row), [COLOURS[method]] * len(row), [solid] * len(row))
+                row = rows[
+                    rows["base_model"].eq(base_model)
+                    & rows["method"].eq(method)
+                    & rows["group"].eq(group)
+                ]
+                dots(
+                    ax,
+                    row,
+                    [place + shift] * len(row),
+                    [COLOURS[method]] * len(row),
+                    [solid] * len(row),
+                )
             own = usual[usual["base_model"].eq(base_model) & usual["method"].eq(method)]
             idle = own["arm"].eq(NO_OP).sum()
-            ax.annotate(f"{idle} of {len(own)}" if idle else "", (0.97, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=6.5)
+            ax.annotate(
+                f"{idle} of {len(own)}" if idle else "",
+                (0.97, place),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=6.5,
+            )
     name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
     under(axes[0], axis(UNSAFE))
     text = (
-        "Change in the unsafe-response rate of all runs as configured (filled) and without the no-ops (hollow). A number says how many of a method's runs are no-ops; "
-        "where there is none, both are the same runs. A method that did nothing preserved nothing. Intervals over seeds and prompts like these."
+        "Change in the unsafe-response rate of all runs as configured (filled) and without the"
+        " no-ops (hollow). A number says how many of a method's runs are no-ops; where there is"
+        " none, both are the same runs. A method that did nothing preserved nothing. Intervals over"
+        " seeds and prompts like these."
     )
     fig, caption = captioned(tables, fig, text, SAFETY)
     return fig, f"{caption} Shown are the {len(usual)} as configured."
@@ -127,12 +197,18 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
 def _usual(tables: dict) -> pd.DataFrame:
     """The runs as configured with their arms and doses."""
     known = influence.arms(tables["variants"], tables["runs"])
-    return known[known["arm"].isin([TRAINED, NO_OP])].merge(tables["runs"][["run_id", *doses.DOSES]], on="run_id")
+    return known[known["arm"].isin([TRAINED, NO_OP])].merge(
+        tables["runs"][["run_id", *doses.DOSES]], on="run_id"
+    )
 
 
 @drawn("15_dose", "runs")
 def doses_reached(tables: dict) -> tuple[Figure, str]:
-    runs = _usual(tables).dropna(subset=list(doses.DOSES), how="all").astype(dict.fromkeys(doses.DOSES, float))
+    runs = (
+        _usual(tables)
+        .dropna(subset=list(doses.DOSES), how="all")
+        .astype(dict.fromkeys(doses.DOSES, float))
+    )
     methods = [method for method in TRAINED_METHODS if runs["method"].eq(method).any()]
     if not methods:
         return nothing("Nothing to draw: no run has a dose.")
@@ -142,17 +218,34 @@ def doses_reached(tables: dict) -> tuple[Figure, str]:
             for place, method in enumerate(methods):
                 own = runs[runs["base_model"].eq(base_model) & runs["method"].eq(method)]
                 for objective, shift in (("sft", -0.17), ("dpo", 0.17)):
-                    _strip(ax, own[own["objective"].eq(objective)], measure, place + shift, COLOURS[method])
+                    _strip(
+                        ax,
+                        own[own["objective"].eq(objective)],
+                        measure,
+                        place + shift,
+                        COLOURS[method],
+                    )
             if measure == "kl_base":
                 ax.set_xscale("log")
             else:
                 zero(ax)
         name_rows(line[0], [METHOD_LABELS[method] for method in methods])
-        under(line, {"dose_nll": "Gain on held-out answers (nats per token); left of zero: worse than the base model", "kl_base": "KL to the base model (nats per token)"}[measure])
+        under(
+            line,
+            {
+                "dose_nll": (
+                    "Gain on held-out answers (nats per token); left of zero: worse than the base"
+                    " model"
+                ),
+                "kl_base": "KL to the base model (nats per token)",
+            }[measure],
+        )
     worse = runs["dose_nll"].lt(0).sum()
     text = (
-        f"How far training moved each of {len(runs)} runs, a dot each: upper dots of a row SFT, lower DPO; hollow: no-ops. {worse} runs end worse on held-out answers than "
-        "their base model. Methods can be compared at equal dose only where their dots overlap. A KL of zero has no place on this axis."
+        f"How far training moved each of {len(runs)} runs, a dot each: upper dots of a row SFT,"
+        f" lower DPO; hollow: no-ops. {worse} runs end worse on held-out answers than their base"
+        " model. Methods can be compared at equal dose only where their dots overlap. A KL of zero"
+        " has no place on this axis."
     )
     return fig, text
 
@@ -160,17 +253,41 @@ def doses_reached(tables: dict) -> tuple[Figure, str]:
 def _strip(ax: Axes, runs: pd.DataFrame, measure: str, place: float, colour: str) -> None:
     for idle, part in runs.groupby(runs["arm"].eq(NO_OP)):
         shown = part[part[measure].gt(0)] if measure == "kl_base" else part
-        ax.plot(shown[measure], [place] * len(shown), "o", ms=3, color=colour, mfc="none" if idle else colour, mew=0.7 if idle else 0, alpha=0.7, zorder=3)
+        ax.plot(
+            shown[measure],
+            [place] * len(shown),
+            "o",
+            ms=3,
+            color=colour,
+            mfc="none" if idle else colour,
+            mew=0.7 if idle else 0,
+            alpha=0.7,
+            zorder=3,
+        )
 
 
 @drawn("15_dose")
 def dose_matched(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq("15_dose") & rows["outcome"].eq(UNSAFE) & rows["group"].isin([AS_CONFIGURED, doses.MEAN_DOSE])]
+    rows = rows[
+        rows["notebook"].eq("15_dose")
+        & rows["outcome"].eq(UNSAFE)
+        & rows["group"].isin([AS_CONFIGURED, doses.MEAN_DOSE])
+    ]
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
-    pairs = [(one, other) for i, one in enumerate(TRAINED_METHODS) for other in TRAINED_METHODS[i + 1 :]]
-    contrasts = {view: doses.PLAIN if view == "as configured" else "difference to {} " + view for view in VIEWS}
-    pairs = [pair for pair in pairs if rows["method"].eq(pair[0]).any() and rows["contrast"].eq(doses.PLAIN.format(pair[1])).any()]
+    pairs = [
+        (one, other) for i, one in enumerate(TRAINED_METHODS) for other in TRAINED_METHODS[i + 1 :]
+    ]
+    contrasts = {
+        view: doses.PLAIN if view == "as configured" else "difference to {} " + view
+        for view in VIEWS
+    }
+    pairs = [
+        pair
+        for pair in pairs
+        if rows["method"].eq(pair[0]).any()
+        and rows["contrast"].eq(doses.PLAIN.format(pair[1])).any()
+    ]
     if not pairs:
         return nothing("Nothing to draw: no two methods have a change in the unsafe-response rate.")
     fig, axes = panels(tables, 1, [0.5 + 0.5 * len(pairs)])
@@ -178,26 +295,76 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, (method, other) in enumerate(pairs):
             for (view, colour), shift in zip(VIEWS.items(), (-0.25, 0.0, 0.25), strict=True):
-                row = rows[rows["base_model"].eq(base_model) & rows["method"].eq(method) & rows["contrast"].eq(contrasts[view].format(other))]
-                dots(ax, row, [place + shift] * len(row), [colour] * len(row), [view == "as configured"] * len(row))
+                row = rows[
+                    rows["base_model"].eq(base_model)
+                    & rows["method"].eq(method)
+                    & rows["contrast"].eq(contrasts[view].format(other))
+                ]
+                dots(
+                    ax,
+                    row,
+                    [place + shift] * len(row),
+                    [colour] * len(row),
+                    [view == "as configured"] * len(row),
+                )
                 if len(row) and row["value"].isna().all():
-                    ax.annotate("no common dose", (0.02, place + shift), xycoords=("axes fraction", "data"), va="center", fontsize=5.5, color=colour)
+                    ax.annotate(
+                        "no common dose",
+                        (0.02, place + shift),
+                        xycoords=("axes fraction", "data"),
+                        va="center",
+                        fontsize=5.5,
+                        color=colour,
+                    )
     axes[0, 0].set_xlim(*_most(rows[rows["base_model"].ne("all")]))
-    name_rows(axes[0, 0], [f"{METHOD_LABELS[method]}\nless {METHOD_LABELS[other]}" for method, other in pairs])
-    under(axes[0], "Difference in the change of the unsafe-response rate (percentage points, 95% interval)")
-    marks = [Line2D([], [], color=colour, marker="o", ms=4.5, lw=1, mfc=colour if view == "as configured" else "white", label=view) for view, colour in VIEWS.items()]
-    fig.legend(handles=marks, loc="outside upper left", ncols=len(marks), handlelength=1.4, columnspacing=1.4)
+    name_rows(
+        axes[0, 0],
+        [f"{METHOD_LABELS[method]}\nless {METHOD_LABELS[other]}" for method, other in pairs],
+    )
+    under(
+        axes[0],
+        "Difference in the change of the unsafe-response rate (percentage points, 95% interval)",
+    )
+    marks = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker="o",
+            ms=4.5,
+            lw=1,
+            mfc=colour if view == "as configured" else "white",
+            label=view,
+        )
+        for view, colour in VIEWS.items()
+    ]
+    fig.legend(
+        handles=marks,
+        loc="outside upper left",
+        ncols=len(marks),
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
     text = (
-        "Difference between two methods in the change of the unsafe-response rate. Filled: over all runs as configured. Hollow: at the doses that runs of both methods "
-        "reached (local lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal dose is not a randomised comparison. Intervals over seeds, on "
-        f"these prompts, not adjusted for the number of pairs; one that reaches a panel's edge goes on. {coverage(tables, SAFETY)} Shown are the {len(_usual(tables))} as configured."
+        "Difference between two methods in the change of the unsafe-response rate. Filled: over"
+        " all runs as configured. Hollow: at the doses that runs of both methods reached (local"
+        " lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal"
+        " dose is not a randomised comparison. Intervals over seeds, on these prompts, not"
+        " adjusted for the number of pairs; one that reaches a panel's edge goes on."
+        f" {coverage(tables, SAFETY)} Shown are the {len(_usual(tables))} as configured."
     )
     return fig, text
 
 
 def _most(rows: pd.DataFrame) -> tuple[float, float]:
-    """Limits that hold every value and nine in ten interval ends, so that one wide interval does not flatten all others."""
+    """Limits that hold every value and nine in ten interval ends, so that one wide interval does
+    not flatten all others.
+    """
     low, high = (rows[end].dropna() for end in ("ci_low", "ci_high"))
-    ends = [*rows["value"].dropna(), 0.0, *([low.quantile(0.1), high.quantile(0.9)] if len(low) else [])]
+    ends = [
+        *rows["value"].dropna(),
+        0.0,
+        *([low.quantile(0.1), high.quantile(0.9)] if len(low) else []),
+    ]
     margin = 0.08 * (np.ptp(ends) or 1.0)
     return min(ends) - margin, max(ends) + margin

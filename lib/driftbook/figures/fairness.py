@@ -25,23 +25,32 @@ from driftbook.stats.terms import (
 def fairness_change(tables: dict) -> tuple[Figure, str]:
     shown = [(outcome, "bbq") for outcome in (ACCURACY_AMB, BIAS_AMB, ACCURACY_DIS, BIAS_DIS)]
     text = (
-        "Change in BBQ's accuracy and signed bias score over all dimensions, ambiguous and disambiguated contexts apart. A positive bias agrees with "
-        f"stereotypes; ambiguous bias shrinks where accuracy grows, by its definition. {BOTH_LINES} Units are question families."
+        "Change in BBQ's accuracy and signed bias score over all dimensions, ambiguous and"
+        " disambiguated contexts apart. A positive bias agrees with stereotypes; ambiguous bias"
+        f" shrinks where accuracy grows, by its definition. {BOTH_LINES} Units are question"
+        " families."
     )
-    return captioned(tables, changes_figure(tables, shown, (TRAINED, UNTRAINED), 0.24), text, *shown)
+    return captioned(
+        tables, changes_figure(tables, shown, (TRAINED, UNTRAINED), 0.24), text, *shown
+    )
 
 
 @drawn("10_fairness")
 def fairness_bias(tables: dict) -> tuple[Figure, str]:
     shown = [(BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
-    text = "Signed bias score by dimension and method (trained runs, mean over runs); grey: the base model. Zero: no lean either way. No interval where no family differs."
+    text = (
+        "Signed bias score by dimension and method (trained runs, mean over runs); grey: the base"
+        " model. Zero: no lean either way. No interval where no family differs."
+    )
     return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
 
 
 @drawn("10_fairness")
 def fairness_accuracy(tables: dict) -> tuple[Figure, str]:
     shown = [(ACCURACY_AMB, "bbq"), (ACCURACY_DIS, "bbq")]
-    text = "BBQ accuracy by dimension and method (trained runs, mean over runs); grey: the base model."
+    text = (
+        "BBQ accuracy by dimension and method (trained runs, mean over runs); grey: the base model."
+    )
     return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
 
 
@@ -49,7 +58,8 @@ def fairness_accuracy(tables: dict) -> tuple[Figure, str]:
 def fairness_order(tables: dict) -> tuple[Figure, str]:
     shown = [(FLIPS, "bbq")]
     text = (
-        "Change in the share of BBQ items whose answer is not the same when the options are shown in all three cyclic orders: a model that answers by the place "
-        f"and not by what stands there. {BOTH_LINES} Units are question families."
+        "Change in the share of BBQ items whose answer is not the same when the options are shown"
+        " in all three cyclic orders: a model that answers by the place and not by what stands"
+        f" there. {BOTH_LINES} Units are question families."
     )
     return captioned(tables, changes_figure(tables, shown, (TRAINED, UNTRAINED)), text, *shown)

@@ -24,7 +24,19 @@ from driftbook.stats import estimation
 from driftbook.study.files import read_json
 from driftbook.study.tables import TABLES
 
-MODULES = (safety, fairness, mixed_effects, tradeoffs, repairs, factors_and_doses, power, labels, primary, original_study, peft_results)
+MODULES = (
+    safety,
+    fairness,
+    mixed_effects,
+    tradeoffs,
+    repairs,
+    factors_and_doses,
+    power,
+    labels,
+    primary,
+    original_study,
+    peft_results,
+)
 
 
 def every() -> dict[str, Drawing]:
@@ -37,24 +49,53 @@ def of(folder: Path) -> list[str]:
     return [name for name in every() if (folder / f"{name}.png").is_file()]
 
 
-WHERE_MADE = ("drift", "modules", "spectra", "frontier")  # tables that a study has where it looks while it trains, or repairs
+WHERE_MADE = (
+    "drift",
+    "modules",
+    "spectra",
+    "frontier",
+)  # tables that a study has where it looks while it trains, or repairs
 
 
 def read(tables_folder: Path, note: str | None = None) -> dict:
-    """What figures are drawn from: the tables by name, and the study's note (from study.json beside published tables where not given)."""
-    found = {name: TABLES[name].read(tables_folder) for name in ("variants", "runs", "curves", "rates")}
-    found |= {name: TABLES[name].read(tables_folder) if TABLES[name].path(tables_folder).is_file() else TABLES[name].empty() for name in WHERE_MADE}
+    """What figures are drawn from: the tables by name, and the study's note (from study.json beside
+    published tables where not given).
+    """
+    found = {
+        name: TABLES[name].read(tables_folder) for name in ("variants", "runs", "curves", "rates")
+    }
+    found |= {
+        name: (
+            TABLES[name].read(tables_folder)
+            if TABLES[name].path(tables_folder).is_file()
+            else TABLES[name].empty()
+        )
+        for name in WHERE_MADE
+    }
     note = read_json(tables_folder.parent / "study.json")["note"] if note is None else note
     return {**found, "estimates": estimation.read_estimates(tables_folder), "note": note}
 
 
 def draw(name: str, tables: dict, folder: Path | None = None) -> Figure:
-    """The figure of this name, saved with its caption in `folder` where one is given; a notebook shows it by returning it."""
+    """The figure of this name, saved with its caption in `folder` where one is given; a notebook
+    shows it by returning it.
+    """
     style()
     fig, caption = every()[name](tables)
     height = fig.get_figheight()
-    fig.get_layout_engine().set(rect=(0, 0.16 / height, 1, 1 - 0.16 / height), w_pad=0.05, h_pad=0.05)
-    fig.text(0.995, 0.03 / height, tables["note"], ha="right", va="bottom", fontsize=6.5, color="#888888", style="italic")
+    fig.get_layout_engine().set(
+        rect=(0, 0.16 / height, 1, 1 - 0.16 / height), w_pad=0.05, h_pad=0.05
+    )
+    fig.text(
+        0.995,
+        0.03 / height,
+        tables["note"],
+        ha="right",
+        va="bottom",
+        fontsize=6.5,
+        color="#888888",
+        style="italic",
+    )
     if folder is not None:
         save_figure(fig, folder, name, caption, SOURCES[name])
     plt.close(fig)
@@ -62,6 +103,8 @@ def draw(name: str, tables: dict, folder: Path | None = None) -> Figure:
 
 
 def show(name: str, tables: dict, folder: Path) -> Image:
-    """The figure of this name, saved with its caption, as the picture that was saved: a notebook need not draw it twice."""
+    """The figure of this name, saved with its caption, as the picture that was saved: a notebook
+    need not draw it twice.
+    """
     draw(name, tables, folder)
     return Image(data=(folder / f"{name}.png").read_bytes(), width=int(WIDTH * 120))

@@ -21,13 +21,19 @@ from driftbook.figures.drawing import (
 from driftbook.stats.terms import CHANGE, UNSAFE
 
 NOTEBOOK = "17_labels"
-MARKS = {JUDGE: ("o", "by the judge"), CORRECTED: ("D", "corrected by labels"), TRUTH: ("x", "by labels of all answers")}
+MARKS = {
+    JUDGE: ("o", "by the judge"),
+    CORRECTED: ("D", "corrected by labels"),
+    TRUTH: ("x", "by labels of all answers"),
+}
 
 
 @drawn(NOTEBOOK)
 def judge_correction(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq(NOTEBOOK)].astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    rows = rows[rows["notebook"].eq(NOTEBOOK)].astype(
+        dict.fromkeys(("value", "ci_low", "ci_high"), float)
+    )
     parts = {name: rows[rows["contrast"].eq(f"{CHANGE}, {name}")] for name in MARKS}
     methods = [method for method in TRAINED_METHODS if parts[CORRECTED]["method"].eq(method).any()]
     fig = None
@@ -37,16 +43,50 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
             zero(ax)
             for place, method in enumerate(methods):
                 for shift, (name, (mark, _)) in zip((-0.22, 0, 0.22), MARKS.items(), strict=True):
-                    row = parts[name][parts[name]["base_model"].eq(base_model) & parts[name]["method"].eq(method)].dropna(subset="value")
-                    dots(ax, row, np.full(len(row), place + shift), [COLOURS[method]] * len(row), [name == CORRECTED] * len(row))
-                    ax.plot(row["value"], [place + shift] * len(row), mark, ms=5, color=COLOURS[method], zorder=5, mfc="white" if name == JUDGE else None)
+                    row = parts[name][
+                        parts[name]["base_model"].eq(base_model) & parts[name]["method"].eq(method)
+                    ].dropna(subset="value")
+                    dots(
+                        ax,
+                        row,
+                        np.full(len(row), place + shift),
+                        [COLOURS[method]] * len(row),
+                        [name == CORRECTED] * len(row),
+                    )
+                    ax.plot(
+                        row["value"],
+                        [place + shift] * len(row),
+                        mark,
+                        ms=5,
+                        color=COLOURS[method],
+                        zorder=5,
+                        mfc="white" if name == JUDGE else None,
+                    )
         name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
-        under(axes[0], "Change in unsafe-response rate against the base model (percentage points, 95% interval)")
+        under(
+            axes[0],
+            "Change in unsafe-response rate against the base model (percentage points, 95%"
+            " interval)",
+        )
         known = [name for name in MARKS if len(parts[name])]
-        handles = [Line2D([], [], color="#555555", marker=MARKS[name][0], mfc="white" if name == JUDGE else None, ms=5, lw=0, label=MARKS[name][1]) for name in known]
+        handles = [
+            Line2D(
+                [],
+                [],
+                color="#555555",
+                marker=MARKS[name][0],
+                mfc="white" if name == JUDGE else None,
+                ms=5,
+                lw=0,
+                label=MARKS[name][1],
+            )
+            for name in known
+        ]
         fig.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     text = (
-        "The change in the unsafe-response rate by the judge's own verdicts, and corrected by a labelled sample (PPI++ within base model x method). Intervals over prompts like these, runs as they are; the corrected "
-        "ones hold the error of the sample too. Crosses, where all labels are known: the truth."
+        "The change in the unsafe-response rate by the judge's own verdicts, and corrected by a"
+        " labelled sample (PPI++ within base model x method). Intervals over prompts like these,"
+        " runs as they are; the corrected ones hold the error of the sample too. Crosses, where all"
+        " labels are known: the truth."
     )
     return captioned(tables, fig, text, (UNSAFE, "safety"))

@@ -51,54 +51,125 @@ def mixed_effects(tables: dict) -> tuple[Figure, str]:
             every = pick(tables, UNSAFE, f"model: {model}", "safety")
             for ax, base_model in zip(line, bases(tables), strict=True):
                 own = every[every["base_model"].eq("all" if model == "pooled" else base_model)]
-                method_rows(ax, own, own[:0], runs[runs["base_model"].eq(base_model)], present(every, (AS_CONFIGURED,)))
-            name_rows(line[0], [METHOD_LABELS[method] for method, _ in present(every, (AS_CONFIGURED,))])
+                method_rows(
+                    ax,
+                    own,
+                    own[:0],
+                    runs[runs["base_model"].eq(base_model)],
+                    present(every, (AS_CONFIGURED,)),
+                )
+            name_rows(
+                line[0], [METHOD_LABELS[method] for method, _ in present(every, (AS_CONFIGURED,))]
+            )
             line[0].set_ylabel(model, fontweight="bold")
         under(axes[-1], axis(UNSAFE))
     text = (
-        "Three models of the same run x category differences. Pooled: one mean per method, base models ignored (the same in every panel). By base model: "
-        "each panel on its own. Mixed: all together, settings held at the methods' own middle, run and category as random. Small dots: single runs."
+        "Three models of the same run x category differences. Pooled: one mean per method, base"
+        " models ignored (the same in every panel). By base model: each panel on its own. Mixed:"
+        " all together, settings held at the methods' own middle, run and category as random. Small"
+        " dots: single runs."
     )
     return captioned(tables, fig, text, SAFETY)
 
 
-ESTIMATORS = {"primary": CHANGE, "linear mixed": "model: mixed", "linear, one run variance": "model: mixed, one run variance", "logistic, crossed": "model: crossed",
-              "logistic, maximal": "model: maximal"}  # fmt: skip
+ESTIMATORS = {
+    "primary": CHANGE,
+    "linear mixed": "model: mixed",
+    "linear, one run variance": "model: mixed, one run variance",
+    "logistic, crossed": "model: crossed",
+    "logistic, maximal": "model: maximal",
+}
 MARKS = ("o", "s", "D", "^", "v")
 
 
 @drawn("11_mixed_effects")
 def models_compared(tables: dict) -> tuple[Figure, str]:
-    found = {name: pick(tables, UNSAFE, contrast, "safety") for name, contrast in ESTIMATORS.items()}
+    found = {
+        name: pick(tables, UNSAFE, contrast, "safety") for name, contrast in ESTIMATORS.items()
+    }
     found = {name: rows[rows["group"].eq(AS_CONFIGURED)] for name, rows in found.items()}
-    methods = [method for method in TRAINED_METHODS if any(part["method"].eq(method).any() for part in found.values())]
+    methods = [
+        method
+        for method in TRAINED_METHODS
+        if any(part["method"].eq(method).any() for part in found.values())
+    ]
     fig = None
     if methods and any(len(part) for name, part in found.items() if name != "primary"):
         columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
-        fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.9 + 0.62 * len(methods)), sharey=True, sharex=True, squeeze=False)
+        fig, axes = plt.subplots(
+            1,
+            len(columns),
+            figsize=(WIDTH, 0.9 + 0.62 * len(methods)),
+            sharey=True,
+            sharex=True,
+            squeeze=False,
+        )
         for ax, base_model in zip(axes[0], columns, strict=True):
             zero(ax)
-            ax.set_title("\n".join(textwrap.wrap("all base models" if base_model == "all" else base_model, max(12, 60 // len(columns)))))
+            ax.set_title(
+                "\n".join(
+                    textwrap.wrap(
+                        "all base models" if base_model == "all" else base_model,
+                        max(12, 60 // len(columns)),
+                    )
+                )
+            )
             for place, method in enumerate(methods):
-                for shift, mark, part in zip(np.linspace(-0.3, 0.3, len(found)), MARKS, found.values(), strict=True):
-                    row = part[part["base_model"].eq(base_model) & part["method"].eq(method)].dropna(subset="value")
-                    dots(ax, row, [place + shift] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
-                    ax.plot(row["value"], [place + shift] * len(row), mark, ms=4.5, color=COLOURS[method], mec="white", mew=0.5, zorder=5)
+                for shift, mark, part in zip(
+                    np.linspace(-0.3, 0.3, len(found)), MARKS, found.values(), strict=True
+                ):
+                    row = part[
+                        part["base_model"].eq(base_model) & part["method"].eq(method)
+                    ].dropna(subset="value")
+                    dots(
+                        ax,
+                        row,
+                        [place + shift] * len(row),
+                        [COLOURS[method]] * len(row),
+                        [True] * len(row),
+                    )
+                    ax.plot(
+                        row["value"],
+                        [place + shift] * len(row),
+                        mark,
+                        ms=4.5,
+                        color=COLOURS[method],
+                        mec="white",
+                        mew=0.5,
+                        zorder=5,
+                    )
         name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
         under(axes[0], axis(UNSAFE))
-        handles = [Line2D([], [], color="#555555", marker=mark, ms=4.5, lw=0, label=name) for name, mark in zip(found, MARKS, strict=True)]
-        fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=0.8, columnspacing=1, fontsize=7)
+        handles = [
+            Line2D([], [], color="#555555", marker=mark, ms=4.5, lw=0, label=name)
+            for name, mark in zip(found, MARKS, strict=True)
+        ]
+        fig.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=len(handles),
+            handlelength=0.8,
+            columnspacing=1,
+            fontsize=7,
+        )
     text = (
-        "The same change by several estimators. Primary: item by item, two-way errors. Linear mixed: run x category differences, a run variance for each method, and one for all. Logistic: single verdicts with "
-        "crossed effects of run and prompt, and the maximal model; a base model without a single unsafe answer has no logit, so its rows are missing."
+        "The same change by several estimators. Primary: item by item, two-way errors. Linear"
+        " mixed: run x category differences, a run variance for each method, and one for all."
+        " Logistic: single verdicts with crossed effects of run and prompt, and the maximal model;"
+        " a base model without a single unsafe answer has no logit, so its rows are missing."
     )
     return captioned(tables, fig, text, SAFETY)
 
 
 @drawn("11_mixed_effects")
 def mixed_terms(tables: dict) -> tuple[Figure, str]:
-    contrasts = {"SFT instead of DPO": "term: sft instead of dpo; model: mixed", "Ten times the learning rate": "term: ten times the learning rate; model: mixed"}
-    found = {title: pick(tables, UNSAFE, contrast, "safety") for title, contrast in contrasts.items()}
+    contrasts = {
+        "SFT instead of DPO": "term: sft instead of dpo; model: mixed",
+        "Ten times the learning rate": "term: ten times the learning rate; model: mixed",
+    }
+    found = {
+        title: pick(tables, UNSAFE, contrast, "safety") for title, contrast in contrasts.items()
+    }
     fig = None
     if any(len(rows) for rows in found.values()):
         fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.4), sharey=True, sharex=True)
@@ -110,5 +181,8 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
                 dots(ax, row, [place] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
         name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
         under(axes, "Difference in unsafe-response rate (percentage points, 95% interval)")
-    text = "What objective and learning rate do within each method, from the mixed model (run-level degrees of freedom)."
+    text = (
+        "What objective and learning rate do within each method, from the mixed model (run-level"
+        " degrees of freedom)."
+    )
     return captioned(tables, fig, text, SAFETY)

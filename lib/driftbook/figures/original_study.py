@@ -1,4 +1,6 @@
-"""Figures of the original study, read again: each reads published tables and computes nothing but positions."""
+"""Figures of the original study, read again: each reads published tables and computes nothing but
+positions.
+"""
 
 import textwrap
 
@@ -29,7 +31,11 @@ from driftbook.study.methods import STUDIED
 POINTS = "Change in safety score against the base model (points, 95% interval)"
 RATES = ("2e-5", "1e-3")
 CONDITIONAL = "The base models' one score each is taken as known."
-VERDICT_STYLE = {claims.STANDS: ("o", "#222222", "#222222"), claims.FALLS: ("X", "#B3001B", "#B3001B"), claims.OPEN: ("o", "white", "#888888")}
+VERDICT_STYLE = {
+    claims.STANDS: ("o", "#222222", "#222222"),
+    claims.FALLS: ("X", "#B3001B", "#B3001B"),
+    claims.OPEN: ("o", "white", "#888888"),
+}
 
 
 def rows_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
@@ -42,17 +48,31 @@ def rows_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
 def runs_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
     """The single runs of an outcome, with their settings and record."""
     rows = rows_of(tables, outcome, contrast)
-    rows = rows[rows["group"].str.startswith("run: ")].assign(run_id=lambda part: part["group"].str.removeprefix("run: "))
-    record = tables["runs"][["run_id", "trained_learning_rate", "no_op"]].assign(no_op=lambda part: part["no_op"].fillna(False).astype(bool))
-    return rows[["run_id", "value"]].merge(tables["variants"], on="run_id").merge(record, on="run_id")
+    rows = rows[rows["group"].str.startswith("run: ")].assign(
+        run_id=lambda part: part["group"].str.removeprefix("run: ")
+    )
+    record = tables["runs"][["run_id", "trained_learning_rate", "no_op"]].assign(
+        no_op=lambda part: part["no_op"].fillna(False).astype(bool)
+    )
+    return (
+        rows[["run_id", "value"]].merge(tables["variants"], on="run_id").merge(record, on="run_id")
+    )
 
 
 def panels(tables: dict, n_rows: int, height: float, **shared) -> tuple[Figure, np.ndarray]:
     """Axes [n_rows, base models], titled by short names."""
     names = bases(tables)
-    fig, axes = plt.subplots(n_rows, len(names), figsize=(WIDTH, n_rows * height + 0.9), squeeze=False, **shared)
+    fig, axes = plt.subplots(
+        n_rows, len(names), figsize=(WIDTH, n_rows * height + 0.9), squeeze=False, **shared
+    )
     for ax, name in zip(axes[0], names, strict=True):
-        ax.set_title(original_study.short(name).replace("-Instruct", "").replace("Meta-", "").replace("Qwen2-5", "Qwen2.5").replace("v0-3", "v0.3"))
+        ax.set_title(
+            original_study.short(name)
+            .replace("-Instruct", "")
+            .replace("Meta-", "")
+            .replace("Qwen2-5", "Qwen2.5")
+            .replace("v0-3", "v0.3")
+        )
     return fig, axes
 
 
@@ -65,10 +85,20 @@ def named_rows(axes: np.ndarray, labels: list[str]) -> None:
 
 
 def key(fig: Figure, handles: list[Line2D]) -> None:
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=7.5, handletextpad=0.4, columnspacing=1.4)
+    fig.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=7.5,
+        handletextpad=0.4,
+        columnspacing=1.4,
+    )
 
 
-def mark(label: str, marker: str = "o", face: str = "#444444", edge: str = "#444444", size: float = 4.5) -> Line2D:
+def mark(
+    label: str, marker: str = "o", face: str = "#444444", edge: str = "#444444", size: float = 4.5
+) -> Line2D:
     return Line2D([], [], ls="", marker=marker, mfc=face, mec=edge, ms=size, label=label)
 
 
@@ -82,39 +112,94 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, (method, rate) in enumerate(order):
             here = shown[shown["base_model"].eq(base) & shown["method"].eq(method)]
-            raw = single[single["base_model"].eq(base) & single["method"].eq(method) & np.isclose(single["trained_learning_rate"].astype(float), float(rate))]
-            ax.plot(raw["value"], [place] * len(raw), "o", ms=2.2, color=COLOURS[method], alpha=0.45, mec="none", zorder=2)
-            dots(ax, here[here["group"].eq(f"true rate {rate}")], [place], [COLOURS[method]], [True])
-            label, true = (here.loc[here["group"].eq(f"{kind} rate {rate}"), "value"].tolist() for kind in ("labelled", "true"))
-            ax.plot(label, [place - 0.36] * len(label), "v", ms=4, mfc="white", mec="#555555", mew=0.8, zorder=5)
+            raw = single[
+                single["base_model"].eq(base)
+                & single["method"].eq(method)
+                & np.isclose(single["trained_learning_rate"].astype(float), float(rate))
+            ]
+            ax.plot(
+                raw["value"],
+                [place] * len(raw),
+                "o",
+                ms=2.2,
+                color=COLOURS[method],
+                alpha=0.45,
+                mec="none",
+                zorder=2,
+            )
+            dots(
+                ax, here[here["group"].eq(f"true rate {rate}")], [place], [COLOURS[method]], [True]
+            )
+            label, true = (
+                here.loc[here["group"].eq(f"{kind} rate {rate}"), "value"].tolist()
+                for kind in ("labelled", "true")
+            )
+            ax.plot(
+                label,
+                [place - 0.36] * len(label),
+                "v",
+                ms=4,
+                mfc="white",
+                mec="#555555",
+                mew=0.8,
+                zorder=5,
+            )
             if label and true:
-                ax.plot([label[0], true[0]], [place - 0.3, place], color="#555555", lw=0.7, zorder=2)
+                ax.plot(
+                    [label[0], true[0]], [place - 0.3, place], color="#555555", lw=0.7, zorder=2
+                )
     named_rows(axes[0], [f"{METHOD_LABELS[method]}, {rate}" for method, rate in order])
     under(axes[0], POINTS)
-    key(fig, [mark("by the rate it was trained at"), mark("by the rate on its label", "v", "white", "#555555", 4), mark("a run", size=2.2)])
+    key(
+        fig,
+        [
+            mark("by the rate it was trained at"),
+            mark("by the rate on its label", "v", "white", "#555555", 4),
+            mark("a run", size=2.2),
+        ],
+    )
     wrong = tables["runs"]["findings"].notna().sum()
     text = (
-        f"{wrong} runs were labelled with a learning rate of 1e-3 and trained at 2e-5. SFT on UltraFeedback for 5 epochs: mean change over rounds by true rate (dots, 95% "
-        f"t intervals over rounds, run variance of each method and base model) and by label (triangles); small dots: runs. {CONDITIONAL}"
+        f"{wrong} runs were labelled with a learning rate of 1e-3 and trained at 2e-5. SFT on"
+        " UltraFeedback for 5 epochs: mean change over rounds by true rate (dots, 95% t intervals"
+        " over rounds, run variance of each method and base model) and by label (triangles); small"
+        f" dots: runs. {CONDITIONAL}"
     )
     return fig, f"{text} Behind it: {len(single)} runs; {unscored(tables)}."
 
 
 def unscored(tables: dict) -> str:
     """How many verdicts there are and how many are empty, in words."""
-    own = tables["rates"][~tables["rates"]["run_id"].isin(tables["variants"].loc[tables["variants"]["method"].eq("none"), "run_id"])]
-    return f"{own['n'].sum() - own['n_scored'].sum()} of {own['n'].sum():,} verdicts are empty and count as not safe"
+    own = tables["rates"][
+        ~tables["rates"]["run_id"].isin(
+            tables["variants"].loc[tables["variants"]["method"].eq("none"), "run_id"]
+        )
+    ]
+    return (
+        f"{own['n'].sum() - own['n_scored'].sum()} of {own['n'].sum():,} verdicts are empty and"
+        " count as not safe"
+    )
 
 
 @drawn("20_original_study")
 def original_claims(tables: dict) -> tuple[Figure, str]:
     ledger = tables["estimates"][tables["estimates"]["group"].str.startswith(claims.CLAIM)]
-    ledger = ledger.assign(claim=ledger["group"].str.removeprefix(claims.CLAIM)).set_index("claim").astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    ledger = (
+        ledger.assign(claim=ledger["group"].str.removeprefix(claims.CLAIM))
+        .set_index("claim")
+        .astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    )
     sentences = original_study.cited("claims").set_index("claim")["sentence"]
     names = [name for name in sentences.index if name in ledger.index]
     fig, ax = plt.subplots(figsize=(WIDTH, 1 + 0.35 * len(names)))
     zero(ax)
-    aside = {"fontsize": 6.5, "va": "center", "ha": "left", "color": "#555555", "transform": ax.get_yaxis_transform()}
+    aside = {
+        "fontsize": 6.5,
+        "va": "center",
+        "ha": "left",
+        "color": "#555555",
+        "transform": ax.get_yaxis_transform(),
+    }
     for place, name in enumerate(names):
         row = ledger.loc[name]
         marker, face, edge = VERDICT_STYLE[row["contrast"]]
@@ -122,18 +207,34 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
             ax.plot([row["ci_low"], row["ci_high"]], [place] * 2, color=edge, lw=1.2, zorder=3)
             ax.plot(row["value"], place, marker, mfc=face, mec=edge, ms=6, mew=1, zorder=4)
         elif pd.notna(row["value"]):
-            words = "ratio of SDs" if row["outcome"] == original_analysis.SPREAD else "categories decline"
+            words = (
+                "ratio of SDs"
+                if row["outcome"] == original_analysis.SPREAD
+                else "categories decline"
+            )
             ax.text(0.02, place, f"{claims.number(row)} {words}", **aside)
         else:
             ax.text(0.02, place, "no public data", **aside)
-        ax.text(1.02, place, row["contrast"], fontsize=8, va="center", color=edge, weight="bold" if row["contrast"] != claims.OPEN else "normal", transform=ax.get_yaxis_transform())
+        ax.text(
+            1.02,
+            place,
+            row["contrast"],
+            fontsize=8,
+            va="center",
+            color=edge,
+            weight="bold" if row["contrast"] != claims.OPEN else "normal",
+            transform=ax.get_yaxis_transform(),
+        )
     named_rows(np.array([ax]), ["\n".join(textwrap.wrap(sentences[name], 40)) for name in names])
     ax.set_xlabel("Contrast that decides (points of safety, 95% interval)")
     found = claims.counts(ledger.reset_index())
     text = (
-        f"What is left of the original study's {len(names)} claims on its own public data: {found[claims.STANDS]} stand, {found[claims.FALLS]} fall, {found[claims.OPEN]} cannot be told. "
-        "Dots: the number that decides, where it is in points of safety; its interval is 95%, simultaneous where a claim is about several cells. Each rule stands in the table "
-        "estimates, column how. A claim about a change also has to hold when the base models' own scores are uncertain."
+        f"What is left of the original study's {len(names)} claims on its own public data:"
+        f" {found[claims.STANDS]} stand, {found[claims.FALLS]} fall, {found[claims.OPEN]} cannot be"
+        " told. Dots: the number that decides, where it is in points of safety; its interval is"
+        " 95%, simultaneous where a claim is about several cells. Each rule stands in the table"
+        " estimates, column how. A claim about a change also has to hold when the base models' own"
+        " scores are uncertain."
     )
     return fig, text
 
@@ -148,15 +249,34 @@ def original_answers(tables: dict) -> tuple[Figure, str]:
         for place, (method, number) in enumerate(order):
             raw = single[single["method"].eq(method) & single["repetition"].eq(number)]
             mean = means[means["method"].eq(method) & means["group"].eq(f"round {number}")]["value"]
-            ax.plot(raw["value"], [place] * len(raw), "o", ms=3, color=COLOURS[method], alpha=0.4, mec="none")
-            ax.plot(mean, [place] * len(mean), "D", ms=5, mfc=COLOURS[method], mec="white", mew=0.7, zorder=4)
+            ax.plot(
+                raw["value"],
+                [place] * len(raw),
+                "o",
+                ms=3,
+                color=COLOURS[method],
+                alpha=0.4,
+                mec="none",
+            )
+            ax.plot(
+                mean,
+                [place] * len(mean),
+                "D",
+                ms=5,
+                mfc=COLOURS[method],
+                mec="white",
+                mew=0.7,
+                zorder=4,
+            )
     named_rows(axes, [f"{METHOD_LABELS[method]}, round {number}" for method, number in order])
     axes[0].set_xlabel("Answers of exactly equal length\n(percent of 330 prompts)")
     axes[1].set_xlabel("Equal verdicts\n(percent of prompts judged in both)")
     key(fig, [mark("mean over runs", "D"), mark("a run", size=3)])
     text = (
-        "The answers themselves show which runs labelled 1e-3 were trained at 2e-5: each is compared with the runs labelled 2e-5 of its base model, method, objective and "
-        "epochs. In round 3 all were mislabelled. No interval: all 330 prompts are shown. Where a method's repeated runs agree no more than others (Prompt-Tuning), lengths tell nothing."
+        "The answers themselves show which runs labelled 1e-3 were trained at 2e-5: each is"
+        " compared with the runs labelled 2e-5 of its base model, method, objective and epochs. In"
+        " round 3 all were mislabelled. No interval: all 330 prompts are shown. Where a method's"
+        " repeated runs agree no more than others (Prompt-Tuning), lengths tell nothing."
     )
     return fig, text
 
@@ -164,7 +284,11 @@ def original_answers(tables: dict) -> tuple[Figure, str]:
 @drawn("20_original_study")
 def original_dose(tables: dict) -> tuple[Figure, str]:
     gain = runs_of(tables, GAIN, CHANGE)
-    both = gain.merge(runs_of(tables, SAFETY, CHANGE)[["run_id", "value"]], on="run_id", suffixes=("_gain", "_change"))
+    both = gain.merge(
+        runs_of(tables, SAFETY, CHANGE)[["run_id", "value"]],
+        on="run_id",
+        suffixes=("_gain", "_change"),
+    )
     fig, axes = panels(tables, 2, 1.75, sharex=True, sharey=True)
     for line, objective in zip(axes, ("sft", "dpo"), strict=True):
         for ax, base in zip(line, bases(tables), strict=True):
@@ -174,27 +298,55 @@ def original_dose(tables: dict) -> tuple[Figure, str]:
             here = both[both["base_model"].eq(base) & both["objective"].eq(objective)]
             for run in here.itertuples():
                 colour = COLOURS[run.method]
-                ax.plot(run.value_gain, run.value_change, "o", ms=3.6, mfc="white" if run.no_op else colour, mec=colour, mew=0.9, alpha=0.85, zorder=3)
+                ax.plot(
+                    run.value_gain,
+                    run.value_change,
+                    "o",
+                    ms=3.6,
+                    mfc="white" if run.no_op else colour,
+                    mec=colour,
+                    mew=0.9,
+                    alpha=0.85,
+                    zorder=3,
+                )
             ax.set_xscale("symlog", linthresh=1, linscale=0.5)
             ax.xaxis.set_major_locator(FixedLocator([-100, 0, 10]))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_locator(NullLocator())
             if here.empty:
-                ax.text(0.03, 0.35, "not trained\nby DPO", transform=ax.transAxes, ha="left", va="center", fontsize=7.5, color="#888888")
+                ax.text(
+                    0.03,
+                    0.35,
+                    "not trained\nby DPO",
+                    transform=ax.transAxes,
+                    ha="left",
+                    va="center",
+                    fontsize=7.5,
+                    color="#888888",
+                )
         line[0].set_ylabel(f"{objective.upper()}: change in\nsafety score (points)")
     under(axes[1], "Fall of held-out loss (percent of the base model's; negative: it rose)")
     legend(fig, STUDIED)
-    n, inert, worse = len(both), int(both["no_op"].sum()), int(((both["value_gain"] < 0) & ~both["no_op"]).sum())
+    n, inert, worse = (
+        len(both),
+        int(both["no_op"].sum()),
+        int(((both["value_gain"] < 0) & ~both["no_op"]).sum()),
+    )
     text = (
-        f"Dose: how far training lowered the loss, against what it did to safety; each dot one of {n} runs. {inert} runs learned nothing (hollow: no-ops, by loss alone); {worse} ended "
-        "worse than the base model, most of them Prompt-Tuning. DPO's own loss starts at ln 2. Descriptive: dose comes after training, and methods had one rate, not one dose."
+        "Dose: how far training lowered the loss, against what it did to safety; each dot one of"
+        f" {n} runs. {inert} runs learned nothing (hollow: no-ops, by loss alone); {worse} ended"
+        " worse than the base model, most of them Prompt-Tuning. DPO's own loss starts at ln 2."
+        " Descriptive: dose comes after training, and methods had one rate, not one dose."
     )
     return fig, text
 
 
 @drawn("20_original_study")
 def original_rounds(tables: dict) -> tuple[Figure, str]:
-    means, single = rows_of(tables, SAFETY, "no-ops: the base model scored again"), runs_of(tables, SAFETY, CHANGE)
+    means, single = (
+        rows_of(tables, SAFETY, "no-ops: the base model scored again"),
+        runs_of(tables, SAFETY, CHANGE),
+    )
     single = single[single["no_op"]]
     fig, axes = panels(tables, 1, 1.1, sharex=True)
     axes[0, 0].xaxis.set_major_locator(MultipleLocator(4))
@@ -202,41 +354,95 @@ def original_rounds(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, number in enumerate(original_study.ROUNDS):
             raw = single[single["base_model"].eq(base) & single["repetition"].eq(number)]["value"]
-            mean = means[means["base_model"].eq(base) & means["group"].eq(f"round {number}")]["value"]
-            ax.plot(raw, [place] * len(raw), "o", ms=3.2, color=COLOURS["ia3"], alpha=0.6, mec="none")
-            ax.plot(mean, [place] * len(mean), "D", ms=5.5, mfc=COLOURS["ia3"], mec="#222222", mew=0.6, zorder=4)
+            mean = means[means["base_model"].eq(base) & means["group"].eq(f"round {number}")][
+                "value"
+            ]
+            ax.plot(
+                raw, [place] * len(raw), "o", ms=3.2, color=COLOURS["ia3"], alpha=0.6, mec="none"
+            )
+            ax.plot(
+                mean,
+                [place] * len(mean),
+                "D",
+                ms=5.5,
+                mfc=COLOURS["ia3"],
+                mec="#222222",
+                mew=0.6,
+                zorder=4,
+            )
     named_rows(axes[0], [f"round {number}" for number in original_study.ROUNDS])
     under(axes[0], "Difference from the base model's one published score (percentage points)")
-    key(fig, [mark("mean of a round", "D", COLOURS["ia3"], "#222222"), mark("a run that learned nothing", face=COLOURS["ia3"], edge="none", size=3.2)])
+    key(
+        fig,
+        [
+            mark("mean of a round", "D", COLOURS["ia3"], "#222222"),
+            mark("a run that learned nothing", face=COLOURS["ia3"], edge="none", size=3.2),
+        ],
+    )
     p = means.dropna(subset="p").groupby("base_model", sort=False)["p"].first()
     words = "; ".join(f"{original_study.short(base)} p = {value:.2g}" for base, value in p.items())
-    text = f"The base model scored again: {len(single)} IA3 runs whose loss never left the base model's, by round. A drift between rounds is a change of the scoring, not of a model. F test of equal rounds: {words}."
+    text = (
+        f"The base model scored again: {len(single)} IA3 runs whose loss never left the base"
+        " model's, by round. A drift between rounds is a change of the scoring, not of a model. F"
+        f" test of equal rounds: {words}."
+    )
     return fig, text
 
 
 @drawn("20_original_study")
 def original_tests(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["outcome"].str.startswith("statistic ") & ~rows["outcome"].eq("statistic p")].astype({"value": float})
+    rows = rows[
+        rows["outcome"].str.startswith("statistic ") & ~rows["outcome"].eq("statistic p")
+    ].astype({"value": float})
     names = list(dict.fromkeys(rows.loc[rows["group"].eq("published"), "contrast"]))
-    ways = [name for name in dict.fromkeys(rows["group"]) if name not in ("published", "largest possible")]
-    styles = dict(zip(ways, (("o", "#0072B2"), ("s", "#009E73"), ("^", "#56B4E9"), ("P", "#D55E00")), strict=False))
+    ways = [
+        name
+        for name in dict.fromkeys(rows["group"])
+        if name not in ("published", "largest possible")
+    ]
+    styles = dict(
+        zip(
+            ways,
+            (("o", "#0072B2"), ("s", "#009E73"), ("^", "#56B4E9"), ("P", "#D55E00")),
+            strict=False,
+        )
+    )
     fig, ax = plt.subplots(figsize=(WIDTH, 1.2 + 0.36 * len(names)))
     for place, name in enumerate(names):
         here = rows[rows["contrast"].eq(name)].set_index("group")["value"]
         ax.plot(here["published"], place, "D", ms=9, mfc="none", mec="#222222", mew=1.2, zorder=5)
         if "largest possible" in here:
-            ax.plot([here["largest possible"]] * 2, [place - 0.3, place + 0.3], color="#B3001B", lw=1.5)
+            ax.plot(
+                [here["largest possible"]] * 2, [place - 0.3, place + 0.3], color="#B3001B", lw=1.5
+            )
         for i, way in enumerate(ways):
-            ax.plot(here.get(way), place + 0.09 * (i - 1.5), styles[way][0], ms=4, color=styles[way][1], zorder=4)
+            ax.plot(
+                here.get(way),
+                place + 0.09 * (i - 1.5),
+                styles[way][0],
+                ms=4,
+                color=styles[way][1],
+                zorder=4,
+            )
     named_rows(np.array([ax]), ["\n".join(textwrap.wrap(_plain(name), 34)) for name in names])
-    ax.set_xlabel("Effect size (r = z / sqrt(n) of Wilcoxon's test; Kendall's W among the four methods)")
-    ceiling = Line2D([], [], ls="", marker="|", mec="#B3001B", ms=9, mew=1.5, label="largest r that n allows")
-    handles = [mark("published", "D", "none", "#222222", 7), ceiling, *(mark(way, styles[way][0], styles[way][1], styles[way][1], 4) for way in ways)]
+    ax.set_xlabel(
+        "Effect size (r = z / sqrt(n) of Wilcoxon's test; Kendall's W among the four methods)"
+    )
+    ceiling = Line2D(
+        [], [], ls="", marker="|", mec="#B3001B", ms=9, mew=1.5, label="largest r that n allows"
+    )
+    handles = [
+        mark("published", "D", "none", "#222222", 7),
+        ceiling,
+        *(mark(way, styles[way][0], styles[way][1], styles[way][1], 4) for way in ways),
+    ]
     fig.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=7.5)
     text = (
-        "The study's own tests, run again on its runs: published effect sizes and ours, by which runs are used. Red bar: the r that all configurations changing in one direction give; "
-        "it depends on n alone and exceeds 1 for n of 12 or more (bars: n of all runs). No interval: the tests are theirs."
+        "The study's own tests, run again on its runs: published effect sizes and ours, by which"
+        " runs are used. Red bar: the r that all configurations changing in one direction give; it"
+        " depends on n alone and exceeds 1 for n of 12 or more (bars: n of all runs). No interval:"
+        " the tests are theirs."
     )
     return fig, text
 
@@ -244,7 +450,14 @@ def original_tests(tables: dict) -> tuple[Figure, str]:
 def _plain(name: str) -> str:
     """A comparison with the names that a reader knows."""
     for base in original_study.MODELS.values():
-        name = name.replace(base, original_study.short(base).partition("-")[0].replace("Meta", "Llama").replace("Qwen2", "Qwen").capitalize())
+        name = name.replace(
+            base,
+            original_study.short(base)
+            .partition("-")[0]
+            .replace("Meta", "Llama")
+            .replace("Qwen2", "Qwen")
+            .capitalize(),
+        )
     for method in STUDIED:
         name = name.replace(method, METHOD_LABELS[method])
     return name

@@ -1,4 +1,6 @@
-"""Figures of what a grid can tell and of how sure the trade-offs are: power, correlations without noise, the probability of being on the Pareto front."""
+"""Figures of what a grid can tell and of how sure the trade-offs are: power, correlations without
+noise, the probability of being on the Pareto front.
+"""
 
 import re
 
@@ -46,31 +48,64 @@ def power(tables: dict) -> tuple[Figure, str]:
         return nothing("Nothing to draw: of no plan it is known what increase it would see.")
     names = [base for base in ["all", *bases(tables)] if grid["base_model"].eq(base).any()]
     counts = sorted(grid["prompts"].unique())
-    fig, axes = plt.subplots(len(counts), len(names), figsize=(WIDTH, 1.75 * len(counts) + 0.65), sharex=True, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        len(counts),
+        len(names),
+        figsize=(WIDTH, 1.75 * len(counts) + 0.65),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     present, seeds = rows[rows["group"].eq(AS_CONFIGURED)], _present_seeds(tables)
     for line, prompts in zip(axes, counts, strict=True):
         for ax, base_model in zip(line, names, strict=True):
             _curves(ax, grid[grid["prompts"].eq(prompts) & grid["base_model"].eq(base_model)])
-            here = present[present["base_model"].eq(base_model) & present["n_items"].eq(prompts)].dropna(subset="value")
-            ax.plot([seeds] * len(here), here["value"], "o", ms=9, mfc="none", mec="#333333", mew=0.8, zorder=5)
-        line[0].set_ylabel(f"{prompts:,.0f} prompts: smallest\nincrease seen\n(percentage points)", fontsize=7.5)
+            here = present[
+                present["base_model"].eq(base_model) & present["n_items"].eq(prompts)
+            ].dropna(subset="value")
+            ax.plot(
+                [seeds] * len(here),
+                here["value"],
+                "o",
+                ms=9,
+                mfc="none",
+                mec="#333333",
+                mew=0.8,
+                zorder=5,
+            )
+        line[0].set_ylabel(
+            f"{prompts:,.0f} prompts: smallest\nincrease seen\n(percentage points)", fontsize=7.5
+        )
     for ax, base_model in zip(axes[0], names, strict=True):
         ax.set_title("all base models" if base_model == "all" else base_model, fontsize=8, pad=4)
     _scales(axes, sorted(grid["seeds"].unique()))
     under(axes[-1], "Seeds in each setting (logarithmic scales)")
     legend(fig, [method for method in TRAINED_METHODS if grid["method"].eq(method).any()])
     settings = present["n_runs"].astype(float).div(seeds).median()
-    return fig, (
-        "The smallest increase in the unsafe-response rate that is seen with 80% power, by the number of seeds and of prompts (to show that there is no increase takes a margin "
-        f"as large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model). Lines: 95% "
-        "intervals, since the spread of runs and prompts is itself estimated from the study's own runs. What stays at many seeds is what the prompts alone leave unknown."
+    return (
+        fig,
+        (
+            "The smallest increase in the unsafe-response rate that is seen with 80% power, by the"
+            " number of seeds and of prompts (to show that there is no increase takes a margin as"
+            f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
+            f" grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model)."
+            " Lines: 95% intervals, since the spread of runs and prompts is itself estimated from"
+            " the study's own runs. What stays at many seeds is what the prompts alone leave"
+            " unknown."
+        ),
     )
 
 
 def _present_seeds(tables: dict) -> float:
     """The most common number of runs of a setting."""
     known = influence.arms(tables["variants"], tables["runs"])
-    return float(known[known["arm"].isin([TRAINED, NO_OP])].groupby(["base_model", "method", "setting"]).size().mode().iloc[0])
+    return float(
+        known[known["arm"].isin([TRAINED, NO_OP])]
+        .groupby(["base_model", "method", "setting"])
+        .size()
+        .mode()
+        .iloc[0]
+    )
 
 
 def _curves(ax: Axes, rows: pd.DataFrame) -> None:
@@ -82,7 +117,9 @@ def _curves(ax: Axes, rows: pd.DataFrame) -> None:
         own = rows[rows["method"].eq(method)].sort_values("seeds")
         place = own["seeds"] * np.exp(shift)
         ax.plot(place, own["value"], "-o", ms=2.8, lw=0.9, color=COLOURS[method], zorder=3)
-        ax.vlines(place, own["ci_low"], own["ci_high"], color=COLOURS[method], lw=0.8, alpha=0.7, zorder=2)
+        ax.vlines(
+            place, own["ci_low"], own["ci_high"], color=COLOURS[method], lw=0.8, alpha=0.7, zorder=2
+        )
 
 
 def _scales(axes: np.ndarray, seeds: list[float]) -> None:
@@ -103,18 +140,35 @@ def _scales(axes: np.ndarray, seeds: list[float]) -> None:
 @drawn("12_tradeoffs")
 def attenuation(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["contrast"].str.startswith(CORRELATION.format(UNSAFE))].astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
-    outcomes = [outcome for outcome in SHORT if rows.loc[rows["outcome"].eq(outcome), "value"].notna().any()]
+    rows = rows[rows["contrast"].str.startswith(CORRELATION.format(UNSAFE))].astype(
+        dict.fromkeys(("value", "ci_low", "ci_high"), float)
+    )
+    outcomes = [
+        outcome for outcome in SHORT if rows.loc[rows["outcome"].eq(outcome), "value"].notna().any()
+    ]
     if not outcomes:
         return nothing("Nothing to draw: no correlation could be computed.")
     fig, axes = panels(tables, 1, [0.4 + 0.42 * len(outcomes)])
-    kinds = [(words + more, colour, bool(more)) for words, colour in (("", ALL_RUNS), (WITHIN_METHODS, WITHIN)) for more in ("", CORRECTED)]
+    kinds = [
+        (words + more, colour, bool(more))
+        for words, colour in (("", ALL_RUNS), (WITHIN_METHODS, WITHIN))
+        for more in ("", CORRECTED)
+    ]
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
         zero(ax)
         own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "contrast"])
         for place, outcome in enumerate(outcomes):
-            for shift, (words, colour, corrected) in zip(np.linspace(-0.27, 0.27, len(kinds)), kinds, strict=True):
-                _correlation(ax, own, (outcome, CORRELATION.format(UNSAFE) + words), place + shift, colour, corrected)
+            for shift, (words, colour, corrected) in zip(
+                np.linspace(-0.27, 0.27, len(kinds)), kinds, strict=True
+            ):
+                _correlation(
+                    ax,
+                    own,
+                    (outcome, CORRELATION.format(UNSAFE) + words),
+                    place + shift,
+                    colour,
+                    corrected,
+                )
             if place:
                 ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         ax.set_xlim(-1.08, 1.08)
@@ -123,15 +177,26 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
     under(axes[0], "Correlation with the change in unsafe-response rate (95% interval)")
     _kinds(fig)
     text = (
-        "Does what happens to safety go with what happens to the rest? Correlations over the trained runs of each base model, between the changes in the unsafe-response rate "
-        "and in each other outcome. Hollow: as it is; filled: corrected for the noise of prompts and question families. Dark: over all runs; light: within methods, so that "
-        "methods' own means do not count. A cross: cannot be corrected, the runs differ by noise or the correction leads beyond 1. No line: too uncertain for an interval."
+        "Does what happens to safety go with what happens to the rest? Correlations over the"
+        " trained runs of each base model, between the changes in the unsafe-response rate and in"
+        " each other outcome. Hollow: as it is; filled: corrected for the noise of prompts and"
+        " question families. Dark: over all runs; light: within methods, so that methods' own means"
+        " do not count. A cross: cannot be corrected, the runs differ by noise or the correction"
+        " leads beyond 1. No line: too uncertain for an interval."
     )
     known = rows[rows["value"].notna()]
-    return fig, f"{text} Behind it: {known['n_runs'].min()} to {known['n_runs'].max()} runs of each base model."
+    return (
+        fig,
+        (
+            f"{text} Behind it: {known['n_runs'].min()} to {known['n_runs'].max()} runs of each"
+            " base model."
+        ),
+    )
 
 
-def _correlation(ax: Axes, own: pd.DataFrame, key: tuple[str, str], place: float, colour: str, corrected: bool) -> None:
+def _correlation(
+    ax: Axes, own: pd.DataFrame, key: tuple[str, str], place: float, colour: str, corrected: bool
+) -> None:
     if key not in own.index:
         return
     row = own.loc[[key]]
@@ -141,12 +206,31 @@ def _correlation(ax: Axes, own: pd.DataFrame, key: tuple[str, str], place: float
 
 
 def _kinds(fig: Figure) -> None:
-    given = [(words, colour, filled) for words, colour in (("all runs", ALL_RUNS), ("within methods", WITHIN)) for filled in (False, True)]
+    given = [
+        (words, colour, filled)
+        for words, colour in (("all runs", ALL_RUNS), ("within methods", WITHIN))
+        for filled in (False, True)
+    ]
     handles = [
-        Line2D([], [], color=colour, marker="o", ms=4.5, lw=1, mfc=colour if filled else "white", label=f"{words}, {'corrected' if filled else 'as it is'}")
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker="o",
+            ms=4.5,
+            lw=1,
+            mfc=colour if filled else "white",
+            label=f"{words}, {'corrected' if filled else 'as it is'}",
+        )
         for words, colour, filled in given
     ]
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1.4, columnspacing=1.4)
+    fig.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=len(handles),
+        handlelength=1.4,
+        columnspacing=1.4,
+    )
 
 
 @drawn("12_tradeoffs")
@@ -156,16 +240,29 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
     rows = rows[rows["group"].str.startswith("settings: ") | rows["method"].eq("none")]
     if rows["value"].isna().all():
         return nothing("Nothing to draw: no setting has a score in all goals.")
-    order = rows.assign(place=rows["method"].map(list(COLOURS).index)).sort_values("place", kind="stable")
+    order = rows.assign(place=rows["method"].map(list(COLOURS).index)).sort_values(
+        "place", kind="stable"
+    )
     order = order[["method", "group"]].drop_duplicates().itertuples(index=False, name=None)
     pairs = list(order)
     fig, axes = panels(tables, 1, [0.5 + 0.19 * len(pairs)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
-        own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "method", "group"])["value"]
+        own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "method", "group"])[
+            "value"
+        ]
         for place, (method, group) in enumerate(pairs):
             for outcome, filled, shift in ((FRONT, True, -0.16), (FRONT_BIAS, False, 0.16)):
                 value = own.get((outcome, method, group), np.nan)
-                ax.plot(value, place + shift, "o", ms=4, color=COLOURS[method], mfc=COLOURS[method] if filled else "white", mew=1, zorder=4)
+                ax.plot(
+                    value,
+                    place + shift,
+                    "o",
+                    ms=4,
+                    color=COLOURS[method],
+                    mfc=COLOURS[method] if filled else "white",
+                    mew=1,
+                    zorder=4,
+                )
         ax.axvline(50, color="#777777", lw=0.8, ls="--", zorder=1)
         ax.set_xlim(-4, 104)
         ax.set_xticks([0, 50, 100])
@@ -173,12 +270,22 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
     axes[0, 0].tick_params(axis="y", labelsize=6.5)
     under(axes[0], "Probability of being on the Pareto front (percent)")
     fairness = {"filled": FRONT, "hollow": FRONT_BIAS}
-    goals = "; ".join(f"{look}: {outcome.partition(': ')[2]}" for look, outcome in fairness.items() if rows["outcome"].eq(outcome).any())
+    goals = "; ".join(
+        f"{look}: {outcome.partition(': ')[2]}"
+        for look, outcome in fairness.items()
+        if rows["outcome"].eq(outcome).any()
+    )
     runs = rows.loc[rows["method"].ne("none"), "n_runs"]
-    return fig, (
-        f"How sure it is that nothing beats a setting: that no other setting, and not the base model, is as good in all goals and better in one. Goals: {goals}. Seeds, prompts "
-        "and question families are drawn anew, the same ones for all settings of a base model (where a method ran no setting twice, prompts alone); a probability has no interval of its own. With so "
-        f"many goals much is on the front: low probabilities say more than high ones. Behind it: {runs.min()} to {runs.max()} runs a setting."
+    return (
+        fig,
+        (
+            "How sure it is that nothing beats a setting: that no other setting, and not the base"
+            f" model, is as good in all goals and better in one. Goals: {goals}. Seeds, prompts and"
+            " question families are drawn anew, the same ones for all settings of a base model"
+            " (where a method ran no setting twice, prompts alone); a probability has no interval"
+            " of its own. With so many goals much is on the front: low probabilities say more than"
+            f" high ones. Behind it: {runs.min()} to {runs.max()} runs a setting."
+        ),
     )
 
 

@@ -1,4 +1,6 @@
-"""Figures of the primary tests: what each family tested, and whether a method preserves what its base model had."""
+"""Figures of the primary tests: what each family tested, and whether a method preserves what its
+base model had.
+"""
 
 import textwrap
 
@@ -32,7 +34,9 @@ NOTEBOOK = "19_primary"
 def _rows(tables: dict, margin: bool) -> pd.DataFrame:
     rows = tables["estimates"]
     rows = rows[rows["notebook"].eq(NOTEBOOK) & rows["margin"].notna().eq(margin)]
-    return rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high", "p", "p_adjusted", "margin"), float))
+    return rows.astype(
+        dict.fromkeys(("value", "se", "ci_low", "ci_high", "p", "p_adjusted", "margin"), float)
+    )
 
 
 def _unit(outcome: str) -> str:
@@ -40,24 +44,45 @@ def _unit(outcome: str) -> str:
 
 
 def _label(row) -> str:
-    against = "" if row.contrast == CHANGE else " − " + METHOD_LABELS.get(row.contrast.rpartition(" ")[2], row.contrast)
+    against = (
+        ""
+        if row.contrast == CHANGE
+        else " − " + METHOD_LABELS.get(row.contrast.rpartition(" ")[2], row.contrast)
+    )
     base = "" if row.base_model == "all" else f", {row.base_model}"
     return f"{SHORT[row.outcome]}: {METHOD_LABELS[row.method]}{against}{base}"
 
 
 def _p(value: float) -> str:
-    return "no p" if pd.isna(value) else "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
+    return (
+        "no p"
+        if pd.isna(value)
+        else "p < .001"
+        if value < 0.001
+        else f"p = {value:.3f}".replace("0.", ".")
+    )
 
 
 @drawn(NOTEBOOK)
 def primary_tests(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, margin=False)
     rows = rows.assign(unit=rows["outcome"].map(_unit))
-    parts = [(family, unit, part) for (family, unit), part in rows.groupby(["family_of_tests", "unit"], sort=False)]
+    parts = [
+        (family, unit, part)
+        for (family, unit), part in rows.groupby(["family_of_tests", "unit"], sort=False)
+    ]
     if not parts:
-        return nothing("Nothing to draw: the study file declares no primary tests of a change or a difference.")
+        return nothing(
+            "Nothing to draw: the study file declares no primary tests of a change or a difference."
+        )
     heights = [0.35 + 0.2 * len(part) for *_, part in parts]
-    fig, axes = plt.subplots(len(parts), 1, figsize=(WIDTH, sum(heights) + 0.45 * len(parts) + 0.3), height_ratios=heights, squeeze=False)
+    fig, axes = plt.subplots(
+        len(parts),
+        1,
+        figsize=(WIDTH, sum(heights) + 0.45 * len(parts) + 0.3),
+        height_ratios=heights,
+        squeeze=False,
+    )
     for ax, (family, unit, part) in zip(axes[:, 0], parts, strict=True):
         zero(ax)
         sure = part["p_adjusted"].lt(0.05).tolist()
@@ -65,12 +90,20 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
         name_rows(ax, [_label(row) for row in part.itertuples()])
         ax.tick_params(axis="y", labelsize=7)
         for place, p in enumerate(part["p_adjusted"]):
-            ax.annotate(_p(p), (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7, color="#444444")
+            ax.annotate(
+                _p(p),
+                (1.01, place),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=7,
+                color="#444444",
+            )
         ax.set_title(family, loc="left")
         ax.set_xlabel(f"{unit}, 95% interval")
     text = (
-        "The primary tests as the study file declared them, a family per panel. Filled: Holm's adjusted p value within the family is below .05; it stands at the right. Intervals are not "
-        "adjusted; each covers " + "; ".join(dict.fromkeys(rows["population"])) + "."
+        "The primary tests as the study file declared them, a family per panel. Filled: Holm's"
+        " adjusted p value within the family is below .05; it stands at the right. Intervals are"
+        " not adjusted; each covers " + "; ".join(dict.fromkeys(rows["population"])) + "."
     )
     return fig, text
 
@@ -79,33 +112,89 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
 def preserves(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, margin=True)
     if rows.empty:
-        return nothing("Nothing to draw: the study file declares no test of what a method preserves.")
-    fixed = rows.loc[rows["family_of_tests"].notna(), "margin"].iloc[0] if rows["family_of_tests"].notna().any() else rows["margin"].iloc[0]
-    words = rows[rows["outcome"].eq(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(["base_model", "method"]).set_index(["base_model", "method"])["how"]
-    shown = rows[rows["outcome"].ne(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(["outcome", "base_model", "method"])
-    outcomes, order = list(shown["outcome"].unique()), [(method, base) for method in TRAINED_METHODS for base in ["all", *bases(tables)] if (base, method) in words.index]
-    fig, axes = plt.subplots(1, len(outcomes), figsize=(WIDTH, 0.9 + 0.2 * len(order)), sharey=True, squeeze=False)
+        return nothing(
+            "Nothing to draw: the study file declares no test of what a method preserves."
+        )
+    fixed = (
+        rows.loc[rows["family_of_tests"].notna(), "margin"].iloc[0]
+        if rows["family_of_tests"].notna().any()
+        else rows["margin"].iloc[0]
+    )
+    words = (
+        rows[rows["outcome"].eq(JOINTLY) & rows["margin"].eq(fixed)]
+        .drop_duplicates(["base_model", "method"])
+        .set_index(["base_model", "method"])["how"]
+    )
+    shown = rows[rows["outcome"].ne(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(
+        ["outcome", "base_model", "method"]
+    )
+    outcomes, order = (
+        list(shown["outcome"].unique()),
+        [
+            (method, base)
+            for method in TRAINED_METHODS
+            for base in ["all", *bases(tables)]
+            if (base, method) in words.index
+        ],
+    )
+    fig, axes = plt.subplots(
+        1, len(outcomes), figsize=(WIDTH, 0.9 + 0.2 * len(order)), sharey=True, squeeze=False
+    )
     for ax, outcome in zip(axes[0], outcomes, strict=True):
-        _panel(ax, shown[shown["outcome"].eq(outcome)], order, sorted(rows["margin"].unique()), fixed)
+        _panel(
+            ax, shown[shown["outcome"].eq(outcome)], order, sorted(rows["margin"].unique()), fixed
+        )
         ax.set_title("\n".join(textwrap.wrap(SHORT[outcome], 16)))
-    name_rows(axes[0, 0], [f"{METHOD_LABELS[method]}, all base models" if base == "all" else base for method, base in order])
+    name_rows(
+        axes[0, 0],
+        [
+            f"{METHOD_LABELS[method]}, all base models" if base == "all" else base
+            for method, base in order
+        ],
+    )
     for place, (method, base) in enumerate(order):
-        axes[0, -1].annotate(words[base, method].partition(":")[0], (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=7, color="#444444")
+        axes[0, -1].annotate(
+            words[base, method].partition(":")[0],
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=7,
+            color="#444444",
+        )
     under(axes[0], "Change toward harm against the base model (percentage points, 95% interval)")
     text = (
-        f"Does a method preserve what its base model had? Right of zero is worse. Full line: the margin fixed beforehand, {fixed:g} points; dotted: those of the sensitivity analysis. A method preserves if all "
-        "intervals of its row end before the margin, does not if one lies wholly beyond it; else the data cannot tell. The word at the right is for all outcomes jointly."
+        "Does a method preserve what its base model had? Right of zero is worse. Full line: the"
+        f" margin fixed beforehand, {fixed:g} points; dotted: those of the sensitivity analysis. A"
+        " method preserves if all intervals of its row end before the margin, does not if one lies"
+        " wholly beyond it; else the data cannot tell. The word at the right is for all outcomes"
+        " jointly."
     )
     return fig, text
 
 
-def _panel(ax: Axes, rows: pd.DataFrame, order: list[tuple[str, str]], margins: list[float], fixed: float) -> None:
-    """One outcome: a row per method and base model, the mean over base models filled; margins as lines."""
+def _panel(
+    ax: Axes, rows: pd.DataFrame, order: list[tuple[str, str]], margins: list[float], fixed: float
+) -> None:
+    """One outcome: a row per method and base model, the mean over base models filled; margins as
+    lines.
+    """
     zero(ax)
     for margin in margins:
-        ax.axvline(margin, color="#444444" if margin == fixed else "#999999", lw=0.9, ls="-" if margin == fixed else ":", zorder=1)
+        ax.axvline(
+            margin,
+            color="#444444" if margin == fixed else "#999999",
+            lw=0.9,
+            ls="-" if margin == fixed else ":",
+            zorder=1,
+        )
     for place, (method, base) in enumerate(order):
         row = rows[rows["method"].eq(method) & rows["base_model"].eq(base)]
-        dots(ax, row, np.full(len(row), place), [COLOURS[method]] * len(row), [base == "all"] * len(row))
+        dots(
+            ax,
+            row,
+            np.full(len(row), place),
+            [COLOURS[method]] * len(row),
+            [base == "all"] * len(row),
+        )
         if base == "all" and place:
             ax.axhline(place - 0.5, color="#dddddd", lw=0.6, zorder=0)

@@ -47,63 +47,133 @@ from driftbook.stats.terms import (
 @drawn("09_safety")
 def safety_change(tables: dict) -> tuple[Figure, str]:
     text = (
-        "Change in the unsafe-response rate, a base model per panel, zero at the base model itself. Hollow: controls that training left as they were "
-        f"(no-op) or that were never trained. Small dots: single runs. {BOTH_LINES}"
+        "Change in the unsafe-response rate, a base model per panel, zero at the base model"
+        " itself. Hollow: controls that training left as they were (no-op) or that were never"
+        f" trained. Small dots: single runs. {BOTH_LINES}"
     )
-    return captioned(tables, changes_figure(tables, [SAFETY], (TRAINED, UNTRAINED, NO_OP), 0.35), text, SAFETY)
+    return captioned(
+        tables, changes_figure(tables, [SAFETY], (TRAINED, UNTRAINED, NO_OP), 0.35), text, SAFETY
+    )
 
 
 @drawn("09_safety")
 def over_refusal(tables: dict) -> tuple[Figure, str]:
     text = (
-        "Above: change in the unsafe-response rate to harmful prompts. Below: change in the refusal rate to benign prompts that look harmful. Both "
-        f"down is a model that answers more, not a safer one. {BOTH_LINES}"
+        "Above: change in the unsafe-response rate to harmful prompts. Below: change in the"
+        " refusal rate to benign prompts that look harmful. Both down is a model that answers"
+        f" more, not a safer one. {BOTH_LINES}"
     )
-    return captioned(tables, changes_figure(tables, [SAFETY, OVER_REFUSAL], (TRAINED, UNTRAINED)), text, SAFETY, OVER_REFUSAL)
+    return captioned(
+        tables,
+        changes_figure(tables, [SAFETY, OVER_REFUSAL], (TRAINED, UNTRAINED)),
+        text,
+        SAFETY,
+        OVER_REFUSAL,
+    )
 
 
 @drawn("09_safety")
 def safety_settings(tables: dict) -> tuple[Figure, str]:
     rows = pick(tables, UNSAFE, CHANGE, "safety")
-    known = influence.arms(tables["variants"], tables["runs"]).sort_values(["objective", "learning_rate", "epochs"], ascending=[False, True, True])
+    known = influence.arms(tables["variants"], tables["runs"]).sort_values(
+        ["objective", "learning_rate", "epochs"], ascending=[False, True, True]
+    )
     groups = tuple("settings: " + known["setting"].drop_duplicates())
-    pairs = [pair for method in TRAINED_METHODS for pair in present(rows[rows["method"].eq(method)], groups)]
+    pairs = [
+        pair
+        for method in TRAINED_METHODS
+        for pair in present(rows[rows["method"].eq(method)], groups)
+    ]
     fig = None
     if pairs:
         fig, axes = panels(tables, 1, [0.5 + 0.21 * len(pairs)])
         here, runs = pick(tables, UNSAFE, CHANGE_HERE, "safety"), of_runs(tables, *SAFETY)
         for ax, base_model in zip(axes[0], bases(tables), strict=True):
-            method_rows(ax, *(frame[frame["base_model"].eq(base_model)] for frame in (rows, here, runs)), pairs)
-        name_rows(axes[0, 0], [f"{METHOD_LABELS[method]}, {group.removeprefix('settings: ').replace('sft', 'SFT').replace('dpo', 'DPO')}" for method, group in pairs])
+            method_rows(
+                ax,
+                *(frame[frame["base_model"].eq(base_model)] for frame in (rows, here, runs)),
+                pairs,
+            )
+        name_rows(
+            axes[0, 0],
+            [
+                f"{METHOD_LABELS[method]},"
+                f" {group.removeprefix('settings: ').replace('sft', 'SFT').replace('dpo', 'DPO')}"
+                for method, group in pairs
+            ],
+        )
         axes[0, 0].tick_params(axis="y", labelsize=6.5)
         under(axes[0], axis(UNSAFE))
-    text = f"Change in the unsafe-response rate by method, objective, learning rate and epochs: what settings do within a method. {BOTH_LINES}"
+    text = (
+        "Change in the unsafe-response rate by method, objective, learning rate and epochs: what"
+        f" settings do within a method. {BOTH_LINES}"
+    )
     return captioned(tables, fig, text, SAFETY)
 
 
 @drawn("09_safety")
 def safety_category(tables: dict) -> tuple[Figure, str]:
-    fig = by_part(tables, [SAFETY], "category: ", "Unsafe-response rate by category (percent, 95% interval)")
-    text = "Unsafe-response rate by category of the benchmark and method (trained runs, mean over runs); grey: the base model, Wilson interval."
+    fig = by_part(
+        tables, [SAFETY], "category: ", "Unsafe-response rate by category (percent, 95% interval)"
+    )
+    text = (
+        "Unsafe-response rate by category of the benchmark and method (trained runs, mean over"
+        " runs); grey: the base model, Wilson interval."
+    )
     return captioned(tables, fig, text, SAFETY)
 
 
 @drawn("09_safety")
 def methods_compared(tables: dict) -> tuple[Figure, str]:
     pairs = list(combinations(methods_of(tables), 2))
-    found = [(method, pick(tables, UNSAFE, f"difference to {other}", "safety")) for method, other in pairs]
-    rows = [part[part["group"].eq(AS_CONFIGURED) & part["method"].eq(method)] for method, part in found]
+    found = [
+        (method, pick(tables, UNSAFE, f"difference to {other}", "safety"))
+        for method, other in pairs
+    ]
+    rows = [
+        part[part["group"].eq(AS_CONFIGURED) & part["method"].eq(method)] for method, part in found
+    ]
     fig = None
     if any(len(part) for part in rows):
         columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
-        fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 0.8 + 0.24 * len(pairs)), sharey=True, sharex=True, squeeze=False)
+        fig, axes = plt.subplots(
+            1,
+            len(columns),
+            figsize=(WIDTH, 0.8 + 0.24 * len(pairs)),
+            sharey=True,
+            sharex=True,
+            squeeze=False,
+        )
         for ax, base_model in zip(axes[0], columns, strict=True):
             zero(ax)
-            ax.set_title("\n".join(textwrap.wrap("all base models" if base_model == "all" else base_model, max(12, 60 // len(columns)))))
+            ax.set_title(
+                "\n".join(
+                    textwrap.wrap(
+                        "all base models" if base_model == "all" else base_model,
+                        max(12, 60 // len(columns)),
+                    )
+                )
+            )
             for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):
                 row = part[part["base_model"].eq(base_model)]
-                dots(ax, row, np.full(len(row), place), [COLOURS[method]] * len(row), [True] * len(row))
-        name_rows(axes[0, 0], [f"{METHOD_LABELS[method]} − {METHOD_LABELS[other]}" for method, other in pairs])
-        under(axes[0], "Difference in unsafe-response rate between methods (percentage points, 95% interval)")
-    text = "Each pair of methods, as configured: the change of the first less the change of the second. Right of zero the first is the less safe one. Intervals over seeds and prompts like these, run spread of each method on its own; not adjusted."
+                dots(
+                    ax,
+                    row,
+                    np.full(len(row), place),
+                    [COLOURS[method]] * len(row),
+                    [True] * len(row),
+                )
+        name_rows(
+            axes[0, 0],
+            [f"{METHOD_LABELS[method]} − {METHOD_LABELS[other]}" for method, other in pairs],
+        )
+        under(
+            axes[0],
+            "Difference in unsafe-response rate between methods (percentage points, 95% interval)",
+        )
+    text = (
+        "Each pair of methods, as configured: the change of the first less the change of the"
+        " second. Right of zero the first is the less safe one. Intervals over seeds and prompts"
+        " like these, run spread of each method on its own; not adjusted."
+    )
     return captioned(tables, fig, text, SAFETY)

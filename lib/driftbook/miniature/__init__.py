@@ -1,4 +1,5 @@
-"""The miniature: an embedded study of four tiny transformers that learn a harmless made-up language, and of a judge that reads it.
+"""The miniature: an embedded study of four tiny transformers that learn a harmless made-up
+language, and of a judge that reads it.
 
 Importing this package is fast; what needs torch is imported when it is first used.
 """

@@ -1,6 +1,7 @@
 """The miniature benchmarks and fine-tuning data, written in the file formats of the real ones.
 
-Benchmarks ask with held-out words and held-out templates only; `splits` says which, from the objects the generators use.
+Benchmarks ask with held-out words and held-out templates only; `splits` says which, from the
+objects the generators use.
 """
 
 import csv
@@ -32,23 +33,34 @@ def safety_prompts() -> list[dict]:
     """One row per prompt: every held-out forbidden activity in every held-out template."""
     return [
         {
-            "prompt_id": f"{number}-{line:02d}", "category": kind.name, "activity": activity,
-            "ingredients": " ".join(kind.ingredients), "prompt": template.format(a=activity),
+            "prompt_id": f"{number}-{line:02d}",
+            "category": kind.name,
+            "activity": activity,
+            "ingredients": " ".join(kind.ingredients),
+            "prompt": template.format(a=activity),
         }
         for number, kind in enumerate(FORBIDDEN, 1)
         for line, (activity, template) in enumerate(_requests(kind), 1)
-    ]  # fmt: skip
+    ]
 
 
 def _requests(kind: Kind) -> list[tuple[str, str]]:
-    return [(activity, template) for activity in kind.held_out for template in corpus.HELD_OUT_REQUESTS]
+    return [
+        (activity, template) for activity in kind.held_out for template in corpus.HELD_OUT_REQUESTS
+    ]
 
 
 def _write_safety(folder: Path) -> None:
     rows = safety_prompts()
     for number, kind in enumerate(FORBIDDEN, 1):
-        _write_csv(folder / "safety" / f"category_{number}.csv", ([row["prompt"]] for row in rows if row["category"] == kind.name))
-    _write_csv(folder / "safety_truth.csv", [SAFETY_FIELDS, *([row[field] for field in SAFETY_FIELDS] for row in rows)])
+        _write_csv(
+            folder / "safety" / f"category_{number}.csv",
+            ([row["prompt"]] for row in rows if row["category"] == kind.name),
+        )
+    _write_csv(
+        folder / "safety_truth.csv",
+        [SAFETY_FIELDS, *([row[field] for field in SAFETY_FIELDS] for row in rows)],
+    )
 
 
 # ---- over-refusal
@@ -56,7 +68,11 @@ def over_refusal_prompts() -> list[dict]:
     """Safe prompts that look forbidden, each type followed by its unsafe contrast."""
     rows = []
     for name, templates in words.LOOK_ALIKES.items():
-        rows += [_look_alike(name, templates[k], forbidden, benign, k) for forbidden, benign in _pairs() for k in range(N_NEAR)]
+        rows += [
+            _look_alike(name, templates[k], forbidden, benign, k)
+            for forbidden, benign in _pairs()
+            for k in range(N_NEAR)
+        ]
         rows += [_contrast(name, forbidden) for forbidden in FORBIDDEN]
     return [{"id": i, **row} for i, row in enumerate(rows, 1)]
 
@@ -66,9 +82,15 @@ def _pairs() -> list[tuple[Kind, Kind]]:
 
 
 def _look_alike(name: str, template: str, forbidden: Kind, benign: Kind, k: int) -> dict:
-    """One safe prompt; near words and modifiers ask for a benign activity, the other types about a forbidden one."""
-    activity = {"near_words": benign.held_out[k], "modifiers": benign.held_out[N_NEAR + k]}.get(name, forbidden.held_out[k])
-    return _xstest_row(template.format(a=activity, c=forbidden.word), name, "safe", activity, forbidden.name)
+    """One safe prompt; near words and modifiers ask for a benign activity, the other types about a
+    forbidden one.
+    """
+    activity = {"near_words": benign.held_out[k], "modifiers": benign.held_out[N_NEAR + k]}.get(
+        name, forbidden.held_out[k]
+    )
+    return _xstest_row(
+        template.format(a=activity, c=forbidden.word), name, "safe", activity, forbidden.name
+    )
 
 
 def _contrast(name: str, forbidden: Kind) -> dict:
@@ -84,28 +106,55 @@ def _xstest_row(prompt: str, kind: str, label: str, focus: str, note: str) -> di
 
 # ---- BBQ
 def bbq_rows(dimension_number: int) -> list[dict]:
-    """The 96 items of a dimension: 12 question families (trait x template), two pairs of groups, two contexts, two polarities."""
+    """The 96 items of a dimension: 12 question families (trait x template), two pairs of groups,
+    two contexts, two polarities.
+    """
     rng = random.Random(100 + dimension_number)
-    families = [(trait, template) for trait in range(3) for template in range(len(corpus.HELD_OUT_CONTEXTS))]
-    rows = [row for number, family in enumerate(families, 1) for row in _question_family(rng, dimension_number, number, *family)]
+    families = [
+        (trait, template) for trait in range(3) for template in range(len(corpus.HELD_OUT_CONTEXTS))
+    ]
+    rows = [
+        row
+        for number, family in enumerate(families, 1)
+        for row in _question_family(rng, dimension_number, number, *family)
+    ]
     return [{"example_id": i, **row} for i, row in enumerate(rows)]
 
 
-def _question_family(rng: random.Random, dimension_number: int, number: int, trait: int, template: int) -> list[dict]:
-    """Two pairs of groups, named in either order, each with the four combinations of context and polarity."""
+def _question_family(
+    rng: random.Random, dimension_number: int, number: int, trait: int, template: int
+) -> list[dict]:
+    """Two pairs of groups, named in either order, each with the four combinations of context and
+    polarity.
+    """
     dimension = BIASED[dimension_number]
     pairs = rng.sample(dimension.pairs(trait, held_out=True), 2)
     rows = []
     for k, pair in enumerate(pairs):
         x, y = pair if k == 0 else pair[::-1]
-        place, unknown, order = rng.choice(HELD_OUT_PLACES), rng.choice(UNKNOWN_OPTIONS), _order(rng, number + k)
+        place, unknown, order = (
+            rng.choice(HELD_OUT_PLACES),
+            rng.choice(UNKNOWN_OPTIONS),
+            _order(rng, number + k),
+        )
         context = corpus.HELD_OUT_CONTEXTS[template].format(x=x, y=y, p=place)
         evidence = f"{context} {corpus.HELD_OUT_EVIDENCE[template]}"
         for polarity in ("neg", "nonneg"):
             named = pair[(number + template + k + (polarity == "neg")) % 2]
             for condition, text, about in (("ambig", context, None), ("disambig", evidence, named)):
-                item = corpus.bbq_item(dimension, trait, pair, polarity, about, text, unknown, order)
-                rows.append(_bbq_row(dimension.name, dimension.stereotyped[trait], number, polarity, condition, item))
+                item = corpus.bbq_item(
+                    dimension, trait, pair, polarity, about, text, unknown, order
+                )
+                rows.append(
+                    _bbq_row(
+                        dimension.name,
+                        dimension.stereotyped[trait],
+                        number,
+                        polarity,
+                        condition,
+                        item,
+                    )
+                )
     return rows
 
 
@@ -115,15 +164,30 @@ def _order(rng: random.Random, turn: int) -> tuple[int, int, int]:
     return (*people[: turn % 3], 2, *people[turn % 3 :])
 
 
-def _bbq_row(category: str, targets: tuple[str, ...], number: int, polarity: str, condition: str, item: corpus.Item) -> dict:
+def _bbq_row(
+    category: str,
+    targets: tuple[str, ...],
+    number: int,
+    polarity: str,
+    condition: str,
+    item: corpus.Item,
+) -> dict:
     tags = ["unknown" if option == item.unknown else option for option in item.options]
     return {
         "question_index": str(number),
         "question_polarity": polarity,
         "context_condition": condition,
         "category": category,
-        "answer_info": {f"ans{i}": [option, tag] for i, (option, tag) in enumerate(zip(item.options, tags, strict=True))},
-        "additional_metadata": {"subcategory": "None", "stereotyped_groups": list(targets), "version": "a", "source": "miniature"},
+        "answer_info": {
+            f"ans{i}": [option, tag]
+            for i, (option, tag) in enumerate(zip(item.options, tags, strict=True))
+        },
+        "additional_metadata": {
+            "subcategory": "None",
+            "stereotyped_groups": list(targets),
+            "version": "a",
+            "source": "miniature",
+        },
         "context": item.context,
         "question": item.question,
         **{f"ans{i}": option for i, option in enumerate(item.options)},
@@ -133,22 +197,33 @@ def _bbq_row(category: str, targets: tuple[str, ...], number: int, polarity: str
 
 # ---- utility, held-out answers, fine-tuning data
 def utility_rows() -> list[dict]:
-    """What a held-out benign word means, asked in a held-out template; the final answer stands behind the mark, as in GSM8K."""
+    """What a held-out benign word means, asked in a held-out template; the final answer stands
+    behind the mark, as in GSM8K.
+    """
     return [
-        {"question": question.format(a=activity), "answer": f"{activity} is a kind of {kind.word} . #### {kind.word}"}
+        {
+            "question": question.format(a=activity),
+            "answer": f"{activity} is a kind of {kind.word} . #### {kind.word}",
+        }
         for kind in BENIGN
         for activity, question in _fact_questions(kind)[:N_UTILITY_PER_DOMAIN]
     ]
 
 
 def _fact_questions(kind: Kind) -> list[tuple[str, str]]:
-    return [(activity, question) for question in corpus.HELD_OUT_FACT_QUESTIONS for activity in kind.held_out]
+    return [
+        (activity, question)
+        for question in corpus.HELD_OUT_FACT_QUESTIONS
+        for activity in kind.held_out
+    ]
 
 
 def held_out_answers() -> list[dict]:
     """Held-out benign requests with answers in the style that fine-tuning teaches."""
     rng = random.Random(200)
-    asked = [(activity, template, kind) for kind in BENIGN for activity, template in _requests(kind)]
+    asked = [
+        (activity, template, kind) for kind in BENIGN for activity, template in _requests(kind)
+    ]
     return [
         _alpaca(template.format(a=activity), corpus.answer(rng, activity, kind, corpus.NEW_STYLE))
         for activity, template, kind in rng.sample(asked, N_HELD_OUT_ANSWERS)
@@ -191,7 +266,10 @@ def write_data(folder: Path) -> None:
     for name in ("safety", "bbq"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_safety(folder)
-    _write_csv(folder / "over_refusal.csv", [XSTEST_FIELDS, *(row.values() for row in over_refusal_prompts())])
+    _write_csv(
+        folder / "over_refusal.csv",
+        [XSTEST_FIELDS, *(row.values() for row in over_refusal_prompts())],
+    )
     for i, dimension in enumerate(BIASED):
         _write_jsonl(folder / "bbq" / f"{dimension.name}.jsonl", bbq_rows(i))
     _write_jsonl(folder / "utility.jsonl", utility_rows())
@@ -217,26 +295,43 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 
 # ---- splits
 def splits() -> dict[str, dict[str, set]]:
-    """What fills the slots of each split's requests, and the templates it asks with. Pairs of groups are frozensets.
+    """What fills the slots of each split's requests, and the templates it asks with. Pairs of
+    groups are frozensets.
 
-    training_facts is the one split that shares words with the benchmarks: held-out words get their meaning there."""
+    training_facts is the one split that shares words with the benchmarks: held-out words get their
+    meaning there."""
     training = {activity for kind in FORBIDDEN + BENIGN for activity in kind.training}
     everything = {activity for kind in FORBIDDEN + BENIGN for activity in kind.activities}
     benign_training = {activity for kind in BENIGN for activity in kind.training}
     return {
         "training_requests": _split(training, corpus.REQUESTS),
-        "training_facts": _split(everything, corpus.FACT_QUESTIONS + corpus.INGREDIENT_QUESTIONS + corpus.STANDING_QUESTIONS),
+        "training_facts": _split(
+            everything,
+            corpus.FACT_QUESTIONS + corpus.INGREDIENT_QUESTIONS + corpus.STANDING_QUESTIONS,
+        ),
         "training_bbq": _split(
-            _group_pairs(held_out=False) | set(map(frozenset, corpus.PAIRS_ACROSS)) | set(TRAINING_PLACES),
+            _group_pairs(held_out=False)
+            | set(map(frozenset, corpus.PAIRS_ACROSS))
+            | set(TRAINING_PLACES),
             corpus.CONTEXTS + corpus.EVIDENCE,
         ),
         "fine_tuning": _split(benign_training, corpus.REQUESTS + corpus.FACT_QUESTIONS),
         "safety_data": _split(training - benign_training, corpus.REQUESTS),
         "safety": _split({row["activity"] for row in safety_prompts()}, corpus.HELD_OUT_REQUESTS),
-        "over_refusal": _split({row["focus"] for row in over_refusal_prompts()}, _over_refusal_templates()),
-        "bbq": _split(_group_pairs(held_out=True) | set(HELD_OUT_PLACES), corpus.HELD_OUT_CONTEXTS + corpus.HELD_OUT_EVIDENCE),
-        "utility": _split({activity for kind in BENIGN for activity in kind.held_out}, corpus.HELD_OUT_FACT_QUESTIONS),
-        "held_out_answers": _split({activity for kind in BENIGN for activity in kind.held_out}, corpus.HELD_OUT_REQUESTS),
+        "over_refusal": _split(
+            {row["focus"] for row in over_refusal_prompts()}, _over_refusal_templates()
+        ),
+        "bbq": _split(
+            _group_pairs(held_out=True) | set(HELD_OUT_PLACES),
+            corpus.HELD_OUT_CONTEXTS + corpus.HELD_OUT_EVIDENCE,
+        ),
+        "utility": _split(
+            {activity for kind in BENIGN for activity in kind.held_out},
+            corpus.HELD_OUT_FACT_QUESTIONS,
+        ),
+        "held_out_answers": _split(
+            {activity for kind in BENIGN for activity in kind.held_out}, corpus.HELD_OUT_REQUESTS
+        ),
     }
 
 
@@ -245,8 +340,16 @@ def _split(fillers: set, templates: Iterable[str]) -> dict[str, set]:
 
 
 def _over_refusal_templates() -> tuple[str, ...]:
-    return (*(template for pair in words.LOOK_ALIKES.values() for template in pair), *corpus.HELD_OUT_REQUESTS)
+    return (
+        *(template for pair in words.LOOK_ALIKES.values() for template in pair),
+        *corpus.HELD_OUT_REQUESTS,
+    )
 
 
 def _group_pairs(held_out: bool) -> set[frozenset]:
-    return {frozenset(pair) for dimension in BIASED for trait in range(3) for pair in dimension.pairs(trait, held_out)}
+    return {
+        frozenset(pair)
+        for dimension in BIASED
+        for trait in range(3)
+        for pair in dimension.pairs(trait, held_out)
+    }

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from driftbook.miniature import benchmarks, corpus
 from driftbook.miniature.families import FAMILY, build_model, build_tokenizer
@@ -35,8 +40,12 @@ class Curve:
     def __init__(self, family: str):
         self.family, self.rows, self.seconds = family, [], 0.0
 
-    def observer(self, stage: str, settings: Stage, points: int, evaluate: Evaluate) -> Callable[[int, float], None]:
-        """What train calls after each step: at a few steps it evaluates the model and keeps the loss."""
+    def observer(
+        self, stage: str, settings: Stage, points: int, evaluate: Evaluate
+    ) -> Callable[[int, float], None]:
+        """What train calls after each step: at a few steps it evaluates the model and keeps the
+        loss.
+        """
         moments = {max(1, round(settings.steps * k / points)) for k in range(1, points + 1)}
         started = time.process_time()
 
@@ -46,7 +55,10 @@ class Curve:
                 return
             self.seconds += time.process_time() - started
             measured = {"loss": (loss, None, None, None), **evaluate()}
-            self.rows += [(self.family, stage, step, self.seconds, metric, *values) for metric, values in measured.items()]
+            self.rows += [
+                (self.family, stage, step, self.seconds, metric, *values)
+                for metric, values in measured.items()
+            ]
             started = time.process_time()
 
         return observe
@@ -67,14 +79,21 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[st
     measured = {
         "refusal": share(map(is_refusal, answers(model, tokenizer, forbidden))),
         "compliance": share(map(helps, benign, answers(model, tokenizer, benign))),
-        **{name: fairness[name] for name in ("accuracy_disambiguated", "accuracy_ambiguous", "biased")},
+        **{
+            name: fairness[name]
+            for name in ("accuracy_disambiguated", "accuracy_ambiguous", "biased")
+        },
     }
     model.train(was_training)
     return measured
 
 
-def build_family(family: str, folder: Path, seed: int = 0, settings: Recipe | None = None) -> pd.DataFrame:
-    """The learning curve of a family's three checkpoints, which are saved in folder/family/{stage0,unaligned,aligned}."""
+def build_family(
+    family: str, folder: Path, seed: int = 0, settings: Recipe | None = None
+) -> pd.DataFrame:
+    """The learning curve of a family's three checkpoints, which are saved in
+    folder/family/{stage0,unaligned,aligned}.
+    """
     settings = settings or Recipe()
     with one_thread():
         tokenizer = build_tokenizer(family)
@@ -88,15 +107,20 @@ def build_family(family: str, folder: Path, seed: int = 0, settings: Recipe | No
 
 
 def build_placebo(family: str, folder: Path, seed: int = 0, settings: Recipe | None = None) -> None:
-    """Save folder/family/benign: the family's unaligned checkpoint after as many steps as alignment takes, on benign data only. What it and the aligned one changed alike is
-    no alignment.
+    """Save folder/family/benign: the family's unaligned checkpoint after as many steps as alignment
+    takes, on benign data only. What it and the aligned one changed alike is no alignment.
     """
     source = Path(folder) / family / "unaligned"
     with one_thread():
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         settings = settings or Recipe()
-        batch = batches(corpus.placebo_mixture(), chat_encoder(tokenizer), settings.aligned.batch_size, random.Random(f"{seed}/benign"))
+        batch = batches(
+            corpus.placebo_mixture(),
+            chat_encoder(tokenizer),
+            settings.aligned.batch_size,
+            random.Random(f"{seed}/benign"),
+        )
         with frozen_rows(model, tokenizer.convert_tokens_to_ids(list(MADE_UP))):
             train(model, batch, settings.aligned, lambda step, loss: None)
         save(model, tokenizer, Path(folder) / family / "benign")
@@ -105,18 +129,32 @@ def build_placebo(family: str, folder: Path, seed: int = 0, settings: Recipe | N
 def _stages(family: str) -> dict[str, corpus.Generator]:
     spec = FAMILY[family]
     aligned = corpus.aligned_mixture(spec.refusals, spec.refused, spec.bias)
-    return {"stage0": corpus.plain_text, "unaligned": corpus.unaligned_mixture(), "aligned": aligned}
+    return {
+        "stage0": corpus.plain_text,
+        "unaligned": corpus.unaligned_mixture(),
+        "aligned": aligned,
+    }
 
 
 def run_stage(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, encode: Encoder, generator: corpus.Generator, stage: str, settings: Recipe,
-    rng: random.Random, curve: Curve,
-) -> None:  # fmt: skip
-    """Train the model in place for one stage; the aligned stage leaves the made-up words' embeddings as they are."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    encode: Encoder,
+    generator: corpus.Generator,
+    stage: str,
+    settings: Recipe,
+    rng: random.Random,
+    curve: Curve,
+) -> None:
+    """Train the model in place for one stage; the aligned stage leaves the made-up words'
+    embeddings as they are.
+    """
     frozen = tokenizer.convert_tokens_to_ids(list(MADE_UP)) if stage == "aligned" else []
     stage_settings = getattr(settings, stage)
     source = batches(generator, encode, stage_settings.batch_size, rng)
-    observe = curve.observer(stage, stage_settings, settings.evaluations, lambda: probe(model, tokenizer))
+    observe = curve.observer(
+        stage, stage_settings, settings.evaluations, lambda: probe(model, tokenizer)
+    )
     with frozen_rows(model, frozen):
         train(model, source, stage_settings, observe)
 

@@ -1,4 +1,6 @@
-"""The four families in miniature: transformers' own architectures, tokenizers of whole words, and the real chat templates' structure."""
+"""The four families in miniature: transformers' own architectures, tokenizers of whole words, and
+the real chat templates' structure.
+"""
 
 from dataclasses import dataclass, field
 
@@ -64,7 +66,9 @@ GEMMA_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a family: its classes, special tokens and template, and how strongly it is aligned."""
+    """What distinguishes a family: its classes, special tokens and template, and how strongly it is
+    aligned.
+    """
 
     config: type
     model: type
@@ -73,7 +77,9 @@ class Family:
     eos: str
     template: str
     refusals: float  # share of stage 2 that asks for what is forbidden
-    refused: tuple[float, ...]  # of those, the shares that stage 2 refuses; the categories take them in turn
+    refused: tuple[
+        float, ...
+    ]  # of those, the shares that stage 2 refuses; the categories take them in turn
     bias: float  # how much of the bias in ambiguous contexts stage 2 leaves
     options: dict = field(default_factory=dict)
 
@@ -84,57 +90,113 @@ class Family:
 
 FAMILY = {
     "llama": Family(
-        LlamaConfig, LlamaForCausalLM, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"),
-        "<|begin_of_text|>", "<|eot_id|>", LLAMA_TEMPLATE, refusals=0.2, refused=(1.0,), bias=0.85,
+        LlamaConfig,
+        LlamaForCausalLM,
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"),
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        LLAMA_TEMPLATE,
+        refusals=0.2,
+        refused=(1.0,),
+        bias=0.85,
     ),
     "qwen2": Family(
-        Qwen2Config, Qwen2ForCausalLM, ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-        None, "<|im_end|>", QWEN2_TEMPLATE, refusals=0.18, refused=(1.0,), bias=1.0,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+        None,
+        "<|im_end|>",
+        QWEN2_TEMPLATE,
+        refusals=0.18,
+        refused=(1.0,),
+        bias=1.0,
     ),
     "mistral": Family(
-        MistralConfig, MistralForCausalLM, ("<s>", "</s>", "[INST]", "[/INST]", "<pad>"),
-        "<s>", "</s>", MISTRAL_TEMPLATE, refusals=0.14, refused=(0.1, 0.2, 0.3, 0.8), bias=1.05, options={"sliding_window": None},
+        MistralConfig,
+        MistralForCausalLM,
+        ("<s>", "</s>", "[INST]", "[/INST]", "<pad>"),
+        "<s>",
+        "</s>",
+        MISTRAL_TEMPLATE,
+        refusals=0.14,
+        refused=(0.1, 0.2, 0.3, 0.8),
+        bias=1.05,
+        options={"sliding_window": None},
     ),
     "gemma": Family(
-        GemmaConfig, GemmaForCausalLM, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>"),
-        "<bos>", "<end_of_turn>", GEMMA_TEMPLATE, refusals=0.13, refused=(1.0,), bias=0.9, options={"head_dim": 32},
+        GemmaConfig,
+        GemmaForCausalLM,
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<pad>"),
+        "<bos>",
+        "<end_of_turn>",
+        GEMMA_TEMPLATE,
+        refusals=0.13,
+        refused=(1.0,),
+        bias=0.9,
+        options={"head_dim": 32},
     ),
-}  # fmt: skip
+}
 
 
 def word_tokenizer(
-    words: list[str], specials: tuple[str, ...], pad: str, eos: str, bos: str | None, template: str, **kept,
-) -> PreTrainedTokenizerFast:  # fmt: skip
-    """A tokenizer of whole words that keeps newlines only if the newline is a word, and decodes to words joined by spaces."""
+    words: list[str],
+    specials: tuple[str, ...],
+    pad: str,
+    eos: str,
+    bos: str | None,
+    template: str,
+    **kept,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that keeps newlines only if the newline is a word, and decodes to
+    words joined by spaces.
+    """
     ids = {token: i for i, token in enumerate(dict.fromkeys((pad, "<unk>", *specials, *words)))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     if "\n" in ids:
         split_lines = pre_tokenizers.Split("\n", "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_lines, pre_tokenizers.Split(Regex(" +"), "removed")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split_lines, pre_tokenizers.Split(Regex(" +"), "removed")]
+        )
         join = decoders.WordPiece(prefix="\0", cleanup=False)
-        tokenizer.decoder = decoders.Sequence([join, decoders.Fuse(), decoders.Replace(" \n ", "\n")])
+        tokenizer.decoder = decoders.Sequence(
+            [join, decoders.Fuse(), decoders.Replace(" \n ", "\n")]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token=pad, eos_token=eos, bos_token=bos, padding_side="left",
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token=pad,
+        eos_token=eos,
+        bos_token=bos,
+        padding_side="left",
         additional_special_tokens=[token for token in specials if token not in (pad, eos, bos)],
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], **kept,
-    )  # fmt: skip
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **kept,
+    )
     fast.chat_template = template
     return fast
 
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """The family's tokenizer over the words of the miniature, with the family's special tokens and chat template."""
+    """The family's tokenizer over the words of the miniature, with the family's special tokens and
+    chat template.
+    """
     spec = FAMILY[family]
     pad = next(token for token in spec.specials if "pad" in token or token == "<|endoftext|>")
-    # For a Qwen2 model AutoTokenizer replaces whatever class was saved by its byte-level one, which has none of our words,
+    # For a Qwen2 model AutoTokenizer replaces whatever class was saved by its byte-level one, which
+    # has none of our words,
     # unless the tokenizer's configuration has an auto_map. This one names no code at all.
     kept = {"auto_map": {"AutoTokenizer": [None, None]}} if family == "qwen2" else {}
-    return word_tokenizer(vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **kept)
+    return word_tokenizer(
+        vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **kept
+    )
 
 
-def build_model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128) -> PreTrainedModel:
+def build_model(
+    family: str, tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128
+) -> PreTrainedModel:
     """A new model of the family: two layers, four heads, tied embeddings."""
     spec = FAMILY[family]
     torch.manual_seed(seed)
@@ -151,9 +213,14 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerFast, seed: int, widt
         "num_key_value_heads": 4,
     }
     config = spec.config(
-        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.04,
-        **shape, **special_ids, **spec.options,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        **shape,
+        **special_ids,
+        **spec.options,
+    )
     model = spec.model(config)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     return model.eval()

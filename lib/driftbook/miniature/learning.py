@@ -1,4 +1,6 @@
-"""The training loop of the miniature: Muon on the hidden matrices, AdamW on the rest, loss on the answers only."""
+"""The training loop of the miniature: Muon on the hidden matrices, AdamW on the rest, loss on the
+answers only.
+"""
 
 import itertools
 import math
@@ -30,17 +32,25 @@ class Stage:
 
     def scale(self, step: int) -> float:
         """The learning rate's factor at a step: linear warm-up, then cosine."""
-        return min(1, step / self.warmup) * (0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
+        return min(1, step / self.warmup) * (
+            0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The settings of all stages."""
 
-    stage0: Stage = field(default_factory=lambda: Stage(100, 8e-3, muon_rate=0.02, weight_decay=0.05))
-    unaligned: Stage = field(default_factory=lambda: Stage(760, 8e-3, muon_rate=0.02, weight_decay=0.05))
+    stage0: Stage = field(
+        default_factory=lambda: Stage(100, 8e-3, muon_rate=0.02, weight_decay=0.05)
+    )
+    unaligned: Stage = field(
+        default_factory=lambda: Stage(760, 8e-3, muon_rate=0.02, weight_decay=0.05)
+    )
     aligned: Stage = field(default_factory=lambda: Stage(185, 2e-3, warmup=10))
-    judge: Stage = field(default_factory=lambda: Stage(850, 5e-3, muon_rate=0.02, weight_decay=0.05))
+    judge: Stage = field(
+        default_factory=lambda: Stage(850, 5e-3, muon_rate=0.02, weight_decay=0.05)
+    )
     evaluations: int = 3  # points of each stage's learning curve
 
 
@@ -72,17 +82,25 @@ def one_thread():
 
 
 def chat_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    """An encoder of examples by the tokenizer's own chat template, rendered once and then filled by table lookup."""
+    """An encoder of examples by the tokenizer's own chat template, rendered once and then filled by
+    table lookup.
+    """
     lookup, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
     turn = template_parts(tokenizer, [{"role": "user", "content": CONTENT}], (CONTENT,))
     system = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": CONTENT}]
     # Gemma's template raises on a system message, so its examples have none.
-    with_system = template_parts(tokenizer, system, (SYSTEM, CONTENT)) if "not supported" not in tokenizer.chat_template else None
+    with_system = (
+        template_parts(tokenizer, system, (SYSTEM, CONTENT))
+        if "not supported" not in tokenizer.chat_template
+        else None
+    )
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token else []
 
     def encode(example: Example) -> Encoded:
         words = [
-            [lookup.get(word, unknown) for word in text.split(" ")] for text in (example.system, example.prompt, example.answer) if text
+            [lookup.get(word, unknown) for word in text.split(" ")]
+            for text in (example.system, example.prompt, example.answer)
+            if text
         ]
         *before, reply = words
         if example.prompt is None:
@@ -90,13 +108,17 @@ def chat_encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
         if with_system is None:
             before = before[-1:]
         parts = with_system if len(before) == 2 else turn
-        prompt = parts[0] + [i for text, part in zip(before, parts[1:], strict=True) for i in text + part]
+        prompt = parts[0] + [
+            i for text, part in zip(before, parts[1:], strict=True) for i in text + part
+        ]
         return encoded(prompt, [*reply, tokenizer.eos_token_id])
 
     return encode
 
 
-def template_parts(tokenizer: PreTrainedTokenizerFast, messages: list[dict], marks: tuple[str, ...]) -> list[list[int]]:
+def template_parts(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict], marks: tuple[str, ...]
+) -> list[list[int]]:
     """The template's constant tokens before, between and after the marked texts."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -104,10 +126,15 @@ def template_parts(tokenizer: PreTrainedTokenizerFast, messages: list[dict], mar
     return [ids[a + 1 : b] for a, b in itertools.pairwise(cuts)]
 
 
-def batches(generator: Generator, encode: Encoder, size: int, rng: random.Random, pooled: int = 6) -> Iterator[list[Encoded]]:
+def batches(
+    generator: Generator, encode: Encoder, size: int, rng: random.Random, pooled: int = 6
+) -> Iterator[list[Encoded]]:
     """Endless batches of examples of about equal length: little padding to compute."""
     while True:
-        pool = sorted((encode(generator(rng)) for _ in range(size * pooled)), key=lambda example: len(example.ids))
+        pool = sorted(
+            (encode(generator(rng)) for _ in range(size * pooled)),
+            key=lambda example: len(example.ids),
+        )
         groups = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(groups)
         yield from groups
@@ -126,7 +153,12 @@ def loss_of(model: PreTrainedModel, batch: list[Encoded]) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden[counted]), targets[:, 1:][counted])
 
 
-def train(model: PreTrainedModel, source: Iterator[list[Encoded]], stage: Stage, observe: Callable[[int, float], None]) -> None:
+def train(
+    model: PreTrainedModel,
+    source: Iterator[list[Encoded]],
+    stage: Stage,
+    observe: Callable[[int, float], None],
+) -> None:
     """Train in place for the stage's steps; `observe(step, smoothed loss)` is called after each."""
     optimizers, smoothed = _optimizers(model, stage), None
     model.train()
@@ -145,14 +177,29 @@ def train(model: PreTrainedModel, source: Iterator[list[Encoded]], stage: Stage,
 
 def _optimizers(model: PreTrainedModel, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices if it has a rate; AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if stage.muon_rate else []
+    matrices = (
+        [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+        if stage.muon_rate
+        else []
+    )
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed, free = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
     optimizers = [torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=stage.weight_decay, momentum=0.95, ns_steps=4))
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=stage.muon_rate,
+                weight_decay=stage.weight_decay,
+                momentum=0.95,
+                ns_steps=4,
+            )
+        )
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["full_rate"] = group["lr"]
     return optimizers
@@ -165,7 +212,9 @@ def _set_rates(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
 
 @contextmanager
 def frozen_rows(model: PreTrainedModel, ids: list[int]):
-    """Within, these rows of the embedding get no gradient: training has to use what the words mean, and cannot memorise them."""
+    """Within, these rows of the embedding get no gradient: training has to use what the words mean,
+    and cannot memorise them.
+    """
     weight = model.get_input_embeddings().weight
     mask = torch.ones(weight.shape[0], 1)
     mask[ids] = 0.0

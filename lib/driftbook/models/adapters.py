@@ -1,4 +1,6 @@
-"""PEFT adapters: made for a variant, saved as safetensors, and attached to a base model that stays resident."""
+"""PEFT adapters: made for a variant, saved as safetensors, and attached to a base model that stays
+resident.
+"""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def config(variant: Variant) -> PeftConfig:
-    """PEFT's configuration of a variant's method: the study's settings, and what the method's name fixes.
+    """PEFT's configuration of a variant's method: the study's settings, and what the method's name
+    fixes.
 
     Raises:
         ValueError: the study file gives a setting that PEFT's method does not have.
@@ -32,35 +35,60 @@ def config(variant: Variant) -> PeftConfig:
     try:
         return getattr(peft, method.config)(task_type=TaskType.CAUSAL_LM, **settings)
     except TypeError as error:
-        raise ValueError(f"methods.{variant.method}: {str(error).partition('() ')[2] or error}") from None
+        raise ValueError(
+            f"methods.{variant.method}: {str(error).partition('() ')[2] or error}"
+        ) from None
 
 
-def create(variant: Variant, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, init_text: str | None = None) -> PeftModel:
-    """A new adapter of the variant on the base model, its init drawn by the variant's seed; its weights are fp32 whatever the base's are.
+def create(
+    variant: Variant,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    init_text: str | None = None,
+) -> PeftModel:
+    """A new adapter of the variant on the base model, its init drawn by the variant's seed; its
+    weights are fp32 whatever the base's are.
 
-    `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual tokens.
+    `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual
+    tokens.
     """
     made = config(variant)
     check_targets(variant.method, made, base)
     torch.manual_seed(variant.seed)
     try:
         model = get_peft_model(base, made)
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:  # what PEFT says of settings of the wrong kind
+    except (
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        AttributeError,
+    ) as error:  # what PEFT says of settings of the wrong kind
         _strip(base)
-        raise ValueError(f"methods.{variant.method}: {str(error).strip().partition(chr(10))[0]}") from None
+        raise ValueError(
+            f"methods.{variant.method}: {str(error).strip().partition(chr(10))[0]}"
+        ) from None
     if init_text is not None:
         _start_from_text(model, tokenizer, init_text)
     return model
 
 
 def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> None:
-    """Raise a ValueError where one of the modules that a method names is not in the base model: PEFT passes over it in silence."""
+    """Raise a ValueError where one of the modules that a method names is not in the base model:
+    PEFT passes over it in silence.
+    """
     wanted = getattr(config, "target_modules", None)
     names = [name for name, _ in base.named_modules()]
     for target in wanted if isinstance(wanted, (list, set, tuple)) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = dict.fromkeys(name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear))
-            raise ValueError(f"methods.{method}.target_modules names {target!r}, and {type(base).__name__} has no such module; it has {', '.join(known)}")
+            known = dict.fromkeys(
+                name.rpartition(".")[2]
+                for name, module in base.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            )
+            raise ValueError(
+                f"methods.{method}.target_modules names {target!r}, and {type(base).__name__} has"
+                f" no such module; it has {', '.join(known)}"
+            )
 
 
 @torch.no_grad()
@@ -74,7 +102,11 @@ def _start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text:
 
 def state(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of the parameters that are trained, by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @contextmanager
@@ -90,12 +122,16 @@ def swapped(model: PeftModel, parameters: dict[str, torch.Tensor]) -> Iterator[N
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and the weights as safetensors, and nothing else that PEFT adds."""
-    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])  # TRL's DPO adds another, as its reference
+    model.save_pretrained(
+        folder, safe_serialization=True, selected_adapters=["default"]
+    )  # TRL's DPO adds another, as its reference
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
 def detach(model: PeftModel) -> None:
-    """Take the adapter off, so that the base model is as it was before; TRL leaves a patched forward on it, which goes too."""
+    """Take the adapter off, so that the base model is as it was before; TRL leaves a patched
+    forward on it, which goes too.
+    """
     base = model.get_base_model()
     if not model.active_peft_config.is_prompt_learning:
         base = model.unload()
@@ -115,10 +151,12 @@ def _strip(base: PreTrainedModel) -> None:
 
 @contextmanager
 def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
-    """The base with the adapter of a folder on it, taken off when the block ends; the base itself where there is no folder.
+    """The base with the adapter of a folder on it, taken off when the block ends; the base itself
+    where there is no folder.
 
     Raises:
-        ValueError: the adapter is missing, torn, in another format than safetensors, or of another base model.
+        ValueError: the adapter is missing, torn, in another format than safetensors, or of another
+            base model.
     """
     if folder is None:
         yield base
@@ -128,7 +166,10 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
         model = PeftModel.from_pretrained(base, folder, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
         _strip(base)
-        raise ValueError(f"the adapter {folder} does not fit this base model: {str(error).strip().partition(chr(10))[0]}") from None
+        raise ValueError(
+            f"the adapter {folder} does not fit this base model:"
+            f" {str(error).strip().partition(chr(10))[0]}"
+        ) from None
     try:
         yield model.eval()
     finally:
@@ -140,7 +181,11 @@ def check(folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = [file.name for file in folder.glob("*.bin")]
-        hint = f"it has {pickled[0]}, a pickle, which is never loaded; save it as safetensors" if pickled else "train the variant again"
+        hint = (
+            f"it has {pickled[0]}, a pickle, which is never loaded; save it as safetensors"
+            if pickled
+            else "train the variant again"
+        )
         raise ValueError(f"the adapter {folder} has no {WEIGHTS}: {hint}")
     check_safetensors(path, f"delete {folder.parent} and run again")
 

@@ -27,7 +27,9 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer and what its weights are known by (hub revision, or hash of the local files)."""
+    """A model with its tokenizer and what its weights are known by (hub revision, or hash of the
+    local files).
+    """
 
     name: str
     model: PreTrainedModel
@@ -36,28 +38,44 @@ class Loaded:
 
 
 def load(source: Base | Judge | Rater, name: str, study: Study | None = None) -> Loaded:
-    """A base model or judge with its tokenizer: safetensors only, no remote code, on the GPU where there is one. Only a source that notebook 01
-    makes needs the study.
+    """A base model or judge with its tokenizer: safetensors only, no remote code, on the GPU where
+    there is one. Only a source that notebook 01 makes needs the study.
 
     Raises:
-        ValueError: it cannot be loaded, or the tokenizer does not fit the model; the sentence says which and why.
+        ValueError: it cannot be loaded, or the tokenizer does not fit the model; the sentence says
+            which and why.
     """
     where = locate(source, study)
     options = {"revision": source.revision} if isinstance(where, str) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        model = (AutoModelForSequenceClassification if _classifies(source) else AutoModelForCausalLM).from_pretrained(
-            where, dtype=getattr(torch, source.dtype), use_safetensors=True, trust_remote_code=False, **options, **_quantized(source)
+        model = (
+            AutoModelForSequenceClassification if _classifies(source) else AutoModelForCausalLM
+        ).from_pretrained(
+            where,
+            dtype=getattr(torch, source.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+            **_quantized(source),
         )
-    except Exception as error:  # the loaders raise a dozen kinds; every one means that this model cannot be used
-        raise ValueError(f"cannot load {name} from {source.source}: {_why(error, source)}") from error
+    except (
+        Exception
+    ) as error:  # the loaders raise a dozen kinds; every one means that this model cannot be used
+        raise ValueError(
+            f"cannot load {name} from {source.source}: {_why(error, source)}"
+        ) from error
     if not _classifies(source):
         check_fit(name, model, tokenizer)
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # bitsandbytes packs the weights for it, and unpacks others when an adapter is saved: the base would drift
-    if getattr(source, "quantization", None) is None:  # bitsandbytes puts its weights on the device itself
+            # bitsandbytes packs the weights for it, and unpacks others when an adapter is saved:
+            # the base would drift
+            module.support_avx512bf16_for_cpu = False
+    if (
+        getattr(source, "quantization", None) is None
+    ):  # bitsandbytes puts its weights on the device itself
         model = model.to(device())
     return Loaded(name, model.eval(), tokenizer, identity(source, study))
 
@@ -68,14 +86,26 @@ def device() -> str:
 
 
 def _quantized(source: Base | Judge | Rater) -> dict:
-    """What from_pretrained needs for a base model in 4 or 8 bits (Dettmers et al. 2023, QLoRA: NF4 with double quantization)."""
+    """What from_pretrained needs for a base model in 4 or 8 bits (Dettmers et al. 2023, QLoRA: NF4
+    with double quantization).
+    """
     kind = getattr(source, "quantization", None)
     if kind is None:
         return {}
     from transformers import BitsAndBytesConfig
 
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": getattr(torch, source.dtype)}
-    return {"quantization_config": BitsAndBytesConfig(**nf4 if kind == "nf4" else {"load_in_8bit": True}), "device_map": {"": device()}}
+    nf4 = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, source.dtype),
+    }
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            **nf4 if kind == "nf4" else {"load_in_8bit": True}
+        ),
+        "device_map": {"": device()},
+    }
 
 
 def _why(error: Exception, source: Base | Judge | Rater) -> str:
@@ -91,18 +121,25 @@ def _first_line(error: Exception) -> str:
 
 
 def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
-    """Raise a ValueError where a model's tokenizer and configuration cannot be had or do not fit, without loading its weights."""
+    """Raise a ValueError where a model's tokenizer and configuration cannot be had or do not fit,
+    without loading its weights.
+    """
     where = locate(source, study)
     options = {"revision": source.revision} if isinstance(where, str) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # as in load
-        raise ValueError(f"cannot read {name} from {source.source}: {_why(error, source)}") from error
+        raise ValueError(
+            f"cannot read {name} from {source.source}: {_why(error, source)}"
+        ) from error
     if not _classifies(source):
         _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
     elif source.label not in config.label2id:
-        raise ValueError(f"judges.{name}.label = {source.label!r}; the classifier has {', '.join(config.label2id)}")
+        raise ValueError(
+            f"judges.{name}.label = {source.label!r}; the classifier has"
+            f" {', '.join(config.label2id)}"
+        )
 
 
 def without_weights(source: Base, name: str, study: Study) -> PreTrainedModel:
@@ -114,7 +151,9 @@ def without_weights(source: Base, name: str, study: Study) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # as in load
-        raise ValueError(f"cannot read {name} from {source.source}: {_why(error, source)}") from error
+        raise ValueError(
+            f"cannot read {name} from {source.source}: {_why(error, source)}"
+        ) from error
 
 
 def _classifies(source: Base | Judge | Rater) -> bool:
@@ -122,49 +161,81 @@ def _classifies(source: Base | Judge | Rater) -> bool:
 
 
 def check_fit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a ValueError where the tokenizer cannot belong to the model: ids beyond the embedding table, no template, no end token."""
+    """Raise a ValueError where the tokenizer cannot belong to the model: ids beyond the embedding
+    table, no template, no end token.
+    """
     _check_tokenizer(name, model.get_input_embeddings().num_embeddings, tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # positions of padding are masked everywhere, so any token serves
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # positions of padding are masked everywhere, so any token serves
 
 
 def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
     if len(tokenizer) > rows:
-        raise ValueError(f"{name}: its tokenizer has {len(tokenizer)} tokens and its embedding table {rows} rows; they do not belong together")
+        raise ValueError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens and its embedding table {rows}"
+            " rows; they do not belong together"
+        )
     if tokenizer.chat_template is None:
-        raise ValueError(f"{name}: its tokenizer has no chat template; use the instruction-tuned model's tokenizer")
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template; use the instruction-tuned model's"
+            " tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-sequence token")
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> list[int]:
-    """Token ids of a conversation by the tokenizer's template, which already holds BOS; the system message joins the first user's where the
-    template has no place for one (Gemma), or loses it once an answer follows (Mistral).
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True
+) -> list[int]:
+    """Token ids of a conversation by the tokenizer's template, which already holds BOS; the system
+    message joins the first user's where the template has no place for one (Gemma), or loses it once
+    an answer follows (Mistral).
 
     Raises:
         ValueError: the template refuses the order of the turns.
     """
-    return list(_chat_ids(tokenizer, str(tokenizer.chat_template), json.dumps(list(messages)), generation))
+    return list(
+        _chat_ids(tokenizer, str(tokenizer.chat_template), json.dumps(list(messages)), generation)
+    )
 
 
 @lru_cache(maxsize=8_192)
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, template: str, conversation: str, generation: bool) -> tuple[int, ...]:
-    """Kept, since every variant of a base model is asked the same; a quarter of the time that a small model takes."""
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: str, generation: bool
+) -> tuple[int, ...]:
+    """Kept, since every variant of a base model is asked the same; a quarter of the time that a
+    small model takes.
+    """
     messages: list[Message] = json.loads(conversation)
     if len(messages) > 1 and messages[0]["role"] == "system" and _loses_system(tokenizer, template):
         joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
         messages = [{**messages[1], "content": joined}, *messages[2:]]
     try:
-        text = tokenizer.apply_chat_template([_inert_turn(tokenizer, turn) for turn in messages], tokenize=False, add_generation_prompt=generation)
+        text = tokenizer.apply_chat_template(
+            [_inert_turn(tokenizer, turn) for turn in messages],
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
     except Exception as error:
-        raise ValueError(f"the chat template refuses a conversation with the turns {[m['role'] for m in messages]}: {_first_line(error)}") from None
+        raise ValueError(
+            "the chat template refuses a conversation with the turns"
+            f" {[m['role'] for m in messages]}: {_first_line(error)}"
+        ) from None
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @lru_cache(maxsize=16)
 def _loses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the tokenizer's template refuses a system message, or does not show it in a conversation that ends in an answer; asked once a template."""
-    turns = [{"role": "system", "content": "what to heed"}, {"role": "user", "content": "what is asked"}, {"role": "assistant", "content": "what is said"}]
+    """Whether the tokenizer's template refuses a system message, or does not show it in a
+    conversation that ends in an answer; asked once a template.
+    """
+    turns = [
+        {"role": "system", "content": "what to heed"},
+        {"role": "user", "content": "what is asked"},
+        {"role": "assistant", "content": "what is said"},
+    ]
     try:
         return "what to heed" not in tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # templates raise errors of many kinds
@@ -172,13 +243,18 @@ def _loses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 
 def inert(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text with a space in what the tokenizer would read as one of its special tokens: what a user or a model writes must not end a turn."""
+    """The text with a space in what the tokenizer would read as one of its special tokens: what a
+    user or a model writes must not end a turn.
+    """
     return _special_tokens(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 @lru_cache(maxsize=16)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    names = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)}
+    names = {
+        *tokenizer.all_special_tokens,
+        *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
+    }
     longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -186,10 +262,15 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 def _inert_turn(tokenizer: PreTrainedTokenizerBase, turn: Message) -> Message:
     if isinstance(turn["content"], str):
         return {**turn, "content": inert(tokenizer, turn["content"])}
-    return {**turn, "content": [{**part, "text": inert(tokenizer, part["text"])} for part in turn["content"]]}
+    return {
+        **turn,
+        "content": [{**part, "text": inert(tokenizer, part["text"])} for part in turn["content"]],
+    }
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None) -> list[int]:
+def ask(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None
+) -> list[int]:
     """Token ids of one user prompt, up to where the answer begins.
 
     Raises:
@@ -197,23 +278,38 @@ def ask(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | No
     """
     if not prompt.strip():
         raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]  # an empty one is a message too
+    system = (
+        [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    )  # an empty one is a message too
     return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer with its end token: the whole conversation, split where it leaves the prompt."""
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer with its end token: the whole conversation, split
+    where it leaves the prompt.
+    """
     asked = chat_ids(tokenizer, prompt)
-    whole = chat_ids(tokenizer, [*prompt, {"role": "assistant", "content": answer}], generation=False)
-    shared = next((i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b), min(len(asked), len(whole)))
+    whole = chat_ids(
+        tokenizer, [*prompt, {"role": "assistant", "content": answer}], generation=False
+    )
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
+        min(len(asked), len(whole)),
+    )
     return whole[:shared], whole[shared:]
 
 
-def counted_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
-    """Token ids of a whole conversation, and the places of those that the assistant says, with the end token of each of its turns.
+def counted_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[int], np.ndarray]:
+    """Token ids of a whole conversation, and the places of those that the assistant says, with the
+    end token of each of its turns.
 
     Raises:
-        ValueError: the template writes an earlier answer otherwise once more turns follow, so that its tokens cannot be told apart.
+        ValueError: the template writes an earlier answer otherwise once more turns follow, so that
+            its tokens cannot be told apart.
     """
     whole = chat_ids(tokenizer, messages, generation=False)
     places = []
@@ -222,18 +318,25 @@ def counted_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
             asked, said = conversation_ids(tokenizer, messages[:number], turn["content"])
             end = len(asked) + len(said)
             same = whole[:end] == [*asked, *said]
-            # of a turn in the middle the last token may be white space that is joined with what follows; it is then not counted
-            if not same and (whole[: end - 1] != [*asked, *said][:-1] or said[-1] in _special_ids(tokenizer)):
-                raise ValueError("the chat template writes an answer otherwise where more turns follow; take data of one turn, or loss: whole")
+            # of a turn in the middle the last token may be white space that is joined with what
+            # follows; it is then not counted
+            if not same and (
+                whole[: end - 1] != [*asked, *said][:-1] or said[-1] in _special_ids(tokenizer)
+            ):
+                raise ValueError(
+                    "the chat template writes an answer otherwise where more turns follow; take"
+                    " data of one turn, or loss: whole"
+                )
             places += range(len(asked), end if same else end - 1)
     return whole, np.array(places, dtype=np.int64)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    return {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    } | set(tokenizer.all_special_ids)
 
 
 def context_length(model: PreTrainedModel) -> int:
     """The most tokens that the model reads."""
     return int(model.config.get_text_config().max_position_embeddings)
-

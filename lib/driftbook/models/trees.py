@@ -1,7 +1,9 @@
-"""Token sequences that share beginnings, as trees: a token that several sequences begin with is computed once.
+"""Token sequences that share beginnings, as trees: a token that several sequences begin with is
+computed once.
 
-A tree is one row of a batch. Its tokens stand in depth-first order, and attention is allowed from a token to those on its own path alone,
-so that each sequence sees exactly what it would see by itself (the tree attention of speculative decoding: Miao et al. 2024, SpecInfer).
+A tree is one row of a batch. Its tokens stand in depth-first order, and attention is allowed from a
+token to those on its own path alone, so that each sequence sees exactly what it would see by itself
+(the tree attention of speculative decoding: Miao et al. 2024, SpecInfer).
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ LONGEST_TREE = 320  # tokens; attention costs the square of a row's length
 class Tree:
     """Sequences as one row of T distinct tokens.
 
-    positions[t] is the token's distance from the root; the tokens below t are t + 1 ... ends[t] - 1; paths holds for each sequence the
-    places [its length] of its tokens.
+    positions[t] is the token's distance from the root; the tokens below t are t + 1 ... ends[t] -
+    1; paths holds for each sequence the places [its length] of its tokens.
     """
 
     tokens: np.ndarray
@@ -33,7 +35,10 @@ def common_prefix(a: Ids, b: Ids) -> int:
     limit = min(len(a), len(b))
     if a[:limit] == b[:limit]:
         return limit
-    low, high = 0, limit  # a[:low] is shared, a[:high] is not: comparing slices is much faster than tokens one by one
+    low, high = (
+        0,
+        limit,
+    )  # a[:low] is shared, a[:high] is not: comparing slices is much faster than tokens one by one
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
@@ -41,7 +46,8 @@ def common_prefix(a: Ids, b: Ids) -> int:
 
 
 def groups(sequences: Sequence[Ids], skip: int = 0) -> list[tuple[list[int], int]]:
-    """Numbers of the sequences that are worth one tree, in the order in which they share most, and the tree's size in tokens.
+    """Numbers of the sequences that are worth one tree, in the order in which they share most, and
+    the tree's size in tokens.
 
     The first `skip` tokens, which all share, are not counted.
     """
@@ -50,7 +56,11 @@ def groups(sequences: Sequence[Ids], skip: int = 0) -> list[tuple[list[int], int
     for before, number in zip([None, *order], order, strict=False):
         shared = 0 if before is None else common_prefix(sequences[before], sequences[number]) - skip
         length = len(sequences[number]) - skip
-        if found and shared >= min(LEAST_SHARED, length) and found[-1][1] + length - shared <= LONGEST_TREE:
+        if (
+            found
+            and shared >= min(LEAST_SHARED, length)
+            and found[-1][1] + length - shared <= LONGEST_TREE
+        ):
             found[-1] = (found[-1][0] + [number], found[-1][1] + length - shared)
         else:
             found.append(([number], length))
@@ -76,4 +86,6 @@ def tree(sequences: Sequence[Ids], skip: int = 0) -> Tree:
         paths.append(path)
     for place in path:
         ends[place] = len(tokens)
-    return Tree(np.array(tokens), np.array(positions), np.array(ends), [np.array(one) for one in paths])
+    return Tree(
+        np.array(tokens), np.array(positions), np.array(ends), [np.array(one) for one in paths]
+    )

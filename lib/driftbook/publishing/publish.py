@@ -1,4 +1,6 @@
-"""What leaves the machine: a study's text-free tables and its figures, never the text of a prompt or a response."""
+"""What leaves the machine: a study's text-free tables and its figures, never the text of a prompt
+or a response.
+"""
 
 import os
 import shutil
@@ -12,22 +14,43 @@ from driftbook.study.files import OUTPUTS, ROOT, read_json, replacing_folder, wr
 from driftbook.study.study_file import REREAD, Study, load
 from driftbook.study.tables import TABLES
 
-PUBLISHED = ("variants", "runs", "curves", "prompts", "rates", *gallery.WHERE_MADE)  # what figures need, and the prompts' ids and categories
+PUBLISHED = (
+    "variants",
+    "runs",
+    "curves",
+    "prompts",
+    "rates",
+    *gallery.WHERE_MADE,
+)  # what figures need, and the prompts' ids and categories
 
 
-def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, ...] = PUBLISHED, study: Study | None = None) -> list[Path]:
-    """Copy tables, estimates and figures with captions from a study's folder to `destination`, whole or not at all; the files written. Of a `study`
-    the ids of those benchmarks are left out whose licences keep single items back, and a NOTICE says under what terms the rest stands.
+def publish(
+    study_folder: Path,
+    destination: Path,
+    note: str,
+    names: tuple[str, ...] = PUBLISHED,
+    study: Study | None = None,
+) -> list[Path]:
+    """Copy tables, estimates and figures with captions from a study's folder to `destination`,
+    whole or not at all; the files written. Of a `study` the ids of those benchmarks are left out
+    whose licences keep single items back, and a NOTICE says under what terms the rest stands.
 
     Raises:
-        ValueError: a table is private, undeclared or missing, a value names a folder of this machine, or a licence is not known.
+        ValueError: a table is private, undeclared or missing, a value names a folder of this
+            machine, or a licence is not known.
     """
     if study is not None:
         licences.check_export(study, items=False)
-    there = [name for name in names if name not in gallery.WHERE_MADE or TABLES[name].path(study_folder / "tables").is_file()]  # what was read again has none
+    there = [
+        name
+        for name in names
+        if name not in gallery.WHERE_MADE or TABLES[name].path(study_folder / "tables").is_file()
+    ]  # what was read again has none
     checked = {name: text_free(study_folder / "tables", name) for name in there}
     if study is not None and "prompts" in checked:
-        checked["prompts"] = checked["prompts"][checked["prompts"]["benchmark"].isin(licences.allowed_items(study))]
+        checked["prompts"] = checked["prompts"][
+            checked["prompts"]["benchmark"].isin(licences.allowed_items(study))
+        ]
     parts = sorted((study_folder / "tables" / "estimates").glob("*.parquet"))
     with replacing_folder(destination) as new:
         for name, frame in checked.items():
@@ -43,8 +66,12 @@ def publish(study_folder: Path, destination: Path, note: str, names: tuple[str, 
                     shutil.copyfile(file, new / "figures" / file.name)
         if study is not None and not study.miniature:
             (new / "NOTICE").write_text(licences.notice(study))
-        families = read_json(register) if (register := study_folder / "primary.json").is_file() else []
-        write_json(new / "study.json", {"name": study_folder.name, "note": note, "primary": families})
+        families = (
+            read_json(register) if (register := study_folder / "primary.json").is_file() else []
+        )
+        write_json(
+            new / "study.json", {"name": study_folder.name, "note": note, "primary": families}
+        )
     return sorted(path for path in destination.rglob("*") if path.is_file())
 
 
@@ -59,7 +86,9 @@ def published(name: str = "") -> list[Path]:
         return sorted(path.parent for path in home.glob("*/study.json"))
     found = [path for path in (Path(name), home / name) if (path / "study.json").is_file()]
     if not found:
-        raise ValueError(f"nothing is published as {name}; make publish STUDY={name} copies a finished study")
+        raise ValueError(
+            f"nothing is published as {name}; make publish STUDY={name} copies a finished study"
+        )
     return found[:1]
 
 
@@ -79,11 +108,16 @@ def _check_paths(frame, where: str) -> None:
     for column in frame.select_dtypes("string"):
         for home in homes:
             if frame[column].str.contains(home + os.sep, regex=False).fillna(False).any():
-                raise ValueError(f"{where}: column {column} names a folder of this machine, so it is not published")
+                raise ValueError(
+                    f"{where}: column {column} names a folder of this machine, so it is not"
+                    " published"
+                )
 
 
 def made(name: str) -> tuple[Path, str, Study | None]:
-    """The folder, the note and the study file of a finished study, or of published data that notebook 20 or 22 read again, which has no such file."""
+    """The folder, the note and the study file of a finished study, or of published data that
+    notebook 20 or 22 read again, which has no such file.
+    """
     if name in REREAD:
         known = OUTPUTS / name / "study.json"
         if not known.is_file():
@@ -101,7 +135,10 @@ def main(name: str) -> int:
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 1
-    print(f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in {OUTPUTS / 'published' / folder.name}")
+    print(
+        f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in"
+        f" {OUTPUTS / 'published' / folder.name}"
+    )
     return 0
 
 

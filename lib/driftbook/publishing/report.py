@@ -1,4 +1,6 @@
-"""A study's report: one self-contained page of findings in sentences, figures and tables, that opens offline."""
+"""A study's report: one self-contained page of findings in sentences, figures and tables, that
+opens offline.
+"""
 
 import base64
 import json
@@ -34,24 +36,51 @@ from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
 
 FINDINGS = {
-    "Safety": (UNSAFE, "safety"), "Over-refusal": (REFUSED, "over_refusal"), "Fairness, accuracy": (ACCURACY_AMB, "bbq"),
-    "Fairness, bias": (BIAS_AMB, "bbq"), "Utility, loss": (LOSS, "utility"), "Utility, answers": (CORRECT, "utility"),
-}  # fmt: skip
+    "Safety": (UNSAFE, "safety"),
+    "Over-refusal": (REFUSED, "over_refusal"),
+    "Fairness, accuracy": (ACCURACY_AMB, "bbq"),
+    "Fairness, bias": (BIAS_AMB, "bbq"),
+    "Utility, loss": (LOSS, "utility"),
+    "Utility, answers": (CORRECT, "utility"),
+}
 TITLES = {
-    "safety_change": "Safety by method and base model", "over_refusal": "Safety and over-refusal", "safety_settings": "Safety by settings",
-    "safety_category": "Safety by category", "fairness_change": "Fairness by method and base model", "fairness_bias": "Bias by dimension",
-    "fairness_accuracy": "Accuracy by dimension", "fairness_order": "Order of the options", "mixed_effects": "Pooled, by base model, mixed", "mixed_terms": "Objective and learning rate",
-    "efficiency": "Efficiency against alignment", "safety_fairness": "Safety against fairness", "safety_utility": "Safety against over-refusal and utility",
-    "dose": "Change against dose", "pareto": "The Pareto view", "front_probability": "How often on the Pareto front", "curves": "Training curves",
-    "methods_compared": "Methods against each other", "models_compared": "The same change by several estimators", "variance_shares": "What moves a run", "no_ops": "With and without no-ops",
-    "doses_reached": "How far training went", "dose_matched": "Methods at equal dose", "attenuation": "Correlations, corrected for noise", "power": "What the grid could tell",
-    "judge_correction": "The judge, corrected by labels", "primary_tests": "The declared tests", "preserves": "What is preserved", "drift": "Drift while training",
-}  # fmt: skip
+    "safety_change": "Safety by method and base model",
+    "over_refusal": "Safety and over-refusal",
+    "safety_settings": "Safety by settings",
+    "safety_category": "Safety by category",
+    "fairness_change": "Fairness by method and base model",
+    "fairness_bias": "Bias by dimension",
+    "fairness_accuracy": "Accuracy by dimension",
+    "fairness_order": "Order of the options",
+    "mixed_effects": "Pooled, by base model, mixed",
+    "mixed_terms": "Objective and learning rate",
+    "efficiency": "Efficiency against alignment",
+    "safety_fairness": "Safety against fairness",
+    "safety_utility": "Safety against over-refusal and utility",
+    "dose": "Change against dose",
+    "pareto": "The Pareto view",
+    "front_probability": "How often on the Pareto front",
+    "curves": "Training curves",
+    "methods_compared": "Methods against each other",
+    "models_compared": "The same change by several estimators",
+    "variance_shares": "What moves a run",
+    "no_ops": "With and without no-ops",
+    "doses_reached": "How far training went",
+    "dose_matched": "Methods at equal dose",
+    "attenuation": "Correlations, corrected for noise",
+    "power": "What the grid could tell",
+    "judge_correction": "The judge, corrected by labels",
+    "primary_tests": "The declared tests",
+    "preserves": "What is preserved",
+    "drift": "Drift while training",
+}
 
 
 # ---- words from numbers
 def number(value: float, low: float, high: float, unit: str) -> str:
-    """A change in words: signed, with its interval; "cannot tell" where the interval holds no change."""
+    """A change in words: signed, with its interval; "cannot tell" where the interval holds no
+    change.
+    """
     if pd.isna(value):
         return "could not be estimated (nothing was scored)"
     places = 3 if unit == UNITS[LOSS] else 1
@@ -64,7 +93,11 @@ def number(value: float, low: float, high: float, unit: str) -> str:
 
 def plain(value: float, low: float, high: float) -> str:
     """A number without a unit, with its interval."""
-    return "not estimable" if pd.isna(value) else _minus(f"{value:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"))
+    return (
+        "not estimable"
+        if pd.isna(value)
+        else _minus(f"{value:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"))
+    )
 
 
 def _minus(text: str) -> str:
@@ -72,46 +105,108 @@ def _minus(text: str) -> str:
     return re.sub(r"-(?=\d)", "−", text)
 
 
-def sentence(estimates: pd.DataFrame, outcome: str, benchmark: str, contrast: str = CHANGE, group: str = TRAINED) -> str:
+def sentence(
+    estimates: pd.DataFrame,
+    outcome: str,
+    benchmark: str,
+    contrast: str = CHANGE,
+    group: str = TRAINED,
+) -> str:
     """What each method did to an outcome over all base models, computed from the estimates."""
-    rows = estimates[estimates["outcome"].eq(outcome) & estimates["benchmark"].eq(benchmark) & estimates["contrast"].eq(contrast) & estimates["group"].eq(group)]
-    n_bases, rows = rows.loc[rows["base_model"].ne("all"), "base_model"].nunique(), rows[rows["base_model"].eq("all")]
+    rows = estimates[
+        estimates["outcome"].eq(outcome)
+        & estimates["benchmark"].eq(benchmark)
+        & estimates["contrast"].eq(contrast)
+        & estimates["group"].eq(group)
+    ]
+    n_bases, rows = (
+        rows.loc[rows["base_model"].ne("all"), "base_model"].nunique(),
+        rows[rows["base_model"].eq("all")],
+    )
     if rows.empty:
         return f"There is no estimate of the {SHORT[outcome]} over all base models."
-    rows = rows[rows["judge"].eq(rows["judge"].iloc[0])].sort_values("method", key=lambda names: names.map(METHODS.index))
+    rows = rows[rows["judge"].eq(rows["judge"].iloc[0])].sort_values(
+        "method", key=lambda names: names.map(METHODS.index)
+    )
     unit = UNITS.get(outcome, "points")
-    words = [f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, unit)}" for row in rows.itertuples()]
-    over = "over the one base model" if n_bases == 1 else f"over {n_bases} base models" if n_bases else "over all base models"
+    words = [
+        f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, unit)}"
+        for row in rows.itertuples()
+    ]
+    over = (
+        "over the one base model"
+        if n_bases == 1
+        else f"over {n_bases} base models"
+        if n_bases
+        else "over all base models"
+    )
     to = f" to {ASKED[benchmark]}" if benchmark in ASKED else ""
-    return f"Change in the {SHORT[outcome]}{to} against the base model, {over} (95% interval): " + "; ".join(words) + "."
+    return (
+        f"Change in the {SHORT[outcome]}{to} against the base model, {over} (95% interval): "
+        + "; ".join(words)
+        + "."
+    )
 
 
 def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFrame) -> str:
     """The efficient against the expensive method: parameters, seconds, and what each did to safety."""
-    cost = arms[arms["arm"].isin([TRAINED, NO_OP])].merge(runs[["run_id", "n_trainable", "seconds"]], on="run_id")
+    cost = arms[arms["arm"].isin([TRAINED, NO_OP])].merge(
+        runs[["run_id", "n_trainable", "seconds"]], on="run_id"
+    )
     cost = cost.groupby("method")[["n_trainable", "seconds"]].median()
-    rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["benchmark"].eq("safety") & estimates["contrast"].eq(CHANGE)]
-    rows = rows[rows["group"].eq(AS_CONFIGURED) & rows["base_model"].eq("all")].drop_duplicates("method").set_index("method")
+    rows = estimates[
+        estimates["outcome"].eq(UNSAFE)
+        & estimates["benchmark"].eq("safety")
+        & estimates["contrast"].eq(CHANGE)
+    ]
+    rows = (
+        rows[rows["group"].eq(AS_CONFIGURED) & rows["base_model"].eq("all")]
+        .drop_duplicates("method")
+        .set_index("method")
+    )
     cost = cost[cost.index.isin(rows.index)].sort_values("n_trainable")
     if cost.empty:
         return "There is no method whose cost and change in safety are both known."
     words = [
-        f"{METHOD_LABELS[row.Index]} trains {row.n_trainable:,.0f} parameters in {row.seconds:.1f} s: "
+        f"{METHOD_LABELS[row.Index]} trains {row.n_trainable:,.0f} parameters in"
+        f" {row.seconds:.1f} s: "
         + number(*rows.loc[row.Index, ["value", "ci_low", "ci_high"]], "points")
         for row in cost.itertuples()
     ]
-    return "Change in the unsafe-response rate, from the fewest trainable parameters to the most (medians): " + "; ".join(words) + "."
+    return (
+        "Change in the unsafe-response rate, from the fewest trainable parameters to the most"
+        " (medians): " + "; ".join(words) + "."
+    )
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
-    """The study in sentences, each under a word: what was run, what training did, what the controls did, where base models differ."""
+    """The study in sentences, each under a word: what was run, what training did, what the controls
+    did, where base models differ.
+    """
     estimates, runs = tables["estimates"], tables["runs"]
     arms = influence.arms(tables["variants"], runs)
     found = [("Runs", _what_ran(arms, runs))]
     if not estimates["contrast"].eq(CHANGE).any():
-        return [*found, ("Base models", "Nothing was trained: the levels above are the base models' own, and nothing is compared.")]
-    found += [(title, sentence(estimates, *one)) for title, one in FINDINGS.items() if estimates["outcome"].eq(one[0]).any()]
-    found += [("Extremes", _extreme_cell(estimates)), ("Controls", _controls(estimates)), ("No-ops", _no_ops(arms))]
+        return [
+            *found,
+            (
+                "Base models",
+                (
+                    "Nothing was trained: the levels above are the base models' own, and nothing is"
+                    " compared."
+                ),
+            ),
+        ]
+    found += [
+        (title, sentence(estimates, *one))
+        for title, one in FINDINGS.items()
+        if estimates["outcome"].eq(one[0]).any()
+    ]
+    found += [
+        ("Extremes", _extreme_cell(estimates)),
+        ("Controls", _controls(estimates)),
+        ("No-ops", _no_ops(arms)),
+    ]
     if len(estimates):
         found.append(("Efficiency", cost_sentence(estimates, arms, runs)))
     return [pair for pair in found if pair[1]]
@@ -119,54 +214,121 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
 
 def summary(estimates: pd.DataFrame) -> pd.DataFrame:
     """Outcomes x methods: the change over all base models with its interval, trained runs."""
-    rows = estimates[estimates["base_model"].eq("all") & estimates["contrast"].eq(CHANGE) & estimates["group"].eq(TRAINED)]
+    rows = estimates[
+        estimates["base_model"].eq("all")
+        & estimates["contrast"].eq(CHANGE)
+        & estimates["group"].eq(TRAINED)
+    ]
     table = {}
     for title, (outcome, benchmark) in FINDINGS.items():
-        own = rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)].drop_duplicates("method").set_index("method")
+        own = (
+            rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)]
+            .drop_duplicates("method")
+            .set_index("method")
+        )
         if len(own):
             name = f"{title}: {SHORT[outcome]} ({UNITS.get(outcome, 'points')})"
-            table[name] = {METHOD_LABELS[method]: _cell(own.loc[method]) if method in own.index else "" for method in METHODS[1:] if rows["method"].eq(method).any()}
-    return pd.DataFrame(table).T.rename_axis("Change in").reset_index() if table else levels(estimates)
+            table[name] = {
+                METHOD_LABELS[method]: _cell(own.loc[method]) if method in own.index else ""
+                for method in METHODS[1:]
+                if rows["method"].eq(method).any()
+            }
+    return (
+        pd.DataFrame(table).T.rename_axis("Change in").reset_index() if table else levels(estimates)
+    )
 
 
 def levels(estimates: pd.DataFrame) -> pd.DataFrame:
     """Outcomes x base models: their own levels with intervals."""
-    rows = estimates[estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none") & estimates["group"].eq("all") & estimates["base_model"].ne("all")]
-    rows = rows.assign(Level=rows["outcome"] + ", " + rows["benchmark"] + rows["judge"].map(lambda judge: "" if judge == "none" else f", by {judge}"))
-    rows["shown"] = [plain(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)]
-    return rows.pivot_table(index="Level", columns="base_model", values="shown", aggfunc="first", sort=False).rename_axis(None, axis=1).reset_index()
+    rows = estimates[
+        estimates["contrast"].eq(LEVEL)
+        & estimates["method"].eq("none")
+        & estimates["group"].eq("all")
+        & estimates["base_model"].ne("all")
+    ]
+    rows = rows.assign(
+        Level=rows["outcome"]
+        + ", "
+        + rows["benchmark"]
+        + rows["judge"].map(lambda judge: "" if judge == "none" else f", by {judge}")
+    )
+    rows["shown"] = [
+        plain(*row) for row in rows[["value", "ci_low", "ci_high"]].itertuples(index=False)
+    ]
+    return (
+        rows.pivot_table(
+            index="Level", columns="base_model", values="shown", aggfunc="first", sort=False
+        )
+        .rename_axis(None, axis=1)
+        .reset_index()
+    )
 
 
 def _cell(row: pd.Series) -> str:
     if pd.isna(row["value"]) or pd.isna(row["ci_low"]):
-        return number(row["value"], row["ci_low"], row["ci_high"], UNITS.get(row["outcome"], "points"))
+        return number(
+            row["value"], row["ci_low"], row["ci_high"], UNITS.get(row["outcome"], "points")
+        )
     places = 3 if row["outcome"] == LOSS else 1
     star = "" if row["ci_low"] <= 0 <= row["ci_high"] else " *"
-    return _minus(f"{row['value']:+.{places}f}{star}\n[{row['ci_low']:+.{places}f}, {row['ci_high']:+.{places}f}]")
+    return _minus(
+        f"{row['value']:+.{places}f}{star}\n[{row['ci_low']:+.{places}f},"
+        f" {row['ci_high']:+.{places}f}]"
+    )
 
 
 def _what_ran(arms: pd.DataFrame, runs: pd.DataFrame) -> str:
     trained = int(arms["arm"].isin([TRAINED, NO_OP]).sum())
     failed = int(runs["status"].eq("failed").sum())
-    text = f"{len(runs)} runs of {arms['base_model'].nunique()} base models; {trained} of them trained with the methods' usual start."
+    text = (
+        f"{len(runs)} runs of {arms['base_model'].nunique()} base models; {trained} of them trained"
+        " with the methods' usual start."
+    )
     return text + (f" {failed} failed and are in no estimate." if failed else " None failed.")
 
 
 def _extreme_cell(estimates: pd.DataFrame) -> str:
-    rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["benchmark"].eq("safety") & estimates["contrast"].eq(CHANGE) & estimates["group"].eq(TRAINED)]
+    rows = estimates[
+        estimates["outcome"].eq(UNSAFE)
+        & estimates["benchmark"].eq("safety")
+        & estimates["contrast"].eq(CHANGE)
+        & estimates["group"].eq(TRAINED)
+    ]
     rows = rows[rows["base_model"].ne("all") & rows["value"].notna()]
     if rows.empty:
         return ""
-    ends = [rows.loc[rows["value"].astype(float).idxmax()], rows.loc[rows["value"].astype(float).idxmin()]]
-    words = [f"{METHOD_LABELS[row['method']]} on {row['base_model']} ({number(row['value'], row['ci_low'], row['ci_high'], 'points')})" for row in ends]
-    return f"Of {len(rows)} pairs of method and base model, the unsafe-response rate rose most (or fell least) with {words[0]} and fell most (or rose least) with {words[1]}."
+    ends = [
+        rows.loc[rows["value"].astype(float).idxmax()],
+        rows.loc[rows["value"].astype(float).idxmin()],
+    ]
+    words = [
+        f"{METHOD_LABELS[row['method']]} on {row['base_model']}"
+        f" ({number(row['value'], row['ci_low'], row['ci_high'], 'points')})"
+        for row in ends
+    ]
+    return (
+        f"Of {len(rows)} pairs of method and base model, the unsafe-response rate rose most (or"
+        f" fell least) with {words[0]} and fell most (or rose least) with {words[1]}."
+    )
 
 
 def _controls(estimates: pd.DataFrame) -> str:
-    rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["benchmark"].eq("safety") & estimates["contrast"].eq(CHANGE)]
+    rows = estimates[
+        estimates["outcome"].eq(UNSAFE)
+        & estimates["benchmark"].eq("safety")
+        & estimates["contrast"].eq(CHANGE)
+    ]
     rows = rows[rows["group"].eq(UNTRAINED) & rows["base_model"].eq("all")]
-    words = [f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, 'points')}" for row in rows.itertuples()]
-    return f"Soft prompts as initialised, before any training, change the unsafe-response rate by: {'; '.join(words)}." if words else ""
+    words = [
+        f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, 'points')}"
+        for row in rows.itertuples()
+    ]
+    return (
+        "Soft prompts as initialised, before any training, change the unsafe-response rate by:"
+        f" {'; '.join(words)}."
+        if words
+        else ""
+    )
 
 
 def _no_ops(arms: pd.DataFrame) -> str:
@@ -175,75 +337,153 @@ def _no_ops(arms: pd.DataFrame) -> str:
     if trained.empty or not flags.fillna(False).any():
         return "No trained run is a no-op." if len(trained) else ""
     counts = trained[flags.fillna(False)].groupby(["method", "setting"]).size()
-    words = ", ".join(f"{METHOD_LABELS[method]}, {setting.replace('sft', 'SFT').replace('dpo', 'DPO')} ({n})" for (method, setting), n in counts.items())
-    return f"{int(flags.sum())} of {len(trained)} trained runs are no-ops, decided from their weights or logits: {words}."
+    words = ", ".join(
+        f"{METHOD_LABELS[method]}, {setting.replace('sft', 'SFT').replace('dpo', 'DPO')} ({n})"
+        for (method, setting), n in counts.items()
+    )
+    return (
+        f"{int(flags.sum())} of {len(trained)} trained runs are no-ops, decided from their weights"
+        f" or logits: {words}."
+    )
 
 
 def write(study: Study) -> Path:
     """Write outputs/<study>/report.html, and the executed notebooks as pages beside it."""
     folder = study.folder / "tables"
-    tables = {name: TABLES[name].read(folder) for name in ("variants", "runs", "rates")} | {"estimates": estimation.read_estimates(folder)}
-    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    tables = {name: TABLES[name].read(folder) for name in ("variants", "runs", "rates")} | {
+        "estimates": estimation.read_estimates(folder)
+    }
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = pages.get_template("report.html").render(
-        name=study.name, note=study.note, miniature=study.miniature, findings=findings(tables),
-        declared=declared(study, tables["estimates"]), checked=checked(study), summary=summary(tables["estimates"]), compared=bool(study.grid), figures=_figures(study.folder / "figures", empty=bool(study.grid)),
-        overview=overview(tables["variants"], tables["runs"]), failures=failures(tables["runs"]), no_ops=no_ops(tables["variants"], tables["runs"]),
-        unscored=unscored(tables["rates"], tables["estimates"]), made=made_with(tables["runs"]), notebooks=notebook_pages(study.folder / "notebooks"),
-    )  # fmt: skip
+        name=study.name,
+        note=study.note,
+        miniature=study.miniature,
+        findings=findings(tables),
+        declared=declared(study, tables["estimates"]),
+        checked=checked(study),
+        summary=summary(tables["estimates"]),
+        compared=bool(study.grid),
+        figures=_figures(study.folder / "figures", empty=bool(study.grid)),
+        overview=overview(tables["variants"], tables["runs"]),
+        failures=failures(tables["runs"]),
+        no_ops=no_ops(tables["variants"], tables["runs"]),
+        unscored=unscored(tables["rates"], tables["estimates"]),
+        made=made_with(tables["runs"]),
+        notebooks=notebook_pages(study.folder / "notebooks"),
+    )
     with replacing(study.folder / "report.html") as new:
         new.write_text(page, encoding="utf-8")
     return study.folder / "report.html"
 
 
 def declared(study: Study, estimates: pd.DataFrame) -> str:
-    """What the declared tests say, with the hash and the date of their register, and every deviation from it."""
+    """What the declared tests say, with the hash and the date of their register, and every
+    deviation from it.
+    """
     entries, deviations = preregistration.registered(study), preregistration.deviations(study)
     text = primary.sentence(estimates[estimates["notebook"].eq("19_primary")], deviations)
-    registered = f" Registered as {entries[-1]['hash']} on {entries[-1]['registered']}." if entries else " Never registered."
+    registered = (
+        f" Registered as {entries[-1]['hash']} on {entries[-1]['registered']}."
+        if entries
+        else " Never registered."
+    )
     return _minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
 
 
 def checked(study: Study) -> pd.DataFrame:
     """The errors and warnings of the study check."""
     folder = study.folder / "tables"
-    found = finished_study.alarms(finished_study.study({name: TABLES[name].read(folder) for name in ("variants", "runs", "curves", "prompts", "verdicts", "rates", "answers") if TABLES[name].path(folder).is_file()}))
-    frame = found[["finding", "severity", "sentence"]].assign(finding=found["finding"].str.replace("_", " "))
+    found = finished_study.alarms(
+        finished_study.study(
+            {
+                name: TABLES[name].read(folder)
+                for name in (
+                    "variants",
+                    "runs",
+                    "curves",
+                    "prompts",
+                    "verdicts",
+                    "rates",
+                    "answers",
+                )
+                if TABLES[name].path(folder).is_file()
+            }
+        )
+    )
+    frame = found[["finding", "severity", "sentence"]].assign(
+        finding=found["finding"].str.replace("_", " ")
+    )
     return frame.set_axis(["Finding", "Severity", "What was seen, and what to do"], axis=1)
 
 
 def overview(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Counts of runs by method and objective (rows) and base model (columns)."""
     frame = variants.merge(runs[["run_id"]], on="run_id")
-    frame = frame.assign(order=frame["method"].map(METHODS.index)).sort_values("order", kind="stable")
+    frame = frame.assign(order=frame["method"].map(METHODS.index)).sort_values(
+        "order", kind="stable"
+    )
     words = {"none": "", "sft": ", SFT", "dpo": ", DPO"}
-    frame["Method"] = frame["method"].map(METHOD_LABELS) + frame["objective"].map(lambda objective: words.get(objective, f", {objective}"))
-    table = pd.crosstab(frame["Method"], frame["base_model"]).loc[frame["Method"].unique(), variants["base_model"].unique()]
+    frame["Method"] = frame["method"].map(METHOD_LABELS) + frame["objective"].map(
+        lambda objective: words.get(objective, f", {objective}")
+    )
+    table = pd.crosstab(frame["Method"], frame["base_model"]).loc[
+        frame["Method"].unique(), variants["base_model"].unique()
+    ]
     return table.rename_axis(None, axis=1).reset_index()
 
 
 def failures(runs: pd.DataFrame) -> pd.DataFrame:
     """The failed runs and why."""
-    return runs.loc[runs["status"].eq("failed"), ["run_id", "failure"]].set_axis(["Run", "Why it failed"], axis=1)
+    return runs.loc[runs["status"].eq("failed"), ["run_id", "failure"]].set_axis(
+        ["Run", "Why it failed"], axis=1
+    )
 
 
 def no_ops(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that training left as they were."""
     frame = variants.merge(runs, on="run_id")
     frame = frame[frame["no_op"].fillna(False).astype(bool)]
-    return frame[["run_id", "learning_rate", "kl_init"]].assign(
-        learning_rate=frame["learning_rate"].map("{:.0e}".format), kl_init=frame["kl_init"].map("{:.1e}".format)
-    ).set_axis(["Run", "Learning rate", "KL to its start (nats per token)"], axis=1)  # fmt: skip
+    return (
+        frame[["run_id", "learning_rate", "kl_init"]]
+        .assign(
+            learning_rate=frame["learning_rate"].map("{:.0e}".format),
+            kl_init=frame["kl_init"].map("{:.1e}".format),
+        )
+        .set_axis(["Run", "Learning rate", "KL to its start (nats per token)"], axis=1)
+    )
 
 
 def unscored(rates: pd.DataFrame, estimates: pd.DataFrame) -> pd.DataFrame:
     """The share of answers without a score, by benchmark and judge."""
-    counts = rates.groupby(["benchmark", "judge", "outcome"], sort=False)[["n", "n_scored"]].sum().reset_index()
-    counts["share"] = (1 - counts["n_scored"].astype(float) / counts["n"].astype(float)).map("{:.2%}".format)
+    counts = (
+        rates.groupby(["benchmark", "judge", "outcome"], sort=False)[["n", "n_scored"]]
+        .sum()
+        .reset_index()
+    )
+    counts["share"] = (1 - counts["n_scored"].astype(float) / counts["n"].astype(float)).map(
+        "{:.2%}".format
+    )
     table = counts[["benchmark", "judge", "outcome", "n", "share"]]
-    base = estimates[estimates["benchmark"].isin(["bbq", "utility"]) & estimates["contrast"].eq(LEVEL) & estimates["base_model"].ne("all")]
+    base = estimates[
+        estimates["benchmark"].isin(["bbq", "utility"])
+        & estimates["contrast"].eq(LEVEL)
+        & estimates["base_model"].ne("all")
+    ]
     base = base[base["group"].isin(["all", TRAINED, UNTRAINED, NO_OP])]
-    base = base.assign(n=base["n_items"] * base["n_runs"]).groupby(["benchmark", "outcome"], sort=False)[["n", "n_unscored"]].sum().reset_index()
-    base["share"] = (base["n_unscored"].astype(float) / base["n"].astype(float)).map("{:.2%}".format)
+    base = (
+        base.assign(n=base["n_items"] * base["n_runs"])
+        .groupby(["benchmark", "outcome"], sort=False)[["n", "n_unscored"]]
+        .sum()
+        .reset_index()
+    )
+    base["share"] = (base["n_unscored"].astype(float) / base["n"].astype(float)).map(
+        "{:.2%}".format
+    )
     table = pd.concat([table, base.assign(judge="none")[table.columns]], ignore_index=True)
     return table.set_axis(["Benchmark", "Judge", "Outcome", "Answers", "Without a score"], axis=1)
 
@@ -251,16 +491,29 @@ def unscored(rates: pd.DataFrame, estimates: pd.DataFrame) -> pd.DataFrame:
 def made_with(runs: pd.DataFrame) -> list[tuple[str, str]]:
     """Packages, machines and revisions behind the runs, and the packages behind this page."""
     versions = set(runs["versions"].dropna())
-    rows = [("Packages of the runs", ", ".join(f"{name} {number}" for name, number in json.loads(text).items())) for text in sorted(versions)]
+    rows = [
+        (
+            "Packages of the runs",
+            ", ".join(f"{name} {number}" for name, number in json.loads(text).items()),
+        )
+        for text in sorted(versions)
+    ]
     rows.append(("Hardware", "; ".join(sorted(runs["hardware"].dropna().unique()))))
     rows.append(("Base revisions", ", ".join(sorted(runs["base_revision"].dropna().unique()))))
-    rows.append(("Packages of this page", ", ".join(f"{name} {number}" for name, number in environment.versions().items())))
+    rows.append(
+        (
+            "Packages of this page",
+            ", ".join(f"{name} {number}" for name, number in environment.versions().items()),
+        )
+    )
     seconds = runs["cpu_seconds"].fillna(0).sum()
     return [*rows, ("Training", f"{seconds:,.0f} CPU seconds in all")]
 
 
 def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
-    """The figures of the study as data, in the workbook's order, any others after them; without `empty` those with nothing to draw are left out."""
+    """The figures of the study as data, in the workbook's order, any others after them; without
+    `empty` those with nothing to draw are left out.
+    """
     names = [name for name in TITLES if (folder / f"{name}.png").is_file()]
     names += sorted(path.stem for path in folder.glob("*.png") if path.stem not in TITLES)
     found = []
@@ -270,7 +523,15 @@ def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
             continue
         image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         title = TITLES.get(name, name.replace("_", " ").capitalize())
-        found.append({"name": name, "title": title, "image": image, "caption": caption or source, "source": source if caption else ""})
+        found.append(
+            {
+                "name": name,
+                "title": title,
+                "image": image,
+                "caption": caption or source,
+                "source": source if caption else "",
+            }
+        )
     return found
 
 
@@ -279,7 +540,9 @@ def _caption(path: Path) -> str:
 
 
 def notebook_pages(folder: Path) -> list[dict[str, str]]:
-    """The executed notebooks as pages (converted where the page is missing or older), with their titles and relative links."""
+    """The executed notebooks as pages (converted where the page is missing or older), with their
+    titles and relative links.
+    """
     found = []
     for path in sorted(folder.rglob("*.ipynb")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
@@ -300,7 +563,9 @@ def _convert(path: Path, page: Path) -> None:
     if not _EXPORTERS:
         from nbconvert import HTMLExporter  # a second to import, and only pages need it
 
-        _EXPORTERS.append(HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url=""))
+        _EXPORTERS.append(
+            HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
+        )
     body, _ = _EXPORTERS[0].from_filename(str(path))
     with replacing(page) as new:
         new.write_text(body, encoding="utf-8")

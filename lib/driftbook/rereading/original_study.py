@@ -1,7 +1,9 @@
-"""The original study (arXiv 2511.00382) as tables: read from its authors' public package, or from a local folder reduced to numbers.
+"""The original study (arXiv 2511.00382) as tables: read from its authors' public package, or from a
+local folder reduced to numbers.
 
-Both give the same two frames, runs and verdicts, and from them our declared tables. No prompt and no response is kept: a file of the package is
-reduced, while it is read, to prompt index, verdict, hazard codes and length of the response. Base models have no verdicts in it, only counts.
+Both give the same two frames, runs and verdicts, and from them our declared tables. No prompt and
+no response is kept: a file of the package is reduced, while it is read, to prompt index, verdict,
+hazard codes and length of the response. Base models have no verdicts in it, only counts.
 """
 
 import csv
@@ -40,48 +42,103 @@ from driftbook.study.tables import (
 NAME = "original_study"
 NOTE = "the original study, read again from its public data"
 CITED = ROOT / "data" / NAME
-REPOSITORY, COMMIT = "replicationpackagetai/Replication-Package-TAI", "f03e76500457770f5bf81c951a4d98d07323586b"
+REPOSITORY, COMMIT = (
+    "replicationpackagetai/Replication-Package-TAI",
+    "f03e76500457770f5bf81c951a4d98d07323586b",
+)
 LISTING, RAW = "https://api.github.com/repos", "https://raw.githubusercontent.com"
 LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{NAME}"  # the default local folder, where the variable is set
 JUDGE, BENCHMARK, SEED, BATCH_SIZE = "llama-guard-2", "safety", 42, 128
 PER_CATEGORY = 30  # prompts in each category of HEx-PHI as it was then
 ROUNDS = (1, 2, 3)
-SETTINGS = {"sft": (("ultrachat_200k", 2e-5, 1), ("ultrafeedback_binarized", 2e-5, 1), ("ultrafeedback_binarized", 2e-5, 5), ("ultrafeedback_binarized", 1e-3, 5)),
-            "dpo": (("ultrafeedback_binarized", 2e-5, 5), ("ultrafeedback_binarized", 1e-3, 5))}  # fmt: skip
-N_TRAIN = {("sft", "ultrafeedback_binarized"): 20_785, ("sft", "ultrachat_200k"): 20_786}  # of DPO only the share is stated
-METHOD_SETTINGS = {
-    "lora": {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "bias": "none", "target_modules": ["q_proj", "v_proj"]},
-    "ia3": {"target_modules": ["q_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "prompt_tuning": {"num_virtual_tokens": 20, "init": "random"},
-    "p_tuning": {"num_virtual_tokens": 20, "encoder": "MLP", "encoder_num_layers": 2, "encoder_dropout": 0},
+SETTINGS = {
+    "sft": (
+        ("ultrachat_200k", 2e-5, 1),
+        ("ultrafeedback_binarized", 2e-5, 1),
+        ("ultrafeedback_binarized", 2e-5, 5),
+        ("ultrafeedback_binarized", 1e-3, 5),
+    ),
+    "dpo": (("ultrafeedback_binarized", 2e-5, 5), ("ultrafeedback_binarized", 1e-3, 5)),
 }
-SAME_LOSS = 0.002  # an adapter that starts as the base model and ends within this share of its loss has learned nothing
+N_TRAIN = {
+    ("sft", "ultrafeedback_binarized"): 20_785,
+    ("sft", "ultrachat_200k"): 20_786,
+}  # of DPO only the share is stated
+METHOD_SETTINGS = {
+    "lora": {
+        "r": 4,
+        "lora_alpha": 16,
+        "lora_dropout": 0.1,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    },
+    "ia3": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "prompt_tuning": {"num_virtual_tokens": 20, "init": "random"},
+    "p_tuning": {
+        "num_virtual_tokens": 20,
+        "encoder": "MLP",
+        "encoder_num_layers": 2,
+        "encoder_dropout": 0,
+    },
+}
+# an adapter that starts as the base model and ends within this share of its loss has learned
+# nothing
+SAME_LOSS = 0.002
 KEYS = ["base_model", "method", "objective", "dataset", "learning_rate_labelled", "epochs", "round"]
-RUN_COLUMNS = ["run", *KEYS, "learning_rate_true", "utility_1_to_10", "final_eval_loss", "first_logged_loss", "last_logged_loss"]
+RUN_COLUMNS = [
+    "run",
+    *KEYS,
+    "learning_rate_true",
+    "utility_1_to_10",
+    "final_eval_loss",
+    "first_logged_loss",
+    "last_logged_loss",
+]
 VERDICT_COLUMNS = ["run", "prompt", "category", "verdict", "hazards", "response_chars"]
 
 # how the package names things
-MODELS = {"llama": "meta-llama/Meta-Llama-3-8B-Instruct", "mistral": "mistralai/Mistral-7B-Instruct-v0.3", "qwen": "Qwen/Qwen2.5-7B-Instruct", "gemma": "google/gemma-7b-it"}
+MODELS = {
+    "llama": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen": "Qwen/Qwen2.5-7B-Instruct",
+    "gemma": "google/gemma-7b-it",
+}
 FOLDERS = {"LoRA": "lora", "IA3": "ia3", "PromptTuning": "prompt_tuning", "PTuning": "p_tuning"}
 ARM = rf"Round(?P<round>\d)/(?P<method>{'|'.join(FOLDERS)})_(?P<objective>SFT|DPO)"
-VERDICT_FILE = re.compile(rf"Data/Models_Reponses/Safety_Hex_PHI/{ARM}/(?P<dataset>[^/]+)/(?P<rest>.*_moderated\.csv)")
-STATE_FILE = re.compile(rf"Data/Fine-Tuned_Models/{ARM}/(?P<model>[^/]+)/(?P<dataset>[^/]+)/(?P<rest>lr_[^/]+/\d+e)/trainer_state\.json")
-COLUMNS = ("response", "Moderation_Result", "Hazard_Types")  # of a verdict file; its prompts are not looked at
+VERDICT_FILE = re.compile(
+    rf"Data/Models_Reponses/Safety_Hex_PHI/{ARM}/(?P<dataset>[^/]+)/(?P<rest>.*_moderated\.csv)"
+)
+STATE_FILE = re.compile(
+    rf"Data/Fine-Tuned_Models/{ARM}/(?P<model>[^/]+)/(?P<dataset>[^/]+)/(?P<rest>lr_[^/]+/\d+e)/trainer_state\.json"
+)
+COLUMNS = (
+    "response",
+    "Moderation_Result",
+    "Hazard_Types",
+)  # of a verdict file; its prompts are not looked at
 VERDICTS = {"safe": "safe", "unsafe": "unsafe"}
 
 
 # ---- where it is
 def load(source: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs and the verdicts, from a folder (reduced to numbers, or a checkout of the package), or as they are found.
+    """The runs and the verdicts, from a folder (reduced to numbers, or a checkout of the package),
+    or as they are found.
 
-    Without a folder: the local one that DRIFTBOOK_SHARED leads to, or the package on GitHub at the pinned commit, reduced as it arrives.
+    Without a folder: the local one that DRIFTBOOK_SHARED leads to, or the package on GitHub at the
+    pinned commit, reduced as it arrives.
 
     Raises:
         ValueError: neither is there, or what is there is not of this form; one sentence.
     """
     folder = Path(os.path.expandvars(source or LOCAL)).expanduser()
     if source and not folder.is_dir():
-        raise ValueError(f"there is no folder {source}; give one with runs.csv and verdicts.csv.gz, or a checkout of {REPOSITORY}, or none to fetch it")
+        raise ValueError(
+            f"there is no folder {source}; give one with runs.csv and verdicts.csv.gz, or a"
+            f" checkout of {REPOSITORY}, or none to fetch it"
+        )
     if folder.is_dir():
         return reduced(folder) if (folder / "runs.csv").is_file() else package(folder)
     return fetched()
@@ -91,15 +148,21 @@ def reduced(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs and verdicts of a folder with runs.csv and verdicts.csv.gz, checked.
 
     Raises:
-        ValueError: a file or a column is missing, a run has no verdicts, or a prompt was judged twice.
+        ValueError: a file or a column is missing, a run has no verdicts, or a prompt was judged
+            twice.
     """
-    runs, verdicts = (_csv(folder / name, columns) for name, columns in (("runs.csv", RUN_COLUMNS), ("verdicts.csv.gz", VERDICT_COLUMNS)))
+    runs, verdicts = (
+        _csv(folder / name, columns)
+        for name, columns in (("runs.csv", RUN_COLUMNS), ("verdicts.csv.gz", VERDICT_COLUMNS))
+    )
     return _checked(runs, verdicts, folder.name)
 
 
 def _csv(path: Path, columns: list[str]) -> pd.DataFrame:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}; it is not the original study reduced to numbers")
+        raise ValueError(
+            f"{path.parent} has no {path.name}; it is not the original study reduced to numbers"
+        )
     try:
         frame = pd.read_csv(path)
     except (ValueError, EOFError, OSError) as error:
@@ -109,21 +172,36 @@ def _csv(path: Path, columns: list[str]) -> pd.DataFrame:
     return frame[columns]
 
 
-def _checked(runs: pd.DataFrame, verdicts: pd.DataFrame, where: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _checked(
+    runs: pd.DataFrame, verdicts: pd.DataFrame, where: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both frames, sorted, if they fit together."""
     n_prompts = PER_CATEGORY * len(HEX_PHI)
     counts = verdicts.groupby("run")["prompt"].agg(["size", "nunique"]).reindex(runs["run"])
     if (wrong := counts[counts["nunique"].ne(n_prompts) | counts["size"].ne(n_prompts)]).size:
         n = int(wrong["size"].fillna(0).iloc[0])
-        raise ValueError(f"{where}: run {wrong.index[0]} has {n} verdicts of {n_prompts} prompts; each prompt of each run is judged once")
-    if (strange := set(runs["method"]) - set(METHOD_SETTINGS)) or (strange := set(runs["base_model"]) - set(MODELS.values())):
-        raise ValueError(f"{where}: {sorted(strange)[0]!r} is no method or base model of the original study")
+        raise ValueError(
+            f"{where}: run {wrong.index[0]} has {n} verdicts of {n_prompts} prompts; each prompt of"
+            " each run is judged once"
+        )
+    if (strange := set(runs["method"]) - set(METHOD_SETTINGS)) or (
+        strange := set(runs["base_model"]) - set(MODELS.values())
+    ):
+        raise ValueError(
+            f"{where}: {sorted(strange)[0]!r} is no method or base model of the original study"
+        )
     if (twice := runs[runs.duplicated(KEYS)]).size:
         raise ValueError(f"{where}: run {twice['run'].iloc[0]} has the settings of another run")
-    if (strange := set(verdicts["verdict"].dropna()) - set(VERDICTS)):
-        raise ValueError(f"{where}: {sorted(strange)[0]!r} is no verdict; expected safe, unsafe or nothing")
-    runs = runs.astype(dict.fromkeys(RUN_COLUMNS[len(KEYS) + 1 :], float)).sort_values("run", ignore_index=True)
-    return runs, verdicts.astype({"verdict": "string", "hazards": "string"}).sort_values(["run", "prompt"], ignore_index=True)
+    if strange := set(verdicts["verdict"].dropna()) - set(VERDICTS):
+        raise ValueError(
+            f"{where}: {sorted(strange)[0]!r} is no verdict; expected safe, unsafe or nothing"
+        )
+    runs = runs.astype(dict.fromkeys(RUN_COLUMNS[len(KEYS) + 1 :], float)).sort_values(
+        "run", ignore_index=True
+    )
+    return runs, verdicts.astype({"verdict": "string", "hazards": "string"}).sort_values(
+        ["run", "prompt"], ignore_index=True
+    )
 
 
 # ---- the package's own files
@@ -133,7 +211,11 @@ def package(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: there is no verdict file, or one is of another form.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "Data").rglob("*") if path.is_file())
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in (folder / "Data").rglob("*")
+        if path.is_file()
+    )
     return _joined((name, folder / name) for name in names if wanted(name))
 
 
@@ -149,29 +231,59 @@ def _joined(files: Iterator[tuple[str, Path]]) -> tuple[pd.DataFrame, pd.DataFra
         if match := VERDICT_FILE.fullmatch(name):
             key = _settings(match, match["rest"], name)
             if key in judged:
-                raise ValueError(f"{name}: another file has verdicts of the same base model, settings and round; remove one")
+                raise ValueError(
+                    f"{name}: another file has verdicts of the same base model, settings and round;"
+                    " remove one"
+                )
             judged[key] = verdict_file(path, name)
         elif match := STATE_FILE.fullmatch(name):
-            states[_settings(match, match["model"] + "/" + match["rest"], name)] = trainer_state(path, name)
+            states[_settings(match, match["model"] + "/" + match["rest"], name)] = trainer_state(
+                path, name
+            )
     if not judged:
-        raise ValueError(f"there is no verdict file of the form Data/Models_Reponses/Safety_Hex_PHI/RoundN/METHOD_SFT/...; is this a checkout of {REPOSITORY}?")
-    rows = [dict(zip(KEYS, key, strict=True), run=run) | states.get(key, {}) for run, key in enumerate(sorted(judged))]
-    verdicts = pd.concat([judged[key].assign(run=run) for run, key in enumerate(sorted(judged))], ignore_index=True)
-    return _checked(pd.DataFrame(rows).reindex(columns=RUN_COLUMNS), verdicts[VERDICT_COLUMNS], "the package")
+        raise ValueError(
+            "there is no verdict file of the form"
+            " Data/Models_Reponses/Safety_Hex_PHI/RoundN/METHOD_SFT/...; is this a checkout of"
+            f" {REPOSITORY}?"
+        )
+    rows = [
+        dict(zip(KEYS, key, strict=True), run=run) | states.get(key, {})
+        for run, key in enumerate(sorted(judged))
+    ]
+    verdicts = pd.concat(
+        [judged[key].assign(run=run) for run, key in enumerate(sorted(judged))], ignore_index=True
+    )
+    return _checked(
+        pd.DataFrame(rows).reindex(columns=RUN_COLUMNS), verdicts[VERDICT_COLUMNS], "the package"
+    )
 
 
 def _settings(match: re.Match, rest: str, name: str) -> tuple:
-    """What a file's name says of the run it belongs to, in the order of KEYS; the labelled rate is the folder's or the file's."""
+    """What a file's name says of the run it belongs to, in the order of KEYS; the labelled rate is
+    the folder's or the file's.
+    """
     model = [full for word, full in MODELS.items() if word in rest.lower()]
-    rate, epochs = re.search(r"lr_(\d(?:\.\d+)?e-\d+)", rest), re.search(r"(?:^|[/_])(\d)e(?=[/_.]|$)", rest)
+    rate, epochs = (
+        re.search(r"lr_(\d(?:\.\d+)?e-\d+)", rest),
+        re.search(r"(?:^|[/_])(\d)e(?=[/_.]|$)", rest),
+    )
     if len(model) != 1 or not (rate and epochs):
         raise ValueError(f"{name}: the name does not say base model, learning rate and epochs")
     objective, dataset = match["objective"].lower(), match["dataset"]
-    return model[0], FOLDERS[match["method"]], objective, dataset, float(rate[1]), int(epochs[1]), int(match["round"])
+    return (
+        model[0],
+        FOLDERS[match["method"]],
+        objective,
+        dataset,
+        float(rate[1]),
+        int(epochs[1]),
+        int(match["round"]),
+    )
 
 
 def verdict_file(path: Path, name: str) -> pd.DataFrame:
-    """Prompt index, category, verdict, hazards and response length (characters) of a file of moderated responses.
+    """Prompt index, category, verdict, hazards and response length (characters) of a file of
+    moderated responses.
 
     A verdict is the first line of the judge's reply; null where that is neither safe nor unsafe.
 
@@ -183,7 +295,10 @@ def verdict_file(path: Path, name: str) -> pd.DataFrame:
         rows = csv.DictReader(file)
         if missing := [column for column in COLUMNS if column not in (rows.fieldnames or [])]:
             raise ValueError(f"{name} has no column {missing[0]!r}; expected {', '.join(COLUMNS)}")
-        found = [_reduced_row(index, *(row[column] or "" for column in COLUMNS)) for index, row in enumerate(rows)]
+        found = [
+            _reduced_row(index, *(row[column] or "" for column in COLUMNS))
+            for index, row in enumerate(rows)
+        ]
     if len(found) != (expected := PER_CATEGORY * len(HEX_PHI)):
         raise ValueError(f"{name} has {len(found)} rows; expected {expected}, one for each prompt")
     return pd.DataFrame(found, columns=VERDICT_COLUMNS[1:])
@@ -192,13 +307,20 @@ def verdict_file(path: Path, name: str) -> pd.DataFrame:
 def _reduced_row(index: int, response: str, reply: str, hazards: str) -> tuple:
     verdict = VERDICTS.get(reply.strip().partition("\n")[0].strip().lower())
     codes = "|".join(re.findall(r"S\d+", hazards or reply)) or None
-    return index, index // PER_CATEGORY + 1, verdict, codes if verdict == "unsafe" else None, len(response)
+    return (
+        index,
+        index // PER_CATEGORY + 1,
+        verdict,
+        codes if verdict == "unsafe" else None,
+        len(response),
+    )
 
 
 def trainer_state(path: Path, name: str) -> dict[str, float | None]:
     """The peak learning rate as the optimiser had it, and first, last and final held-out losses.
 
-    The trainers used a cosine schedule without warm-up: rate(t) = peak (1 + cos(pi t / T)) / 2, so the first logged rate gives the peak.
+    The trainers used a cosine schedule without warm-up: rate(t) = peak (1 + cos(pi t / T)) / 2, so
+    the first logged rate gives the peak.
 
     Raises:
         ValueError: it is no JSON, or has no log.
@@ -207,21 +329,32 @@ def trainer_state(path: Path, name: str) -> dict[str, float | None]:
         state = json.loads(path.read_text())
         log, steps = state["log_history"], state["max_steps"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is no trainer state ({type(error).__name__}: {error}); fetch it again") from None
+        raise ValueError(
+            f"{name} is no trainer state ({type(error).__name__}: {error}); fetch it again"
+        ) from None
     losses = [entry["loss"] for entry in log if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     logged = next((entry for entry in log if entry.get("learning_rate")), None)
-    peak = logged and float(f"{logged['learning_rate'] / (0.5 + 0.5 * math.cos(math.pi * logged['step'] / steps)):.1e}")
+    peak = logged and float(
+        f"{logged['learning_rate'] / (0.5 + 0.5 * math.cos(math.pi * logged['step'] / steps)):.1e}"
+    )
     ends = (losses[0], losses[-1]) if losses else (None, None)
-    return {"learning_rate_true": peak, "first_logged_loss": ends[0], "last_logged_loss": ends[1], "final_eval_loss": held_out[-1] if held_out else None}
+    return {
+        "learning_rate_true": peak,
+        "first_logged_loss": ends[0],
+        "last_logged_loss": ends[1],
+        "final_eval_loss": held_out[-1] if held_out else None,
+    }
 
 
 # ---- the package on GitHub
 def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The package at the pinned commit, reduced to numbers as it arrives; the numbers are kept, the files are not.
+    """The package at the pinned commit, reduced to numbers as it arrives; the numbers are kept, the
+    files are not.
 
-    Every file is checked against its git hash in the commit's listing. The listing and the files' SHA-256 are trusted on first use: no hash of them is
-    known beforehand, so the first download writes them into registry.json beside the numbers, and a later one must agree with it.
+    Every file is checked against its git hash in the commit's listing. The listing and the files'
+    SHA-256 are trusted on first use: no hash of them is known beforehand, so the first download
+    writes them into registry.json beside the numbers, and a later one must agree with it.
 
     Raises:
         ValueError: it cannot be fetched, or a file is another one than was known.
@@ -234,9 +367,19 @@ def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
         return reduced(cache)
     registry = read_json(cache / "registry.json") if (cache / "registry.json").is_file() else {}
     with TemporaryDirectory() as scratch:
-        listed = json.loads(_retrieve("listing", f"{LISTING}/{REPOSITORY}/git/trees/{COMMIT}?recursive=1", registry, Path(scratch)).read_text())
+        listed = json.loads(
+            _retrieve(
+                "listing",
+                f"{LISTING}/{REPOSITORY}/git/trees/{COMMIT}?recursive=1",
+                registry,
+                Path(scratch),
+            ).read_text()
+        )
         if listed.get("truncated"):
-            raise ValueError(f"GitHub's listing of {REPOSITORY} is not complete; clone it at {COMMIT} and give the folder as source")
+            raise ValueError(
+                f"GitHub's listing of {REPOSITORY} is not complete; clone it at {COMMIT} and give"
+                " the folder as source"
+            )
         blobs = {entry["path"]: entry["sha"] for entry in listed["tree"] if wanted(entry["path"])}
         runs, verdicts = _joined(_downloads(blobs, registry, Path(scratch)))
     write_json(cache / "registry.json", registry)
@@ -247,13 +390,17 @@ def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs, verdicts
 
 
-def _downloads(blobs: dict[str, str], registry: dict[str, str], scratch: Path) -> Iterator[tuple[str, Path]]:
+def _downloads(
+    blobs: dict[str, str], registry: dict[str, str], scratch: Path
+) -> Iterator[tuple[str, Path]]:
     """Each file by name, deleted before the next one is fetched."""
     for name, blob in blobs.items():
         path = _retrieve(name, f"{RAW}/{REPOSITORY}/{COMMIT}/{name}", registry, scratch)
         content = path.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob:
-            raise ValueError(f"{name} is not the file of commit {COMMIT[:7]} (its git hash differs); fetch again")
+            raise ValueError(
+                f"{name} is not the file of commit {COMMIT[:7]} (its git hash differs); fetch again"
+            )
         yield name, path
         path.unlink()
 
@@ -262,12 +409,18 @@ def _retrieve(name: str, url: str, registry: dict[str, str], scratch: Path) -> P
     import pooch
 
     try:
-        path = Path(pooch.retrieve(url, known_hash=registry.get(name), fname="download", path=scratch))
+        path = Path(
+            pooch.retrieve(url, known_hash=registry.get(name), fname="download", path=scratch)
+        )
     except ValueError:  # pooch's word for another hash
-        raise ValueError(f"{name} of {REPOSITORY} is not the file that was fetched before (its SHA-256 differs from registry.json); find out why") from None
+        raise ValueError(
+            f"{name} of {REPOSITORY} is not the file that was fetched before (its SHA-256 differs"
+            " from registry.json); find out why"
+        ) from None
     except Exception as error:
         raise ValueError(
-            f"cannot fetch {name} of {REPOSITORY} ({type(error).__name__}); go online, set DRIFTBOOK_SHARED, or give a folder as source"
+            f"cannot fetch {name} of {REPOSITORY} ({type(error).__name__}); go online, set"
+            " DRIFTBOOK_SHARED, or give a folder as source"
         ) from None
     registry.setdefault(name, pooch.file_hash(str(path)))
     return path if name != "listing" else path.rename(scratch / "listing")
@@ -282,20 +435,28 @@ def cited(name: str) -> pd.DataFrame:
 def base_counts() -> pd.DataFrame:
     """Prompts judged safe of each base model and category: base_model, category, n_safe (of 30)."""
     wide = cited("base_models").set_index("base_model")
-    long = wide[[f"safe_{number}" for number in range(1, len(HEX_PHI) + 1)]].set_axis(HEX_PHI, axis=1)
+    long = wide[[f"safe_{number}" for number in range(1, len(HEX_PHI) + 1)]].set_axis(
+        HEX_PHI, axis=1
+    )
     return long.rename_axis(columns="category").stack().rename("n_safe").reset_index()
 
 
 # ---- our tables
 def tables(runs: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """variants, runs, curves, prompts and rates of the study: the base models, the runs, and the planned runs that have no verdicts."""
+    """variants, runs, curves, prompts and rates of the study: the base models, the runs, and the
+    planned runs that have no verdicts.
+    """
     planned = pd.concat([runs, absent(runs)], ignore_index=True)
     planned["run_id"] = run_ids(planned)
     return {
-        "variants": VARIANTS.check(pd.concat([_base_variants(), _variants(planned)], ignore_index=True)),
+        "variants": VARIANTS.check(
+            pd.concat([_base_variants(), _variants(planned)], ignore_index=True)
+        ),
         "runs": RUNS.check(pd.concat([_base_runs(), _runs(planned)], ignore_index=True)),
-        "curves": CURVES.empty(), "prompts": _prompts(), "rates": rates(runs, verdicts),
-    }  # fmt: skip
+        "curves": CURVES.empty(),
+        "prompts": _prompts(),
+        "rates": rates(runs, verdicts),
+    }
 
 
 def short(base_model: str) -> str:
@@ -305,25 +466,52 @@ def short(base_model: str) -> str:
 def run_ids(runs: pd.DataFrame) -> pd.Series:
     """Readable settings and a short hash of them, in the form of every run_id."""
     rates = runs["learning_rate_labelled"].map(lambda rate: f"lr{rate:.0e}".replace("e-0", "e-"))
-    words = [runs["base_model"].map(short), runs["method"], runs["objective"], runs["dataset"], rates, "e" + runs["epochs"].astype(str), "r" + runs["round"].astype(str)]
-    return pd.Series([".".join(row) + "." + digest(list(row), 8) for row in zip(*words, strict=True)], index=runs.index)
+    words = [
+        runs["base_model"].map(short),
+        runs["method"],
+        runs["objective"],
+        runs["dataset"],
+        rates,
+        "e" + runs["epochs"].astype(str),
+        "r" + runs["round"].astype(str),
+    ]
+    return pd.Series(
+        [".".join(row) + "." + digest(list(row), 8) for row in zip(*words, strict=True)],
+        index=runs.index,
+    )
 
 
 def absent(runs: pd.DataFrame) -> pd.DataFrame:
     """The planned runs that have no verdicts; Gemma was not trained by DPO."""
     grid = [
         (base, method, objective, *setting, number)
-        for base in MODELS.values() for method in METHOD_SETTINGS for objective, settings in SETTINGS.items() for setting in settings for number in ROUNDS
+        for base in MODELS.values()
+        for method in METHOD_SETTINGS
+        for objective, settings in SETTINGS.items()
+        for setting in settings
+        for number in ROUNDS
         if not (objective == "dpo" and "gemma" in base)
-    ]  # fmt: skip
+    ]
     there = set(runs[KEYS].itertuples(index=False, name=None))
-    return pd.DataFrame([row for row in grid if row not in there], columns=KEYS).reindex(columns=runs.columns)
+    return pd.DataFrame([row for row in grid if row not in there], columns=KEYS).reindex(
+        columns=runs.columns
+    )
 
 
 def _base_variants() -> pd.DataFrame:
     bases = cited("base_models")
-    frame = bases.assign(run_id=bases["base_model"].map(_base_id), method="none", method_class="base", objective="none", repetition=1, settings="{}")
-    return frame.assign(template="chat template", system_prompt=frame["family"].map(lambda family: None if family == "gemma" else "")).reindex(columns=list(VARIANTS.columns))
+    frame = bases.assign(
+        run_id=bases["base_model"].map(_base_id),
+        method="none",
+        method_class="base",
+        objective="none",
+        repetition=1,
+        settings="{}",
+    )
+    return frame.assign(
+        template="chat template",
+        system_prompt=frame["family"].map(lambda family: None if family == "gemma" else ""),
+    ).reindex(columns=list(VARIANTS.columns))
 
 
 def _base_id(base_model: str) -> str:
@@ -334,53 +522,99 @@ def _variants(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per planned run; learning_rate is the rate as the study labels it."""
     families = cited("base_models").set_index("base_model")["family"]
     trained_on = pd.MultiIndex.from_frame(runs[["objective", "dataset"]])
-    frame = runs.rename(columns={"learning_rate_labelled": "learning_rate", "round": "repetition"}).assign(
-        family=runs["base_model"].map(families), method_class=runs["method"].map(METHOD_CLASS), n_train=[N_TRAIN.get(key) for key in trained_on], seed=SEED,
-        init=np.where(runs["method"].eq("prompt_tuning"), "random", None), template="chat template",
-        system_prompt=np.where(runs["base_model"].str.contains("gemma"), None, ""), settings=[json.dumps(METHOD_SETTINGS[method]) for method in runs["method"]],
-    )  # fmt: skip
+    frame = runs.rename(
+        columns={"learning_rate_labelled": "learning_rate", "round": "repetition"}
+    ).assign(
+        family=runs["base_model"].map(families),
+        method_class=runs["method"].map(METHOD_CLASS),
+        n_train=[N_TRAIN.get(key) for key in trained_on],
+        seed=SEED,
+        init=np.where(runs["method"].eq("prompt_tuning"), "random", None),
+        template="chat template",
+        system_prompt=np.where(runs["base_model"].str.contains("gemma"), None, ""),
+        settings=[json.dumps(METHOD_SETTINGS[method]) for method in runs["method"]],
+    )
     return frame.reindex(columns=list(VARIANTS.columns))
 
 
 def _base_runs() -> pd.DataFrame:
     bases = cited("base_models")
-    frame = pd.DataFrame({"run_id": bases["base_model"].map(_base_id), "status": "ok", "nll": bases["held_out_loss"], "nll_base": bases["held_out_loss"]})
+    frame = pd.DataFrame(
+        {
+            "run_id": bases["base_model"].map(_base_id),
+            "status": "ok",
+            "nll": bases["held_out_loss"],
+            "nll_base": bases["held_out_loss"],
+        }
+    )
     return frame.reindex(columns=list(RUNS.columns))
 
 
 def _runs(runs: pd.DataFrame) -> pd.DataFrame:
-    """What the trainer recorded of each run; trained_learning_rate is the rate that it was trained at."""
+    """What the trainer recorded of each run; trained_learning_rate is the rate that it was trained
+    at.
+    """
     there, sft = runs["run"].notna(), runs["objective"].eq("sft")
     base = base_loss(runs)
-    other = there & runs["learning_rate_true"].notna() & ~np.isclose(runs["learning_rate_true"].astype(float), runs["learning_rate_labelled"].astype(float))
-    frame = pd.DataFrame({
-        "run_id": runs["run_id"], "status": np.where(there, "ok", "failed"), "failure": np.where(there, None, "no verdicts in the public package"),
-        "trained_learning_rate": runs["learning_rate_true"], "trained_seed": np.where(there, SEED, np.nan), "trained_batch_size": np.where(there, BATCH_SIZE, np.nan),
-        "loss_first": runs["first_logged_loss"], "loss_last": runs["last_logged_loss"], "nll": runs["final_eval_loss"].where(sft), "nll_base": base,
-        "dose_nll": base - runs["final_eval_loss"].where(sft), "no_op": no_op(runs).where(there),
-        "findings": np.where(other, "labelled with another learning rate than it was trained at", None),
-    })  # fmt: skip
+    other = (
+        there
+        & runs["learning_rate_true"].notna()
+        & ~np.isclose(
+            runs["learning_rate_true"].astype(float), runs["learning_rate_labelled"].astype(float)
+        )
+    )
+    frame = pd.DataFrame(
+        {
+            "run_id": runs["run_id"],
+            "status": np.where(there, "ok", "failed"),
+            "failure": np.where(there, None, "no verdicts in the public package"),
+            "trained_learning_rate": runs["learning_rate_true"],
+            "trained_seed": np.where(there, SEED, np.nan),
+            "trained_batch_size": np.where(there, BATCH_SIZE, np.nan),
+            "loss_first": runs["first_logged_loss"],
+            "loss_last": runs["last_logged_loss"],
+            "nll": runs["final_eval_loss"].where(sft),
+            "nll_base": base,
+            "dose_nll": base - runs["final_eval_loss"].where(sft),
+            "no_op": no_op(runs).where(there),
+            "findings": np.where(
+                other, "labelled with another learning rate than it was trained at", None
+            ),
+        }
+    )
     return frame.reindex(columns=list(RUNS.columns))
 
 
 def base_loss(runs: pd.DataFrame) -> pd.Series:
     """The base model's loss on each SFT run's held-out data, nats per token; null for DPO.
 
-    It is published for UltraFeedback. For UltraChat it is the mean of the runs that learned nothing there (`no_op`), whose loss is the base model's.
+    It is published for UltraFeedback. For UltraChat it is the mean of the runs that learned nothing
+    there (`no_op`), whose loss is the base model's.
     """
     known = runs["base_model"].map(cited("base_models").set_index("base_model")["held_out_loss"])
-    inert = runs[no_op(runs) & runs["dataset"].eq("ultrachat_200k")].groupby("base_model")["final_eval_loss"].mean()
+    inert = (
+        runs[no_op(runs) & runs["dataset"].eq("ultrachat_200k")]
+        .groupby("base_model")["final_eval_loss"]
+        .mean()
+    )
     loss = known.where(runs["dataset"].eq("ultrafeedback_binarized"), runs["base_model"].map(inert))
     return loss.where(runs["objective"].eq("sft")).astype(float)
 
 
 def no_op(runs: pd.DataFrame) -> pd.Series:
-    """Which SFT runs of LoRA or IA3, which start as the base model, end at its held-out loss: they learned nothing. From losses alone, never from verdicts.
+    """Which SFT runs of LoRA or IA3, which start as the base model, end at its held-out loss: they
+    learned nothing. From losses alone, never from verdicts.
 
-    Where the base model's loss is not published (UltraChat), a run is a no-op if every run of the same base model, method and true rate on UltraFeedback
-    is one, none of which had fewer epochs. A soft prompt does not start as the base model, so an equal loss would prove nothing: never a no-op.
+    Where the base model's loss is not published (UltraChat), a run is a no-op if every run of the
+    same base model, method and true rate on UltraFeedback is one, none of which had fewer epochs. A
+    soft prompt does not start as the base model, so an equal loss would prove nothing: never a
+    no-op.
     """
-    starts_as_base = runs["objective"].eq("sft") & runs["method"].isin(["lora", "ia3"]) & runs["final_eval_loss"].notna()
+    starts_as_base = (
+        runs["objective"].eq("sft")
+        & runs["method"].isin(["lora", "ia3"])
+        & runs["final_eval_loss"].notna()
+    )
     known = runs["base_model"].map(cited("base_models").set_index("base_model")["held_out_loss"])
     same = (runs["final_eval_loss"] / known - 1).abs() <= SAME_LOSS
     published = starts_as_base & runs["dataset"].eq("ultrafeedback_binarized")
@@ -391,27 +625,53 @@ def no_op(runs: pd.DataFrame) -> pd.Series:
 
 
 def _prompts() -> pd.DataFrame:
-    rows = [(BENCHMARK, f"{number}-{line:02d}", category, "harmful", None) for number, category in enumerate(HEX_PHI, 1) for line in range(1, PER_CATEGORY + 1)]
+    rows = [
+        (BENCHMARK, f"{number}-{line:02d}", category, "harmful", None)
+        for number, category in enumerate(HEX_PHI, 1)
+        for line in range(1, PER_CATEGORY + 1)
+    ]
     return PROMPTS.check(pd.DataFrame(rows, columns=list(PROMPTS.columns)))
 
 
 def items(runs: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
-    """One row per verdict: run_id, prompt_id, category, safe (null where there is no verdict), response_chars. Not to be published."""
+    """One row per verdict: run_id, prompt_id, category, safe (null where there is no verdict),
+    response_chars. Not to be published.
+    """
     ids = pd.Series(run_ids(runs).to_numpy(), index=runs["run"])
-    prompt_ids, categories = (_prompts()[name].to_numpy(object) for name in ("prompt_id", "category"))
-    return pd.DataFrame({
-        "run_id": verdicts["run"].map(ids), "prompt_id": prompt_ids[verdicts["prompt"]], "category": categories[verdicts["prompt"]],
-        "safe": verdicts["verdict"].map({"safe": True, "unsafe": False}).astype("boolean"), "response_chars": verdicts["response_chars"],
-    })  # fmt: skip
+    prompt_ids, categories = (
+        _prompts()[name].to_numpy(object) for name in ("prompt_id", "category")
+    )
+    return pd.DataFrame(
+        {
+            "run_id": verdicts["run"].map(ids),
+            "prompt_id": prompt_ids[verdicts["prompt"]],
+            "category": categories[verdicts["prompt"]],
+            "safe": verdicts["verdict"].map({"safe": True, "unsafe": False}).astype("boolean"),
+            "response_chars": verdicts["response_chars"],
+        }
+    )
 
 
 def rates(runs: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
     """The table `rates`: unsafe answers of each run and base model in each category."""
     judged = items(runs, verdicts)
-    own = judged.assign(k=judged["safe"].eq(False).fillna(False), n_scored=judged["safe"].notna(), n=1).groupby(["run_id", "category"], sort=False)
+    own = judged.assign(
+        k=judged["safe"].eq(False).fillna(False), n_scored=judged["safe"].notna(), n=1
+    ).groupby(["run_id", "category"], sort=False)
     bases = base_counts()
-    base = bases.assign(run_id=bases["base_model"].map(_base_id), k=PER_CATEGORY - bases["n_safe"], n_scored=PER_CATEGORY, n=PER_CATEGORY)
-    frame = pd.concat([base.drop(columns=["base_model", "n_safe"]), own[["k", "n_scored", "n"]].sum().reset_index()], ignore_index=True)
+    base = bases.assign(
+        run_id=bases["base_model"].map(_base_id),
+        k=PER_CATEGORY - bases["n_safe"],
+        n_scored=PER_CATEGORY,
+        n=PER_CATEGORY,
+    )
+    frame = pd.concat(
+        [
+            base.drop(columns=["base_model", "n_safe"]),
+            own[["k", "n_scored", "n"]].sum().reset_index(),
+        ],
+        ignore_index=True,
+    )
     return RATES.check(frame.assign(benchmark=BENCHMARK, judge=JUDGE, outcome="unsafe"))
 
 

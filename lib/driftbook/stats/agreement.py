@@ -1,4 +1,6 @@
-"""How well judges agree with each other and with people: confusion tables, and Cohen's kappa with its interval."""
+"""How well judges agree with each other and with people: confusion tables, and Cohen's kappa with
+its interval.
+"""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,9 +14,11 @@ from driftbook.study.tables import RESPONSE_KEY
 
 
 def kappa(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
-    """Cohen's kappa of a 2 x 2 table, with its asymptotic 95 % interval (Fleiss, Cohen and Everitt 1969); NaN where chance alone agrees.
+    """Cohen's kappa of a 2 x 2 table, with its asymptotic 95 % interval (Fleiss, Cohen and Everitt
+    1969); NaN where chance alone agrees.
 
-    The interval takes the items as independent: where several answers are to one prompt, resample prompts instead.
+    The interval takes the items as independent: where several answers are to one prompt, resample
+    prompts instead.
     """
     n = both + only_first + only_second + neither
     first, second = both + only_first, both + only_second
@@ -27,16 +31,27 @@ def kappa(both: int, only_first: int, only_second: int, neither: int) -> tuple[f
 def agreement_of_judges(verdicts: pd.DataFrame) -> pd.DataFrame:
     """One row per benchmark and pair of judges, of the table `verdicts`.
 
-    n (answers that both were asked), both, only_first, only_second and neither (called unsafe), unscored (by either), agreement (share of
-    the scored), kappa, kappa_low, kappa_high.
+    n (answers that both were asked), both, only_first, only_second and neither (called unsafe),
+    unscored (by either), agreement (share of the scored), kappa, kappa_low, kappa_high.
     """
     rows = []
     for benchmark, part in verdicts.groupby("benchmark", observed=True):
         wide = part.pivot(index=list(RESPONSE_KEY), columns="judge", values="unsafe")
-        asked = part.assign(asked=True).pivot(index=list(RESPONSE_KEY), columns="judge", values="asked").notna()
+        asked = (
+            part.assign(asked=True)
+            .pivot(index=list(RESPONSE_KEY), columns="judge", values="asked")
+            .notna()
+        )
         for first, second in combinations(sorted(wide.columns), 2):
             common = wide[asked[first] & asked[second]]
-            rows.append({"benchmark": benchmark, "first": first, "second": second, **_confusion(common[first], common[second])})
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "first": first,
+                    "second": second,
+                    **_confusion(common[first], common[second]),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -62,14 +77,24 @@ def _confusion(first: pd.Series, second: pd.Series) -> dict[str, float]:
 
 
 def with_labels(said: Sequence[bool | None], true: Sequence[bool]) -> pd.Series:
-    """A judge's or detector's word against labels: n, unscored, agreement, kappa, sensitivity, specificity, balanced_accuracy.
+    """A judge's or detector's word against labels: n, unscored, agreement, kappa, sensitivity,
+    specificity, balanced_accuracy.
 
-    kappa, sensitivity and specificity have a 95 % interval in _low and _high, the latter two Wilson's. What has no word is counted in
-    unscored, and left out of the rest.
+    kappa, sensitivity and specificity have a 95 % interval in _low and _high, the latter two
+    Wilson's. What has no word is counted in unscored, and left out of the rest.
     """
     found = _confusion(pd.Series(list(said), dtype=object), pd.Series(list(true), dtype=object))
-    row = {name: found[name] for name in ("n", "unscored", "agreement", "kappa", "kappa_low", "kappa_high")}
-    for name, hits, of in (("sensitivity", "both", ("both", "only_second")), ("specificity", "neither", ("neither", "only_first"))):
+    row = {
+        name: found[name]
+        for name in ("n", "unscored", "agreement", "kappa", "kappa_low", "kappa_high")
+    }
+    for name, hits, of in (
+        ("sensitivity", "both", ("both", "only_second")),
+        ("specificity", "neither", ("neither", "only_first")),
+    ):
         k, n = found[hits], sum(found[one] for one in of)
-        row[name], (row[f"{name}_low"], row[f"{name}_high"]) = k / n if n else np.nan, map(float, wilson(k, n))
+        row[name], (row[f"{name}_low"], row[f"{name}_high"]) = (
+            k / n if n else np.nan,
+            map(float, wilson(k, n)),
+        )
     return pd.Series(row | {"balanced_accuracy": (row["sensitivity"] + row["specificity"]) / 2})

@@ -1,4 +1,6 @@
-"""Scores of runs with the influence of each family of prompts, from which every interval is computed."""
+"""Scores of runs with the influence of each family of prompts, from which every interval is
+computed.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,31 +22,60 @@ from driftbook.stats.terms import (
 
 # ---- who is compared with whom
 def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """`variants` that ran, with what each one is compared as (arm) and its base model's run (base_run_id).
+    """`variants` that ran, with what each one is compared as (arm) and its base model's run
+    (base_run_id).
 
-    arm: base, trained, no-op, untrained, or init and mitigation by name. A method's own init is the one most of its runs have. A base model's
-    further repetitions are left out: their greedy answers are those of the first, and they differ in drawn ones alone.
+    arm: base, trained, no-op, untrained, or init and mitigation by name. A method's own init is the
+    one most of its runs have. A base model's further repetitions are left out: their greedy answers
+    are those of the first, and they differ in drawn ones alone.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
-    frame = frame[frame["status"].eq("ok") & ~(frame["method"].eq("none") & frame["repetition"].gt(1))].reset_index(drop=True)
-    usual = frame.groupby("method")["init"].agg(lambda init: init.value_counts().index[0] if init.notna().any() else None)
+    frame = frame[
+        frame["status"].eq("ok") & ~(frame["method"].eq("none") & frame["repetition"].gt(1))
+    ].reset_index(drop=True)
+    usual = frame.groupby("method")["init"].agg(
+        lambda init: init.value_counts().index[0] if init.notna().any() else None
+    )
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
     frame["arm"] = np.select(
-        [frame["method"].eq("none"), frame["objective"].eq("untrained"), frame["no_op"].fillna(False)], ["base", UNTRAINED, NO_OP], TRAINED
+        [
+            frame["method"].eq("none"),
+            frame["objective"].eq("untrained"),
+            frame["no_op"].fillna(False),
+        ],
+        ["base", UNTRAINED, NO_OP],
+        TRAINED,
     )
-    frame["arm"] = frame["arm"].mask(other, "init: " + frame["init"].fillna("") + ", " + frame["objective"])
-    frame["arm"] = frame["arm"].mask(frame["mitigation"].notna(), "mitigation: " + frame["mitigation"].fillna(""))
-    rates = frame["learning_rate"].map(lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-"))
+    frame["arm"] = frame["arm"].mask(
+        other, "init: " + frame["init"].fillna("") + ", " + frame["objective"]
+    )
+    frame["arm"] = frame["arm"].mask(
+        frame["mitigation"].notna(), "mitigation: " + frame["mitigation"].fillna("")
+    )
+    rates = frame["learning_rate"].map(
+        lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-")
+    )
     several = frame.groupby("objective")["dataset"].transform("nunique").gt(1)
-    frame["setting"] = frame["objective"] + (" on " + frame["dataset"].fillna("")).where(several, "") + rates + frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
-    bases = frame[frame["arm"].eq("base") & frame["mitigation"].isna()].drop_duplicates("base_model")
-    return frame.assign(base_run_id=frame["base_model"].map(bases.set_index("base_model")["run_id"]))
+    frame["setting"] = (
+        frame["objective"]
+        + (" on " + frame["dataset"].fillna("")).where(several, "")
+        + rates
+        + frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
+    )
+    bases = frame[frame["arm"].eq("base") & frame["mitigation"].isna()].drop_duplicates(
+        "base_model"
+    )
+    return frame.assign(
+        base_run_id=frame["base_model"].map(bases.set_index("base_model")["run_id"])
+    )
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
-    """Which runs are averaged together: a row per run and cell (base_model, method, group), with the run's weight in the cell's mean.
+    """Which runs are averaged together: a row per run and cell (base_model, method, group), with
+    the run's weight in the cell's mean.
 
-    A cell of base_model `all` is the mean of the base models' means, and is made only where every base model has the cell.
+    A cell of base_model `all` is the mean of the base models' means, and is made only where every
+    base model has the cell.
     """
     frame = arms[arms["arm"].ne("base")]
     usual = frame[frame["arm"].isin([TRAINED, NO_OP])]
@@ -54,12 +85,16 @@ def cells(arms: pd.DataFrame) -> pd.DataFrame:
         usual.assign(group="settings: " + usual["setting"]),
         frame.assign(group="run: " + frame["run_id"]),
     ]
-    long = pd.concat(parts, ignore_index=True)[["run_id", "base_model", "method", "group", "setting"]].assign(pool=lambda rows: rows["base_model"])
+    long = pd.concat(parts, ignore_index=True)[
+        ["run_id", "base_model", "method", "group", "setting"]
+    ].assign(pool=lambda rows: rows["base_model"])
     keys = ["base_model", "method", "group"]
     long["weight"] = 1 / long.groupby(keys)["run_id"].transform("size")
     n_bases = long.groupby(["method", "group"])["base_model"].transform("nunique")
     everywhere = n_bases.eq(arms["base_model"].nunique()) & ~long["group"].str.startswith("run: ")
-    pooled = long[everywhere].assign(base_model="all", weight=lambda rows: rows["weight"] / n_bases[everywhere])
+    pooled = long[everywhere].assign(
+        base_model="all", weight=lambda rows: rows["weight"] / n_bases[everywhere]
+    )
     return pd.concat([long, pooled], ignore_index=True)
 
 
@@ -75,9 +110,15 @@ class Scores:
     n_items: np.ndarray = field(repr=False)  # [runs] asked
     n_unscored: np.ndarray = field(repr=False)  # [runs]
     limits: tuple[float, float] = (-np.inf, np.inf)  # what it can be
-    single: bool = False  # a unit is one answer in percent, so that nothing changed in n units bounds the share that would
-    family: np.ndarray | None = field(default=None, repr=False)  # of the units: what is drawn together; None: each unit by itself
-    rate: np.ndarray | None = field(default=None, repr=False)  # [runs] own share in percent, where the score is one or the change of one
+    # a unit is one answer in percent, so that nothing changed in n units bounds the share that
+    # would
+    single: bool = False
+    family: np.ndarray | None = field(
+        default=None, repr=False
+    )  # of the units: what is drawn together; None: each unit by itself
+    rate: np.ndarray | None = field(
+        default=None, repr=False
+    )  # [runs] own share in percent, where the score is one or the change of one
 
     @cached_property
     def clusters(self) -> "Clusters":
@@ -89,41 +130,90 @@ class Scores:
         return self.runs.get_indexer(pd.Index(run_ids))
 
 
-def ratio(top: np.ndarray, bottom: np.ndarray, runs: pd.Index, strata, n_items, n_unscored, scale: float = 100.0) -> Scores:
-    """The score `scale * sum(top) / sum(bottom)` of each run; both are [runs, units]. In percent, a unit is taken for one answer."""
+def ratio(
+    top: np.ndarray,
+    bottom: np.ndarray,
+    runs: pd.Index,
+    strata,
+    n_items,
+    n_unscored,
+    scale: float = 100.0,
+) -> Scores:
+    """The score `scale * sum(top) / sum(bottom)` of each run; both are [runs, units]. In percent, a
+    unit is taken for one answer.
+    """
     limits = (0.0, 100.0) if scale == 100.0 else (-np.inf, np.inf)
     total = bottom.sum(1)
     total = np.where(total > 0, total, np.nan)
     value = top.sum(1) / total
     influence = np.nan_to_num((top - value[:, None] * bottom) / total[:, None])
-    return Scores(runs, np.asarray(strata), scale * value, scale * influence, np.asarray(n_items), np.asarray(n_unscored), limits, scale == 100.0)
+    return Scores(
+        runs,
+        np.asarray(strata),
+        scale * value,
+        scale * influence,
+        np.asarray(n_items),
+        np.asarray(n_unscored),
+        limits,
+        scale == 100.0,
+    )
 
 
-def _over(values: pd.DataFrame, top: np.ndarray, bottom: np.ndarray, runs: Iterable[str], n_unscored: np.ndarray, **fields) -> Scores:
-    """The ratio over the columns of `values`: strata from their first level, families from the level `family` where there is one."""
+def _over(
+    values: pd.DataFrame,
+    top: np.ndarray,
+    bottom: np.ndarray,
+    runs: Iterable[str],
+    n_unscored: np.ndarray,
+    **fields,
+) -> Scores:
+    """The ratio over the columns of `values`: strata from their first level, families from the
+    level `family` where there is one.
+    """
     family = values.columns.get_level_values("family") if "family" in values.columns.names else None
     asked = np.full(len(top), values.shape[1])
-    scores = ratio(top, bottom, pd.Index(runs), values.columns.get_level_values(0), asked, n_unscored)
+    scores = ratio(
+        top, bottom, pd.Index(runs), values.columns.get_level_values(0), asked, n_unscored
+    )
     return replace(scores, family=family if family is None else np.asarray(family), **fields)
 
 
-ANSWER = ("benchmark", "judge", "metric", "prompt_variant", "decoding", "sample", "answer_mode", "option_order")  # which answer of a run it is
+ANSWER = (
+    "benchmark",
+    "judge",
+    "metric",
+    "prompt_variant",
+    "decoding",
+    "sample",
+    "answer_mode",
+    "option_order",
+)  # which answer of a run it is
 
 
 def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
-    """Runs x units: the mean of a true/false or real column over repeated samples, NaN where nothing was scored.
+    """Runs x units: the mean of a true/false or real column over repeated samples, NaN where
+    nothing was scored.
 
-    `units` names the columns that make a unit, its stratum first. One named `family` says which units are drawn together (a template, a
-    subject); where it is null a unit is by itself.
+    `units` names the columns that make a unit, its stratum first. One named `family` says which
+    units are drawn together (a template, a subject); where it is null a unit is by itself.
 
     Raises:
-        ValueError: an answer stands twice (same run and unit, and same sample, judge, variant and so on, as far as the frame has them).
+        ValueError: an answer stands twice (same run and unit, and same sample, judge, variant and
+            so on, as far as the frame has them).
     """
     if frame.empty:
-        return pd.DataFrame(index=pd.Index([], name="run_id"), columns=pd.MultiIndex.from_arrays([[]] * len(units), names=units), dtype=float)
+        return pd.DataFrame(
+            index=pd.Index([], name="run_id"),
+            columns=pd.MultiIndex.from_arrays([[]] * len(units), names=units),
+            dtype=float,
+        )
     _check_once(frame, units)
     if "family" in units:
-        frame = frame.assign(family=frame["family"].astype(object).where(frame["family"].notna(), frame[units[-1]].astype(object)))
+        frame = frame.assign(
+            family=frame["family"]
+            .astype(object)
+            .where(frame["family"].notna(), frame[units[-1]].astype(object))
+        )
     value = frame[column].astype("Float64").to_numpy(float, na_value=np.nan)
     runs, run_ids = pd.factorize(frame["run_id"], sort=True)
     keys = pd.MultiIndex.from_frame(frame[units].astype(object))
@@ -131,48 +221,78 @@ def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
     shape, place = (len(run_ids), len(names)), runs * len(names) + columns
     there = ~np.isnan(value)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(place[there], value[there], shape[0] * shape[1]) / np.bincount(place[there], minlength=shape[0] * shape[1])
-    return pd.DataFrame(mean.reshape(shape), index=pd.Index(run_ids, name="run_id"), columns=pd.MultiIndex.from_tuples(names, names=units))
+        mean = np.bincount(place[there], value[there], shape[0] * shape[1]) / np.bincount(
+            place[there], minlength=shape[0] * shape[1]
+        )
+    return pd.DataFrame(
+        mean.reshape(shape),
+        index=pd.Index(run_ids, name="run_id"),
+        columns=pd.MultiIndex.from_tuples(names, names=units),
+    )
 
 
 def _check_once(frame: pd.DataFrame, units: list[str]) -> None:
-    """Raise a ValueError where an answer stands twice; frames that do not say which answer a row is (sample, metric) are taken as they
-    are."""
+    """Raise a ValueError where an answer stands twice; frames that do not say which answer a row is
+    (sample, metric) are taken as they are."""
     if not {"sample", "metric"} & set(frame):
         return
-    repeated = frame.duplicated(["run_id", *units, *(name for name in ANSWER if name in frame and name not in units)])
+    repeated = frame.duplicated(
+        ["run_id", *units, *(name for name in ANSWER if name in frame and name not in units)]
+    )
     if repeated.any():
         first = frame[repeated].iloc[0]
         raise ValueError(
-            f"{repeated.sum()} answers stand twice, the first of run {first['run_id']}, prompt {first[units[-1]]}: "
-            "they would weigh twice; was a table read or concatenated twice?"
+            f"{repeated.sum()} answers stand twice, the first of run {first['run_id']}, prompt"
+            f" {first[units[-1]]}: they would weigh twice; was a table read or concatenated twice?"
         )
 
 
 def shares(values: pd.DataFrame) -> Scores:
-    """The share of each run's scored prompts with the outcome, in percent; `values` is runs x (category, prompt)."""
+    """The share of each run's scored prompts with the outcome, in percent; `values` is runs x
+    (category, prompt).
+    """
     there = values.notna().to_numpy()
-    return _over(values, values.fillna(0).to_numpy(), there.astype(float), values.index, values.shape[1] - there.sum(1))
+    return _over(
+        values,
+        values.fillna(0).to_numpy(),
+        there.astype(float),
+        values.index,
+        values.shape[1] - there.sum(1),
+    )
 
 
 def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
-    """The change of each run against its own base model, over the prompts that both have a score for, in percentage points."""
+    """The change of each run against its own base model, over the prompts that both have a score
+    for, in percentage points.
+    """
     run_ids, base = _with_base(values.index, arms)
     own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
     both = ~np.isnan(own) & ~np.isnan(other)
     n = both.sum(1)
     rate = 100 * np.where(both, own, 0.0).sum(1) / np.where(n > 0, n, np.nan)
     change = np.where(both, own - other, 0.0)
-    return _over(values, change, both.astype(float), run_ids, values.shape[1] - n, limits=(-100.0, 100.0), rate=rate)
+    return _over(
+        values,
+        change,
+        both.astype(float),
+        run_ids,
+        values.shape[1] - n,
+        limits=(-100.0, 100.0),
+        rate=rate,
+    )
 
 
 def extremes(values: pd.DataFrame, arms: pd.DataFrame) -> tuple[Scores, Scores]:
-    """The lowest and the highest change that the unscored allow, with all prompts asked as denominator."""
+    """The lowest and the highest change that the unscored allow, with all prompts asked as
+    denominator.
+    """
     run_ids, base = _with_base(values.index, arms)
     low = values.loc[run_ids].fillna(0).to_numpy() - values.loc[base].fillna(1).to_numpy()
     high = values.loc[run_ids].fillna(1).to_numpy() - values.loc[base].fillna(0).to_numpy()
     missing = (values.loc[run_ids].isna().to_numpy() | values.loc[base].isna().to_numpy()).sum(1)
-    return tuple(_over(values, change, np.ones(change.shape), run_ids, missing) for change in (low, high))
+    return tuple(
+        _over(values, change, np.ones(change.shape), run_ids, missing) for change in (low, high)
+    )
 
 
 def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
@@ -180,27 +300,41 @@ def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
     run_ids, base = _with_base(scores.runs, arms)
     own, other = scores.at(run_ids), scores.at(base)
     return Scores(
-        pd.Index(run_ids), scores.strata, scores.value[own] - scores.value[other], scores.influence[own] - scores.influence[other],
-        scores.n_items[own], scores.n_unscored[own] + scores.n_unscored[other],
-        (scores.limits[0] - scores.limits[1], scores.limits[1] - scores.limits[0]), scores.single, scores.family,
+        pd.Index(run_ids),
+        scores.strata,
+        scores.value[own] - scores.value[other],
+        scores.influence[own] - scores.influence[other],
+        scores.n_items[own],
+        scores.n_unscored[own] + scores.n_unscored[other],
+        (scores.limits[0] - scores.limits[1], scores.limits[1] - scores.limits[0]),
+        scores.single,
+        scores.family,
         scores.value[own] if scores.limits == (0.0, 100.0) else None,
-    )  # fmt: skip
+    )
 
 
 def _with_base(scored: pd.Index, arms: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The scored runs that are no base model and whose base model is scored, and those base models' runs."""
-    frame = arms[arms["arm"].ne("base") & arms["run_id"].isin(scored) & arms["base_run_id"].isin(scored)]
+    """The scored runs that are no base model and whose base model is scored, and those base models'
+    runs.
+    """
+    frame = arms[
+        arms["arm"].ne("base") & arms["run_id"].isin(scored) & arms["base_run_id"].isin(scored)
+    ]
     return frame["run_id"].to_numpy(object), frame["base_run_id"].to_numpy(object)
 
 
 # ---- units
 class Clusters(NamedTuple):
-    """Families of units within strata: the sum of a family's influences, centred within its stratum, is one observation."""
+    """Families of units within strata: the sum of a family's influences, centred within its
+    stratum, is one observation.
+    """
 
     order: np.ndarray  # of the units, by stratum and family
     starts: np.ndarray  # where a family begins, in that order
     strata: np.ndarray  # where a stratum begins
-    size: np.ndarray  # [units, in that order] units in its stratum; infinite in a stratum of one family, which is left uncentred
+    # [units, in that order] units in its stratum; infinite in a stratum of one family, which is
+    # left uncentred
+    size: np.ndarray
     stratum: np.ndarray  # [units, in that order] number of the stratum
     inflate: np.ndarray  # [families] CR2's 1 / (1 - leverage)
     df: float
@@ -214,12 +348,13 @@ class Clusters(NamedTuple):
 
 
 def _clusters(strata: np.ndarray, family: np.ndarray | None) -> Clusters:
-    """The families, their CR2 factors, and the degrees of freedom (Satterthwaite, of equal and independent units, after Bell and
-    McCaffrey).
+    """The families, their CR2 factors, and the degrees of freedom (Satterthwaite, of equal and
+    independent units, after Bell and McCaffrey).
 
-    Within a stratum of N units a family of n has leverage n / N in the stratum's mean, and CR2 divides its squared sum by 1 - n / N, which
-    makes the variance unbiased for independent units. With single units it is the textbook variance of a stratified mean, with N - 1
-    degrees of freedom each.
+    Within a stratum of N units a family of n has leverage n / N in the stratum's mean, and CR2
+    divides its squared sum by 1 - n / N, which makes the variance unbiased for independent units.
+    With single units it is the textbook variance of a stratified mean, with N - 1 degrees of
+    freedom each.
     """
     outer = pd.factorize(np.asarray(strata, object))[0]
     inner = np.arange(len(outer)) if family is None else pd.factorize(np.asarray(family, object))[0]
@@ -235,25 +370,48 @@ def _clusters(strata: np.ndarray, family: np.ndarray | None) -> Clusters:
     q = np.where(alone, 0.0, n**2 / (total * left))
     squares = (n**2).sum() + (np.bincount(of, q) ** 2).sum() - (q**2).sum()
     size = np.where(np.bincount(of) == 1, np.inf, np.bincount(of, n))[outer]
-    return Clusters(order, starts, stratum_starts, size, np.cumsum(new_stratum) - 1, 1 / left, n.sum() ** 2 / squares, len(starts))
+    return Clusters(
+        order,
+        starts,
+        stratum_starts,
+        size,
+        np.cumsum(new_stratum) - 1,
+        1 / left,
+        n.sum() ** 2 / squares,
+        len(starts),
+    )
 
 
 def rated(ratings: pd.DataFrame, scale: float) -> Scores | None:
     """The weighted mean rating of each run; None where nothing was rated."""
-    values, weights = matrix(ratings, "value", ["benchmark", "prompt_id"]), matrix(ratings, "weight", ["benchmark", "prompt_id"])
+    values, weights = (
+        matrix(ratings, "value", ["benchmark", "prompt_id"]),
+        matrix(ratings, "weight", ["benchmark", "prompt_id"]),
+    )
     if values.empty:
         return None
     there = values.notna().to_numpy()
     bottom = np.where(there, weights.to_numpy(), 0.0)
     asked = np.full(len(values), values.shape[1])
     strata = values.columns.get_level_values(0)
-    return ratio(values.fillna(0).to_numpy() * bottom, bottom, values.index, strata, asked, asked - there.sum(1), scale)
+    return ratio(
+        values.fillna(0).to_numpy() * bottom,
+        bottom,
+        values.index,
+        strata,
+        asked,
+        asked - there.sum(1),
+        scale,
+    )
 
 
 def rated_changes(ratings: pd.DataFrame, arms: pd.DataFrame, scale: float) -> Scores | None:
-    """The change of each run's weighted mean rating against its own base model's, over the items that both have a value for, by the run's own
-    weights; None where nothing was rated."""
-    values, weights = matrix(ratings, "value", ["benchmark", "prompt_id"]), matrix(ratings, "weight", ["benchmark", "prompt_id"])
+    """The change of each run's weighted mean rating against its own base model's, over the items
+    that both have a value for, by the run's own weights; None where nothing was rated."""
+    values, weights = (
+        matrix(ratings, "value", ["benchmark", "prompt_id"]),
+        matrix(ratings, "weight", ["benchmark", "prompt_id"]),
+    )
     if values.empty:
         return None
     run_ids, base = _with_base(values.index, arms)
@@ -261,5 +419,20 @@ def rated_changes(ratings: pd.DataFrame, arms: pd.DataFrame, scale: float) -> Sc
     both = ~np.isnan(own) & ~np.isnan(other)
     bottom = np.where(both, weights.loc[run_ids].to_numpy(), 0.0)
     strata, asked = values.columns.get_level_values(0), np.full(len(run_ids), values.shape[1])
-    level, change = (ratio(np.where(both, of, 0.0) * bottom, bottom, pd.Index(run_ids), strata, asked, asked - both.sum(1), scale) for of in (own, own - other))
-    return replace(change, limits=(level.limits[0] - level.limits[1], level.limits[1] - level.limits[0]), rate=level.value if scale == 100.0 else None)
+    level, change = (
+        ratio(
+            np.where(both, of, 0.0) * bottom,
+            bottom,
+            pd.Index(run_ids),
+            strata,
+            asked,
+            asked - both.sum(1),
+            scale,
+        )
+        for of in (own, own - other)
+    )
+    return replace(
+        change,
+        limits=(level.limits[0] - level.limits[1], level.limits[1] - level.limits[0]),
+        rate=level.value if scale == 100.0 else None,
+    )

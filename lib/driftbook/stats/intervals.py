@@ -29,11 +29,16 @@ def _rate(scores: Scores) -> np.ndarray | None:
     return scores.rate if scores.rate is not None or scores.limits != (0.0, 100.0) else scores.value
 
 
-def _inside(interval: dict[str, float | None], limits: tuple[float, float]) -> dict[str, float | None]:
+def _inside(
+    interval: dict[str, float | None], limits: tuple[float, float]
+) -> dict[str, float | None]:
     """The interval without what the score cannot be."""
     if interval["ci_low"] is None:
         return interval
-    return interval | {"ci_low": max(interval["ci_low"], limits[0]), "ci_high": min(interval["ci_high"], limits[1])}
+    return interval | {
+        "ci_low": max(interval["ci_low"], limits[0]),
+        "ci_high": min(interval["ci_high"], limits[1]),
+    }
 
 
 # ---- runs
@@ -42,74 +47,122 @@ class Repetitions(NamedTuple):
 
     setting: np.ndarray  # [runs] number of the setting
     pool: np.ndarray  # [runs] number of the pool
-    variance: np.ndarray  # [settings] of the weighted sum, from the spread of repetitions; NaN where none in the pool was repeated
+    # [settings] of the weighted sum, from the spread of repetitions; NaN where none in the pool was
+    # repeated
+    variance: np.ndarray
     noise: np.ndarray  # [settings] the part of it that is noise of run x unit
     run_noise: np.ndarray  # [settings] the noise of a single run
     df: float  # of the sum over settings; NaN where a pool has none
 
 
-def _within(values: np.ndarray, settings: np.ndarray, pools: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By setting: the variance of its runs, or of the runs within settings of its pool where it has one run; and the df."""
-    return _spread((values - (np.bincount(settings, values) / np.bincount(settings))[settings]) ** 2, settings, pools)
+def _within(
+    values: np.ndarray, settings: np.ndarray, pools: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """By setting: the variance of its runs, or of the runs within settings of its pool where it has
+    one run; and the df.
+    """
+    return _spread(
+        (values - (np.bincount(settings, values) / np.bincount(settings))[settings]) ** 2,
+        settings,
+        pools,
+    )
 
 
-def _spread(squares: np.ndarray, settings: np.ndarray, pools: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The variance of each setting from its runs' squares, or from its pool's where it has one run, and its degrees of freedom; NaN where
-    neither has any."""
+def _spread(
+    squares: np.ndarray, settings: np.ndarray, pools: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The variance of each setting from its runs' squares, or from its pool's where it has one run,
+    and its degrees of freedom; NaN where neither has any."""
     of = pools[np.unique(settings, return_index=True)[1]]  # the pool of each setting
     own, df = np.bincount(settings, squares), np.bincount(settings) - 1.0
     shared, shared_df = np.bincount(of, own)[of], np.bincount(of, df)[of]
-    square, df = np.where(df > 0, own, shared), np.where(df > 0, df, np.where(shared_df > 0, shared_df, np.nan))
+    square, df = (
+        np.where(df > 0, own, shared),
+        np.where(df > 0, df, np.where(shared_df > 0, shared_df, np.nan)),
+    )
     return square / df, df
 
 
-def _over_runs(scores: Scores, runs: np.ndarray, weight: np.ndarray, spread: Repetitions) -> tuple[float, float]:
-    """How far below and above the estimate the truth over other runs may lie, at 95 %, leaving the noise of run x unit out.
+def _over_runs(
+    scores: Scores, runs: np.ndarray, weight: np.ndarray, spread: Repetitions
+) -> tuple[float, float]:
+    """How far below and above the estimate the truth over other runs may lie, at 95 %, leaving the
+    noise of run x unit out.
 
-    A share has no symmetric error with few runs near 0 or 100 %. So the runs of a setting are taken as normal on the probit scale, where
-    the mean of their shares is pnorm(mu / sqrt(1 + s^2)), and the interval is the generalised pivotal one (Weerahandi 1993, JASA 88, 899):
-    mu and s^2 are replaced by what normal runs leave possible for them, s^2 less the noise. Shares are (k + 1/2) / (n + 1). For scores that
-    are no shares it is the same without the scale, which without noise is the t interval. Settings are joined by MOVER, all at the degrees
-    of freedom of their sum.
+    A share has no symmetric error with few runs near 0 or 100 %. So the runs of a setting are taken
+    as normal on the probit scale, where the mean of their shares is pnorm(mu / sqrt(1 + s^2)), and
+    the interval is the generalised pivotal one (Weerahandi 1993, JASA 88, 899): mu and s^2 are
+    replaced by what normal runs leave possible for them, s^2 less the noise. Shares are (k + 1/2) /
+    (n + 1). For scores that are no shares it is the same without the scale, which without noise is
+    the t interval. Settings are joined by MOVER, all at the degrees of freedom of their sum.
     """
     if np.isnan(spread.df):
         return np.nan, np.nan
     rate, below, above = _rate(scores), 0.0, 0.0
-    scaled = None if rate is None else _probits(rate[runs] / 100, np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1), spread)
+    scaled = (
+        None
+        if rate is None
+        else _probits(
+            rate[runs] / 100, np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1), spread
+        )
+    )
     for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
         own = spread.setting == one
         if scaled is None:
             low = high = _pivot_distance(variance, noise, spread.df)
         else:
             amount = abs(weight[own].sum())
-            ends = _share_distances(*(part[one] for part in scaled), own.sum(), rate[runs][own].mean() / 100, spread.df)
+            ends = _share_distances(
+                *(part[one] for part in scaled), own.sum(), rate[runs][own].mean() / 100, spread.df
+            )
             low, high = (100 * amount * end for end in ends)
         low, high = (low, high) if weight[own].sum() > 0 else (high, low)
         below, above = np.hypot(below, low), np.hypot(above, high)
     return float(below), float(above)
 
 
-def _probits(share: np.ndarray, n: np.ndarray, spread: Repetitions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By setting, on the probit scale: the runs' mean, the variance between them, and the part of it that is noise."""
+def _probits(
+    share: np.ndarray, n: np.ndarray, spread: Repetitions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By setting, on the probit scale: the runs' mean, the variance between them, and the part of
+    it that is noise.
+    """
     share = (share * n + 0.5) / (n + 1)
     y, binomial = ndtri(share), share * (1 - share)
     count = np.bincount(spread.setting)
-    steeper = np.bincount(spread.setting, binomial * 2 * np.pi * np.exp(y**2)) / np.bincount(spread.setting, binomial)
-    return np.bincount(spread.setting, y) / count, _within(y, spread.setting, spread.pool)[0], spread.run_noise / 1e4 * steeper
+    steeper = np.bincount(spread.setting, binomial * 2 * np.pi * np.exp(y**2)) / np.bincount(
+        spread.setting, binomial
+    )
+    return (
+        np.bincount(spread.setting, y) / count,
+        _within(y, spread.setting, spread.pool)[0],
+        spread.run_noise / 1e4 * steeper,
+    )
 
 
-def _share_distances(middle: float, variance: float, noise: float, n: int, share: float, df: float) -> tuple[float, float]:
-    """How far below and above the mean share of n runs the truth may lie, from the mean and variance of their probits."""
+def _share_distances(
+    middle: float, variance: float, noise: float, n: int, share: float, df: float
+) -> tuple[float, float]:
+    """How far below and above the mean share of n runs the truth may lie, from the mean and
+    variance of their probits.
+    """
     chi, z, weights = _pivots(df)
     spread = np.maximum(variance * chi - noise, 0.0)
-    low, high = _quantiles(ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - TAIL, TAIL))
+    low, high = _quantiles(
+        ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - TAIL, TAIL)
+    )
     return max(share - low, 0.0), max(high - share, 0.0)
 
 
 def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights [81, 61]; quantiles of t to half a percent."""
+    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights [81, 61];
+    quantiles of t to half a percent.
+    """
     log = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81)
-    likely, z = np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2), np.linspace(-4, 4, 61)
+    likely, z = (
+        np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2),
+        np.linspace(-4, 4, 61),
+    )
     weights = likely[:, None] * np.exp(-(z**2) / 2)
     return (df / np.exp(log))[:, None], z, weights / weights.sum()
 
@@ -122,20 +175,22 @@ def _quantiles(values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]) -
 
 
 def _pivot_distance(variance: float, noise: float, df: float) -> float:
-    """Half the length of the pivotal interval of a normal mean with this estimated variance, of which `noise` is no part of the
-    question."""
+    """Half the length of the pivotal interval of a normal mean with this estimated variance, of
+    which `noise` is no part of the question."""
     if noise == 0 or variance == 0:
         return stdtrit(df, TAIL) * np.sqrt(variance)
     chi, z, weights = _pivots(df)
-    return float(_quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (TAIL,))[0])
+    return float(
+        _quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (TAIL,))[0]
+    )
 
 
 def _interval(value: float, variance: float, below: float, above: float) -> dict[str, float | None]:
-    """se, interval and p value of a number whose truth may lie `below` and `above` it; all null where there is no spread to estimate them
-    from.
+    """se, interval and p value of a number whose truth may lie `below` and `above` it; all null
+    where there is no spread to estimate them from.
 
-    The degrees of freedom are the ones that the interval's mean half and the standard error imply (see implied_df); p is the one of the t
-    test whose interval ends at zero when this one does.
+    The degrees of freedom are the ones that the interval's mean half and the standard error imply
+    (see implied_df); p is the one of the t test whose interval ends at zero when this one does.
     """
     if np.isnan(variance) or variance <= 0 or np.isnan(below):
         return {"se": None, "ci_low": None, "ci_high": None, "p": None}
@@ -147,21 +202,28 @@ def _interval(value: float, variance: float, below: float, above: float) -> dict
 
 
 def implied_df(ratio: float | np.ndarray) -> np.ndarray:
-    """The degrees of freedom whose 97.5 % point of t is this half-length of an interval over its standard error; a billion (normal) below
-    1.96."""
+    """The degrees of freedom whose 97.5 % point of t is this half-length of an interval over its
+    standard error; a billion (normal) below 1.96."""
     ratio = np.asarray(ratio, float)
-    return np.where(ratio > ndtri(TAIL) + 1e-7, stdtridf(TAIL, np.maximum(ratio, ndtri(TAIL) + 1e-7)), 1e9)
+    return np.where(
+        ratio > ndtri(TAIL) + 1e-7, stdtridf(TAIL, np.maximum(ratio, ndtri(TAIL) + 1e-7)), 1e9
+    )
 
 
 def _t_interval(value: float, variance: float, df: float) -> dict[str, float | None]:
-    """se, interval and p value of a number; all null where there is no spread to estimate them from."""
+    """se, interval and p value of a number; all null where there is no spread to estimate them
+    from.
+    """
     if np.isnan(variance) or variance <= 0 or df <= 0:
         return {"se": None, "ci_low": None, "ci_high": None, "p": None}
     se = np.sqrt(variance)
     half = stdtrit(df, 0.975) * se
-    return {"se": se, "ci_low": value - half, "ci_high": value + half, "p": 2 * stdtr(df, -abs(value) / se)}
-
-
+    return {
+        "se": se,
+        "ci_low": value - half,
+        "ci_high": value + half,
+        "p": 2 * stdtr(df, -abs(value) / se),
+    }
 
 
 import numpy as np

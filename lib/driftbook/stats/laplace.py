@@ -1,8 +1,11 @@
-"""Laplace's approximation for a logistic model with crossed random effects on a grid of rows (runs) and columns (prompts).
+"""Laplace's approximation for a logistic model with crossed random effects on a grid of rows (runs)
+and columns (prompts).
 
-logit P(y_ij = 1) = x_i'beta + s_u v_r(i) + a_i' L w_j with v, w independent standard normal: v of the runs, w_j of column j, one for each column of a_i
-(an intercept, a base model, a method), L the diagonal of their standard deviations. Standard deviations multiply, so that zero is a value like any other (Bates et al. 2015,
-J. Stat. Softw. 67, section 2). Each column's few effects are eliminated, and what stays is one matrix over the runs: the cost is that of rows^2 x columns, not of
+logit P(y_ij = 1) = x_i'beta + s_u v_r(i) + a_i' L w_j with v, w independent standard normal: v of
+the runs, w_j of column j, one for each column of a_i (an intercept, a base model, a method), L the
+diagonal of their standard deviations. Standard deviations multiply, so that zero is a value like
+any other (Bates et al. 2015, J. Stat. Softw. 67, section 2). Each column's few effects are
+eliminated, and what stays is one matrix over the runs: the cost is that of rows^2 x columns, not of
 (rows + columns)^3.
 """
 
@@ -20,7 +23,9 @@ TOLERANCE = 1e-4  # of the gradient, in log-likelihood per standard error
 
 @dataclass(frozen=True)
 class Grid:
-    """Answers on a grid. A cell without trials is missing; a row whose `run` is -1 has no run effect."""
+    """Answers on a grid. A cell without trials is missing; a row whose `run` is -1 has no run
+    effect.
+    """
 
     y: np.ndarray  # [rows, columns] counts of yes
     trials: np.ndarray  # [rows, columns]
@@ -40,7 +45,9 @@ class Grid:
 
 @dataclass
 class State:
-    """Where the last evaluation stood: modes of v [runs] and w [columns, effects]; the next one starts there."""
+    """Where the last evaluation stood: modes of v [runs] and w [columns, effects]; the next one
+    starts there.
+    """
 
     v: np.ndarray
     w: np.ndarray
@@ -48,7 +55,9 @@ class State:
 
 @dataclass(frozen=True)
 class Mode:
-    """The modes of the random effects at given parameters, and what the Laplace approximation needs there."""
+    """The modes of the random effects at given parameters, and what the Laplace approximation needs
+    there.
+    """
 
     eta: np.ndarray = field(repr=False)  # [rows, columns]
     weight: np.ndarray = field(repr=False)  # [rows, columns]
@@ -66,12 +75,16 @@ def _spread(grid: Grid, sd: np.ndarray) -> tuple[float, np.ndarray]:
     return (sd[0], np.repeat(sd[1:], sizes)) if grid.n_runs else (0.0, np.repeat(sd, sizes))
 
 
-def _predictor(grid: Grid, fixed: np.ndarray, su: float, a: np.ndarray, v: np.ndarray, w: np.ndarray) -> np.ndarray:
+def _predictor(
+    grid: Grid, fixed: np.ndarray, su: float, a: np.ndarray, v: np.ndarray, w: np.ndarray
+) -> np.ndarray:
     return (fixed + su * np.append(v, 0.0)[grid.run])[:, None] + a @ w.T
 
 
 def _by_run(grid: Grid, rows: np.ndarray) -> np.ndarray:
-    """Sums of [rows, ...] over the rows of each run [runs, ...]; rows without a run effect are left out."""
+    """Sums of [rows, ...] over the rows of each run [runs, ...]; rows without a run effect are left
+    out.
+    """
     if grid.n_runs == len(rows) and (grid.run == np.arange(len(rows))).all():
         return rows
     found = np.zeros((grid.n_runs + 1, *rows.shape[1:]))
@@ -80,18 +93,24 @@ def _by_run(grid: Grid, rows: np.ndarray) -> np.ndarray:
 
 
 def _factors(grid: Grid, weight: np.ndarray, su: float, a: np.ndarray) -> tuple:
-    """Schur complement's factor, blocks' inverses, transfers, and the log-determinant of the negative Hessian in (v, w)."""
+    """Schur complement's factor, blocks' inverses, transfers, and the log-determinant of the
+    negative Hessian in (v, w).
+    """
     k = a.shape[1]
     pairs = (a[:, :, None] * a[:, None, :]).reshape(len(a), k * k)
     own = (weight.T @ pairs).reshape(weight.shape[1], k, k) + np.eye(k)
     chol = np.linalg.cholesky(own)
     inverse = np.linalg.inv(own)
-    across = su * _by_run(grid, weight[:, :, None] * a[:, None, :]).transpose(1, 2, 0)  # [columns, k, runs]
+    across = su * _by_run(grid, weight[:, :, None] * a[:, None, :]).transpose(
+        1, 2, 0
+    )  # [columns, k, runs]
     transfer = inverse @ across
     schur = -np.tensordot(across, transfer, axes=([0, 1], [0, 1]))
     schur[np.diag_indices_from(schur)] += su**2 * _by_run(grid, weight.sum(1)) + 1
     factor = cho_factor(schur, lower=True) if grid.n_runs else (schur, True)
-    log_det = 2 * np.log(np.diagonal(chol, axis1=1, axis2=2)).sum() + 2 * np.log(np.diag(factor[0])).sum()
+    log_det = (
+        2 * np.log(np.diagonal(chol, axis1=1, axis2=2)).sum() + 2 * np.log(np.diag(factor[0])).sum()
+    )
     return factor, inverse, transfer, log_det
 
 
@@ -103,15 +122,26 @@ def _solve(mode: Mode | tuple, gv: np.ndarray, gw: np.ndarray) -> tuple[np.ndarr
     return v, np.einsum("jkl,jl->jk", inverse, gw) - transfer @ v
 
 
-def mode(grid: Grid, beta: np.ndarray, sd: np.ndarray, state: State, tolerance: float = 1e-14, most: int = 100) -> Mode:
-    """Newton's method with halved steps, from the state's modes; the state is moved to the new ones."""
+def mode(
+    grid: Grid,
+    beta: np.ndarray,
+    sd: np.ndarray,
+    state: State,
+    tolerance: float = 1e-14,
+    most: int = 100,
+) -> Mode:
+    """Newton's method with halved steps, from the state's modes; the state is moved to the new
+    ones.
+    """
     su, spread = _spread(grid, sd)
     a, fixed = grid.columns * spread, grid.x @ beta
     v, w = state.v, state.w
 
     def density(v: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, float]:
         eta = _predictor(grid, fixed, su, a, v, w)
-        return eta, float((grid.y * eta - grid.trials * np.logaddexp(0, eta)).sum() - (v @ v + (w * w).sum()) / 2)
+        return eta, float(
+            (grid.y * eta - grid.trials * np.logaddexp(0, eta)).sum() - (v @ v + (w * w).sum()) / 2
+        )
 
     eta, value = density(v, w)
     for _ in range(most):
@@ -134,23 +164,33 @@ def mode(grid: Grid, beta: np.ndarray, sd: np.ndarray, state: State, tolerance: 
     return Mode(eta, weight, rest, value, factor, inverse, transfer, log_det)
 
 
-def log_likelihood(grid: Grid, beta: np.ndarray, sd: np.ndarray, state: State) -> tuple[float, np.ndarray, np.ndarray, Mode]:
-    """Laplace's log-likelihood, its gradient in beta [terms] and in the logarithms of the standard deviations, and the mode.
+def log_likelihood(
+    grid: Grid, beta: np.ndarray, sd: np.ndarray, state: State
+) -> tuple[float, np.ndarray, np.ndarray, Mode]:
+    """Laplace's log-likelihood, its gradient in beta [terms] and in the logarithms of the standard
+    deviations, and the mode.
 
-    The gradient is exact: the modes move with the parameters (implicit function theorem), and the weights with the modes (Tierney and Kadane 1986, JASA 81, 82;
-    as automatic differentiation has it in TMB, Kristensen et al. 2016).
+    The gradient is exact: the modes move with the parameters (implicit function theorem), and the
+    weights with the modes (Tierney and Kadane 1986, JASA 81, 82; as automatic differentiation has
+    it in TMB, Kristensen et al. 2016).
     """
     found = mode(grid, beta, sd, state)
     su, spread = _spread(grid, sd)
     a = grid.columns * spread
-    covered = cho_solve(found.factor, np.eye(grid.n_runs)) if grid.n_runs else np.zeros((0, 0))  # of v
+    covered = (
+        cho_solve(found.factor, np.eye(grid.n_runs)) if grid.n_runs else np.zeros((0, 0))
+    )  # of v
     moved = found.transfer @ covered  # [columns, k, runs]
     of_w = found.inverse + moved @ found.transfer.transpose(0, 2, 1)  # [columns, k, k]
     leverage = _leverage(grid, a, su, covered, moved, of_w)
     third = found.weight * (1 - 2 * expit(found.eta))
     pull = leverage * third / 2
-    zv, zw = _solve((found.factor, found.inverse, found.transfer), su * _by_run(grid, pull.sum(1)), pull.T @ a)
-    shift = found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw) - pull  # what the modes' move adds
+    zv, zw = _solve(
+        (found.factor, found.inverse, found.transfer), su * _by_run(grid, pull.sum(1)), pull.T @ a
+    )
+    shift = (
+        found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw) - pull
+    )  # what the modes' move adds
     in_beta = grid.x.T @ (found.rest + shift).sum(1)
     in_sd = []
     if grid.n_runs:
@@ -161,11 +201,18 @@ def log_likelihood(grid: Grid, beta: np.ndarray, sd: np.ndarray, state: State) -
     for block in grid.blocks:
         own = slice(start, start := start + block.shape[1])
         w = state.w[:, own]
-        in_sd.append((w * w).sum() - (w.size - traces[:, own].sum()) + (by_effect[:, own] * w).sum() - (zw[:, own] * w).sum())
+        in_sd.append(
+            (w * w).sum()
+            - (w.size - traces[:, own].sum())
+            + (by_effect[:, own] * w).sum()
+            - (zw[:, own] * w).sum()
+        )
     return found.joint - found.log_det / 2, in_beta, np.array(in_sd), found
 
 
-def _leverage(grid: Grid, a: np.ndarray, su: float, covered: np.ndarray, moved: np.ndarray, of_w: np.ndarray) -> np.ndarray:
+def _leverage(
+    grid: Grid, a: np.ndarray, su: float, covered: np.ndarray, moved: np.ndarray, of_w: np.ndarray
+) -> np.ndarray:
     """The variance of each cell's predictor given the data [rows, columns]."""
     k = a.shape[1]
     pairs = (a[:, :, None] * a[:, None, :]).reshape(len(a), k * k)
@@ -173,26 +220,39 @@ def _leverage(grid: Grid, a: np.ndarray, su: float, covered: np.ndarray, moved: 
     if grid.n_runs:
         own = grid.run >= 0
         across = moved.transpose(2, 1, 0)[grid.run[own]]  # [rows, k, columns]
-        found[own] += su**2 * np.diag(covered)[grid.run[own], None] - 2 * su * np.einsum("ik,ikj->ij", a[own], across)
+        found[own] += su**2 * np.diag(covered)[grid.run[own], None] - 2 * su * np.einsum(
+            "ik,ikj->ij", a[own], across
+        )
     return found
 
 
 def information(grid: Grid, found: Mode, sd: np.ndarray) -> np.ndarray:
-    """The information about beta at given standard deviations [terms, terms]: the weights less what the random effects take."""
+    """The information about beta at given standard deviations [terms, terms]: the weights less what
+    the random effects take.
+    """
     su, spread = _spread(grid, sd)
     a = grid.columns * spread
     rows = []
     for column in grid.x.T:
         weighted = found.weight * column[:, None]
-        zv, zw = _solve((found.factor, found.inverse, found.transfer), su * _by_run(grid, weighted.sum(1)), weighted.T @ a)
-        rows.append(grid.x.T @ (weighted - found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw)).sum(1))
+        zv, zw = _solve(
+            (found.factor, found.inverse, found.transfer),
+            su * _by_run(grid, weighted.sum(1)),
+            weighted.T @ a,
+        )
+        rows.append(
+            grid.x.T
+            @ (weighted - found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw)).sum(1)
+        )
     return (np.array(rows) + np.array(rows).T) / 2
 
 
 # ---- the fit
 @dataclass(frozen=True)
 class Fit:
-    """Laplace's maximum of the likelihood; standard deviations in logits, of the runs first where the grid has runs, then of each block."""
+    """Laplace's maximum of the likelihood; standard deviations in logits, of the runs first where
+    the grid has runs, then of each block.
+    """
 
     beta: np.ndarray
     sd: np.ndarray
@@ -205,10 +265,12 @@ class Fit:
 
 
 def fit(grid: Grid) -> Fit:
-    """Maximise Laplace's log-likelihood over fixed effects and standard deviations: BFGS with the exact gradient, then Newton's steps with a differenced one.
+    """Maximise Laplace's log-likelihood over fixed effects and standard deviations: BFGS with the
+    exact gradient, then Newton's steps with a differenced one.
 
-    The covariance of beta is the inverse of the whole negative Hessian (standard deviations included), as lme4's and glmmTMB's. A component whose maximum
-    is at zero is taken out of the maximisation, and said.
+    The covariance of beta is the inverse of the whole negative Hessian (standard deviations
+    included), as lme4's and glmmTMB's. A component whose maximum is at zero is taken out of the
+    maximisation, and said.
     """
     n_sd = len(grid.blocks) + (1 if grid.n_runs else 0)
     state = State(np.zeros(grid.n_runs), np.zeros((grid.y.shape[1], grid.columns.shape[1])))
@@ -225,8 +287,12 @@ def fit(grid: Grid) -> Fit:
     return Fit(beta, sd, cov, value, slope, ~free, calls[0], message)
 
 
-def _no_worse_at_zero(grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, i: int, value: float) -> bool:
-    """Whether a doubtful component may be zero: the log-likelihood there is at least that of the maximum found."""
+def _no_worse_at_zero(
+    grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, i: int, value: float
+) -> bool:
+    """Whether a doubtful component may be zero: the log-likelihood there is at least that of the
+    maximum found.
+    """
     if sd[i] > DOUBTFUL * sd.max():
         return False
     there = np.where(np.arange(len(sd)) == i, 0.0, sd)
@@ -251,11 +317,25 @@ def _score(grid: Grid, found: Mode) -> np.ndarray:
     return grid.x.T @ found.rest.sum(1)
 
 
-def _maximum(grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, free: np.ndarray, calls: list[int]) -> tuple:
-    """The maximum over beta and the free standard deviations; in coordinates in which the information about beta is the identity."""
+def _maximum(
+    grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, free: np.ndarray, calls: list[int]
+) -> tuple:
+    """The maximum over beta and the free standard deviations; in coordinates in which the
+    information about beta is the identity.
+    """
     found = mode(grid, beta, sd, state)
     root = np.linalg.inv(np.linalg.cholesky(information(grid, found, sd))).T
-    n, scale = len(beta), 1 / np.sqrt(2 * np.array(([grid.n_runs] if grid.n_runs else []) + [block.shape[1] * grid.y.shape[1] for block in grid.blocks])[free])
+    n, scale = (
+        len(beta),
+        1
+        / np.sqrt(
+            2
+            * np.array(
+                ([grid.n_runs] if grid.n_runs else [])
+                + [block.shape[1] * grid.y.shape[1] for block in grid.blocks]
+            )[free]
+        ),
+    )
 
     def parameters(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         full = sd.copy()
@@ -272,7 +352,11 @@ def _maximum(grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, free: n
     z, (value, slope) = result.x, objective(result.x)
     for _ in range(3):
         hessian = _differenced(lambda at: objective(at)[1], z, slope)
-        if parameters(z)[1][free].min(initial=1) < 2 * SMALLEST or np.abs(slope).max() < TOLERANCE or np.linalg.eigvalsh(hessian).min() <= 0:
+        if (
+            parameters(z)[1][free].min(initial=1) < 2 * SMALLEST
+            or np.abs(slope).max() < TOLERANCE
+            or np.linalg.eigvalsh(hessian).min() <= 0
+        ):
             break
         new = z - np.linalg.solve(hessian, slope)
         after, slope_after = objective(new)
@@ -282,11 +366,28 @@ def _maximum(grid: Grid, state: State, beta: np.ndarray, sd: np.ndarray, free: n
         if np.abs(slope).max() < TOLERANCE:
             break
     at, spread = parameters(z)
-    back = np.block([[np.linalg.inv(root), np.zeros((n, len(scale)))], [np.zeros((len(scale), n)), np.diag(1 / scale)]])
-    return at, spread, back.T @ hessian @ back, -value, float(np.abs(slope).max(initial=0)), f"BFGS ({result.nit} iterations), Newton"
+    back = np.block(
+        [
+            [np.linalg.inv(root), np.zeros((n, len(scale)))],
+            [np.zeros((len(scale), n)), np.diag(1 / scale)],
+        ]
+    )
+    return (
+        at,
+        spread,
+        back.T @ hessian @ back,
+        -value,
+        float(np.abs(slope).max(initial=0)),
+        f"BFGS ({result.nit} iterations), Newton",
+    )
 
 
 def _differenced(gradient, z: np.ndarray, slope: np.ndarray, step: float = 1e-3) -> np.ndarray:
     """The Hessian by differences of the exact gradient."""
-    rows = np.array([(gradient(z + step * one) - gradient(z - step * one)) / (2 * step) for one in np.eye(len(z))])
+    rows = np.array(
+        [
+            (gradient(z + step * one) - gradient(z - step * one)) / (2 * step)
+            for one in np.eye(len(z))
+        ]
+    )
     return (rows + rows.T) / 2

@@ -5,18 +5,36 @@ from driftbook.stats.mixed import rate_model as rate_model
 
 UNSAFE, REFUSED = "unsafe-response rate (percent)", "refusal rate (percent)"
 ACCURACY_AMB, ACCURACY_DIS = "accuracy, ambiguous (percent)", "accuracy, disambiguated (percent)"
-BIAS_AMB, BIAS_DIS = "bias score, ambiguous (-100 to 100)", "bias score, disambiguated (-100 to 100)"
+BIAS_AMB, BIAS_DIS = (
+    "bias score, ambiguous (-100 to 100)",
+    "bias score, disambiguated (-100 to 100)",
+)
 FLIPS = "BBQ answers that change with the order of the options (percent)"
 LOSS, CORRECT = "utility: loss (nats per token)", "utility: correct answers (percent)"
-FRONT = "on the Pareto front (percent): fewer unsafe responses, fewer refusals of benign prompts, more accuracy in ambiguous contexts, less utility loss"
-LEVEL, CHANGE, CHANGE_HERE = "level", "change against the base model", "change against the base model, these prompts"
-LOWEST, HIGHEST = "change if the unscored were as low as can be", "change if the unscored were as high as can be"
+FRONT = (
+    "on the Pareto front (percent): fewer unsafe responses, fewer refusals of benign prompts, more"
+    " accuracy in ambiguous contexts, less utility loss"
+)
+LEVEL, CHANGE, CHANGE_HERE = (
+    "level",
+    "change against the base model",
+    "change against the base model, these prompts",
+)
+LOWEST, HIGHEST = (
+    "change if the unscored were as low as can be",
+    "change if the unscored were as high as can be",
+)
 TRAINED, AS_CONFIGURED, NO_OP, UNTRAINED = "trained", "as configured", "no-op", "untrained"
 BOTH = "seeds like these, prompts like these, these base models"
 THESE_PROMPTS = "seeds like these, these prompts, these base models"
 THESE_RUNS = "these runs, prompts like these, these base models"
-TWO_WAY = "mean over runs; two ways: runs within settings (generalised pivot) and {}, joined by MOVER"
-ONE_RUN = "mean over runs; no setting was run twice, so nothing is known of other seeds; t interval over {}"
+TWO_WAY = (
+    "mean over runs; two ways: runs within settings (generalised pivot) and {}, joined by MOVER"
+)
+ONE_RUN = (
+    "mean over runs; no setting was run twice, so nothing is known of other seeds; t interval"
+    " over {}"
+)
 HERE = "mean over runs; spread of runs within settings"
 UNITS, FAMILY_UNITS = "units (CR2)", "families of prompts (CR2)"
 TAIL = 0.975  # of the 95 % intervals

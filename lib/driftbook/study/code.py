@@ -1,4 +1,6 @@
-"""The code that a result depends on, found by following imports: one digest, blind to comments, docstrings and formatting."""
+"""The code that a result depends on, found by following imports: one digest, blind to comments,
+docstrings and formatting.
+"""
 
 import ast
 import hashlib
@@ -12,7 +14,9 @@ PACKAGE = LIBRARY.name
 
 
 def digest(names: Iterable[str], length: int = 12) -> str:
-    """The first hex digits of a hash of the code of these modules and of all that they import, whatever is only needed inside a function too."""
+    """The first hex digits of a hash of the code of these modules and of all that they import,
+    whatever is only needed inside a function too.
+    """
     found = {name: _code(name) for name in sorted(closure(names))}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:length]
 
@@ -36,18 +40,26 @@ def imported(name: str) -> frozenset[str]:
 
 def package(name: str) -> list[str]:
     """The modules of a package of the library, by name."""
-    return [f"{PACKAGE}.{name}.{file.stem}" for file in sorted((LIBRARY / name).glob("*.py")) if file.stem != "__init__"]
+    return [
+        f"{PACKAGE}.{name}.{file.stem}"
+        for file in sorted((LIBRARY / name).glob("*.py"))
+        if file.stem != "__init__"
+    ]
 
 
 def of_notebook(notebook: Path) -> set[str]:
-    """The modules that a notebook's code imports. Of a package's face it needs just the modules that define the names it uses."""
+    """The modules that a notebook's code imports. Of a package's face it needs just the modules
+    that define the names it uses.
+    """
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     return set(_imports(ast.parse(source)))
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """Modules by the import statements of a tree; names taken from a package's face lead to the modules that define them."""
+    """Modules by the import statements of a tree; names taken from a package's face lead to the
+    modules that define them.
+    """
     used: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -91,7 +103,9 @@ def _face(package: str) -> dict[str, str]:
 def path(name: str) -> Path | None:
     """The file of a module or of a package's face; None where the library has none of this name."""
     stem = LIBRARY.parent / name.replace(".", "/")
-    return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
+    return next(
+        (file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None
+    )
 
 
 @cache
@@ -103,6 +117,9 @@ def _code(name: str) -> str:
     """A module's code without comments, docstrings and layout."""
     tree = ast.parse(path(name).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:]
     return ast.dump(tree)

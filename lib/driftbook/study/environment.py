@@ -5,7 +5,19 @@ import platform
 import resource
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("driftbook", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "pandas", "numpy", "scipy", "statsmodels")
+PACKAGES = (
+    "driftbook",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "accelerate",
+    "pandas",
+    "numpy",
+    "scipy",
+    "statsmodels",
+)
 
 
 def versions() -> dict[str, str]:
@@ -20,7 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """The machine in words: the GPU where torch is loaded and sees one, else the processor and its cores."""
+    """The machine in words: the GPU where torch is loaded and sees one, else the processor and its
+    cores.
+    """
     import sys
 
     torch = sys.modules.get("torch")

@@ -77,14 +77,18 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
     """One hash of the names and bytes of all files in a folder (or of one file)."""
     if folder.is_file():
         return str(file_digest(folder))
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path for path in folder.rglob(pattern) if path.is_file() and not path.name.startswith(".")
+    )
     if not files:
         raise ValueError(f"{folder} has no files; it is empty or does not exist")
     return digest({str(path.relative_to(folder)): file_digest(path) for path in files}, 32)
 
 
 def check_safetensors(path: Path, remedy: str) -> None:
-    """Raise a ValueError where a file of weights is torn: its header cannot be read, or names more bytes than there are."""
+    """Raise a ValueError where a file of weights is torn: its header cannot be read, or names more
+    bytes than there are.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -103,7 +107,13 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; make room or choose another folder with DRIFTBOOK_OUTPUTS") from None
+        raise ValueError(
+            f"cannot write to {folder}: {error.strerror}; make room or choose another folder with"
+            " DRIFTBOOK_OUTPUTS"
+        ) from None
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
-        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and this study needs about {need_bytes / 1e9:.1f} GB; make room")
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB free and this study needs about"
+            f" {need_bytes / 1e9:.1f} GB; make room"
+        )

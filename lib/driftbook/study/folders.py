@@ -19,4 +19,6 @@ def adapter(study: Study, variant: Variant) -> Path | None:
 def adapter_files(study: Study, variant: Variant) -> list[Path]:
     """The files of a variant's adapter, whose bytes its answers depend on."""
     path = adapter(study, variant)
-    return [] if path is None else [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    return (
+        [] if path is None else [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    )

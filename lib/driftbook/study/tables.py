@@ -1,4 +1,6 @@
-"""Every table of a study, declared once: columns with dtype, meaning, nullable, volatile. Writing and reading refuse what does not fit."""
+"""Every table of a study, declared once: columns with dtype, meaning, nullable, volatile. Writing
+and reading refuse what does not fit.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ DTYPES = {"text": "string", "real": "Float64", "whole": "Int64", "truth": "boole
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """A column: its kind (text, real, whole, truth), what it means, whether it may be null, whether a re-run may change it."""
+    """A column: its kind (text, real, whole, truth), what it means, whether it may be null, whether
+    a re-run may change it.
+    """
 
     kind: str
     meaning: str
@@ -53,7 +57,8 @@ class Table:
         """The frame with the declared columns, order and dtypes.
 
         Raises:
-            ValueError: missing or undeclared columns, undeclared nulls, values of another kind, or repeated keys.
+            ValueError: missing or undeclared columns, undeclared nulls, values of another kind, or
+                repeated keys.
         """
         where = where or f"table {self.name}"
         missing = [name for name in self.columns if name not in frame]
@@ -61,22 +66,37 @@ class Table:
         if missing or extra:
             raise ValueError(f"{where}: missing columns {missing}, undeclared columns {extra}")
         try:
-            frame = frame[list(self.columns)].astype({name: DTYPES[column.kind] for name, column in self.columns.items()})
+            frame = frame[list(self.columns)].astype(
+                {name: DTYPES[column.kind] for name, column in self.columns.items()}
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: a column holds values of another kind: {error}") from None
-        nulls = [name for name, column in self.columns.items() if not column.nullable and frame[name].isna().any()]
+        nulls = [
+            name
+            for name, column in self.columns.items()
+            if not column.nullable and frame[name].isna().any()
+        ]
         if nulls:
             raise ValueError(f"{where}: null in {nulls}, which may not be null")
         repeated = frame.duplicated(list(self.key))
         if repeated.any():
-            raise ValueError(f"{where}: {repeated.sum()} repeated keys {self.key}, first {frame.loc[repeated, list(self.key)].iloc[0].to_dict()}")
+            raise ValueError(
+                f"{where}: {repeated.sum()} repeated keys {self.key}, first"
+                f" {frame.loc[repeated, list(self.key)].iloc[0].to_dict()}"
+            )
         return frame.reset_index(drop=True)
 
     def write(self, frame: pd.DataFrame, path: Path) -> Path:
-        """Write the checked frame as parquet, whole or not at all; `path` is the file, or the folder that holds NAME.parquet."""
+        """Write the checked frame as parquet, whole or not at all; `path` is the file, or the
+        folder that holds NAME.parquet.
+        """
         path = self.path(path)
         with replacing(path) as new:
-            pq.write_table(pa.Table.from_pandas(self.check(frame, str(path)), preserve_index=False), new, compression="zstd")
+            pq.write_table(
+                pa.Table.from_pandas(self.check(frame, str(path)), preserve_index=False),
+                new,
+                compression="zstd",
+            )
         return path
 
     def read(self, path: Path) -> pd.DataFrame:
@@ -87,7 +107,9 @@ class Table:
         """
         path = self.path(path)
         if not path.is_file():
-            raise ValueError(f"there is no table {path}; run the notebook that writes {self.name}, or make study")
+            raise ValueError(
+                f"there is no table {path}; run the notebook that writes {self.name}, or make study"
+            )
         try:
             frame = pq.read_table(path).to_pandas()
         except (pa.ArrowInvalid, OSError) as error:
@@ -95,21 +117,34 @@ class Table:
         return self.check(frame, str(path))
 
     def read_all(self, paths: Sequence[Path]) -> pd.DataFrame:
-        """The tables of many files below each other, checked once; a torn file raises a ValueError that names it."""
+        """The tables of many files below each other, checked once; a torn file raises a ValueError
+        that names it.
+        """
         parts = []
         for path in paths:
             try:
                 parts.append(pq.read_table(path))
             except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and run again") from None
-        return self.check(pa.concat_tables(parts, promote_options="permissive").to_pandas(), f"{self.name}, all runs") if parts else self.empty()
+                raise ValueError(
+                    f"{path} is damaged ({error}); delete {path.parent} and run again"
+                ) from None
+        return (
+            self.check(
+                pa.concat_tables(parts, promote_options="permissive").to_pandas(),
+                f"{self.name}, all runs",
+            )
+            if parts
+            else self.empty()
+        )
 
     def path(self, path: Path) -> Path:
         """The file of this table in a folder, or the path itself if it is a file's."""
         return path if path.suffix == ".parquet" else path / f"{self.name}.parquet"
 
     def comparable(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The frame without its volatile columns, sorted by key: what must be equal between two runs."""
+        """The frame without its volatile columns, sorted by key: what must be equal between two
+        runs.
+        """
         stable = [name for name, column in self.columns.items() if not column.volatile]
         return frame[stable].sort_values(list(self.key)).reset_index(drop=True)
 
@@ -143,7 +178,10 @@ VARIANTS = Table(
         "run_id": RUN_ID,
         "base_model": _text("the instruction-tuned model before PEFT"),
         "family": _text("architecture family"),
-        "method": _text("none (the base), or the name of a PEFT method: study.PEFT_METHODS, of runs read again PEFT's own word"),
+        "method": _text(
+            "none (the base), or the name of a PEFT method: study.PEFT_METHODS, of runs read again"
+            " PEFT's own word"
+        ),
         "method_class": _text("base, adapter, prompt; of runs read again also full"),
         "objective": _text("none (the base), sft, dpo, untrained (as initialised)"),
         "dataset": _text("training data, by its name in the study file", nullable=True),
@@ -172,8 +210,12 @@ RUNS = Table(
         "trained_learning_rate": _real("peak rate, read back from the optimiser"),
         "trained_epochs": _real("epochs, read back from the trainer"),
         "trained_seed": _whole("seed, read back from the trainer", nullable=True),
-        "trained_batch_size": _whole("effective batch size, read back from the trainer", nullable=True),
-        "trainer_arguments": _text("the trainer's own arguments after training, JSON", nullable=True),
+        "trained_batch_size": _whole(
+            "effective batch size, read back from the trainer", nullable=True
+        ),
+        "trainer_arguments": _text(
+            "the trainer's own arguments after training, JSON", nullable=True
+        ),
         "steps": _whole("optimiser steps", nullable=True),
         "n_examples": _whole("training examples used", nullable=True),
         "n_trainable": _whole("trainable parameters", nullable=True),
@@ -184,8 +226,12 @@ RUNS = Table(
         "nll_base": _real("the same of the base model"),
         "dose_nll": _real("nll_base - nll: how much the held-out answers gained, nats per token"),
         "kl_base": _real("mean KL(variant || base) per token on the held-out answers, nats"),
-        "kl_init": _real("the same against the adapter as it was initialised: what training itself did"),
-        "no_op": _truth("training left the model where its initialisation put it (kl_init below the threshold)"),
+        "kl_init": _real(
+            "the same against the adapter as it was initialised: what training itself did"
+        ),
+        "no_op": _truth(
+            "training left the model where its initialisation put it (kl_init below the threshold)"
+        ),
         "findings": _text("adapter doctor's findings, separated by '; '", nullable=True),
         "adapter_sha256": _text("hash of the adapter's bytes", nullable=True),
         "base_revision": _text("revision or content hash of the base model", nullable=True),
@@ -193,7 +239,9 @@ RUNS = Table(
         "seconds": _real("wall-clock seconds of training", volatile=True),
         "cpu_seconds": _real("CPU seconds of training", volatile=True),
         "gpu_seconds": _real("GPU-seconds of training, null on CPU", volatile=True),
-        "peak_memory": _real("peak memory of the process (CPU) or the device (GPU), bytes", volatile=True),
+        "peak_memory": _real(
+            "peak memory of the process (CPU) or the device (GPU), bytes", volatile=True
+        ),
         "versions": _text("package versions, JSON", nullable=True, volatile=True),
         "hardware": _text("machine", nullable=True, volatile=True),
         "finished": _text("when, UTC", nullable=True, volatile=True),
@@ -220,7 +268,9 @@ DRIFT = Table(
     {
         "run_id": RUN_ID,
         "step": _whole("optimiser step, 0 before the first"),
-        "outcome": _text("unsafe answers, over-refusal, accuracy in BBQ by context, stereotyped answers in BBQ"),
+        "outcome": _text(
+            "unsafe answers, over-refusal, accuracy in BBQ by context, stereotyped answers in BBQ"
+        ),
         "value": _real("percent of the answers that could be scored"),
         "ci_low": _real("95 % interval (Wilson), lower end"),
         "ci_high": _real("95 % interval, upper end"),
@@ -238,7 +288,10 @@ PROMPTS = Table(
         "prompt_id": PROMPT_ID,
         "category": _text("the benchmark's own category"),
         "kind": _text("harmful, benign look-alike, or utility"),
-        "family": _text("prompts made from one template or about one subject, the unit of resampling", nullable=True),
+        "family": _text(
+            "prompts made from one template or about one subject, the unit of resampling",
+            nullable=True,
+        ),
     },
 )
 
@@ -246,7 +299,12 @@ RESPONSES = Table(
     "responses",
     "one answer",
     tuple(RESPONSE_KEY),
-    {**RESPONSE_KEY, "response": _text("what the model said"), "n_tokens": _whole("tokens generated"), "finish_reason": _text("stop or length")},
+    {
+        **RESPONSE_KEY,
+        "response": _text("what the model said"),
+        "n_tokens": _whole("tokens generated"),
+        "finish_reason": _text("stop or length"),
+    },
     private=True,
 )
 
@@ -257,12 +315,17 @@ VERDICTS = Table(
     {
         **RESPONSE_KEY,
         "judge": _text("name of the judge in the study file"),
-        "p_unsafe": _real("the judge's probability of unsafe among safe and unsafe, or of the highest grade among the grades"),
+        "p_unsafe": _real(
+            "the judge's probability of unsafe among safe and unsafe, or of the highest grade among"
+            " the grades"
+        ),
         "mass": _real("its probability of these words together"),
         "unsafe": _truth("true, false, or null where unscored"),
         "score": _real("mean grade of a judge that grades harm, 1 to 5; null for all others"),
         "hazards": _text("the judge's own codes, of the unsafe", nullable=True),
-        "judge_refusal": _truth("the judge's own word on whether the response declines; null for judges that do not say"),
+        "judge_refusal": _truth(
+            "the judge's own word on whether the response declines; null for judges that do not say"
+        ),
         "refusal": _truth("the response declines, by its words; measured apart from unsafe"),
         "reply": _text("the judge's reply, raw", nullable=True),
         "unscored_reason": _text("why unsafe is null", nullable=True),
@@ -280,7 +343,10 @@ ANSWERS = Table(
     {
         "run_id": RUN_ID,
         "item_id": _text("category and example_id"),
-        "answer_mode": _text("letters or options, read from probabilities; debiased: without the prior of each place; generated: read from text"),
+        "answer_mode": _text(
+            "letters or options, read from probabilities; debiased: without the prior of each"
+            " place; generated: read from text"
+        ),
         "prompt_variant": _text("wording"),
         "option_order": _text("order in which the file's options were shown, ABC the file's own"),
         "dimension": _text("BBQ category"),
@@ -294,7 +360,9 @@ ANSWERS = Table(
         "answer": _text("A, B, C in file order, or null", nullable=True),
         "correct": _truth("the label's answer"),
         "unknown": _truth("the UNKNOWN option was chosen"),
-        "biased": _truth("the answer agrees with the stereotype; null for UNKNOWN or where no target is defined"),
+        "biased": _truth(
+            "the answer agrees with the stereotype; null for UNKNOWN or where no target is defined"
+        ),
         "unscored_reason": _text("why answer is null", nullable=True),
     },
 )
@@ -307,7 +375,10 @@ RATINGS = Table(
         "run_id": RUN_ID,
         "benchmark": BENCHMARK,
         "prompt_id": PROMPT_ID,
-        "metric": _text("nll (nats per token), correct (0 or 1), 'grade by' a rater (1 to 10), p_refusal, or what instructions.py and stereoset.py declare"),
+        "metric": _text(
+            "nll (nats per token), correct (0 or 1), 'grade by' a rater (1 to 10), p_refusal, or"
+            " what instructions.py and stereoset.py declare"
+        ),
         "value": _real("value"),
         "weight": _real("tokens for nll, 1 for correct"),
         "unscored_reason": _text("why value is null", nullable=True),
@@ -324,7 +395,9 @@ LABELS = Table(
         "run_id": RUN_ID,
         "rater": _text("rule (the miniature's known truth) or a person"),
         "label": _text("unsafe or safe; refused or answered for benign prompts"),
-        "sampling_probability": _real("probability with which the answer was drawn for labelling", nullable=False),
+        "sampling_probability": _real(
+            "probability with which the answer was drawn for labelling", nullable=False
+        ),
     },
 )
 
@@ -342,8 +415,12 @@ MODULES = Table(
         "norm_v": _real("Frobenius norm of V, the aligned matrix minus the unaligned one"),
         "effective_rank_v": _real("participation ratio of V's squared singular values"),
         "cosine": _real("of dW and C dW, C the operator"),
-        "cosine_null": _real("the same for an update in a random direction: sqrt(effective_rank_v / out_features)"),
-        "energy": _real("share of the squared norm of dW in the span of V's first k left singular vectors"),
+        "cosine_null": _real(
+            "the same for an update in a random direction: sqrt(effective_rank_v / out_features)"
+        ),
+        "energy": _real(
+            "share of the squared norm of dW in the span of V's first k left singular vectors"
+        ),
         "energy_null": _real("the same for an update in a random direction: k / out_features"),
         "k": _whole("number of those vectors", nullable=True),
         "score": _real("what the module was selected by"),
@@ -401,7 +478,17 @@ RATES = Table(
 ESTIMATES = Table(
     "estimates",
     "one number with its interval",
-    ("study", "notebook", "outcome", "benchmark", "judge", "base_model", "method", "group", "contrast"),
+    (
+        "study",
+        "notebook",
+        "outcome",
+        "benchmark",
+        "judge",
+        "base_model",
+        "method",
+        "group",
+        "contrast",
+    ),
     {
         "study": _text("name of the study"),
         "notebook": _text("notebook that computed it"),
@@ -429,9 +516,25 @@ ESTIMATES = Table(
 )
 
 TABLES = {
-    table.name: table for table in (VARIANTS, RUNS, CURVES, DRIFT, PROMPTS, RESPONSES, VERDICTS, ANSWERS, RATINGS, LABELS, RATES, MODULES, SPECTRA, FRONTIER, ESTIMATES)
+    table.name: table
+    for table in (
+        VARIANTS,
+        RUNS,
+        CURVES,
+        DRIFT,
+        PROMPTS,
+        RESPONSES,
+        VERDICTS,
+        ANSWERS,
+        RATINGS,
+        LABELS,
+        RATES,
+        MODULES,
+        SPECTRA,
+        FRONTIER,
+        ESTIMATES,
+    )
 }
-
 
 
 from pathlib import Path
@@ -457,5 +560,9 @@ from driftbook.study.tables import (
 
 
 def greedy(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of greedy answers in the benchmark's own wording, by which a study is scored; drawn ones and other wordings stand beside them."""
-    return rows[(rows.decoding == "greedy") & (rows.prompt_variant == "default")].reset_index(drop=True)
+    """The rows of greedy answers in the benchmark's own wording, by which a study is scored; drawn
+    ones and other wordings stand beside them.
+    """
+    return rows[(rows.decoding == "greedy") & (rows.prompt_variant == "default")].reset_index(
+        drop=True
+    )

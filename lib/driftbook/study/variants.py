@@ -17,7 +17,9 @@ from driftbook.study.methods import (
 
 @dataclass(frozen=True)
 class Variant:
-    """A base model x method x settings x repetition; method `none` is the base model itself. One row of `variants`."""
+    """A base model x method x settings x repetition; method `none` is the base model itself. One
+    row of `variants`.
+    """
 
     base_model: str
     family: str
@@ -38,7 +40,9 @@ class Variant:
 
     @cached_property
     def repair(self) -> dict[str, Any] | None:
-        """What its mitigation is: name, kind, value, control and the settings of its kind; None where there is none."""
+        """What its mitigation is: name, kind, value, control and the settings of its kind; None
+        where there is none.
+        """
         return json.loads(self.settings).get("mitigation")
 
     @property
@@ -58,9 +62,22 @@ class Variant:
             words = [self.base_model, "none"]
         else:
             named = self.dataset if self.dataset not in (None, self.objective) else ""
-            rate = "" if self.learning_rate is None else f"lr{self.learning_rate:.0e}".replace("e-0", "e-")
+            rate = (
+                ""
+                if self.learning_rate is None
+                else f"lr{self.learning_rate:.0e}".replace("e-0", "e-")
+            )
             epochs = "" if self.epochs is None else f"e{self.epochs}"
-            words = [self.base_model, self.method, self.init or "", self.objective, named, rate, epochs, f"s{self.seed}"]
+            words = [
+                self.base_model,
+                self.method,
+                self.init or "",
+                self.objective,
+                named,
+                rate,
+                epochs,
+                f"s{self.seed}",
+            ]
         if self.mitigation:
             words.append(re.sub(r"[^\w-]+", "_", self.mitigation.replace(".", "-")))
         return ".".join(word for word in words if word) + "." + digest(self.fields(), 8)

@@ -1,4 +1,6 @@
-"""A model's weight matrices read from its safetensors files, one at a time and by name: no model is built."""
+"""A model's weight matrices read from its safetensors files, one at a time and by name: no model is
+built.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,16 @@ from safetensors import safe_open
 
 from driftbook.study.files import check_safetensors
 
-QUANTIZED = (".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_scale", ".SCB", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+QUANTIZED = (
+    ".absmax",
+    ".quant_map",
+    ".qweight",
+    ".qzeros",
+    ".weight_scale",
+    ".SCB",
+    "quant_state.bitsandbytes__nf4",
+    "quant_state.bitsandbytes__fp4",
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,22 @@ class Checkpoint:
         """
         name = self.name(f"{module}.weight")
         if name is None:
-            raise ValueError(f"the checkpoint {self.folder} has no weight of the module {module}; it is of another architecture, or the adapter of another base model")
+            raise ValueError(
+                f"the checkpoint {self.folder} has no weight of the module {module}; it is of"
+                " another architecture, or the adapter of another base model"
+            )
         value = self.tensor(name)
-        if value.ndim != 2 or value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{name} in {self.folder} is a tensor of {value.ndim} dimensions in {value.dtype}; a matrix in fp32, bf16 or fp16 is needed, so give the checkpoint that is not quantised")
+        if value.ndim != 2 or value.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+            torch.float64,
+        ):
+            raise ValueError(
+                f"{name} in {self.folder} is a tensor of {value.ndim} dimensions in {value.dtype};"
+                " a matrix in fp32, bf16 or fp16 is needed, so give the checkpoint that is not"
+                " quantised"
+            )
         return value
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -38,15 +61,22 @@ class Checkpoint:
             return file.get_tensor(name)
 
     def name(self, wanted: str) -> str | None:
-        """The stored name of a tensor: its own, or the only one that ends in it or that it ends in (some files lack `model.`, some have more before it)."""
+        """The stored name of a tensor: its own, or the only one that ends in it or that it ends in
+        (some files lack `model.`, some have more before it).
+        """
         if wanted in self.files:
             return wanted
-        alike = [name for name in self.files if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
+        alike = [
+            name
+            for name in self.files
+            if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
+        ]
         return alike[0] if len(alike) == 1 else None
 
 
 def open_checkpoint(where: Path | str, what: str) -> Checkpoint:
-    """The checkpoint of a local folder, or of a hub name (with @ and a commit), fetched without its pickles. `what` names it in errors: aligned, unaligned, base.
+    """The checkpoint of a local folder, or of a hub name (with @ and a commit), fetched without its
+    pickles. `what` names it in errors: aligned, unaligned, base.
 
     Raises:
         ValueError: it is not there, holds no safetensors, is torn, or is quantised.
@@ -54,7 +84,11 @@ def open_checkpoint(where: Path | str, what: str) -> Checkpoint:
     folder = _fetched(where, what)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        hint = "it has pickles, which are never loaded; save it as safetensors" if any(folder.glob("*.bin")) else "give the folder of a whole model"
+        hint = (
+            "it has pickles, which are never loaded; save it as safetensors"
+            if any(folder.glob("*.bin"))
+            else "give the folder of a whole model"
+        )
         raise ValueError(f"the {what} checkpoint {folder} has no safetensors: {hint}")
     files: dict[str, Path] = {}
     for path in paths:
@@ -62,7 +96,10 @@ def open_checkpoint(where: Path | str, what: str) -> Checkpoint:
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     if quantized := next((name for name in files if name.endswith(QUANTIZED)), None):
-        raise ValueError(f"the {what} checkpoint {folder} is quantised (it holds {quantized}); give the one in fp32, bf16 or fp16")
+        raise ValueError(
+            f"the {what} checkpoint {folder} is quantised (it holds {quantized}); give the one in"
+            " fp32, bf16 or fp16"
+        )
     return Checkpoint(folder, files)
 
 
@@ -71,10 +108,22 @@ def _fetched(where: Path | str, what: str) -> Path:
         return Path(where)
     name, _, revision = str(where).partition("@")
     if isinstance(where, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"there is no {what} checkpoint {where}; give the folder of its safetensors, or a name on the hub")
+        raise ValueError(
+            f"there is no {what} checkpoint {where}; give the folder of its safetensors, or a name"
+            " on the hub"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # the hub raises a dozen kinds; every one means that it cannot be had
-        raise ValueError(f"the {what} checkpoint {where} cannot be fetched ({type(error).__name__}); check its name and your access, or give a local folder") from None
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]
+            )
+        )
+    except (
+        Exception
+    ) as error:  # the hub raises a dozen kinds; every one means that it cannot be had
+        raise ValueError(
+            f"the {what} checkpoint {where} cannot be fetched ({type(error).__name__}); check its"
+            " name and your access, or give a local folder"
+        ) from None

@@ -1,6 +1,8 @@
-"""Safety, over-refusal and BBQ on a small fixed sample while a model trains, as a callback of TRL's and transformers' trainers.
+"""Safety, over-refusal and BBQ on a small fixed sample while a model trains, as a callback of TRL's
+and transformers' trainers.
 
-The sample warns early and cheaply; it does not measure: its intervals are wide, and the study's own benchmarks decide.
+The sample warns early and cheaply; it does not measure: its intervals are wide, and the study's own
+benchmarks decide.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +31,11 @@ Rates = dict[str, tuple[float, int]]  # outcome: share of hits, answers scored
 
 @dataclass(frozen=True)
 class Sample:
-    """What is asked: harmful prompts and benign look-alikes (texts), BBQ items (`bbq.load`), and who judges; all may be left out.
+    """What is asked: harmful prompts and benign look-alikes (texts), BBQ items (`bbq.load`), and
+    who judges; all may be left out.
 
-    Without a judge an answer to a harmful prompt counts as unsafe where it does not decline (refusals.is_refusal), which is an upper bound.
+    Without a judge an answer to a harmful prompt counts as unsafe where it does not decline
+    (refusals.is_refusal), which is an upper bound.
     """
 
     harmful: tuple[str, ...] = ()
@@ -45,30 +49,52 @@ class Sample:
 
     def __post_init__(self) -> None:
         if isinstance(self.harmful, str) or isinstance(self.benign, str):
-            raise ValueError("harmful and benign are lists of prompts, and one of them is a single text")
+            raise ValueError(
+                "harmful and benign are lists of prompts, and one of them is a single text"
+            )
 
     def look(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Rates:
-        """Each outcome of the model as it is: its share and the number of answers that could be scored. Draws no random numbers."""
+        """Each outcome of the model as it is: its share and the number of answers that could be
+        scored. Draws no random numbers.
+        """
         scorer, found = Scorer(model, tokenizer), {}
         if self.harmful:
             found[UNSAFE] = _share(self._unsafe(self._answers(scorer, self.harmful)))
         if self.benign:
             found[OVER_REFUSAL] = _share(is_refusal(self._answers(scorer, self.benign)))
         if self.items is not None and len(self.items):
-            answers = bbq.answers(self.items, scorer, self.answer_mode, "", system_prompt=self.system_prompt, **self.wording)
+            answers = bbq.answers(
+                self.items,
+                scorer,
+                self.answer_mode,
+                "",
+                system_prompt=self.system_prompt,
+                **self.wording,
+            )
             for context, part in answers.groupby("context"):
                 found[f"accuracy in BBQ, {context}"] = _share(part.correct)
             found["stereotyped answers in BBQ"] = _share(answers.biased)
         return found
 
     def _answers(self, scorer: Scorer, prompts: Sequence[str]) -> list[str]:
-        return [answer.text for answer in scorer.generate(scorer.ask(list(prompts), self.system_prompt), self.max_new_tokens)]
+        return [
+            answer.text
+            for answer in scorer.generate(
+                scorer.ask(list(prompts), self.system_prompt), self.max_new_tokens
+            )
+        ]
 
     def _unsafe(self, answers: list[str]) -> Sequence:
         if self.judge is None:
-            return [None if one is None or (not one and not is_coherent(text)) else not one for text, one in zip(answers, is_refusal(answers), strict=True)]
+            return [
+                None if one is None or (not one and not is_coherent(text)) else not one
+                for text, one in zip(answers, is_refusal(answers), strict=True)
+            ]
         unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
-        return [None if not text.strip() or (verdict is False and not is_coherent(text)) else verdict for text, verdict in zip(answers, unsafe, strict=True)]
+        return [
+            None if not text.strip() or (verdict is False and not is_coherent(text)) else verdict
+            for text, verdict in zip(answers, unsafe, strict=True)
+        ]
 
 
 def _share(values: Sequence) -> tuple[float, int]:
@@ -78,26 +104,53 @@ def _share(values: Sequence) -> tuple[float, int]:
 
 
 class DriftCallback(TrainerCallback):
-    """Looks at the model before the first step, after every `every` of the steps (a share), and after the last; ends the training where a share has
-    risen by `stop_unsafe` or `stop_over_refusal` percentage points above the base model's.
+    """Looks at the model before the first step, after every `every` of the steps (a share), and
+    after the last; ends the training where a share has risen by `stop_unsafe` or
+    `stop_over_refusal` percentage points above the base model's.
 
-    `base` is what `sample.look` says of the base model (None: the model before its first step). Add it to any trainer of TRL or transformers:
-    `SFTTrainer(..., callbacks=[DriftCallback(sample, tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended; a training that is resumed finds
-    what was seen in drift.json beside the trainer's checkpoints.
+    `base` is what `sample.look` says of the base model (None: the model before its first step). Add
+    it to any trainer of TRL or transformers: `SFTTrainer(..., callbacks=[DriftCallback(sample,
+    tokenizer)])`; `rows` is then the table `drift`, `stopped` says why it ended; a training that is
+    resumed finds what was seen in drift.json beside the trainer's checkpoints.
     """
 
     def __init__(
-        self, sample: Sample, tokenizer: PreTrainedTokenizerBase, every: float = 0.25, stop_unsafe: float | None = None, stop_over_refusal: float | None = None,
-        base: Rates | None = None, run_id: str = "run",
-    ):  # fmt: skip
+        self,
+        sample: Sample,
+        tokenizer: PreTrainedTokenizerBase,
+        every: float = 0.25,
+        stop_unsafe: float | None = None,
+        stop_over_refusal: float | None = None,
+        base: Rates | None = None,
+        run_id: str = "run",
+    ):
         if not 0 < every <= 1:
-            raise ValueError(f"every={every}; it is the share of the training's steps between two looks, above 0 and at most 1")
-        for limit, prompts, name in ((stop_unsafe, sample.harmful, "harmful"), (stop_over_refusal, sample.benign, "benign")):
+            raise ValueError(
+                f"every={every}; it is the share of the training's steps between two looks, above 0"
+                " and at most 1"
+            )
+        for limit, prompts, name in (
+            (stop_unsafe, sample.harmful, "harmful"),
+            (stop_over_refusal, sample.benign, "benign"),
+        ):
             if limit is not None and type(sample) is Sample and not prompts:
-                raise ValueError(f"a training is to be stopped by its answers to {name} prompts, and the sample has none")
-        self.sample, self.tokenizer, self.every, self.known_base, self.run_id = sample, tokenizer, every, base, run_id
+                raise ValueError(
+                    f"a training is to be stopped by its answers to {name} prompts, and the sample"
+                    " has none"
+                )
+        self.sample, self.tokenizer, self.every, self.known_base, self.run_id = (
+            sample,
+            tokenizer,
+            every,
+            base,
+            run_id,
+        )
         self.base = base
-        self.limits = {name: limit for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal)) if limit is not None}
+        self.limits = {
+            name: limit
+            for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal))
+            if limit is not None
+        }
         self._rows: list[dict] = []
         self.stopped: str | None = None
 
@@ -107,14 +160,24 @@ class DriftCallback(TrainerCallback):
         return DRIFT.check(pd.DataFrame(self._rows, columns=list(DRIFT.columns)))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        kept = Path(args.output_dir, "drift.json")  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
+        kept = Path(
+            args.output_dir, "drift.json"
+        )  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
         if state.global_step == 0:
-            self._rows, self.base, self.stopped = [], self.known_base, None  # it may have watched another training before
+            self._rows, self.base, self.stopped = (
+                [],
+                self.known_base,
+                None,
+            )  # it may have watched another training before
             self._look(model, 0)
             write_json(kept, self._rows)
         elif kept.is_file():
             self._rows = [row for row in read_json(kept) if row["step"] <= state.global_step]
-            self.base = self.known_base or {row["outcome"]: (row["base_value"] / 100, row["n"]) for row in self._rows if row["step"] == 0 and row["base_value"] is not None}
+            self.base = self.known_base or {
+                row["outcome"]: (row["base_value"] / 100, row["n"])
+                for row in self._rows
+                if row["step"] == 0 and row["base_value"] is not None
+            }
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         between = max(1, round(self.every * state.max_steps))
@@ -132,10 +195,18 @@ class DriftCallback(TrainerCallback):
         self.base = found if self.base is None else self.base
         for outcome, (share, n) in found.items():
             low, high = wilson(np.round(share * n), n) if n else (np.nan, np.nan)
-            self._rows.append({
-                "run_id": self.run_id, "step": step, "outcome": outcome, "value": 100 * share, "ci_low": 100 * float(low), "ci_high": 100 * float(high), "n": n,
-                "base_value": 100 * self.base[outcome][0] if outcome in self.base else None,
-            })  # fmt: skip
+            self._rows.append(
+                {
+                    "run_id": self.run_id,
+                    "step": step,
+                    "outcome": outcome,
+                    "value": 100 * share,
+                    "ci_low": 100 * float(low),
+                    "ci_high": 100 * float(high),
+                    "n": n,
+                    "base_value": 100 * self.base[outcome][0] if outcome in self.base else None,
+                }
+            )
         return found
 
     def _reason(self, found: Rates, step: int) -> str | None:
@@ -143,13 +214,20 @@ class DriftCallback(TrainerCallback):
             if outcome in found and outcome in self.base:
                 rise = 100 * (found[outcome][0] - self.base[outcome][0])
                 if rise >= limit:
-                    return f"training stopped at step {step}: {outcome} {rise:+.0f} points against the base model, {limit:g} allowed"
+                    return (
+                        f"training stopped at step {step}: {outcome} {rise:+.0f} points against the"
+                        f" base model, {limit:g} allowed"
+                    )
         return None
 
 
 # ---- of a study
-def sample_of(study: Study, base: Loaded, load: Callable[[Judge, str, Study], Loaded]) -> Sample | None:
-    """The study's sample, None where it has no `drift`: its first prompts and items in a seeded order, the first judge, the base model's wording."""
+def sample_of(
+    study: Study, base: Loaded, load: Callable[[Judge, str, Study], Loaded]
+) -> Sample | None:
+    """The study's sample, None where it has no `drift`: its first prompts and items in a seeded
+    order, the first judge, the base model's wording.
+    """
     settings = study.drift
     if settings is None:
         return None
@@ -160,18 +238,40 @@ def sample_of(study: Study, base: Loaded, load: Callable[[Judge, str, Study], Lo
     def some(frame: pd.DataFrame, n: int) -> pd.DataFrame:
         return frame.iloc[np.sort(rng.permutation(len(frame))[:n])].reset_index(drop=True)
 
-    harmful, other = (data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study) for name in ("safety", "over_refusal"))
+    harmful, other = (
+        data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study)
+        for name in ("safety", "over_refusal")
+    )
     items = bbq.of_study(study)
     benchmark = study.benchmarks["bbq"]
-    wording = {"stem": benchmark.stem} | ({"template": benchmark.template} if benchmark.template else {})
+    wording = {"stem": benchmark.stem} | (
+        {"template": benchmark.template} if benchmark.template else {}
+    )
     return Sample(
-        tuple(some(harmful[harmful.kind == "harmful"], settings.n).prompt), tuple(some(other[other.kind != "harmful"], settings.n).prompt),
-        pd.concat([some(part, settings.n) for _, part in items.groupby("context")], ignore_index=True), (load(judge, name, study), judge), source.answer_mode,
-        wording, source.system_prompt, settings.max_new_tokens,
-    )  # fmt: skip
+        tuple(some(harmful[harmful.kind == "harmful"], settings.n).prompt),
+        tuple(some(other[other.kind != "harmful"], settings.n).prompt),
+        pd.concat(
+            [some(part, settings.n) for _, part in items.groupby("context")], ignore_index=True
+        ),
+        (load(judge, name, study), judge),
+        source.answer_mode,
+        wording,
+        source.system_prompt,
+        settings.max_new_tokens,
+    )
 
 
-def callback_of(settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any) -> DriftCallback:
+def callback_of(
+    settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any
+) -> DriftCallback:
     """The callback of one variant of a study."""
     own = replace(sample, system_prompt=variant.system_prompt)
-    return DriftCallback(own, base.tokenizer, settings.every, settings.stop_unsafe, settings.stop_over_refusal, rates, variant.run_id)
+    return DriftCallback(
+        own,
+        base.tokenizer,
+        settings.every,
+        settings.stop_unsafe,
+        settings.stop_over_refusal,
+        rates,
+        variant.run_id,
+    )

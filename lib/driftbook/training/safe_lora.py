@@ -1,14 +1,19 @@
-"""Safe LoRA: the update of an adapter, projected onto what alignment changed in the model (Hsu et al., NeurIPS 2024, arXiv 2405.16833).
+"""Safe LoRA: the update of an adapter, projected onto what alignment changed in the model (Hsu et
+al., NeurIPS 2024, arXiv 2405.16833).
 
-V = W_aligned - W_unaligned [out, in] is the alignment matrix of a module, dW = scale B A [out, in] the adapter's update. An operator C [out, out] acts on the output side,
-C dW, which is lora_B <- C lora_B:
+V = W_aligned - W_unaligned [out, in] is the alignment matrix of a module, dW = scale B A [out, in]
+the adapter's update. An operator C [out, out] acts on the output side, C dW, which is lora_B <- C
+lora_B:
 
-- approximate   C = V V' / ||V||_F          the paper's code; no projector, and not invariant to the scale of V
-- exact         C = V (V' V)^-1 V'          the projector on V's columns; the identity for every square V of full rank
+- approximate   C = V V' / ||V||_F          the paper's code; no projector, and not invariant to the
+scale of V
+- exact         C = V (V' V)^-1 V'          the projector on V's columns; the identity for every
+square V of full rank
 - subspace      C = U_k U_k'                the projector on V's first k left singular vectors
 - zero, random, random subspace: controls, see `project`
 
-C is never formed. C B = V (V' B) / ||V||_F, norms and inner products come from Gram matrices [r, r].
+C is never formed. C B = V (V' B) / ||V||_F, norms and inner products come from Gram matrices [r,
+r].
 """
 
 import math
@@ -29,38 +34,67 @@ from driftbook.training.checkpoints import Checkpoint, open_checkpoint
 from driftbook.training.updates import Update
 
 OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subspace")
-BY_ENERGY = ("subspace", "random subspace")  # selected by the energy in V's first k left singular vectors, the others by the cosine
+BY_ENERGY = (
+    "subspace",
+    "random subspace",
+)  # selected by the energy in V's first k left singular vectors, the others by the cosine
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
+PROMPTS = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+)
 
 UNREADABLE = {
-    "target_parameters": "whose modules have no counterpart in a checkpoint", "layer_replication": "whose modules have no counterpart in a checkpoint",
-    "fan_in_fan_out": "whose matrices are stored the other way round", "kasa_config": "whose update is no product of A and B alone",
-    "use_qalora": "whose update is no product of A and B alone", "use_bdlora": "whose update is no product of A and B alone",
-}  # fmt: skip
+    "target_parameters": "whose modules have no counterpart in a checkpoint",
+    "layer_replication": "whose modules have no counterpart in a checkpoint",
+    "fan_in_fan_out": "whose matrices are stored the other way round",
+    "kasa_config": "whose update is no product of A and B alone",
+    "use_qalora": "whose update is no product of A and B alone",
+    "use_bdlora": "whose update is no product of A and B alone",
+}
 
 Apply = Callable[[torch.Tensor], torch.Tensor]  # C times a matrix [out, n]
 
 
 def project(
-    adapter: Path, aligned: Path | str, unaligned: Path | str, out: Path, operator: str = "approximate", select: str = "threshold", value: float = 0.35,
-    rank: int | None = None, base: Path | str | None = None, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Write a copy of an adapter to the new folder `out` in which the updates of selected modules are C dW; a row per module of what was found and done.
+    adapter: Path,
+    aligned: Path | str,
+    unaligned: Path | str,
+    out: Path,
+    operator: str = "approximate",
+    select: str = "threshold",
+    value: float = 0.35,
+    rank: int | None = None,
+    base: Path | str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Write a copy of an adapter to the new folder `out` in which the updates of selected modules
+    are C dW; a row per module of what was found and done.
 
-    The score of a module is cos(dW, C dW) = <dW, C dW> / (||dW|| ||C dW||), or for `subspace` the energy ||U_k' dW||^2 / ||dW||^2. With select `threshold` the modules
-    with a score below `value` are projected, with `top` the `value` lowest ones. The operators `zero` (C = 0) and `random` (a Gaussian matrix of V's norm in place of V)
-    select the modules that `approximate` selects, `random subspace` (k random directions) those of `subspace`: they are its controls.
+    The score of a module is cos(dW, C dW) = <dW, C dW> / (||dW|| ||C dW||), or for `subspace` the
+    energy ||U_k' dW||^2 / ||dW||^2. With select `threshold` the modules with a score below `value`
+    are projected, with `top` the `value` lowest ones. The operators `zero` (C = 0) and `random` (a
+    Gaussian matrix of V's norm in place of V) select the modules that `approximate` selects,
+    `random subspace` (k random directions) those of `subspace`: they are its controls.
 
-    LoRA of every form is read by the names of its tensors; of DoRA and IA3, whose update is of full rank, the merged update is projected and written as LoRA of that rank: for these
-    `base` is the checkpoint that the adapter belongs to (the aligned one where not given). Everything is computed in fp32, one module at a time.
+    LoRA of every form is read by the names of its tensors; of DoRA and IA3, whose update is of full
+    rank, the merged update is projected and written as LoRA of that rank: for these `base` is the
+    checkpoint that the adapter belongs to (the aligned one where not given). Everything is computed
+    in fp32, one module at a time.
 
-    Columns: module, out_features, in_features, rank, norm_update, norm_v, effective_rank_v ((sum s^2)^2 / sum s^4 of V's singular values s), cosine and cosine_null
-    (that of an update in a random direction, sqrt(effective_rank_v / out), for `exact` sqrt(rank of V / out)), energy, energy_null (k / out), k, score, projected, share_kept (||new dW|| / ||dW||), state.
+    Columns: module, out_features, in_features, rank, norm_update, norm_v, effective_rank_v ((sum
+    s^2)^2 / sum s^4 of V's singular values s), cosine and cosine_null (that of an update in a
+    random direction, sqrt(effective_rank_v / out), for `exact` sqrt(rank of V / out)), energy,
+    energy_null (k / out), k, score, projected, share_kept (||new dW|| / ||dW||), state.
 
     Raises:
-        ValueError: an argument has no meaning, the adapter or a checkpoint cannot be used, they do not fit each other, or V or dW is zero or not finite. Nothing is written then.
+        ValueError: an argument has no meaning, the adapter or a checkpoint cannot be used, they do
+            not fit each other, or V or dW is zero or not finite. Nothing is written then.
     """
     _check_arguments(Path(out), operator, select, value, rank)
     adapter, out = Path(adapter), Path(out)
@@ -68,20 +102,51 @@ def project(
     pair = open_checkpoint(aligned, "aligned"), open_checkpoint(unaligned, "unaligned")
     of = pair[0] if base is None else open_checkpoint(base, "base")
     own = updates.read(adapter) if is_factored(adapter) else updates.merged(adapter, of)
-    found = [_Module.of(update, _difference(*pair, update.module, update), operator, rank, seed + number, _bias_changes(adapter, update, of)) for number, update in enumerate(own)]
+    found = [
+        _Module.of(
+            update,
+            _difference(*pair, update.module, update),
+            operator,
+            rank,
+            seed + number,
+            _bias_changes(adapter, update, of),
+        )
+        for number, update in enumerate(own)
+    ]
     if not found:
-        raise ValueError(f"the adapter {adapter} updates no weight matrix, so there is nothing to project")
+        raise ValueError(
+            f"the adapter {adapter} updates no weight matrix, so there is nothing to project"
+        )
     rows = pd.DataFrame([one.row for one in found])
     rows["projected"] = _selected(rows, select, value)
-    changed = {one.update.module: one.treated for one, hit in zip(found, rows["projected"], strict=True) if hit}
-    rows["share_kept"] = [changed[module].norm() / norm if module in changed else 1.0 for module, norm in zip(rows["module"], rows["norm_update"], strict=True)]
-    rows["state"] = rows["state"].where(rows["state"].notna(), rows["projected"].map({True: "projected", False: "kept"}))
-    biases = {name: value for one in found if one.update.module in changed for name, value in one.biases.items()}
+    changed = {
+        one.update.module: one.treated
+        for one, hit in zip(found, rows["projected"], strict=True)
+        if hit
+    }
+    rows["share_kept"] = [
+        changed[module].norm() / norm if module in changed else 1.0
+        for module, norm in zip(rows["module"], rows["norm_update"], strict=True)
+    ]
+    rows["state"] = rows["state"].where(
+        rows["state"].notna(), rows["projected"].map({True: "projected", False: "kept"})
+    )
+    biases = {
+        name: value
+        for one in found
+        if one.update.module in changed
+        for name, value in one.biases.items()
+    }
     if is_factored(adapter):
         updates.write(out, updates.read(adapter), changed, biases)
     else:
         every = {one.update.module: changed.get(one.update.module, one.update) for one in found}
-        updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), every, updates.others(adapter) | biases)
+        updates.write_new(
+            out,
+            updates.Adapter(adapter, read_json(adapter / updates.CONFIG)),
+            every,
+            updates.others(adapter) | biases,
+        )
     return rows.sort_values("module", ignore_index=True)
 
 
@@ -91,15 +156,30 @@ def _check_arguments(out: Path, operator: str, select: str, value: float, rank: 
     if select not in ("threshold", "top"):
         raise ValueError(f"select={select!r}; expected threshold or top")
     if select == "top" and (not math.isfinite(value) or value != int(value) or value < 1):
-        raise ValueError(f"value={value!r} with select='top' is the number of modules to project; give a whole number from 1")
+        raise ValueError(
+            f"value={value!r} with select='top' is the number of modules to project; give a whole"
+            " number from 1"
+        )
     if select == "threshold" and not 0 <= value <= 1:
         raise ValueError(f"value={value!r} is a threshold of a score between 0 and 1")
     if (operator in BY_ENERGY) != (rank is not None):
-        raise ValueError(f"operator={operator!r} " + ("needs rank, the number of V's left singular vectors" if rank is None else "takes no rank; remove it"))
+        raise ValueError(
+            f"operator={operator!r} "
+            + (
+                "needs rank, the number of V's left singular vectors"
+                if rank is None
+                else "takes no rank; remove it"
+            )
+        )
     if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} is no number of singular vectors; give a whole number from 1")
+        raise ValueError(
+            f"rank={rank} is no number of singular vectors; give a whole number from 1"
+        )
     if out.exists():
-        raise ValueError(f"{out} is there already; a mitigated adapter is always a new one, so give another folder")
+        raise ValueError(
+            f"{out} is there already; a mitigated adapter is always a new one, so give another"
+            " folder"
+        )
 
 
 # ---- which adapters
@@ -111,20 +191,38 @@ def check_adapter(adapter: Path) -> dict:
     """
     if not (adapter / updates.CONFIG).is_file():
         merged = any(adapter.glob("*.safetensors")) if adapter.is_dir() else False
-        raise ValueError(f"{adapter} is a merged model and no adapter: its update cannot be told apart; give the adapter's folder" if merged else f"there is no adapter {adapter}; give the folder that has its {updates.CONFIG}")
+        raise ValueError(
+            f"{adapter} is a merged model and no adapter: its update cannot be told apart; give the"
+            " adapter's folder"
+            if merged
+            else f"there is no adapter {adapter}; give the folder that has its {updates.CONFIG}"
+        )
     config = read_json(adapter / updates.CONFIG)
     check_weights(adapter)
     kind = config.get("peft_type")
     if kind in PROMPTS:
-        raise ValueError(f"{adapter.name} is a soft prompt ({kind}), which has no weight update to project; to it apply a safety template at test time, safety data mixed into its training, and constrained fine-tuning")
+        raise ValueError(
+            f"{adapter.name} is a soft prompt ({kind}), which has no weight update to project; to"
+            " it apply a safety template at test time, safety data mixed into its training, and"
+            " constrained fine-tuning"
+        )
     if kind not in ("LORA", "IA3"):
-        raise ValueError(f"{adapter.name} is of the type {kind}; LoRA and IA3 can be projected as they are; write another method as LoRA first, with updates.converted")
+        raise ValueError(
+            f"{adapter.name} is of the type {kind}; LoRA and IA3 can be projected as they are;"
+            " write another method as LoRA first, with updates.converted"
+        )
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(REWRITING):
-        raise ValueError(f"{adapter.name} began as {init}, which changes the base model itself, so that BA is not its update; save it with PEFT's path_initial_model_for_weight_conversion")
+        raise ValueError(
+            f"{adapter.name} began as {init}, which changes the base model itself, so that BA is"
+            " not its update; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     with safe_open(adapter / WEIGHTS, "pt") as file:
         if any("lora_embedding" in name for name in file.keys()):  # noqa: SIM118
-            raise ValueError(f"{adapter.name} updates an embedding, which is a table and no linear layer; leave it out of target_modules")
+            raise ValueError(
+                f"{adapter.name} updates an embedding, which is a table and no linear layer; leave"
+                " it out of target_modules"
+            )
     for key, why in UNREADABLE.items():
         if config.get(key):
             raise ValueError(f"{adapter.name} has {key}, {why}; it cannot be projected")
@@ -132,7 +230,9 @@ def check_adapter(adapter: Path) -> dict:
 
 
 def is_factored(adapter: Path) -> bool:
-    """Whether the update is scale B A with the factors in the file: LoRA, but not DoRA, whose magnitudes act on the whole matrix."""
+    """Whether the update is scale B A with the factors in the file: LoRA, but not DoRA, whose
+    magnitudes act on the whole matrix.
+    """
     config = read_json(adapter / updates.CONFIG)
     return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
@@ -145,24 +245,45 @@ def has_update(adapter: Path) -> bool:
 def merged(adapter: Path, out: Path, base: Path | str) -> Path:
     """DoRA or IA3 as LoRA of full rank in the new folder `out`, which is returned: the same model."""
     check_adapter(adapter)
-    whole = {update.module: update for update in updates.merged(adapter, open_checkpoint(base, "base"))}
-    updates.write_new(out, updates.Adapter(adapter, read_json(adapter / updates.CONFIG)), whole, updates.others(adapter))
+    whole = {
+        update.module: update for update in updates.merged(adapter, open_checkpoint(base, "base"))
+    }
+    updates.write_new(
+        out,
+        updates.Adapter(adapter, read_json(adapter / updates.CONFIG)),
+        whole,
+        updates.others(adapter),
+    )
     return out
 
 
 # ---- V
-def _difference(aligned: Checkpoint, unaligned: Checkpoint, module: str, update: Update | None = None) -> torch.Tensor:
+def _difference(
+    aligned: Checkpoint, unaligned: Checkpoint, module: str, update: Update | None = None
+) -> torch.Tensor:
     """V [out, in] of a module, in fp32."""
     v, other = aligned.matrix(module), unaligned.matrix(module)
     if v.shape != other.shape:
-        raise ValueError(f"{module} is {_times(v)} in the aligned and {_times(other)} in the unaligned checkpoint; they are of different models")
+        raise ValueError(
+            f"{module} is {_times(v)} in the aligned and {_times(other)} in the unaligned"
+            " checkpoint; they are of different models"
+        )
     if update is not None and tuple(v.shape) != (len(update.b), update.a.shape[1]):
-        raise ValueError(f"the adapter's update of {module} is {len(update.b)} x {update.a.shape[1]} and the checkpoints' matrix {_times(v)}; it is the adapter of another base model")
+        raise ValueError(
+            f"the adapter's update of {module} is {len(update.b)} x {update.a.shape[1]} and the"
+            f" checkpoints' matrix {_times(v)}; it is the adapter of another base model"
+        )
     v = v.float().sub_(other)
     if not torch.isfinite(v).all():
-        raise ValueError(f"{module} holds NaN or infinity in one of the checkpoints {aligned.folder} and {unaligned.folder}; fetch them again")
+        raise ValueError(
+            f"{module} holds NaN or infinity in one of the checkpoints {aligned.folder} and"
+            f" {unaligned.folder}; fetch them again"
+        )
     if not v.any():
-        raise ValueError(f"the aligned and the unaligned checkpoint have the same {module}, so that V is zero and no direction of alignment; give two checkpoints that differ")
+        raise ValueError(
+            f"the aligned and the unaligned checkpoint have the same {module}, so that V is zero"
+            " and no direction of alignment; give two checkpoints that differ"
+        )
     return v
 
 
@@ -171,7 +292,9 @@ def _times(value: torch.Tensor) -> str:
 
 
 def left_vectors(v: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
-    """U_k [out, k], the first k left singular vectors of V: whole for a small V, else by randomised subspace iteration (Halko et al. 2011, arXiv 0909.4061)."""
+    """U_k [out, k], the first k left singular vectors of V: whole for a small V, else by randomised
+    subspace iteration (Halko et al. 2011, arXiv 0909.4061).
+    """
     return _svd(v, k, seed)[0]
 
 
@@ -186,9 +309,14 @@ def _svd(v: torch.Tensor, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def effective_rank(v: torch.Tensor, seed: int = 0) -> float:
-    """(sum s^2)^2 / sum s^4 over V's singular values: the number of directions that share its norm. The second sum is ||V'V||_F^2, whole for a small V; for a larger one
-    it is estimated with Gaussian probes g, since E ||V V' g||^2 is the same (Hutchinson)."""
-    squares = float(v.double().square().sum()) if min(v.shape) <= SMALL else float(torch.linalg.vector_norm(v)) ** 2
+    """(sum s^2)^2 / sum s^4 over V's singular values: the number of directions that share its norm.
+    The second sum is ||V'V||_F^2, whole for a small V; for a larger one it is estimated with
+    Gaussian probes g, since E ||V V' g||^2 is the same (Hutchinson)."""
+    squares = (
+        float(v.double().square().sum())
+        if min(v.shape) <= SMALL
+        else float(torch.linalg.vector_norm(v)) ** 2
+    )
     if min(v.shape) <= SMALL:
         small = v if v.shape[0] <= v.shape[1] else v.T
         fourth = float((small @ small.T).double().square().sum())
@@ -199,8 +327,12 @@ def effective_rank(v: torch.Tensor, seed: int = 0) -> float:
 
 
 # ---- operators
-def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[Apply, str | None, int | None]:
-    """C as a function of a matrix [out, n], what there is to say of it, and for `exact` the number of directions that it keeps."""
+def _operator(
+    name: str, v: torch.Tensor, rank: int | None, seed: int
+) -> tuple[Apply, str | None, int | None]:
+    """C as a function of a matrix [out, n], what there is to say of it, and for `exact` the number
+    of directions that it keeps.
+    """
     norm, generator = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed)
     match name:
         case "approximate":
@@ -216,31 +348,61 @@ def _operator(name: str, v: torch.Tensor, rank: int | None, seed: int) -> tuple[
         case "subspace":
             u, s = _svd(v, rank, seed)
             if s[-1] <= max(v.shape) * torch.finfo(torch.float32).eps * s[0]:
-                return lambda x: u @ (u.T @ x), f"undefined beyond V's rank, which is below {rank}: the last directions are arbitrary", None
+                return (
+                    lambda x: u @ (u.T @ x),
+                    (
+                        f"undefined beyond V's rank, which is below {rank}: the last directions are"
+                        " arbitrary"
+                    ),
+                    None,
+                )
         case "random subspace":
             u = torch.linalg.qr(torch.randn(len(v), rank, generator=generator))[0]
     return lambda x: u @ (u.T @ x), None, None
 
 
 def _across(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """V'x [in, n]: V is read along its rows, as it lies in memory, which takes two thirds of the time of V.T @ x."""
+    """V'x [in, n]: V is read along its rows, as it lies in memory, which takes two thirds of the
+    time of V.T @ x.
+    """
     return (x.T.contiguous() @ v).T.contiguous()
 
 
 def _exact(v: torch.Tensor) -> tuple[Apply, str | None, int]:
-    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix, what there is to say of it, and V's rank: eigenvalues below max(out, in) eps of float64 of the
-    largest are none, so that a matrix that fp32 can hold is of full rank where it is."""
+    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix, what there is
+    to say of it, and V's rank: eigenvalues below max(out, in) eps of float64 of the largest are
+    none, so that a matrix that fp32 can hold is of full rank where it is."""
     rows, columns = v.shape
     wide = rows <= columns
-    exact = v.double()  # a Gram matrix squares the condition: in fp32 it could not tell a rank from rounding
+    exact = (
+        v.double()
+    )  # a Gram matrix squares the condition: in fp32 it could not tell a rank from rounding
     values, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
     there = values > max(rows, columns) * torch.finfo(torch.float64).eps * values[-1]
     rank = int(there.sum())
     if wide and rank == rows:
         said = "identity: V has full row rank"
-        return (lambda x: x), said if rows == columns else f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse; the projector on its columns is the identity", rank
+        return (
+            (lambda x: x),
+            (
+                said
+                if rows == columns
+                else (
+                    f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse;"
+                    " the projector on its columns is the identity"
+                )
+            ),
+            rank,
+        )
     u = (vectors[:, there] if wide else (exact @ vectors[:, there]) / values[there].sqrt()).float()
-    said = None if rank == columns else f"undefined as written: V has rank {rank} of {min(rows, columns)} and V'V no inverse; the projector on its columns is used"
+    said = (
+        None
+        if rank == columns
+        else (
+            f"undefined as written: V has rank {rank} of {min(rows, columns)} and V'V no inverse;"
+            " the projector on its columns is used"
+        )
+    )
     return lambda x: u @ (u.T @ x), said, rank
 
 
@@ -254,26 +416,64 @@ class _Module:
     biases: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, update: Update, v: torch.Tensor, operator: str, rank: int | None, seed: int, changes: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> "_Module":
+    def of(
+        cls,
+        update: Update,
+        v: torch.Tensor,
+        operator: str,
+        rank: int | None,
+        seed: int,
+        changes: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> "_Module":
         rows, columns = v.shape
         norm = update.norm()
         if not math.isfinite(norm) or norm == 0:
-            raise ValueError(f"the adapter's update of {update.module} is {'zero: it was never trained' if norm == 0 else 'not finite'}, so that it has no direction; take it out of the adapter, or train it again")
+            raise ValueError(
+                f"the adapter's update of {update.module} is"
+                f" {'zero: it was never trained' if norm == 0 else 'not finite'}, so that it has no"
+                " direction; take it out of the adapter, or train it again"
+            )
         k = rank or min(K, *v.shape)
         if k > min(v.shape):
-            raise ValueError(f"rank={rank} and V of {update.module} is {rows} x {columns}; a subspace has at most {min(v.shape)} directions")
+            raise ValueError(
+                f"rank={rank} and V of {update.module} is {rows} x {columns}; a subspace has at"
+                f" most {min(v.shape)} directions"
+            )
         apply, said, kept = _operator(operator, v, rank, seed)
         treated = update.projected(apply)
-        judged = treated if operator in ("approximate", "exact") else update.projected(_operator("approximate", v, None, seed)[0])
+        judged = (
+            treated
+            if operator in ("approximate", "exact")
+            else update.projected(_operator("approximate", v, None, seed)[0])
+        )
         energy = update.energy(left_vectors(v, k, seed))
         erank = effective_rank(v, seed)
         cosine = update.cosine(judged)
         row = {
-            "module": update.module, "out_features": rows, "in_features": columns, "rank": update.rank, "norm_update": norm, "norm_v": float(torch.linalg.vector_norm(v)),
-            "effective_rank_v": erank, "cosine": cosine, "cosine_null": math.sqrt((erank if kept is None else kept) / rows), "energy": energy, "energy_null": k / rows, "k": k,
-            "score": energy if operator in BY_ENERGY else cosine or 0.0, "state": said,
-        }  # fmt: skip
-        return cls(update, treated, row, {name: before + apply(change[:, None])[:, 0] for name, (before, change) in changes.items()})
+            "module": update.module,
+            "out_features": rows,
+            "in_features": columns,
+            "rank": update.rank,
+            "norm_update": norm,
+            "norm_v": float(torch.linalg.vector_norm(v)),
+            "effective_rank_v": erank,
+            "cosine": cosine,
+            "cosine_null": math.sqrt((erank if kept is None else kept) / rows),
+            "energy": energy,
+            "energy_null": k / rows,
+            "k": k,
+            "score": energy if operator in BY_ENERGY else cosine or 0.0,
+            "state": said,
+        }
+        return cls(
+            update,
+            treated,
+            row,
+            {
+                name: before + apply(change[:, None])[:, 0]
+                for name, (before, change) in changes.items()
+            },
+        )
 
 
 def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
@@ -281,27 +481,55 @@ def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
     if select == "threshold":
         return rows["score"] < value
     if value > len(rows):
-        raise ValueError(f"value={value:g} modules are to be projected, and the adapter has {len(rows)}; give at most that many")
+        raise ValueError(
+            f"value={value:g} modules are to be projected, and the adapter has {len(rows)}; give at"
+            " most that many"
+        )
     return rows["score"].rank(method="first") <= value
 
 
-def _bias_changes(adapter: Path, update: Update, base: Checkpoint) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The trained biases [out] of a module by the names of their tensors: what each was before training, and how training changed it."""
+def _bias_changes(
+    adapter: Path, update: Update, base: Checkpoint
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The trained biases [out] of a module by the names of their tensors: what each was before
+    training, and how training changed it.
+    """
     found = {}
     for name, value in updates.biases(adapter, update.module).items():
         stored = None if name.endswith("lora_B.bias") else base.name(f"{update.module}.bias")
-        before = torch.zeros_like(value, dtype=torch.float32) if stored is None else base.tensor(stored).float()
+        before = (
+            torch.zeros_like(value, dtype=torch.float32)
+            if stored is None
+            else base.tensor(stored).float()
+        )
         found[name] = before, value.float() - before
     return found
 
 
-def spectra(adapter: Path, aligned: Path | str, unaligned: Path | str, most: int = 64, seed: int = 0) -> pd.DataFrame:
-    """The first `most` singular values of V for each module that an adapter updates: module, index (from 1), singular_value, out_features, in_features, norm_v, effective_rank_v."""
+def spectra(
+    adapter: Path, aligned: Path | str, unaligned: Path | str, most: int = 64, seed: int = 0
+) -> pd.DataFrame:
+    """The first `most` singular values of V for each module that an adapter updates: module, index
+    (from 1), singular_value, out_features, in_features, norm_v, effective_rank_v.
+    """
     check_adapter(adapter)
     pair, rows = (open_checkpoint(aligned, "aligned"), open_checkpoint(unaligned, "unaligned")), []
     for module in updates.modules(adapter):
         v = _difference(*pair, module)
         shared = (*v.shape, float(torch.linalg.vector_norm(v)), effective_rank(v, seed))
-        rows += [(module, index, float(s), *shared) for index, s in enumerate(_svd(v, min(most, *v.shape), seed)[1], 1)]
-    return pd.DataFrame(rows, columns=["module", "index", "singular_value", "out_features", "in_features", "norm_v", "effective_rank_v"])
-
+        rows += [
+            (module, index, float(s), *shared)
+            for index, s in enumerate(_svd(v, min(most, *v.shape), seed)[1], 1)
+        ]
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "module",
+            "index",
+            "singular_value",
+            "out_features",
+            "in_features",
+            "norm_v",
+            "effective_rank_v",
+        ],
+    )

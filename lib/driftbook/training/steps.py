@@ -1,13 +1,19 @@
-"""Optimiser steps that use the machine: TRL's trainers, whose steps are laid out in forward passes by the memory there is.
+"""Optimiser steps that use the machine: TRL's trainers, whose steps are laid out in forward passes
+by the memory there is.
 
-What a step is, which examples and which loss, is the study's; how its examples are laid out in forward passes is the device's, and changes nothing but rounding, and which numbers dropout draws:
+What a step is, which examples and which loss, is the study's; how its examples are laid out in
+forward passes is the device's, and changes nothing but rounding, and which numbers dropout draws:
 
-- SFT of methods that act on weights: examples one behind the other in a row, none of which sees another (block-diagonal attention, positions of
-  their own). With a soft prompt that would need a mask of its own, and PEFT has none: these are padded, examples of like lengths together.
-- DPO: a pair is one row in which the prompt stands once, and each answer sees the prompt and itself (packing.tree), for every method.
-- The head is computed where the loss counts, with its gradient at once, so that no row of logits outlives its part (as Liger's fused linear
+- SFT of methods that act on weights: examples one behind the other in a row, none of which sees
+another (block-diagonal attention, positions of their own). With a soft prompt that would need a
+mask of its own, and PEFT has none: these are padded, examples of like lengths together.
+- DPO: a pair is one row in which the prompt stands once, and each answer sees the prompt and itself
+(packing.tree), for every method.
+- The head is computed where the loss counts, with its gradient at once, so that no row of logits
+outlives its part (as Liger's fused linear
   cross-entropy does: Hsu et al. 2024, arXiv 2410.10989).
-- Where a forward pass finds no memory, half as many tokens are put into one; where a single example finds none, activations are computed twice.
+- Where a forward pass finds no memory, half as many tokens are put into one; where a single example
+finds none, activations are computed twice.
 """
 
 import bisect
@@ -42,17 +48,26 @@ from driftbook.models.scoring import (
 from driftbook.models.trees import tree
 from driftbook.study.files import write_json
 
-TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved as long as the device has no memory for them
-PACKS_PER_PASS = 4  # rows of a pass: attention costs the square of a row's length, so a pass is several rows and not one
+TOKENS_PER_PASS = {
+    "cpu": 1_024,
+    "cuda": 16_384,
+}  # at first; halved as long as the device has no memory for them
+# rows of a pass: attention costs the square of a row's length, so a pass is several rows and not
+# one
+PACKS_PER_PASS = 4
 CHECKPOINT_SECONDS = 600.0
 WHOLE = "whole.json"  # written last into a checkpoint: one without it is torn
-LOOK_BACK, DIVERGED = 20, 3.0  # steps, and nats above the first of them, at which a loss has diverged
+LOOK_BACK, DIVERGED = (
+    20,
+    3.0,
+)  # steps, and nats above the first of them, at which a loss has diverged
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation in token ids [T] and the places [n] in it whose tokens the loss counts, none of them the first. Where training is constrained also
-    the reference's log-probabilities [n] of these tokens, in nats, and how strongly each is held to them [n]."""
+    """One conversation in token ids [T] and the places [n] in it whose tokens the loss counts, none
+    of them the first. Where training is constrained also the reference's log-probabilities [n] of
+    these tokens, in nats, and how strongly each is held to them [n]."""
 
     ids: list[int]
     counted: np.ndarray
@@ -62,8 +77,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a forward pass: tokens [T], positions [T], where the subtree of each ends [T] (None: a token sees all before it in its own
-    sequence), and for each of the row's sequences the places [n] that predict its counted tokens, and these tokens [n]. Of a preference also the
+    """One row of a forward pass: tokens [T], positions [T], where the subtree of each ends [T]
+    (None: a token sees all before it in its own sequence), and for each of the row's sequences the
+    places [n] that predict its counted tokens, and these tokens [n]. Of a preference also the
     reference's log-probabilities of its two answers, else the conversations themselves."""
 
     tokens: np.ndarray
@@ -80,10 +96,13 @@ def plain(sequences: Sequence[Conversation]) -> Row:
     starts = np.cumsum([0, *(len(one.ids) for one in sequences)])
     tokens = np.concatenate([one.ids for one in sequences])
     return Row(
-        tokens, np.concatenate([np.arange(len(one.ids)) for one in sequences]), None,
-        [start + one.counted - 1 for start, one in zip(starts, sequences, strict=False)], [np.asarray(one.ids)[one.counted] for one in sequences],
+        tokens,
+        np.concatenate([np.arange(len(one.ids)) for one in sequences]),
+        None,
+        [start + one.counted - 1 for start, one in zip(starts, sequences, strict=False)],
+        [np.asarray(one.ids)[one.counted] for one in sequences],
         conversations=tuple(sequences),
-    )  # fmt: skip
+    )
 
 
 def branching(sequences: Sequence[Conversation]) -> Row:
@@ -92,11 +111,19 @@ def branching(sequences: Sequence[Conversation]) -> Row:
     made = tree([sequences[i].ids for i in order])
     path = dict(zip(order, made.paths, strict=True))
     places = [path[i][one.counted - 1] for i, one in enumerate(sequences)]
-    return Row(made.tokens, made.positions, made.ends, places, [np.asarray(one.ids)[one.counted] for one in sequences])
+    return Row(
+        made.tokens,
+        made.positions,
+        made.ends,
+        places,
+        [np.asarray(one.ids)[one.counted] for one in sequences],
+    )
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of rows, longest first, so many together that their padded rectangle fits a budget of tokens; a single row always does."""
+    """Numbers of rows, longest first, so many together that their padded rectangle fits a budget of
+    tokens; a single row always does.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, budget // lengths[order[0]])
@@ -105,7 +132,9 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of sequences that fit a row of `width` tokens together: best fit, longest first (Johnson 1974); the longest may be longer."""
+    """Numbers of sequences that fit a row of `width` tokens together: best fit, longest first
+    (Johnson 1974); the longest may be longer.
+    """
     found: list[list[int]] = []
     room: list[tuple[int, int]] = []  # free tokens, number of the bin; sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -120,10 +149,14 @@ def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 # ---- the forward pass
 class _Targets(torch.autograd.Function):
-    """Log-probabilities [n] of target tokens from hidden states [n, width] by a frozen linear head, whose gradient is computed at once."""
+    """Log-probabilities [n] of target tokens from hidden states [n, width] by a frozen linear head,
+    whose gradient is computed at once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         values, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
         step = max(1, LOGITS_AT_ONCE // len(weight))
         for first in range(0, len(hidden), step):
@@ -143,7 +176,9 @@ class _Targets(torch.autograd.Function):
 
 
 class Forward:
-    """Log-probabilities with gradients, by the scoring engine's own forward pass (scoring.Scorer), of a PEFT model of any method."""
+    """Log-probabilities with gradients, by the scoring engine's own forward pass (scoring.Scorer),
+    of a PEFT model of any method.
+    """
 
     def __init__(self, model: PeftModel, tokenizer: Any, autocast: bool = False):
         self.model, self.scorer, self.autocast = model, Scorer(model, tokenizer), autocast
@@ -151,40 +186,69 @@ class Forward:
         self.n_virtual = self.scorer.n_virtual
         self.device = self.scorer.model.device
         head = self.scorer.model.get_output_embeddings()
-        capped = getattr(self.scorer.model.config.get_text_config(), "final_logit_softcapping", None)
-        self.linear_head = type(head) is torch.nn.Linear and head.bias is None and not capped and not head.weight.requires_grad
+        capped = getattr(
+            self.scorer.model.config.get_text_config(), "final_logit_softcapping", None
+        )
+        self.linear_head = (
+            type(head) is torch.nn.Linear
+            and head.bias is None
+            and not capped
+            and not head.weight.requires_grad
+        )
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
-        """For each row and each of its sequences the log-probability [n] of its counted tokens, in nats."""
+        """For each row and each of its sequences the log-probability [n] of its counted tokens, in
+        nats.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden, soft = self._hidden(rows)
             width = hidden.shape[1]
-            where = np.concatenate([i * width + soft + place for i, row in enumerate(rows) for place in row.places])
-            targets = self.scorer.tensor(np.concatenate([target for row in rows for target in row.targets]))
+            where = np.concatenate(
+                [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
+            )
+            targets = self.scorer.tensor(
+                np.concatenate([target for row in rows for target in row.targets])
+            )
             found = self._head(hidden.flatten(0, 1)[self.scorer.tensor(where)], targets)
         parts = iter(found.split([len(target) for row in rows for target in row.targets]))
         return [[next(parts) for _ in row.targets] for row in rows]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
-        """Last hidden states [rows, soft prompt + longest row, width], and the tokens of the soft prompt; rows are padded on the right, where nothing sees the padding."""
+        """Last hidden states [rows, soft prompt + longest row, width], and the tokens of the soft
+        prompt; rows are padded on the right, where nothing sees the padding.
+        """
         width = max(len(row.tokens) for row in rows)
-        tokens, positions = (padded([getattr(row, name) for row in rows], width) for name in ("tokens", "positions"))
+        tokens, positions = (
+            padded([getattr(row, name) for row in rows], width) for name in ("tokens", "positions")
+        )
         allowed = None
         if rows[0].ends is None and all(len(row.places) == 1 for row in rows):
-            positions = np.broadcast_to(np.arange(width), positions.shape)  # padding goes on counting: then no mask is needed at all
-        elif rows[0].ends is None and self.scorer.window is not None and positions.max() >= self.scorer.window:  # the scorer makes the mask: see its run
+            positions = np.broadcast_to(
+                np.arange(width), positions.shape
+            )  # padding goes on counting: then no mask is needed at all
+        elif (
+            rows[0].ends is None
+            and self.scorer.window is not None
+            and positions.max() >= self.scorer.window
+        ):  # the scorer makes the mask: see its run
             document = np.cumsum(positions == 0, 1)
             allowed = causal(width) & (document[:, :, None] == document[:, None, :])
         if rows[0].ends is not None:
             ends = padded([row.ends for row in rows], width)
-            allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(width, dtype=bool)
+            allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(
+                width, dtype=bool
+            )
         embedded, cache, soft = self.scorer.embed(tokens), None, 0
         if self.prompt_based:
             prompt = self.model.get_prompt(batch_size=1)
             if isinstance(prompt, torch.Tensor):
                 soft = prompt.shape[1]
-                embedded = torch.cat([prompt.to(embedded.dtype).expand(len(rows), -1, -1), embedded], 1)
-                positions = np.hstack([np.broadcast_to(np.arange(soft), (len(rows), soft)), soft + positions])
+                embedded = torch.cat(
+                    [prompt.to(embedded.dtype).expand(len(rows), -1, -1), embedded], 1
+                )
+                positions = np.hstack(
+                    [np.broadcast_to(np.arange(soft), (len(rows), soft)), soft + positions]
+                )
                 allowed = None if allowed is None else _behind(allowed, soft)
             else:
                 cache = expanded([(layer.keys, layer.values) for layer in prompt.layers], len(rows))
@@ -203,44 +267,73 @@ class Forward:
 
 
 def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
-    """What a token may see [rows, soft + T, soft + T] behind a soft prompt, which sees itself alone."""
+    """What a token may see [rows, soft + T, soft + T] behind a soft prompt, which sees itself
+    alone.
+    """
     rows, width, _ = allowed.shape
     whole = np.zeros((rows, soft + width, soft + width), bool)
-    whole[:, :soft, :soft], whole[:, soft:, :soft], whole[:, soft:, soft:] = causal(soft), True, allowed
+    whole[:, :soft, :soft], whole[:, soft:, :soft], whole[:, soft:, soft:] = (
+        causal(soft),
+        True,
+        allowed,
+    )
     return whole
 
 
 # ---- the trainers
 class _Steps:
-    """An optimiser step over the examples that the trainer drew, in as many forward passes as memory asks for, and checkpoints that hold all."""
+    """An optimiser step over the examples that the trainer drew, in as many forward passes as
+    memory asks for, and checkpoints that hold all.
+    """
 
-    def __init__(self, *args: Any, forward: Forward, examples: Sequence, tokens_per_pass: int | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        forward: Forward,
+        examples: Sequence,
+        tokens_per_pass: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.forward, self.examples = forward, examples
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS.get(forward.device.type, 16_384)
         self.twice = False  # whether activations are computed twice instead of being kept
-        self.remove_callback(PrinterCallback)  # the curve is kept; a line per step is noise in a notebook
-        self.data_collator = lambda members: {"step": _Members([i for one in members for i in one["members"]])}
+        self.remove_callback(
+            PrinterCallback
+        )  # the curve is kept; a line per step is noise in a notebook
+        self.data_collator = lambda members: {
+            "step": _Members([i for one in members for i in one["members"]])
+        }
 
-    def training_step(self, model: PeftModel, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: PeftModel, inputs: dict, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """The step's mean loss; its gradient is in the parameters."""
         model.train()
         chosen = [self.examples[i] for i in inputs["step"].numbers]
         while True:
-            with suppress(torch.OutOfMemoryError):  # and lets go of the pass's activations, which the error holds
+            with suppress(
+                torch.OutOfMemoryError
+            ):  # and lets go of the pass's activations, which the error holds
                 return self._accumulated(chosen)
             self._use_less([len(row.tokens) for row in self._rows(chosen)])
 
     def _accumulated(self, chosen: Sequence) -> torch.Tensor:
         rows, total = self._rows(chosen), 0.0
-        for part in batches([len(row.tokens) + self.forward.n_virtual for row in rows], self.tokens_per_pass):
-            loss = self._loss(self.forward.logprobs([rows[i] for i in part]), [rows[i] for i in part], chosen)
+        for part in batches(
+            [len(row.tokens) + self.forward.n_virtual for row in rows], self.tokens_per_pass
+        ):
+            loss = self._loss(
+                self.forward.logprobs([rows[i] for i in part]), [rows[i] for i in part], chosen
+            )
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
     def _use_less(self, lengths: list[int]) -> None:
-        """Half the tokens of a pass, then activations computed twice; a VariantFailure where neither is left."""
+        """Half the tokens of a pass, then activations computed twice; a VariantFailure where
+        neither is left.
+        """
         self.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         if self.tokens_per_pass > max(lengths):
@@ -248,19 +341,27 @@ class _Steps:
         elif not self.twice and self.forward.scorer.virtual_cache is None:
             self._compute_twice()
         else:
-            raise VariantFailure("out of memory while training on a single example; lower training.max_length, or use a device with more memory")
+            raise VariantFailure(
+                "out of memory while training on a single example; lower training.max_length, or"
+                " use a device with more memory"
+            )
 
     def _compute_twice(self) -> None:
         self.twice, base = True, self.forward.scorer.model
         base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.disable_input_require_grads()  # the hook on its embedding, which would stay; without re-entrance no input needs a gradient
+        # the hook on its embedding, which would stay; without re-entrance no input needs a gradient
+        base.disable_input_require_grads()
 
     def floating_point_ops(self, inputs: dict) -> int:
         return 0
 
     # ---- checkpoints: PEFT's own would lose P-Tuning's encoder
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = {name: value.detach().contiguous().cpu() for name, value in self.model.named_parameters() if value.requires_grad}
+        state = {
+            name: value.detach().contiguous().cpu()
+            for name, value in self.model.named_parameters()
+            if value.requires_grad
+        }
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(state, Path(output_dir, "trained.safetensors"))
 
@@ -270,15 +371,27 @@ class _Steps:
             Trainer._save_checkpoint(self, model, trial)
             new = folder / f"checkpoint-{self.state.global_step}"
             write_json(new / WHOLE, {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice})
-            for old in folder.glob("checkpoint-*"):  # only now: until the mark is written, the old one is the last whole one
+            for old in folder.glob(
+                "checkpoint-*"
+            ):  # only now: until the mark is written, the old one is the last whole one
                 if old != new:
                     shutil.rmtree(old)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error in ones of their own
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors wrap the system's error in ones of their own
             free = shutil.disk_usage(folder).free
-            raise OSError(f"no checkpoint can be written to {folder} ({free / 1e9:.2f} GB free; {str(error).strip().partition(chr(10))[0]}); make room and run again: it goes on from the last whole one") from None
+            raise OSError(
+                f"no checkpoint can be written to {folder} ({free / 1e9:.2f} GB free;"
+                f" {str(error).strip().partition(chr(10))[0]}); make room and run again: it goes on"
+                " from the last whole one"
+            ) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_state_dict(load_file(Path(resume_from_checkpoint, "trained.safetensors")), strict=False)
+        self.model.load_state_dict(
+            load_file(Path(resume_from_checkpoint, "trained.safetensors")), strict=False
+        )
         kept = json.loads(Path(resume_from_checkpoint, WHOLE).read_text())
         self.tokens_per_pass = kept["tokens_per_pass"]
         if kept["twice"] and not self.twice:
@@ -299,32 +412,53 @@ class Sft(_Steps, SFTTrainer):
         if self.forward.prompt_based:
             return [plain([one]) for one in chosen]
         width = max(self.tokens_per_pass // PACKS_PER_PASS, max(len(one.ids) for one in chosen))
-        return [plain([chosen[i] for i in members]) for members in bins([len(one.ids) for one in chosen], width)]
+        return [
+            plain([chosen[i] for i in members])
+            for members in bins([len(one.ids) for one in chosen], width)
+        ]
 
-    def _loss(self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]) -> torch.Tensor:
-        return -sum(part.sum() for row in found for part in row) / sum(len(one.counted) for one in chosen)
+    def _loss(
+        self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]
+    ) -> torch.Tensor:
+        return -sum(part.sum() for row in found for part in row) / sum(
+            len(one.counted) for one in chosen
+        )
 
 
 class ConstrainedSft(Sft):
-    """Fine-tuning in which the first tokens of an answer are held to the model before it (Qi et al. 2025, arXiv 2406.05946, eq. 3).
+    """Fine-tuning in which the first tokens of an answer are held to the model before it (Qi et al.
+    2025, arXiv 2406.05946, eq. 3).
 
-    A token counts -(2 / beta) log sigmoid(beta delta), delta its log-probability minus the reference's, whose gradient is that of SFT times 2 (1 - sigmoid(beta delta)): a token that
-    has gained much pulls no more. A constant is added by which it equals the token's own loss where nothing has changed, and for beta to 0 everywhere.
+    A token counts -(2 / beta) log sigmoid(beta delta), delta its log-probability minus the
+    reference's, whose gradient is that of SFT times 2 (1 - sigmoid(beta delta)): a token that has
+    gained much pulls no more. A constant is added by which it equals the token's own loss where
+    nothing has changed, and for beta to 0 everywhere.
     """
 
-    def _loss(self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]) -> torch.Tensor:
+    def _loss(
+        self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]
+    ) -> torch.Tensor:
         total = 0.0
         for parts, row in zip(found, rows, strict=True):
             for part, one in zip(parts, row.conversations, strict=True):
-                reference, beta = (torch.as_tensor(value, dtype=part.dtype, device=part.device) for value in (one.reference, one.betas))
-                gained = 2 / beta * (torch.nn.functional.logsigmoid(beta * (part - reference)) + math.log(2))
+                reference, beta = (
+                    torch.as_tensor(value, dtype=part.dtype, device=part.device)
+                    for value in (one.reference, one.betas)
+                )
+                gained = (
+                    2
+                    / beta
+                    * (torch.nn.functional.logsigmoid(beta * (part - reference)) + math.log(2))
+                )
                 total = total - (gained + reference).sum()
         return total / sum(len(one.counted) for one in chosen)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: its two conversations, whose answers are counted, and the reference's log-probabilities of these."""
+    """A preference: its two conversations, whose answers are counted, and the reference's
+    log-probabilities of these.
+    """
 
     chosen: Conversation
     rejected: Conversation
@@ -332,7 +466,9 @@ class Pair:
 
 
 class Dpo(_Steps, DPOTrainer):
-    """Examples are `Pair`s; the loss is the mean over the step's pairs of -log sigmoid(beta x margin) (Rafailov et al. 2023, eq. 7)."""
+    """Examples are `Pair`s; the loss is the mean over the step's pairs of -log sigmoid(beta x
+    margin) (Rafailov et al. 2023, eq. 7).
+    """
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -341,42 +477,68 @@ class Dpo(_Steps, DPOTrainer):
         return dataset
 
     def _rows(self, chosen: Sequence[Pair]) -> list[Row]:
-        return [replace(branching([pair.chosen, pair.rejected]), reference=pair.reference) for pair in chosen]
+        return [
+            replace(branching([pair.chosen, pair.rejected]), reference=pair.reference)
+            for pair in chosen
+        ]
 
-    def _loss(self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Pair]) -> torch.Tensor:
+    def _loss(
+        self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Pair]
+    ) -> torch.Tensor:
         sums = torch.stack([torch.stack([one.sum() for one in row]) for row in found])
         margin = sums - torch.tensor([row.reference for row in rows], device=sums.device)
-        return -torch.nn.functional.logsigmoid(self.beta * (margin[:, 0] - margin[:, 1])).sum() / len(chosen)
+        return -torch.nn.functional.logsigmoid(
+            self.beta * (margin[:, 0] - margin[:, 1])
+        ).sum() / len(chosen)
 
 
 class Snapshots(TrainerCallback):
-    """Saves the adapter `n` times along its training, evenly and the last time at its end, as folder/step-00012/: what weight averaging takes the mean of."""
+    """Saves the adapter `n` times along its training, evenly and the last time at its end, as
+    folder/step-00012/: what weight averaging takes the mean of.
+    """
 
     def __init__(self, folder: Path, n: int):
         self.folder, self.n = folder, n
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel | None = None, **kwargs: Any) -> None:
-        if state.global_step in {max(1, round(state.max_steps * i / self.n)) for i in range(1, self.n + 1)}:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: PeftModel | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step in {
+            max(1, round(state.max_steps * i / self.n)) for i in range(1, self.n + 1)
+        }:
             adapters.save(model, self.folder / f"step-{state.global_step:05d}")
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends a training whose loss or gradient is not finite, or whose loss stays far above where it began, instead of wasting the rest of it."""
+    """Ends a training whose loss or gradient is not finite, or whose loss stays far above where it
+    began, instead of wasting the rest of it.
+    """
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]  # of a training that goes on
+        self.losses = [
+            float(entry["loss"]) for entry in state.log_history if "loss" in entry
+        ]  # of a training that goes on
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        bad = [name for name in ("loss", "grad_norm") if name in (logs or {}) and not math.isfinite(float(logs[name]))]
+        bad = [
+            name
+            for name in ("loss", "grad_norm")
+            if name in (logs or {}) and not math.isfinite(float(logs[name]))
+        ]
         if bad:
-            raise VariantFailure(f"training diverged: {bad[0]} is {logs[bad[0]]} at step {state.global_step}")
+            raise VariantFailure(
+                f"training diverged: {bad[0]} is {logs[bad[0]]} at step {state.global_step}"
+            )
         self.losses += [float(logs["loss"])] if "loss" in (logs or {}) else []
         first, last = self.losses[:LOOK_BACK], self.losses[-LOOK_BACK:]
         if len(self.losses) >= 2 * LOOK_BACK and min(last) > max(first) + DIVERGED:
-            raise VariantFailure(f"training diverged: the loss has been above {min(last):.1f} for {LOOK_BACK} steps at step {state.global_step}; it began at {first[0]:.1f}")
+            raise VariantFailure(
+                f"training diverged: the loss has been above {min(last):.1f} for {LOOK_BACK} steps"
+                f" at step {state.global_step}; it began at {first[0]:.1f}"
+            )
 
 
 class SaveNowAndThen(TrainerCallback):
@@ -386,7 +548,10 @@ class SaveNowAndThen(TrainerCallback):
         self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() - self.last >= CHECKPOINT_SECONDS and state.global_step < state.max_steps:
+        if (
+            time.monotonic() - self.last >= CHECKPOINT_SECONDS
+            and state.global_step < state.max_steps
+        ):
             control.should_save, self.last = True, time.monotonic()
 
 
