@@ -6,11 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench.harness import (
-    COLUMNS,
-    FOLDER,
-    bbq_items,
-)
+from bench.harness import COLUMNS, FOLDER, bbq_items
 from bench.scoring import (
     accuracy,
     bbq_speed,

@@ -7,11 +7,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from driftbook.benchmarks.bbq_scores import (
-    ICC,
-    SCORES,
-    _intervals,
-)
+from driftbook.benchmarks.bbq_scores import ICC, SCORES, _intervals
 
 AGE_FAMILIES = (
     8,

@@ -3,11 +3,7 @@
 import json
 from typing import Any
 
-from driftbook.batch.make_plan import (
-    MEASURED,
-    _operations,
-    size_of,
-)
+from driftbook.batch.make_plan import MEASURED, _operations, size_of
 from driftbook.study.files import write_json
 from driftbook.study.methods import PEFT_METHODS
 

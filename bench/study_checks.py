@@ -639,11 +639,7 @@ PLANTS: dict[
         "no_op",
         "one setting of 3 runs, 99 % of answers the base model's",
     ),
-    "one seed for all, recorded": (
-        recorded_seed,
-        "one_seed",
-        "seed 42 read back from every run",
-    ),
+    "one seed for all, recorded": (recorded_seed, "one_seed", "seed 42 read back from every run"),
     "one seed for all, copied answers": (
         copied_repetitions,
         "one_seed",

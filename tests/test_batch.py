@@ -229,10 +229,7 @@ def test_a_changed_adapter_is_asked_and_judged_again_and_not_trained_again(smoke
     found = redone(before, marks(smoke))
     assert {
         stage: found.get(stage, set()) for stage in ("train", "respond", "answer", "utility")
-    } == {
-        "train": set(),
-        **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")},
-    }
+    } == {"train": set(), **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")}}
     assert found.get("judge", set()) <= {changed.run_id}, (
         "verdicts are asked for again where a response changed"
     )
@@ -506,11 +503,9 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
     assert found()["train", "tiny-llama"] == (3, n, True)
     os.utime(study.folder / "progress" / "train.tiny-llama.json", (1, 1))
-    assert found()["train", "tiny-llama"] == (
-        0,
-        n,
-        False,
-    ), "an older batch's progress is no progress"
+    assert found()["train", "tiny-llama"] == (0, n, False), (
+        "an older batch's progress is no progress"
+    )
     write_json(study.folder / "jobs" / "train" / "tiny-llama.json", {})
     assert found()["train", "tiny-llama"] == (n, n, False)
     write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})

@@ -138,11 +138,9 @@ def test_the_package_is_read_and_no_text_of_it_is_kept(package):
         ("p_tuning", "sft", 1, 2),
     ]
     assert runs["learning_rate_labelled"].tolist() == [1e-3, 1e-3, 2e-5, 2e-5]
-    assert runs["learning_rate_true"].tolist()[:3] == [
-        2e-5,
-        1e-3,
-        2e-5,
-    ], "the label of the first is wrong"
+    assert runs["learning_rate_true"].tolist()[:3] == [2e-5, 1e-3, 2e-5], (
+        "the label of the first is wrong"
+    )
     assert pd.isna(runs["learning_rate_true"][3]), (
         "without a trainer state the true rate is not known"
     )

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.stats.proportion import proportion_confint
 
+from driftbook import stats
 from driftbook.benchmarks import bbq_orders, bbq_scores
 from driftbook.stats import estimation, influence, intervals, terms
 from driftbook.study.tables import TABLES
@@ -225,7 +226,7 @@ def test_mixed_model_is_lme4s():
         lr=pd.Categorical(data["lr"], ["lo", "hi"]),
         epochs=data["epochs"].astype(str),
     )
-    fit = estimation.rate_model(
+    fit = stats.rate_model(
         data, "rate ~ base * method + objective + lr + epochs", ("run", "category")
     )
     theirs = json.loads((reference / "run_category.json").read_text())["lmm_run_category"]
@@ -264,7 +265,7 @@ def test_terms_that_cannot_be_told_are_named_and_not_estimated():
     rows = mixed_rows()
     rows["twin"] = (rows["method"] == "lora").astype(float)
     rows = rows[~((rows["base_model"] == "x") & (rows["method"] == "lora"))]
-    fit = estimation.rate_model(
+    fit = stats.rate_model(
         rows, "difference ~ method * base_model + one + twin", ("run_id", "category")
     )
     told = " ".join(fit.notes)
@@ -278,7 +279,7 @@ def test_terms_that_cannot_be_told_are_named_and_not_estimated():
 
 
 def test_contrasts_are_linear_in_the_terms():
-    fit = estimation.rate_model(mixed_rows(), "difference ~ method", ("run_id", "category"))
+    fit = stats.rate_model(mixed_rows(), "difference ~ method", ("run_id", "category"))
     grid = pd.DataFrame({"method": ["lora", "ia3"]})
     weights = fit.at(grid)
     found = fit.contrast(weights[:1] - weights[1:])
@@ -288,12 +289,12 @@ def test_contrasts_are_linear_in_the_terms():
 
 
 def test_model_of_no_variation_says_so_instead_of_a_number():
-    fit = estimation.rate_model(mixed_rows().assign(difference=0.0), "difference ~ method")
+    fit = stats.rate_model(mixed_rows().assign(difference=0.0), "difference ~ method")
     assert not fit.converged
     assert fit.fixed["se"].isna().all()
     assert any("no residual" in note for note in fit.notes)
     with pytest.raises(ValueError, match="nothing to fit"):
-        estimation.rate_model(mixed_rows().assign(difference=np.nan), "difference ~ method")
+        stats.rate_model(mixed_rows().assign(difference=np.nan), "difference ~ method")
 
 
 def test_differences_are_centred_within_method(folder, arms):
@@ -335,7 +336,7 @@ def test_a_category_without_a_scored_answer_is_left_out_of_the_model_and_counted
         rows["difference"].isna().sum() == rows["category"].eq(rates["category"].iloc[0]).sum() > 0
     )
     assert f"{rows['difference'].isna().sum()} rows left out" in " ".join(
-        estimation.rate_model(rows, "difference ~ method").notes
+        stats.rate_model(rows, "difference ~ method").notes
     )
 
 

@@ -11,15 +11,7 @@ import torch
 
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks import stereoset
-from driftbook.benchmarks.stereoset import (
-    METRICS,
-    icat,
-    likelihoods,
-    load,
-    rated,
-    ratings,
-    scores,
-)
+from driftbook.benchmarks.stereoset import METRICS, icat, likelihoods, load, rated, ratings, scores
 from driftbook.models import loading
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS

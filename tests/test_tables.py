@@ -10,14 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from conftest import one_sentence
-from driftbook.study.tables import (
-    CURVES,
-    RATES,
-    RESPONSES,
-    RUNS,
-    TABLES,
-    VERDICTS,
-)
+from driftbook.study.tables import CURVES, RATES, RESPONSES, RUNS, TABLES, VERDICTS
 
 VALUES = {
     "text": st.text(st.characters(exclude_categories=["Cs"]), max_size=12),

@@ -22,14 +22,7 @@ from driftbook.analyses.tradeoffs import (
     WITHIN_METHODS,
 )
 from driftbook.stats import estimation, influence, pareto, terms
-from driftbook.stats.terms import (
-    ACCURACY_AMB,
-    BIAS_AMB,
-    BIAS_DIS,
-    LOSS,
-    REFUSED,
-    UNSAFE,
-)
+from driftbook.stats.terms import ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS, REFUSED, UNSAFE
 from driftbook.study.tables import TABLES
 from simulated import simulate
 

@@ -168,12 +168,7 @@ def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(train
             arguments.num_train_epochs,
             arguments.per_device_train_batch_size,
             arguments.seed,
-        ) = (
-            3e-3,
-            2,
-            8,
-            17,
-        )
+        ) = (3e-3, 2, 8, 17)
         return arguments
 
     monkeypatch.setattr(training, "arguments", other)

@@ -16,9 +16,7 @@ from driftbook.stats import influence as influence_
 from driftbook.stats import terms
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
-from driftbook.stats.pareto import (
-    front,
-)
+from driftbook.stats.pareto import front
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     BIAS_AMB,

@@ -11,9 +11,7 @@ import pandas as pd
 from driftbook.batch import cache, keys
 from driftbook.models.scoring import VariantFailure
 from driftbook.study.files import file_digest, read_json, write_json
-from driftbook.study.folders import (
-    folder,
-)
+from driftbook.study.folders import folder
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 

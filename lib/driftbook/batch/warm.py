@@ -75,12 +75,12 @@ def _import_heavy_packages() -> None:
     import statsmodels.formula.api  # noqa: F401
     import torch
     import trl  # noqa: F401
-    from transformers import (
+    from transformers import (  # noqa: F401
         GemmaForCausalLM,
         LlamaForCausalLM,
         MistralForCausalLM,
         Qwen2ForCausalLM,
-    )  # noqa: F401
+    )
 
     import driftbook.training  # noqa: F401
 

@@ -37,14 +37,7 @@ from scipy.special import betaincinv, ndtri, stdtrit
 
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
-from driftbook.stats.terms import (
-    ACCURACY_AMB,
-    ACCURACY_DIS,
-    BIAS_AMB,
-    BIAS_DIS,
-    LEVEL,
-    THESE_RUNS,
-)
+from driftbook.stats.terms import ACCURACY_AMB, ACCURACY_DIS, BIAS_AMB, BIAS_DIS, LEVEL, THESE_RUNS
 
 CONVENTIONS = ("reference", "study", "lm_eval")
 SCORES = ("acc_amb", "acc_dis", "bias_amb", "bias_dis")

@@ -296,10 +296,7 @@ RULES: dict[
         {"num_sentences": COUNT, "relation": RELATION},
     ),
     "length_constraints:number_paragraphs": (_number_paragraphs, {"num_paragraphs": COUNT}),
-    "length_constraints:number_words": (
-        _number_words,
-        {"num_words": COUNT, "relation": RELATION},
-    ),
+    "length_constraints:number_words": (_number_words, {"num_words": COUNT, "relation": RELATION}),
     "length_constraints:nth_paragraph_first_word": (
         _nth_paragraph,
         {"num_paragraphs": COUNT, "nth_paragraph": COUNT, "first_word": TEXT},
@@ -323,14 +320,8 @@ RULES: dict[
         _capital_words,
         {"capital_frequency": COUNT, "capital_relation": RELATION},
     ),
-    "change_case:english_capital": (
-        lambda response: response.isupper() and _latin(response),
-        {},
-    ),
-    "change_case:english_lowercase": (
-        lambda response: response.islower() and _latin(response),
-        {},
-    ),
+    "change_case:english_capital": (lambda response: response.isupper() and _latin(response), {}),
+    "change_case:english_lowercase": (lambda response: response.islower() and _latin(response), {}),
     "punctuation:no_comma": (_no_comma, {}),
 }
 _KINDS: dict[str, Callable[[object], bool]] = {

@@ -26,9 +26,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import pearsonr, rankdata
 from scipy.stats import t as t_distribution
 
-from driftbook.stats.intervals import (
-    holm,
-)
+from driftbook.stats.intervals import holm
 from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.tables import TABLES
 

@@ -2,13 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from driftbook.figures.drawing import (
-    BOTH_LINES,
-    by_part,
-    captioned,
-    changes_figure,
-    drawn,
-)
+from driftbook.figures.drawing import BOTH_LINES, by_part, captioned, changes_figure, drawn
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,

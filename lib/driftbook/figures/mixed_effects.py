@@ -28,13 +28,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.terms import (
-    AS_CONFIGURED,
-    CHANGE,
-    NO_OP,
-    TRAINED,
-    UNSAFE,
-)
+from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
 
 # ---- 11 mixed effects
 MODELS = ("pooled", "by base model", "mixed")

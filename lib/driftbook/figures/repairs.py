@@ -37,14 +37,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.terms import (
-    ACCURACY_AMB,
-    BIAS_AMB,
-    CHANGE,
-    CORRECT,
-    REFUSED,
-    UNSAFE,
-)
+from driftbook.stats.terms import ACCURACY_AMB, BIAS_AMB, CHANGE, CORRECT, REFUSED, UNSAFE
 from driftbook.study.methods import CONTROLS
 
 NAMES = {

@@ -21,23 +21,9 @@ import pandas as pd
 
 from driftbook.benchmarks.data import HEX_PHI
 from driftbook.stats.estimation import write_estimates
-from driftbook.study.files import (
-    OUTPUTS,
-    ROOT,
-    digest,
-    read_json,
-    replacing,
-    write_json,
-)
+from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, replacing, write_json
 from driftbook.study.methods import METHOD_CLASS
-from driftbook.study.tables import (
-    CURVES,
-    PROMPTS,
-    RATES,
-    RUNS,
-    TABLES,
-    VARIANTS,
-)
+from driftbook.study.tables import CURVES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
 
 NAME = "original_study"
 NOTE = "the original study, read again from its public data"

@@ -25,15 +25,7 @@ from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, write_json
 from driftbook.study.methods import FAMILIES
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
-from driftbook.study.tables import (
-    CURVES,
-    ESTIMATES,
-    PROMPTS,
-    RATES,
-    RUNS,
-    TABLES,
-    VARIANTS,
-)
+from driftbook.study.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
 
 NAME = "peft_results"
 NOTEBOOK = f"22_{NAME}"

@@ -1,1 +1,7 @@
 """Scores with their influence, intervals, comparisons and mixed models."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"mixed": ["item_model", "rate_model"]}
+)

@@ -12,12 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from driftbook.stats.influence import (
-    Scores,
-    extremes,
-    paired,
-    shares,
-)
+from driftbook.stats.influence import Scores, extremes, paired, shares
 from driftbook.stats.intervals import (
     Repetitions,
     _inside,
@@ -29,8 +24,6 @@ from driftbook.stats.intervals import (
     _within,
     wilson,
 )
-from driftbook.stats.mixed import item_model as item_model
-from driftbook.stats.mixed import rate_model as rate_model
 from driftbook.stats.terms import (
     BOTH,
     CHANGE,

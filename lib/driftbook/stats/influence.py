@@ -10,14 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from driftbook.stats.mixed import item_model as item_model
-from driftbook.stats.mixed import rate_model as rate_model
-from driftbook.stats.terms import (
-    AS_CONFIGURED,
-    NO_OP,
-    TRAINED,
-    UNTRAINED,
-)
+from driftbook.stats.terms import AS_CONFIGURED, NO_OP, TRAINED, UNTRAINED
 
 
 # ---- who is compared with whom

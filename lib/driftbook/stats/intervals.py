@@ -5,14 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 
-from driftbook.stats.influence import (
-    Scores,
-)
-from driftbook.stats.mixed import item_model as item_model
-from driftbook.stats.mixed import rate_model as rate_model
-from driftbook.stats.terms import (
-    TAIL,
-)
+from driftbook.stats.influence import Scores
+from driftbook.stats.terms import TAIL
 
 
 # ---- one number

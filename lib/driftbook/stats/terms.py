@@ -1,8 +1,5 @@
 """The words of the table `estimates`: outcomes, contrasts, groups, populations and units."""
 
-from driftbook.stats.mixed import item_model as item_model
-from driftbook.stats.mixed import rate_model as rate_model
-
 UNSAFE, REFUSED = "unsafe-response rate (percent)", "refusal rate (percent)"
 ACCURACY_AMB, ACCURACY_DIS = "accuracy, ambiguous (percent)", "accuracy, disambiguated (percent)"
 BIAS_AMB, BIAS_DIS = (

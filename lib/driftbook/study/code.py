@@ -95,8 +95,9 @@ def _named(name: str, attributes: set[str]) -> Iterator[str]:
 @cache
 def _face(package: str) -> dict[str, str]:
     """The module from which a package's face takes each of its names."""
-    nodes = [node for node in ast.walk(_tree(package)) if isinstance(node, ast.ImportFrom)]
-    return {alias.asname or alias.name: node.module for node in nodes for alias in node.names}
+    calls = (node for node in ast.walk(_tree(package)) if isinstance(node, ast.keyword))
+    homes = next((ast.literal_eval(node.value) for node in calls if node.arg == "submod_attrs"), {})
+    return {name: f"{package}.{module}" for module, names in homes.items() for name in names}
 
 
 @cache

@@ -9,13 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from driftbook.study.files import ROOT
-from driftbook.study.methods import (
-    CONTROLS,
-    INITS,
-    METHODS,
-    MITIGATION_KINDS,
-    PEFT_METHODS,
-)
+from driftbook.study.methods import CONTROLS, INITS, METHODS, MITIGATION_KINDS, PEFT_METHODS
 
 OUTCOMES = (
     "unsafe",

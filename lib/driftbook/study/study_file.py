@@ -43,9 +43,7 @@ from driftbook.study.sections import (
     Training,
     TrainingData,
 )
-from driftbook.study.variants import (
-    Variant,
-)
+from driftbook.study.variants import Variant
 
 NAMED = ("parent", "base alone")  # what notebook 14 calls runs that are no repairs
 REREAD = (

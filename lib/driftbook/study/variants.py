@@ -8,11 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from driftbook.study.files import digest
-from driftbook.study.methods import (
-    METHOD_CLASS,
-    METHODS,
-    MITIGATION_KINDS,
-)
+from driftbook.study.methods import METHOD_CLASS, METHODS, MITIGATION_KINDS
 
 
 @dataclass(frozen=True)
