@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from driftbook.publishing import export
+from driftbook.publishing import export, export_inspect, export_lm_eval, exported
 from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.study_file import find, load
 from driftbook.study.tables import RESPONSE_KEY, TABLES
@@ -109,12 +109,12 @@ def frames(study):
 
 @pytest.fixture(scope="module")
 def lm_eval_files(study, tmp_path_factory):
-    return export.to_lm_eval(study, tmp_path_factory.mktemp("lm_eval"))
+    return export_lm_eval.to_lm_eval(study, tmp_path_factory.mktemp("lm_eval"))
 
 
 @pytest.fixture(scope="module")
 def inspect_logs(study, tmp_path_factory):
-    return export.to_inspect(study, tmp_path_factory.mktemp("inspect"))
+    return export_inspect.to_inspect(study, tmp_path_factory.mktemp("inspect"))
 
 
 def rates(
@@ -242,7 +242,7 @@ def test_lm_eval_finds_files_tasks_and_dates(frames, lm_eval_files):
     samples = get_sample_results_filenames(names)
     assert len(names) == len(ok) + len(samples)
     assert {get_file_task_name(Path(name).name) for name in samples} == {
-        task.name for task in export.TASKS
+        task.name for task in exported.TASKS
     }
     assert {get_file_datetime(Path(name).name) for name in samples} == {"2026-01-01T00-00-00"}
     assert get_latest_filename(get_results_filenames(names)) in names
@@ -388,13 +388,13 @@ def test_inspect_lists_and_reads_every_log(study, frames, inspect_logs):
     assert {log.eval.run_id for log in logs} == set(frames["variants"]["run_id"])
     assert len({log.eval.eval_id for log in logs}) == len(logs)
     base = [log for log in logs if log.eval.metadata["method"] == "none"]
-    assert {log.eval.task for log in base} == {task.name for task in export.TASKS}
+    assert {log.eval.task for log in base} == {task.name for task in exported.TASKS}
     lost = frames["runs"].query("status == 'failed'").set_index("run_id")["failure"]
     assert {
         log.eval.run_id: log.error.message for log in logs if log.status == "error"
     } == lost.to_dict()
     assert len(lost) == 1
-    assert export.failures(study) == lost.to_dict()
+    assert exported.failures(study) == lost.to_dict()
 
 
 @pytest.mark.parametrize(("benchmark", "metric", "column", "kind", "judge"), EXPECTED)
@@ -546,13 +546,13 @@ def test_no_text_and_no_folder_of_this_machine_is_exported(
 
 
 def test_a_second_export_takes_the_first_ones_place(study, tmp_path):
-    first = {path: path.read_bytes() for path in export.to_lm_eval(study, tmp_path)}
+    first = {path: path.read_bytes() for path in export_lm_eval.to_lm_eval(study, tmp_path)}
     stale = next(iter(first)).with_name("results_2020-01-01T00-00-00.json")
     stale.write_text("{}")
     runs = TABLES["runs"].read(study.folder / "tables")
     failed = tmp_path / runs.query("status == 'failed'")["run_id"].iloc[0]
     failed.mkdir()
-    assert {path: path.read_bytes() for path in export.to_lm_eval(study, tmp_path)} == first
+    assert {path: path.read_bytes() for path in export_lm_eval.to_lm_eval(study, tmp_path)} == first
     assert not stale.exists()
     assert not failed.exists()
 
@@ -574,14 +574,16 @@ def test_a_silent_judge_and_a_study_without_utility_are_exported(tmp_path):
         / "tables",
         2,
     )
-    found = results(export.to_lm_eval(study, tmp_path / "lm_eval"))
+    found = results(export_lm_eval.to_lm_eval(study, tmp_path / "lm_eval"))
     task = next(iter(found.values()))["results"]["driftbook_safety"]
     assert [
         task[f"{key},mini-guard-{WAY}"] for key in ("unsafe", "unsafe_stderr", "unsafe_unscored")
     ] == [None, "N/A", 1.0]
     assert "driftbook_utility" not in make_table(next(iter(found.values())))
     path = next(
-        path for path in export.to_inspect(study, tmp_path / "inspect") if "safety" in path.name
+        path
+        for path in export_inspect.to_inspect(study, tmp_path / "inspect")
+        if "safety" in path.name
     )
     score = next(
         score
@@ -628,6 +630,6 @@ def test_a_run_that_never_came_so_far_is_a_failure(study, tmp_path):
     few(simulate(own.folder, bases=["mini-qwen2"], seeds=(1,), failed=0) / "tables", 3)
     runs = TABLES["runs"].read(own.folder / "tables")
     TABLES["runs"].write(runs.iloc[1:], own.folder / "tables")
-    assert export.failures(own) == {runs["run_id"].iloc[0]: "it was not run"}
-    files = export.to_lm_eval(own, tmp_path)
+    assert exported.failures(own) == {runs["run_id"].iloc[0]: "it was not run"}
+    files = export_lm_eval.to_lm_eval(own, tmp_path)
     assert set(results(files)) == set(runs["run_id"].iloc[1:])

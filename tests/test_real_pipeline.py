@@ -15,7 +15,7 @@ import yaml
 from conftest import locked, said
 from driftbook.batch import make_plan
 from driftbook.benchmarks import data
-from driftbook.publishing import export, publish
+from driftbook.publishing import export_inspect, export_lm_eval, publish
 from driftbook.study import access
 from driftbook.study.files import ROOT
 from driftbook.study.sections import PROMPT_FORMATS
@@ -134,8 +134,8 @@ def test_no_text_of_a_prompt_an_answer_or_an_example_is_anywhere_but_in_the_tabl
     """DESIGN, ninth rule: masked means absent. Every file of the study, of its exports and of what
     it publishes is searched.
     """
-    export.to_lm_eval(study, tmp_path / "lm_eval")
-    export.to_inspect(study, tmp_path / "inspect")
+    export_lm_eval.to_lm_eval(study, tmp_path / "lm_eval")
+    export_inspect.to_inspect(study, tmp_path / "inspect")
     publish.publish(study.folder, tmp_path / "published", study.note, study=study)
     secrets = {
         text for name in study.asked(PROMPT_FORMATS) for text in data.prompts(name, study).prompt

@@ -86,7 +86,7 @@ def covers(name: str, source: str) -> bool:
 
 
 def of(source: str) -> Licence | None:
-    """The register's licence of a source, by the longest name that covers it; None where none does."""
+    """The registered licence of a source, by the longest name that covers it, or None."""
     entries = register()
     found = max((name for name in entries if covers(name, source)), key=len, default=None)
     return None if found is None else entries[found]
