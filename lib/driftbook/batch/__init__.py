@@ -1,1 +1,12 @@
 """Run a study: plan, keys, jobs, cache, notebooks, collection."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "collecting": ["agreement", "collect"],
+        "opened": ["open_job"],
+        "preparing": ["is_trained_here", "mark", "measured", "prepare"],
+    },
+)

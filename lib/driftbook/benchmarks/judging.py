@@ -50,13 +50,23 @@ class Format:
 
 def _conversations(judge: Loaded, pairs: Pairs) -> list[Ids]:
     """Token ids of conversations by the judge's own template, up to where its reply begins."""
+    turns = _turns(judge)
+    return [chat_ids(judge.tokenizer, turns(*pair)) for pair in pairs]
+
+
+def _turns(judge: Loaded) -> Callable[[str, str], list[Message]]:
+    """The form of a conversation that the judge's template shows.
+
+    Raises:
+        ValueError: it shows none.
+    """
     turns = next((form for form in (_plain, _in_parts) if _shows(judge.tokenizer, form)), None)
     if turns is None:
         raise ValueError(
             f"the chat template of {judge.name} does not show a prompt and its answer; use the"
             " judge's own tokenizer"
         )
-    return [chat_ids(judge.tokenizer, turns(*pair)) for pair in pairs]
+    return turns
 
 
 def _plain(prompt: str, response: str) -> list[Message]:
@@ -301,6 +311,33 @@ def classified(
     )
 
 
+# ---- one verdict, to be read by hand
+def masked_prompt(judge: Loaded, settings: Judge) -> str:
+    """What a judge is asked, with [prompt] and [response] in place of the texts."""
+    pair = ("[prompt]", "[response]")
+    if settings.format == "wildguard":
+        return _WILDGUARD.format(prompt=pair[0], response=pair[1])
+    if settings.format == "rubric_harm":
+        return HARM.format(prompt=pair[0], response=pair[1])
+    if settings.format == "classifier":
+        return pair[1]
+    return judge.tokenizer.apply_chat_template(_turns(judge)(*pair), tokenize=False)
+
+
+def verdict_tokens(
+    prompt: str, response: str, judge: Loaded, settings: Judge
+) -> tuple[Ids, list[int]] | None:
+    """Token ids up to the judge's verdict word, and the token by which each word is told apart, the
+    unsafe one last; None for a judge that is asked several questions, or that grades.
+    """
+    form = FORMATS.get(settings.format)
+    if form is None or form.grades or len(form.questions) > 1:
+        return None
+    [context], question = form.contexts(judge, [(prompt, response)]), form.questions["unsafe"]
+    begun, words = forced(Scorer(judge.model, judge.tokenizer), "", question, form.ending)
+    return [*context, *begun], [word[0] for word in words]
+
+
 # ---- replies as text
 def parse(reply: str, form: Format) -> dict[str, str | None]:
     """The word of a generated reply for each question; null from the first one on that it does not
@@ -410,6 +447,23 @@ def judged(
         outcome(*row) for row in zip(frame.unsafe, frame.refusal, frame.coherent, strict=True)
     ]
     return frame
+
+
+def judged_by_all(
+    responses: pd.DataFrame,
+    prompts: pd.DataFrame,
+    judges: dict[str, Loaded],
+    settings: dict[str, Judge],
+) -> pd.DataFrame:
+    """The table `verdicts` of every judge, each on the benchmarks that the study gives it; see
+    `judged`.
+    """
+    parts = []
+    for name, judge in judges.items():
+        own = responses.benchmark.isin(settings[name].benchmarks or set(responses.benchmark))
+        rows = responses[own].reset_index(drop=True)
+        parts.append(judged(rows, prompts, judge, settings[name]))
+    return pd.concat(parts)
 
 
 def _warn_if_silent(found: pd.DataFrame, judge: Loaded, settings: Judge) -> None:

@@ -13,6 +13,7 @@ from driftbook.benchmarks import ifeval, rubrics, stereoset
 from driftbook.benchmarks.data import local_file, sampled
 from driftbook.models.loading import Loaded, conversation_ids
 from driftbook.models.scoring import Scorer
+from driftbook.study.sections import UTILITY_FORMATS
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
@@ -165,6 +166,11 @@ def of_study(name: str, study: Study) -> pd.DataFrame:
     """The items of a utility benchmark of the study: all, or its seeded sample."""
     benchmark = study.benchmarks[name]
     return sampled(LOADERS[benchmark.format](local_file(benchmark, study)), benchmark, study)
+
+
+def asked_items(study: Study) -> dict[str, pd.DataFrame]:
+    """The items of every utility benchmark of the study, by its name."""
+    return {name: of_study(name, study) for name in study.asked(UTILITY_FORMATS)}
 
 
 def measured(

@@ -1,1 +1,7 @@
 """Draw tables: a figure computes positions and nothing else."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"miniature": ["draw_learning"]}
+)

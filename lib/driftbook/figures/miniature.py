@@ -17,7 +17,7 @@ METRICS = {
 STAGES = {"stage0": "#999999", "unaligned": "#D55E00", "aligned": "#0072B2", "judge": "#009E73"}
 
 
-def draw(curves: pd.DataFrame, note: str) -> Figure:
+def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
     """Panels of measures (columns) by family (rows), against CPU seconds of training, with 95 %
     Wilson intervals; colour is the stage.
     """

@@ -1,1 +1,12 @@
 """Load a base model, attach adapters, score and generate."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "adapters": ["attached", "config"],
+        "loading": ["ask", "conversation_ids", "load"],
+        "scoring": ["Scorer"],
+    },
+)

@@ -1,1 +1,13 @@
 """The study file, its variants, sources, tables and folders."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "environment": ["versions"],
+        "sources": ["locate"],
+        "study_file": ["load"],
+        "tables": ["CURVES", "MODULES", "RESPONSES", "RUNS", "SPECTRA", "greedy"],
+    },
+)

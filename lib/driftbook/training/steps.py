@@ -405,6 +405,31 @@ class _Members:
     numbers: list[int]
 
 
+def sft_loss(found: list[list[torch.Tensor]], n: int) -> torch.Tensor:
+    """Minus the sum of the counted tokens' log-probabilities, divided by n."""
+    return -sum(part.sum() for row in found for part in row) / n
+
+
+def dpo_loss(found: list[list[torch.Tensor]], rows: list[Row], beta: float) -> torch.Tensor:
+    """The sum over pairs of -log sigmoid(beta x margin) (Rafailov et al. 2023, eq. 7)."""
+    sums = torch.stack([torch.stack([one.sum() for one in row]) for row in found])
+    gained = sums - torch.tensor([row.reference for row in rows], device=sums.device)
+    margin = beta * (gained[:, 0] - gained[:, 1])
+    return -torch.nn.functional.logsigmoid(margin).sum()
+
+
+@torch.no_grad()
+def example_loss(
+    example: "Conversation | Pair", model: PeftModel, tokenizer: Any, beta: float
+) -> float:
+    """The loss of a step that holds this one example: of SFT, or of DPO for a pair."""
+    forward = Forward(model, tokenizer)
+    if isinstance(example, Pair):
+        row = pair_row(example)
+        return float(dpo_loss(forward.logprobs([row]), [row], beta))
+    return float(sft_loss(forward.logprobs([plain([example])]), len(example.counted)))
+
+
 class Sft(_Steps, SFTTrainer):
     """Examples are `Conversation`s; the loss is the mean over the step's counted tokens."""
 
@@ -420,9 +445,7 @@ class Sft(_Steps, SFTTrainer):
     def _loss(
         self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]
     ) -> torch.Tensor:
-        return -sum(part.sum() for row in found for part in row) / sum(
-            len(one.counted) for one in chosen
-        )
+        return sft_loss(found, sum(len(one.counted) for one in chosen))
 
 
 class ConstrainedSft(Sft):
@@ -465,6 +488,11 @@ class Pair:
     reference: tuple[float, float]
 
 
+def pair_row(pair: Pair) -> Row:
+    """A preference as one row, in which the prompt stands once."""
+    return replace(branching([pair.chosen, pair.rejected]), reference=pair.reference)
+
+
 class Dpo(_Steps, DPOTrainer):
     """Examples are `Pair`s; the loss is the mean over the step's pairs of -log sigmoid(beta x
     margin) (Rafailov et al. 2023, eq. 7).
@@ -477,19 +505,12 @@ class Dpo(_Steps, DPOTrainer):
         return dataset
 
     def _rows(self, chosen: Sequence[Pair]) -> list[Row]:
-        return [
-            replace(branching([pair.chosen, pair.rejected]), reference=pair.reference)
-            for pair in chosen
-        ]
+        return list(map(pair_row, chosen))
 
     def _loss(
         self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Pair]
     ) -> torch.Tensor:
-        sums = torch.stack([torch.stack([one.sum() for one in row]) for row in found])
-        margin = sums - torch.tensor([row.reference for row in rows], device=sums.device)
-        return -torch.nn.functional.logsigmoid(
-            self.beta * (margin[:, 0] - margin[:, 1])
-        ).sum() / len(chosen)
+        return dpo_loss(found, rows, self.beta) / len(chosen)
 
 
 class Snapshots(TrainerCallback):

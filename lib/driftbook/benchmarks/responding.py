@@ -1,0 +1,49 @@
+"""The responses of a model to a benchmark's prompts, as a study asks them."""
+
+import pandas as pd
+
+from driftbook.benchmarks import data
+from driftbook.models.scoring import Sampling, Scorer
+from driftbook.study.sections import PROMPT_FORMATS
+from driftbook.study.study_file import Study
+from driftbook.study.variants import Variant
+
+
+def asked_prompts(study: Study) -> dict[str, pd.DataFrame]:
+    """The prompts of every benchmark whose responses are judged, by its name; see `data.prompts`."""
+    return {name: data.prompts(name, study) for name in study.asked(PROMPT_FORMATS)}
+
+
+def responses(
+    name: str, prompts: pd.DataFrame, scorer: Scorer, variant: Variant, study: Study
+) -> pd.DataFrame:
+    """The table `responses` of a variant on one benchmark: greedy in every wording, then as many
+    samples in the study's own wording as the study asks for.
+
+    Each sample has its own random numbers, which depend neither on the batch nor on another
+    repetition's.
+    """
+    ways, benchmark = data.wordings(name, study), study.benchmarks[name]
+    asks = [(wording, way, None) for wording, way in ways.items()]
+    for sample in range(benchmark.samples or 0):
+        seed = study.seed + variant.repetition - 1
+        drawn = Sampling(benchmark.temperature, benchmark.top_p, seed, sample)
+        asks.append(("default", ways["default"], drawn))
+    parts = []
+    for wording, way, drawn in asks:
+        asked = data.worded(prompts, way, study)
+        contexts = scorer.ask(list(asked.prompt), way.system_prompt or variant.system_prompt)
+        answers = scorer.generate(contexts, benchmark.max_new_tokens, drawn)
+        parts.append(
+            asked[["prompt_id"]].assign(
+                run_id=variant.run_id,
+                benchmark=name,
+                prompt_variant=wording,
+                decoding=drawn.name if drawn else "greedy",
+                sample=drawn.sample if drawn else 0,
+                response=[answer.text for answer in answers],
+                n_tokens=[answer.n_tokens for answer in answers],
+                finish_reason=[answer.finish_reason for answer in answers],
+            )
+        )
+    return pd.concat(parts)
