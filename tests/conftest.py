@@ -53,6 +53,17 @@ def locked(name: str):
         yield
 
 
+SLOW_FIXTURES = {"adapter_folders", "bases", "built", "mitigated", "smoke", "standins"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What needs a model or a batch is slow; so is a test that says so, by its duration."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Each file to one worker, in order, so that the two files with batches start first and each

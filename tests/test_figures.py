@@ -98,11 +98,11 @@ def test_notebooks_leave_estimates_and_every_figure(analysed):
 
 
 def test_figures_are_the_same_again_small_and_captioned(analysed, tmp_path):
-    study, folder = analysed
+    of_study, folder = analysed
     tables = gallery.read(folder / "tables", NOTE)
     for name in ("safety_change", "pareto"):
         gallery.draw(name, tables, tmp_path)
-        if study_file == "usual":
+        if of_study == "usual":
             assert (tmp_path / f"{name}.png").read_bytes() == (
                 folder / "figures" / f"{name}.png"
             ).read_bytes()

@@ -1,11 +1,8 @@
-"""Hygiene of every notebook, without exemption; running one refuses unknown parameters; no file of
-the project names a folder of one machine.
-"""
+"""Hygiene of every notebook, without exemption; running one refuses unknown parameters."""
 
 import ast
 import json
 import re
-import subprocess
 import tokenize
 from io import StringIO
 
@@ -16,8 +13,10 @@ from driftbook.batch import notebooks
 from driftbook.study.files import ROOT
 
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MOST_CELLS, MOST_LINES = 30, 15
+MOST_CELLS, MOST_LINES, WIDEST = 20, 15, 100
+MOST_NAMES, MOST_NAMES_OF_ONE = 120, 15
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+rewritten = pytest.mark.xfail(strict=False, reason="notebooks are being rewritten (issue 13)")
 
 
 def cells(path, kind=None) -> list[dict]:
@@ -48,6 +47,44 @@ def strings(text: str) -> list[str]:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
+
+
+def imported(path) -> dict[str, str]:
+    """{name in the notebook: what of the library it is, dotted}."""
+    found = {}
+    for node in (node for text in code(path) for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("driftbook"):
+            found |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                one.asname or one.name.partition(".")[0]: one.name
+                for one in node.names
+                if one.name.startswith("driftbook")
+            }
+    return found
+
+
+def library_names(path) -> set[str]:
+    """Every name of the library that a notebook's code looks up, dotted as far as there are
+    modules.
+    """
+    known, found = imported(path), set()
+    for node in (node for text in code(path) for node in ast.walk(ast.parse(text))):
+        chain = []
+        while isinstance(node, ast.Attribute):
+            chain, node = [node.attr, *chain], node.value
+        if isinstance(node, ast.Name) and node.id in known:
+            dotted = known[node.id]
+            while chain and is_module(dotted):
+                dotted = f"{dotted}.{chain.pop(0)}"
+            if not is_module(dotted):
+                found.add(dotted)
+    return found
+
+
+def is_module(dotted: str) -> bool:
+    path = ROOT / "lib" / dotted.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def test_there_are_notebooks_in_the_order_of_the_data():
@@ -117,11 +154,31 @@ def test_its_parameters_are_what_papermill_sees(path):
     notebooks.check_parameters(path, dict.fromkeys(names))
 
 
+@rewritten
 @every_notebook
 def test_it_is_short(path):
     assert len(code(path)) <= MOST_CELLS
     for text in code(path):
-        assert 0 < len(text.strip().splitlines()) <= MOST_LINES, text[:200]
+        lines = text.strip().splitlines()
+        assert 0 < len(lines) <= MOST_LINES, text[:200]
+        assert max(map(len, lines)) <= WIDEST, text[:200]
+
+
+@rewritten
+@every_notebook
+def test_it_imports_packages_only(path):
+    assert not [name for name in imported(path).values() if name.count(".") > 1]
+
+
+@rewritten
+@every_notebook
+def test_it_uses_few_names_of_the_library(path):
+    assert len(library_names(path)) <= MOST_NAMES_OF_ONE, sorted(library_names(path))
+
+
+@rewritten
+def test_all_notebooks_together_use_few_names_of_the_library():
+    assert len(set().union(*map(library_names, PATHS))) <= MOST_NAMES
 
 
 @every_notebook
@@ -261,62 +318,3 @@ def test_a_notebook_runs_with_its_parameters(notebook, tmp_path):
     output = tmp_path / "executed.ipynb"
     notebooks.execute(notebook("number * 6"), output, {"number": 7})
     assert "'42'" in str(json.loads(output.read_text())["cells"][-1]["outputs"])
-
-
-# ---- the project's files
-def project_files() -> list:
-    said = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if said.returncode:
-        pytest.skip("no git checkout here, so which files are the project's is not known")
-    return [
-        path for name in sorted(set(said.stdout.splitlines())) if (path := ROOT / name).is_file()
-    ]
-
-
-def test_no_file_names_a_folder_of_one_machine():
-    folders = [
-        "/" + name + "/" for name in ("work", "tmp", "home", "root", "Users", "mnt", "scratch")
-    ]
-    found = []
-    for path in project_files():
-        if (
-            path.suffix
-            in (
-                ".py",
-                ".ipynb",
-                ".yaml",
-                ".yml",
-                ".md",
-                ".toml",
-                ".txt",
-                ".mplstyle",
-                ".html",
-                ".csv",
-                ".json",
-                "",
-            )
-            and path.stat().st_size < 2_000_000
-        ):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            found += [
-                f"{path.relative_to(ROOT)}: {folder}"
-                for folder in folders
-                if re.search(rf"(?<![\w.}}$)-]){re.escape(folder)}", text)
-            ]
-    assert not found
-
-
-def test_nothing_that_was_computed_or_holds_text_is_the_projects():
-    names = [str(path.relative_to(ROOT)) for path in project_files()]
-    assert not [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pkl"))]
-    assert not [
-        name
-        for name in names
-        if name.startswith("outputs/") and not name.startswith("outputs/published/")
-    ]
-    assert not [name for name in names if "responses" in name and name.endswith(".parquet")]
