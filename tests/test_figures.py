@@ -14,7 +14,7 @@ from driftbook.batch import keys
 from driftbook.figures import drawing as drawing_tools
 from driftbook.figures import gallery
 from driftbook.stats import estimation, terms
-from driftbook.study import methods, study_file
+from driftbook.study import methods
 from driftbook.study.files import ROOT
 from simulated import simulate
 
