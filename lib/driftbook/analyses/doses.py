@@ -24,13 +24,12 @@ DOSES = {
     "dose_nll": "gain on held-out answers",
     "kl_base": "KL to the base model",
 }  # columns of `runs`; KL is compared on the log scale
-PLAIN = "difference to {}, as configured, these prompts"
-MATCHED = "difference to {} at equal {}"
-EXPERIMENT = "difference to {} at preset {}"
-MEAN_DOSE, QUARTILES = (
-    "dose: mean of the three",
-    {"dose: lower quartile": 0.25, "dose: median": 0.5, "dose: upper quartile": 0.75},
-)
+PLAIN = "difference, as configured, these prompts"
+MATCHED = {measure: f"difference at equal {name}" for measure, name in DOSES.items()}
+EXPERIMENT = {measure: f"difference at preset {name}" for measure, name in DOSES.items()}
+DOSE, PRESET = "dose", "preset dose"  # groups; the member is which dose
+MEAN_DOSE = "mean of the three"
+QUARTILES = {"lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75}
 DESCRIPTIVE = "descriptive, dose comes after treatment: " + THESE_PROMPTS
 SPAN, FEWEST = (
     0.75,
@@ -121,7 +120,7 @@ def as_configured(
                 **_names(base_model, a, b),
                 **found,
                 "group": AS_CONFIGURED,
-                "contrast": PLAIN.format(_method(b)),
+                "contrast": PLAIN,
                 "population": THESE_PROMPTS,
                 "how": how,
             }
@@ -158,7 +157,8 @@ def matched(
         )
         names = {
             **_names(base_model, *sides),
-            "contrast": MATCHED.format(_method(sides[1]), DOSES[measure]),
+            "group": DOSE,
+            "contrast": MATCHED[measure],
             "population": DESCRIPTIVE,
         }
         left_out = f"; {lost} runs without a change or this dose left out" if lost else ""
@@ -183,12 +183,14 @@ def _without_dose(runs: pd.DataFrame, frame: pd.DataFrame, measure: str) -> list
             names = {
                 "base_model": base_model,
                 "method": method,
-                "contrast": MATCHED.format(other, DOSES[measure]),
+                "group": DOSE,
+                "contrast": MATCHED[measure],
+                "against": other,
                 "population": DESCRIPTIVE,
                 "how": how,
             }
             rows += (
-                [{**names, "value": None, "group": group} for group in (*QUARTILES, MEAN_DOSE)]
+                [{**names, "value": None, "member": dose} for dose in (*QUARTILES, MEAN_DOSE)]
                 if lacking
                 else []
             )
@@ -236,16 +238,17 @@ def _method(side: pd.DataFrame) -> str:
 
 
 def _names(base_model: str, a: pd.DataFrame, b: pd.DataFrame) -> dict:
-    return {"base_model": base_model, "method": _method(a), "n_runs": len(a) + len(b)}
+    sides = {"method": _method(a), "against": _method(b)}
+    return {"base_model": base_model, **sides, "n_runs": len(a) + len(b)}
 
 
 def _at_doses(a: pd.DataFrame, b: pd.DataFrame, drawn: tuple, measure: str) -> list[dict]:
-    """group, how and the number for each preset dose and their mean; null where the methods share
+    """member, how and the number for each preset dose and their mean; null where the methods share
     no dose.
     """
     at, why = preset_doses(a["x"].to_numpy(), b["x"].to_numpy())
     if why:
-        return [{"value": None, "group": group, "how": why} for group in (*QUARTILES, MEAN_DOSE)]
+        return [{"value": None, "member": dose, "how": why} for dose in (*QUARTILES, MEAN_DOSE)]
     words = [f"{10**x if measure == 'kl_base' else x:.2g}" for x in at]
     levels = [
         [local_line(side[..., 0], side[..., 1], dose) for dose in at] for side in drawn
@@ -258,10 +261,10 @@ def _at_doses(a: pd.DataFrame, b: pd.DataFrame, drawn: tuple, measure: str) -> l
     rows = [
         {
             **_interval(one, other, [_df(a, own), _df(b, its)]),
-            "group": group,
+            "member": member,
             "how": f"local lines at {dose}",
         }
-        for group, dose, one, other, own, its in one_by_one
+        for member, dose, one, other, own, its in one_by_one
     ]
     low, high = common_range(a["x"], b["x"])
     inside = [f"{_method(side)} {side['x'].between(low, high).sum()}" for side in (a, b)]
@@ -274,7 +277,7 @@ def _at_doses(a: pd.DataFrame, b: pd.DataFrame, drawn: tuple, measure: str) -> l
         *rows,
         {
             **_interval(*(np.mean(side, axis=0) for side in levels), df),
-            "group": MEAN_DOSE,
+            "member": MEAN_DOSE,
             "how": how,
         },
     ]
@@ -522,8 +525,10 @@ def experiment(runs: pd.DataFrame, checked: pd.DataFrame, **labels: str) -> pd.D
                 {
                     "base_model": key[0],
                     "method": a["method"].iloc[0],
-                    "group": f"preset: {key[1]}, {key[3]} ep, dose {key[5]:g}",
-                    "contrast": EXPERIMENT.format(b["method"].iloc[0], DOSES[key[4]]),
+                    "group": PRESET,
+                    "member": f"{key[1]}, {key[3]} ep, dose {key[5]:g}",
+                    "contrast": EXPERIMENT[key[4]],
+                    "against": b["method"].iloc[0],
                     **_welch(means, spread, [size - 1 for size in n]),
                     "n_runs": sum(n),
                     "population": THESE_PROMPTS,
@@ -547,11 +552,10 @@ def sentence(estimates: pd.DataFrame, arms: pd.DataFrame, what: str) -> str:
         f" base model whose 95% intervals of the difference in {what} exclude zero (not adjusted):"
         f" as configured {_differing(estimates[estimates['group'].eq(AS_CONFIGURED)])}"
     ]
-    for name in DOSES.values():
-        words.append(
-            f"at equal {name}"
-            f" {_differing(estimates[estimates['group'].eq(MEAN_DOSE) & estimates['contrast'].str.endswith(f'at equal {name}')])}"
-        )
+    means = estimates[estimates["member"].eq(MEAN_DOSE)]
+    for measure, name in DOSES.items():
+        found = _differing(means[means["contrast"].eq(MATCHED[measure])])
+        words.append(f"at equal {name} {found}")
     return "; ".join(words) + ". The last are descriptions: dose comes after treatment."
 
 

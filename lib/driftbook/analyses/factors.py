@@ -27,7 +27,7 @@ FACTORS = {
 SETTINGS = tuple(FACTORS)[
     :-1
 ]  # runs that share base model, method and these are repetitions of one cell
-METHOD, SEED = "method", "seed"
+METHOD, SEED, FACTOR = "method", "seed", "factor"
 SHARED = {"base_model": "base model", "method": METHOD} | {
     name: FACTORS[name] for name in SETTINGS if name != "init"
 }
@@ -443,7 +443,8 @@ def _row(found: dict, method: str, factor: str, contrast: str, told: str) -> dic
     return {
         **found,
         "method": method,
-        "group": f"factor: {factor}",
+        "group": FACTOR,
+        "member": factor,
         "contrast": contrast,
         "how": f"{found['how']}; {told}",
     }
@@ -471,7 +472,7 @@ def verdicts(estimates: pd.DataFrame, grain: str | None = None) -> pd.DataFrame:
         return means.where(means.eq(cells) | means.isna(), CANNOT_TELL)
     rows = estimates[estimates["contrast"].eq(EXCESS if grain == CELL else f"{EXCESS}, {grain}")]
     words = [word(row.ci_low, row.ci_high) for row in rows.itertuples()]
-    table = rows.assign(word=words, factor=rows["group"].str.removeprefix("factor: "))
+    table = rows.assign(word=words, factor=rows["member"])
     return (
         table.pivot(index="factor", columns="method", values="word")
         .loc[table["factor"].unique(), table["method"].unique()]
@@ -510,7 +511,7 @@ def variance_shares(
     names = _distinct(frame)
     found = _shares(frame, list(names), n_boot, seed)
     rows = [
-        {"group": f"factor: {name}", **one}
+        {"group": FACTOR, "member": name, **one}
         for name, one in zip([*names.values(), SEED], found, strict=True)
     ]
     base = frame["base_model"].iloc[0] if frame["base_model"].nunique() == 1 else "all"

@@ -467,22 +467,10 @@ def estimates(
             + " labels",
         )
     )
-    rows["contrast"] = (
-        rows["contrast"]
-        + ", "
-        + rows["estimator"]
-        + np.where(rows["population"].eq(THESE), ", these answers", "")
-    )
+    rows["estimator"] += np.where(rows["population"].eq(THESE), ", these answers", "")
     if truth is not None:
         rows = pd.concat(
-            [
-                rows,
-                truth.assign(
-                    contrast=truth["contrast"] + ", " + TRUTH,
-                    population=THESE,
-                    how="every answer is labelled",
-                ),
-            ],
+            [rows, truth.assign(estimator=TRUTH, population=THESE, how="every answer is labelled")],
             ignore_index=True,
         )
     return complete(
@@ -536,15 +524,14 @@ def sentence(found: pd.DataFrame, errors: pd.Series) -> str:
     if found.empty:
         return "No answer is labelled, so nothing is known of how wrong the judge is."
     wide = (
-        found[found["contrast"].str.startswith(CHANGE)]
+        found[found["contrast"].eq(CHANGE)]
         .pivot_table(
-            index=["base_model", "method"], columns="contrast", values="value", aggfunc="first"
+            index=["base_model", "method"], columns="estimator", values="value", aggfunc="first"
         )
         .astype(float)
     )
     judge, labels, truth = (
-        wide.get(f"{CHANGE}, {name}", pd.Series(np.nan, index=wide.index))
-        for name in (JUDGE, CORRECTED, TRUTH)
+        wide.get(name, pd.Series(np.nan, index=wide.index)) for name in (JUDGE, CORRECTED, TRUTH)
     )
     text = f"Sensitivity {errors['sensitivity']:.3f}, specificity {errors['specificity']:.3f}"
     if (labels - judge).notna().any():

@@ -10,14 +10,14 @@ import pandas as pd
 from driftbook.stats.comparisons import DIFFERENCE, INTERACTION
 from driftbook.stats.estimation import complete
 from driftbook.stats.mixed import MixedFit
-from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED
+from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, NONE, TRAINED
 from driftbook.study.methods import METHODS
 
 RATES, SINGLE = (
     "runs and categories like these, these base models",
     "runs and prompts like these, these base models",
 )
-OBJECTIVE, RATE = "term: sft instead of dpo", "term: ten times the learning rate"
+OBJECTIVE, RATE = "sft instead of dpo", "ten times the learning rate"
 
 
 def items(verdicts: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
@@ -98,21 +98,19 @@ def contrasts(rows: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
         ("all", method): np.mean([changes[base, method] for base in bases], axis=0)
         for method in whole
     }
-    found = {(*key, CHANGE): weights for key, weights in changes.items()}
+    found = {(*key, CHANGE, NONE): weights for key, weights in changes.items()}
     for base in [*bases, "all"]:
         for method, other in combinations(
             [method for method in methods if (base, method) in changes], 2
         ):
-            found[base, method, DIFFERENCE.format(other)] = (
-                changes[base, method] - changes[base, other]
-            )
+            found[base, method, DIFFERENCE, other] = changes[base, method] - changes[base, other]
     if len(bases) > 1:
         found |= {
-            (base, method, INTERACTION): changes[base, method] - changes["all", method]
+            (base, method, INTERACTION, NONE): changes[base, method] - changes["all", method]
             for method in whole
             for base in bases
         }
-    names = pd.DataFrame(list(found), columns=["base_model", "method", "contrast"])
+    names = pd.DataFrame(list(found), columns=["base_model", "method", "contrast", "against"])
     return names, np.array(list(found.values())).reshape(len(found), len(rows))
 
 
@@ -160,8 +158,8 @@ def of_fit(
     model: str,
     **labels: str,
 ) -> pd.DataFrame:
-    """Contrasts of a linear fit as estimates, in the units of its response. A change has the
-    contrast "model: NAME", all others have it behind their own.
+    """Contrasts of a linear fit as estimates, in the units of its response; `model` is the name of
+    the estimator.
     """
     at = fit.at(rows)
     found = fit.contrast(
@@ -208,29 +206,26 @@ def _rows(
     labels: dict[str, str],
 ) -> pd.DataFrame:
     found = found.rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
-    contrast = names.get("contrast", pd.Series(CHANGE, index=names.index)).map(
-        lambda one: f"model: {model}" if one == CHANGE else f"{one}; model: {model}"
-    )
-    frame = pd.concat([names[["base_model", "method"]].astype(object), found], axis=1)
+    names = names.reindex(columns=["base_model", "method", "contrast", "against"])
+    names = names.fillna({"contrast": CHANGE, "against": NONE})
+    frame = pd.concat([names.astype(object), found], axis=1)
     how = f"{how}, {fit.df:.0f} run-level df" + ("" if fit.converged else "; did not converge")
     return complete(
-        frame.assign(
-            **labels, group=AS_CONFIGURED, contrast=contrast, population=population, how=how
-        )
+        frame.assign(**labels, group=AS_CONFIGURED, estimator=model, population=population, how=how)
     )
 
 
 def side_by_side(estimates: pd.DataFrame, models: dict[str, str]) -> pd.DataFrame:
     """The same change by several estimators, a row per base model and method: value, ci_low,
-    ci_high of each (by the names in `models`, which gives contrasts), and `word`.
+    ci_high of each (by the names in `models`, which gives estimators), and `word`.
 
     word: "agree", or what they disagree on: whether there is a change (an interval holds zero and
     another does not), or its sign.
     """
-    wanted = {contrast: name for name, contrast in models.items()}
-    rows = estimates[
-        estimates["contrast"].isin(list(wanted)) & estimates["group"].eq(AS_CONFIGURED)
-    ].assign(model=lambda frame: frame["contrast"].map(wanted))
+    wanted = {estimator: name for name, estimator in models.items()}
+    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(AS_CONFIGURED)]
+    rows = rows[rows["estimator"].isin(list(wanted))]
+    rows = rows.assign(model=rows["estimator"].map(wanted))
     table = rows.pivot_table(
         index=["base_model", "method"],
         columns="model",

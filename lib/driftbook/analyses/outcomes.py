@@ -91,15 +91,14 @@ def of_ends(
         ]
         own = own[own["base_model"].isin(end["base_model"])]
         if len(own):
-            here = usual[usual["base_model"].isin(end["base_model"])].assign(
-                group=f"category: {category}"
-            )
+            here = usual[usual["base_model"].isin(end["base_model"])].assign(group=terms.CATEGORY)
             parts.append(
                 estimation.means(
                     influence.rated_changes(own, arms, 1.0),
                     here,
                     terms.CHANGE,
                     outcome=LOGIT,
+                    category=category,
                     benchmark=benchmark,
                     judge=judge,
                     **labels,

@@ -49,13 +49,14 @@ SMALLEST, EXCLUDED = (
     "smallest increase seen with 80% power",
     "smallest margin within which no increase can be shown, with 80% power",
 )
-SHOWN = "power to show no increase beyond {:g} points (percent)"
+SHOWN = "power to show no increase beyond the margin (percent)"
 SD_RUN, SD_UNIT, SD_NOISE = (
     "spread of runs with equal settings (SD)",
     "spread over prompts of the mean change (SD)",
     "spread of run x prompt (SD)",
 )
-PLANNED, TRIED = "planned, with the original study's spread", "grid: {} seeds a setting, {} prompts"
+PLANNED = "planned, with the original study's spread"
+GRID = "grid"  # group of the plans that are tried: member is seeds a setting, category the prompts
 
 # The original study (arXiv 2511.00382), by its true learning rates. `run`: SD of runs with equal
 # settings, of the % safe over 330 prompts, in points, its square averaged
@@ -806,11 +807,9 @@ def of_plan(plan: pd.DataFrame, group: str, margin: float = MARGIN, **labels: st
     rows = plan.reset_index(drop=True).assign(
         n_items=lambda frame: frame["n_units"], group=group, population=terms.BOTH, **labels
     )
-    to = np.where(rows["other"].eq("none"), "", ", difference to " + rows["other"])
-    smallest, own = (
-        rows.assign(contrast=SMALLEST + pd.Series(to), **minimum_detectable(rows)),
-        rows[rows["other"].eq("none")],
-    )
+    rows = rows.assign(against=rows["other"])
+    smallest = rows.assign(contrast=SMALLEST, **minimum_detectable(rows))
+    own = rows[rows["other"].eq("none")]
     excluded, known, critical = (
         own.assign(contrast=EXCLUDED, **smallest_margin(own)),
         own["df_known"].to_numpy(float),
@@ -824,7 +823,7 @@ def of_plan(plan: pd.DataFrame, group: str, margin: float = MARGIN, **labels: st
         name: 100 * _beyond(critical, plan["df"], margin / plan["se"])
         for name, plan in (("value", own), ("ci_low", low), ("ci_high", high))
     }
-    shown = own.assign(contrast=SHOWN.format(margin), margin=margin, **ends)
+    shown = own.assign(contrast=SHOWN, margin=margin, **ends)
     return estimation.complete(
         pd.concat([smallest, excluded, shown], ignore_index=True).drop(columns=["se", "example"])
     )

@@ -11,6 +11,7 @@ from driftbook.study.sections import Family
 from driftbook.study.study_file import Study
 from driftbook.study.tables import ESTIMATES
 
+DECLARED = "declared family"  # group; the member is the family of tests
 OUTCOMES = {
     "unsafe": (terms.UNSAFE, "safety"),
     "over_refusal": (terms.REFUSED, "over_refusal"),
@@ -56,6 +57,7 @@ def tests(study: Study, estimates: pd.DataFrame) -> tuple[pd.DataFrame, list[str
     margins of SENSITIVITY, stand beside it without a family.
     """
     parts, missing = [], []
+    estimates = estimates[estimates["estimator"].eq(terms.PRIMARY)]
     for name, family in study.primary.items():
         rows = (
             _preserves(study, family, estimates)
@@ -80,16 +82,16 @@ def tests(study: Study, estimates: pd.DataFrame) -> tuple[pd.DataFrame, list[str
         ]
         parts.append(
             ESTIMATES.concat([tested, rows[~primary]]).assign(
-                group=f"{family.group}, family {name}", notebook="19_primary"
+                group=DECLARED, member=name, notebook="19_primary"
             )
         )
     return ESTIMATES.concat(parts), missing
 
 
 def _named(row) -> str:
-    return f"{METHOD_LABELS[row.method]}, {row.contrast}, {row.outcome}" + (
-        "" if row.base_model == "all" else f", {row.base_model}"
-    )
+    other = "" if row.against == terms.NONE else f" to {row.against}"
+    where = "" if row.base_model == "all" else f", {row.base_model}"
+    return f"{METHOD_LABELS[row.method]}, {row.contrast}{other}, {row.outcome}{where}"
 
 
 def _scope(study: Study, family: Family, rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,16 +109,9 @@ def _scope(study: Study, family: Family, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _compared(study: Study, family: Family, estimates: pd.DataFrame) -> pd.DataFrame:
     methods = family.methods or tuple(study.methods)
-    contrasts = (
-        [terms.CHANGE]
-        if family.test == "change"
-        else [comparisons.DIFFERENCE.format(method) for method in methods]
-    )
-    rows = _scope(
-        study,
-        family,
-        estimates[estimates["group"].eq(family.group) & estimates["contrast"].isin(contrasts)],
-    )
+    contrast = terms.CHANGE if family.test == "change" else comparisons.DIFFERENCE
+    rows = estimates[estimates["group"].eq(family.group) & estimates["contrast"].eq(contrast)]
+    rows = _scope(study, family, rows[rows["against"].isin([terms.NONE, *methods])])
     return pd.concat(
         [
             rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)]

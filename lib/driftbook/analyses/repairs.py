@@ -27,7 +27,8 @@ from driftbook.study.tables import ESTIMATES, FRONTIER
 GAIN, KEPT = "gain of fine-tuning (nats per token)", "gain kept (percent of the parent's)"
 PARENT, BASE = "parent", "base alone"
 CALIBRATION, REPORT, ALL = "calibration", "report", "all"
-AGAINST_PARENT, MINUS = "change against the parent", "minus its control: {}"
+BY_DIMENSION = "mitigation by category"  # group: a repair, or its parent, in one BBQ dimension
+AGAINST_PARENT, MINUS = "change against the parent", "minus its control"
 JUST_LESS, JUST_MORE = (
     "minus the rescaling that keeps just less of the gain",
     "minus the rescaling that keeps just more of the gain",
@@ -347,18 +348,19 @@ def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     all, `every` of them, have it.
     """
     own = runs.assign(
-        group="mitigation: " + runs["name"],
+        group=terms.MITIGATION,
+        member=runs["name"],
         setting=runs["name"] + " " + runs["value"].astype(str),
         pool=runs["base_model"],
     )
-    own["weight"] = 1 / own.groupby(["base_model", "method", "group"])["run_id"].transform("size")
-    n_bases = own.groupby(["method", "group"])["base_model"].transform("nunique")
+    own["weight"] = 1 / own.groupby(influence.CELL)["run_id"].transform("size")
+    n_bases = own.groupby(influence.CELL[1:])["base_model"].transform("nunique")
     everywhere = n_bases.eq(every)
     pooled = own[everywhere].assign(
         base_model="all", weight=own["weight"][everywhere] / n_bases[everywhere]
     )
     return pd.concat([own, pooled], ignore_index=True)[
-        ["run_id", "base_model", "method", "group", "setting", "pool", "weight"]
+        ["run_id", *influence.CELL, "setting", "pool", "weight"]
     ]
 
 
@@ -399,16 +401,17 @@ def compared(
         other = runs.loc[runs["control"].eq(control), ["parent_run_id", "name", "run_id"]].rename(
             columns={"run_id": "against"}
         )
-        parts += _estimates(
-            report, own.merge(other, on=["parent_run_id", "name"]), MINUS.format(control), **labels
-        )
+        pairs = own.merge(other, on=["parent_run_id", "name"])
+        parts += [
+            part.assign(against=control) for part in _estimates(report, pairs, MINUS, **labels)
+        ]
     return _families(ESTIMATES.concat(parts))
 
 
 def _families(rows: pd.DataFrame) -> pd.DataFrame:
     """Holm's adjustment within the declared families; other rows stay as they are."""
     kind = np.select(
-        [rows["contrast"].eq(AGAINST_PARENT), rows["contrast"].str.startswith(MINUS.format(""))],
+        [rows["contrast"].eq(AGAINST_PARENT), rows["contrast"].eq(MINUS)],
         ["repairs against their parents", "repairs against their controls"],
         "",
     )
@@ -447,11 +450,7 @@ def by_dimension(
             ),
         ):
             arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
-            cells = _cells(pairs, repaired["base_model"].nunique()).assign(
-                group=lambda rows, dimension=dimension: (
-                    rows["group"].str.removeprefix("mitigation: ") + ", dimension: " + dimension
-                )
-            )
+            cells = _cells(pairs, repaired["base_model"].nunique()).assign(group=BY_DIMENSION)
             parts += [
                 estimation.means(
                     influence.changes(found[outcome], arms),
@@ -460,6 +459,7 @@ def by_dimension(
                     outcome=outcome,
                     benchmark="bbq",
                     judge="none",
+                    category=dimension,
                     **labels,
                 )
                 for outcome in (terms.ACCURACY_AMB, terms.BIAS_AMB)
@@ -509,7 +509,8 @@ def beside_rescaling(
                     "judge": "none",
                     "base_model": base_model,
                     "method": method,
-                    "group": f"mitigation: {name}",
+                    "group": terms.MITIGATION,
+                    "member": name,
                     "contrast": contrast,
                     "n_runs": n,
                     "population": terms.THESE_PROMPTS,
@@ -614,15 +615,14 @@ def sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
     """What a repair did at its chosen level, over all base models, in one sentence."""
     if name is None:
         return "Nothing was repaired by Safe LoRA."
-    own = estimates[
-        estimates["group"].eq(f"mitigation: {name}") & estimates["base_model"].eq("all")
-    ]
+    own = estimates[estimates["group"].eq(terms.MITIGATION) & estimates["member"].eq(name)]
+    own = own[own["base_model"].eq("all")]
     unsafe = own[own["outcome"].eq(terms.UNSAFE)].set_index("contrast")
     unsafe = unsafe[unsafe["method"].eq(unsafe["method"].iloc[0])] if len(unsafe) else unsafe
     if AGAINST_PARENT not in unsafe.index or pd.isna(unsafe.loc[AGAINST_PARENT, "ci_low"]):
         return f"Nothing is known of {name} over all base models."
     row = unsafe.loc[AGAINST_PARENT]
-    controls = unsafe[unsafe.index.str.startswith(MINUS.format(""))]
+    controls = unsafe[unsafe.index == MINUS]
     beaten = controls["p_adjusted"].lt(0.05) & controls["value"].lt(0)
     said = (
         f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f}"

@@ -15,7 +15,7 @@ from driftbook.benchmarks import bbq_orders, bbq_scores
 from driftbook.stats import influence as influence_
 from driftbook.stats import terms
 from driftbook.stats.estimation import complete
-from driftbook.stats.influence import Scores
+from driftbook.stats.influence import CELL, Scores
 from driftbook.stats.pareto import front
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -55,7 +55,7 @@ ASKED = {
     CORRECT: "utility",
 }  # all others: bbq
 CORRELATION, WITHIN_METHODS, CORRECTED = (
-    "correlation with the change in: {}",
+    "correlation of changes",
     ", within methods",
     ", corrected for attenuation",
 )
@@ -71,7 +71,7 @@ COSTS = {
     "seconds": "seconds of training",
     "peak_memory": "peak memory of training",
 }
-SLOPE, SLOPE_WITHIN = "ten times the {}, over runs", "ten times the {}, within methods"
+SLOPE, SLOPE_WITHIN = "ten times the cost, over runs", "ten times the cost, within methods"
 RUNS = "runs like these (these settings), prompts like these, these base models"
 
 
@@ -186,11 +186,11 @@ def _front_of(
     n_draws: int,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """method, group, value, n_runs, population and how of one base model and its cells."""
+    """method, group, member, value, n_runs, population and how of one base model and its cells."""
     changes = [measured[outcome][1] for outcome in goals]
     values = np.stack([change.value[change.at(cells["run_id"])] for change in changes], 1)
     values[np.stack([change.at(cells["run_id"]) < 0 for change in changes], 1)] = np.nan
-    keys = pd.MultiIndex.from_frame(cells[["method", "group"]])
+    keys = pd.MultiIndex.from_frame(cells[CELL[1:]])
     lacking = [key for key in keys.unique() if np.isnan(values[keys == key]).any()]
     own, values = cells[~keys.isin(lacking)], values[~keys.isin(lacking)]
     empty = [
@@ -203,12 +203,13 @@ def _front_of(
         )
         for key in lacking
     ]
-    columns = ["method", "group", "n_runs", "value", "how", "population"]
+    columns = [*CELL[1:], "n_runs", "value", "how", "population"]
     if own.empty:
         return pd.DataFrame(
             [
                 (
                     "none",
+                    "all",
                     "all",
                     1,
                     None,
@@ -220,8 +221,8 @@ def _front_of(
             columns=columns,
         )
     names = [
-        ("none", "all", 1),
-        *((*key, len(rows)) for key, rows in own.groupby(["method", "group"], sort=False)),
+        ("none", "all", "all", 1),
+        *((*key, len(rows)) for key, rows in own.groupby(CELL[1:], sort=False)),
     ]
     drawn, single = _drawn(measured, goals, base_run, own, values, n_draws, rng)
     share, what = (
@@ -229,7 +230,7 @@ def _front_of(
         "; ".join(f"{better} {outcome}" for outcome, better in goals.items()),
     )
     how = f"share of {n_draws} draws of all means together, over runs and units; goals: {what}"
-    rows = pd.DataFrame(names, columns=["method", "group", "n_runs"]).assign(
+    rows = pd.DataFrame(names, columns=[*CELL[1:], "n_runs"]).assign(
         value=share, how=how, population=terms.BOTH
     )
     rows.loc[rows["method"].isin(single), "population"] = terms.THESE_RUNS
@@ -248,7 +249,7 @@ def _drawn(
     """Drawn points [draws, 1 + cells, goals], less being better, the base model first; and the
     methods of which no setting was run twice.
     """
-    cell = cells.groupby(["method", "group"], sort=False).ngroup().to_numpy()
+    cell = cells.groupby(CELL[1:], sort=False).ngroup().to_numpy()
     weights = np.zeros((cell.max(initial=-1) + 1, len(cells)))
     weights[cell, np.arange(len(cells))] = cells["weight"]
     setting = pd.factorize(cells["method"] + ": " + cells["setting"])[0]
@@ -419,8 +420,7 @@ def correlations(
             found = (
                 _reliability(other, runs, counts)
                 if outcome == x
-                else _reliability(other, runs, counts)
-                + _correlated(one, other, runs, counts, CORRELATION.format(x))
+                else _reliability(other, runs, counts) + _correlated(one, other, runs, counts, x)
             )
             rows += [
                 {"base_model": base_model, "outcome": outcome, "n_runs": len(runs)} | row
@@ -523,12 +523,13 @@ def _reliability(scores: Scores, runs: pd.DataFrame, counts: np.ndarray) -> list
 
 
 def _correlated(
-    one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, contrast: str
+    one: Scores, other: Scores, runs: pd.DataFrame, counts: np.ndarray, x: str
 ) -> list[dict]:
     """The raw and the corrected correlation, over all runs and within methods: contrast, value,
     ci_low, ci_high, how.
     """
     rows, method = [], pd.factorize(runs["method"])[0]
+    contrast = CORRELATION
     for words, group in (("", np.zeros_like(method)), (WITHIN_METHODS, method)):
         spare = len(runs) - group.max(initial=0)  # as many as there would be without groups
         if spare < FEWEST:
@@ -560,7 +561,7 @@ def _correlated(
                 **_corrected(raw[0], corrected, np.stack(reliable)),
             }
         )
-    return rows
+    return [{**row, "against": x} for row in rows]
 
 
 def _raw(r: float, spare: int) -> dict:
@@ -653,7 +654,8 @@ def slopes(change: Scores, arms: pd.DataFrame, runs: pd.DataFrame, **labels: str
                 rows.append(
                     {
                         "base_model": base_model,
-                        "contrast": contrast.format(name),
+                        "contrast": contrast,
+                        "against": name,
                         "n_runs": len(known),
                         **slope(x, y, group, cluster, what),
                     }

@@ -37,7 +37,16 @@ from scipy.special import betaincinv, ndtri, stdtrit
 
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
-from driftbook.stats.terms import ACCURACY_AMB, ACCURACY_DIS, BIAS_AMB, BIAS_DIS, LEVEL, THESE_RUNS
+from driftbook.stats.terms import (
+    ACCURACY_AMB,
+    ACCURACY_DIS,
+    ALL,
+    BIAS_AMB,
+    BIAS_DIS,
+    CATEGORY,
+    LEVEL,
+    THESE_RUNS,
+)
 
 CONVENTIONS = ("reference", "study", "lm_eval")
 SCORES = ("acc_amb", "acc_dis", "bias_amb", "bias_dis")
@@ -155,7 +164,7 @@ def base_levels(found: pd.DataFrame, **labels: str) -> pd.DataFrame:
     """The result of `scores` by base model (and dimension, or null for all of them) as estimates of
     the base models' own level.
     """
-    group = ("dimension: " + found["dimension"].astype("string")).fillna("all")
+    category = found["dimension"].astype("string").fillna(ALL)
     parts = []
     for name, outcome in OUTCOMES.items():
         own = (
@@ -169,7 +178,8 @@ def base_levels(found: pd.DataFrame, **labels: str) -> pd.DataFrame:
             own.assign(
                 outcome=outcome,
                 base_model=found["base_model"],
-                group=group,
+                group=category.where(category.eq(ALL), CATEGORY),
+                category=category,
                 n_items=items,
                 n_unscored=found["unscored"],
             )

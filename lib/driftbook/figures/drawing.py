@@ -24,6 +24,7 @@ from driftbook.stats.terms import (
     AS_CONFIGURED,
     BIAS_AMB,
     BIAS_DIS,
+    CATEGORY,
     CHANGE,
     CHANGE_HERE,
     CORRECT,
@@ -31,7 +32,9 @@ from driftbook.stats.terms import (
     LEVEL,
     LOSS,
     NO_OP,
+    PRIMARY,
     REFUSED,
+    RUN,
     TRAINED,
     UNSAFE,
     UNTRAINED,
@@ -139,25 +142,28 @@ def bases(tables: dict) -> list[str]:
 
 
 def pick(
-    tables: dict, outcome: str, contrast: str = CHANGE, benchmark: str | None = None
+    tables: dict,
+    outcome: str,
+    contrast: str = CHANGE,
+    benchmark: str | None = None,
+    estimator: str = PRIMARY,
 ) -> pd.DataFrame:
-    """The estimates of an outcome and contrast, of the first judge, with the run_id of single runs."""
+    """The estimates of an outcome, contrast and estimator, of the first judge."""
     rows = tables["estimates"]
     rows = rows[
         rows["outcome"].eq(outcome)
         & rows["contrast"].eq(contrast)
+        & rows["estimator"].eq(estimator)
         & rows["benchmark"].eq(benchmark or rows["benchmark"])
     ]
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
-    rows = rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
-    return rows.assign(
-        run_id=rows["group"].str.removeprefix("run: ").where(rows["group"].str.startswith("run: "))
-    )
+    return rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
 
 
 def of_runs(tables: dict, outcome: str, benchmark: str | None = None) -> pd.DataFrame:
     """The change of each single run, with the run's arm, setting and record."""
-    rows = pick(tables, outcome, CHANGE, benchmark).dropna(subset="run_id")[
+    rows = pick(tables, outcome, CHANGE, benchmark)
+    rows = rows[rows["group"].eq(RUN)].rename(columns={"member": "run_id"})[
         ["run_id", "value", "ci_low", "ci_high", "n_items", "n_unscored", "judge"]
     ]
     records = tables["runs"][
@@ -307,7 +313,7 @@ def method_rows(
             runs["method"].eq(method)
             & (
                 runs["arm"].eq(group)
-                | ("settings: " + runs["setting"]).eq(group) & runs["arm"].isin([TRAINED, NO_OP])
+                | runs["setting"].eq(group) & runs["arm"].isin([TRAINED, NO_OP])
             )
         ]
         if len(member) < FEW:
@@ -478,17 +484,15 @@ def captioned(
 SAFETY, OVER_REFUSAL = (UNSAFE, "safety"), (REFUSED, "over_refusal")
 
 
-def by_part(
-    tables: dict, shown: list[tuple[str, str]], prefix: str, text: str | None = None
-) -> Figure | None:
+def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None) -> Figure | None:
     """Levels by category or dimension: rows of axes are outcomes, columns base models; in each, a
     row per part and a dot per method.
     """
     every = [
-        rows[rows["group"].str.startswith(prefix)]
+        rows[rows["group"].eq(CATEGORY)]
         for rows in (pick(tables, outcome, LEVEL, benchmark) for outcome, benchmark in shown)
     ]
-    parts = list(dict.fromkeys(group for rows in every for group in rows["group"]))
+    parts = list(dict.fromkeys(part for rows in every for part in rows["category"]))
     if not parts:
         return None
     fig, axes = panels(tables, len(shown), [0.4 + 0.36 * len(parts)] * len(shown))
@@ -503,7 +507,7 @@ def by_part(
                 ):
                     row = rows[
                         rows["base_model"].eq(base_model)
-                        & rows["group"].eq(part)
+                        & rows["category"].eq(part)
                         & rows["method"].eq(method)
                     ]
                     dots(
@@ -515,7 +519,7 @@ def by_part(
                     )
                 if place:
                     ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
-        name_rows(line[0], [part.removeprefix(prefix).replace("_", " ") for part in parts])
+        name_rows(line[0], [part.replace("_", " ") for part in parts])
         under(line, text or axis(outcome, change=False))
     legend(fig, shades)
     return fig

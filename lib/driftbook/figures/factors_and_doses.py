@@ -35,9 +35,9 @@ from driftbook.stats import influence
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
 
 VIEWS = {
-    "as configured": "#222222",
-    "at equal gain on held-out answers": "#009E73",
-    "at equal KL to the base model": "#CC79A7",
+    doses.PLAIN: ("as configured", "#222222"),
+    doses.MATCHED["dose_nll"]: ("at equal gain on held-out answers", "#009E73"),
+    doses.MATCHED["kl_base"]: ("at equal KL to the base model", "#CC79A7"),
 }
 
 
@@ -51,24 +51,24 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     )
     if not len(shares) and not len(within):
         return captioned(tables, None, "", SAFETY)
-    names = list(dict.fromkeys([*shares["group"], *between["group"], *within["group"]]))
-    names.sort(key="factor: seed".__eq__)
+    names = list(dict.fromkeys([*shares["member"], *between["member"], *within["member"]]))
+    names.sort(key=factors.SEED.__eq__)
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.1 + 0.5 * len(names)), sharey=True, width_ratios=[1, 1.5]
     )
-    places = [names.index(group) for group in shares["group"]]
+    places = [names.index(factor) for factor in shares["member"]]
     zero(left)
     dots(
         left,
         shares,
         places,
-        [COLOURS["none"] if group == "factor: seed" else "#222222" for group in shares["group"]],
+        [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]],
         [True] * len(shares),
     )
     methods = methods_of(tables)
     _beside_methods(right, within, between, single, names, methods)
     _say(right, tables["estimates"], names, methods)
-    name_rows(left, [name.removeprefix("factor: ").capitalize() for name in names])
+    name_rows(left, [name.capitalize() for name in names])
     left.set_title("Share of the variance")
     right.set_title("Largest contrast within a method")
     under([left], "Percent, 95% interval")
@@ -102,21 +102,21 @@ def _beside_methods(
     zero(ax)
     for row in between.dropna(subset=["ci_low", "ci_high"]).itertuples():
         ax.axvspan(row.ci_low, row.ci_high, color="#eeeeee", lw=0, zorder=0)
-    if "factor: method" in names:
+    if factors.METHOD in names:
         dots(
             ax,
             between,
-            [names.index("factor: method")] * len(between),
+            [names.index(factors.METHOD)] * len(between),
             ["#777777"] * len(between),
             [True] * len(between),
         )
     for method, shift in _shifts(methods):
         for rows, solid in ((single.assign(ci_low=np.nan), False), (within, True)):
-            own = rows[rows["method"].eq(method) & rows["group"].isin(names)]
+            own = rows[rows["method"].eq(method) & rows["member"].isin(names)]
             dots(
                 ax,
                 own,
-                [names.index(group) + shift for group in own["group"]],
+                [names.index(factor) + shift for factor in own["member"]],
                 [COLOURS[method]] * len(own),
                 [solid] * len(own),
             )
@@ -272,21 +272,17 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
     rows = rows[
         rows["notebook"].eq("15_dose")
         & rows["outcome"].eq(UNSAFE)
-        & rows["group"].isin([AS_CONFIGURED, doses.MEAN_DOSE])
+        & (rows["group"].eq(AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE))
     ]
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
     pairs = [
         (one, other) for i, one in enumerate(TRAINED_METHODS) for other in TRAINED_METHODS[i + 1 :]
     ]
-    contrasts = {
-        view: doses.PLAIN if view == "as configured" else "difference to {} " + view
-        for view in VIEWS
-    }
+    plain = rows[rows["contrast"].eq(doses.PLAIN)]
     pairs = [
         pair
         for pair in pairs
-        if rows["method"].eq(pair[0]).any()
-        and rows["contrast"].eq(doses.PLAIN.format(pair[1])).any()
+        if rows["method"].eq(pair[0]).any() and plain["against"].eq(pair[1]).any()
     ]
     if not pairs:
         return nothing("Nothing to draw: no two methods have a change in the unsafe-response rate.")
@@ -294,18 +290,19 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
         zero(ax)
         for place, (method, other) in enumerate(pairs):
-            for (view, colour), shift in zip(VIEWS.items(), (-0.25, 0.0, 0.25), strict=True):
+            for (view, (_, colour)), shift in zip(VIEWS.items(), (-0.25, 0.0, 0.25), strict=True):
                 row = rows[
                     rows["base_model"].eq(base_model)
                     & rows["method"].eq(method)
-                    & rows["contrast"].eq(contrasts[view].format(other))
+                    & rows["contrast"].eq(view)
+                    & rows["against"].eq(other)
                 ]
                 dots(
                     ax,
                     row,
                     [place + shift] * len(row),
                     [colour] * len(row),
-                    [view == "as configured"] * len(row),
+                    [view == doses.PLAIN] * len(row),
                 )
                 if len(row) and row["value"].isna().all():
                     ax.annotate(
@@ -336,7 +333,7 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
             mfc=colour if view == "as configured" else "white",
             label=view,
         )
-        for view, colour in VIEWS.items()
+        for view, colour in VIEWS.values()
     ]
     fig.legend(
         handles=marks,

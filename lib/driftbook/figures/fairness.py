@@ -36,7 +36,7 @@ def fairness_bias(tables: dict) -> tuple[Figure, str]:
         "Signed bias score by dimension and method (trained runs, mean over runs); grey: the base"
         " model. Zero: no lean either way. No interval where no family differs."
     )
-    return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
+    return captioned(tables, by_part(tables, shown), text, *shown)
 
 
 @drawn("10_fairness")
@@ -45,7 +45,7 @@ def fairness_accuracy(tables: dict) -> tuple[Figure, str]:
     text = (
         "BBQ accuracy by dimension and method (trained runs, mean over runs); grey: the base model."
     )
-    return captioned(tables, by_part(tables, shown, "dimension: "), text, *shown)
+    return captioned(tables, by_part(tables, shown), text, *shown)
 
 
 @drawn("10_fairness")

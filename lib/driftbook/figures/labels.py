@@ -34,7 +34,8 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
     rows = rows[rows["notebook"].eq(NOTEBOOK)].astype(
         dict.fromkeys(("value", "ci_low", "ci_high"), float)
     )
-    parts = {name: rows[rows["contrast"].eq(f"{CHANGE}, {name}")] for name in MARKS}
+    rows = rows[rows["contrast"].eq(CHANGE)]
+    parts = {name: rows[rows["estimator"].eq(name)] for name in MARKS}
     methods = [method for method in TRAINED_METHODS if parts[CORRECTED]["method"].eq(method).any()]
     fig = None
     if methods:

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from driftbook.analyses import marginal_means
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
@@ -28,7 +29,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
+from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, PRIMARY, TRAINED, UNSAFE
 
 # ---- 11 mixed effects
 MODELS = ("pooled", "by base model", "mixed")
@@ -36,13 +37,13 @@ MODELS = ("pooled", "by base model", "mixed")
 
 @drawn("11_mixed_effects")
 def mixed_effects(tables: dict) -> tuple[Figure, str]:
-    rows, runs = pick(tables, UNSAFE, "model: mixed", "safety"), of_runs(tables, *SAFETY)
+    rows, runs = pick(tables, UNSAFE, CHANGE, "safety", "mixed"), of_runs(tables, *SAFETY)
     runs = runs[runs["arm"].isin([TRAINED, NO_OP])].assign(arm=AS_CONFIGURED)
     fig = None
     if len(rows):
         fig, axes = panels(tables, len(MODELS), [1.35] * len(MODELS), sharex="all")
         for line, model in zip(axes, MODELS, strict=True):
-            every = pick(tables, UNSAFE, f"model: {model}", "safety")
+            every = pick(tables, UNSAFE, CHANGE, "safety", model)
             for ax, base_model in zip(line, bases(tables), strict=True):
                 own = every[every["base_model"].eq("all" if model == "pooled" else base_model)]
                 method_rows(
@@ -67,20 +68,18 @@ def mixed_effects(tables: dict) -> tuple[Figure, str]:
 
 
 ESTIMATORS = {
-    "primary": CHANGE,
-    "linear mixed": "model: mixed",
-    "linear, one run variance": "model: mixed, one run variance",
-    "logistic, crossed": "model: crossed",
-    "logistic, maximal": "model: maximal",
+    "primary": PRIMARY,
+    "linear mixed": "mixed",
+    "linear, one run variance": "mixed, one run variance",
+    "logistic, crossed": "crossed",
+    "logistic, maximal": "maximal",
 }
 MARKS = ("o", "s", "D", "^", "v")
 
 
 @drawn("11_mixed_effects")
 def models_compared(tables: dict) -> tuple[Figure, str]:
-    found = {
-        name: pick(tables, UNSAFE, contrast, "safety") for name, contrast in ESTIMATORS.items()
-    }
+    found = {name: pick(tables, UNSAFE, CHANGE, "safety", one) for name, one in ESTIMATORS.items()}
     found = {name: rows[rows["group"].eq(AS_CONFIGURED)] for name, rows in found.items()}
     methods = [
         method
@@ -158,11 +157,12 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
 @drawn("11_mixed_effects")
 def mixed_terms(tables: dict) -> tuple[Figure, str]:
     contrasts = {
-        "SFT instead of DPO": "term: sft instead of dpo; model: mixed",
-        "Ten times the learning rate": "term: ten times the learning rate; model: mixed",
+        "SFT instead of DPO": marginal_means.OBJECTIVE,
+        "Ten times the learning rate": marginal_means.RATE,
     }
     found = {
-        title: pick(tables, UNSAFE, contrast, "safety") for title, contrast in contrasts.items()
+        title: pick(tables, UNSAFE, contrast, "safety", "mixed")
+        for title, contrast in contrasts.items()
     }
     fig = None
     if any(len(rows) for rows in found.values()):

@@ -25,7 +25,7 @@ from driftbook.figures.drawing import (
 from driftbook.rereading import original_analysis, original_study
 from driftbook.rereading import original_claims as claims
 from driftbook.rereading.original_analysis import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
-from driftbook.stats.terms import CHANGE
+from driftbook.stats.terms import CHANGE, RUN
 from driftbook.study.methods import STUDIED
 
 POINTS = "Change in safety score against the base model (points, 95% interval)"
@@ -48,9 +48,7 @@ def rows_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
 def runs_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
     """The single runs of an outcome, with their settings and record."""
     rows = rows_of(tables, outcome, contrast)
-    rows = rows[rows["group"].str.startswith("run: ")].assign(
-        run_id=lambda part: part["group"].str.removeprefix("run: ")
-    )
+    rows = rows[rows["group"].eq(RUN)].rename(columns={"member": "run_id"})
     record = tables["runs"][["run_id", "trained_learning_rate", "no_op"]].assign(
         no_op=lambda part: part["no_op"].fillna(False).astype(bool)
     )
@@ -112,6 +110,7 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, (method, rate) in enumerate(order):
             here = shown[shown["base_model"].eq(base) & shown["method"].eq(method)]
+            here = here[here["member"].eq(rate)]
             raw = single[
                 single["base_model"].eq(base)
                 & single["method"].eq(method)
@@ -127,11 +126,9 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
                 mec="none",
                 zorder=2,
             )
-            dots(
-                ax, here[here["group"].eq(f"true rate {rate}")], [place], [COLOURS[method]], [True]
-            )
+            dots(ax, here[here["group"].eq("true rate")], [place], [COLOURS[method]], [True])
             label, true = (
-                here.loc[here["group"].eq(f"{kind} rate {rate}"), "value"].tolist()
+                here.loc[here["group"].eq(f"{kind} rate"), "value"].tolist()
                 for kind in ("labelled", "true")
             )
             ax.plot(
@@ -183,12 +180,8 @@ def unscored(tables: dict) -> str:
 
 @drawn("20_original_study")
 def original_claims(tables: dict) -> tuple[Figure, str]:
-    ledger = tables["estimates"][tables["estimates"]["group"].str.startswith(claims.CLAIM)]
-    ledger = (
-        ledger.assign(claim=ledger["group"].str.removeprefix(claims.CLAIM))
-        .set_index("claim")
-        .astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
-    )
+    ledger = tables["estimates"][tables["estimates"]["group"].eq(claims.CLAIM)]
+    ledger = ledger.set_index("member").astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
     sentences = original_study.cited("claims").set_index("claim")["sentence"]
     names = [name for name in sentences.index if name in ledger.index]
     fig, ax = plt.subplots(figsize=(WIDTH, 1 + 0.35 * len(names)))
@@ -248,7 +241,8 @@ def original_answers(tables: dict) -> tuple[Figure, str]:
         means, single = rows_of(tables, outcome, contrast), runs_of(tables, outcome, contrast)
         for place, (method, number) in enumerate(order):
             raw = single[single["method"].eq(method) & single["repetition"].eq(number)]
-            mean = means[means["method"].eq(method) & means["group"].eq(f"round {number}")]["value"]
+            here = means["group"].eq("round") & means["member"].eq(str(number))
+            mean = means[means["method"].eq(method) & here]["value"]
             ax.plot(
                 raw["value"],
                 [place] * len(raw),
@@ -354,9 +348,8 @@ def original_rounds(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         for place, number in enumerate(original_study.ROUNDS):
             raw = single[single["base_model"].eq(base) & single["repetition"].eq(number)]["value"]
-            mean = means[means["base_model"].eq(base) & means["group"].eq(f"round {number}")][
-                "value"
-            ]
+            here = means["group"].eq("round") & means["member"].eq(str(number))
+            mean = means[means["base_model"].eq(base) & here]["value"]
             ax.plot(
                 raw, [place] * len(raw), "o", ms=3.2, color=COLOURS["ia3"], alpha=0.6, mec="none"
             )

@@ -37,6 +37,7 @@ from driftbook.rereading.peft_results import (
     VALIDATION,
     on,
 )
+from driftbook.stats import terms
 from driftbook.study.methods import STUDIED
 
 OTHER, FAINT = "#333333", "#bbbbbb"
@@ -103,9 +104,7 @@ def single(tables: dict) -> pd.DataFrame:
         tables["runs"][["run_id", "n_trainable", "seconds", "peak_memory"]], on="run_id"
     )
     rows = tables["estimates"]
-    rows = rows[rows["group"].str.startswith("run: ")].assign(
-        run_id=lambda part: part["group"].str.removeprefix("run: ")
-    )
+    rows = rows[rows["group"].eq(terms.RUN)].rename(columns={"member": "run_id"})
     accuracy = rows[rows["outcome"].eq(ACCURACY) & rows["contrast"].eq(RUN)][
         ["run_id", "value", "ci_low", "ci_high"]
     ]
@@ -375,14 +374,14 @@ def peft_front(tables: dict) -> tuple[Figure, str]:
 def peft_pooling(tables: dict) -> tuple[Figure, str]:
     runs, rows = single(tables), tables["estimates"]
     rows = rows[
-        rows["contrast"].isin([POOLED, BY_METHOD, MIXED])
+        rows["estimator"].isin([POOLED, BY_METHOD, MIXED])
         & rows["outcome"].isin([ACCURACY, FORGETTING])
     ]
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
     if rows.empty:
         return nothing("Nothing to draw: there are no models of the runs.")
     order = (
-        rows[rows["contrast"].eq(MIXED) & rows["outcome"].eq(ACCURACY)]
+        rows[rows["estimator"].eq(MIXED) & rows["outcome"].eq(ACCURACY)]
         .sort_values("value", ascending=False)["method"]
         .tolist()
     )
@@ -436,7 +435,7 @@ def _pooled(ax: Axes, rows: pd.DataFrame, runs: pd.DataFrame, order: list[str]) 
     model's.
     """
     of = {
-        model: rows[rows["contrast"].eq(model)].set_index("method")
+        model: rows[rows["estimator"].eq(model)].set_index("method")
         for model in (POOLED, BY_METHOD, MIXED)
     }
     one = of[POOLED].iloc[0]

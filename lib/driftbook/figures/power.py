@@ -2,8 +2,6 @@
 noise, the probability of being on the Pareto front.
 """
 
-import re
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from driftbook.analyses.power import MARGIN, SMALLEST, TRIED
+from driftbook.analyses.power import GRID, MARGIN, SMALLEST
 from driftbook.analyses.tradeoffs import CORRECTED, CORRELATION, FRONT_BIAS, WITHIN_METHODS
 from driftbook.figures.drawing import (
     COLOURS,
@@ -32,9 +30,8 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats import influence
-from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, TRAINED, UNSAFE
+from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED, UNSAFE
 
-PATTERN = re.compile(re.escape(TRIED).replace(r"\{\}", r"(\d+)"))
 ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
 
 
@@ -42,8 +39,9 @@ ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
 @drawn("16_power")
 def power(tables: dict) -> tuple[Figure, str]:
     rows = pick(tables, UNSAFE, SMALLEST, "safety")
-    tried = rows["group"].str.extract(PATTERN).astype(float).set_axis(["seeds", "prompts"], axis=1)
-    grid = rows.join(tried).dropna(subset=["seeds", "value"])
+    rows = rows[rows["against"].eq(NONE)]
+    grid = rows[rows["group"].eq(GRID)].assign(prompts=lambda grid: grid["n_items"].astype(float))
+    grid = grid.assign(seeds=grid["member"].astype(float)).dropna(subset=["seeds", "value"])
     if grid.empty:
         return nothing("Nothing to draw: of no plan it is known what increase it would see.")
     names = [base for base in ["all", *bases(tables)] if grid["base_model"].eq(base).any()]
@@ -140,7 +138,7 @@ def _scales(axes: np.ndarray, seeds: list[float]) -> None:
 @drawn("12_tradeoffs")
 def attenuation(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["contrast"].str.startswith(CORRELATION.format(UNSAFE))].astype(
+    rows = rows[rows["notebook"].eq("12_tradeoffs") & rows["against"].eq(UNSAFE)].astype(
         dict.fromkeys(("value", "ci_low", "ci_high"), float)
     )
     outcomes = [
@@ -162,12 +160,7 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
                 np.linspace(-0.27, 0.27, len(kinds)), kinds, strict=True
             ):
                 _correlation(
-                    ax,
-                    own,
-                    (outcome, CORRELATION.format(UNSAFE) + words),
-                    place + shift,
-                    colour,
-                    corrected,
+                    ax, own, (outcome, CORRELATION + words), place + shift, colour, corrected
                 )
             if place:
                 ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
@@ -237,22 +230,22 @@ def _kinds(fig: Figure) -> None:
 def front_probability(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
     rows = rows[rows["outcome"].isin([FRONT, FRONT_BIAS])].astype({"value": float})
-    rows = rows[rows["group"].str.startswith("settings: ") | rows["method"].eq("none")]
+    rows = rows[rows["group"].eq(SETTINGS) | rows["method"].eq("none")]
     if rows["value"].isna().all():
         return nothing("Nothing to draw: no setting has a score in all goals.")
     order = rows.assign(place=rows["method"].map(list(COLOURS).index)).sort_values(
         "place", kind="stable"
     )
-    order = order[["method", "group"]].drop_duplicates().itertuples(index=False, name=None)
+    order = order[["method", "member"]].drop_duplicates().itertuples(index=False, name=None)
     pairs = list(order)
     fig, axes = panels(tables, 1, [0.5 + 0.19 * len(pairs)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
-        own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "method", "group"])[
+        own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "method", "member"])[
             "value"
         ]
-        for place, (method, group) in enumerate(pairs):
+        for place, (method, setting) in enumerate(pairs):
             for outcome, filled, shift in ((FRONT, True, -0.16), (FRONT_BIAS, False, 0.16)):
-                value = own.get((outcome, method, group), np.nan)
+                value = own.get((outcome, method, setting), np.nan)
                 ax.plot(
                     value,
                     place + shift,
@@ -266,7 +259,7 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
         ax.axvline(50, color="#777777", lw=0.8, ls="--", zorder=1)
         ax.set_xlim(-4, 104)
         ax.set_xticks([0, 50, 100])
-    name_rows(axes[0, 0], [_setting(method, group) for method, group in pairs])
+    name_rows(axes[0, 0], [_setting(*pair) for pair in pairs])
     axes[0, 0].tick_params(axis="y", labelsize=6.5)
     under(axes[0], "Probability of being on the Pareto front (percent)")
     fairness = {"filled": FRONT, "hollow": FRONT_BIAS}
@@ -289,6 +282,6 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
     )
 
 
-def _setting(method: str, group: str) -> str:
-    words = group.removeprefix("settings: ").replace("sft", "SFT").replace("dpo", "DPO")
+def _setting(method: str, setting: str) -> str:
+    words = setting.replace("sft", "SFT").replace("dpo", "DPO")
     return METHOD_LABELS[method] if method == "none" else f"{METHOD_LABELS[method]}, {words}"

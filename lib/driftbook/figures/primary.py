@@ -44,11 +44,7 @@ def _unit(outcome: str) -> str:
 
 
 def _label(row) -> str:
-    against = (
-        ""
-        if row.contrast == CHANGE
-        else " − " + METHOD_LABELS.get(row.contrast.rpartition(" ")[2], row.contrast)
-    )
+    against = "" if row.contrast == CHANGE else f" − {METHOD_LABELS[row.against]}"
     base = "" if row.base_model == "all" else f", {row.base_model}"
     return f"{SHORT[row.outcome]}: {METHOD_LABELS[row.method]}{against}{base}"
 

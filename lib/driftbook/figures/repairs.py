@@ -37,7 +37,15 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.terms import ACCURACY_AMB, BIAS_AMB, CHANGE, CORRECT, REFUSED, UNSAFE
+from driftbook.stats.terms import (
+    ACCURACY_AMB,
+    BIAS_AMB,
+    CHANGE,
+    CORRECT,
+    MITIGATION,
+    REFUSED,
+    UNSAFE,
+)
 from driftbook.study.methods import CONTROLS
 
 NAMES = {
@@ -256,14 +264,14 @@ def _rows(tables: dict, contrast: str, base_model: str | None = None) -> pd.Data
     rows = rows[
         rows["notebook"].eq("14_safe_lora")
         & rows["contrast"].eq(contrast)
-        & rows["group"].str.startswith("mitigation: ")
+        & rows["group"].eq(MITIGATION)
     ]
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
     return rows if base_model is None else rows[rows["base_model"].eq(base_model)]
 
 
 def _order(rows: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(rows["group"].str.removeprefix("mitigation: ")))
+    return list(dict.fromkeys(rows["member"]))
 
 
 @drawn("14_safe_lora")
@@ -287,7 +295,7 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
     for ax, outcome in zip(axes.flat, shown, strict=False):
         zero(ax)
         own = rows[rows["outcome"].eq(outcome)]
-        places = [order.index(group.removeprefix("mitigation: ")) for group in own["group"]]
+        places = [order.index(name) for name in own["member"]]
         dots(
             ax,
             own,
@@ -429,32 +437,18 @@ def controls(tables: dict) -> tuple[Figure, str]:
     rows = rows[
         rows["notebook"].eq("14_safe_lora")
         & rows["outcome"].isin([UNSAFE, GAIN])
-        & (
-            rows["contrast"].str.startswith(MINUS.format(""))
-            | rows["contrast"].isin(list(RESCALED))
-        )
+        & rows["contrast"].isin([MINUS, *RESCALED])
     ]
+    rows = rows.assign(against=rows["against"].where(rows["contrast"].eq(MINUS), rows["contrast"]))
     kinds = repairs.repairs(tables["variants"], tables["runs"])
-    controlled = [
-        f"mitigation: {name}"
-        for name in dict.fromkeys(
-            kinds.loc[kinds["kind"].eq("safe_lora") & kinds["control"].notna(), "name"]
-        )
-    ]
-    rows = rows[rows["group"].isin(controlled)].astype(
+    own = kinds["kind"].eq("safe_lora") & kinds["control"].notna()
+    controlled = list(dict.fromkeys(kinds.loc[own, "name"]))
+    rows = rows[rows["group"].eq(MITIGATION) & rows["member"].isin(controlled)].astype(
         dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float)
     )
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
-    every = list(
-        dict.fromkeys(
-            zip(
-                rows["group"].str.removeprefix("mitigation: "),
-                rows["contrast"].str.removeprefix(MINUS.format("")),
-                strict=True,
-            )
-        )
-    )
+    every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
     columns = [*bases(tables), "all"]
     shown = [outcome for outcome in (UNSAFE, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
@@ -472,17 +466,12 @@ def controls(tables: dict) -> tuple[Figure, str]:
         for ax, base_model in zip(line, columns, strict=True):
             zero(ax)
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
-            places = [
-                lines.index(
-                    (group.removeprefix("mitigation: "), contrast.removeprefix(MINUS.format("")))
-                )
-                for group, contrast in zip(own["group"], own["contrast"], strict=True)
-            ]
+            places = [lines.index(one) for one in zip(own["member"], own["against"], strict=True)]
             dots(
                 ax,
                 own,
                 np.array(places, float),
-                [SAFE if group == controlled[0] else OTHER for group in own["group"]],
+                [SAFE if name == controlled[0] else OTHER for name in own["member"]],
                 own["p_adjusted"].lt(0.05).tolist(),
             )
             if number == 0:
@@ -523,7 +512,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
     rows = rows[
         rows["notebook"].eq("14_safe_lora")
-        & rows["group"].str.contains(", dimension: ")
+        & rows["group"].eq(repairs.BY_DIMENSION)
         & rows["base_model"].eq("all")
         & rows["contrast"].eq(CHANGE)
     ]
@@ -536,8 +525,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
         repairs.leading(known, "rescale"): ("after rescaling", NULL),
     }
     rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float)).assign(
-        name=rows["group"].str.partition(", dimension: ")[0],
-        dimension=rows["group"].str.partition(", dimension: ")[2],
+        name=rows["member"], dimension=rows["category"]
     )
     order, names = (
         sorted(rows["dimension"].unique()),

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from driftbook.figures.drawing import (
@@ -33,11 +34,13 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats import influence
+from driftbook.stats.comparisons import DIFFERENCE
 from driftbook.stats.terms import (
     AS_CONFIGURED,
     CHANGE,
     CHANGE_HERE,
     NO_OP,
+    SETTINGS,
     TRAINED,
     UNSAFE,
     UNTRAINED,
@@ -74,11 +77,11 @@ def over_refusal(tables: dict) -> tuple[Figure, str]:
 
 @drawn("09_safety")
 def safety_settings(tables: dict) -> tuple[Figure, str]:
-    rows = pick(tables, UNSAFE, CHANGE, "safety")
+    rows = _by_setting(pick(tables, UNSAFE, CHANGE, "safety"))
     known = influence.arms(tables["variants"], tables["runs"]).sort_values(
         ["objective", "learning_rate", "epochs"], ascending=[False, True, True]
     )
-    groups = tuple("settings: " + known["setting"].drop_duplicates())
+    groups = tuple(known["setting"].drop_duplicates())
     pairs = [
         pair
         for method in TRAINED_METHODS
@@ -87,7 +90,8 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
     fig = None
     if pairs:
         fig, axes = panels(tables, 1, [0.5 + 0.21 * len(pairs)])
-        here, runs = pick(tables, UNSAFE, CHANGE_HERE, "safety"), of_runs(tables, *SAFETY)
+        here = _by_setting(pick(tables, UNSAFE, CHANGE_HERE, "safety"))
+        runs = of_runs(tables, *SAFETY)
         for ax, base_model in zip(axes[0], bases(tables), strict=True):
             method_rows(
                 ax,
@@ -97,8 +101,7 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
         name_rows(
             axes[0, 0],
             [
-                f"{METHOD_LABELS[method]},"
-                f" {group.removeprefix('settings: ').replace('sft', 'SFT').replace('dpo', 'DPO')}"
+                f"{METHOD_LABELS[method]}, {group.replace('sft', 'SFT').replace('dpo', 'DPO')}"
                 for method, group in pairs
             ],
         )
@@ -111,11 +114,15 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
     return captioned(tables, fig, text, SAFETY)
 
 
+def _by_setting(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of settings, each a group by the name of its settings."""
+    rows = rows[rows["group"].eq(SETTINGS)]
+    return rows.assign(group=rows["member"])
+
+
 @drawn("09_safety")
 def safety_category(tables: dict) -> tuple[Figure, str]:
-    fig = by_part(
-        tables, [SAFETY], "category: ", "Unsafe-response rate by category (percent, 95% interval)"
-    )
+    fig = by_part(tables, [SAFETY], "Unsafe-response rate by category (percent, 95% interval)")
     text = (
         "Unsafe-response rate by category of the benchmark and method (trained runs, mean over"
         " runs); grey: the base model, Wilson interval."
@@ -126,12 +133,10 @@ def safety_category(tables: dict) -> tuple[Figure, str]:
 @drawn("09_safety")
 def methods_compared(tables: dict) -> tuple[Figure, str]:
     pairs = list(combinations(methods_of(tables), 2))
-    found = [
-        (method, pick(tables, UNSAFE, f"difference to {other}", "safety"))
-        for method, other in pairs
-    ]
+    every = pick(tables, UNSAFE, DIFFERENCE, "safety")
+    every = every[every["group"].eq(AS_CONFIGURED)]
     rows = [
-        part[part["group"].eq(AS_CONFIGURED) & part["method"].eq(method)] for method, part in found
+        every[every["method"].eq(method) & every["against"].eq(other)] for method, other in pairs
     ]
     fig = None
     if any(len(part) for part in rows):

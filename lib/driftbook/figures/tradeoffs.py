@@ -40,6 +40,7 @@ from driftbook.stats.terms import (
     LEVEL,
     LOSS,
     NO_OP,
+    SETTINGS,
     TRAINED,
     UNSAFE,
     UNTRAINED,
@@ -227,10 +228,10 @@ def pareto(tables: dict) -> tuple[Figure, str]:
     share = pick(tables, FRONT, LEVEL)
     y = (LOSS, "utility") if len(pick(tables, LOSS)) else (ACCURACY_AMB, "bbq")
     xs, ys = (
-        rows[rows["group"].str.startswith("settings: ")]
+        rows[rows["group"].eq(SETTINGS)]
         for rows in (pick(tables, UNSAFE, CHANGE, "safety"), pick(tables, y[0], CHANGE, y[1]))
     )
-    keys = ["base_model", "method", "group"]
+    keys = ["base_model", "method", "group", "member"]
     points = (
         xs.merge(ys, on=keys, suffixes=("_x", "_y"))
         .merge(share[[*keys, "value"]], on=keys)

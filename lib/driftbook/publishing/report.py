@@ -24,6 +24,7 @@ from driftbook.stats.terms import (
     LEVEL,
     LOSS,
     NO_OP,
+    PRIMARY,
     REFUSED,
     TRAINED,
     UNSAFE,
@@ -111,10 +112,12 @@ def sentence(
     benchmark: str,
     contrast: str = CHANGE,
     group: str = TRAINED,
+    estimator: str = PRIMARY,
 ) -> str:
     """What each method did to an outcome over all base models, computed from the estimates."""
     rows = estimates[
         estimates["outcome"].eq(outcome)
+        & estimates["estimator"].eq(estimator)
         & estimates["benchmark"].eq(benchmark)
         & estimates["contrast"].eq(contrast)
         & estimates["group"].eq(group)
@@ -158,6 +161,7 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         estimates["outcome"].eq(UNSAFE)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
+        & estimates["estimator"].eq(PRIMARY)
     ]
     rows = (
         rows[rows["group"].eq(AS_CONFIGURED) & rows["base_model"].eq("all")]
@@ -217,6 +221,7 @@ def summary(estimates: pd.DataFrame) -> pd.DataFrame:
     rows = estimates[
         estimates["base_model"].eq("all")
         & estimates["contrast"].eq(CHANGE)
+        & estimates["estimator"].eq(PRIMARY)
         & estimates["group"].eq(TRAINED)
     ]
     table = {}
@@ -242,6 +247,7 @@ def levels(estimates: pd.DataFrame) -> pd.DataFrame:
     """Outcomes x base models: their own levels with intervals."""
     rows = estimates[
         estimates["contrast"].eq(LEVEL)
+        & estimates["estimator"].eq(PRIMARY)
         & estimates["method"].eq("none")
         & estimates["group"].eq("all")
         & estimates["base_model"].ne("all")
@@ -292,6 +298,7 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
         estimates["outcome"].eq(UNSAFE)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
+        & estimates["estimator"].eq(PRIMARY)
         & estimates["group"].eq(TRAINED)
     ]
     rows = rows[rows["base_model"].ne("all") & rows["value"].notna()]
@@ -317,6 +324,7 @@ def _controls(estimates: pd.DataFrame) -> str:
         estimates["outcome"].eq(UNSAFE)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
+        & estimates["estimator"].eq(PRIMARY)
     ]
     rows = rows[rows["group"].eq(UNTRAINED) & rows["base_model"].eq("all")]
     words = [

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from driftbook.rereading import original_study
 from driftbook.stats import estimation
-from driftbook.stats.terms import AS_CONFIGURED, CHANGE, TRAINED
+from driftbook.stats.terms import AS_CONFIGURED, CATEGORY, CHANGE, RUN, TRAINED
 
 SAFETY = "safety score (percent of prompts judged safe)"
 GAIN = "gain on held-out data (percent of the base model's loss)"
@@ -30,11 +30,12 @@ LEARNED = "learned: held-out loss below the base model's"
 CHANGE_WIDE = "change against the base model, its own score uncertain"
 AGAINST_NO_OPS = "change against the no-ops of the same round"
 DIFFERENCE, RATE_EFFECT, BASE_DIFFERENCE = (
-    "difference from {}, equal settings",
-    "2e-5 instead of 1e-3, {} rates",
-    "difference from base model {}, equal settings",
+    "difference, equal settings",
+    "2e-5 instead of 1e-3",
+    "difference between base models, equal settings",
 )
 ROUNDS = "rounds like these (one seed), these prompts, these base models"
+EQUAL, RATES = "equal settings", "{} rates"  # group; its member in contrasts of rates
 KNOWN_BASE = ROUNDS + ", each base model's one score taken as known"
 SETTING = ["objective", "dataset", "epochs"]
 WELCH = (
@@ -347,12 +348,13 @@ def of_agreement(table: pd.DataFrame) -> pd.DataFrame:
         found = table.groupby(["method", "round"])[column].agg(["mean", "size"]).reset_index()
         means = found.assign(
             base_model="all",
-            group="round " + found["round"].astype(str),
+            group="round",
+            member=found["round"].astype(str),
             value=found["mean"],
             n_runs=found["size"],
         )
-        single = table.assign(group="run: " + table["run_id"], value=table[column], n_runs=1)
-        keep = ["base_model", "method", "group", "value", "n_runs"]
+        single = table.assign(group=RUN, member=table["run_id"], value=table[column], n_runs=1)
+        keep = ["base_model", "method", "group", "member", "value", "n_runs"]
         parts.append(pd.concat([means[keep], single[keep]]).assign(outcome=outcome))
     how = (
         "mean over pairs of runs of equal base model, method, objective and epochs; no interval:"
@@ -519,8 +521,8 @@ def cells(rows: pd.DataFrame) -> pd.DataFrame:
     for kind, column in (("labelled", "labelled"), ("true", "rate")):
         for (base, method, rate), part in rows[here].groupby(["base_model", "method", column]):
             weight = mean_weight(rows, pd.Series(rows.index.isin(part.index), rows.index))
-            name = f"{kind} rate {rate:.0e}".replace("e-0", "e-")
-            found += _both(rows, weight, base_model=base, method=method, group=name)[:1]
+            names = {"group": f"{kind} rate", "member": f"{rate:.0e}".replace("e-0", "e-")}
+            found += _both(rows, weight, base_model=base, method=method, **names)[:1]
     return estimation.complete(pd.DataFrame(found))
 
 
@@ -544,8 +546,9 @@ def between_methods(rows: pd.DataFrame) -> pd.DataFrame:
                     weight,
                     base_model=base,
                     method=method,
-                    group="equal settings",
-                    contrast=DIFFERENCE.format(other),
+                    group=EQUAL,
+                    contrast=DIFFERENCE,
+                    against=other,
                 )
             )
     return estimation.complete(pd.DataFrame(found))
@@ -572,8 +575,9 @@ def rate_effects(rows: pd.DataFrame) -> pd.DataFrame:
                             weight,
                             base_model=base,
                             method=method,
-                            group="equal settings",
-                            contrast=RATE_EFFECT.format(kind),
+                            group=EQUAL,
+                            member=RATES.format(kind),
+                            contrast=RATE_EFFECT,
                         )
                     )
     return estimation.complete(pd.DataFrame(found))
@@ -598,8 +602,9 @@ def between_bases(rows: pd.DataFrame, uncertain_base: bool = True) -> pd.DataFra
                 uncertain_base,
                 base_model=base,
                 method="all",
-                group="equal settings",
-                contrast=BASE_DIFFERENCE.format(other),
+                group=EQUAL,
+                contrast=BASE_DIFFERENCE,
+                against=other,
             )
         )
     return estimation.complete(pd.DataFrame(found))
@@ -624,9 +629,8 @@ def by_category(
     """
     everyone, found = mean_weight(rows, pd.Series(True, rows.index)), []
     for category in categories:
-        found += _both(
-            rows, everyone, category, base_model="all", method="all", group=f"category: {category}"
-        )
+        names = {"base_model": "all", "method": "all", "group": CATEGORY, "category": category}
+        found += _both(rows, everyone, category, **names)
     table = pd.DataFrame(found).assign(n_items=original_study.PER_CATEGORY)
     wide = table["contrast"].eq(CHANGE_WIDE) & table["p"].notna()
     rank, m = table.loc[wide, "p"].rank(method="max"), wide.sum()
@@ -642,7 +646,7 @@ def by_category(
 def single_runs(rows: pd.DataFrame) -> pd.DataFrame:
     """The change and the gain of each run, as estimates without intervals."""
     known = {"population": "this run, these prompts", "n_runs": 1, "how": "one run: no interval"}
-    one = rows[["base_model", "method"]].assign(group="run: " + rows["run_id"], **LABELS, **known)
+    one = rows[["base_model", "method"]].assign(group=RUN, member=rows["run_id"], **LABELS, **known)
     change = one.assign(outcome=SAFETY, contrast=CHANGE, value=rows["change"], n_items=330)
     gain = one.assign(
         outcome=GAIN, contrast=CHANGE, value=rows["gain"], benchmark="held-out data", judge="none"
@@ -667,13 +671,14 @@ def rounds(rows: pd.DataFrame) -> pd.DataFrame:
             found.append(
                 {
                     "base_model": base,
-                    "group": f"round {number}",
+                    "group": "round",
+                    "member": str(number),
                     "value": one["change"].mean(),
                     "n_runs": len(one),
                     "p": p,
                 }
             )
-    table = pd.DataFrame(found, columns=["base_model", "group", "value", "n_runs", "p"])
+    table = pd.DataFrame(found, columns=["base_model", "group", "member", "value", "n_runs", "p"])
     how = (
         "mean of the runs that learned nothing; p: one-way F test of equal rounds, runs of a round"
         " as its replicates"
@@ -811,10 +816,10 @@ def item_rows(rows: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_model(
-    fit, weights: np.ndarray, names: pd.DataFrame, outcome: str, group: str, contrast: str
+    fit, weights: np.ndarray, names: pd.DataFrame, outcome: str, model: str, contrast: str
 ) -> pd.DataFrame:
-    """Contrasts of a mixed model as estimates; `names` gives base_model and method of each row of
-    weights.
+    """Contrasts of a mixed model as estimates; `names` gives base_model, method and, where they
+    apply, member and against of each row of weights.
     """
     found = fit.contrast(weights).rename(columns={"estimate": "value"})[
         ["value", "se", "ci_low", "ci_high", "p"]
@@ -825,14 +830,14 @@ def of_model(
         + "; one run variance for all methods"
         + ("" if fit.converged else "; did not converge")
     )
-    frame = pd.concat(
-        [names[["base_model", "method"]].astype(object).reset_index(drop=True), found], axis=1
-    )
+    names = names.reindex(columns=["base_model", "method", "member", "against"])
+    frame = pd.concat([names.astype(object).reset_index(drop=True), found], axis=1)
     return estimation.complete(
         frame.assign(
             **LABELS,
             outcome=outcome,
-            group=group,
+            group=EQUAL,
+            estimator=model,
             contrast=contrast,
             population=f"runs and {what} like these, these base models",
             how=how,
@@ -860,21 +865,15 @@ def contrast_rows(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def pairs_of_methods(fit, at: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame, list[str]]:
-    """The differences between methods, mean over base models, of a mixed model: weights, names and
-    contrasts.
-    """
+def pairs_of_methods(fit, at: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """The differences between methods, mean over base models, of a mixed model: weights and names."""
     terms = {
         method: fit.at(at[at["method"].eq(method)]).mean(axis=0)
         for method in original_study.METHOD_SETTINGS
     }
     pairs = list(combinations(terms, 2))
-    names = pd.DataFrame({"base_model": "all", "method": [one for one, _ in pairs]})
-    return (
-        np.array([terms[one] - terms[other] for one, other in pairs]),
-        names,
-        [DIFFERENCE.format(other) for _, other in pairs],
-    )
+    names = pd.DataFrame(pairs, columns=["method", "against"]).assign(base_model="all")
+    return np.array([terms[one] - terms[other] for one, other in pairs]), names
 
 
 def effect_of_rate(
@@ -886,7 +885,7 @@ def effect_of_rate(
     own = at.drop_duplicates("method")
     return fit.at(own.assign(**{column: low})) - fit.at(own.assign(**{column: high})), own[
         ["method"]
-    ].assign(base_model="all")
+    ].assign(base_model="all", member=RATES.format("true"))
 
 
 # ---- to read

@@ -35,7 +35,7 @@ CLASSES = {
     "prompt_tuning": "p_tuning",
     "p_tuning": "prompt_tuning",
 }  # the other method of the class
-CLAIM, RULE = "claim: ", "; rule: "
+CLAIM, RULE = "claim", "; rule: "
 NO_FAIRNESS = (
     "null: no verdicts or answers of the main study's BBQ-Lite runs were found in the package (only"
     " means of one setting, and a later code arm); needed: each run's and base model's answers"
@@ -87,11 +87,11 @@ def ledger(rows: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> dict[str, C
 
 
 def estimates(judged: dict[str, Claim]) -> pd.DataFrame:
-    """The ledger as rows of `estimates`: group names the claim, contrast is the verdict, how holds
+    """The ledger as rows of `estimates`: member names the claim, contrast is the verdict, how holds
     the rule.
     """
     rows = [
-        {"group": CLAIM + name, "contrast": one.verdict}
+        {"group": CLAIM, "member": name, "contrast": one.verdict}
         | {key: value for key, value in vars(one).items() if key != "verdict"}
         for name, one in judged.items()
     ]
@@ -104,11 +104,7 @@ def table(shown: pd.DataFrame) -> pd.DataFrame:
     """The ledger to read, from `estimates`: claim, verdict, number with interval, unit, how it was
     decided; in the order of claims.csv.
     """
-    rows = (
-        shown[shown["group"].str.startswith(CLAIM)]
-        .assign(claim=lambda part: part["group"].str.removeprefix(CLAIM))
-        .set_index("claim")
-    )
+    rows = shown[shown["group"].eq(CLAIM)].set_index("member").rename_axis("claim")
     known = original_study.cited("claims").set_index("claim")
     rows = rows.reindex([name for name in known.index if name in rows.index])
     frame = pd.DataFrame(
@@ -504,9 +500,7 @@ def decline(rows: pd.DataFrame) -> Claim:
     screened = original_analysis.by_category(rows, others)
     wide = screened[screened["contrast"].eq(original_analysis.CHANGE_WIDE)]
     known = screened[screened["contrast"].eq(CHANGE)]
-    falling = wide[wide["value"].lt(0) & wide["p_adjusted"].lt(ALPHA)]["group"].str.removeprefix(
-        "category: "
-    )
+    falling = wide[wide["value"].lt(0) & wide["p_adjusted"].lt(ALPHA)]["category"]
     certain = int((known["ci_high"] < 0).sum())
     rising = int((known["ci_low"] > 0).sum())
     verdict = STANDS if len(falling) == len(others) else FALLS if rising else OPEN
@@ -528,5 +522,5 @@ def decline(rows: pd.DataFrame) -> Claim:
 
 def counts(judged: pd.DataFrame) -> dict[str, int]:
     """How many claims of a ledger (rows of `estimates`) stand, fall, and cannot be told."""
-    verdicts = judged.loc[judged["group"].str.startswith(CLAIM), "contrast"]
+    verdicts = judged.loc[judged["group"].eq(CLAIM), "contrast"]
     return {name: int(np.sum(verdicts.eq(name))) for name in (STANDS, FALLS, OPEN)}

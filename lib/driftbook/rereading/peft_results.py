@@ -21,6 +21,8 @@ from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.mixed import MixedFit, rate_model
 from driftbook.stats.pareto import front
+from driftbook.stats.terms import LEVEL
+from driftbook.stats.terms import RUN as RUN_GROUP
 from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, write_json
 from driftbook.study.methods import FAMILIES
 from driftbook.study.sections import Source
@@ -55,17 +57,17 @@ FILE, RESERVED, REPORTED, SPEED = (
 BEST = "most accurate of all runs (percent)"
 GROWTH = "validation accuracy (percent)"
 RUN = "level of a run"
-POOLED, BY_METHOD, MIXED = "model: pooled", "model: by method", "model: mixed"
+POOLED, BY_METHOD, MIXED = "pooled", "by method", "mixed"  # estimators of a method's level
 SIZE, RATE, CLASS = (
-    "term: ten times the trainable parameters",
-    "term: ten times the learning rate",
-    "term: prompt-based instead of adapter-based",
+    "ten times the trainable parameters",
+    "ten times the learning rate",
+    "prompt-based instead of adapter-based",
 )
 DOUBLING, FASTER = (
-    "term: twice the steps",
-    "term: twice the steps, how much more at ten times the trainable parameters",
+    "twice the steps",
+    "twice the steps, how much more at ten times the trainable parameters",
 )
-LOWEST, HIGHEST = ", lowest without one method", ", highest without one method"
+SPREAD, LOWEST, HIGHEST = "spread", "lowest without one method", "highest without one method"
 TWO_STAGES, ONE_STAGE = "slopes of single runs", "all points, one slope for all runs of a size"
 GOALS = {
     "peak memory": "memory_max",
@@ -418,7 +420,12 @@ def measured(runs: pd.DataFrame) -> pd.DataFrame:
 def _of_runs(runs: pd.DataFrame, outcome: str, contrast: str = RUN, **columns) -> pd.DataFrame:
     """An estimate per run."""
     frame = runs[["base_model", "method"]].assign(
-        group="run: " + runs["run_id"], outcome=outcome, contrast=contrast, n_runs=1, **columns
+        group=RUN_GROUP,
+        member=runs["run_id"],
+        outcome=outcome,
+        contrast=contrast,
+        n_runs=1,
+        **columns,
     )
     return _labelled(frame)
 
@@ -541,7 +548,8 @@ def _model(
     frame = _back(frame, base).assign(
         outcome=outcome,
         group="all",
-        contrast=model,
+        contrast=LEVEL,
+        estimator=model,
         population=LIKE_THESE if model == POOLED else THESE_METHODS,
     )
     return _labelled(
@@ -642,7 +650,8 @@ def _extremes(found: pd.DataFrame, without: pd.DataFrame) -> pd.DataFrame:
     parts = [
         pd.DataFrame(
             {
-                "contrast": contrast + ending,
+                "contrast": contrast,
+                "estimator": ending,
                 "value": value,
                 "how": "the same model without " + which,
             }
@@ -657,10 +666,10 @@ def spreads(rows: pd.DataFrame, outcome: str, fits: dict[str, MixedFit]) -> pd.D
     questions alone would give; estimates without intervals.
     """
     _, differences, base = SCALES[outcome]
-    names = {"method": "spread: between methods", "residual": "spread: between runs of a method"}
+    names = {"method": "between methods", "residual": "between runs of a method"}
     parts = [
         fit.random.assign(
-            contrast=fit.random["group"].map(names), how=f"REML, {model}", group=model
+            member=fit.random["group"].map(names), how=f"REML, {model}", group=model
         ).rename(columns={"sd": "value"})
         for model, fit in fits.items()
     ]
@@ -669,17 +678,16 @@ def spreads(rows: pd.DataFrame, outcome: str, fits: dict[str, MixedFit]) -> pd.D
         parts.append(
             pd.DataFrame(
                 {
-                    "contrast": "spread: other questions",
+                    "member": "other questions",
                     "value": sd,
                     "how": "binomial, mean over runs",
                     "group": list(fits),
                 }
             )
         )
-    frame = pd.concat(parts, ignore_index=True)[["group", "contrast", "value", "how"]].dropna(
-        subset="contrast"
-    )
-    frame = frame.assign(
+    frame = pd.concat(parts, ignore_index=True)[["group", "member", "value", "how"]]
+    frame = frame.dropna(subset="member").assign(
+        contrast=SPREAD,
         outcome=differences,
         base_model=rows["base_model"].iloc[0],
         method="all",

@@ -24,14 +24,14 @@ from driftbook.stats.terms import AS_CONFIGURED, CHANGE, TRAINED
 from driftbook.study.methods import METHODS
 from driftbook.study.tables import ESTIMATES
 
-DIFFERENCE, INTERACTION = "difference to {}", "difference to the mean over base models"
+DIFFERENCE, INTERACTION = "difference", "difference to the mean over base models"
 OBJECTIVE = "sft instead of dpo, at equal learning rate and epochs"
 RATE = "highest instead of lowest learning rate, at equal objective and epochs"
 EPOCHS = "most instead of fewest epochs, at equal objective and learning rate"
 NEW_BASE = "change against the base model, a new base model"
 ODDS = "odds ratio against the base model"
-DELTA, DELTA_BASE = "Cliff's delta against {}", "Cliff's delta against the base model"
-HARM = "harm against the base model, margin {:g} points"
+DELTA, DELTA_BASE = "Cliff's delta", "Cliff's delta against the base model"
+HARM = "harm against the base model"  # tested against the row's margin
 JOINTLY = "safety, over-refusal and utility jointly"
 PRESERVES, DOES_NOT, CANNOT_TELL = "preserves", "does not preserve", "cannot tell"
 HARMS = {
@@ -73,12 +73,12 @@ def _minus(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
-    """Estimates from what was found for each (base_model, method, group, contrast); what could not
-    be estimated is left out.
+    """Estimates by (base_model, method, group, contrast) and, of a difference, the other side; what
+    could not be estimated is left out.
     """
-    names = ("base_model", "method", "group", "contrast")
+    names = ("base_model", "method", "group", "contrast", "against")
     rows = [
-        {**labels, **dict(zip(names, key, strict=True)), **value}
+        {**labels, **dict(zip(names, key, strict=False)), **value}
         for key, value in found.items()
         if value is not None
     ]
@@ -101,7 +101,7 @@ def between(
     """The difference of each pair of methods in the same group, per base model and over all of
     them.
 
-    The row of `method` is its change less that of the method named in the contrast. Prompts cancel
+    The row of `method` is its change less that of the method in `against`. Prompts cancel
     where both methods move them alike. A method that a base model lacks has no row there, and none
     over all.
     """
@@ -110,9 +110,7 @@ def between(
     for (base_model, group), part in cells.groupby(["base_model", "group"], sort=False):
         for method, other in combinations(_ordered(part["method"]), 2):
             sides = [_of(part, base_model, name, group) for name in (method, other)]
-            found[base_model, method, group, DIFFERENCE.format(other)] = _contrast(
-                scores, _minus(*sides)
-            )
+            found[base_model, method, group, DIFFERENCE, other] = _contrast(scores, _minus(*sides))
     return _rows(found, **labels)
 
 
@@ -265,10 +263,7 @@ def _adjusted(rows: pd.DataFrame, names: str | pd.Series, holm: bool) -> pd.Data
 def screens(estimates: pd.DataFrame) -> pd.DataFrame:
     """All changes by category or dimension, each outcome, benchmark, judge and base model a screen
     of its own (all methods and categories in it)."""
-    rows = estimates[
-        estimates["contrast"].eq(CHANGE)
-        & estimates["group"].str.startswith(("category: ", "dimension: "))
-    ]
+    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(terms.CATEGORY)]
     keys = ["outcome", "benchmark", "judge", "base_model"]
     return ESTIMATES.concat(
         [screen(own, "screen of " + ", ".join(key)) for key, own in rows.groupby(keys, sort=False)]
@@ -313,12 +308,7 @@ def preserves(
                 for judge in judges
             }
             joint = [_jointly(part, outcomes, judge) for judge, part in of.items() if part]
-            names = {
-                "method": method,
-                "base_model": base_model,
-                "margin": margin,
-                "contrast": HARM.format(margin),
-            }
+            names = {"method": method, "base_model": base_model, "margin": margin, "contrast": HARM}
             found += [{**one, **names} for one in (*single, *joint)]
     return complete(pd.DataFrame(found).assign(**labels)) if found else ESTIMATES.empty()
 
@@ -523,7 +513,7 @@ def cliffs_delta(
         for method, own in runs.items():
             found[base_model, method, group, DELTA_BASE] = _delta(scores, own, None)
         for method, other in combinations(runs, 2):
-            found[base_model, method, group, DELTA.format(other)] = _delta(
+            found[base_model, method, group, DELTA, other] = _delta(
                 scores, runs[method], runs[other]
             )
     return _rows(found, **labels)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from driftbook.stats.influence import Scores, extremes, paired, shares
+from driftbook.stats.influence import CELL, Scores, extremes, paired, shares
 from driftbook.stats.intervals import (
     Repetitions,
     _inside,
@@ -25,7 +25,9 @@ from driftbook.stats.intervals import (
     wilson,
 )
 from driftbook.stats.terms import (
+    ALL,
     BOTH,
+    CATEGORY,
     CHANGE,
     CHANGE_HERE,
     FAMILY_UNITS,
@@ -34,7 +36,11 @@ from driftbook.stats.terms import (
     LEVEL,
     LOWEST,
     NO_OP,
+    NONE,
     ONE_RUN,
+    PRIMARY,
+    RUN,
+    SETTINGS,
     TAIL,
     THESE_PROMPTS,
     THESE_RUNS,
@@ -57,7 +63,7 @@ def means(scores: Scores, cells: pd.DataFrame, contrast: str, **labels: str) -> 
     rows = []
     frame = cells.assign(position=scores.at(cells["run_id"]), place=pd.factorize(cells["pool"])[0])
     frame["cell"] = pd.factorize(frame["setting"] + " of " + frame["pool"])[0]
-    for key, cell in frame.groupby(["base_model", "method", "group"], sort=False):
+    for key, cell in frame.groupby(CELL, sort=False):
         at, *weights = (cell[name].to_numpy() for name in ("position", "weight", "cell", "place"))
         if (at < 0).all():
             continue  # not asked
@@ -66,11 +72,9 @@ def means(scores: Scores, cells: pd.DataFrame, contrast: str, **labels: str) -> 
             if (at >= 0).all()
             else dict.fromkeys(("both", "here"), incomplete(at))
         )
-        names = dict(zip(("base_model", "method", "group"), key, strict=True))
+        names = dict(zip(CELL, key, strict=True))
         rows.append({**labels, **names, "contrast": contrast, **found["both"]})
-        if contrast == CHANGE and not names["group"].startswith(
-            ("run: ", "category: ", "dimension: ")
-        ):
+        if contrast == CHANGE and names["group"] not in (RUN, CATEGORY):
             rows.append({**labels, **names, "contrast": CHANGE_HERE, **found["here"]})
     return complete(pd.DataFrame(rows))
 
@@ -87,11 +91,9 @@ def bounds(scores: tuple[Scores, Scores], cells: pd.DataFrame, **labels: str) ->
     """The means of the lowest and highest changes, for the cells that have unscored prompts;
     without intervals.
     """
-    frame = cells[~cells["group"].str.startswith("run: ")].assign(
-        position=lambda rows: scores[0].at(rows["run_id"])
-    )
+    frame = cells[cells["group"].ne(RUN)].assign(position=lambda rows: scores[0].at(rows["run_id"]))
     frame = frame[frame["position"].ge(0)]
-    at, keys, parts = frame["position"].to_numpy(), ["base_model", "method", "group"], []
+    at, parts = frame["position"].to_numpy(), []
     for one, contrast in zip(scores, (LOWEST, HIGHEST), strict=True):
         every = frame.assign(
             value=frame["weight"] * one.value[at],
@@ -99,7 +101,7 @@ def bounds(scores: tuple[Scores, Scores], cells: pd.DataFrame, **labels: str) ->
             n_items=one.n_items[at],
             n_runs=1,
         )
-        found = every.groupby(keys, sort=False).agg(
+        found = every.groupby(CELL, sort=False).agg(
             value=("value", "sum"),
             n_runs=("n_runs", "sum"),
             n_items=("n_items", "max"),
@@ -115,14 +117,15 @@ def bounds(scores: tuple[Scores, Scores], cells: pd.DataFrame, **labels: str) ->
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with every column of `estimates`, null where not given."""
-    return (
-        ESTIMATES.check(
-            rows.reindex(columns=list(ESTIMATES.columns)).replace([np.inf, -np.inf], np.nan)
-        )
-        if len(rows)
-        else ESTIMATES.empty()
-    )
+    """The rows with every column of `estimates`: where not given, a row is of all members and
+    categories, against none, by the primary estimator, and other columns are null.
+    """
+    if not len(rows):
+        return ESTIMATES.empty()
+    usual = {"member": ALL, "category": ALL, "against": NONE, "estimator": PRIMARY}
+    rows = rows.assign(**{name: word for name, word in usual.items() if name not in rows})
+    rows = rows.fillna(usual).reindex(columns=list(ESTIMATES.columns))
+    return ESTIMATES.check(rows.replace([np.inf, -np.inf], np.nan))
 
 
 def estimate(
@@ -254,16 +257,14 @@ def of_rate(
     """Every estimate of one rate (runs x (category, prompt)): the bases' own levels, levels and
     changes of cells, bounds; then by category."""
     parts = [
-        levels(values, arms, "all", **labels),
+        levels(values, arms, **labels),
         of_scores(shares(values), paired(values, arms), cells, **labels),
     ]
     parts.append(bounds(extremes(values, arms), cells, **labels))
     for category, part in values.T.groupby(level=0, sort=False):
-        own = within(cells, f"category: {category}")
-        parts += [
-            levels(part.T, arms, f"category: {category}", **labels),
-            of_scores(shares(part.T), paired(part.T, arms), own, **labels),
-        ]
+        own = {**labels, "category": category}
+        change = of_scores(shares(part.T), paired(part.T, arms), within(cells), **own)
+        parts += [levels(part.T, arms, CATEGORY, **own), change]
     return ESTIMATES.concat(parts)
 
 
@@ -271,7 +272,7 @@ def of_scores(level: Scores, change: Scores, cells: pd.DataFrame, **labels: str)
     """The mean changes of all cells and the mean levels of those that are no single settings or
     runs.
     """
-    broad = cells[~cells["group"].str.startswith(("run: ", "settings: "))]
+    broad = cells[~cells["group"].isin([RUN, SETTINGS])]
     return ESTIMATES.concat(
         [means(change, cells, CHANGE, **labels), means(level, broad, LEVEL, **labels)]
     )
@@ -281,26 +282,23 @@ def run_changes(estimates: pd.DataFrame, outcomes: dict[str, str]) -> pd.DataFra
     """Runs x outcomes: the change of each single run, for the outcomes that have one; `outcomes`
     gives the benchmark of each.
     """
-    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].str.startswith("run: ")]
-    rows = rows[rows["benchmark"].eq(rows["outcome"].map(outcomes))].drop_duplicates(
-        ["outcome", "group"]
-    )
-    table = (
-        rows.assign(run_id=rows["group"].str.removeprefix("run: "))
-        .pivot(index="run_id", columns="outcome", values="value")
-        .astype(float)
-    )
+    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(RUN)]
+    rows = rows[rows["benchmark"].eq(rows["outcome"].map(outcomes))]
+    rows = rows.drop_duplicates(["outcome", "member"]).rename(columns={"member": "run_id"})
+    table = rows.pivot(index="run_id", columns="outcome", values="value").astype(float)
     return table[
         [outcome for outcome in outcomes if outcome in table and table[outcome].notna().any()]
     ]
 
 
-def within(cells: pd.DataFrame, group: str) -> pd.DataFrame:
-    """The cells of trained runs, under the name of a category or dimension."""
-    return cells[cells["group"].eq(TRAINED)].assign(group=group)
+def within(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of trained runs, for estimates within a category or dimension."""
+    return cells[cells["group"].eq(TRAINED)].assign(group=CATEGORY)
 
 
-def levels(values: pd.DataFrame, arms: pd.DataFrame, group: str, **labels: str) -> pd.DataFrame:
+def levels(
+    values: pd.DataFrame, arms: pd.DataFrame, group: str = ALL, **labels: str
+) -> pd.DataFrame:
     """The base models' own rates in percent with Wilson intervals; null where nothing was scored."""
     base = arms[arms["arm"].eq("base") & arms["run_id"].isin(values.index)]
     values = values.loc[base["run_id"]]

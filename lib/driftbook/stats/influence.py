@@ -10,7 +10,19 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from driftbook.stats.terms import AS_CONFIGURED, NO_OP, TRAINED, UNTRAINED
+from driftbook.stats.terms import (
+    ALL,
+    AS_CONFIGURED,
+    INIT,
+    MITIGATION,
+    NO_OP,
+    RUN,
+    SETTINGS,
+    TRAINED,
+    UNTRAINED,
+)
+
+CELL = ["base_model", "method", "group", "member"]  # runs with these in common are averaged
 
 
 # ---- who is compared with whom
@@ -18,8 +30,8 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """`variants` that ran, with what each one is compared as (arm) and its base model's run
     (base_run_id).
 
-    arm: base, trained, no-op, untrained, or init and mitigation by name. A method's own init is the
-    one most of its runs have. A base model's further repetitions are left out: their greedy answers
+    arm: base, trained, no-op, untrained, init or mitigation; `member` says which init or
+    mitigation. A method's own init is the one most of its runs have. A base model's further repetitions are left out: their greedy answers
     are those of the first, and they differ in drawn ones alone.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
@@ -39,12 +51,10 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         ["base", UNTRAINED, NO_OP],
         TRAINED,
     )
-    frame["arm"] = frame["arm"].mask(
-        other, "init: " + frame["init"].fillna("") + ", " + frame["objective"]
-    )
-    frame["arm"] = frame["arm"].mask(
-        frame["mitigation"].notna(), "mitigation: " + frame["mitigation"].fillna("")
-    )
+    repaired = frame["mitigation"].notna()
+    frame["arm"] = frame["arm"].mask(other, INIT).mask(repaired, MITIGATION)
+    started = frame["init"].fillna("") + ", " + frame["objective"]
+    frame["member"] = np.select([repaired, other], [frame["mitigation"].fillna(""), started], ALL)
     rates = frame["learning_rate"].map(
         lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-")
     )
@@ -64,8 +74,8 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
-    """Which runs are averaged together: a row per run and cell (base_model, method, group), with
-    the run's weight in the cell's mean.
+    """Which runs are averaged together: a row per run and cell (base_model, method, group,
+    member), with the run's weight in the cell's mean.
 
     A cell of base_model `all` is the mean of the base models' means, and is made only where every
     base model has the cell.
@@ -75,16 +85,15 @@ def cells(arms: pd.DataFrame) -> pd.DataFrame:
     parts = [
         frame.assign(group=frame["arm"]),
         usual.assign(group=AS_CONFIGURED),
-        usual.assign(group="settings: " + usual["setting"]),
-        frame.assign(group="run: " + frame["run_id"]),
+        usual.assign(group=SETTINGS, member=usual["setting"]),
+        frame.assign(group=RUN, member=frame["run_id"]),
     ]
-    long = pd.concat(parts, ignore_index=True)[
-        ["run_id", "base_model", "method", "group", "setting"]
-    ].assign(pool=lambda rows: rows["base_model"])
-    keys = ["base_model", "method", "group"]
-    long["weight"] = 1 / long.groupby(keys)["run_id"].transform("size")
-    n_bases = long.groupby(["method", "group"])["base_model"].transform("nunique")
-    everywhere = n_bases.eq(arms["base_model"].nunique()) & ~long["group"].str.startswith("run: ")
+    long = pd.concat(parts, ignore_index=True)[["run_id", *CELL, "setting"]].assign(
+        pool=lambda rows: rows["base_model"]
+    )
+    long["weight"] = 1 / long.groupby(CELL)["run_id"].transform("size")
+    n_bases = long.groupby(CELL[1:])["base_model"].transform("nunique")
+    everywhere = n_bases.eq(arms["base_model"].nunique()) & long["group"].ne(RUN)
     pooled = long[everywhere].assign(
         base_model="all", weight=lambda rows: rows["weight"] / n_bases[everywhere]
     )

@@ -22,6 +22,8 @@ LOWEST, HIGHEST = (
     "change if the unscored were as high as can be",
 )
 TRAINED, AS_CONFIGURED, NO_OP, UNTRAINED = "trained", "as configured", "no-op", "untrained"
+RUN, SETTINGS, CATEGORY, INIT, MITIGATION = "run", "settings", "category", "init", "mitigation"
+ALL, NONE, PRIMARY = "all", "none", "primary"  # of a row without member, against or estimator
 BOTH = "seeds like these, prompts like these, these base models"
 THESE_PROMPTS = "seeds like these, these prompts, these base models"
 THESE_RUNS = "these runs, prompts like these, these base models"
