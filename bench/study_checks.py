@@ -15,7 +15,7 @@ import pandas as pd
 from bench.harness import row
 from scipy.special import expit, logit
 
-from driftbook.doctors import finished_study
+from driftbook.doctors import study, study_tables
 from driftbook.stats.intervals import wilson
 from driftbook.study.methods import METHOD_CLASS, STUDIED
 from driftbook.study.tables import TABLES
@@ -284,7 +284,7 @@ def read(folder: Path) -> dict[str, pd.DataFrame]:
     )
     idle = set(runs.loc[runs["no_op"].fillna(False), "run_id"])
     alone = variants.groupby(
-        [name for name in finished_study.SETTING if name in variants], dropna=False
+        [name for name in study_tables.SETTING if name in variants], dropna=False
     )["run_id"].transform("size").eq(1) & variants["method"].ne("none")
     kept = set(variants.loc[keep & ~alone, "run_id"]) - idle
     return {
@@ -305,7 +305,7 @@ def varied(
     asked = prompts["benchmark"].astype(str) + prompts["prompt_id"].astype(str)
     verdicts = tables["verdicts"]
     keep = (verdicts["benchmark"].astype(str) + verdicts["prompt_id"].astype(str)).isin(set(asked))
-    variants = finished_study.settled(tables["variants"])
+    variants = study_tables.settled(tables["variants"])
     variants["repetition"] = variants.groupby("setting")["repetition"].transform(
         lambda numbers: rng.permutation(numbers.to_numpy())
     )
@@ -334,7 +334,7 @@ def _edit(
 
 
 def _settings(tables: dict[str, pd.DataFrame], kind: str | None = None) -> pd.DataFrame:
-    frame = finished_study.settled(tables["variants"])
+    frame = study_tables.settled(tables["variants"])
     return frame[
         frame["learning_rate"].notna()
         & (True if kind is None else frame["method"].map(METHOD_CLASS).eq(kind))
@@ -681,7 +681,7 @@ PLANTS: dict[
 # ---- measured
 def _named(findings: pd.DataFrame, finding: str) -> set[str]:
     """What the alarms of one kind name."""
-    rows = finished_study.alarms(findings)
+    rows = study.study_alarms(findings)
     return {
         name
         for where in rows.loc[rows["finding"].eq(finding), "where"]
@@ -719,12 +719,12 @@ def detection(
                 else simulated(rng, **{**settings, "no_ops": plant is drifted_no_ops})
             )
             made, planted = plant(clean, rng) if plant else (clean, set())
-            findings = finished_study.study(made)
+            findings = study.examine_study(made)
             named = _named(findings, finding)
             hits += (
                 planted <= named
                 if plant
-                else finished_study.alarms(findings)["finding"].isin(FLAWS).any()
+                else study.study_alarms(findings)["finding"].isin(FLAWS).any()
             )
             more += bool(plant) and planted < named
         rows.append(

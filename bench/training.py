@@ -332,7 +332,7 @@ def doctor(n: int = 20_000) -> list[dict]:
     import random
 
     from driftbook.benchmarks.data import prompts, training_examples
-    from driftbook.doctors import training_data
+    from driftbook.doctors.data import examine_data
 
     real = load("real_data")
     whole = real.model_copy(
@@ -352,7 +352,7 @@ def doctor(n: int = 20_000) -> list[dict]:
         }
         for _ in range(n - len(examples))
     ]
-    seconds, _ = least_seconds(training_data.examine, [*examples, *made], asked, repeats=1)
+    seconds, _ = least_seconds(examine_data, [*examples, *made], asked, repeats=1)
     setting = f"{n:,} examples, {sum(map(len, asked.values())):,} prompts"
     return [row("data doctor, CPU seconds", setting, seconds, 60.0, "CPU s", least=False)]
 

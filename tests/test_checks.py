@@ -2,7 +2,6 @@
 original study; planted flaws; bad input.
 """
 
-import importlib.util
 import json
 import re
 
@@ -12,7 +11,7 @@ import pytest
 from bench import study_checks
 from scipy import stats as scipy_stats
 
-from driftbook.doctors import finished_study
+from driftbook.doctors import study, study_answers, study_echoes, study_rounds, study_tables
 from driftbook.stats import intervals
 from driftbook.study.tables import TABLES
 from simulated import simulate
@@ -76,7 +75,7 @@ def unchecked(findings: pd.DataFrame) -> set[str]:
 def test_surprise_is_the_share_of_pairs_at_least_as_near():
     values = np.random.default_rng(0).integers(0, 5, (6, 4)).astype(float)
     values[2, 1] = np.nan
-    found = finished_study.surprise(values)
+    found = study_answers.surprise(values)
     for k in range(values.shape[1]):
         gaps = [
             abs(values[a, k] - values[b, k])
@@ -98,7 +97,9 @@ def test_t_of_families_is_scipys_and_holm_is_statsmodels():
 
     values, family = np.random.default_rng(1).normal(0.2, 1, 60), np.arange(60) // 3
     expected = scipy_stats.ttest_1samp(values.reshape(20, 3).mean(1), 0, alternative="greater")
-    assert finished_study._t(values, family) == pytest.approx((expected.statistic, expected.pvalue))
+    assert study_answers.family_t(values, family) == pytest.approx(
+        (expected.statistic, expected.pvalue)
+    )
     p = np.random.default_rng(2).random(15) ** 3
     assert np.allclose(intervals.holm(p), multipletests(p, method="holm")[1])
 
@@ -123,7 +124,7 @@ def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
         }
     )
     expected = sm.stats.anova_lm(ols("y ~ s + r", long).fit(), typ=1).loc["r"]
-    found = finished_study._tested_rounds({"one": rounds_table(rates)}, 1e-9).iloc[0]
+    found = study_rounds.tested_rounds({"one": rounds_table(rates)}, 1e-9).iloc[0]
     assert (found["F"], found["p"]) == pytest.approx((expected["F"], expected["PR(>F)"]))
     mean = rates.mean(0) - rates.mean()
     at = int(np.abs(mean).argmax())
@@ -147,10 +148,10 @@ def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
                 )
                 parts.append(part)
             tables[base] = pd.concat(parts)
-        p.append(finished_study._tested_rounds(tables, 0.3)["p"].min())
-    assert np.mean(
-        np.array(p) <= finished_study.SHARES["drift"] * finished_study.ALPHA / 3
-    ) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 80)
+        p.append(study_rounds.tested_rounds(tables, 0.3)["p"].min())
+    assert np.mean(np.array(p) <= study_tables.alpha_of("drift") / 3) <= 0.05 + 2 * np.sqrt(
+        0.05 * 0.95 / 80
+    )
     assert (
         np.median(p) < 0.6
     )  # and it is not dead: the least of three uniform p has a median of .21
@@ -163,26 +164,16 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike():
     parts = pd.DataFrame(
         {"method": "lora", "variance": true * rng.chisquare(df, 4000) / df, "df": df}
     )
-    found = finished_study._moderated(parts)
+    found = study_rounds.moderated(parts)
     assert found["df"].iloc[0] - df == pytest.approx(d0, rel=0.1)
     slope = np.polyfit(parts["variance"], found["variance"], 1)
     assert slope == pytest.approx([df / (d0 + df), d0 * s0 / (d0 + df)], rel=0.1)
     assert np.mean((found["variance"] - true) ** 2) < np.mean((parts["variance"] - true) ** 2)
 
 
-def test_no_op_kl_is_that_of_the_trainer():
-    source = importlib.util.find_spec(
-        "driftbook.training.training"
-    ).origin  # not imported: it takes torch
-    with open(source) as file:
-        assert (
-            float(re.search(r"^NO_OP_KL = (\S+)", file.read(), re.M)[1]) == finished_study.NO_OP_KL
-        )
-
-
 # ---- the original study
 def test_the_original_study_is_found_out(original):
-    found = finished_study.study(original)
+    found = study.examine_study(original)
     wrong = original["variants"].loc[
         original["variants"]["learning_rate"].ne(original["runs"]["trained_learning_rate"]),
         "run_id",
@@ -197,7 +188,7 @@ def test_the_original_study_is_found_out(original):
 
 def test_answers_alone_tell_the_adapters_and_no_others(original):
     given = {name: frame for name, frame in original.items() if name != "runs"}
-    found = finished_study.study(
+    found = study.examine_study(
         {**given, "runs": original["runs"].drop(columns="trained_learning_rate")}
     )
     wrong = original["variants"].loc[
@@ -213,7 +204,7 @@ def test_answers_alone_tell_the_adapters_and_no_others(original):
 
 
 def test_agreement_of_answers_has_the_known_numbers(original):
-    found = finished_study.agreement_of_answers(original["variants"], original["verdicts"]).query(
+    found = study_answers.answer_agreement(original["variants"], original["verdicts"]).query(
         "learning_rate == 1e-3 and other_rate == 2e-5"
     )
     mean = found.groupby(["method", "repetition"])[
@@ -262,7 +253,7 @@ def test_clean_studies_raise_no_alarm_and_flaws_are_found():
 def test_a_drift_of_five_points_is_found_and_named():
     rng = np.random.default_rng(0)
     made, planted = study_checks.drifted(study_checks.simulated(rng), rng)
-    findings = finished_study.study(made)
+    findings = study.examine_study(made)
     assert named(findings, "drift") == planted
     apart = re.search(
         r"lies ([+-][\d.]+) points",
@@ -282,7 +273,7 @@ def test_a_real_study_is_varied_and_edited(tmp_path):
     assert len(varied["verdicts"]) == pytest.approx(0.8 * len(tables["verdicts"]), rel=0.02)
     assert sorted(varied["variants"]["repetition"]) == sorted(tables["variants"]["repetition"])
     made, planted = study_checks.mislabelled_setting(varied, rng)
-    found = finished_study.study(made)
+    found = study.examine_study(made)
     assert named(found, "mislabelled_rate") == planted
     assert "drift" not in set(found.loc[found["severity"].ne("note"), "finding"])
 
@@ -291,7 +282,7 @@ def test_order_of_rows_does_not_matter(clean):
     made, _ = study_checks.mislabelled_run(clean, np.random.default_rng(1))
     shuffled = {name: frame.sample(frac=1, random_state=2) for name, frame in made.items()}
     first, second = (
-        finished_study.study(tables)[["finding", "severity"]].value_counts()
+        study.examine_study(tables)[["finding", "severity"]].value_counts()
         for tables in (made, shuffled)
     )
     pd.testing.assert_series_equal(first.sort_index(), second.sort_index())
@@ -300,10 +291,10 @@ def test_order_of_rows_does_not_matter(clean):
 def test_echoes_are_counted_and_never_shown(clean):
     rng = np.random.default_rng(4)
     made, planted = study_checks.echoes(clean, rng)
-    findings = finished_study.study(made)
+    findings = study.examine_study(made)
     assert named(findings, "echo") == planted
     assert not findings.astype(str).apply(lambda column: column.str.contains("word")).any().any()
-    share = finished_study.echoed(made["responses"], made["texts"])
+    share = study_echoes.echo_share(made["responses"], made["texts"])
     for run in planted:
         rows = made["responses"].query("run_id == @run").merge(made["texts"])
         assert share[run] == pytest.approx(
@@ -316,7 +307,7 @@ def test_echoes_are_counted_and_never_shown(clean):
 
 # ---- bad input
 def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
-    before = finished_study.study(clean)
+    before = study.examine_study(clean)
     assert not (before.finding == "undone").any()
     lora = clean["variants"][clean["variants"].method == "lora"]
     base = (
@@ -344,7 +335,7 @@ def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
             for row in lora.itertuples()
         ]
     )
-    after = finished_study.study(
+    after = study.examine_study(
         {
             **clean,
             **{
@@ -360,11 +351,11 @@ def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
 
 def test_without_variants_there_is_nothing_to_check():
     with pytest.raises(ValueError, match="variants"):
-        finished_study.study({})
+        study.examine_study({})
 
 
 def test_what_is_missing_is_said(clean):
-    found = finished_study.study({"variants": clean["variants"]})
+    found = study.examine_study({"variants": clean["variants"]})
     assert {
         "mislabelled_rate",
         "one_adapter",
@@ -375,13 +366,13 @@ def test_what_is_missing_is_said(clean):
         "unscored",
         "category_at_bound",
     } <= unchecked(found)
-    assert finished_study.alarms(found).empty
+    assert study.study_alarms(found).empty
 
 
 def test_declared_tables_are_read_as_they_are(tmp_path):
     folder = simulate(tmp_path, bases=["mini-llama"], seeds=(1,), silent_judge=True) / "tables"
     names = ("variants", "runs", "curves", "prompts", "verdicts", "rates", "answers")
-    found = finished_study.study({name: TABLES[name].read(folder) for name in names})
+    found = study.examine_study({name: TABLES[name].read(folder) for name in names})
     assert {"one_repetition", "one_base_model", "unscored", "all_null"} <= set(found["finding"])
     assert "only" in found.set_index("finding")["sentence"]["one_repetition"]
     assert "mini-llama" in named(found, "one_base_model")
@@ -391,7 +382,7 @@ def test_bad_input_has_a_sentence_each(clean):
     variants, verdicts = clean["variants"], clean["verdicts"].copy()
     group = variants.query("base_model == 'base 0' and method == 'lora'")["run_id"]
     verdicts.loc[verdicts["run_id"].isin(group), "unsafe"] = np.nan
-    found = finished_study.study(
+    found = study.examine_study(
         {**clean, "verdicts": pd.concat([verdicts, verdicts.tail(5)])}
     ).set_index("finding")
     assert "5;" in found["sentence"]["duplicated_rows"]
@@ -404,7 +395,7 @@ def test_bad_input_has_a_sentence_each(clean):
     failed = clean["runs"].assign(
         status=clean["runs"]["status"].mask(clean["runs"]["run_id"].isin(lost), "failed")
     )
-    found = finished_study.study(
+    found = study.examine_study(
         {**clean, "runs": failed, "verdicts": clean["verdicts"].query("run_id not in @lost")}
     )
     assert named(found[found["severity"].eq("warning")], "failed_runs") == set(lost)
@@ -421,7 +412,7 @@ def test_categories_at_their_bound_are_named(clean):
     rates.loc[rates["category"].eq("a") & rates["run_id"].isin(base["run_id"]), "k"] = 0
     rates.loc[rates["category"].eq("b"), "k"] = 30
     rates.loc[rates["category"].eq("c"), ["k", "n_scored"]] = 0
-    found = finished_study.study({**clean, "rates": rates})
+    found = study.examine_study({**clean, "rates": rates})
     assert named(found, "category_at_bound") == {
         f"base {i}: {name}" for i in (0, 1) for name in "ab"
     }
@@ -431,9 +422,9 @@ def test_categories_at_their_bound_are_named(clean):
 
 def test_sentences_are_a_list_of_single_lines(clean):
     made, _ = study_checks.recorded_seed(clean, np.random.default_rng(0))
-    findings = finished_study.study(made)
-    lines = finished_study.sentences(findings).splitlines()
+    findings = study.examine_study(made)
+    lines = study.list_findings(findings).splitlines()
     assert len(lines) == len(findings)
     assert any(line.startswith("- **error, one seed**: ") for line in lines)
     assert all(line.endswith(".") or ": not checked: " in line for line in lines)
-    assert finished_study.sentences(findings.iloc[:0]) == "Nothing was found.\n"
+    assert study.list_findings(findings.iloc[:0]) == "Nothing was found.\n"

@@ -13,18 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftbook.benchmarks import bbq
-from driftbook.doctors.training_data import (
-    COLUMNS,
-    KINDS,
+from driftbook.doctors.data import DATA_COLUMNS, KINDS, ROW_COLUMNS, data_rows, examine_data
+from driftbook.doctors.data_words import (
     NEAR_DUPLICATE,
     NEAR_PROMPT,
-    ROW_COLUMNS,
-    examine,
-    rows,
+    jaccard_share,
+    nearly_another,
+    text_shingles,
 )
-from driftbook.doctors.training_data import _jaccard as jaccard
-from driftbook.doctors.training_data import _nearly_another as nearly_another
-from driftbook.doctors.training_data import _shingles as shingles
 from driftbook.stats.intervals import wilson
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -86,11 +82,11 @@ def counts(found: pd.DataFrame) -> dict[str, int]:
     "examples", [[], clean(300), clean_preferences(100)], ids=["none", "sft", "preferences"]
 )
 def test_nothing_is_found_in_clean_data(examples):
-    found = examine(examples, BENCHMARKS, [10] * len(examples), 10)
+    found = examine_data(examples, BENCHMARKS, [10] * len(examples), 10)
     assert found.empty
-    assert list(found) == COLUMNS
-    assert list(rows(examples, BENCHMARKS)) == ROW_COLUMNS
-    assert rows(examples, BENCHMARKS).empty
+    assert list(found) == DATA_COLUMNS
+    assert list(data_rows(examples, BENCHMARKS)) == ROW_COLUMNS
+    assert data_rows(examples, BENCHMARKS).empty
 
 
 # ---- what is planted is found
@@ -167,7 +163,7 @@ EXPECTED = {finding: len(planted) for finding, planted in PLANTED.items()} | {"d
 def test_what_is_planted_is_found_and_counted(finding):
     base, pairs = clean(150), clean_preferences(60)
     examples = [*base, *PLANTED[finding], *pairs]
-    found = examine(examples, BENCHMARKS).set_index("finding").loc[[finding]].iloc[0]
+    found = examine_data(examples, BENCHMARKS).set_index("finding").loc[[finding]].iloc[0]
     of = {
         "preferences": sum("chosen" in example for example in examples),
         "prompts": len(PROMPTS),
@@ -178,7 +174,7 @@ def test_what_is_planted_is_found_and_counted(finding):
     assert (found.ci_low, found.ci_high) == pytest.approx(
         [float(end) for end in wilson(found.n, of)]
     )
-    named = rows(examples, BENCHMARKS).query("finding == @finding").row
+    named = data_rows(examples, BENCHMARKS).query("finding == @finding").row
     assert set(named) == set(
         range(150 + len(PLANTED[finding]) - EXPECTED[finding], 150 + len(PLANTED[finding]))
     )
@@ -200,11 +196,11 @@ def test_what_is_planted_is_found_and_counted(finding):
     ],
 )
 def test_what_only_looks_like_a_finding_is_none(example):
-    assert examine([*clean(20), example], {}).empty
+    assert examine_data([*clean(20), example], {}).empty
 
 
 def test_a_pair_that_declines_twice_prefers_neither():
-    assert counts(examine([preference(REFUSAL, "I cannot do that.")], {})) == {
+    assert counts(examine_data([preference(REFUSAL, "I cannot do that.")], {})) == {
         "refusals": 1,
         "refusals_rejected": 1,
     }
@@ -212,41 +208,43 @@ def test_a_pair_that_declines_twice_prefers_neither():
 
 def test_severity_follows_the_share():
     few, many = clean(500) + PLANTED["one_word"], clean(100) + PLANTED["one_word"]
-    assert list(examine(few, {}).severity) == ["note"]
-    assert list(examine(many, {}).severity) == ["warning"]
+    assert list(examine_data(few, {}).severity) == ["note"]
+    assert list(examine_data(many, {}).severity) == ["warning"]
     bench = {"bench": PROMPTS[:1] + [made_up(random.Random(i), 10) for i in range(200)]}
     overlap = [
-        examine(PLANTED["benchmark_overlap"], b).set_index("finding").severity["benchmark_overlap"]
+        examine_data(PLANTED["benchmark_overlap"], b)
+        .set_index("finding")
+        .severity["benchmark_overlap"]
         for b in (bench, BENCHMARKS)
     ]
     assert overlap == ["warning", "error"]
 
 
 def test_lengths_tell_rows_cut_and_tokens_lost():
-    found = examine(clean(10), {}, [5, 10, 11, 30, *[5] * 6], 10).set_index("finding")
+    found = examine_data(clean(10), {}, [5, 10, 11, 30, *[5] * 6], 10).set_index("finding")
     assert found.n.to_dict() == {"cut": 2, "tokens_lost": 21}
     assert found.share["tokens_lost"] == pytest.approx(21 / 86)
     assert np.isnan(found.ci_low["tokens_lost"])
-    named = rows(clean(10), {}, np.array([5, 10, 11, 30, *[5] * 6]), 10)
+    named = data_rows(clean(10), {}, np.array([5, 10, 11, 30, *[5] * 6]), 10)
     assert named[["row", "score"]].to_numpy().tolist() == [[2, 1], [3, 20]]
 
 
 def test_a_short_prompt_is_found_whole_and_a_very_short_one_only_alone():
     bench = {"bench": ["tobazu kelima zonaru peta vimo", "sabo rika"]}
-    assert examine([sft(f"{TEXT} Tobazu, kelima: zonaru peta vimo. {OTHER}", LONG)], bench).query(
-        "finding == 'benchmark_overlap'"
-    ).n.tolist() == [1]
+    assert examine_data(
+        [sft(f"{TEXT} Tobazu, kelima: zonaru peta vimo. {OTHER}", LONG)], bench
+    ).query("finding == 'benchmark_overlap'").n.tolist() == [1]
     assert "benchmark_overlap" not in counts(
-        examine([sft(f"{TEXT} sabo rika {OTHER}", LONG)], bench)
+        examine_data([sft(f"{TEXT} sabo rika {OTHER}", LONG)], bench)
     )
-    assert counts(examine([sft("Sabo rika!", LONG)], bench))["benchmark_overlap"] == 1
+    assert counts(examine_data([sft("Sabo rika!", LONG)], bench))["benchmark_overlap"] == 1
 
 
 def test_scripts_without_spaces_are_read():
     prompt, other = "把水倒进锅里然后盖上盖子用大火煮开", "今天下午我们去公园看了很多漂亮的花"
-    found = examine([sft(f"请问{prompt}吗?", other)], {"bench": [prompt]})
+    found = examine_data([sft(f"请问{prompt}吗?", other)], {"bench": [prompt]})
     assert counts(found) == {"benchmark_overlap": 1, "near_benchmark": 1}
-    assert examine([sft(other, "我不知道")], {"bench": [prompt]}).empty
+    assert examine_data([sft(other, "我不知道")], {"bench": [prompt]}).empty
 
 
 # ---- laws
@@ -261,9 +259,11 @@ everything = (
 @given(st.permutations(range(len(everything))))
 def test_the_order_of_rows_does_not_matter(order):
     shuffled = [everything[i] for i in order]
-    pd.testing.assert_frame_equal(examine(shuffled, BENCHMARKS), examine(everything, BENCHMARKS))
-    places = rows(shuffled, BENCHMARKS).query("finding != 'duplicates'")
-    where = rows(everything, BENCHMARKS).query("finding != 'duplicates'")
+    pd.testing.assert_frame_equal(
+        examine_data(shuffled, BENCHMARKS), examine_data(everything, BENCHMARKS)
+    )
+    places = data_rows(shuffled, BENCHMARKS).query("finding != 'duplicates'")
+    where = data_rows(everything, BENCHMARKS).query("finding != 'duplicates'")
     back = places.assign(row=[order[row] for row in places.row])
     keys = ["row", "finding", "benchmark"]
     pd.testing.assert_frame_equal(
@@ -274,14 +274,16 @@ def test_the_order_of_rows_does_not_matter(order):
 @given(st.integers(10, 10**6), st.integers(0, len(everything)))
 def test_a_clean_row_changes_no_count(seed, place):
     more = [*everything[:place], *clean(1, seed), *everything[place:]]
-    assert counts(examine(more, BENCHMARKS)) == counts(examine(everything, BENCHMARKS))
+    assert counts(examine_data(more, BENCHMARKS)) == counts(examine_data(everything, BENCHMARKS))
 
 
 @given(st.data())
 def test_a_finding_about_a_benchmark_does_not_depend_on_the_others(data):
     names = data.draw(st.sets(st.sampled_from(sorted(BENCHMARKS))))
-    apart = rows(everything, {name: BENCHMARKS[name] for name in names}).query("benchmark.notna()")
-    together = rows(everything, BENCHMARKS).query("benchmark in @names")
+    apart = data_rows(everything, {name: BENCHMARKS[name] for name in names}).query(
+        "benchmark.notna()"
+    )
+    together = data_rows(everything, BENCHMARKS).query("benchmark in @names")
     pd.testing.assert_frame_equal(
         apart.reset_index(drop=True), together.reset_index(drop=True), check_dtype=False
     )
@@ -300,7 +302,7 @@ def test_near_duplicates_are_those_of_all_pairs_compared(made):
         i
         for i, a in enumerate(texts)
         for j, b in enumerate(texts)
-        if i != j and jaccard(shingles(a), shingles(b)) > NEAR_DUPLICATE
+        if i != j and jaccard_share(text_shingles(a), text_shingles(b)) > NEAR_DUPLICATE
     }
     assert nearly_another(texts) == all_pairs
 
@@ -311,10 +313,10 @@ def test_near_duplicates_are_those_of_all_pairs_compared(made):
 )
 def test_any_text_is_read(texts, prompts):
     examples = [sft(text, text[::-1]) for text in texts]
-    found = examine(examples, {"bench": prompts})
+    found = examine_data(examples, {"bench": prompts})
     assert found.n.gt(0).all()
     assert found.share.between(0, 1).all()
-    assert rows(examples, {"bench": prompts}).row.between(0, len(texts) - 1).all()
+    assert data_rows(examples, {"bench": prompts}).row.between(0, len(texts) - 1).all()
 
 
 # ---- what is told
@@ -344,7 +346,9 @@ def texts_of(examples: list[dict]) -> list[str]:
 
 
 def test_sentences_are_one_line_and_tell_no_text():
-    found = examine(everything, {**BENCHMARKS, "of\ntwo lines": PROMPTS}, [7] * len(everything), 5)
+    found = examine_data(
+        everything, {**BENCHMARKS, "of\ntwo lines": PROMPTS}, [7] * len(everything), 5
+    )
     assert set(found.finding) == set(KINDS)
     assert_tells_no_text(found, texts_of(everything) + PROMPTS)
     assert not any(
@@ -371,7 +375,7 @@ def test_sentences_are_one_line_and_tell_no_text():
 )
 def test_data_of_another_form_is_refused_without_telling_it(arguments, message):
     with pytest.raises(ValueError, match=message) as refused:
-        examine(*arguments)
+        examine_data(*arguments)
     assert "kelima" not in str(refused.value)
 
 
@@ -410,7 +414,7 @@ def real_prompts(shared) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", ["alpaca", "dpo"])
 def test_real_chats_are_near_no_benchmark_and_are_told_without_text(name, real, real_prompts):
-    found = examine(real[name], real_prompts)
+    found = examine_data(real[name], real_prompts)
     n = counts(found)
     quiet = (
         "near_benchmark" not in n
@@ -429,7 +433,7 @@ def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(
 ):
     rng = random.Random(3)
     planted = [sft(edited(prompt, rng, 0.2), made_up(rng, 15)) for prompt in real_prompts[name]]
-    near = rows([*real["alpaca"], *planted], real_prompts).query(
+    near = data_rows([*real["alpaca"], *planted], real_prompts).query(
         "finding == 'near_benchmark' and benchmark == @name"
     )
     assert near.row.min() >= len(real["alpaca"]), "a real chat is taken for one"
@@ -438,7 +442,7 @@ def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(
 
 
 def test_all_prompts_of_a_benchmark_in_the_data_are_an_error(real_prompts):
-    found = examine(
+    found = examine_data(
         [sft(prompt, LONG[: 9 + i]) for i, prompt in enumerate(real_prompts["xstest"])],
         real_prompts,
     )
@@ -455,4 +459,4 @@ def test_real_items_of_bbq_are_taken_for_it(template, shared):
         for line in (shared / "bbq" / "data" / "Religion.jsonl").read_text().splitlines()
     ]
     examples = [sft(bbq.TEMPLATES[template].format(**item), "tobazu kelima") for item in items]
-    assert counts(examine(examples, {}))["multiple_choice"] == len(items)
+    assert counts(examine_data(examples, {}))["multiple_choice"] == len(items)

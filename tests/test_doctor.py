@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from safetensors.torch import load_file, save_file
 
 from conftest import FAMILIES, PEFT_METHODS, one_sentence
-from driftbook.doctors import adapter as adapter_doctor
-from driftbook.doctors.adapter import examine, summary
+from driftbook.doctors import adapter_files, adapter_fit, adapter_weights
+from driftbook.doctors.adapter import examine, finding_summary
 from driftbook.models.loading import Loaded
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -103,7 +103,7 @@ def complaints(adapter: Path, base=None) -> dict[str, str]:
     for sentence in table.sentence:
         assert str(adapter.parent) not in one_sentence(sentence)
         assert "; " not in sentence
-    assert (summary(table) is None) == (not table.severity.isin(["error", "warning"]).any())
+    assert (finding_summary(table) is None) == (not table.severity.isin(["error", "warning"]).any())
     return dict(table[table.severity != "note"][["finding", "severity"]].itertuples(index=False))
 
 
@@ -276,13 +276,14 @@ def test_without_a_base_a_lora_module_is_judged_against_the_others(edited):
 def test_norms_of_one_scale_hold_no_outlier():
     rng = np.random.default_rng(0)
     found = sum(
-        adapter_doctor._outliers(np.exp(0.5 * rng.standard_normal(64))).any() for _ in range(200)
+        adapter_weights.norm_outliers(np.exp(0.5 * rng.standard_normal(64))).any()
+        for _ in range(200)
     )
     assert found == 0
-    assert adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [
+    assert adapter_weights.norm_outliers(np.array([1.0, 1.0, 1.0, 1.0, 11.0])).tolist() == [
         False
     ] * 4 + [True]
-    assert not adapter_doctor._outliers(np.array([1.0, 1.0, 1.0, 1.0, 9.0])).any()
+    assert not adapter_weights.norm_outliers(np.array([1.0, 1.0, 1.0, 1.0, 9.0])).any()
 
 
 # ---- distance from init, against what PEFT itself merges
@@ -292,8 +293,8 @@ def test_the_distance_is_that_of_the_weights_that_peft_merges(llama, folders, me
     if method == "embedding":  # tied to the head, which PEFT would merge into as well
         base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
     merged = PeftModel.from_pretrained(copy.deepcopy(base), folders[method]).merge_and_unload()
-    adapter = adapter_doctor._Adapter(folders[method])
-    opened, rng = adapter_doctor._open(llama), np.random.default_rng(0)
+    adapter = adapter_files.AdapterFiles(folders[method])
+    opened, rng = adapter_files.open_base(llama), np.random.default_rng(0)
     modules = {
         name.split(".lora_")[0].removeprefix("base_model.model.")
         for name in adapter.shapes
@@ -305,9 +306,9 @@ def test_the_distance_is_that_of_the_weights_that_peft_merges(llama, folders, me
         parts = {
             m[2]: name
             for name in adapter.shapes
-            if (m := adapter_doctor.PART.match(name)) and m[1] == module
+            if (m := adapter_weights.PART.match(name)) and m[1] == module
         }
-        change = adapter_doctor._change(adapter, module, parts, opened, rng)
+        change = adapter_weights.lora_change(adapter, module, parts, opened, rng)
         assert change.ratio == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-4)
         assert change.ratio > 0.01
         if method != "dora":
@@ -470,7 +471,7 @@ def test_pefts_random_init_is_recognised(llama, tmp_path):
 
 
 def test_rows_of_the_embedding_table_were_never_trained(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_doctor, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(adapter_weights, "TABLE_ROWS", 100)
     config = PromptTuningConfig(
         num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
     )
@@ -563,8 +564,8 @@ def test_the_base_that_it_was_trained_on(edited, llama, local, named, same):
 
 
 def test_two_organisations_have_two_models():
-    assert not adapter_doctor._same_model("meta/llama-3", "other/llama-3")
-    assert adapter_doctor._same_model("meta/llama-3", "hub/models--meta--llama-3/snapshots/0a1b")
+    assert not adapter_fit.same_model("meta/llama-3", "other/llama-3")
+    assert adapter_fit.same_model("meta/llama-3", "hub/models--meta--llama-3/snapshots/0a1b")
 
 
 def test_another_revision(edited, llama):
@@ -733,6 +734,6 @@ def test_the_summary_joins_what_is_wrong(edited, llama):
     folder = edited(
         "lora", settings={"base_model_name_or_path": "someone/else", "task_type": "SEQ_CLS"}
     )
-    parts = summary(examine(folder, llama)).split("; ")
+    parts = finding_summary(examine(folder, llama)).split("; ")
     assert len(parts) == len(complaints(folder, llama)) >= 2
     assert "trained on someone/else" in parts[0]

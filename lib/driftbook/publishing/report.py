@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 
 from driftbook.analyses import primary
-from driftbook.doctors import finished_study
+from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, SHORT, UNITS
 from driftbook.stats import estimation, influence
 from driftbook.stats.terms import (
@@ -406,8 +406,8 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
 def checked(study: Study) -> pd.DataFrame:
     """The errors and warnings of the study check."""
     folder = study.folder / "tables"
-    found = finished_study.alarms(
-        finished_study.study(
+    found = study_check.study_alarms(
+        study_check.examine_study(
             {
                 name: TABLES[name].read(folder)
                 for name in (

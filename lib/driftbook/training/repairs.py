@@ -281,7 +281,7 @@ def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[
         known
         | own
         | dose
-        | {"findings": adapter_doctor.summary(adapter_doctor.examine(adapter, base))}
+        | {"findings": adapter_doctor.finding_summary(adapter_doctor.examine(adapter, base))}
     )
 
 

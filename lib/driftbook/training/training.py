@@ -16,7 +16,9 @@ from peft import PeftModel
 from trl import DPOConfig, SFTConfig
 
 from driftbook.benchmarks.data import for_sft, prompts, training_examples
-from driftbook.doctors import adapter, training_data
+from driftbook.doctors import adapter
+from driftbook.doctors.data import examine_data
+from driftbook.doctors.study_no_ops import NO_OP_KL
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded, chat_ids, context_length, conversation_ids, counted_ids
 from driftbook.models.scoring import Ids, Scorer, VariantFailure
@@ -31,11 +33,6 @@ from driftbook.training import steps
 from driftbook.training.drift import DriftCallback
 from driftbook.training.steps import Conversation, Pair
 
-# Mean KL per token below which training is called a no-op: over an answer of 100 tokens the two
-# models' log-likelihoods
-# then differ by less than 0.01 nats in the mean, which no sample of answers of a feasible size can
-# tell apart.
-NO_OP_KL = 1e-4
 DISTRIBUTIONS_AT_ONCE = 2**27  # numbers in each of three: half a gigabyte in fp32
 
 RECORDED = (
@@ -271,7 +268,7 @@ def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
         for benchmark in study.asked(PROMPT_FORMATS)
     }
     asked["heldout"] = [one["prompt"][-1]["content"] for one in training_examples("heldout", study)]
-    return training_data.examine(
+    return examine_data(
         training_examples(name, study), asked, prepared.lengths, study.training.max_length
     )
 
@@ -424,7 +421,12 @@ def train(
         "; ".join(
             filter(
                 None,
-                [record["findings"], left_out, drift and drift.stopped, adapter.summary(found)],
+                [
+                    record["findings"],
+                    left_out,
+                    drift and drift.stopped,
+                    adapter.finding_summary(found),
+                ],
             )
         )
         or None

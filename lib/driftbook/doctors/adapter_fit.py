@@ -1,0 +1,207 @@
+"""Does an adapter fit its base model: name, shapes, vocabulary, tokenizer, template, settings."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from transformers import PreTrainedModel
+
+from driftbook.doctors.adapter_files import (
+    CONFIG,
+    AdapterFiles,
+    BaseFiles,
+    module_of,
+    reason_of,
+    words_in,
+)
+from driftbook.doctors.findings import Finding, error, named, note, times, warning
+from driftbook.study.methods import REWRITING
+
+
+# ---- name
+def base_match(adapter: AdapterFiles, base: BaseFiles) -> Iterator[Finding]:
+    """Whether the base model is the one that the adapter names."""
+    name, revision = map(adapter.settings.get, ("base_model_name_or_path", "revision"))
+    trained = "it was trained on"
+    if not name:
+        yield note("base", "it does not say which base model it was trained on")
+    elif not any(same_model(name, other) for other in base.names):
+        given = _short(base.names[-1])
+        yield warning("base", f"{trained} {_short(name)}, and the base model given is {given}")
+    if revision and base.revision and not base.revision.startswith(revision):
+        other = f"and the base given is revision {base.revision}"
+        yield warning("base", f"{trained} revision {revision} of its base model, {other}")
+
+
+def _short(name: str) -> str:
+    """A model's name on the hub, also from the hub's cache; of another folder its last part."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)", name)
+    if cached:
+        return "/".join(cached.groups())
+    return Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names can mean one model; a folder on another machine has only its last part."""
+    if Path(one).is_dir() and Path(other).is_dir():
+        return Path(one).resolve() == Path(other).resolve()
+    a, b = _short(one).lower(), _short(other).lower()
+    return a == b or (not ("/" in a and "/" in b) and a.rpartition("/")[2] == b.rpartition("/")[2])
+
+
+# ---- shapes
+def tensor_shapes(adapter: AdapterFiles, base: BaseFiles) -> Iterator[Finding]:
+    """What PEFT would save for this configuration on this base, against what the file holds."""
+    try:
+        expected = _expected(adapter.config, base.skeleton)
+    except Exception as failure:  # PEFT raises a dozen kinds where a configuration does not fit
+        why = reason_of(failure, adapter.folder)
+        yield error("shapes", f"PEFT cannot put it on this base model: {why}")
+        return
+    stored = {name: shape for name, shape in adapter.shapes.items() if not _is_embedding(name)}
+    found = {
+        "the base model has no place for {n} of its {of} tensors, first {first}, which PEFT ignores"
+        " in silence": [name for name in stored if name not in expected],
+        "it lacks {n} of the {of_expected} tensors that its configuration asks for on this base,"
+        " first {first}, which PEFT leaves at its init in silence": [
+            name for name in expected if name not in adapter.shapes
+        ],
+        "{n} of its {of} tensors have another shape than the base model needs, first {first} with"
+        " {has} for {needs}": [
+            name for name in stored if name in expected and stored[name] != expected[name]
+        ],
+    }
+    for sentence, names in found.items():
+        if names:
+            first = names[0]
+            facts = {"n": len(names), "of": len(stored), "of_expected": len(expected)}
+            facts |= {"has": times(stored.get(first, ())), "needs": times(expected.get(first, ()))}
+            yield error("shapes", sentence.format(first=first, **facts), module_of(first))
+
+
+def _expected(config: PeftConfig, skeleton: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that PEFT saves for a configuration on a model, all on the meta device."""
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    config.inference_mode = True  # else soft prompts start from text, with a tokenizer from the hub
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # the others decompose the base's weights
+    if config.is_prompt_learning:  # of this base, not of the one in the file
+        config.token_dim = config.num_layers = config.num_attention_heads = None
+    with torch.device("meta"):
+        model = get_peft_model(copy.deepcopy(skeleton), config)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _is_embedding(tensor: str) -> bool:
+    """Whether a tensor is a table of one row per token, and no adapter's factor for that table."""
+    name = tensor.removesuffix(".weight").removesuffix(".base_layer")
+    return name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+
+
+def vocabulary(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Finding]:
+    """Embedding tables that the adapter stores: resized, or different from the base model's."""
+    whole = adapter.settings.get("modules_to_save") or []
+    for name in filter(_is_embedding, adapter.shapes):
+        module, rows = str(module_of(name)), adapter.shapes[name][0]
+        if base is None:
+            text = f"it stores all {rows} rows of {module}, so its vocabulary may have been resized"
+            yield note("vocabulary", text, module)
+        elif rows != (known := base.embedding[1].num_embeddings):
+            text = (
+                f"its vocabulary was resized: it stores {rows} rows of {module} and the base model"
+                f" has {known}, so it cannot be attached before the base is resized too"
+            )
+            yield error("vocabulary", text, module)
+        elif module.rpartition(".")[2] not in whole and (weight := base.weight(module)) is not None:
+            if not torch.equal(weight.to("cpu", torch.float32), adapter.tensor(name).float()):
+                text = (
+                    f"it stores its own {module}, which differs from the base model's and is"
+                    " written over it when attached, for good"
+                )
+                yield warning("vocabulary", text, module)
+
+
+# ---- words
+def tokenizer(adapter: AdapterFiles, base: BaseFiles) -> Iterator[Finding]:
+    """A tokenizer or chat template beside the adapter that is not the base model's."""
+    try:
+        words = words_in(adapter.folder)
+    except Exception as failure:  # see words_in
+        why = reason_of(failure, adapter.folder)
+        yield warning("tokenizer", f"its tokenizer's files cannot be read: {why}")
+        return
+    if words.ids is not None and base.words.ids is not None and words.ids != base.words.ids:
+        what = _difference(words.ids, base.words.ids)
+        yield warning("tokenizer", f"its tokenizer is not the base model's: {what}")
+    for name in words.special.keys() & base.words.special.keys():
+        own, other = words.special[name], base.words.special[name]
+        if own != other:
+            text = f"its tokenizer's {name} is {own!r} and the base model's is {other!r}"
+            yield warning("tokenizer", text)
+    if words.template is not None and words.template.strip() != (base.words.template or "").strip():
+        text = (
+            "its chat template differs from the base model's, and scores depend on it: it was"
+            " trained on one and is asked by the other"
+        )
+        yield warning("chat_template", text)
+
+
+def _difference(ids: dict[str, int], others: dict[str, int]) -> str:
+    if len(ids) != len(others):
+        return f"it has {len(ids)} tokens and the base's {len(others)}"
+    count = sum(others.get(token) != i for token, i in ids.items())
+    return f"{count} of its {len(ids)} tokens have other ids"
+
+
+# ---- settings
+def rewrites_base(adapter: AdapterFiles) -> bool:
+    """Whether attaching the adapter changes the base model's own weights."""
+    return str(adapter.settings.get("init_lora_weights")).lower().startswith(REWRITING)
+
+
+def config_settings(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Finding]:
+    """Settings that change what is scored, or what stays on the base model afterwards."""
+    settings, config = adapter.settings, adapter.config
+    task, of = settings.get("task_type"), type(base.skeleton).__name__ if base else None
+    trained_on = (settings.get("auto_mapping") or {}).get("base_model_class")
+    biases = [name for name in adapter.shapes if name.endswith(".bias") and ".lora_" not in name]
+    whole, not_ours = settings.get("modules_to_save") or [], ("trust_remote_code", "auto_map")
+    unknown = sorted(k for k, v in settings.items() if v and not hasattr(config, k))
+    unknown = [key for key in unknown if key not in not_ours]
+    if task not in (None, "CAUSAL_LM"):
+        text = f"it was made for the task {task}, not for a causal language model"
+        yield error("settings", text)
+    doubts = {
+        "its task_type is not set, and PEFT then leaves its virtual tokens out when the model is"
+        " called": task is None and config.is_prompt_learning,
+        "it asks for remote code, which is never run": any(map(settings.get, not_ours)),
+        f"it was trained on the class {trained_on}, and the base model given is a {of}": (
+            trained_on and base and trained_on != of
+        ),
+        f"its init_lora_weights is {settings.get('init_lora_weights')}: attaching it rewrites the"
+        " base model's weights, and taking it off does not bring them back, so load the base again"
+        " or convert it to plain LoRA": rewrites_base(adapter),
+        f"it trained {len(biases)} biases of the base model (bias = {settings.get('bias')}), which"
+        " stay changed when it is taken off": biases,
+        "it is an activated LoRA, which does nothing before its invocation tokens appear in the"
+        " text": settings.get("alora_invocation_tokens"),
+        "it replicates layers of the base model (layer_replication), so taking it off does not"
+        " bring the base back": settings.get("layer_replication"),
+        f"its {CONFIG} sets {named(unknown, 1)}, unknown to the installed PEFT, which ignores it": (
+            unknown
+        ),
+    }
+    for text, so in doubts.items():
+        if so:
+            yield warning("settings", text, module_of(biases[0]) if so is biases else None)
+    if whole:
+        yield note("settings", f"it replaces whole modules (modules_to_save): {', '.join(whole)}")
+    if settings.get("inference_mode") is False:
+        text = "its inference_mode is false, so it was not saved by PEFT's save_pretrained"
+        yield note("settings", text)
