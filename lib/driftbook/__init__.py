@@ -1,7 +1,10 @@
 """Driftbook: what parameter-efficient fine-tuning does to a model's safety and fairness, measured."""
 
 import logging
+import warnings
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-    logging.ERROR
-)  # where it is installed PEFT imports it, and it warns of a kernel that nothing here needs
+# Where bitsandbytes is installed PEFT imports it, and it warns of a kernel that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Noise in every notebook: a progress bar that needs a widget, and PEFT's call of an old name.
+warnings.filterwarnings("ignore", message="IProgress not found")
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -15,18 +15,18 @@ from driftbook.batch import jobs
 from driftbook.models import adapters, loading
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
-from driftbook.study import folders, study_file, tables
+from driftbook.study import folders, study_file
 from driftbook.study.study_file import Study
-from driftbook.study.tables import Table
+from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
 from driftbook.study.variants import Variant
 
 WRITES = {
-    "train": tables.RUNS,
-    "mitigate": tables.RUNS,
-    "respond": tables.RESPONSES,
-    "judge": tables.VERDICTS,
-    "answer": tables.ANSWERS,
-    "utility": tables.RATINGS,
+    "train": RUNS,
+    "mitigate": RUNS,
+    "respond": RESPONSES,
+    "judge": VERDICTS,
+    "answer": ANSWERS,
+    "utility": RATINGS,
 }
 
 
@@ -104,9 +104,7 @@ class Job:
         )
 
     def score(self, rows: Callable[[Scorer, Variant], pd.DataFrame]) -> pd.DataFrame:
-        """Write `rows(scorer, variant)` as the stage's table, for each variant that is not
-        finished; see `run`.
-        """
+        """Write `rows(scorer, variant)` as the stage's table for each unfinished variant; see `run`."""
 
         def work(variant: Variant, folder: Path) -> list[Path]:
             with self.attached(variant) as model:
@@ -115,12 +113,28 @@ class Job:
 
         return self.run(work)
 
-    def read(self, done: pd.DataFrame, table: Table | None = None) -> pd.DataFrame:
-        """The rows of all variants that succeeded, of the stage's own table or of another."""
-        table = table or WRITES[self.stage]
+    def judge(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+        """Write `rows(responses)` as the stage's table for each variant that is unfinished, or whose
+        responses have changed; see `run`.
+        """
+
+        def work(variant: Variant, folder: Path) -> list[Path]:
+            return [WRITES[self.stage].write(rows(RESPONSES.read(folder)), folder)]
+
+        return self.run(work, lambda variant: [RESPONSES.path(self.folder(variant))])
+
+    def written(self, table: str, variant: Variant) -> pd.DataFrame:
+        """What a stage wrote of a variant, by the table's name."""
+        return TABLES[table].read(self.folder(variant))
+
+    def read(self, done: pd.DataFrame, table: str | None = None) -> pd.DataFrame:
+        """The rows of all variants that succeeded, of the stage's own table or of another one, which
+        not every variant needs to have.
+        """
+        found = TABLES[table] if table else WRITES[self.stage]
         succeeded = set(done.run_id[done.status == "ok"])
-        paths = [table.path(self.folder(one)) for one in self.variants if one.run_id in succeeded]
-        return table.read_all([path for path in paths if path.is_file()])
+        paths = [found.path(self.folder(one)) for one in self.variants if one.run_id in succeeded]
+        return found.read_all([path for path in paths if table is None or path.is_file()])
 
 
 def open_job(stage: str, study: str, base_model: str, run_ids: list[str]) -> Job:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from driftbook.study import access
 from driftbook.study.sections import Base, Judge, Rater
@@ -23,6 +24,7 @@ from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
 Message = dict[str, str]
+disable_progress_bar()  # a bar per model is noise in a notebook
 
 
 @dataclass(frozen=True)

@@ -3,5 +3,6 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"mixed": ["item_model", "rate_model"]}
+    __name__,
+    submod_attrs={"agreement": ["agreement_of_judges"], "mixed": ["item_model", "rate_model"]},
 )

@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "environment": ["versions"],
         "sources": ["locate"],
         "study_file": ["load"],
-        "tables": ["CURVES", "MODULES", "RESPONSES", "RUNS", "SPECTRA", "greedy"],
+        "tables": ["greedy"],
     },
 )

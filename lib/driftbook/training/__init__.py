@@ -7,8 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["repairs", "updates"],
     submod_attrs={
         "checkpoints": ["open_checkpoint"],
-        "stage": ["prepare_all", "train_variant", "watch"],
-        "steps": ["Pair", "example_loss"],
+        "stage": ["pair_spectra", "prepare_all", "repair_variant", "train_variant", "watch"],
+        "steps": ["example_loss"],
         "training": ["examined", "named"],
     },
 )

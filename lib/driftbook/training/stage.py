@@ -1,4 +1,4 @@
-"""What the training of one variant writes: its adapter, its record, its curve, and its drift."""
+"""What the training or the repair of one variant writes: its adapter, its record, and more."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ from driftbook.models import loading
 from driftbook.models.loading import Loaded
 from driftbook.study import folders
 from driftbook.study.study_file import Study
-from driftbook.study.tables import CURVES, DRIFT, RUNS
+from driftbook.study.tables import CURVES, DRIFT, MODULES, RUNS, SPECTRA
 from driftbook.study.variants import Variant
-from driftbook.training import drift, training
+from driftbook.training import drift, repairs, training
 from driftbook.training.drift import Rates, Sample
 from driftbook.training.training import Prepared, Way
 
@@ -56,3 +56,29 @@ def train_variant(
     ]
     files += [DRIFT.write(looks.rows, folder)] if looks else []
     return files + folders.adapter_files(study, variant)
+
+
+def repair_variant(variant: Variant, base: Loaded, study: Study) -> list[Path]:
+    """The files of a repaired variant, in the variant's folder; see `repairs.make`."""
+    folder = folders.folder(study, variant)
+    record, modules = repairs.make(variant, study, base, folder)
+    files = [RUNS.write(pd.DataFrame([record]), folder), MODULES.write(modules, folder)]
+    return files + folders.adapter_files(study, variant)
+
+
+def pair_spectra(variants: Sequence[Variant], base_model: str, study: Study) -> pd.DataFrame:
+    """The table `spectra` of a base model's pairs, written for the study: of the modules that the
+    first parent of these variants updates; empty where there is none, or no pair.
+    """
+    parents = [repairs.parent(study, one) for one in variants]
+    made = [
+        folders.adapter(study, one)
+        for one in parents
+        if one.method != "none" and all(path.exists() for path in folders.adapter_files(study, one))
+    ]
+    updating = [folder for folder in dict.fromkeys(made) if repairs.has_update(folder)]
+    found = SPECTRA.empty()
+    if updating and study.bases[base_model].pairs:
+        found = repairs.spectra(study, base_model, updating[0])
+    SPECTRA.write(found, study.folder / "spectra" / base_model)
+    return found
