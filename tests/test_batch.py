@@ -5,12 +5,9 @@ kill at any moment loses nothing.
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -551,92 +548,3 @@ def smoke_tables(make_study, content):
     runs = runs.assign(run_id=[variant.run_id for variant in study.variants], status="ok")
     TABLES["runs"].write(runs, study.folder / "tables")
     return study, runs
-
-
-# ---- warm kernels
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """The environment to ask a warm server that has imported nothing heavy."""
-    path = tmp_path_factory.mktemp("warm") / "socket"
-    code = (
-        "import driftbook.batch.warm as warm; warm._import_heavy_packages = warm._fresh_randomness"
-        f" = lambda: None; warm.serve({str(path)!r})"
-    )
-    server = subprocess.Popen([sys.executable, "-c", code])
-    while not path.exists():
-        assert server.poll() is None
-        time.sleep(0.05)
-    yield {**os.environ, "DRIFTBOOK_WARM": str(path)}
-    server.kill()
-    server.wait()
-
-
-def ask(warm, *arguments, **more) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "driftbook.batch.warm", *arguments],
-        env=warm,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **more,
-    )
-
-
-def test_a_warm_job_returns_its_status_and_its_words(warm, tmp_path):
-    notebook, output = str(ROOT / "notebooks" / "01_prepare.ipynb"), str(tmp_path / "out.ipynb")
-    ended = ask(warm, "notebook", notebook, output, json.dumps({"no_such": 1}))
-    assert ended.returncode == 1
-    assert "no_such" in one_sentence(ended.stderr)
-
-
-def test_a_warm_kernel_that_cannot_start_returns_a_status_that_is_not_zero(warm, tmp_path):
-    (tmp_path / "connection.json").write_text("no JSON")
-    ended = ask(warm, "kernel", "-f", str(tmp_path / "connection.json"))
-    assert ended.returncode not in (0, None)
-
-
-def test_a_warm_job_that_is_killed_does_not_pass_for_done(warm, tmp_path):
-    job = Asked(warm, tmp_path)
-    assert job.runs()
-    os.kill(job.pid, signal.SIGKILL)
-    assert json.loads(job.answers.readline())["status"] != 0
-
-
-def test_a_warm_job_ends_with_the_one_that_asked_for_it(warm, tmp_path):
-    job = Asked(warm, tmp_path)
-    assert job.runs()
-    job.answers.close()
-    job.connection.close()
-    deadline = time.time() + 20
-    while job.runs() and time.time() < deadline:
-        time.sleep(0.1)
-    assert not job.runs()
-
-
-class Asked:
-    """A job of the warm server that waits for a pipe that nobody writes, asked for by this process:
-    its pid, and its status when it ends.
-    """
-
-    def __init__(self, warm, folder):
-        os.mkfifo(folder / "99_pipe.ipynb")
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(warm["DRIFTBOOK_WARM"])
-        request = {
-            "kind": "notebook",
-            "arguments": [str(folder / "99_pipe.ipynb"), str(folder / "out.ipynb"), "{}"],
-            "folder": str(folder),
-            "environment": warm,
-        }
-        body = json.dumps(request).encode()
-        with open(os.devnull, "r+") as nothing:
-            socket.send_fds(self.connection, [len(body).to_bytes(8)], [nothing.fileno()] * 3)
-        self.connection.sendall(body)
-        self.answers = self.connection.makefile("r")
-        self.pid = json.loads(self.answers.readline())["pid"]
-
-    def runs(self) -> bool:
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False

@@ -10,7 +10,7 @@ from peft.helpers import rescale_adapter_scale
 from conftest import one_sentence
 from driftbook.models import adapters
 from driftbook.training import controls, updates
-from test_safe_lora import lora_folder, tiny
+from safe_lora_cases import lora_folder, tiny
 
 CONFIGS = {
     "plain": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"]),
