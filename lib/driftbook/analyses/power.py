@@ -1011,6 +1011,7 @@ def _paired(verdicts: np.ndarray, settings: int) -> tuple[Scores, pd.DataFrame]:
             "base_model": "simulated",
             "method": "lora",
             "group": terms.AS_CONFIGURED,
+            "member": terms.ALL,
             "pool": "simulated",
         }
     )

@@ -130,7 +130,7 @@ def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str
         for factor, said in (
             (words[method] if method in words else pd.Series(dtype=str)).dropna().items()
         ):
-            place = (1.02, names.index(f"factor: {factor}") + shift)
+            place = (1.02, names.index(factor) + shift)
             ax.annotate(
                 said,
                 place,
