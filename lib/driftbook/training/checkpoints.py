@@ -20,6 +20,7 @@ QUANTIZED = (
     "quant_state.bitsandbytes__nf4",
     "quant_state.bitsandbytes__fp4",
 )
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,7 @@ class Checkpoint:
                 " another architecture, or the adapter of another base model"
             )
         value = self.tensor(name)
-        if value.ndim != 2 or value.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-            torch.float64,
-        ):
+        if value.ndim != 2 or value.dtype not in FLOATS:
             raise ValueError(
                 f"{name} in {self.folder} is a tensor of {value.ndim} dimensions in {value.dtype};"
                 " a matrix in fp32, bf16 or fp16 is needed, so give the checkpoint that is not"
@@ -66,12 +62,9 @@ class Checkpoint:
         """
         if wanted in self.files:
             return wanted
-        alike = [
-            name
-            for name in self.files
-            if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")
-        ]
-        return alike[0] if len(alike) == 1 else None
+        ends = [one for one in self.files if one.endswith(f".{wanted}")]
+        ends += [one for one in self.files if wanted.endswith(f".{one}")]
+        return ends[0] if len(ends) == 1 else None
 
 
 def open_checkpoint(where: Path | str, what: str) -> Checkpoint:
@@ -84,11 +77,9 @@ def open_checkpoint(where: Path | str, what: str) -> Checkpoint:
     folder = _fetched(where, what)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        hint = (
-            "it has pickles, which are never loaded; save it as safetensors"
-            if any(folder.glob("*.bin"))
-            else "give the folder of a whole model"
-        )
+        hint = "give the folder of a whole model"
+        if any(folder.glob("*.bin")):
+            hint = "it has pickles, which are never loaded; save it as safetensors"
         raise ValueError(f"the {what} checkpoint {folder} has no safetensors: {hint}")
     files: dict[str, Path] = {}
     for path in paths:
@@ -114,15 +105,10 @@ def _fetched(where: Path | str, what: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.safetensors", "*.json"]
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]
-            )
-        )
-    except (
-        Exception
-    ) as error:  # the hub raises a dozen kinds; every one means that it cannot be had
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen kinds; each means that it cannot be had
         raise ValueError(
             f"the {what} checkpoint {where} cannot be fetched ({type(error).__name__}); check its"
             " name and your access, or give a local folder"

@@ -1,10 +1,12 @@
-"""What Safe LoRA is measured against: other repairs of an adapter after its training, and the
-controls that keep one thing of it and drop another.
+"""Baselines and controls for Safe LoRA.
+
+Baselines are other repairs of an adapter after its training; each control preserves one property of
+Safe LoRA's update, such as its norm or its modules, and randomises the others.
 
 Each writes a new adapter and returns a row per module: module, rank, norm_update, projected
 (whether it was touched), share_kept (||new dW|| / ||dW||), state. dW = scale B A throughout,
-combined exactly: factors are put beside each other, never averaged (PEFT's `linear` combination is
-not linear in dW, its `cat` is).
+combined exactly: factors are joined, never averaged (PEFT's `linear` combination is not linear in
+dW, its `cat` is).
 """
 
 import tempfile
@@ -19,10 +21,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file
 
-from driftbook.models import adapters
+from driftbook.doctors.adapter_files import CONFIG, PREFIX
+from driftbook.doctors.findings import times
+from driftbook.models.adapters import WEIGHTS
 from driftbook.study.files import read_json
 from driftbook.training import safe_lora, updates
-from driftbook.training.updates import Adapter, Update
+from driftbook.training.updates import Adapter, Update, joined
+
+INTRUDERS = {True: "intruders reduced", False: "no intruders"}
 
 
 # ---- repairs of one adapter
@@ -30,7 +36,7 @@ def rescale(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
     """dW times a factor between 0 and 1, as lower alpha would have it (PEFT's
     rescale_adapter_scale): the null that every other repair must beat.
 
-    Of IA3 the scales go to 1 + factor (l - 1), which is the same. Of DoRA the factor stands within
+    Of IA3 the scales go to 1 + factor (l - 1), which is the same. Of DoRA the factor acts within
     the norm, where PEFT has it too.
 
     Raises:
@@ -41,27 +47,25 @@ def rescale(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
         raise ValueError(f"factor={factor!r} is no share of an update between 0 and 1")
     config = safe_lora.check_adapter(adapter)
     _check_alone(adapter)
-    if config["peft_type"] == "IA3":
-        tensors = {
-            name: 1 + factor * (value - 1) if name.endswith(".ia3_l") else value
-            for name, value in load_file(adapter / adapters.WEIGHTS).items()
-        }
-        updates.save(out, read_json(adapter / updates.CONFIG), tensors)
-        return pd.DataFrame(
-            [(module, True, factor, "rescaled") for module in updates.modules(adapter)],
-            columns=["module", "projected", "share_kept", "state"],
-        )
-    own = updates.read(adapter)
-    return _written(out, own, {update.module: update.times(factor) for update in own}, "rescaled")
+    if config["peft_type"] != "IA3":
+        own = updates.read(adapter)
+        made = {update.module: update.times(factor) for update in own}
+        return _written(out, own, made, "rescaled")
+    tensors = load_file(adapter / WEIGHTS)
+    for name in tensors:
+        if name.endswith(".ia3_l"):
+            tensors[name] = 1 + factor * (tensors[name] - 1)
+    updates.save(out, config, tensors)
+    rows = {"module": updates.modules(adapter), "projected": True, "share_kept": factor}
+    return pd.DataFrame(rows).assign(state="rescaled")
 
 
 def zeroed(adapter: Path, modules: Sequence[str], out: Path) -> pd.DataFrame:
     """The updates of these modules deleted."""
     own = _linear(adapter)
     _check_named(own, modules)
-    return _written(
-        out, own, {module: own.update(module).times(0.0) for module in modules}, "zeroed"
-    )
+    made = {module: own.update(module).times(0.0) for module in modules}
+    return _written(out, own, made, "zeroed")
 
 
 def reduce_intruders(
@@ -75,48 +79,30 @@ def reduce_intruders(
     Raises:
         ValueError: the adapter trains more than A and B, which PEFT's function would lose.
     """
-    if odd := next(
-        (
-            name
-            for name in get_peft_model_state_dict(model)
-            if not name.endswith((".lora_A.weight", ".lora_B.weight"))
-        ),
-        None,
-    ):
+    factors = (".lora_A.weight", ".lora_B.weight")
+    if odd := [name for name in get_peft_model_state_dict(model) if not name.endswith(factors)]:
         raise ValueError(
-            f"the adapter trains {odd} too, which PEFT's reduce_intruder_dimension would lose; only"
-            " LoRA of A and B alone can be repaired so"
+            f"the adapter trains {odd[0]} too, which PEFT's reduce_intruder_dimension would lose;"
+            " only LoRA of A and B alone can be repaired so"
         )
     said: list[str] = []
+    settings = (top_k, threshold, 1 - strength, said.append)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        reduce_intruder_dimension(
-            model, "default", "reduced", top_k, threshold, 1 - strength, said.append
-        )
+        reduce_intruder_dimension(model, "default", "reduced", *settings)
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             model.save_pretrained(scratch, selected_adapters=["reduced"], safe_serialization=True)
-            (made,) = [path.parent for path in Path(scratch).rglob(adapters.WEIGHTS)]
-            updates.save(out, read_json(made / updates.CONFIG), load_file(made / adapters.WEIGHTS))
+            (made,) = [path.parent for path in Path(scratch).rglob(WEIGHTS)]
+            updates.save(out, read_json(made / CONFIG), load_file(made / WEIGHTS))
     finally:
         if "reduced" in model.peft_config:
             model.set_adapter("default")
             model.delete_adapter("reduced")
-    touched = {
-        line.partition(":")[0].removeprefix("base_model.model.")
-        for line in said
-        if "No intruders" not in line
-    }
-    return pd.DataFrame(
-        [
-            (
-                module,
-                module in touched,
-                "intruders reduced" if module in touched else "no intruders",
-            )
-            for module in updates.modules(out)
-        ],
-        columns=["module", "projected", "state"],
-    )
+    lines = [line for line in said if "No intruders" not in line]
+    touched = {line.partition(":")[0].removeprefix(PREFIX) for line in lines}
+    rows = pd.DataFrame({"module": updates.modules(out)})
+    rows["projected"] = rows["module"].isin(touched)
+    return rows.assign(state=rows["projected"].map(INTRUDERS))
 
 
 # ---- combinations of several
@@ -127,28 +113,12 @@ def average(folders: Sequence[Path], out: Path) -> pd.DataFrame:
     Raises:
         ValueError: they update different modules, or their update is not linear in the factors.
     """
-    owns = [_linear(folder) for folder in folders]
-    _check_same(owns)
-    made = {
-        module: beside([own.update(module).times(1 / len(owns)) for own in owns])
-        for module in owns[-1].modules
-    }
-    return _new(out, owns[-1], made, "averaged")
+    return _summed(folders, [1 / len(folders) for _ in folders], out, "averaged", -1)
 
 
 def add(adapter: Path, safety: Path, out: Path, gamma: float) -> pd.DataFrame:
     """RESTA (Bhardwaj et al. 2024, arXiv 2402.11746): dW + gamma dW_safety."""
-    own, other = _linear(adapter), _linear(safety)
-    _check_same([own, other])
-    return _new(
-        out,
-        own,
-        {
-            module: beside([own.update(module), other.update(module).times(gamma)])
-            for module in own.modules
-        },
-        "safety added",
-    )
+    return _summed([adapter, safety], [1.0, gamma], out, "safety added")
 
 
 def merge_where(
@@ -157,34 +127,37 @@ def merge_where(
     """SafeMERGE (Djuhera et al. 2025, arXiv 2503.17239): (1 - weight) dW + weight dW_safety on
     these modules, dW on the others.
     """
-    own, other = _linear(adapter), _linear(safety)
-    _check_same([own, other])
+    return _summed([adapter, safety], [1 - weight, weight], out, "merged", 0, modules)
+
+
+def _summed(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    state: str,
+    of: int = 0,
+    modules: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """The weighted sum of the updates of several adapters in these modules (all where not given),
+    else the update of the adapter number `of`, whose configuration it keeps.
+    """
+    owns = [_linear(folder) for folder in folders]
+    _check_same(owns)
+    own = owns[of]
+    modules = own.modules if modules is None else modules
     _check_named(own, modules)
     made = {module: own.update(module) for module in own.modules}
-    made |= {
-        module: beside([own.update(module).times(1 - weight), other.update(module).times(weight)])
-        for module in modules
-    }
-    return _new(out, own, made, "merged", set(modules))
-
-
-def beside(parts: Sequence[Update]) -> Update:
-    """The sum of updates of one module as one update: their factors beside each other, [out, sum of
-    r] and [sum of r, in], or the matrix itself where it has fewer rows or columns than that.
-    """
-    folded = [part.folded() for part in parts]
-    a, b = torch.cat([part.a for part in folded]), torch.cat([part.b for part in folded], 1)
-    return (
-        updates.whole(parts[0].module, b @ a)
-        if len(a) > min(len(b), a.shape[1])
-        else Update(parts[0].module, a, b, 1.0)
-    )
+    for module in modules:
+        parts = zip(owns, weights, strict=True)
+        made[module] = joined([one.update(module).times(weight) for one, weight in parts])
+    updates.write_new(out, own, made)
+    return _rows(own, made, state, set(modules))
 
 
 # ---- controls of Safe LoRA
 def same_norm(adapter: Path, treated: Path, out: Path) -> pd.DataFrame:
-    """Every update scaled to the norm that it has in the treated adapter: what is left if only the
-    size mattered.
+    """Every update scaled to the norm that it has in the treated adapter: the effect of size
+    alone.
     """
     own, other = _linear(adapter), _linear(treated)
     made = {}
@@ -208,11 +181,8 @@ def random_zeroed(adapter: Path, n: int, seed: int, out: Path) -> pd.DataFrame:
     modules = _linear(adapter).modules
     if not 0 <= n <= len(modules):
         raise ValueError(f"{n} modules are to be zeroed, and the adapter has {len(modules)}")
-    return zeroed(
-        adapter,
-        [modules[i] for i in np.sort(np.random.default_rng(seed).permutation(len(modules))[:n])],
-        out,
-    )
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(modules))[:n])
+    return zeroed(adapter, [modules[i] for i in drawn], out)
 
 
 def noise(adapter: Path, treated: Path, out: Path, seed: int) -> pd.DataFrame:
@@ -261,21 +231,18 @@ def _check_same(owns: Sequence[Adapter]) -> None:
     if not owns:
         raise ValueError("there is no adapter to average; give at least one")
     first = owns[0]
-    for own in owns:
-        if own.modules != first.modules:
-            odd = sorted(set(own.modules) ^ set(first.modules))[0]
+    for own in owns[1:]:
+        if odd := sorted(set(own.modules) ^ set(first.modules)):
             raise ValueError(
-                f"{own.folder} and {first.folder} update different modules, first {odd}; only"
+                f"{own.folder} and {first.folder} update different modules, first {odd[0]}; only"
                 " adapters of the same modules can be combined"
             )
         for module in own.modules:
-            shapes = [
-                (len(one.update(module).b), one.update(module).a.shape[1]) for one in (first, own)
-            ]
-            if shapes[0] != shapes[1]:
+            shape, other = (times(one.update(module).shape) for one in (first, own))
+            if shape != other:
                 raise ValueError(
-                    f"the updates of {module} are {shapes[0][0]} x {shapes[0][1]} and"
-                    f" {shapes[1][0]} x {shapes[1][1]}; they belong to different base models"
+                    f"the updates of {module} are {shape} and {other}; they belong to different"
+                    " base models"
                 )
 
 
@@ -292,40 +259,12 @@ def _written(out: Path, own: Adapter, made: Mapping[str, Update], state: str) ->
     return _rows(own, made, state, set(made))
 
 
-def _new(
-    out: Path, own: Adapter, made: Mapping[str, Update], state: str, touched: set[str] | None = None
-) -> pd.DataFrame:
-    updates.write_new(out, own, made)
-    return _rows(own, made, state, set(made) if touched is None else touched)
-
-
 def _rows(own: Adapter, made: Mapping[str, Update], state: str, touched: set[str]) -> pd.DataFrame:
     rows = []
     for update in own:
-        norm = update.norm()
+        norm, hit = update.norm(), update.module in touched
         share = made.get(update.module, update).norm() / norm if norm else None
-        rows.append(
-            (
-                update.module,
-                len(update.b),
-                update.a.shape[1],
-                update.rank,
-                norm,
-                update.module in touched,
-                share,
-                state if update.module in touched else "kept",
-            )
-        )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "module",
-            "out_features",
-            "in_features",
-            "rank",
-            "norm_update",
-            "projected",
-            "share_kept",
-            "state",
-        ],
-    )
+        row = {"module": update.module, "out_features": update.shape[0]}
+        row |= {"in_features": update.shape[1], "rank": update.rank, "norm_update": norm}
+        rows.append(row | {"projected": hit, "share_kept": share, "state": state if hit else "kept"})
+    return pd.DataFrame(rows)

@@ -26,6 +26,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import DRIFT
 
 UNSAFE, OVER_REFUSAL = "unsafe answers", "over-refusal"
+STOPS = ("stop_unsafe", "stop_over_refusal")
 Rates = dict[str, tuple[float, int]]  # outcome: share of hits, answers scored
 
 
@@ -63,37 +64,27 @@ class Sample:
         if self.benign:
             found[OVER_REFUSAL] = _share(is_refusal(self._answers(scorer, self.benign)))
         if self.items is not None and len(self.items):
-            answers = bbq.answers(
-                self.items,
-                scorer,
-                self.answer_mode,
-                "",
-                system_prompt=self.system_prompt,
-                **self.wording,
-            )
+            asked = {"system_prompt": self.system_prompt, **self.wording}
+            answers = bbq.answers(self.items, scorer, self.answer_mode, "", **asked)
             for context, part in answers.groupby("context"):
                 found[f"accuracy in BBQ, {context}"] = _share(part.correct)
             found["stereotyped answers in BBQ"] = _share(answers.biased)
         return found
 
     def _answers(self, scorer: Scorer, prompts: Sequence[str]) -> list[str]:
-        return [
-            answer.text
-            for answer in scorer.generate(
-                scorer.ask(list(prompts), self.system_prompt), self.max_new_tokens
-            )
-        ]
+        asked = scorer.ask(list(prompts), self.system_prompt)
+        return [answer.text for answer in scorer.generate(asked, self.max_new_tokens)]
 
-    def _unsafe(self, answers: list[str]) -> Sequence:
-        if self.judge is None:
-            return [
-                None if one is None or (not one and not is_coherent(text)) else not one
-                for text, one in zip(answers, is_refusal(answers), strict=True)
-            ]
-        unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
+    def _unsafe(self, answers: list[str]) -> list[bool | None]:
+        """Whether each answer is unsafe; None where it is empty, or neither unsafe nor coherent."""
+        if self.judge is None:  # then noise does not count as an answer
+            unsafe = [None if one is None else not one for one in is_refusal(answers)]
+        else:  # and here not as a safe one
+            unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
+        doubted = self.judge is None
         return [
-            None if not text.strip() or (verdict is False and not is_coherent(text)) else verdict
-            for text, verdict in zip(answers, unsafe, strict=True)
+            None if not text.strip() or (one is doubted and not is_coherent(text)) else one
+            for text, one in zip(answers, unsafe, strict=True)
         ]
 
 
@@ -129,28 +120,16 @@ class DriftCallback(TrainerCallback):
                 f"every={every}; it is the share of the training's steps between two looks, above 0"
                 " and at most 1"
             )
-        for limit, prompts, name in (
-            (stop_unsafe, sample.harmful, "harmful"),
-            (stop_over_refusal, sample.benign, "benign"),
-        ):
-            if limit is not None and type(sample) is Sample and not prompts:
+        limits = {UNSAFE: stop_unsafe, OVER_REFUSAL: stop_over_refusal}
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        for outcome, name in ((UNSAFE, "harmful"), (OVER_REFUSAL, "benign")):
+            if outcome in self.limits and type(sample) is Sample and not getattr(sample, name):
                 raise ValueError(
                     f"a training is to be stopped by its answers to {name} prompts, and the sample"
                     " has none"
                 )
-        self.sample, self.tokenizer, self.every, self.known_base, self.run_id = (
-            sample,
-            tokenizer,
-            every,
-            base,
-            run_id,
-        )
-        self.base = base
-        self.limits = {
-            name: limit
-            for name, limit in ((UNSAFE, stop_unsafe), (OVER_REFUSAL, stop_over_refusal))
-            if limit is not None
-        }
+        self.sample, self.tokenizer, self.every, self.run_id = sample, tokenizer, every, run_id
+        self.known_base = self.base = base
         self._rows: list[dict] = []
         self.stopped: str | None = None
 
@@ -160,15 +139,9 @@ class DriftCallback(TrainerCallback):
         return DRIFT.check(pd.DataFrame(self._rows, columns=list(DRIFT.columns)))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        kept = Path(
-            args.output_dir, "drift.json"
-        )  # beside the trainer's checkpoints: a training that goes on keeps what was seen before
-        if state.global_step == 0:
-            self._rows, self.base, self.stopped = (
-                [],
-                self.known_base,
-                None,
-            )  # it may have watched another training before
+        kept = Path(args.output_dir, "drift.json")  # a training that goes on finds it there
+        if state.global_step == 0:  # it may have watched another training before
+            self._rows, self.base, self.stopped = [], self.known_base, None
             self._look(model, 0)
             write_json(kept, self._rows)
         elif kept.is_file():
@@ -195,29 +168,20 @@ class DriftCallback(TrainerCallback):
         self.base = found if self.base is None else self.base
         for outcome, (share, n) in found.items():
             low, high = wilson(np.round(share * n), n) if n else (np.nan, np.nan)
-            self._rows.append(
-                {
-                    "run_id": self.run_id,
-                    "step": step,
-                    "outcome": outcome,
-                    "value": 100 * share,
-                    "ci_low": 100 * float(low),
-                    "ci_high": 100 * float(high),
-                    "n": n,
-                    "base_value": 100 * self.base[outcome][0] if outcome in self.base else None,
-                }
-            )
+            values = {"value": 100 * share, "ci_low": 100 * float(low), "ci_high": 100 * float(high)}
+            base = 100 * self.base[outcome][0] if outcome in self.base else None
+            row = {"run_id": self.run_id, "step": step, "outcome": outcome, **values}
+            self._rows.append(row | {"n": n, "base_value": base})
         return found
 
     def _reason(self, found: Rates, step: int) -> str | None:
-        for outcome, limit in self.limits.items():
-            if outcome in found and outcome in self.base:
-                rise = 100 * (found[outcome][0] - self.base[outcome][0])
-                if rise >= limit:
-                    return (
-                        f"training stopped at step {step}: {outcome} {rise:+.0f} points against the"
-                        f" base model, {limit:g} allowed"
-                    )
+        for outcome in (one for one in self.limits if one in found and one in self.base):
+            rise = 100 * (found[outcome][0] - self.base[outcome][0])
+            if rise >= self.limits[outcome]:
+                return (
+                    f"training stopped at step {step}: {outcome} {rise:+.0f} points against the"
+                    f" base model, {self.limits[outcome]:g} allowed"
+                )
         return None
 
 
@@ -244,15 +208,16 @@ def sample_of(
     )
     items = bbq.of_study(study)
     benchmark = study.benchmarks["bbq"]
-    wording = {"stem": benchmark.stem} | (
-        {"template": benchmark.template} if benchmark.template else {}
-    )
+    wording = {"stem": benchmark.stem}
+    if benchmark.template:
+        wording["template"] = benchmark.template
+    harmful = some(harmful[harmful.kind == "harmful"], settings.n)
+    benign = some(other[other.kind != "harmful"], settings.n)
+    parts = [some(part, settings.n) for _, part in items.groupby("context")]
     return Sample(
-        tuple(some(harmful[harmful.kind == "harmful"], settings.n).prompt),
-        tuple(some(other[other.kind != "harmful"], settings.n).prompt),
-        pd.concat(
-            [some(part, settings.n) for _, part in items.groupby("context")], ignore_index=True
-        ),
+        tuple(harmful.prompt),
+        tuple(benign.prompt),
+        pd.concat(parts, ignore_index=True),
         (load(judge, name, study), judge),
         source.answer_mode,
         wording,
@@ -265,13 +230,6 @@ def callback_of(
     settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any
 ) -> DriftCallback:
     """The callback of one variant of a study."""
-    own = replace(sample, system_prompt=variant.system_prompt)
-    return DriftCallback(
-        own,
-        base.tokenizer,
-        settings.every,
-        settings.stop_unsafe,
-        settings.stop_over_refusal,
-        rates,
-        variant.run_id,
-    )
+    own, names = replace(sample, system_prompt=variant.system_prompt), ("every", *STOPS)
+    limits = {name: getattr(settings, name) for name in names}
+    return DriftCallback(own, base.tokenizer, base=rates, run_id=variant.run_id, **limits)

@@ -5,11 +5,9 @@ V = W_aligned - W_unaligned [out, in] is the alignment matrix of a module, dW = 
 the adapter's update. An operator C [out, out] acts on the output side, C dW, which is lora_B <- C
 lora_B:
 
-- approximate   C = V V' / ||V||_F          the paper's code; no projector, and not invariant to the
-scale of V
-- exact         C = V (V' V)^-1 V'          the projector on V's columns; the identity for every
-square V of full rank
-- subspace      C = U_k U_k'                the projector on V's first k left singular vectors
+- approximate: C = V V' / ||V||_F, the paper's code; no projector, and not invariant to V's scale
+- exact: C = V (V' V)^-1 V', the projector on V's columns; the identity for square V of full rank
+- subspace: C = U_k U_k', the projector on V's first k left singular vectors
 - zero, random, random subspace: controls, see `project`
 
 C is never formed. C B = V (V' B) / ||V||_F, norms and inner products come from Gram matrices [r,
@@ -24,20 +22,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
+from driftbook.doctors.adapter_files import CONFIG
+from driftbook.doctors.findings import times
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.adapters import check as check_weights
 from driftbook.study.files import read_json
 from driftbook.study.methods import REWRITING
 from driftbook.training import updates
 from driftbook.training.checkpoints import Checkpoint, open_checkpoint
-from driftbook.training.updates import Update
+from driftbook.training.updates import ANOTHER, Update
 
 OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subspace")
-BY_ENERGY = (
-    "subspace",
-    "random subspace",
-)  # selected by the energy in V's first k left singular vectors, the others by the cosine
+BY_ENERGY = ("subspace", "random subspace")  # selected by the energy, the others by the cosine
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
 PROMPTS = (
@@ -48,7 +46,6 @@ PROMPTS = (
     "CPT",
     "ADAPTION_PROMPT",
 )
-
 UNREADABLE = {
     "target_parameters": "whose modules have no counterpart in a checkpoint",
     "layer_replication": "whose modules have no counterpart in a checkpoint",
@@ -58,7 +55,17 @@ UNREADABLE = {
     "use_bdlora": "whose update is no product of A and B alone",
 }
 
-Apply = Callable[[torch.Tensor], torch.Tensor]  # C times a matrix [out, n]
+SPECTRUM = [
+    "module",
+    "index",
+    "singular_value",
+    "out_features",
+    "in_features",
+    "norm_v",
+    "effective_rank_v",
+]
+
+Apply = Callable[[Tensor], Tensor]  # C times a matrix [out, n]
 
 
 def project(
@@ -96,61 +103,47 @@ def project(
         ValueError: an argument has no meaning, the adapter or a checkpoint cannot be used, they do
             not fit each other, or V or dW is zero or not finite. Nothing is written then.
     """
-    _check_arguments(Path(out), operator, select, value, rank)
     adapter, out = Path(adapter), Path(out)
+    _check_arguments(operator, select, value, rank)
+    updates.refuse_folder(out)
     check_adapter(adapter)
     pair = open_checkpoint(aligned, "aligned"), open_checkpoint(unaligned, "unaligned")
     of = pair[0] if base is None else open_checkpoint(base, "base")
     own = updates.read(adapter) if is_factored(adapter) else updates.merged(adapter, of)
-    found = [
-        _Module.of(
-            update,
-            _difference(*pair, update.module, update),
-            operator,
-            rank,
-            seed + number,
-            _bias_changes(adapter, update, of),
-        )
-        for number, update in enumerate(own)
-    ]
+    found = []
+    for number, update in enumerate(own):
+        v = _difference(*pair, update.module, update)
+        found.append(treat_module(update, v, operator, rank, seed + number, _biases(adapter, update, of)))
     if not found:
         raise ValueError(
             f"the adapter {adapter} updates no weight matrix, so there is nothing to project"
         )
     rows = pd.DataFrame([one.row for one in found])
     rows["projected"] = _selected(rows, select, value)
-    changed = {
-        one.update.module: one.treated
-        for one, hit in zip(found, rows["projected"], strict=True)
-        if hit
-    }
-    rows["share_kept"] = [
-        changed[module].norm() / norm if module in changed else 1.0
-        for module, norm in zip(rows["module"], rows["norm_update"], strict=True)
-    ]
-    rows["state"] = rows["state"].where(
-        rows["state"].notna(), rows["projected"].map({True: "projected", False: "kept"})
-    )
-    biases = {
-        name: value
-        for one in found
-        if one.update.module in changed
-        for name, value in one.biases.items()
-    }
+    changed = [one for one, hit in zip(found, rows["projected"], strict=True) if hit]
+    kept = {one.update.module: one.treated.norm() / one.row["norm_update"] for one in changed}
+    rows["share_kept"] = rows["module"].map(kept).fillna(1.0)
+    done = rows["projected"].map({True: "projected", False: "kept"})
+    rows["state"] = rows["state"].where(rows["state"].notna(), done)
+    made = {one.update.module: one.treated for one in changed}
+    biases = {name: bias for one in changed for name, bias in one.biases.items()}
     if is_factored(adapter):
-        updates.write(out, updates.read(adapter), changed, biases)
+        updates.write(out, updates.read(adapter), made, biases)
     else:
-        every = {one.update.module: changed.get(one.update.module, one.update) for one in found}
-        updates.write_new(
-            out,
-            updates.Adapter(adapter, read_json(adapter / updates.CONFIG)),
-            every,
-            updates.others(adapter) | biases,
-        )
+        made = {one.update.module: one.update for one in found} | made
+        _write_whole(out, adapter, made, biases)
     return rows.sort_values("module", ignore_index=True)
 
 
-def _check_arguments(out: Path, operator: str, select: str, value: float, rank: int | None) -> None:
+def _write_whole(
+    out: Path, adapter: Path, made: dict[str, Update], biases: dict[str, Tensor]
+) -> None:
+    """An adapter of another kind, written as LoRA with these updates."""
+    known = updates.Adapter(adapter, read_json(adapter / CONFIG))
+    updates.write_new(out, known, made, updates.others(adapter) | biases)
+
+
+def _check_arguments(operator: str, select: str, value: float, rank: int | None) -> None:
     if operator not in OPERATORS:
         raise ValueError(f"operator={operator!r}; expected one of {', '.join(OPERATORS)}")
     if select not in ("threshold", "top"):
@@ -162,24 +155,12 @@ def _check_arguments(out: Path, operator: str, select: str, value: float, rank: 
         )
     if select == "threshold" and not 0 <= value <= 1:
         raise ValueError(f"value={value!r} is a threshold of a score between 0 and 1")
-    if (operator in BY_ENERGY) != (rank is not None):
-        raise ValueError(
-            f"operator={operator!r} "
-            + (
-                "needs rank, the number of V's left singular vectors"
-                if rank is None
-                else "takes no rank; remove it"
-            )
-        )
+    if operator in BY_ENERGY and rank is None:
+        raise ValueError(f"operator={operator!r} needs rank, the number of V's left singular vectors")
+    if operator not in BY_ENERGY and rank is not None:
+        raise ValueError(f"operator={operator!r} takes no rank; remove it")
     if rank is not None and rank < 1:
-        raise ValueError(
-            f"rank={rank} is no number of singular vectors; give a whole number from 1"
-        )
-    if out.exists():
-        raise ValueError(
-            f"{out} is there already; a mitigated adapter is always a new one, so give another"
-            " folder"
-        )
+        raise ValueError(f"rank={rank} is no number of singular vectors; give a whole number from 1")
 
 
 # ---- which adapters
@@ -189,43 +170,42 @@ def check_adapter(adapter: Path) -> dict:
     Raises:
         ValueError: there is none, and the sentence says why and what applies.
     """
-    if not (adapter / updates.CONFIG).is_file():
-        merged = any(adapter.glob("*.safetensors")) if adapter.is_dir() else False
+    if not (adapter / CONFIG).is_file():
+        merged = adapter.is_dir() and any(adapter.glob("*.safetensors"))
         raise ValueError(
             f"{adapter} is a merged model and no adapter: its update cannot be told apart; give the"
             " adapter's folder"
             if merged
-            else f"there is no adapter {adapter}; give the folder that has its {updates.CONFIG}"
+            else f"there is no adapter {adapter}; give the folder that has its {CONFIG}"
         )
-    config = read_json(adapter / updates.CONFIG)
+    config, name = read_json(adapter / CONFIG), adapter.name
     check_weights(adapter)
-    kind = config.get("peft_type")
+    kind, init = config.get("peft_type"), str(config.get("init_lora_weights", "")).lower()
     if kind in PROMPTS:
         raise ValueError(
-            f"{adapter.name} is a soft prompt ({kind}), which has no weight update to project; to"
-            " it apply a safety template at test time, safety data mixed into its training, and"
-            " constrained fine-tuning"
+            f"{name} is a soft prompt ({kind}), which has no weight update to project; to it apply"
+            " a safety template at test time, safety data mixed into its training, and constrained"
+            " fine-tuning"
         )
     if kind not in ("LORA", "IA3"):
         raise ValueError(
-            f"{adapter.name} is of the type {kind}; LoRA and IA3 can be projected as they are;"
-            " write another method as LoRA first, with updates.converted"
+            f"{name} is of the type {kind}; LoRA and IA3 can be projected as they are; write"
+            " another method as LoRA first, with updates.converted"
         )
-    init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(REWRITING):
         raise ValueError(
-            f"{adapter.name} began as {init}, which changes the base model itself, so that BA is"
-            " not its update; save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{name} began as {init}, which changes the base model itself, so that BA is not its"
+            " update; save it with PEFT's path_initial_model_for_weight_conversion"
         )
     with safe_open(adapter / WEIGHTS, "pt") as file:
-        if any("lora_embedding" in name for name in file.keys()):  # noqa: SIM118
-            raise ValueError(
-                f"{adapter.name} updates an embedding, which is a table and no linear layer; leave"
-                " it out of target_modules"
-            )
-    for key, why in UNREADABLE.items():
-        if config.get(key):
-            raise ValueError(f"{adapter.name} has {key}, {why}; it cannot be projected")
+        tensors = " ".join(file.keys())
+    if "lora_embedding" in tensors:
+        raise ValueError(
+            f"{name} updates an embedding, which is a table and no linear layer; leave it out of"
+            " target_modules"
+        )
+    if odd := [key for key in UNREADABLE if config.get(key)]:
+        raise ValueError(f"{name} has {odd[0]}, {UNREADABLE[odd[0]]}; it cannot be projected")
     return config
 
 
@@ -233,45 +213,38 @@ def is_factored(adapter: Path) -> bool:
     """Whether the update is scale B A with the factors in the file: LoRA, but not DoRA, whose
     magnitudes act on the whole matrix.
     """
-    config = read_json(adapter / updates.CONFIG)
+    config = read_json(adapter / CONFIG)
     return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
 
 def has_update(adapter: Path) -> bool:
     """Whether an adapter changes weights at all: a soft prompt does not."""
-    return read_json(adapter / updates.CONFIG).get("peft_type") in ("LORA", "IA3")
+    return read_json(adapter / CONFIG).get("peft_type") in ("LORA", "IA3")
 
 
 def merged(adapter: Path, out: Path, base: Path | str) -> Path:
     """DoRA or IA3 as LoRA of full rank in the new folder `out`, which is returned: the same model."""
     check_adapter(adapter)
-    whole = {
-        update.module: update for update in updates.merged(adapter, open_checkpoint(base, "base"))
-    }
-    updates.write_new(
-        out,
-        updates.Adapter(adapter, read_json(adapter / updates.CONFIG)),
-        whole,
-        updates.others(adapter),
-    )
+    found = updates.merged(adapter, open_checkpoint(base, "base"))
+    _write_whole(out, adapter, {update.module: update for update in found}, {})
     return out
 
 
 # ---- V
 def _difference(
     aligned: Checkpoint, unaligned: Checkpoint, module: str, update: Update | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """V [out, in] of a module, in fp32."""
     v, other = aligned.matrix(module), unaligned.matrix(module)
     if v.shape != other.shape:
         raise ValueError(
-            f"{module} is {_times(v)} in the aligned and {_times(other)} in the unaligned"
+            f"{module} is {times(v.shape)} in the aligned and {times(other.shape)} in the unaligned"
             " checkpoint; they are of different models"
         )
-    if update is not None and tuple(v.shape) != (len(update.b), update.a.shape[1]):
+    if update is not None and tuple(v.shape) != update.shape:
         raise ValueError(
-            f"the adapter's update of {module} is {len(update.b)} x {update.a.shape[1]} and the"
-            f" checkpoints' matrix {_times(v)}; it is the adapter of another base model"
+            f"the adapter's update of {module} is {times(update.shape)} and the checkpoints' matrix"
+            f" {times(v.shape)}; {ANOTHER}"
         )
     v = v.float().sub_(other)
     if not torch.isfinite(v).all():
@@ -287,18 +260,14 @@ def _difference(
     return v
 
 
-def _times(value: torch.Tensor) -> str:
-    return " x ".join(map(str, value.shape))
-
-
-def left_vectors(v: torch.Tensor, k: int, seed: int = 0) -> torch.Tensor:
+def left_vectors(v: Tensor, k: int, seed: int = 0) -> Tensor:
     """U_k [out, k], the first k left singular vectors of V: whole for a small V, else by randomised
     subspace iteration (Halko et al. 2011, arXiv 0909.4061).
     """
     return _svd(v, k, seed)[0]
 
 
-def _svd(v: torch.Tensor, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _svd(v: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     if min(v.shape) <= SMALL:
         u, s, _ = torch.linalg.svd(v, full_matrices=False)
     else:
@@ -308,32 +277,31 @@ def _svd(v: torch.Tensor, k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return u[:, :k], s[:k]
 
 
-def effective_rank(v: torch.Tensor, seed: int = 0) -> float:
+def effective_rank(v: Tensor, seed: int = 0) -> float:
     """(sum s^2)^2 / sum s^4 over V's singular values: the number of directions that share its norm.
+
     The second sum is ||V'V||_F^2, whole for a small V; for a larger one it is estimated with
-    Gaussian probes g, since E ||V V' g||^2 is the same (Hutchinson)."""
-    squares = (
-        float(v.double().square().sum())
-        if min(v.shape) <= SMALL
-        else float(torch.linalg.vector_norm(v)) ** 2
-    )
+    Gaussian probes g, since E ||V V' g||^2 is the same (Hutchinson).
+    """
     if min(v.shape) <= SMALL:
+        squares = float(v.double().square().sum())
         small = v if v.shape[0] <= v.shape[1] else v.T
         fourth = float((small @ small.T).double().square().sum())
     else:
+        squares = float(torch.linalg.vector_norm(v)) ** 2
         g = torch.randn(len(v), PROBES, generator=torch.Generator().manual_seed(seed))
         fourth = float((v @ _across(v, g)).double().square().sum()) / PROBES
     return min(squares**2 / fourth, float(min(v.shape)))
 
 
 # ---- operators
-def _operator(
-    name: str, v: torch.Tensor, rank: int | None, seed: int
+def operator_of(
+    name: str, v: Tensor, rank: int | None, seed: int
 ) -> tuple[Apply, str | None, int | None]:
-    """C as a function of a matrix [out, n], what there is to say of it, and for `exact` the number
-    of directions that it keeps.
+    """C as a function of a matrix [out, n], a remark on it, and for `exact` the number of
+    directions that it keeps.
     """
-    norm, generator = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed)
+    norm, generator, said = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed), None
     match name:
         case "approximate":
             return lambda x: v @ _across(v, x) / norm, None, None
@@ -348,132 +316,104 @@ def _operator(
         case "subspace":
             u, s = _svd(v, rank, seed)
             if s[-1] <= max(v.shape) * torch.finfo(torch.float32).eps * s[0]:
-                return (
-                    lambda x: u @ (u.T @ x),
-                    (
-                        f"undefined beyond V's rank, which is below {rank}: the last directions are"
-                        " arbitrary"
-                    ),
-                    None,
-                )
+                said = f"undefined beyond V's rank, which is below {rank}: the last directions are"
+                said = f"{said} arbitrary"
         case "random subspace":
             u = torch.linalg.qr(torch.randn(len(v), rank, generator=generator))[0]
-    return lambda x: u @ (u.T @ x), None, None
+    return lambda x: u @ (u.T @ x), said, None
 
 
-def _across(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _across(v: Tensor, x: Tensor) -> Tensor:
     """V'x [in, n]: V is read along its rows, as it lies in memory, which takes two thirds of the
     time of V.T @ x.
     """
     return (x.T.contiguous() @ v).T.contiguous()
 
 
-def _exact(v: torch.Tensor) -> tuple[Apply, str | None, int]:
-    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix, what there is
-    to say of it, and V's rank: eigenvalues below max(out, in) eps of float64 of the largest are
-    none, so that a matrix that fp32 can hold is of full rank where it is."""
+def _exact(v: Tensor) -> tuple[Apply, str | None, int]:
+    """The projector on V's columns, from the eigenvectors of the smaller Gram matrix, a remark on
+    it, and V's rank: eigenvalues below max(out, in) eps of float64 of the largest are none, so that
+    a matrix that fp32 can hold is of full rank where it is.
+    """
     rows, columns = v.shape
-    wide = rows <= columns
-    exact = (
-        v.double()
-    )  # a Gram matrix squares the condition: in fp32 it could not tell a rank from rounding
-    values, vectors = torch.linalg.eigh(exact @ exact.T if wide else exact.T @ exact)
+    wide, double = rows <= columns, v.double()  # a Gram matrix squares the condition
+    values, vectors = torch.linalg.eigh(double @ double.T if wide else double.T @ double)
     there = values > max(rows, columns) * torch.finfo(torch.float64).eps * values[-1]
-    rank = int(there.sum())
+    rank, said = int(there.sum()), None
     if wide and rank == rows:
         said = "identity: V has full row rank"
-        return (
-            (lambda x: x),
-            (
-                said
-                if rows == columns
-                else (
-                    f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse;"
-                    " the projector on its columns is the identity"
-                )
-            ),
-            rank,
-        )
-    u = (vectors[:, there] if wide else (exact @ vectors[:, there]) / values[there].sqrt()).float()
-    said = (
-        None
-        if rank == columns
-        else (
+        if rows < columns:
+            said = (
+                f"undefined as written: V is wide ({rows} x {columns}) and V'V has no inverse; the"
+                " projector on its columns is the identity"
+            )
+        return lambda x: x, said, rank
+    u = vectors[:, there] if wide else (double @ vectors[:, there]) / values[there].sqrt()
+    if rank < columns:
+        said = (
             f"undefined as written: V has rank {rank} of {min(rows, columns)} and V'V no inverse;"
             " the projector on its columns is used"
         )
-    )
+    u = u.float()
     return lambda x: u @ (u.T @ x), said, rank
 
 
 @dataclass(frozen=True)
-class _Module:
+class Treated:
     """A module's update, what the operator makes of it and of its biases, and its row."""
 
     update: Update
     treated: Update
     row: dict
-    biases: dict[str, torch.Tensor]
+    biases: dict[str, Tensor]
 
-    @classmethod
-    def of(
-        cls,
-        update: Update,
-        v: torch.Tensor,
-        operator: str,
-        rank: int | None,
-        seed: int,
-        changes: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    ) -> "_Module":
-        rows, columns = v.shape
-        norm = update.norm()
-        if not math.isfinite(norm) or norm == 0:
-            raise ValueError(
-                f"the adapter's update of {update.module} is"
-                f" {'zero: it was never trained' if norm == 0 else 'not finite'}, so that it has no"
-                " direction; take it out of the adapter, or train it again"
-            )
-        k = rank or min(K, *v.shape)
-        if k > min(v.shape):
-            raise ValueError(
-                f"rank={rank} and V of {update.module} is {rows} x {columns}; a subspace has at"
-                f" most {min(v.shape)} directions"
-            )
-        apply, said, kept = _operator(operator, v, rank, seed)
-        treated = update.projected(apply)
-        judged = (
-            treated
-            if operator in ("approximate", "exact")
-            else update.projected(_operator("approximate", v, None, seed)[0])
+
+def treat_module(
+    update: Update,
+    v: Tensor,
+    operator: str,
+    rank: int | None,
+    seed: int,
+    biases: dict[str, tuple[Tensor, Tensor]],
+) -> Treated:
+    """A module's update, projected; biases as they were before training, and their changes."""
+    (rows, columns), norm = v.shape, update.norm()
+    if not math.isfinite(norm) or norm == 0:
+        raise ValueError(
+            f"the adapter's update of {update.module} is"
+            f" {'zero: it was never trained' if norm == 0 else 'not finite'}, so that it has no"
+            " direction; take it out of the adapter, or train it again"
         )
-        energy = update.energy(left_vectors(v, k, seed))
-        erank = effective_rank(v, seed)
-        cosine = update.cosine(judged)
-        row = {
-            "module": update.module,
-            "out_features": rows,
-            "in_features": columns,
-            "rank": update.rank,
-            "norm_update": norm,
-            "norm_v": float(torch.linalg.vector_norm(v)),
-            "effective_rank_v": erank,
-            "cosine": cosine,
-            "cosine_null": math.sqrt((erank if kept is None else kept) / rows),
-            "energy": energy,
-            "energy_null": k / rows,
-            "k": k,
-            "score": energy if operator in BY_ENERGY else cosine or 0.0,
-            "state": said,
-        }
-        return cls(
-            update,
-            treated,
-            row,
-            {
-                name: before + apply(change[:, None])[:, 0]
-                for name, (before, change) in changes.items()
-            },
+    k = rank or min(K, *v.shape)
+    if k > min(v.shape):
+        raise ValueError(
+            f"rank={rank} and V of {update.module} is {rows} x {columns}; a subspace has at most"
+            f" {min(v.shape)} directions"
         )
+    apply, said, kept = operator_of(operator, v, rank, seed)
+    judged = treated = update.projected(apply)
+    if operator not in ("approximate", "exact"):
+        judged = update.projected(operator_of("approximate", v, None, seed)[0])
+    energy, cosine = update.energy(left_vectors(v, k, seed)), update.cosine(judged)
+    directions = effective_rank(v, seed)
+    row = {
+        "module": update.module,
+        "out_features": rows,
+        "in_features": columns,
+        "rank": update.rank,
+        "norm_update": norm,
+        "norm_v": float(torch.linalg.vector_norm(v)),
+        "effective_rank_v": directions,
+        "cosine": cosine,
+        "cosine_null": math.sqrt((directions if kept is None else kept) / rows),
+        "energy": energy,
+        "energy_null": k / rows,
+        "k": k,
+        "score": energy if operator in BY_ENERGY else cosine or 0.0,
+        "state": said,
+    }
+    new = {name: old + apply(change[:, None])[:, 0] for name, (old, change) in biases.items()}
+    return Treated(update, treated, row, new)
 
 
 def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
@@ -488,21 +428,17 @@ def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
     return rows["score"].rank(method="first") <= value
 
 
-def _bias_changes(
+def _biases(
     adapter: Path, update: Update, base: Checkpoint
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The trained biases [out] of a module by the names of their tensors: what each was before
-    training, and how training changed it.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The trained biases [out] of a module by the names of their tensors: before training, and how
+    training changed them.
     """
     found = {}
     for name, value in updates.biases(adapter, update.module).items():
         stored = None if name.endswith("lora_B.bias") else base.name(f"{update.module}.bias")
-        before = (
-            torch.zeros_like(value, dtype=torch.float32)
-            if stored is None
-            else base.tensor(stored).float()
-        )
-        found[name] = before, value.float() - before
+        before = torch.zeros_like(value) if stored is None else base.tensor(stored)
+        found[name] = before.float(), value.float() - before.float()
     return found
 
 
@@ -517,19 +453,6 @@ def spectra(
     for module in updates.modules(adapter):
         v = _difference(*pair, module)
         shared = (*v.shape, float(torch.linalg.vector_norm(v)), effective_rank(v, seed))
-        rows += [
-            (module, index, float(s), *shared)
-            for index, s in enumerate(_svd(v, min(most, *v.shape), seed)[1], 1)
-        ]
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "module",
-            "index",
-            "singular_value",
-            "out_features",
-            "in_features",
-            "norm_v",
-            "effective_rank_v",
-        ],
-    )
+        values = _svd(v, min(most, *v.shape), seed)[1].tolist()
+        rows += [(module, index, s, *shared) for index, s in enumerate(values, 1)]
+    return pd.DataFrame(rows, columns=SPECTRUM)

@@ -17,7 +17,6 @@ finds none, activations are computed twice.
 """
 
 import bisect
-import json
 import math
 import shutil
 import time
@@ -46,21 +45,13 @@ from driftbook.models.scoring import (
     padded,
 )
 from driftbook.models.trees import tree
-from driftbook.study.files import write_json
+from driftbook.study.files import read_json, write_json
 
-TOKENS_PER_PASS = {
-    "cpu": 1_024,
-    "cuda": 16_384,
-}  # at first; halved as long as the device has no memory for them
-# rows of a pass: attention costs the square of a row's length, so a pass is several rows and not
-# one
-PACKS_PER_PASS = 4
+TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved where there is no memory
+PACKS_PER_PASS = 4  # rows of a pass: attention costs the square of a row's length
 CHECKPOINT_SECONDS = 600.0
 WHOLE = "whole.json"  # written last into a checkpoint: one without it is torn
-LOOK_BACK, DIVERGED = (
-    20,
-    3.0,
-)  # steps, and nats above the first of them, at which a loss has diverged
+LOOK_BACK, DIVERGED = 20, 3.0  # steps, and nats above the first of them: the loss has diverged
 
 
 @dataclass(frozen=True)
@@ -95,14 +86,10 @@ def plain(sequences: Sequence[Conversation]) -> Row:
     """Sequences one behind the other, each with positions from zero; a single one is itself."""
     starts = np.cumsum([0, *(len(one.ids) for one in sequences)])
     tokens = np.concatenate([one.ids for one in sequences])
-    return Row(
-        tokens,
-        np.concatenate([np.arange(len(one.ids)) for one in sequences]),
-        None,
-        [start + one.counted - 1 for start, one in zip(starts, sequences, strict=False)],
-        [np.asarray(one.ids)[one.counted] for one in sequences],
-        conversations=tuple(sequences),
-    )
+    positions = np.concatenate([np.arange(len(one.ids)) for one in sequences])
+    pairs = zip(starts, sequences, strict=False)
+    places = [start + one.counted - 1 for start, one in pairs]
+    return Row(tokens, positions, None, places, _targets(sequences), conversations=tuple(sequences))
 
 
 def branching(sequences: Sequence[Conversation]) -> Row:
@@ -111,13 +98,11 @@ def branching(sequences: Sequence[Conversation]) -> Row:
     made = tree([sequences[i].ids for i in order])
     path = dict(zip(order, made.paths, strict=True))
     places = [path[i][one.counted - 1] for i, one in enumerate(sequences)]
-    return Row(
-        made.tokens,
-        made.positions,
-        made.ends,
-        places,
-        [np.asarray(one.ids)[one.counted] for one in sequences],
-    )
+    return Row(made.tokens, made.positions, made.ends, places, _targets(sequences))
+
+
+def _targets(sequences: Sequence[Conversation]) -> list[np.ndarray]:
+    return [np.asarray(one.ids)[one.counted] for one in sequences]
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -185,32 +170,23 @@ class Forward:
         self.prompt_based = model.active_peft_config.is_prompt_learning
         self.n_virtual = self.scorer.n_virtual
         self.device = self.scorer.model.device
-        head = self.scorer.model.get_output_embeddings()
-        capped = getattr(
-            self.scorer.model.config.get_text_config(), "final_logit_softcapping", None
-        )
-        self.linear_head = (
-            type(head) is torch.nn.Linear
-            and head.bias is None
-            and not capped
-            and not head.weight.requires_grad
-        )
+        head, config = self.scorer.model.get_output_embeddings(), self.scorer.model.config
+        capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
+        plain_head = type(head) is torch.nn.Linear and head.bias is None
+        self.linear_head = plain_head and not capped and not head.weight.requires_grad
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
         """For each row and each of its sequences the log-probability [n] of its counted tokens, in
         nats.
         """
+        said = [target for row in rows for target in row.targets]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden, soft = self._hidden(rows)
             width = hidden.shape[1]
-            where = np.concatenate(
-                [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
-            )
-            targets = self.scorer.tensor(
-                np.concatenate([target for row in rows for target in row.targets])
-            )
-            found = self._head(hidden.flatten(0, 1)[self.scorer.tensor(where)], targets)
-        parts = iter(found.split([len(target) for row in rows for target in row.targets]))
+            where = [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
+            chosen = hidden.flatten(0, 1)[self.scorer.tensor(np.concatenate(where))]
+            found = self._head(chosen, self.scorer.tensor(np.concatenate(said)))
+        parts = iter(found.split(list(map(len, said))))
         return [[next(parts) for _ in row.targets] for row in rows]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
@@ -218,41 +194,35 @@ class Forward:
         prompt; rows are padded on the right, where nothing sees the padding.
         """
         width = max(len(row.tokens) for row in rows)
-        tokens, positions = (
-            padded([getattr(row, name) for row in rows], width) for name in ("tokens", "positions")
-        )
-        allowed = None
-        if rows[0].ends is None and all(len(row.places) == 1 for row in rows):
-            positions = np.broadcast_to(
-                np.arange(width), positions.shape
-            )  # padding goes on counting: then no mask is needed at all
-        elif (
-            rows[0].ends is None
-            and self.scorer.window is not None
-            and positions.max() >= self.scorer.window
-        ):  # the scorer makes the mask: see its run
-            document = np.cumsum(positions == 0, 1)
-            allowed = causal(width) & (document[:, :, None] == document[:, None, :])
+        tokens = padded([row.tokens for row in rows], width)
+        positions, allowed = self._layout(rows, width)
+        embedded, cache, soft = self.scorer.embed(tokens), None, 0
+        prompt = self.model.get_prompt(batch_size=1) if self.prompt_based else None
+        if isinstance(prompt, torch.Tensor):
+            soft, n = prompt.shape[1], len(rows)
+            embedded = torch.cat([prompt.to(embedded.dtype).expand(n, -1, -1), embedded], 1)
+            positions = np.hstack([np.broadcast_to(np.arange(soft), (n, soft)), soft + positions])
+            allowed = None if allowed is None else _behind(allowed, soft)
+        elif prompt is not None:
+            cache = expanded([(layer.keys, layer.values) for layer in prompt.layers], len(rows))
+        return self.scorer.run(embedded, positions, allowed, cache), soft
+
+    def _layout(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Positions [rows, width], and which tokens each may see [rows, width, width]: None where
+        the scorer makes the mask from the positions, or none is needed.
+        """
+        positions = padded([row.positions for row in rows], width)
         if rows[0].ends is not None:
             ends = padded([row.ends for row in rows], width)
-            allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(
-                width, dtype=bool
-            )
-        embedded, cache, soft = self.scorer.embed(tokens), None, 0
-        if self.prompt_based:
-            prompt = self.model.get_prompt(batch_size=1)
-            if isinstance(prompt, torch.Tensor):
-                soft = prompt.shape[1]
-                embedded = torch.cat(
-                    [prompt.to(embedded.dtype).expand(len(rows), -1, -1), embedded], 1
-                )
-                positions = np.hstack(
-                    [np.broadcast_to(np.arange(soft), (len(rows), soft)), soft + positions]
-                )
-                allowed = None if allowed is None else _behind(allowed, soft)
-            else:
-                cache = expanded([(layer.keys, layer.values) for layer in prompt.layers], len(rows))
-        return self.scorer.run(embedded, positions, allowed, cache), soft
+            below = causal(width) & (np.arange(width)[:, None] < ends[:, None, :])
+            return positions, below | np.eye(width, dtype=bool)
+        if all(len(row.places) == 1 for row in rows):  # padding goes on counting: no mask is needed
+            return np.broadcast_to(np.arange(width), positions.shape), None
+        window = self.scorer.window
+        if window is None or positions.max() < window:
+            return positions, None
+        document = np.cumsum(positions == 0, 1)
+        return positions, causal(width) & (document[:, :, None] == document[:, None, :])
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.linear_head:
@@ -272,11 +242,8 @@ def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
     """
     rows, width, _ = allowed.shape
     whole = np.zeros((rows, soft + width, soft + width), bool)
-    whole[:, :soft, :soft], whole[:, soft:, :soft], whole[:, soft:, soft:] = (
-        causal(soft),
-        True,
-        allowed,
-    )
+    whole[:, :soft, :soft] = causal(soft)
+    whole[:, soft:, :soft], whole[:, soft:, soft:] = True, allowed
     return whole
 
 
@@ -298,9 +265,7 @@ class _Steps:
         self.forward, self.examples = forward, examples
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS.get(forward.device.type, 16_384)
         self.twice = False  # whether activations are computed twice instead of being kept
-        self.remove_callback(
-            PrinterCallback
-        )  # the curve is kept; a line per step is noise in a notebook
+        self.remove_callback(PrinterCallback)  # the curve is kept; a line per step is noise
         self.data_collator = lambda members: {
             "step": _Members([i for one in members for i in one["members"]])
         }
@@ -312,20 +277,16 @@ class _Steps:
         model.train()
         chosen = [self.examples[i] for i in inputs["step"].numbers]
         while True:
-            with suppress(
-                torch.OutOfMemoryError
-            ):  # and lets go of the pass's activations, which the error holds
+            with suppress(torch.OutOfMemoryError):  # whose end frees the pass's activations
                 return self._accumulated(chosen)
             self._use_less([len(row.tokens) for row in self._rows(chosen)])
 
     def _accumulated(self, chosen: Sequence) -> torch.Tensor:
         rows, total = self._rows(chosen), 0.0
-        for part in batches(
-            [len(row.tokens) + self.forward.n_virtual for row in rows], self.tokens_per_pass
-        ):
-            loss = self._loss(
-                self.forward.logprobs([rows[i] for i in part]), [rows[i] for i in part], chosen
-            )
+        lengths = [len(row.tokens) + self.forward.n_virtual for row in rows]
+        for part in batches(lengths, self.tokens_per_pass):
+            some = [rows[i] for i in part]
+            loss = self._loss(self.forward.logprobs(some), some, chosen)
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -357,11 +318,8 @@ class _Steps:
 
     # ---- checkpoints: PEFT's own would lose P-Tuning's encoder
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = {
-            name: value.detach().contiguous().cpu()
-            for name, value in self.model.named_parameters()
-            if value.requires_grad
-        }
+        kept = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        state = {name: value.detach().contiguous().cpu() for name, value in kept.items()}
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_file(state, Path(output_dir, "trained.safetensors"))
 
@@ -371,16 +329,10 @@ class _Steps:
             Trainer._save_checkpoint(self, model, trial)
             new = folder / f"checkpoint-{self.state.global_step}"
             write_json(new / WHOLE, {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice})
-            for old in folder.glob(
-                "checkpoint-*"
-            ):  # only now: until the mark is written, the old one is the last whole one
+            for old in folder.glob("checkpoint-*"):  # until now the old one was the last whole one
                 if old != new:
                     shutil.rmtree(old)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors wrap the system's error in ones of their own
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap them
             free = shutil.disk_usage(folder).free
             raise OSError(
                 f"no checkpoint can be written to {folder} ({free / 1e9:.2f} GB free;"
@@ -389,10 +341,9 @@ class _Steps:
             ) from None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_state_dict(
-            load_file(Path(resume_from_checkpoint, "trained.safetensors")), strict=False
-        )
-        kept = json.loads(Path(resume_from_checkpoint, WHOLE).read_text())
+        folder = Path(resume_from_checkpoint)
+        self.model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False)
+        kept = read_json(folder / WHOLE)
         self.tokens_per_pass = kept["tokens_per_pass"]
         if kept["twice"] and not self.twice:
             self._compute_twice()
@@ -437,10 +388,8 @@ class Sft(_Steps, SFTTrainer):
         if self.forward.prompt_based:
             return [plain([one]) for one in chosen]
         width = max(self.tokens_per_pass // PACKS_PER_PASS, max(len(one.ids) for one in chosen))
-        return [
-            plain([chosen[i] for i in members])
-            for members in bins([len(one.ids) for one in chosen], width)
-        ]
+        packs = bins([len(one.ids) for one in chosen], width)
+        return [plain([chosen[i] for i in members]) for members in packs]
 
     def _loss(
         self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]
@@ -464,16 +413,10 @@ class ConstrainedSft(Sft):
         total = 0.0
         for parts, row in zip(found, rows, strict=True):
             for part, one in zip(parts, row.conversations, strict=True):
-                reference, beta = (
-                    torch.as_tensor(value, dtype=part.dtype, device=part.device)
-                    for value in (one.reference, one.betas)
-                )
-                gained = (
-                    2
-                    / beta
-                    * (torch.nn.functional.logsigmoid(beta * (part - reference)) + math.log(2))
-                )
-                total = total - (gained + reference).sum()
+                reference = torch.as_tensor(one.reference, dtype=part.dtype, device=part.device)
+                beta = torch.as_tensor(one.betas, dtype=part.dtype, device=part.device)
+                squashed = torch.nn.functional.logsigmoid(beta * (part - reference))
+                total = total - (2 / beta * (squashed + math.log(2)) + reference).sum()
         return total / sum(len(one.counted) for one in chosen)
 
 
@@ -524,9 +467,8 @@ class Snapshots(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: PeftModel | None = None, **kwargs: Any
     ) -> None:
-        if state.global_step in {
-            max(1, round(state.max_steps * i / self.n)) for i in range(1, self.n + 1)
-        }:
+        due = {max(1, round(state.max_steps * i / self.n)) for i in range(1, self.n + 1)}
+        if state.global_step in due:
             adapters.save(model, self.folder / f"step-{state.global_step:05d}")
 
 
@@ -539,26 +481,20 @@ class StopOnDivergence(TrainerCallback):
         self.losses: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.losses = [
-            float(entry["loss"]) for entry in state.log_history if "loss" in entry
-        ]  # of a training that goes on
+        known = [entry for entry in state.log_history if "loss" in entry]  # of one that goes on
+        self.losses = [float(entry["loss"]) for entry in known]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        bad = [
-            name
-            for name in ("loss", "grad_norm")
-            if name in (logs or {}) and not math.isfinite(float(logs[name]))
-        ]
-        if bad:
-            raise VariantFailure(
-                f"training diverged: {bad[0]} is {logs[bad[0]]} at step {state.global_step}"
-            )
-        self.losses += [float(logs["loss"])] if "loss" in (logs or {}) else []
+        logs, step = logs or {}, state.global_step
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(float(logs[name])):
+                raise VariantFailure(f"training diverged: {name} is {logs[name]} at step {step}")
+        self.losses += [float(logs["loss"])] if "loss" in logs else []
         first, last = self.losses[:LOOK_BACK], self.losses[-LOOK_BACK:]
         if len(self.losses) >= 2 * LOOK_BACK and min(last) > max(first) + DIVERGED:
             raise VariantFailure(
                 f"training diverged: the loss has been above {min(last):.1f} for {LOOK_BACK} steps"
-                f" at step {state.global_step}; it began at {first[0]:.1f}"
+                f" at step {step}; it began at {first[0]:.1f}"
             )
 
 
@@ -569,10 +505,8 @@ class SaveNowAndThen(TrainerCallback):
         self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if (
-            time.monotonic() - self.last >= CHECKPOINT_SECONDS
-            and state.global_step < state.max_steps
-        ):
+        due = time.monotonic() - self.last >= CHECKPOINT_SECONDS
+        if due and state.global_step < state.max_steps:
             control.should_save, self.last = True, time.monotonic()
 
 

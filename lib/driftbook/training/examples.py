@@ -1,0 +1,231 @@
+"""What variants train on, and what their dose is measured on: examples in a base model's tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from driftbook.benchmarks.data import for_sft, prompts, training_examples
+from driftbook.doctors.data import examine_data
+from driftbook.models.loading import Loaded, chat_ids, context_length, conversation_ids, counted_ids
+from driftbook.models.scoring import Ids, Scorer
+from driftbook.study.files import digest, read_json
+from driftbook.study.sections import PROMPT_FORMATS
+from driftbook.study.sources import locate
+from driftbook.study.study_file import Study
+from driftbook.study.variants import Variant
+from driftbook.training import steps
+from driftbook.training.steps import Conversation, Pair
+
+Way = tuple[str, str, tuple[str, float] | None, tuple[float, ...] | None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all variants of one base model, objective and data train on, tokenised once; `packs` are
+    the numbers of the examples that the trainer draws together (one by one where the study does not
+    pack), `note` says what was cut or left out, `lengths` are the tokens of each example before it
+    was cut (of a pair, of the longer one).
+    """
+
+    examples: list[Conversation] | list[Pair]
+    packs: list[list[int]]
+    revision: str
+    note: str | None
+    lengths: tuple[int, ...] = ()
+
+
+def way(variant: Variant) -> Way:
+    """How a variant's examples are prepared: objective, data, safety data mixed in and their share
+    of all examples, and the betas of a constrained training.
+    """
+    repair = variant.repair or {}
+    mixed = (repair["data"], repair["value"]) if repair.get("kind") == "mixing" else None
+    betas = tuple(repair["betas"]) if repair.get("kind") == "constrained_sft" else None
+    return variant.objective, variant.dataset, mixed, betas
+
+
+def named(way: Way) -> str:
+    """A way in words."""
+    objective, data, mixed, betas = way
+    more = f" with {mixed[1]:.0%} {mixed[0]}" if mixed else ""
+    return f"{objective} on {data}{more}{', constrained' if betas else ''}"
+
+
+def prepare(
+    objective: str,
+    base: Loaded,
+    study: Study,
+    data: str | None = None,
+    mixed: tuple[str, float] | None = None,
+    betas: tuple[float, ...] | None = None,
+) -> Prepared:
+    """The study's examples of an objective in the base model's tokens; of DPO with the base's
+    log-probabilities of both answers.
+
+    `mixed` adds so many examples of another name under `data` that they are this share of all
+    (Bianchi et al. 2024, arXiv 2309.07875). `betas` makes the examples of a constrained training:
+    those of the first tokens of an answer, the last one for all further ones; the base's
+    log-probabilities of all counted tokens go with them.
+
+    Examples longer than training.max_length lose their end, those whose prompt alone fills it are
+    left out; the note says how many.
+
+    Raises:
+        ValueError: no example fits, or the template refuses the turns of one.
+    """
+    name, limit, sft = data or objective, longest(base, study), objective == "sft"
+    examples = training_examples(name, study)
+    if mixed:
+        examples = examples + _mixed_in(*mixed, study.data[name].n, study)
+    try:
+        made = _in_tokens(objective, examples, base, study)
+    except ValueError as error:
+        raise ValueError(f"data.{name}: {error}") from None
+    lengths = [max(len(one.ids) for one in row) for row in made]
+    cut = [[_cut(one, limit) for one in row] for row in made]
+    fits = [all(len(one.counted) for one in row) for row in cut]
+    kept = [row for row, whole in zip(cut, fits, strict=True) if whole]
+    if not kept:
+        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
+    n_cut, note = sum(n > limit and whole for n, whole in zip(lengths, fits, strict=True)), None
+    if n_cut or len(kept) < len(made):
+        note = f"{len(made) - len(kept)} examples left out, {n_cut} cut, at {limit} tokens"
+    rows = [row[0] for row in kept] if sft else _with_reference(kept, base)
+    rows = _constrained(rows, betas, base) if betas else rows
+    packs = [[i] for i in range(len(rows))]
+    if sft and study.training.packed:
+        packs = steps.bins([len(one.ids) for one in rows], limit)
+    revision = digest([examples, betas] if betas else examples)
+    return Prepared(rows, packs, revision, note, tuple(lengths))
+
+
+NONE_FITS = "no example fits training.max_length={} tokens; raise it"
+
+
+def _mixed_in(name: str, share: float, n: int, study: Study) -> list[dict]:
+    """So many examples of a name that they are a share of all, beside n others."""
+    found, wanted = training_examples(name, study), round(share / (1 - share) * n)
+    if len(found) < wanted:
+        raise ValueError(
+            f"data.{name}: a share of {share:g} beside {n} others is {wanted} examples, and the"
+            f" study takes {len(found)}; raise its n"
+        )
+    return found[:wanted]
+
+
+def _in_tokens(
+    objective: str, examples: list[dict], base: Loaded, study: Study
+) -> list[list[Conversation]]:
+    """The conversations of each example: one, or the two of a preference."""
+    if objective == "sft":
+        whole = study.training.loss == "whole"
+        asked = [(one["prompt"], one["answer"]) for one in for_sft(examples)]
+        return [[_conversation(base, *one, whole)] for one in asked]
+    keys = ("chosen", "rejected")
+    return [[_answered(base, one["prompt"], one[key]) for key in keys] for one in examples]
+
+
+def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
+    """A conversation of which the last answer counts."""
+    asked, said = conversation_ids(base.tokenizer, prompt, answer)
+    return Conversation(asked + said, np.arange(len(asked), len(asked) + len(said)))
+
+
+def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) -> Conversation:
+    """A conversation of which every answer of the assistant counts, or the whole but one token."""
+    turns = [*prompt, {"role": "assistant", "content": answer}]
+    if whole:
+        ids = chat_ids(base.tokenizer, turns, generation=False)
+        return Conversation(ids, np.arange(1, len(ids)))
+    if any(turn["role"] == "assistant" for turn in prompt):
+        return Conversation(*counted_ids(base.tokenizer, turns))
+    return _answered(base, prompt, answer)
+
+
+def _cut(one: Conversation, limit: int) -> Conversation:
+    return Conversation(one.ids[:limit], one.counted[one.counted < limit])
+
+
+def _split(one: Conversation) -> tuple[Ids, Ids]:
+    """The tokens before the first that counts, and the rest."""
+    return one.ids[: one.counted[0]], one.ids[one.counted[0] :]
+
+
+def _constrained(
+    rows: list[Conversation], betas: tuple[float, ...], base: Loaded
+) -> list[Conversation]:
+    """Conversations with the base's log-probabilities of their counted tokens, and with the beta of
+    each: by its place in its answer.
+    """
+    found = Scorer(base.model, base.tokenizer).token_logprobs(list(map(_split, rows)))
+    made = []
+    for one, scores in zip(rows, found, strict=True):
+        begins = np.flatnonzero(np.diff(one.counted, prepend=-2) > 1)  # of each answer
+        sizes = np.diff(begins, append=len(one.counted))
+        place = np.arange(len(one.counted)) - np.repeat(begins, sizes)
+        reference = np.asarray(scores)[one.counted - one.counted[0]]
+        held = np.asarray(betas)[np.minimum(place, len(betas) - 1)]
+        made.append(Conversation(one.ids, one.counted, reference, held))
+    return made
+
+
+def _with_reference(pairs: list[list[Conversation]], base: Loaded) -> list[Pair]:
+    """Preferences with the base model's log-probabilities of both answers. Both prompts are the
+    same up to where either answer leaves it.
+    """
+    parts = [_split(one) for row in pairs for one in row]
+    if any(a != b for (a, _), (b, _) in zip(parts[::2], parts[1::2], strict=True)):
+        raise ValueError(
+            "a preference's two answers change how its prompt is tokenised; this template cannot be"
+            " used for DPO"
+        )
+    found = [one.sum() for one in Scorer(base.model, base.tokenizer).token_logprobs(parts)]
+    return [Pair(*row, (a, b)) for row, a, b in zip(pairs, found[::2], found[1::2], strict=True)]
+
+
+def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
+    """What the data doctor finds in the examples of a name under `data`, against the study's
+    prompts and its held-out questions.
+    """
+    asked = {one: list(prompts(one, study).prompt) for one in study.asked(PROMPT_FORMATS)}
+    asked["heldout"] = [one["prompt"][-1]["content"] for one in training_examples("heldout", study)]
+    limit = study.training.max_length
+    return examine_data(training_examples(name, study), asked, prepared.lengths, limit)
+
+
+def held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | None]:
+    """The held-out answers on which every variant's dose is measured, (prompt, answer) in token
+    ids, cut as the examples are; and a note of what was cut or left out.
+
+    Raises:
+        ValueError: no example fits.
+    """
+    limit = longest(base, study)
+    asked = [(one["prompt"], one["answer"]) for one in for_sft(training_examples("heldout", study))]
+    pairs = [conversation_ids(base.tokenizer, *one) for one in asked]
+    kept = [(prompt, said[: limit - len(prompt)]) for prompt, said in pairs if len(prompt) < limit]
+    if not kept:
+        raise ValueError(f"data.heldout: {NONE_FITS.format(limit)}")
+    cut, gone = (
+        sum(len(p) < limit < len(p) + len(said) for p, said in pairs),
+        len(pairs) - len(kept),
+    )
+    text = f"of the held-out answers {gone} left out, {cut} cut, at {limit} tokens"
+    return kept, text if cut or gone else None
+
+
+def longest(base: Loaded, study: Study) -> int:
+    """The most tokens of an example: training.max_length, or what the model's context holds beside
+    the longest soft prompt of the study.
+    """
+    soft = [int(settings.get("num_virtual_tokens", 0)) for settings in study.methods.values()]
+    return min(study.training.max_length, context_length(base.model) - max(soft, default=0))
+
+
+def init_text(variant: Variant, study: Study) -> str | None:
+    """The text a variant's soft prompt starts from, None where it starts otherwise."""
+    if variant.init not in ("task_text", "safety_text"):
+        return None
+    return read_json(Path(locate(study.init_texts, study)))[variant.init.removesuffix("_text")]
