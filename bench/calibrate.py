@@ -19,7 +19,7 @@ def calibrate() -> dict[str, Any]:
     from driftbook.models.loading import Loaded, device
     from driftbook.models.scoring import Scorer
     from driftbook.study.environment import hardware
-    from driftbook.training import training
+    from driftbook.training import examples
 
     where = device()
     shape = (
@@ -36,7 +36,7 @@ def calibrate() -> dict[str, Any]:
     )
     own, flops = size_of(base.model.config.to_dict()), {}
     for objective in ("sft", "dpo"):
-        prepared = training.prepare(objective, base, this)
+        prepared = examples.prepare(objective, base, this)
         for number, variant in enumerate(
             one for one in this.of_base(next(iter(this.bases))) if one.objective == objective
         ):
@@ -87,7 +87,7 @@ def calibrate() -> dict[str, Any]:
         other = harness.study(n, ("lora",), batch=batch)
         [first] = [one for one in other.of_base(next(iter(other.bases))) if one.objective == "sft"]
         _, seconds[batch] = harness.timed(
-            harness.fit_once, first, tiny, training.prepare("sft", tiny, other), other
+            harness.fit_once, first, tiny, examples.prepare("sft", tiny, other), other
         )
     step = (seconds[1] - seconds[n]) / (n - 1)
     kept = {

@@ -83,12 +83,12 @@ def texts(this: Study) -> list[str]:
 
 def fit_once(variant: Variant, base: Any, prepared: Any, this: Study) -> tuple[dict, Any]:
     from driftbook.models import adapters
-    from driftbook.training import training as trainer
+    from driftbook.training import fit
 
     model = adapters.create(variant, base.model, base.tokenizer)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            return trainer.fit(variant, model, base, prepared, this, Path(scratch, "adapter"))
+            return fit.fit(variant, model, base, prepared, this, Path(scratch, "adapter"))
     finally:
         adapters.detach(model)
 

@@ -46,7 +46,7 @@ def dense(v: torch.Tensor, update: Update) -> tuple[torch.Tensor, float]:
 
 def factored(v: torch.Tensor, update: Update) -> tuple[torch.Tensor, float]:
     """The same, as `project` does it."""
-    treated = update.projected(safe_lora._operator("approximate", v, None, 0)[0])
+    treated = update.projected(safe_lora.operator_of("approximate", v, None, 0)[0])
     return treated.b, update.cosine(treated)
 
 

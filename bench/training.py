@@ -43,7 +43,7 @@ def speed(
     log-probabilities, which all variants of a base share. With a large vocabulary LoRA alone is
     measured."""
     from driftbook.models.loading import Loaded
-    from driftbook.training import training as trainer
+    from driftbook.training import examples
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     this, rows = study(n, methods), []
@@ -51,7 +51,7 @@ def speed(
         tokenizer = tokenizer_of(texts(this), shape["vocab_size"])
         for objective in ("sft", "dpo"):
             base = Loaded("random", random_llama(shape, tokenizer), tokenizer, "random")
-            shared, whole = least_seconds(trainer.prepare, objective, base, this, repeats=1)
+            shared, whole = least_seconds(examples.prepare, objective, base, this, repeats=1)
             fits = [i for i, length in enumerate(whole.lengths) if length <= MOST]
             prepared = replace(
                 whole,
@@ -210,7 +210,7 @@ def gpu(
     from bench.harness import _matrix_rate
 
     from driftbook.models.loading import Loaded, device
-    from driftbook.training import training as trainer
+    from driftbook.training import examples
 
     where, this, rows = device(), study(n, methods, length, batch=16), []
     this = this.model_copy(update={"training": this.training.model_copy(update={"packed": True})})
@@ -223,7 +223,7 @@ def gpu(
         value.numel() for name, value in base.model.named_parameters() if "embed_tokens" not in name
     )
     for objective in ("sft", "dpo"):
-        prepared = trainer.prepare(objective, base, this)
+        prepared = examples.prepare(objective, base, this)
         n_tokens = _tokens(prepared.examples)
         for variant in (
             one for one in this.of_base(next(iter(this.bases))) if one.objective == objective

@@ -13,7 +13,8 @@ from driftbook.models import adapters
 from driftbook.study.files import file_digest
 from driftbook.study.methods import PEFT_METHODS as EVERY_METHOD
 from driftbook.study.study_file import load
-from driftbook.training import steps, training
+from driftbook.training import examples, steps
+from driftbook.training import fit as fitting
 from driftbook.training.steps import Conversation
 
 METHODS = tuple(name for name in EVERY_METHOD if name != "qlora")
@@ -68,14 +69,14 @@ def a_study(tmp_path_factory, data_folder):
 
 
 class Fit:
-    """A training by training.fit: its losses, the trained weights and its facts."""
+    """A training by fitting.fit: its losses, the trained weights and its facts."""
 
     def __init__(self, base, study, objective="sft", folder=None):
         [variant] = variants_of(study, next(iter(study.methods)), objective)
         model = adapters.create(variant, base.model, base.tokenizer)
         try:
-            prepared = training.prepare(objective, base, study)
-            self.facts, curve = training.fit(variant, model, base, prepared, study, folder)
+            prepared = examples.prepare(objective, base, study)
+            self.facts, curve = fitting.fit(variant, model, base, prepared, study, folder)
             self.losses, self.weights = curve.loss.to_numpy(float), adapters.state(model)
             self.said = json.loads(self.facts["trainer_arguments"])
         finally:
@@ -146,12 +147,12 @@ class Trainings:
     def __init__(self, base, study, objective, folder):
         self.base, self.study, self.folder = base, study, folder
         [self.variant] = variants_of(study, next(iter(study.methods)), objective)
-        self.prepared = training.prepare(objective, base, study)
+        self.prepared = examples.prepare(objective, base, study)
         self.scratch = folder.parent / f"{folder.name}.checkpoints"
 
     def train(self, step=None):
         callback = KillAfter(step)
-        self.curve = training.train(
+        self.curve = fitting.train(
             self.variant, self.base, self.prepared, self.study, self.folder, callback
         ).curve
         return callback.began
@@ -159,9 +160,7 @@ class Trainings:
     def killed(self, step):
         callback = KillAfter(step)
         with pytest.raises(Killed):
-            training.train(
-                self.variant, self.base, self.prepared, self.study, self.folder, callback
-            )
+            fitting.train(self.variant, self.base, self.prepared, self.study, self.folder, callback)
         return callback.began
 
     @property
@@ -191,10 +190,10 @@ def trained(bases, data_folder, tmp_path_factory):
             study = study_of(tmp_path_factory.mktemp("study"), seed, **changes)
             [variant] = variants_of(study, method, objective)
             prepared = (
-                training.prepare(objective, base, study) if objective != "untrained" else None
+                examples.prepare(objective, base, study) if objective != "untrained" else None
             )
             folder = tmp_path_factory.mktemp("adapter")
-            result = training.train(variant, base, prepared, study, folder)
+            result = fitting.train(variant, base, prepared, study, folder)
             done[name] = SimpleNamespace(
                 study=study,
                 variant=variant,

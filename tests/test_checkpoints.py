@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from conftest import one_sentence
-from driftbook.training import steps, training
+from driftbook.training import fit as fitting
+from driftbook.training import steps
 from fitted import OBJECTIVES, Killed, Trainings, Watch
 
 pytest_plugins = ["fitted"]
@@ -126,7 +127,7 @@ def test_a_disk_that_fills_is_said_and_the_last_checkpoint_stays(
 ):
     one = Trainings(bases["llama"], a_study("p_tuning"), "sft", tmp_path / "adapter")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as error:
-        training.train(
+        fitting.train(
             one.variant,
             one.base,
             one.prepared,
@@ -153,7 +154,7 @@ def test_a_kill_before_the_new_checkpoint_is_whole_keeps_the_old_one(
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        training.train(
+        fitting.train(
             one.variant,
             one.base,
             one.prepared,

@@ -12,8 +12,9 @@ import torch
 from conftest import SMALL, one_sentence, variants_of, write_study
 from driftbook.models import adapters
 from driftbook.study.study_file import load
+from driftbook.training import examples
+from driftbook.training import fit as fitting
 from driftbook.training import steps as training_steps
-from driftbook.training import training
 from test_mitigations import CONTENT
 
 BETAS = (0.5, 2.0, 2.0, 0.1)
@@ -24,7 +25,7 @@ def moved(bases, study, request):
     """A model of a method whose adapter has left its init, its examples and the base model."""
     base = bases["llama"]
     prepared = {
-        betas: training.prepare("sft", base, study, betas=betas).examples
+        betas: examples.prepare("sft", base, study, betas=betas).examples
         for betas in (BETAS, (1e-4,))
     }  # before the adapter is on the base, as notebook 02 does
     model = adapters.create(variants_of(study, request.param)[0], base.model, base.tokenizer)
@@ -101,7 +102,7 @@ def test_without_constraint_it_is_plain_fine_tuning_and_with_it_early_tokens_pul
 
 def test_a_place_counts_from_the_beginning_of_each_answer(bases):
     ids = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
-    [one] = training._constrained(
+    [one] = examples._constrained(
         [training_steps.Conversation(ids, np.array([2, 3, 4, 5, 8, 9]))],
         (0.5, 2.0, 0.1),
         bases["llama"],
@@ -121,7 +122,7 @@ def mixed_study(tmp_path, data_folder):
 
 def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     plain, mixed = (
-        training.prepare("sft", bases["llama"], mixed_study, "sft", more)
+        examples.prepare("sft", bases["llama"], mixed_study, "sft", more)
         for more in (None, ("safety", 0.2))
     )
     assert len(mixed.examples) == 40
@@ -130,20 +131,20 @@ def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     )
     assert mixed.revision != plain.revision
     with pytest.raises(ValueError) as error:
-        training.prepare("sft", bases["llama"], mixed_study, "sft", ("safety", 0.5))
+        examples.prepare("sft", bases["llama"], mixed_study, "sft", ("safety", 0.5))
     assert "raise its n" in one_sentence(error.value)
 
 
 def test_a_variant_says_how_its_examples_are_prepared(mixed_study):
     ways = {
-        one.repair["kind"] if one.mitigation else None: training.way(one)
+        one.repair["kind"] if one.mitigation else None: examples.way(one)
         for one in mixed_study.of_stage("train", "tiny-llama")
         if one.dataset == "sft"
     }
     assert ways[None] == ("sft", "sft", None, None)
     assert ways["mixing"] == ("sft", "sft", ("safety", 0.2), None)
     assert ways["constrained_sft"] == ("sft", "sft", None, (0.5, 2.0, 2.0, 2.0, 2.0, 0.1))
-    assert training.named(ways["mixing"]) == "sft on sft with 20% safety"
+    assert examples.named(ways["mixing"]) == "sft on sft with 20% safety"
 
 
 # ---- snapshots
@@ -157,10 +158,10 @@ def test_snapshots_are_adapters_along_the_way_and_change_nothing(bases, tmp_path
     watched = load(write_study(tmp_path, content))
     for name, study in (("plain", plain), ("watched", watched)):
         [variant] = [one for one in variants_of(study, "lora") if not one.mitigation]
-        training.train(
+        fitting.train(
             variant,
             bases["llama"],
-            training.prepare("sft", bases["llama"], study),
+            examples.prepare("sft", bases["llama"], study),
             study,
             tmp_path / name,
         )

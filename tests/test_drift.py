@@ -17,7 +17,8 @@ from driftbook.models import adapters
 from driftbook.study.files import file_digest
 from driftbook.study.study_file import load
 from driftbook.study.tables import DRIFT
-from driftbook.training import drift, steps, training
+from driftbook.training import drift, examples, steps
+from driftbook.training import fit as fitting
 from driftbook.training.drift import OVER_REFUSAL, UNSAFE, DriftCallback, Sample
 
 HARMFUL, BENIGN = (
@@ -46,8 +47,8 @@ def sample(items=None, **more):
 
 def run(study, base, method, folder, looks=None, objective="sft"):
     [variant] = variants_of(study, method, objective)
-    return training.train(
-        variant, base, training.prepare(objective, base, study), study, folder / "adapter", looks
+    return fitting.train(
+        variant, base, examples.prepare(objective, base, study), study, folder / "adapter", looks
     )
 
 

@@ -16,7 +16,8 @@ from trl import DPOTrainer, SFTTrainer
 from conftest import FAMILIES, one_sentence, variants_of
 from driftbook.models import adapters, scoring
 from driftbook.models.loading import Loaded
-from driftbook.training import steps, training
+from driftbook.training import examples, steps
+from driftbook.training import fit as fitting
 from fitted import METHODS, OBJECTIVES, Fit, Trainings, Watch, conversations, same
 
 pytest_plugins = ["fitted"]
@@ -40,10 +41,10 @@ class TheirDpo(DPOTrainer):
 
 def theirs(base, study, objective, folder):
     [variant] = variants_of(study, next(iter(study.methods)), objective)
-    examples = training.prepare(objective, base, study).examples
+    made = examples.prepare(objective, base, study).examples
     model, arguments = (
         adapters.create(variant, base.model, base.tokenizer),
-        training.arguments(variant, study, str(folder)),
+        fitting.arguments(variant, study, str(folder)),
     )
     if objective == "sft":
         rows = [
@@ -53,7 +54,7 @@ def theirs(base, study, objective, folder):
                     t if i in set(one.counted.tolist()) else -100 for i, t in enumerate(one.ids)
                 ],
             }
-            for one in examples
+            for one in made
         ]
     else:
         rows = [
@@ -64,7 +65,7 @@ def theirs(base, study, objective, folder):
                 "ref_chosen_logps": pair.reference[0],
                 "ref_rejected_logps": pair.reference[1],
             }
-            for pair in examples
+            for pair in made
         ]
     kind = SFTTrainer if objective == "sft" else TheirDpo
     try:
@@ -348,7 +349,7 @@ def test_a_resumed_training_remembers_where_its_loss_began(bases, a_study, tmp_p
         patch.setattr(
             steps.StopOnDivergence, "__init__", lambda self: found.append(self) or init(self)
         )
-        training.train(one.variant, one.base, one.prepared, one.study, one.folder, Look())
+        fitting.train(one.variant, one.base, one.prepared, one.study, one.folder, Look())
     assert seen == [3]
 
 
@@ -470,5 +471,5 @@ def test_dropout_is_on_in_sft_and_off_in_dpo_as_in_trl(bases, fit):
 def test_a_folder_that_holds_only_a_note_of_another_key_is_emptied(tmp_path):
     (tmp_path / "key.json").write_text('"other"')
     (tmp_path / "checkpoint-3").mkdir()
-    training._keep_only(Path(tmp_path), "mine")
+    fitting._keep_only(Path(tmp_path), "mine")
     assert [path.name for path in tmp_path.iterdir()] == ["key.json"]

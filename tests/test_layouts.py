@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import FAMILIES, one_sentence, variants_of
 from driftbook.models import adapters, loading
 from driftbook.models.loading import Loaded
-from driftbook.training import steps, training
+from driftbook.training import examples, steps
 from driftbook.training.steps import Conversation
 from fitted import METHODS, conversations, same
 
@@ -253,7 +253,7 @@ def test_how_many_tokens_a_pass_has_changes_nothing(bases, fit, method, objectiv
 def test_a_packed_step_draws_packs_whose_documents_see_only_themselves(bases, fit, a_study, method):
     base, changes = bases["llama"], {"max_length": 64, "batch_size": 2, "n": 24}
     study = a_study(method, packed=True, **changes)
-    prepared = training.prepare("sft", base, study)
+    prepared = examples.prepare("sft", base, study)
     lengths = [len(one.ids) for one in prepared.examples]
     assert sorted(i for pack in prepared.packs for i in pack) == list(range(24))
     assert all(sum(lengths[i] for i in pack) <= 64 for pack in prepared.packs)
@@ -418,6 +418,6 @@ def test_where_all_tokens_count_a_template_may_rewrite_what_it_likes(bases, a_st
         "format": "messages",
         "n": 1,
     }
-    [one] = training.prepare("sft", base, a_study("lora", data=source, loss="whole")).examples
+    [one] = examples.prepare("sft", base, a_study("lora", data=source, loss="whole")).examples
     assert one.ids == loading.chat_ids(base.tokenizer, CHAT, generation=False)
     assert list(one.counted) == list(range(1, len(one.ids)))

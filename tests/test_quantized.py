@@ -12,7 +12,8 @@ from conftest import SMALL, variants_of, write_study
 from driftbook.models import adapters, loading
 from driftbook.models.scoring import Scorer
 from driftbook.study.study_file import load
-from driftbook.training import training
+from driftbook.training import examples
+from driftbook.training import fit as fitting
 
 pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is not installed, so no base model can be quantized"
@@ -71,8 +72,8 @@ def test_a_variant_is_trained_over_it_in_fp32_and_scored_again(
     ids = torch.tensor([list(range(20, 50))])
     with torch.no_grad():
         before = base.model(ids).logits
-    done = training.train(
-        variant, base, training.prepare(objective, base, study), study, tmp_path / "adapter"
+    done = fitting.train(
+        variant, base, examples.prepare(objective, base, study), study, tmp_path / "adapter"
     )
     assert done.record["status"] == "ok"
     assert not done.record["no_op"]
@@ -87,6 +88,6 @@ def test_a_variant_is_trained_over_it_in_fp32_and_scored_again(
     } == {torch.float32}
     with adapters.attached(base.model, tmp_path / "adapter") as model:
         nll = -np.concatenate(
-            Scorer(model, base.tokenizer).token_logprobs(training.held_out(base, study))
+            Scorer(model, base.tokenizer).token_logprobs(examples.held_out(base, study)[0])
         ).mean()
     assert nll == pytest.approx(done.record["nll"], abs=1e-4)

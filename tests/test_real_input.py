@@ -14,7 +14,7 @@ from driftbook.models.scoring import Scorer
 from driftbook.study import sources
 from driftbook.study.sections import Judge
 from driftbook.study.study_file import load
-from driftbook.training import training
+from driftbook.training import examples
 
 PARTS = (*FAMILIES, "judge")
 
@@ -215,7 +215,7 @@ def test_the_longest_prompts_fit_and_are_answered_alike_alone_and_together(study
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_examples_become_rows_to_train_on(study, built, family):
-    sft, dpo = (training.prepare(objective, built[family], study) for objective in ("sft", "dpo"))
+    sft, dpo = (examples.prepare(objective, built[family], study) for objective in ("sft", "dpo"))
     limit = study.training.max_length
     assert 0 < len(sft.examples) <= study.data["sft"].n
     assert max(len(one.ids) for one in sft.examples) <= limit

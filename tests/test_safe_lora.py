@@ -210,7 +210,7 @@ def test_controls_select_what_they_control(case):
 def test_the_projector_on_left_vectors_is_idempotent(rows, columns, seed, data):
     v = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     k = data.draw(st.integers(1, min(rows, columns)))
-    apply = safe_lora._operator("subspace", v, k, seed)[0]
+    apply = safe_lora.operator_of("subspace", v, k, seed)[0]
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed + 1))
     assert torch.allclose(apply(apply(x)), apply(x), atol=1e-5)
     assert torch.linalg.vector_norm(apply(x)) <= torch.linalg.vector_norm(x) * (1 + 1e-6)
@@ -221,7 +221,7 @@ def test_the_cosine_does_not_know_the_scales_and_what_is_kept_grows_with_that_of
     generator = torch.Generator().manual_seed(seed)
     v, a, b = (torch.randn(shape, generator=generator) for shape in ((20, 15), (3, 15), (20, 3)))
     one, of_v, of_dw = (
-        safe_lora._Module.of(
+        safe_lora.treat_module(
             updates.Update("m", a, b * factor, 2.0), v * of_v, "approximate", None, 0, {}
         )
         for factor, of_v in ((1, 1), (1, scale), (scale, 1))
@@ -241,7 +241,7 @@ def test_null_values_are_those_of_random_updates(shape, operator):
     rng = torch.Generator().manual_seed(1)
     v = torch.randn(shape, generator=rng) * torch.linspace(0, 2, shape[1]) ** 2
     drawn = [
-        safe_lora._Module.of(
+        safe_lora.treat_module(
             updates.Update(
                 "m",
                 torch.randn(8, shape[1], generator=rng),

@@ -17,7 +17,9 @@ from driftbook.benchmarks import data
 from driftbook.models import adapters, scoring
 from driftbook.study.files import file_digest, read_json
 from driftbook.study.tables import CURVES, RUNS
-from driftbook.training import steps, training
+from driftbook.training import examples, steps
+from driftbook.training import fit as fitting
+from driftbook.training.dose import measure_dose
 from fitted import study_of
 
 pytest_plugins = ["fitted"]
@@ -105,7 +107,7 @@ def test_another_seed_gives_another_adapter(trained, method):
 
 # ---- the record
 def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(trained, monkeypatch):
-    asked = training.arguments
+    asked = fitting.arguments
 
     def other(variant, study, folder):
         arguments = asked(variant, study, folder)
@@ -117,7 +119,7 @@ def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(train
         ) = (3e-3, 2, 8, 17)
         return arguments
 
-    monkeypatch.setattr(training, "arguments", other)
+    monkeypatch.setattr(fitting, "arguments", other)
     one = trained("lora", again="other arguments")
     assert one.variant.learning_rate == 5e-3
     found = {
@@ -219,7 +221,7 @@ def test_an_init_from_text_is_the_embeddings_of_its_tokens(bases, data_folder, t
     base, study = bases["gemma"], study_of(tmp_path, init=init)
     variant = variants_of(study, "prompt_tuning")[0]
     text = read_json(data_folder / "init_texts.json")[init.removesuffix("_text")]
-    model = adapters.create(variant, base.model, base.tokenizer, training.init_text(variant, study))
+    model = adapters.create(variant, base.model, base.tokenizer, examples.init_text(variant, study))
     found = model.prompt_encoder["default"].embedding.weight.detach()
     ids = base.tokenizer(text, add_special_tokens=False)["input_ids"][: len(found)]
     assert base.tokenizer.unk_token_id not in ids
@@ -305,7 +307,7 @@ def test_rows_and_labels_are_those_of_trls_own_preparation(bases, study, family)
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
     )
-    theirs, ours = trainer.train_dataset, training.prepare("sft", base, study).examples
+    theirs, ours = trainer.train_dataset, examples.prepare("sft", base, study).examples
     assert [one.ids for one in ours] == theirs["input_ids"]
     assert [
         [token if i in set(one.counted) else -100 for i, token in enumerate(one.ids)]
@@ -345,7 +347,7 @@ def test_rows_and_reference_of_dpo_are_those_that_trl_computes_itself(bases, stu
         processing_class=base.tokenizer,
         peft_config=adapters.config(variants_of(study, method, "dpo")[0]),
     )
-    theirs, ours = trainer.train_dataset, training.prepare("dpo", base, study).examples
+    theirs, ours = trainer.train_dataset, examples.prepare("dpo", base, study).examples
     for i, name in enumerate(("chosen", "rejected")):
         sides = [getattr(pair, name) for pair in ours]
         assert [one.ids[: one.counted[0]] for one in sides] == theirs["prompt_ids"]
@@ -362,15 +364,15 @@ def test_the_first_loss_of_dpo_is_log_two_because_reference_and_model_are_the_sa
 
 def test_rows_that_are_too_long_are_cut_or_left_out_and_counted(bases, tmp_path):
     base, study = bases["llama"], study_of(tmp_path, max_length=128)
-    lengths = sorted(len(one.ids) for one in training.prepare("sft", base, study).examples)
-    assert training.prepare("sft", base, study).note is None
+    lengths = sorted(len(one.ids) for one in examples.prepare("sft", base, study).examples)
+    assert examples.prepare("sft", base, study).note is None
     short = study_of(tmp_path, max_length=lengths[-1] - 1)
-    prepared = training.prepare("sft", base, short)
+    prepared = examples.prepare("sft", base, short)
     cut = sum(length >= lengths[-1] for length in lengths)
     assert max(len(one.ids) for one in prepared.examples) == lengths[-1] - 1
     assert f"0 examples left out, {cut} cut" in prepared.note
     with pytest.raises(ValueError) as error:
-        training.prepare("sft", base, study_of(tmp_path, max_length=2))
+        examples.prepare("sft", base, study_of(tmp_path, max_length=2))
     assert "max_length" in one_sentence(error.value)
 
 
@@ -389,7 +391,7 @@ def created(base, study, method, noise=0.0):
 def test_the_dose_of_an_adapter_at_its_init(bases, study, method):
     base = bases["mistral"]
     model, initial = created(base, study, method)
-    dose = training.measure_dose(model, initial, base, training.held_out(base, study))
+    dose = measure_dose(model, initial, base, examples.held_out(base, study)[0])
     adapters.detach(model)
     assert dose["kl_init"] == pytest.approx(0, abs=1e-7)
     assert dose["no_op"]
@@ -406,9 +408,9 @@ def test_the_dose_of_an_adapter_at_its_init(bases, study, method):
 )
 def test_the_dose_is_what_a_slow_and_plain_version_finds(bases, study, family, method):
     base = bases[family]
-    pairs = training.held_out(base, study)
+    pairs, _ = examples.held_out(base, study)
     model, initial = created(base, study, method, noise=0.1)
-    dose = training.measure_dose(model, initial, base, pairs)
+    dose = measure_dose(model, initial, base, pairs)
     after = [_distributions(model, *pair) for pair in pairs]
     with adapters.swapped(model, initial):
         before = [_distributions(model, *pair) for pair in pairs]
@@ -457,9 +459,9 @@ def _kl(distributions, others) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_a_base_model_is_that_of_transformers(bases, make_study, content, family):
     base, study = bases[family], make_study(content)
-    record = training.untouched(study.variants[0], base, study).record
+    record = fitting.untouched(study.variants[0], base, study).record
     losses, counts = [], []
-    for prompt, answer in training.held_out(base, study):
+    for prompt, answer in examples.held_out(base, study)[0]:
         with torch.inference_mode():
             labels = torch.tensor([[-100] * len(prompt) + answer])
             losses.append(

@@ -11,7 +11,8 @@ from driftbook.study import folders
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import load
 from driftbook.study.tables import RUNS
-from driftbook.training import training
+from driftbook.training import examples
+from driftbook.training import fit as fitting
 
 pytest_plugins = ["fitted"]
 
@@ -53,13 +54,13 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
     content["grid"][0] |= {"objectives": ["sft"], "methods": ["lora", "ia3"]}
     content["data"]["sft"]["n"] = 16
     study = load(write_study(tmp_path, content))
-    base, prepared = bases["llama"], training.prepare("sft", bases["llama"], study)
+    base, prepared = bases["llama"], examples.prepare("sft", bases["llama"], study)
 
     def work(variant, folder):
         done = (
-            training.untouched(variant, base, study)
+            fitting.untouched(variant, base, study)
             if variant.method == "none"
-            else training.train(variant, base, prepared, study, folder / "adapter")
+            else fitting.train(variant, base, prepared, study, folder / "adapter")
         )
         return [
             RUNS.write(pd.DataFrame([done.record]), folder),

@@ -88,7 +88,7 @@ def _check_twins(source: Base | Judge, study: Study) -> None:
     the hub is fetched now, before hours of training.
     """
     from driftbook.training.checkpoints import open_checkpoint
-    from driftbook.training.repairs import checkpoint
+    from driftbook.training.mitigations import checkpoint
 
     for name, twin in getattr(source, "checkpoints", {}).items():
         open_checkpoint(checkpoint(twin, study), name)

@@ -82,7 +82,7 @@ def _import_heavy_packages() -> None:
         Qwen2ForCausalLM,
     )
 
-    import driftbook.training  # noqa: F401
+    import driftbook.training.fit  # noqa: F401
 
     torch.set_num_threads(1)
     gc.collect()

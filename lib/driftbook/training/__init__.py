@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoints": ["open_checkpoint"],
         "stage": ["pair_spectra", "prepare_all", "repair_variant", "train_variant", "watch"],
         "steps": ["example_loss"],
-        "training": ["examined", "named"],
+        "examples": ["examined", "named"],
     },
 )

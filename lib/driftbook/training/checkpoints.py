@@ -52,7 +52,7 @@ class Checkpoint:
         return value
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its own name; the file is opened for it alone, so that its pages are let go."""
+        """A tensor by its own name; the file is opened for it alone, to let go of its pages."""
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 

@@ -266,5 +266,7 @@ def _rows(own: Adapter, made: Mapping[str, Update], state: str, touched: set[str
         share = made.get(update.module, update).norm() / norm if norm else None
         row = {"module": update.module, "out_features": update.shape[0]}
         row |= {"in_features": update.shape[1], "rank": update.rank, "norm_update": norm}
-        rows.append(row | {"projected": hit, "share_kept": share, "state": state if hit else "kept"})
+        rows.append(
+            row | {"projected": hit, "share_kept": share, "state": state if hit else "kept"}
+        )
     return pd.DataFrame(rows)

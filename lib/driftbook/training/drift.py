@@ -168,7 +168,11 @@ class DriftCallback(TrainerCallback):
         self.base = found if self.base is None else self.base
         for outcome, (share, n) in found.items():
             low, high = wilson(np.round(share * n), n) if n else (np.nan, np.nan)
-            values = {"value": 100 * share, "ci_low": 100 * float(low), "ci_high": 100 * float(high)}
+            values = {
+                "value": 100 * share,
+                "ci_low": 100 * float(low),
+                "ci_high": 100 * float(high),
+            }
             base = 100 * self.base[outcome][0] if outcome in self.base else None
             row = {"run_id": self.run_id, "step": step, "outcome": outcome, **values}
             self._rows.append(row | {"n": n, "base_value": base})

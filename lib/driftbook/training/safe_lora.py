@@ -113,7 +113,9 @@ def project(
     found = []
     for number, update in enumerate(own):
         v = _difference(*pair, update.module, update)
-        found.append(treat_module(update, v, operator, rank, seed + number, _biases(adapter, update, of)))
+        found.append(
+            treat_module(update, v, operator, rank, seed + number, _biases(adapter, update, of))
+        )
     if not found:
         raise ValueError(
             f"the adapter {adapter} updates no weight matrix, so there is nothing to project"
@@ -156,11 +158,15 @@ def _check_arguments(operator: str, select: str, value: float, rank: int | None)
     if select == "threshold" and not 0 <= value <= 1:
         raise ValueError(f"value={value!r} is a threshold of a score between 0 and 1")
     if operator in BY_ENERGY and rank is None:
-        raise ValueError(f"operator={operator!r} needs rank, the number of V's left singular vectors")
+        raise ValueError(
+            f"operator={operator!r} needs rank, the number of V's left singular vectors"
+        )
     if operator not in BY_ENERGY and rank is not None:
         raise ValueError(f"operator={operator!r} takes no rank; remove it")
     if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank} is no number of singular vectors; give a whole number from 1")
+        raise ValueError(
+            f"rank={rank} is no number of singular vectors; give a whole number from 1"
+        )
 
 
 # ---- which adapters
@@ -223,7 +229,7 @@ def has_update(adapter: Path) -> bool:
 
 
 def merged(adapter: Path, out: Path, base: Path | str) -> Path:
-    """DoRA or IA3 as LoRA of full rank in the new folder `out`, which is returned: the same model."""
+    """DoRA or IA3 as LoRA of full rank, the same model, in the new folder `out`, returned."""
     check_adapter(adapter)
     found = updates.merged(adapter, open_checkpoint(base, "base"))
     _write_whole(out, adapter, {update.module: update for update in found}, {})
@@ -428,9 +434,7 @@ def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
     return rows["score"].rank(method="first") <= value
 
 
-def _biases(
-    adapter: Path, update: Update, base: Checkpoint
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _biases(adapter: Path, update: Update, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """The trained biases [out] of a module by the names of their tensors: before training, and how
     training changed them.
     """

@@ -11,17 +11,17 @@ from driftbook.study import folders
 from driftbook.study.study_file import Study
 from driftbook.study.tables import CURVES, DRIFT, MODULES, RUNS, SPECTRA
 from driftbook.study.variants import Variant
-from driftbook.training import drift, repairs, training
+from driftbook.training import drift, examples, fit, repairs
 from driftbook.training.drift import Rates, Sample
-from driftbook.training.training import Prepared, Way
+from driftbook.training.examples import Prepared, Way
 
 Watch = tuple[Sample, Rates]  # a fixed sample, and what it shows of the base model
 
 
 def prepare_all(variants: Sequence[Variant], base: Loaded, study: Study) -> dict[Way, Prepared]:
     """The examples of every objective and data set that these variants train on, in tokens."""
-    ways = dict.fromkeys(training.way(one) for one in variants if one.dataset)
-    return {way: training.prepare(way[0], base, study, *way[1:]) for way in ways}
+    ways = dict.fromkeys(examples.way(one) for one in variants if one.dataset)
+    return {way: examples.prepare(way[0], base, study, *way[1:]) for way in ways}
 
 
 def watch(base: Loaded, study: Study) -> Watch | None:
@@ -40,16 +40,16 @@ def train_variant(
     """The files of a trained variant, or of the base model itself, in the variant's folder.
 
     Raises:
-        VariantFailure: the training failed; see `training.train`.
+        VariantFailure: the training failed; see `fit.train`.
     """
     folder, looks = folders.folder(study, variant), None
     if variant.method == "none":
-        trained = training.untouched(variant, base, study)
+        trained = fit.untouched(variant, base, study)
     else:
         if watched and variant.dataset:
             looks = drift.callback_of(study.drift, watched[0], base, watched[1], variant)
-        examples = prepared.get(training.way(variant))
-        trained = training.train(variant, base, examples, study, folder / "adapter", looks)
+        own = prepared.get(examples.way(variant))
+        trained = fit.train(variant, base, own, study, folder / "adapter", looks)
     files = [
         RUNS.write(pd.DataFrame([trained.record]), folder),
         CURVES.write(trained.curve, folder),

@@ -86,7 +86,7 @@ class Update:
         return replace(self, b=self.b * self.scale, scale=1.0)
 
     def cosine(self, other: "Update") -> float | None:
-        """<dW, dW'> / (||dW|| ||dW'||) with an update that has the same A; None where one is zero."""
+        """<dW, dW'> / (||dW|| ||dW'||) with an update of the same A; None where one is zero."""
         product = inner(self.a, self.a, self.b, other.b) * self.scale * other.scale
         norms = self.norm() * other.norm()
         return product / norms if norms else None
