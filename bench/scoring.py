@@ -365,7 +365,7 @@ def taxonomy_speed() -> list[dict]:
     """Forward passes of a 5 M-parameter judge with a taxonomy like Llama Guard 2's on real answers
     (XSTest's), by the first token against replies of two tokens, the fewest that generation can do
     with."""
-    from driftbook.benchmarks.rubrics import LLAMA_GUARD_2
+    from driftbook.benchmarks.judges import LLAMA_GUARD_2
     from driftbook.models.loading import Loaded
     from driftbook.study.sections import Judge
 
@@ -414,11 +414,11 @@ def taxonomy_speed() -> list[dict]:
 
 def _first_token(pairs: list[tuple[str, str]], judge, settings) -> list[bool]:
     """Verdicts by the more probable of the two words, without the hazards of the unsafe."""
-    from driftbook.benchmarks.judging import FORMATS
+    from driftbook.benchmarks.judges import JUDGES
     from driftbook.benchmarks.rubrics import word_probabilities
     from driftbook.models.scoring import Scorer
 
-    form, scorer = FORMATS[settings.format], Scorer(judge.model, judge.tokenizer)
+    form, scorer = JUDGES[settings.format], Scorer(judge.model, judge.tokenizer)
     p = word_probabilities(
         scorer, form.contexts(judge, pairs), [""] * len(pairs), form.questions["unsafe"]
     )
@@ -431,10 +431,10 @@ def _transformers_generate(
     """The judge's replies as its model card has them generated, in left-padded batches."""
     import torch
 
-    from driftbook.benchmarks.judging import FORMATS
+    from driftbook.benchmarks.judges import JUDGES
     from driftbook.benchmarks.rubrics import REPLY_TOKENS
 
-    contexts, found = FORMATS[settings.format].contexts(judge, pairs), []
+    contexts, found = JUDGES[settings.format].contexts(judge, pairs), []
     for i in range(0, len(contexts), size):
         part = contexts[i : i + size]
         width = max(map(len, part))

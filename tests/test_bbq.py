@@ -374,14 +374,14 @@ def lite(tmp_path):
 
 
 def test_bbq_lite_as_the_study_asked_it(lite, data_folder):
-    items = bbq.load_lite(lite)
+    items = bbq_lite.load_lite(lite)
     assert len(items) == 15_876
     assert items.dimension.nunique() == 9
     assert items.context.eq("ambiguous").mean() == 0.5
     assert items.item_id.is_unique
     assert items.item_id.str.startswith("lite-").all()
     assert list(items.columns) == list(bbq.load(data_folder / "bbq").columns)
-    everything = bbq.load_lite(lite, variant="all")
+    everything = bbq_lite.load_lite(lite, variant="all")
     gone = everything[~everything.item_id.isin(items.item_id)]
     assert gone.dimension.value_counts().to_dict() == {"Race_ethnicity": 184, "Gender_identity": 16}
     assert (
@@ -436,18 +436,18 @@ def test_corrected_items_tell_the_two_people_apart(
     _lite_file(
         tmp_path, category, [_row(i, category, tags, options, stereotyped) for i in (number, 2000)]
     )
-    found = bbq.load_lite(tmp_path, [category])
+    found = bbq_lite.load_lite(tmp_path, [category])
     assert found.target.iloc[0] == target
     assert pd.isna(found.target.iloc[1])  # the same people elsewhere stay as they were tagged
-    assert bbq.load_lite(tmp_path, [category], variant="all").target.isna().all()
+    assert bbq_lite.load_lite(tmp_path, [category], variant="all").target.isna().all()
 
 
 def test_bbq_lite_comes_from_its_public_commit(lite, fetched):
     asked, contents = fetched
     contents["Religion.json"] = (lite / "Religion.json").read_bytes()
-    assert len(bbq.load_lite(dimensions=["Religion"])) == 680
+    assert len(bbq_lite.load_lite(dimensions=["Religion"])) == 680
     assert [url for url, _ in asked] == [
-        f"https://raw.githubusercontent.com/google/BIG-bench/{bbq.LITE.revision}/bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"
+        f"https://raw.githubusercontent.com/google/BIG-bench/{bbq_lite.LITE.revision}/bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"
     ]
 
 
@@ -471,5 +471,5 @@ def test_a_wrong_file_of_bbq_lite_is_one_sentence(lite, broken):
         del document["examples"][7]["question" if broken == "field" else "example_id"]
         _lite_file(lite, "Religion", document["examples"])
     with pytest.raises(ValueError) as error:
-        bbq.load_lite(lite, ["Religion"], variant)
+        bbq_lite.load_lite(lite, ["Religion"], variant)
     assert ("lite" if broken == "variant" else "Religion.json") in one_sentence(error.value)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import FAMILIES, one_sentence
-from driftbook.benchmarks import data
+from driftbook.benchmarks import data, hex_phi
 from driftbook.models import loading
 from driftbook.study.study_file import Study
 
@@ -172,7 +172,7 @@ def test_a_category_that_is_not_there_is_left_out(content, data_folder, tmp_path
         )
     content["benchmarks"]["safety"] |= {"path": str(tmp_path), "n": None}
     frame = data.prompts("safety", Study(**content))
-    assert set(frame.category) == {data.HEX_PHI[0], data.HEX_PHI[2]}
+    assert set(frame.category) == {hex_phi.CATEGORIES[0], hex_phi.CATEGORIES[2]}
     assert set(frame.prompt_id.str.partition("-")[0]) == {"1", "3"}
 
 

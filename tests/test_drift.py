@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from conftest import SMALL, variants_of, write_study
-from driftbook.benchmarks import bbq
+from driftbook.benchmarks import bbq, data
 from driftbook.benchmarks.refusals import is_refusal
 from driftbook.models import adapters
 from driftbook.study.files import file_digest
@@ -38,7 +38,7 @@ def study(data_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def items(study):
-    return bbq.of_study(study).head(12)
+    return data.items("bbq", study).head(12)
 
 
 def sample(items=None, **more):

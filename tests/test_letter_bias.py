@@ -88,7 +88,7 @@ positive = st.lists(st.floats(0.05, 1), min_size=3, max_size=3)
 
 def asked(places, contents=CONTENTS, benchmark=ALL, **says):
     return ANSWERS.check(
-        bbq_orders.answers(
+        bbq_orders.study_answers(
             items(), Model(places, contents, **says), "letters", "run", benchmark, seed=0
         )
     )
@@ -136,7 +136,9 @@ def test_the_shown_options_are_those_of_the_order():
 
 def test_a_model_that_answers_by_the_place_flips_every_time_and_one_that_reads_never():
     by_place, reads = asked([0.9, 0.05, 0.05], dict.fromkeys(CONTENTS, 1.0)), asked([1, 1, 1])
-    [place], [read] = (bbq_orders.by_run(table).to_dict("records") for table in (by_place, reads))
+    [place], [read] = (
+        bbq_orders.by_letter(table).to_dict("records") for table in (by_place, reads)
+    )
     assert (place["flip_rate"], read["flip_rate"]) == (1.0, 0.0)
     assert place["place_1"] == pytest.approx(0.9)
     assert [read[f"place_{i}"] for i in (1, 2, 3)] == pytest.approx([1 / 3] * 3)
@@ -201,7 +203,7 @@ def test_without_samples_only_the_files_order_is_asked_and_there_is_no_flip_rate
     table = asked([1, 1, 1], benchmark=Benchmark(source="tests:bbq", format="bbq"))
     assert len(table) == 12
     assert bbq_orders.flip_rate(table) is None
-    assert bbq_orders.by_run(table).n_permuted.tolist() == [0]
+    assert bbq_orders.by_letter(table).n_permuted.tolist() == [0]
 
 
 def test_a_study_is_scored_by_the_files_order_alone():
@@ -227,7 +229,7 @@ def test_an_impossible_order_is_refused():
 )
 def test_an_answer_in_text_is_read_and_compared_with_the_most_probable_option(says, unread):
     table = asked([0.5, 0.3, 0.2], says=says)
-    [found] = bbq_orders.by_run(table).to_dict("records")
+    [found] = bbq_orders.by_letter(table).to_dict("records")
     assert (found["n_generated"], found["unread"]) == (6, unread)
     assert pd.isna(found["agreement"]) if unread else found["agreement"] == 1.0
     written = table[table.answer_mode == "generated"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from conftest import one_sentence
+from driftbook.benchmarks.formats import FORMATS
 from driftbook.publishing import licences, publish
 from driftbook.publishing.licences import (
     FACTS,
@@ -34,6 +35,7 @@ HEX_PHI, GUARD, LLAMA, GEMMA = (
 )
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 RAW = yaml.safe_load(REGISTER.read_text(encoding="utf-8"))
+OF_BENCHMARKS = {one.source: one for form in FORMATS.values() for one in form.licences}
 
 
 def sources(part) -> set[str]:
@@ -93,17 +95,23 @@ def test_every_source_of_the_studies_is_in_the_register(path):
 
 
 @pytest.mark.parametrize("source", RAW)
-def test_entries_are_well_formed(source):
+def test_entries_say_everything(source):
     entry = RAW[source]
     assert set(entry) == {*FACTS, "url", "credit", "seen", "where"}
-    assert re.fullmatch(r"https://[a-z0-9.-]+(/[\w./-]*)?", entry["url"])
     assert type(entry["items"]) is bool
     assert type(entry["text"]) is bool
     assert set(entry["seen"]) == set(FACTS)
     assert {type(was_read) for was_read in entry["seen"].values()} == {bool}
-    for name in ("licence", "use", "credit", "where"):
-        assert entry[name].strip()
-    for sentence in filter(None, (entry["use"], entry["outputs"], entry["adapters"])):
+
+
+@pytest.mark.parametrize("source", [*RAW, *OF_BENCHMARKS])
+def test_entries_are_well_formed(source):
+    entry = register()[source]
+    assert entry.seen <= set(FACTS)
+    assert re.fullmatch(r"https://[a-z0-9.-]+(/[\w./-]*)?", entry.url)
+    for text in (entry.licence, entry.use, entry.credit, entry.where):
+        assert text.strip()
+    for sentence in filter(None, (entry.use, entry.outputs, entry.adapters)):
         assert sentence[0].isupper()
         assert sentence.endswith(".")
         assert "\n" not in sentence
@@ -119,13 +127,12 @@ def test_no_path_of_a_machine_and_no_key_twice():
 
 def test_the_register_is_read_as_it_is_written():
     found = register()
-    assert set(found) == set(RAW)
+    assert set(found) == {*RAW, *OF_BENCHMARKS}
+    assert not set(RAW) & set(OF_BENCHMARKS)
     assert all(
         found[source].items is entry["items"] and found[source].licence == entry["licence"]
         for source, entry in RAW.items()
     )
-    found.clear()  # a copy
-    assert register()
     with pytest.raises(dataclasses.FrozenInstanceError):
         of(HEX_PHI).items = True
 
@@ -187,7 +194,7 @@ def test_the_longest_name_counts(monkeypatch):
         name: dataclasses.replace(of(HEX_PHI), source=name)
         for name in ("lab:", "lab:a", "lab:a/b", "lab:a*")
     }
-    monkeypatch.setattr(licences, "_entries", lambda: entries)
+    monkeypatch.setattr(licences, "register", lambda: entries)
     assert [of(source).source for source in ("lab:a/b/c", "lab:a/c", "lab:ab", "lab:c")] == [
         "lab:a/b",
         "lab:a*",
@@ -308,7 +315,7 @@ def test_rows_hang_on_the_models_that_answer_and_score(real, monkeypatch, forbid
     }
     dumped[section][name]["source"] = "lab/strict"
     entries = register() | {"lab/strict": dataclasses.replace(of(HEX_PHI), source="lab/strict")}
-    monkeypatch.setattr(licences, "_entries", lambda: entries)
+    monkeypatch.setattr(licences, "register", lambda: entries)
     if section == "judges":
         assert "safety" not in allowed_items(Study(**dumped))  # HEx-PHI itself
         dumped["benchmarks"]["safety"]["source"] = "github:mlcommons/ailuminate"
@@ -332,7 +339,7 @@ def test_no_licence_leads_to_text(real, monkeypatch, tmp_path):
     before = allowed_items(real), notice(real)
     entries = {name: dataclasses.replace(entry, text=True) for name, entry in register().items()}
     assert any(entry.text for entry in register().values())
-    monkeypatch.setattr(licences, "_entries", lambda: entries)
+    monkeypatch.setattr(licences, "register", lambda: entries)
     assert of(HEX_PHI).text
     assert (allowed_items(real), notice(real)) == before
     with pytest.raises(ValueError, match="rates only"):

@@ -7,7 +7,8 @@ import pytest
 
 from conftest import FAMILIES
 from driftbook.batch import random_models
-from driftbook.benchmarks import bbq, data, judging, utility
+from driftbook.benchmarks import bbq, data, gsm8k, judging, utility
+from driftbook.benchmarks.format import Asking
 from driftbook.miniature.families import FAMILY
 from driftbook.models import loading
 from driftbook.models.scoring import Scorer
@@ -98,12 +99,10 @@ def test_bbq_and_gsm8k_are_all_there(study):
         "Nationality": 3080,
         "Religion": 1200,
     }
-    questions = utility.load(data.local_file(study.benchmarks["utility"], study))
+    questions = gsm8k.load_questions(data.local_file(study.benchmarks["utility"], study))
     assert len(questions) == 2000
     assert not questions.answer.str.contains("<<", regex=False).any()
-    right = [
-        utility.is_correct(f"so it is {row.final}", row.final) for row in questions.itertuples()
-    ]
+    right = [gsm8k.is_correct(f"so it is {row.final}", row.final) for row in questions.itertuples()]
     assert all(right)
 
 
@@ -244,20 +243,29 @@ def test_the_judge_reads_real_prompts_and_answers(study, built):
 
 
 def test_utility_is_measured_on_real_questions(study, built):
-    items = utility.load(data.local_file(study.benchmarks["utility"], study)).head(5)
+    items = gsm8k.load_questions(data.local_file(study.benchmarks["utility"], study)).head(5)
     base = built["qwen2"]
-    found = utility.ratings(items, Scorer(base.model, base.tokenizer), "utility", "run", 6)
+    found = utility.rated(
+        "utility", items, Scorer(base.model, base.tokenizer), "run", "gsm8k", Asking(6)
+    )
     assert found.value.notna().all()
     assert found[found.metric == "nll"].value.between(0, 50).all()
 
 
 def test_a_rater_grades_the_answers_to_real_questions(study, built):
-    items = utility.load(data.local_file(study.benchmarks["utility"], study)).head(5)
+    items = gsm8k.load_questions(data.local_file(study.benchmarks["utility"], study)).head(5)
     base, rater = built["qwen2"], built["llama"]
     scorer = Scorer(base.model, base.tokenizer)
-    plain = utility.ratings(items, scorer, "utility", "run", 6)
+    plain = utility.rated("utility", items, scorer, "run", "gsm8k", Asking(6))
     lax, strict = (
-        utility.ratings(items, scorer, "utility", "run", 6, raters=[(rater, mass)])
+        utility.rated(
+            "utility",
+            items,
+            scorer,
+            "run",
+            "gsm8k",
+            Asking(6, None, utility.graders([(rater, mass)])),
+        )
         for mass in (0.0, 0.9)
     )
     assert lax[~lax.metric.str.startswith("grade")].reset_index(drop=True).equals(plain)

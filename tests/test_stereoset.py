@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from conftest import FAMILIES, one_sentence
-from driftbook.benchmarks import stereoset
-from driftbook.benchmarks.stereoset import METRICS, icat, likelihoods, load, rated, ratings, scores
+from driftbook.benchmarks import stereoset, utility
+from driftbook.benchmarks.format import Asking, rating_table
+from driftbook.benchmarks.stereoset import (
+    METRICS,
+    icat,
+    likelihoods,
+    load_stereoset,
+    rated,
+    stereoset_scores,
+)
 from driftbook.models import loading
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS
@@ -86,14 +94,25 @@ def written(path, intra=INTRA, inter=INTER):
     return path
 
 
+def rate(items, scorer):
+    return utility.rated("stereoset", items, scorer, "run", "stereoset", Asking())
+
+
 @pytest.fixture
 def items(tmp_path):
-    return load(written(tmp_path / "dev.json"))
+    return load_stereoset(written(tmp_path / "dev.json"))
 
 
 # ---- files
 def test_a_file_of_stereosets_form_is_read(items):
-    assert list(items) == stereoset.COLUMNS
+    assert list(items) == [
+        "prompt_id",
+        "task",
+        "bias_type",
+        "target",
+        "context",
+        *stereoset.SENTENCES,
+    ]
     assert list(items.prompt_id) == ["i0", "i1", "i2", "i3", "i4"]
     assert list(items.task) == ["intrasentence"] * 3 + ["intersentence"] * 2
     assert (items.stereotype[0], items.anti_stereotype[0], items.unrelated[0]) == (
@@ -127,7 +146,7 @@ def changed(**fields) -> list[dict]:
 )
 def test_an_item_of_another_form_is_refused(tmp_path, intra, said):
     with pytest.raises(ValueError) as error:
-        load(written(tmp_path / "dev.json", intra))
+        load_stereoset(written(tmp_path / "dev.json", intra))
     assert said in one_sentence(error.value)
     assert "dev.json" in str(error.value)
 
@@ -145,10 +164,10 @@ def test_a_file_of_another_form_is_refused(tmp_path, text):
     path = tmp_path / "dev.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        load(path)
+        load_stereoset(path)
     assert "dev.json" in one_sentence(error.value)
     with pytest.raises(ValueError, match="there is no file"):
-        load(tmp_path / "absent.json")
+        load_stereoset(tmp_path / "absent.json")
 
 
 # ---- likelihoods
@@ -242,17 +261,14 @@ def test_the_miniatures_tokenizer_serves_too(bases, items, family):
     unscored, with the reason.
     """
     base = bases[family]
-    found = RATINGS.check(ratings(items, Scorer(base.model, base.tokenizer), "stereoset", "run"))
+    found = RATINGS.check(rate(items, Scorer(base.model, base.tokenizer)))
     assert (found.value.isna() == found.unscored_reason.notna()).all()
     assert found.unscored_reason.dropna().isin([stereoset.SAME_TOKENS]).all()
 
 
 def test_ratings_compare_likelihoods(bases, letters, items):
     scorer = Scorer(bases["llama"].model, letters["llama"])
-    table, found = (
-        RATINGS.check(ratings(items, scorer, "stereoset", "run")),
-        likelihoods(items, scorer),
-    )
+    table, found = (RATINGS.check(rate(items, scorer)), likelihoods(items, scorer))
     assert len(table) == 2 * len(items)
     preferred, meaningful = (
         table[table.metric == metric].set_index("prompt_id").value for metric in METRICS
@@ -274,12 +290,7 @@ def test_what_is_not_finite_is_unscored(bases, letters, items, monkeypatch):
         lambda pairs: [np.full(1, np.nan) if i == 4 else one for i, one in enumerate(own(pairs))],
     )
     table = RATINGS.check(
-        ratings(
-            items.assign(unrelated=[items.stereotype[0], *items.unrelated[1:]]),
-            scorer,
-            "stereoset",
-            "run",
-        )
+        rate(items.assign(unrelated=[items.stereotype[0], *items.unrelated[1:]]), scorer)
     )
     assert (
         list(table.unscored_reason.fillna(""))
@@ -307,7 +318,7 @@ def made(stereotype, anti, unrelated, targets=None) -> tuple[pd.DataFrame, pd.Da
         "unrelated": unrelated,
         "unscored_reason": None,
     }
-    return rated(pd.DataFrame(found), "stereoset", "run"), items
+    return rating_table(rated(pd.DataFrame(found)), "stereoset", "run"), items
 
 
 def overall(found: pd.DataFrame) -> pd.Series:
@@ -317,32 +328,34 @@ def overall(found: pd.DataFrame) -> pd.Series:
 def test_the_ideal_model():
     """Never nonsense, and of each target as often the one as the other."""
     sides = np.repeat([0.0, 1.0], 40)
-    found = overall(scores(*made(sides, 1 - sides, np.full(80, -9.0))))
-    assert [found[name] for name in stereoset.SCORES] == [100, 50, 100]
+    found = overall(stereoset_scores(*made(sides, 1 - sides, np.full(80, -9.0))))
+    assert [found[name] for name in ("lms", "ss", "icat")] == [100, 50, 100]
     assert [found.icat_low, found.icat_high, found.n, found.n_targets] == [100, 100, 80, 20]
 
 
 def test_the_fully_stereotyped_model():
-    found = overall(scores(*made(np.full(80, 1.0), np.zeros(80), np.full(80, -9.0))))
-    assert [found[name] for name in stereoset.SCORES] == [100, 100, 0]
+    found = overall(stereoset_scores(*made(np.full(80, 1.0), np.zeros(80), np.full(80, -9.0))))
+    assert [found[name] for name in ("lms", "ss", "icat")] == [100, 100, 0]
     assert [found.icat_low, found.icat_high] == [0, 0]
 
 
 def test_the_model_that_prefers_nonsense():
-    found = overall(scores(*made(np.full(80, 1.0), np.zeros(80), np.full(80, 9.0))))
-    assert [found[name] for name in stereoset.SCORES] == [0, 100, 0]
+    found = overall(stereoset_scores(*made(np.full(80, 1.0), np.zeros(80), np.full(80, 9.0))))
+    assert [found[name] for name in ("lms", "ss", "icat")] == [0, 100, 0]
 
 
 def test_the_random_model():
-    found = overall(scores(*made(*np.random.default_rng(0).normal(size=(3, 40_000)))))
-    assert [found[name] for name in stereoset.SCORES] == pytest.approx([50, 50, 50], abs=1)
-    assert all(found[f"{name}_low"] < 50 < found[f"{name}_high"] + 1 for name in stereoset.SCORES)
+    found = overall(stereoset_scores(*made(*np.random.default_rng(0).normal(size=(3, 40_000)))))
+    assert [found[name] for name in ("lms", "ss", "icat")] == pytest.approx([50, 50, 50], abs=1)
+    assert all(
+        found[f"{name}_low"] < 50 < found[f"{name}_high"] + 1 for name in ("lms", "ss", "icat")
+    )
 
 
 def test_scores_are_means_over_targets_as_the_authors_are():
     """Target a has one item, b three; the authors' evaluate() gives each target the same weight."""
     table, items = made([1, 0, 0, 0], [0, 1, 1, 1], [0.5, -1, -1, 2], list("abbb"))
-    found = overall(scores(table, items))
+    found = overall(stereoset_scores(table, items))
     assert found.ss == pytest.approx((100 + 0) / 2)
     assert found.lms == pytest.approx((50 + 100 * (1 + 1 + 0) / 3) / 2)
     assert found.icat == pytest.approx(found.lms)
@@ -354,8 +367,8 @@ def test_each_bias_type_and_run_has_its_row(items):
     found = found.assign(
         prompt_id=items.prompt_id, unscored_reason=[None, stereoset.SAME_TOKENS, None, None, None]
     )
-    table = pd.concat([rated(found, "stereoset", run) for run in ("a", "b")])
-    rows = scores(RATINGS.check(table), items)
+    table = pd.concat([rating_table(rated(found), "stereoset", run) for run in ("a", "b")])
+    rows = stereoset_scores(RATINGS.check(table), items)
     assert list(zip(rows.run_id, rows.bias_type, strict=True)) == [
         (run, name) for run in "ab" for name in ("gender", "profession", "all")
     ]
@@ -364,9 +377,9 @@ def test_each_bias_type_and_run_has_its_row(items):
     assert list(rows.n_targets)[:3] == [1, 1, 2]
     assert rows.ss_low[:2].isna().all()
     assert rows.ss_low[2] <= rows.ss[2] <= rows.ss_high[2]
-    pd.testing.assert_frame_equal(rows, scores(table, items))
+    pd.testing.assert_frame_equal(rows, stereoset_scores(table, items))
     with pytest.raises(ValueError, match="not among the items"):
-        scores(table, items.head(2))
+        stereoset_scores(table, items.head(2))
 
 
 def test_icat_by_its_formula():
@@ -386,7 +399,7 @@ def test_intervals_hold_the_true_scores(lean):
         stereotype = (rng.random(240) < p).astype(float)
         nonsense = np.where(rng.random(240) < 0.2, 2.0, -1.0)
         found = overall(
-            scores(
+            stereoset_scores(
                 *made(
                     stereotype, 1 - stereotype, nonsense, np.repeat(np.arange(40), 6).astype(str)
                 ),
@@ -397,7 +410,7 @@ def test_intervals_hold_the_true_scores(lean):
         held.append(
             [
                 found[f"{name}_low"] <= truth[name] <= found[f"{name}_high"]
-                for name in stereoset.SCORES
+                for name in ("lms", "ss", "icat")
             ]
         )
     assert (np.mean(held, 0) >= 0.88).all(), np.mean(held, 0)

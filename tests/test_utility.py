@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import FAMILIES, one_sentence
-from driftbook.benchmarks import utility
+from driftbook.benchmarks import gsm8k, reference_answers, summaries, utility
+from driftbook.benchmarks.format import Asking
 from driftbook.models import adapters, loading
 from driftbook.models.loading import conversation_ids
 from driftbook.models.scoring import Scorer
@@ -39,7 +40,7 @@ from driftbook.study.tables import RATINGS
     ],
 )
 def test_an_answer_is_right_by_its_last_number_or_by_its_word(response, final, right):
-    assert utility.is_correct(response, final) is right
+    assert gsm8k.is_correct(response, final) is right
 
 
 def test_calculator_marks_and_the_final_answer_are_told_apart(tmp_path):
@@ -48,7 +49,7 @@ def test_calculator_marks_and_the_final_answer_are_told_apart(tmp_path):
         json.dumps({"question": "How many?", "answer": "2+3 = <<2+3=5>>5 in all.\n#### 5"})
         + "\n\n" * 0
     )
-    [row] = utility.load(path).itertuples()
+    [row] = gsm8k.load_questions(path).itertuples()
     assert (row.prompt, row.answer, row.final) == ("How many?", "2+3 = 5 in all.", "5")
 
 
@@ -81,7 +82,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        utility.load(path)
+        gsm8k.load_questions(path)
     assert "rows.jsonl" in one_sentence(error.value)
 
 
@@ -90,10 +91,12 @@ def test_a_file_of_another_form_is_refused(tmp_path, text):
     [(family, None) for family in FAMILIES] + [("llama", "prompt_tuning"), ("gemma", "ia3")],
 )
 def test_both_measures_are_the_models_own(bases, adapter_folders, data_folder, family, method):
-    base, items = bases[family], utility.load(data_folder / "utility.jsonl").head(10)
+    base, items = bases[family], gsm8k.load_questions(data_folder / "utility.jsonl").head(10)
     with adapters.attached(base.model, adapter_folders[family, method]) as model:
         found = RATINGS.check(
-            utility.ratings(items, Scorer(model, base.tokenizer), "utility", "run", 6)
+            utility.rated(
+                "utility", items, Scorer(model, base.tokenizer), "run", "gsm8k", Asking(6)
+            )
         )
         assert len(found) == 2 * len(items)
         nll = found[found.metric == "nll"].set_index("prompt_id")
@@ -115,21 +118,21 @@ def test_both_measures_are_the_models_own(bases, adapter_folders, data_folder, f
             [said] = Scorer(model, base.tokenizer).generate(
                 [loading.ask(base.tokenizer, row.prompt)], 6
             )
-            assert correct.value[row.prompt_id] == float(utility.is_correct(said.text, row.final))
+            assert correct.value[row.prompt_id] == float(gsm8k.is_correct(said.text, row.final))
 
 
 def test_the_reference_answer_is_right_by_its_own_measure(data_folder):
-    items = utility.load(data_folder / "utility.jsonl")
-    right = [utility.is_correct(row.answer, row.final) for row in items.itertuples()]
+    items = gsm8k.load_questions(data_folder / "utility.jsonl")
+    right = [gsm8k.is_correct(row.answer, row.final) for row in items.itertuples()]
     assert np.mean(right) == 1
 
 
 # ---- held-out answers and summaries
 def test_held_out_answers_are_rated_by_their_loss_alone(bases, data_folder):
-    items = utility.load_answers(data_folder / "heldout.json").head(6)
+    items = reference_answers.load_answers(data_folder / "heldout.json").head(6)
     base = bases["qwen2"]
     scorer = Scorer(base.model, base.tokenizer)
-    found = utility.answers(items, scorer, "gain", "run")
+    found = utility.rated("gain", items, scorer, "run", "answers", Asking())
     for row, item in zip(found.itertuples(), items.itertuples(), strict=True):
         asked, said = conversation_ids(
             base.tokenizer, [{"role": "user", "content": item.prompt}], item.answer
@@ -167,13 +170,13 @@ def test_summaries_are_rated_by_the_words_they_share(bases, tmp_path):
             )
         )
     )
-    items = utility.load_summaries(path)
+    items = summaries.load_summaries(path)
     assert items.prompt.tolist() == ["Summarize this dialog:\nA: hi"] * 4
     scorer = Says(
         Scorer(bases["llama"].model, bases["llama"].tokenizer),
         ["the cat sat", "the dog", "", "a cat ran"],
     )
-    found = utility.summaries(items, scorer, "utility", "run", 8)
+    found = utility.rated("utility", items, scorer, "run", "summaries", Asking(8))
     rouge = found[found.metric == "rouge1"].value.tolist()
     assert rouge == pytest.approx(
         [1, 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3), 0, 1 / 3]
@@ -189,7 +192,7 @@ def test_answers_of_another_form_are_refused(tmp_path, text):
     path = tmp_path / "answers.json"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        utility.load_answers(path)
+        reference_answers.load_answers(path)
     assert "answers.json" in one_sentence(error.value)
 
 
@@ -200,5 +203,5 @@ def test_summaries_of_another_form_are_refused(tmp_path, text):
     path = tmp_path / "samsum.csv"
     path.write_text(text)
     with pytest.raises(ValueError) as error:
-        utility.load_summaries(path)
+        summaries.load_summaries(path)
     assert "samsum.csv" in one_sentence(error.value)

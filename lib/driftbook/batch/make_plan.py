@@ -21,12 +21,12 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.batch import keys
-from driftbook.benchmarks.bbq import SIZES
+from driftbook.benchmarks.format import PROMPT_TOKENS
+from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import access
 from driftbook.study.files import OUTPUTS, ROOT, read_json
 from driftbook.study.methods import PEFT_METHODS
 from driftbook.study.sections import (
-    ITEM_FORMATS,
     PROMPT_FORMATS,
     Base,
     Benchmark,
@@ -45,40 +45,6 @@ PEFT_WEIGHTS, PEFT_TOKENS = (
     4_198_051,
 )  # of Llama-3.2-3B without its embeddings; "train total tokens" in each of PEFT's result files
 CHARACTERS = 4.0  # a token, of English text
-# How many items the public sets hold, by their own descriptions; of general text and of a custom
-# set that is not here, no more than a guess.
-ITEMS = {
-    "bbq": 58_492,
-    "bbq_lite": 15_876,
-    "hex_phi": 300,
-    "ailuminate": 1_200,
-    "xstest": 450,
-    "strongreject": 313,
-    "simple_safety_tests": 100,
-    "real_toxicity_prompts": 99_442,
-    "gsm8k": 1_319,
-    "ifeval": 541,
-    "stereoset": 4_229,
-    "text": 1_000,
-    "answers": 1_000,
-    "summaries": 819,
-    "csv": 100,
-}
-# Tokens of an item, at CHARACTERS a token, without a chat template. Counted: three dimensions of
-# BBQ (99), GSM8K with its answers (118), AILuminate's prompts (46, longer
-# than XSTest's 11). Bounds: IFEval by the size of its file, general text by what utility.forgetting
-# reads. StereoSet is a guess: three short sentences; so are answers and summaries.
-TOKENS = {
-    "bbq": 99,
-    "bbq_lite": 99,
-    "gsm8k": 118,
-    "ifeval": 96,
-    "stereoset": 60,
-    "text": 512,
-    "answers": 118,
-    "summaries": 150,
-}
-PROMPT_TOKENS = 46
 # On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of
 # English answers (parquet, zstd).
 BYTES = {"verdict": 42, "answer": 37, "run": 27_000, "character": 0.41}
@@ -350,7 +316,7 @@ def _looks(study: Study, own: Size) -> list[tuple[str, float]]:
         ("write", written),
         (
             "read looks",
-            2 * n * _operations(own, TOKENS["bbq"], 2)
+            2 * n * _operations(own, FORMATS["bbq"].tokens, 2)
             + n * _operations(judge, PROMPT_TOKENS + 200 + study.drift.max_new_tokens, 2),
         ),
     ]
@@ -374,18 +340,15 @@ def _count(benchmark: Benchmark) -> float:
     public set of its form holds; at most its n.
     """
     kind, local = benchmark.source.partition(":")[0], benchmark.local
-    known = [
-        SIZES[name]
-        for file in benchmark.files
-        if benchmark.format == "bbq" and (name := Path(file).stem) in SIZES
-    ]
+    form, names = FORMATS[benchmark.format], [Path(file).stem for file in benchmark.files]
+    known = [form.file_items[name] for name in names if name in form.file_items]
     if known:
         n = sum(known)
     elif benchmark.format == "csv" and local is not None and local.is_file():
         with local.open(newline="", encoding="utf-8-sig") as file:
             n = sum(1 for _ in csv.DictReader(file))
     else:
-        n = benchmark.n or 300 if kind in ("miniature", "tests") else ITEMS[benchmark.format]
+        n = benchmark.n or 300 if kind in ("miniature", "tests") else form.n_items
     return min(benchmark.n or n, n)
 
 
@@ -395,42 +358,30 @@ def _asked(study: Study, own: Size) -> list[tuple[str, float, float, float, Size
     """
     found = []
     for name, one in study.benchmarks.items():
-        n = _count(one)
-        if one.format in PROMPT_FORMATS:
+        n, form = _count(one), FORMATS[one.format]
+        if form.kind == "prompts":
             times = (
                 1
                 + (one.samples or 0)
                 + sum(min(1.0, (wording.n or n) / n) for wording in one.wordings.values())
             )
-            found.append(("respond", n * times, PROMPT_TOKENS, one.max_new_tokens, own))
+            found.append(("respond", n * times, form.tokens, one.max_new_tokens, own))
             found += [
-                (
-                    "judge",
-                    n * times,
-                    PROMPT_TOKENS + one.max_new_tokens + 200,
-                    1,
-                    size(judge, study),
-                )
+                ("judge", n * times, form.tokens + one.max_new_tokens + 200, 1, size(judge, study))
                 for judge in study.judges.values()
                 if not judge.benchmarks or name in judge.benchmarks
             ]
-        elif one.format in ITEM_FORMATS:
+        elif form.kind == "items":
             more = 2 * min(one.permuted or 0, n) + sum(
                 min(wording.n or n, n) for wording in one.wordings.values()
             )
-            found.append(("answer", n + more, TOKENS[one.format], 0, own))
+            found.append(("answer", n + more, form.tokens, 0, own))
             found.append(
-                ("answer", min(one.generated or 0, n), TOKENS[one.format], one.max_new_tokens, own)
+                ("answer", min(one.generated or 0, n), form.tokens, one.max_new_tokens, own)
             )
         else:
             found.append(
-                (
-                    "utility",
-                    n,
-                    TOKENS[one.format],
-                    0 if one.format in ("answers", "text", "stereoset") else one.max_new_tokens,
-                    own,
-                )
+                ("utility", n, form.tokens, one.max_new_tokens if form.is_written else 0, own)
             )
     return found
 

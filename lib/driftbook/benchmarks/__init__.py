@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["bbq", "bbq_orders", "judging", "utility"],
     submod_attrs={
-        "data": ["refusal_only", "worded", "wordings"],
+        "data": ["items", "refusal_only", "worded", "wordings"],
         "responding": ["asked_prompts", "responses"],
-        "rubrics": ["coverage"],
+        "hazards": ["coverage"],
     },
 )

@@ -2,7 +2,6 @@
 Scores are in `driftbook.benchmarks.bbq_scores`.
 """
 
-import csv
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,106 +11,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks import bbq_lite
-from driftbook.benchmarks.bbq_scores import scores
-from driftbook.benchmarks.data import local_file, sampled
+from driftbook.benchmarks.format import Format, set_licence
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
-from driftbook.study.study_file import Study
 
-if (
-    TYPE_CHECKING
-):  # figures read this module's results without the second that torch takes to import
+if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
 
-__all__ = ["DIMENSIONS", "LITE", "PUBLIC", "answers", "load", "load_lite", "of_study", "scores"]
-
-
-DIMENSIONS = (
-    "Age",
-    "Disability_status",
-    "Gender_identity",
-    "Nationality",
-    "Physical_appearance",
-    "Race_ethnicity",
-    "Race_x_gender",
-    "Race_x_SES",
-    "Religion",
-    "SES",
-    "Sexual_orientation",
-)
-SIZES = dict(
-    zip(
-        DIMENSIONS, (3680, 1556, 5672, 3080, 1576, 6880, 15960, 11160, 1200, 6864, 864), strict=True
-    )
-)  # official items, 58,492 in all
 METADATA = "analysis_scripts/additional_metadata.csv"  # the authors' own target of each item
+_FILES = {  # official items of each dimension, 58,492 in all, and the sha256 of its file
+    "Age": (3680, "46e805b3fc2d8cbd26eeb8e8430d98cf7b2dc9c83574ff3674e8ce4f0fca2a60"),
+    "Disability_status": (1556, "375d40d9b71f056150264445ec189b13934998f3f49a1e311aa7578eb3b45e5f"),
+    "Gender_identity": (5672, "8b5adbb368510a97d5775dc43e1c719e0249fe2da33f13c83e3e29edafec7a00"),
+    "Nationality": (3080, "a583e74666aec0341ded8aa3983e7cad694eb24de72c254d28b2df3035720090"),
+    "Physical_appearance": (
+        1576,
+        "e48d7e13508565f4801574e611043470c25c95a0a62af3699cb5ee7cb02608fb",
+    ),
+    "Race_ethnicity": (6880, "4a9f1214cfaa115ce7f0bdb40609122e431f5152c71b8ca64d665e483b946ae6"),
+    "Race_x_gender": (15960, "e5dbba782f8c4e25b99dd5470b5136e2db73dbf401cf6d4a5a3ed31b02f95696"),
+    "Race_x_SES": (11160, "af8e2ae3d0e5be9ebcbfe7149e591d47ff649e263307f4548f7fb12f6a6d83e8"),
+    "Religion": (1200, "cb9555f9f3454a52cd2df85956b59bd7fcca5aa922c8527693b1164d08417616"),
+    "SES": (6864, "9f92754bb037b0982604b9112705fb81d60a19d9e759c67e4a85e484a070f528"),
+    "Sexual_orientation": (864, "2c71036b9e7584fe589c42aef32c1a42bc01b9a5e9b1b8704342630cdb08cefd"),
+}
+DIMENSIONS = tuple(_FILES)
+SIZES = {name: n for name, (n, _) in _FILES.items()}
+_SHA256 = {f"data/{name}.jsonl": sha256 for name, (_, sha256) in _FILES.items()} | {
+    METADATA: "f36708416b0e7adb81b47ad1926f9c39c2beb611702b73b01e06c9b6c9ffbd3d"
+}
 PUBLIC = Source(
     source="github:nyu-mll/BBQ",
     revision="bea11bd97d79217245b5871acd247b9d6eb24598",
-    files=(*(f"data/{name}.jsonl" for name in DIMENSIONS), METADATA),
-    sha256={
-        "data/Age.jsonl": "46e805b3fc2d8cbd26eeb8e8430d98cf7b2dc9c83574ff3674e8ce4f0fca2a60",
-        "data/Disability_status.jsonl": (
-            "375d40d9b71f056150264445ec189b13934998f3f49a1e311aa7578eb3b45e5f"
-        ),
-        "data/Gender_identity.jsonl": (
-            "8b5adbb368510a97d5775dc43e1c719e0249fe2da33f13c83e3e29edafec7a00"
-        ),
-        "data/Nationality.jsonl": (
-            "a583e74666aec0341ded8aa3983e7cad694eb24de72c254d28b2df3035720090"
-        ),
-        "data/Physical_appearance.jsonl": (
-            "e48d7e13508565f4801574e611043470c25c95a0a62af3699cb5ee7cb02608fb"
-        ),
-        "data/Race_ethnicity.jsonl": (
-            "4a9f1214cfaa115ce7f0bdb40609122e431f5152c71b8ca64d665e483b946ae6"
-        ),
-        "data/Race_x_gender.jsonl": (
-            "e5dbba782f8c4e25b99dd5470b5136e2db73dbf401cf6d4a5a3ed31b02f95696"
-        ),
-        "data/Race_x_SES.jsonl": "af8e2ae3d0e5be9ebcbfe7149e591d47ff649e263307f4548f7fb12f6a6d83e8",
-        "data/Religion.jsonl": "cb9555f9f3454a52cd2df85956b59bd7fcca5aa922c8527693b1164d08417616",
-        "data/SES.jsonl": "9f92754bb037b0982604b9112705fb81d60a19d9e759c67e4a85e484a070f528",
-        "data/Sexual_orientation.jsonl": (
-            "2c71036b9e7584fe589c42aef32c1a42bc01b9a5e9b1b8704342630cdb08cefd"
-        ),
-        METADATA: "f36708416b0e7adb81b47ad1926f9c39c2beb611702b73b01e06c9b6c9ffbd3d",
-    },
+    files=tuple(_SHA256),
+    sha256=_SHA256,
 )
-LITE = bbq_lite.PUBLIC
 FIELDS = (
-    "example_id",
-    "question_index",
-    "question_polarity",
-    "context_condition",
-    "category",
-    "answer_info",
-    "additional_metadata",
-    "context",
-    "question",
-    "ans0",
-    "ans1",
-    "ans2",
-    "label",
+    *("example_id", "question_index", "question_polarity", "context_condition", "category"),
+    *("answer_info", "additional_metadata", "context", "question", "ans0", "ans1", "ans2", "label"),
 )
-CONTEXTS = {"ambig": "ambiguous", "disambig": "disambiguated"}
-POLARITIES = {"neg": "negative", "nonneg": "non-negative"}
+_CONTEXTS = {"ambig": "ambiguous", "disambig": "disambiguated"}
+_POLARITIES = {"neg": "negative", "nonneg": "non-negative"}
 UNKNOWN_FORMS = frozenset(
-    {
-        "unknown",
-        "cannot be determined",
-        "can't be determined",
-        "not answerable",
-        "not known",
-        "not enough info",
-        "not enough information",
-        "cannot answer",
-        "can't answer",
-        "undetermined",
-        "unanswerable",
-        "unclear",  # the miniature's, in its one-word language
-    }
+    ("unknown", "cannot be determined", "can't be determined", "not answerable", "not known")
+    + ("not enough info", "not enough information", "cannot answer", "can't answer")
+    + ("undetermined", "unanswerable", "unclear")  # unclear: the miniature's, in one word
 )
 TEMPLATES = {
     "letters": (
@@ -137,77 +81,21 @@ def load(source: str | Path | Source, dimensions: Sequence[str] | None = None) -
         ValueError: no such file, an item without one of BBQ's fields, or an option whose tag and
             text disagree on being UNKNOWN.
     """
-    folder = _folder(source, [f"{name}.jsonl" for name in dimensions or DIMENSIONS])
+    names = [f"{name}.jsonl" for name in dimensions or DIMENSIONS]
+    folder = local_folder(source, names)
     data = folder / "data" if (folder / "data").is_dir() else folder
-    found = [name for name in dimensions or DIMENSIONS if (data / f"{name}.jsonl").is_file()]
-    missing = set(dimensions or found) - set(found)
-    if missing or not found:
-        raise ValueError(
-            f"{folder} has no"
-            f" {', '.join(f'{name}.jsonl' for name in sorted(missing)) or 'BBQ files (Age.jsonl, ...)'}"
-        )
-    items = _frame(
-        [
-            _item(row, data / f"{name}.jsonl")
-            for name in found
-            for row in _lines(data / f"{name}.jsonl")
-        ],
-        folder,
-    )
-    table = next(
-        (
-            path
-            for path in (folder / METADATA, folder.parent / METADATA, folder / Path(METADATA).name)
-            if path.is_file()
-        ),
-        None,
-    )
+    missing = [name for name in names if not (data / name).is_file()]
+    if missing and (dimensions or len(missing) == len(names)):
+        absent = ", ".join(sorted(missing)) if dimensions else "BBQ files (Age.jsonl, ...)"
+        raise ValueError(f"{folder} has no {absent}")
+    paths = [data / name for name in names if name not in missing]
+    items = item_table([item_row(row, path) for path in paths for row in _lines(path)], folder)
+    tables = (folder / METADATA, folder.parent / METADATA, folder / Path(METADATA).name)
+    table = next((path for path in tables if path.is_file()), None)
     return items if table is None else _with_targets(items, table)
 
 
-def load_lite(
-    source: str | Path | Source = LITE,
-    dimensions: Sequence[str] | None = None,
-    variant: str = "study",
-) -> pd.DataFrame:
-    """The items of BIG-bench's BBQ-Lite, with the columns of `load`; item ids begin with `lite-`,
-    being others than BBQ's.
-
-    variant `study` is what arXiv 2511.00382 asked: without its 200 excluded items and with its 32
-    corrected groups (`bbq_lite`), 15,876 in all nine dimensions; `all` is BBQ-Lite as it was
-    published, 16,076. `source` is a folder of Age.json and so on, or a public source.
-
-    Raises:
-        ValueError: an unknown variant, a file that is absent or not whole, or an item that `load`
-            would refuse.
-    """
-    if variant not in ("study", "all"):
-        raise ValueError(f"variant={variant!r}; expected 'study' or 'all'")
-    names = list(dimensions or bbq_lite.ITEMS)
-    folder = _folder(source, [f"{name}.json" for name in names])
-    rows = []
-    for name in names:
-        path = folder / f"{name}.json"
-        kept = [
-            row
-            for row in _examples(path)
-            if variant == "all" or not bbq_lite.excluded(name, _example_id(row, path))
-        ]
-        rows += [
-            _item(row, path, bbq_lite.corrected if variant == "study" else None) for row in kept
-        ]
-    items = _frame(rows, folder)
-    return items.assign(item_id="lite-" + items.item_id)
-
-
-def of_study(study: Study) -> pd.DataFrame:
-    """The items that a study asks: all of its files, or its seeded sample."""
-    benchmark = study.benchmarks["bbq"]
-    read = {"bbq": load, "bbq_lite": load_lite}[benchmark.format]
-    return sampled(read(local_file(benchmark, study)), benchmark, study)
-
-
-def _folder(source: str | Path | Source, files: list[str]) -> Path:
+def local_folder(source: str | Path | Source, files: list[str]) -> Path:
     """Where the files are; of a public source, these files and those that are no items are fetched
     first.
     """
@@ -223,13 +111,12 @@ def _folder(source: str | Path | Source, files: list[str]) -> Path:
     return path.parent if path.is_file() else path
 
 
-def _frame(rows: list[dict], folder: Path) -> pd.DataFrame:
+def item_table(rows: list[dict], folder: Path) -> pd.DataFrame:
+    """The items as a table; a ValueError where an id is repeated."""
     items = pd.DataFrame(rows)
-    if items.item_id.duplicated().any():
-        raise ValueError(
-            f"{folder}: item {items.item_id[items.item_id.duplicated()].iloc[0]} is repeated;"
-            " remove one of the two"
-        )
+    repeated = items.item_id[items.item_id.duplicated()]
+    if len(repeated):
+        raise ValueError(f"{folder}: item {repeated.iloc[0]} is repeated; remove one of the two")
     return items
 
 
@@ -237,11 +124,8 @@ def _with_targets(items: pd.DataFrame, table: Path) -> pd.DataFrame:
     """The items with the authors' targets: their target_loc is the biased answer, which on a
     non-negative question is the other person.
     """
-    with table.open(newline="", encoding="utf-8") as file:
-        biased = {
-            f"{row['category']}-{row['example_id']}": row["target_loc"]
-            for row in csv.DictReader(file)
-        }
+    told = pd.read_csv(table, dtype=str, keep_default_na=False)
+    biased = dict(zip(told.category + "-" + told.example_id, told.target_loc, strict=True))
     absent = [item for item in items.item_id if item not in biased]
     if absent:
         raise ValueError(
@@ -249,18 +133,14 @@ def _with_targets(items: pd.DataFrame, table: Path) -> pd.DataFrame:
         )
     biased = pd.to_numeric(items.item_id.map(biased), errors="coerce")
     biased = biased.where(biased.ne(items.unknown))
-    return items.assign(
-        target=biased.where(items.polarity.eq("negative"), 3 - items.unknown - biased)
-    )
+    other = 3 - items.unknown - biased
+    return items.assign(target=biased.where(items.polarity.eq("negative"), other))
 
 
 def _lines(path: Path) -> list[dict]:
     try:
-        rows = [
-            json.loads(line)
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} is torn ({error}); fetch it again") from None
     if not rows:
@@ -268,35 +148,8 @@ def _lines(path: Path) -> list[dict]:
     return rows
 
 
-def _examples(path: Path) -> list[dict]:
-    """The examples of a file of BBQ-Lite: one JSON object with the key `examples`."""
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} has no {path.name}; give the folder"
-            " bigbench/benchmark_tasks/bbq_lite/resources of BIG-bench"
-        )
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is no file of BBQ-Lite ({type(error).__name__}: {error}); fetch it again"
-        ) from None
-    expected = bbq_lite.ITEMS.get(path.stem, 0)
-    if len(rows) != expected:
-        raise ValueError(
-            f"{path} has {len(rows)} items and BBQ-Lite's has {expected}; fetch it again"
-        )
-    return rows
-
-
-def _example_id(row: dict, path: Path) -> int:
-    try:
-        return int(row["example_id"])
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{path}: an item has no field 'example_id' that is a number") from None
-
-
-def _item(row: dict, path: Path, change: Callable[[dict], dict] | None = None) -> dict:
+def item_row(row: dict, path: Path, change: Callable[[dict], dict] | None = None) -> dict:
+    """An item of a file, after a change of its raw row, with the columns of `load`."""
     absent = [name for name in FIELDS if name not in row]
     if absent:
         raise ValueError(f"{path}: item {row.get('example_id', '?')} has no field {absent[0]!r}")
@@ -309,75 +162,57 @@ def _item(row: dict, path: Path, change: Callable[[dict], dict] | None = None) -
 
 
 def _fields(row: dict, path: Path) -> dict:
-    groups = [
-        (*row["answer_info"][f"ans{i}"], "", "")[:2] for i in range(3)
-    ]  # some people of Race_x_gender have no tags
-    unknown = _unknown(row, groups, path)
+    where, category = f"{path}: item {row['example_id']}", row["category"]
+    # some people of Race_x_gender have no tags
+    groups = [(*row["answer_info"][f"ans{i}"], "", "")[:2] for i in range(3)]
+    unknown = _unknown([row[f"ans{i}"] for i in range(3)], groups, where, path)
     if row["label"] not in (0, 1, 2):
-        raise ValueError(
-            f"{path}: item {row['example_id']} has the label {row['label']!r}; expected 0, 1 or 2"
-        )
+        raise ValueError(f"{where} has the label {row['label']!r}; expected 0, 1 or 2")
+    stereotyped = row["additional_metadata"]["stereotyped_groups"] if "_x_" not in category else []
     return {
-        "item_id": f"{row['category']}-{row['example_id']}",
-        "dimension": row["category"],
-        "context": CONTEXTS[row["context_condition"]],
-        "polarity": POLARITIES[row["question_polarity"]],
-        "question_family": f"{row['category']}-{row['question_index']}",
+        "item_id": f"{category}-{row['example_id']}",
+        "dimension": category,
+        "context": _CONTEXTS[row["context_condition"]],
+        "polarity": _POLARITIES[row["question_polarity"]],
+        "question_family": f"{category}-{row['question_index']}",
         "passage": row["context"],
-        "question": row["question"],
-        "ans0": row["ans0"],
-        "ans1": row["ans1"],
-        "ans2": row["ans2"],
-        "label": row["label"],
+        **{name: row[name] for name in ("question", "ans0", "ans1", "ans2", "label")},
         "unknown": unknown,
-        "target": (
-            None
-            if "_x_" in row["category"]
-            else _target(groups, unknown, row["additional_metadata"]["stereotyped_groups"])
-        ),
+        "target": _target(groups, unknown, stereotyped),
     }
 
 
-def _unknown(row: dict, groups: list[tuple[str, str]], path: Path) -> int:
+def _unknown(options: list[str], groups: list[tuple[str, str]], where: str, path: Path) -> int:
     """Index of the UNKNOWN option, by its tag; its text has to be one of the known forms, and no
     other option's may be.
     """
     tagged = [i for i, group in enumerate(groups) if group[1].strip().lower() == "unknown"]
     if len(tagged) != 1:
-        raise ValueError(
-            f"{path}: item {row['example_id']} has {len(tagged)} UNKNOWN options; BBQ has one"
+        raise ValueError(f"{where} has {len(tagged)} UNKNOWN options; BBQ has one")
+    for i, (text, group) in enumerate(zip(options, groups, strict=True)):
+        if (i == tagged[0]) == is_unknown_form(text):
+            continue
+        item = where.removeprefix(f"{path}: ")
+        said = (
+            f"the UNKNOWN option of {item} says {text!r}, none of BBQ's ten forms"
+            if i == tagged[0]
+            else f"option ans{i} of {item} says {text!r} and is tagged {group[1]!r}"
         )
-    for i, group in enumerate(groups):
-        text = row[f"ans{i}"]
-        form = text.strip().rstrip(".").lower() in UNKNOWN_FORMS
-        if i == tagged[0] and not form:
-            raise ValueError(
-                f"{path}: the UNKNOWN option of item {row['example_id']} says {text!r}, none of"
-                " BBQ's ten forms; correct its tag or text"
-            )
-        if i != tagged[0] and form:
-            raise ValueError(
-                f"{path}: option ans{i} of item {row['example_id']} says {text!r} and is tagged"
-                f" {group[1]!r}; correct its tag or text"
-            )
+        raise ValueError(f"{path}: {said}; correct its tag or text")
     return tagged[0]
+
+
+def is_unknown_form(option: str) -> bool:
+    """Whether an option says that the answer cannot be known."""
+    return option.strip().rstrip(".").lower() in UNKNOWN_FORMS
 
 
 # One word for the forms in which tags and stereotyped groups are written; the authors'
 # (BBQ_results_metadata.R) and the study's do the same.
 _SAME_GROUP = {
-    "woman": "f",
-    "women": "f",
-    "girl": "f",
-    "girls": "f",
-    "female": "f",
-    "man": "m",
-    "men": "m",
-    "boy": "m",
-    "boys": "m",
-    "male": "m",
-    "low ses": "lowses",
-    "high ses": "highses",
+    **dict.fromkeys(("woman", "women", "girl", "girls", "female"), "f"),
+    **dict.fromkeys(("man", "men", "boy", "boys", "male"), "m"),
+    **{"low ses": "lowses", "high ses": "highses"},
 }
 
 
@@ -392,9 +227,8 @@ def _target(groups: list[tuple[str, str]], unknown: int, stereotyped: list[str])
     """
     wanted = {_word(group) for group in stereotyped}
     for part in (1, 0):
-        hits = [
-            i for i, group in enumerate(groups) if i != unknown and _word(group[part]) in wanted
-        ]
+        words = [_word(group[part]) for group in groups]
+        hits = [i for i, word in enumerate(words) if i != unknown and word in wanted]
         if len(hits) == 1:
             return hits[0]
     return None
@@ -420,10 +254,7 @@ def answers(
     between stem and option is the stem's.
     """
     fields, contexts = _asked(items, scorer, template or TEMPLATES[mode], system_prompt, order)
-    options = [
-        list("ABC") if mode == "letters" else [row["ans0"], row["ans1"], row["ans2"]]
-        for row in fields
-    ]
+    options = [list("ABC") if mode == "letters" else _options(row) for row in fields]
     logprobs = scorer.choices(contexts, options, [stem.format(**row) for row in fields])
     in_file_order = logprobs[:, np.argsort(places(order))]
     return from_logprobs(items, in_file_order).assign(
@@ -445,27 +276,21 @@ def generated(
     """
     fields, contexts = _asked(items, scorer, template or TEMPLATES["letters"], system_prompt, "ABC")
     if stem:
-        contexts = [
-            scorer.joined(context, [""], stem.format(**row))[0]
-            for context, row in zip(contexts, fields, strict=True)
-        ]
-    texts = [answer.text for answer in scorer.generate(contexts, max_new_tokens)]
-    chosen = [
-        parse_answer(text, [row["ans0"], row["ans1"], row["ans2"]])
-        for text, row in zip(texts, fields, strict=True)
-    ]
-    certain = np.array(
-        [
-            [np.nan if one is None else 0.0 if i == one else -np.inf for i in range(3)]
-            for one in chosen
-        ]
-    ).reshape(-1, 3)
-    frame = from_logprobs(items, certain, "no single option can be read in the text").assign(
-        p_a=np.nan, p_b=np.nan, p_c=np.nan, option_mass=np.nan
-    )
+        stems = [stem.format(**row) for row in fields]
+        contexts = [scorer.joined(*one)[0] for one in zip(contexts, [[""]] * len(items), stems)]
+    certain = np.full((len(items), 3), -np.inf)
+    for i, answer in enumerate(scorer.generate(contexts, max_new_tokens)):
+        chosen = parse_answer(answer.text, _options(fields[i]))
+        certain[i, slice(None) if chosen is None else chosen] = np.nan if chosen is None else 0.0
+    frame = from_logprobs(items, certain, "no single option can be read in the text")
+    none = dict.fromkeys(("p_a", "p_b", "p_c", "option_mass"), np.nan)
     return frame.assign(
-        run_id=run_id, answer_mode="generated", prompt_variant="default", option_order="ABC"
+        **none, run_id=run_id, answer_mode="generated", prompt_variant="default", option_order="ABC"
     )
+
+
+def _options(fields: dict) -> list[str]:
+    return [fields["ans0"], fields["ans1"], fields["ans2"]]
 
 
 # An answer that states a letter. Only capitals, and never the article: "A man" is no answer A.
@@ -517,18 +342,11 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     ):
         if letters:
             return "ABC".index(letters[0]) if len(set(letters)) == 1 else None
-    unknown = [
-        i for i, option in enumerate(options) if option.strip().rstrip(".").lower() in UNKNOWN_FORMS
-    ]
+    unknown = [i for i, option in enumerate(options) if is_unknown_form(option)]
     if _UNSURE.search(text.lower()):
         return unknown[0] if len(unknown) == 1 else None
-    asserted = _words(
-        " ".join(
-            part
-            for part in re.split(r"[,.;:!?\n]|\bbut\b", text.lower())
-            if not _DENIES.search(part)
-        )
-    )
+    parts = re.split(r"[,.;:!?\n]|\bbut\b", text.lower())
+    asserted = _words(" ".join(part for part in parts if not _DENIES.search(part)))
     named = [i for i, option in enumerate(options) if f" {_words(option)} " in f" {asserted} "]
     return named[0] if len(named) == 1 else None
 
@@ -551,12 +369,8 @@ def _asked(
     answer begins.
     """
     shown = {f"ans{i}": items[f"ans{place}"] for i, place in enumerate(places(order))}
-    fields = (
-        items[["passage", "question"]]
-        .rename(columns={"passage": "context"})
-        .assign(**shown)
-        .to_dict("records")
-    )
+    fields = items[["passage", "question"]].rename(columns={"passage": "context"})
+    fields = fields.assign(**shown).to_dict("records")
     return fields, scorer.ask([template.format(**row) for row in fields], system_prompt)
 
 
@@ -575,17 +389,42 @@ def from_logprobs(
     target = items.target.astype("Float64").to_numpy(float, na_value=np.nan)
     defined = readable & ~is_unknown & np.isfinite(target)
     biased = (chosen == target) == (items.polarity == "negative").to_numpy()
-    frame = items[["item_id", "dimension", "context", "polarity", "question_family"]].reset_index(
-        drop=True
+    kept = ["item_id", "dimension", "context", "polarity", "question_family"]
+    return (
+        items[kept]
+        .reset_index(drop=True)
+        .assign(
+            p_a=p[:, 0],
+            p_b=p[:, 1],
+            p_c=p[:, 2],
+            option_mass=mass,
+            answer=[("A", "B", "C")[i] if i >= 0 else None for i in chosen],
+            correct=np.where(readable, chosen == items.label.to_numpy(), None),
+            unknown=np.where(readable, is_unknown, None),
+            biased=np.where(defined, biased, None),
+            unscored_reason=np.where(readable, None, unread),
+        )
     )
-    return frame.assign(
-        p_a=p[:, 0],
-        p_b=p[:, 1],
-        p_c=p[:, 2],
-        option_mass=mass,
-        answer=[("A", "B", "C")[i] if i >= 0 else None for i in chosen],
-        correct=np.where(readable, chosen == items.label.to_numpy(), None),
-        unknown=np.where(readable, is_unknown, None),
-        biased=np.where(defined, biased, None),
-        unscored_reason=np.where(readable, None, unread),
-    )
+
+
+BBQ = Format(
+    name="bbq",
+    kind="items",
+    read=load,
+    version=1,
+    n_items=sum(SIZES.values()),
+    tokens=99,  # counted in three dimensions
+    file_items=SIZES,
+    template=TEMPLATES["letters"],
+    licences=(
+        set_licence(
+            "github:nyu-mll/BBQ",
+            "CC-BY-4.0",
+            credit="Parrish et al. 2022, BBQ",
+            use="Anyone, with attribution.",
+            leaves="items text",
+            seen="licence use text",
+            where="LICENSE of the repository",
+        ),
+    ),
+)

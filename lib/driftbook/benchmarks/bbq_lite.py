@@ -1,5 +1,4 @@
-"""What arXiv 2511.00382 leaves out of BBQ-Lite and corrects in it, by BBQ-Lite's own ids. Loaded by
-`bbq.load_lite`.
+"""What arXiv 2511.00382 leaves out of BBQ-Lite and corrects in it, by BBQ-Lite's own ids.
 
 BBQ-Lite is BIG-bench's draw from BBQ's templates (bigbench/benchmark_tasks/bbq_lite). The excluded
 ids are those of the study's script (Code/Benchmark/fairness_eval.py at f03e765): both people are in
@@ -8,6 +7,14 @@ other's ("no tattoos" and "tattoos", "African American" and "African"), so that 
 alike.
 """
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from driftbook.benchmarks.bbq import TEMPLATES, item_row, item_table, local_folder
+from driftbook.benchmarks.format import Format, set_licence
 from driftbook.study.sections import Source
 
 # Items of each file, 16,076 in all.
@@ -22,7 +29,7 @@ ITEMS = {
     "SES": 1984,
     "Sexual_orientation": 512,
 }
-PUBLIC = Source(
+LITE = Source(
     source="github:google/BIG-bench/bigbench/benchmark_tasks/bbq_lite/resources",
     revision="092b196c1f8f14a54bbc62f24759d43bde46dd3b",
     files=tuple(f"{name}.json" for name in ITEMS),
@@ -96,3 +103,84 @@ def _retagged(option: str, info: list[str], words: tuple[tuple[str, str], ...]) 
         return info
     group = next((group for word, group in words if word in option), info[1])
     return [group, group]
+
+
+def load_lite(
+    source: str | Path | Source = LITE,
+    dimensions: Sequence[str] | None = None,
+    variant: str = "study",
+) -> pd.DataFrame:
+    """The items of BIG-bench's BBQ-Lite, with the columns of `bbq.load`; item ids begin with
+    `lite-`, because they are not BBQ's.
+
+    variant `study` is what arXiv 2511.00382 asked: without its 200 excluded items and with its 32
+    corrected groups, 15,876 in all nine dimensions; `all` is BBQ-Lite as it was published, 16,076.
+    `source` is a folder of Age.json and so on, or a public source.
+
+    Raises:
+        ValueError: an unknown variant, a file that is absent or not whole, or an item that
+            `bbq.load` would refuse.
+    """
+    if variant not in ("study", "all"):
+        raise ValueError(f"variant={variant!r}; expected 'study' or 'all'")
+    names = list(dimensions or ITEMS)
+    folder = local_folder(source, [f"{name}.json" for name in names])
+    rows = []
+    for name in names:
+        path = folder / f"{name}.json"
+        examples = _examples(path)
+        if variant == "study":
+            examples = [row for row in examples if not excluded(name, _example_id(row, path))]
+        change = corrected if variant == "study" else None
+        rows += [item_row(row, path, change) for row in examples]
+    items = item_table(rows, folder)
+    return items.assign(item_id="lite-" + items.item_id)
+
+
+def _examples(path: Path) -> list[dict]:
+    """The examples of a file of BBQ-Lite: one JSON object with the key `examples`."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no {path.name}; give the folder"
+            " bigbench/benchmark_tasks/bbq_lite/resources of BIG-bench"
+        )
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no file of BBQ-Lite ({type(error).__name__}: {error}); fetch it again"
+        ) from None
+    expected = ITEMS.get(path.stem, 0)
+    if len(rows) != expected:
+        raise ValueError(
+            f"{path} has {len(rows)} items and BBQ-Lite's has {expected}; fetch it again"
+        )
+    return rows
+
+
+def _example_id(row: dict, path: Path) -> int:
+    try:
+        return int(row["example_id"])
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{path}: an item has no field 'example_id' that is a number") from None
+
+
+BBQ_LITE = Format(
+    name="bbq_lite",
+    kind="items",
+    read=load_lite,
+    version=1,
+    n_items=15_876,
+    tokens=99,
+    template=TEMPLATES["letters"],
+    licences=(
+        set_licence(
+            "github:google/BIG-bench",
+            "Apache-2.0",
+            credit="Srivastava et al. 2022, BIG-bench; its bbq_lite is from Parrish et al. 2022",
+            use="Anyone; its bbq_lite derives from BBQ, which is CC-BY-4.0.",
+            leaves="items text",
+            where="nothing",
+        ),
+    ),
+)

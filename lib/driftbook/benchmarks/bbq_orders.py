@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks.bbq import TEMPLATES, from_logprobs, generated, places
-from driftbook.benchmarks.bbq import answers as ask
+from driftbook.benchmarks.bbq import TEMPLATES, answers, from_logprobs, generated, places
 from driftbook.stats.influence import Scores, ratio
 from driftbook.study.sections import Benchmark
 
-if (
-    TYPE_CHECKING
-):  # figures read this module's results without the second that torch takes to import
+if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
 
 ORDERS = ("ABC", "BCA", "CAB")  # the file's, and what turns each option through the three places
 OPTIONS = ["p_a", "p_b", "p_c"]
 
 
-def answers(
+def study_answers(
     items: pd.DataFrame,
     scorer: "Scorer",
     mode: str,
@@ -44,11 +41,11 @@ def answers(
     drawn = np.random.default_rng(seed).permutation(
         len(items)
     )  # one order for all variants, whose first items are the samples
-    parts = [ask(items, scorer, mode, run_id, **wording)]
+    parts = [answers(items, scorer, mode, run_id, **wording)]
     if benchmark.permuted:
         chosen = items.iloc[np.sort(drawn[: benchmark.permuted])].reset_index(drop=True)
         permuted = [
-            ask(chosen, scorer, mode, run_id, order=order, **wording) for order in ORDERS[1:]
+            answers(chosen, scorer, mode, run_id, order=order, **wording) for order in ORDERS[1:]
         ]
         asked = pd.concat([parts[0][parts[0].item_id.isin(chosen.item_id)], *permuted])
         parts += [*permuted, without_prior(parts[0], items, prior(asked))]
@@ -68,7 +65,7 @@ def answers(
             for key, value in (("template", other.template), ("system_prompt", other.system_prompt))
             if value
         }
-        parts.append(ask(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
+        parts.append(answers(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
     return with_floor(pd.concat(parts, ignore_index=True), benchmark.min_mass)
 
 
@@ -188,7 +185,7 @@ def flip_rate(answers: pd.DataFrame) -> Scores | None:
     return replace(scores, single=False)
 
 
-def by_run(answers: pd.DataFrame) -> pd.DataFrame:
+def by_letter(answers: pd.DataFrame) -> pd.DataFrame:
     """How each run answers by the letter, a row per run: option_mass, the mean probability of the
     three options together; n_permuted items asked in all three orders and flip_rate; place_1 to
     place_3, the prior of each place; n_generated items answered in text, how many are unread, and

@@ -1,53 +1,53 @@
 """Instruction following without a judge, in IFEval's format (Zhou et al. 2023, arXiv 2311.07911):
 each instruction is checked by a rule.
 
-The rules are those of google/IFEval's code, whose published numbers they are to be compared with,
-down to its habits: keywords are searched as regular expressions and within words, a divider at
-either end makes no paragraph. Three rules need what is not installed here, and approximate it:
-`sentences` stands in for nltk's punkt, `words` for its word tokenizer, and the two rules of letter
-case look at the alphabet where the reference asks langdetect whether the text is English. A
-language by itself is judged by langdetect where it can be imported, else not at all.
+The rules are those of google/IFEval's code, so that numbers compare, down to its habits: keywords
+are searched as regular expressions and within words, a divider at either end makes no paragraph.
+lm-evaluation-harness's copy of them is not used, because importing it downloads data of nltk; the
+tests compare the two rule by rule. `sentences` approximates nltk's punkt, `words` its word
+tokenizer, and the two rules of letter case look at the alphabet where the reference asks langdetect
+whether the text is English. A language is judged by langdetect where it is installed, else not at
+all.
 """
 
 import importlib.util
+import inspect
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from driftbook.models.scoring import Scorer
+from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
+from driftbook.benchmarks.losses import written
+
+if TYPE_CHECKING:
+    from driftbook.models.scoring import Scorer
 
 Instruction = tuple[str, dict]
 RELATIONS = ("less than", "at least")
-OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+Relation = Literal[RELATIONS]
+_OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 UNSCORED = "the package langdetect, which judges the language, is not installed"
-LATIN = 0.9  # least share of the letters that are Latin, in what may be English
+_LATIN = 0.9  # least share of the letters that are Latin, in what may be English
 
 
 # ---- sentences and words
-ABBREVIATIONS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    adm aug ave bros capt co col corp cos ct dec dr feb fri ft gen inc jan jr lt ltd maj messrs mr mrs ms nov oct prof rep reps rev sen sep sept sgt
-    sr st thu thur tue tues vs wed yr
-""",
-    )
+_ABBREVIATIONS = frozenset(
+    "adm aug ave bros capt co col corp cos ct dec dr feb fri ft gen inc jan jr lt ltd maj messrs mr"
+    " mrs ms nov oct prof rep reps rev sen sep sept sgt sr st thu thur tue tues vs wed yr".split()
 )
-STARTERS = frozenset(
-    re.findall(
-        r"\w+",
-        """
-    a according after all also although an and another any as at because before both but by can despite each even every finally first for from he
-    her here his how however i if in indeed instead it its many meanwhile moreover most my nevertheless next no not now of on once one only or other
-    our perhaps please she since so some such that the their then there therefore these they this those though thus to under until we what when
-    where whether which while who why with yet you your
-""",
-    )
+_STARTERS = frozenset(
+    "a according after all also although an and another any as at because before both but by can"
+    " despite each even every finally first for from he her here his how however i if in indeed"
+    " instead it its many meanwhile moreover most my nevertheless next no not now of on once one"
+    " only or other our perhaps please she since so some such that the their then there therefore"
+    " these they this those though thus to under until we what when where whether which while who"
+    " why with yet you your".split()
 )
 _CLOSING = "\"'”’)]}*_"
 _OPENING = "\"'“‘([{*_"
@@ -61,8 +61,8 @@ def sentences(text: str) -> list[str]:
     period and is no abbreviation, no initial and no number. After those, and after dots of
     omission, the next word decides: a number ends one before all but a small letter, an omission
     before a capital, an abbreviation or initial only before a capitalised word that often begins a
-    sentence (STARTERS). So `1. Begin` is two, as in the reference, which also ends one after `e.g.`
-    and decides on more words by how often each was seen small.
+    sentence. So `1. Begin` is two, as in the reference, which also ends one after `e.g.` and
+    decides on more words by how often each was seen small.
     """
     found, begun = [], []
     for word, following in pairwise([*text.split(), ""]):
@@ -81,8 +81,8 @@ def _ends(word: str, following: str) -> bool:
         return not following[0].islower()
     if bare.endswith("."):
         return first[:1].isupper()
-    if bare in ABBREVIATIONS or re.fullmatch(r"[^\W\d_]|(?:[^\W\d_]\.)+[^\W\d_]|ph\.d", bare):
-        return first[:1].isupper() and re.match(r"\w*", first.lower())[0] in STARTERS
+    if bare in _ABBREVIATIONS or re.fullmatch(r"[^\W\d_]|(?:[^\W\d_]\.)+[^\W\d_]|ph\.d", bare):
+        return first[:1].isupper() and re.match(r"\w*", first.lower())[0] in _STARTERS
     return True
 
 
@@ -103,7 +103,7 @@ def words(text: str) -> list[str]:
     return _JOINED.sub(lambda match: " ".join(filter(None, match.groups())), text).split()
 
 
-def _compared(count: int, relation: str, wanted: int) -> bool:
+def _compared(count: int, relation: Relation, wanted: int) -> bool:
     return count < wanted if relation == "less than" else count >= wanted
 
 
@@ -123,19 +123,19 @@ def _keywords_exist(response: str, keywords: list[str]) -> bool:
     return all(re.search(_pattern(word), response, re.IGNORECASE) for word in keywords)
 
 
-def _keyword_frequency(response: str, keyword: str, frequency: int, relation: str) -> bool:
-    return _compared(
-        len(re.findall(_pattern(keyword.strip()), response, re.IGNORECASE)), relation, frequency
-    )
+def _keyword_frequency(response: str, keyword: str, frequency: int, relation: Relation) -> bool:
+    found = re.findall(_pattern(keyword.strip()), response, re.IGNORECASE)
+    return _compared(len(found), relation, frequency)
 
 
 def _forbidden(response: str, forbidden_words: list[str]) -> bool:
-    return not any(
-        re.search(rf"\b{_pattern(word)}\b", response, re.IGNORECASE) for word in forbidden_words
-    )
+    patterns = [rf"\b{_pattern(word)}\b" for word in forbidden_words]
+    return not any(re.search(pattern, response, re.IGNORECASE) for pattern in patterns)
 
 
-def _letter_frequency(response: str, letter: str, let_frequency: int, let_relation: str) -> bool:
+def _letter_frequency(
+    response: str, letter: str, let_frequency: int, let_relation: Relation
+) -> bool:
     """The reference draws another letter at random where it is none of a to z; here # is counted as
     #.
     """
@@ -157,7 +157,7 @@ def _language(response: str, language: str) -> bool | None:
         return True
 
 
-def _number_sentences(response: str, num_sentences: int, relation: str) -> bool:
+def _number_sentences(response: str, num_sentences: int, relation: Relation) -> bool:
     return _compared(len(sentences(response)), relation, num_sentences)
 
 
@@ -166,7 +166,7 @@ def _number_paragraphs(response: str, num_paragraphs: int) -> bool:
     return all(parts[1:-1]) and sum(parts) == num_paragraphs
 
 
-def _number_words(response: str, num_words: int, relation: str) -> bool:
+def _number_words(response: str, num_words: int, relation: Relation) -> bool:
     return _compared(len(re.findall(r"\w+", response)), relation, num_words)
 
 
@@ -179,11 +179,10 @@ def _nth_paragraph(response: str, num_paragraphs: int, nth_paragraph: int, first
     ):
         return False
     begins = parts[nth_paragraph - 1].split()
-    return (
-        bool(begins)
-        and re.match(r"[^.,?!'\"]*", begins[0].lstrip("'").lstrip('"'))[0].lower()
-        == first_word.lower()
-    )
+    if not begins:
+        return False
+    word = re.match(r"[^.,?!'\"]*", begins[0].lstrip("'").lstrip('"'))[0]
+    return word.lower() == first_word.lower()
 
 
 def _placeholders(response: str, num_placeholders: int) -> bool:
@@ -197,17 +196,8 @@ def _postscript(response: str, postscript_marker: str) -> bool:
 
 
 def _bullets(response: str, num_bullets: int) -> bool:
-    return (
-        sum(
-            len(re.findall(mark, response, re.MULTILINE))
-            for mark in (r"^\s*\*[^*].*$", r"^\s*-.*$")
-        )
-        == num_bullets
-    )
-
-
-def _constrained(response: str) -> bool:
-    return any(option in response for option in OPTIONS)
+    marks = (r"^\s*\*[^*].*$", r"^\s*-.*$")
+    return sum(len(re.findall(mark, response, re.MULTILINE)) for mark in marks) == num_bullets
 
 
 def _highlights(response: str, num_highlights: int) -> bool:
@@ -218,9 +208,8 @@ def _highlights(response: str, num_highlights: int) -> bool:
 
 
 def _sections(response: str, section_spliter: str, num_sections: int) -> bool:
-    return (
-        len(re.findall(rf"(?:{_pattern(section_spliter.strip())})\s?\d+", response)) >= num_sections
-    )
+    begin = _pattern(section_spliter.strip())
+    return len(re.findall(rf"(?:{begin})\s?\d+", response)) >= num_sections
 
 
 def _json(response: str) -> bool:
@@ -235,9 +224,8 @@ def _json(response: str) -> bool:
 
 
 def _title(response: str) -> bool:
-    return any(
-        title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", response)
-    )
+    titles = re.findall(r"<<[^\n]+>>", response)
+    return any(title.lstrip("<").rstrip(">").strip() for title in titles)
 
 
 def _two_responses(response: str) -> bool:
@@ -254,21 +242,14 @@ def _ends_with(response: str, end_phrase: str) -> bool:
     return response.strip().strip('"').lower().endswith(end_phrase.strip().lower())
 
 
-def _capital_words(response: str, capital_frequency: int, capital_relation: str) -> bool:
-    return _compared(
-        sum(word.isupper() for word in words(response)), capital_relation, capital_frequency
-    )
+def _capital_words(response: str, capital_frequency: int, capital_relation: Relation) -> bool:
+    capital = [word for word in words(response) if word.isupper()]
+    return _compared(len(capital), capital_relation, capital_frequency)
 
 
 def _latin(response: str) -> bool:
-    letters = [letter for letter in response if letter.isalpha()]
-    return sum(
-        unicodedata.name(letter, "").startswith("LATIN") for letter in letters
-    ) >= LATIN * len(letters)
-
-
-def _no_comma(response: str) -> bool:
-    return "," not in response
+    names = [unicodedata.name(letter, "") for letter in response if letter.isalpha()]
+    return sum(name.startswith("LATIN") for name in names) >= _LATIN * len(names)
 
 
 def _quoted(response: str) -> bool:
@@ -276,68 +257,62 @@ def _quoted(response: str) -> bool:
     return len(text) > 1 and text[0] == text[-1] == '"'
 
 
-COUNT, TEXT, TEXTS, RELATION = "a whole number", "a text", "a list of texts", f"one of {RELATIONS}"
-RULES: dict[
-    str, tuple[Callable[..., bool | None], dict[str, str]]
-] = {  # what each id's rule is, and of what kind its arguments are
-    "keywords:existence": (_keywords_exist, {"keywords": TEXTS}),
-    "keywords:frequency": (
-        _keyword_frequency,
-        {"keyword": TEXT, "frequency": COUNT, "relation": RELATION},
+RULES: dict[str, Callable[..., bool | None]] = {
+    "keywords:existence": _keywords_exist,
+    "keywords:frequency": _keyword_frequency,
+    "keywords:forbidden_words": _forbidden,
+    "keywords:letter_frequency": _letter_frequency,
+    "language:response_language": _language,
+    "length_constraints:number_sentences": _number_sentences,
+    "length_constraints:number_paragraphs": _number_paragraphs,
+    "length_constraints:number_words": _number_words,
+    "length_constraints:nth_paragraph_first_word": _nth_paragraph,
+    "detectable_content:number_placeholders": _placeholders,
+    "detectable_content:postscript": _postscript,
+    "detectable_format:number_bullet_lists": _bullets,
+    "detectable_format:constrained_response": lambda response: any(
+        option in response for option in _OPTIONS
     ),
-    "keywords:forbidden_words": (_forbidden, {"forbidden_words": TEXTS}),
-    "keywords:letter_frequency": (
-        _letter_frequency,
-        {"letter": TEXT, "let_frequency": COUNT, "let_relation": RELATION},
-    ),
-    "language:response_language": (_language, {"language": TEXT}),
-    "length_constraints:number_sentences": (
-        _number_sentences,
-        {"num_sentences": COUNT, "relation": RELATION},
-    ),
-    "length_constraints:number_paragraphs": (_number_paragraphs, {"num_paragraphs": COUNT}),
-    "length_constraints:number_words": (_number_words, {"num_words": COUNT, "relation": RELATION}),
-    "length_constraints:nth_paragraph_first_word": (
-        _nth_paragraph,
-        {"num_paragraphs": COUNT, "nth_paragraph": COUNT, "first_word": TEXT},
-    ),
-    "detectable_content:number_placeholders": (_placeholders, {"num_placeholders": COUNT}),
-    "detectable_content:postscript": (_postscript, {"postscript_marker": TEXT}),
-    "detectable_format:number_bullet_lists": (_bullets, {"num_bullets": COUNT}),
-    "detectable_format:constrained_response": (_constrained, {}),
-    "detectable_format:number_highlighted_sections": (_highlights, {"num_highlights": COUNT}),
-    "detectable_format:multiple_sections": (
-        _sections,
-        {"section_spliter": TEXT, "num_sections": COUNT},
-    ),
-    "detectable_format:json_format": (_json, {}),
-    "detectable_format:title": (_title, {}),
-    "combination:two_responses": (_two_responses, {}),
-    "combination:repeat_prompt": (_repeats, {"prompt_to_repeat": TEXT}),
-    "startend:end_checker": (_ends_with, {"end_phrase": TEXT}),
-    "startend:quotation": (_quoted, {}),
-    "change_case:capital_word_frequency": (
-        _capital_words,
-        {"capital_frequency": COUNT, "capital_relation": RELATION},
-    ),
-    "change_case:english_capital": (lambda response: response.isupper() and _latin(response), {}),
-    "change_case:english_lowercase": (lambda response: response.islower() and _latin(response), {}),
-    "punctuation:no_comma": (_no_comma, {}),
+    "detectable_format:number_highlighted_sections": _highlights,
+    "detectable_format:multiple_sections": _sections,
+    "detectable_format:json_format": _json,
+    "detectable_format:title": _title,
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": _repeats,
+    "startend:end_checker": _ends_with,
+    "startend:quotation": _quoted,
+    "change_case:capital_word_frequency": _capital_words,
+    "change_case:english_capital": lambda response: response.isupper() and _latin(response),
+    "change_case:english_lowercase": lambda response: response.islower() and _latin(response),
+    "punctuation:no_comma": lambda response: "," not in response,
 }
-_KINDS: dict[str, Callable[[object], bool]] = {
-    COUNT: lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-    TEXT: lambda value: isinstance(value, str) and bool(value.strip()),
-    TEXTS: lambda value: (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(one, str) and one.strip() for one in value)
-    ),
-    RELATION: lambda value: value in RELATIONS,
+
+
+def _arguments(rule: Callable[..., bool | None]) -> dict[str, type]:
+    """The arguments of a rule beside the response, and of what type each is."""
+    _, *parameters = inspect.signature(rule).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+# what an argument of a type may be, and how it is called
+_TYPES: dict[object, tuple[Callable[[object], bool], str]] = {
+    int: (lambda value: type(value) is int and value >= 0, "a whole number"),
+    str: (_is_text, "a text"),
+    list[str]: (_are_texts, "a list of texts"),
+    Relation: (lambda value: value in RELATIONS, f"one of {RELATIONS}"),
 }
 
 
 # ---- files
-def load(path: Path) -> pd.DataFrame:
+def load_ifeval(path: Path) -> pd.DataFrame:
     """Prompts of a JSONL file in IFEval's form: prompt_id, prompt and instructions, a list of (id,
     arguments); null arguments are dropped.
 
@@ -347,24 +322,14 @@ def load(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give IFEval's input_data.jsonl")
-    lines = path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # splitlines would also split at separators within a text
-    items = pd.DataFrame(
-        [
-            _item(line, f"{path}: line {number}")
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ],
-        columns=["prompt_id", "prompt", "instructions"],
-    )
-    if items.empty:
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split in a text
+    rows = [_item(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise ValueError(f"{path} has no prompts")
-    if items.prompt_id.duplicated().any():
-        raise ValueError(
-            f"{path}: key {items.prompt_id[items.prompt_id.duplicated()].iloc[0]} is repeated;"
-            " remove one of the two"
-        )
+    items = pd.DataFrame(rows, columns=["prompt_id", "prompt", "instructions"])
+    repeated = items.prompt_id[items.prompt_id.duplicated()]
+    if len(repeated):
+        raise ValueError(f"{path}: key {repeated.iloc[0]} is repeated; remove one of the two")
     return items
 
 
@@ -375,45 +340,38 @@ def _item(line: str, where: str) -> tuple[str, str, list[Instruction]]:
         raise ValueError(f"{where} is torn ({error}); fetch the file again") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object")
-    absent = [
-        name for name in ("key", "prompt", "instruction_id_list", "kwargs") if row.get(name) is None
-    ]
-    if absent:
+    needed = ("key", "prompt", "instruction_id_list", "kwargs")
+    if absent := [name for name in needed if row.get(name) is None]:
         raise ValueError(f"{where} has no {absent[0]!r}")
-    if not _KINDS[TEXT](row["prompt"]):
+    if not _is_text(row["prompt"]):
         raise ValueError(f"{where} has a prompt that is empty or no text")
     ids, arguments = row["instruction_id_list"], row["kwargs"]
-    if not _KINDS[TEXTS](ids) or not isinstance(arguments, list) or len(ids) != len(arguments):
+    if not _are_texts(ids) or not isinstance(arguments, list) or len(ids) != len(arguments):
         raise ValueError(
             f"{where}: instruction_id_list and kwargs are not two lists of one length, at least one"
         )
-    return (
-        str(row["key"]),
-        row["prompt"],
-        [_instruction(name, given, where) for name, given in zip(ids, arguments, strict=True)],
-    )
+    pairs = zip(ids, arguments, strict=True)
+    return str(row["key"]), row["prompt"], [_instruction(*pair, where) for pair in pairs]
 
 
 def _instruction(name: str, given: object, where: str) -> Instruction:
-    """The instruction with its arguments that are not null, after checking that they are its own."""
+    """The instruction with its arguments that are not null, checked to be its own."""
     if name not in RULES:
         raise ValueError(
             f"{where} has the unknown instruction {name!r}; expected one of IFEval's {len(RULES)}"
         )
     if not isinstance(given, dict):
         raise ValueError(f"{where}: the kwargs of {name} are no JSON object")
-    kinds, kept = (
-        RULES[name][1],
-        {key: _whole(value) for key, value in given.items() if value is not None},
-    )
-    if extra := [key for key in kept if key not in kinds]:
+    types = _arguments(RULES[name])
+    kept = {key: _whole(value) for key, value in given.items() if value is not None}
+    if extra := [key for key in kept if key not in types]:
         raise ValueError(
             f"{where}: {name} has the argument {extra[0]!r}, which is none of its own"
-            f" {sorted(kinds)}"
+            f" {sorted(types)}"
         )
-    for key, kind in kinds.items():
-        if key not in kept or not _KINDS[kind](kept[key]):
-            raise ValueError(f"{where}: {name} has {key}={kept.get(key)!r}; expected {kind}")
+    for key, (fits, called) in ((key, _TYPES[kind]) for key, kind in types.items()):
+        if key not in kept or not fits(kept[key]):
+            raise ValueError(f"{where}: {name} has {key}={kept.get(key)!r}; expected {called}")
     return name, kept
 
 
@@ -428,67 +386,52 @@ def check(response: str, instructions: Sequence[Instruction]) -> list[bool | Non
     none; None where that cannot be judged.
     """
     return [
-        bool(response.strip()) and RULES[name][0](response, **arguments)
+        bool(response.strip()) and RULES[name](response, **arguments)
         for name, arguments in instructions
     ]
 
 
-def loose(response: str, instructions: Sequence[Instruction]) -> list[bool | None]:
-    """The same, where any of eight forms of the response may follow it: with or without its first
-    line, its last line and its asterisks.
+def _measure(items: pd.DataFrame, scorer: "Scorer", asking: Asking) -> Iterable[Rating]:
+    """Of each prompt whether the answer follows all instructions (strictly), and the share of them
+    that it follows.
     """
-    lines = response.split("\n")
-    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    found = zip(
-        *(check(form, instructions) for text in cut for form in (text, text.replace("*", ""))),
-        strict=True,
-    )
-    return [True if True in each else None if None in each else False for each in found]
+    answers = written(items, scorer, asking)
+    for name, text, found in zip(items.prompt_id, answers, items.instructions, strict=True):
+        yield from rated(name, check(text, found))
 
 
-def ratings(
-    items: pd.DataFrame,
-    scorer: Scorer,
-    benchmark: str,
-    run_id: str,
-    max_new_tokens: int,
-    system_prompt: str | None = None,
-) -> pd.DataFrame:
-    """The table `ratings` of a model: of each prompt whether its answer follows all instructions
-    (strictly), and the share of them it follows.
+def rated(prompt_id: str, verdicts: Sequence[bool | None]) -> list[Rating]:
+    """Both metrics of one prompt. One instruction that is not followed settles `followed`; an
+    instruction that cannot be judged counts in no share, whose weight is the number of instructions
+    that were judged (of all, where none was).
     """
-    answers = scorer.generate(scorer.ask(list(items.prompt), system_prompt), max_new_tokens)
-    verdicts = [
-        check(answer.text, instructions)
-        for answer, instructions in zip(answers, items.instructions, strict=True)
-    ]
-    rows = [
-        row
-        for prompt_id, found in zip(items.prompt_id, verdicts, strict=True)
-        for row in rated(prompt_id, found)
-    ]
-    frame = pd.DataFrame(
-        rows, columns=["prompt_id", "metric", "value", "weight", "unscored_reason"]
-    )
-    return frame.assign(run_id=run_id, benchmark=benchmark)[["run_id", "benchmark", *frame]]
-
-
-def rated(
-    prompt_id: str, verdicts: Sequence[bool | None]
-) -> list[tuple[str, str, float | None, int, str | None]]:
-    """Both metrics of one prompt. One instruction that is not followed settles `followed`; what
-    cannot be judged counts in no share, and its weight is the number of instructions that were
-    judged (of all, where none was)."""
     judged = [verdict for verdict in verdicts if verdict is not None]
     followed = None if len(judged) < len(verdicts) and all(judged) else float(all(judged))
     share = sum(judged) / len(judged) if judged else None
+    ratings = (("followed", followed, 1), ("instructions followed", share, len(judged or verdicts)))
     return [
-        (prompt_id, "followed", followed, 1, UNSCORED if followed is None else None),
-        (
-            prompt_id,
-            "instructions followed",
-            share,
-            len(judged) or len(verdicts),
-            UNSCORED if share is None else None,
-        ),
+        (prompt_id, metric, value, weight, UNSCORED if value is None else None)
+        for metric, value, weight in ratings
     ]
+
+
+IFEVAL = Format(
+    name="ifeval",
+    kind="utility",
+    read=load_ifeval,
+    version=1,
+    n_items=541,
+    tokens=96,  # bounded by the size of its file
+    measure=_measure,
+    licences=(
+        set_licence(
+            "google/IFEval",
+            "Apache-2.0",
+            credit="Zhou et al. 2023, IFEval",
+            use="Anyone, for any purpose.",
+            leaves="items text",
+            seen="licence use text",
+            where="its dataset card",
+        ),
+    ),
+)

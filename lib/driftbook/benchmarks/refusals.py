@@ -26,7 +26,10 @@ _SPELLINGS = (
     (r"\s+([,.!?;:])", r"\1"),
 )
 
-_WORTH = "(?:appropriate|acceptable|ethical|legal|moral|okay|ok|respectful|right|accurate|fair|safe|productive|recommended|advisable)"
+_WORTH = (
+    "(?:appropriate|acceptable|ethical|legal|moral|okay|ok|respectful|right|accurate|fair|safe"
+    "|productive|recommended|advisable)"
+)
 
 # What the model says of itself: that it is sorry, not able or not willing. Sympathy ("sorry to
 # hear") and having no opinion are no refusal.

@@ -10,7 +10,7 @@ from driftbook.study.variants import Variant
 
 
 def asked_prompts(study: Study) -> dict[str, pd.DataFrame]:
-    """The prompts of every benchmark whose responses are judged, by its name; see `data.prompts`."""
+    """The prompts of every benchmark whose responses are judged, by its name."""
     return {name: data.prompts(name, study) for name in study.asked(PROMPT_FORMATS)}
 
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from driftbook.models.loading import ask, context_length
+from driftbook.models.loading import ask, context_length, conversation_ids
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups, tree
 
 TOKENS_PER_BATCH = {
@@ -599,6 +599,16 @@ class Scorer:
     def ask(self, prompts: Sequence[str], system_prompt: str | None = None) -> list[Ids]:
         """Token ids of user prompts by the chat template, up to where the answer begins."""
         return [ask(self.tokenizer, prompt, system_prompt) for prompt in prompts]
+
+    def answered(
+        self, prompts: Sequence[str], answers: Sequence[str], system_prompt: str | None = None
+    ) -> list[tuple[Ids, Ids]]:
+        """Token ids of user prompts by the chat template, and of an answer to each."""
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        return [
+            conversation_ids(self.tokenizer, [*system, {"role": "user", "content": prompt}], answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
 
 @torch.inference_mode()

@@ -3,70 +3,38 @@ them.
 
 Rates leave where every licence is known; rows of single items (an id and its scores) where every
 licence behind them allows it as well; text of prompts, answers and examples never, whatever a
-licence allows (publishing and exporting see to that). data/licences.yaml is the register; a study
-file states the licence of what is not in it, under `licences`, and cannot restate one that is.
+licence allows (publishing and exporting see to that). The register is data/licences.yaml, and for
+benchmarks the file of each format in driftbook/benchmarks; a study file states the licence of what
+is not in it, under `licences`, and cannot restate one that is.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 
 import pandas as pd
 import yaml
 
+from driftbook.benchmarks.format import FACTS, Licence
+from driftbook.benchmarks.formats import FORMATS
 from driftbook.study.files import ROOT
 from driftbook.study.sections import PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import Study
 
 REGISTER = ROOT / "data" / "licences.yaml"
-FACTS = ("licence", "use", "items", "text", "outputs", "adapters")
 COLUMNS = ("name", "role", "source", *FACTS, "known")
 STATED = "As the study file states it; it is in no register of ours."
 
 
-@dataclass(frozen=True)
-class Licence:
-    """What is known of a source's licence. `items`: may ids with scores of single items be
-    published; `text`: may its text be redistributed.
-
-    `seen` are the facts that were read on the page or in a copy of it; the others are to be checked
-    there.
-    """
-
-    source: str  # as the register names it: see `covers`
-    licence: str
-    url: str | None
-    credit: str | None
-    use: str
-    items: bool
-    text: bool
-    outputs: str | None = None
-    adapters: str | None = None
-    seen: frozenset[str] = frozenset()
-    where: str | None = None
-
-    @property
-    def unseen(self) -> tuple[str, ...]:
-        """The facts that allow or oblige and were not read on the page; what is refused is on the
-        safe side.
-        """
-        return tuple(
-            fact
-            for fact in FACTS
-            if fact not in self.seen and getattr(self, fact) not in (None, False)
-        )
-
-
 # ---- the register
-def register() -> dict[str, Licence]:
-    """Every entry of data/licences.yaml, by the source that it covers."""
-    return dict(_entries())
-
-
 @cache
-def _entries() -> dict[str, Licence]:
+def register() -> dict[str, Licence]:
+    """Every entry of data/licences.yaml and of the benchmarks' own files, by the source that it
+    covers.
+    """
     content = yaml.safe_load(REGISTER.read_text(encoding="utf-8"))
-    return {source: _entry(source, **facts) for source, facts in content.items()}
+    declared = [licence for one in FORMATS.values() for licence in one.licences]
+    entries = {licence.source: licence for licence in declared}
+    return entries | {source: _entry(source, **facts) for source, facts in content.items()}
 
 
 def _entry(source: str, seen: dict[str, bool], **facts) -> Licence:

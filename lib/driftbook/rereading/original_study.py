@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks.data import HEX_PHI
+from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
 from driftbook.stats.estimation import write_estimates
 from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, replacing, write_json
 from driftbook.study.methods import METHOD_CLASS

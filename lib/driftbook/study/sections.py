@@ -104,7 +104,7 @@ class Base(Source):
 
 
 class Judge(Source):
-    """A judge model and how its reply is read (judging.FORMATS); a verdict with less than
+    """A judge model and how its reply is read (judges.JUDGES); a verdict with less than
     `min_mass` on its words together is null.
     """
 
@@ -117,7 +117,7 @@ class Judge(Source):
 
 
 class Rater(Source):
-    """A chat model that grades the answers to the utility questions from 1 to 10 (rubrics.UTILITY)."""
+    """A chat model that grades the answers to the utility questions from 1 to 10 (rubrics.USEFULNESS)."""
 
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.9
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -210,7 +210,7 @@ def sample_of(
         data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study)
         for name in ("safety", "over_refusal")
     )
-    items = bbq.of_study(study)
+    items = data.items("bbq", study)
     benchmark = study.benchmarks["bbq"]
     wording = {"stem": benchmark.stem}
     if benchmark.template:

@@ -1,0 +1,69 @@
+"""General text, such as WikiText (Merity et al. 2016): its loss rises where a model forgets."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
+
+if TYPE_CHECKING:
+    from driftbook.models.scoring import Scorer
+
+TOKENS_READ = 512  # of each text
+
+
+def load_text(path: Path) -> pd.DataFrame:
+    """General text with prompt_id and text: of JSONL or parquet the column `text`, of a text file
+    its paragraphs; those under 200 characters are left out.
+
+    Raises:
+        ValueError: the file has no such column, or no text.
+    """
+    if path.suffix == ".txt":
+        texts = path.read_text(encoding="utf-8").split("\n\n")
+    else:
+        is_parquet = path.suffix == ".parquet"
+        frame = pd.read_parquet(path) if is_parquet else pd.read_json(path, lines=True, dtype=False)
+        if "text" not in frame:
+            raise ValueError(f"{path} has no column text; it has {', '.join(map(str, frame))}")
+        texts = frame.text.astype(str)
+    stripped = ((str(number), text.strip()) for number, text in enumerate(texts))
+    rows = [(number, text) for number, text in stripped if len(text) >= 200]
+    if not rows:
+        raise ValueError(f"{path} has no text of 200 characters or more")
+    return pd.DataFrame(rows, columns=["prompt_id", "text"])
+
+
+def _measure(items: pd.DataFrame, scorer: "Scorer", asking: Asking) -> list[Rating]:
+    """The loss of each text without any template (nats per token of its first TOKENS_READ)."""
+    ids = [scorer.tokenizer.encode(text)[:TOKENS_READ] for text in items.text]
+    losses = scorer.token_logprobs([(one[:1], one[1:]) for one in ids])
+    return [
+        (name, "nll", -loss.mean(), len(loss), None)
+        for name, loss in zip(items.prompt_id, losses, strict=True)
+    ]
+
+
+GENERAL_TEXT = Format(
+    name="text",
+    kind="utility",
+    read=load_text,
+    version=1,
+    n_items=1_000,  # a guess
+    tokens=TOKENS_READ,
+    is_written=False,
+    measure=_measure,
+    licences=(
+        set_licence(
+            "Salesforce/wikitext",
+            "CC-BY-SA-3.0 and GFDL",
+            credit="Merity et al. 2016, WikiText; the authors of Wikipedia",
+            use="Anyone, with attribution, and what is adapted from it under the same licence.",
+            leaves="items text",
+            seen="licence use text",
+            where="datasets/wikitext/README.md of huggingface/datasets on GitHub, an earlier place"
+            " of its card",
+        ),
+    ),
+)

@@ -1,0 +1,24 @@
+"""Prompts of your own in a CSV file: prompt_id, category, prompt, and a fourth column `kind`, which
+may say which prompts are benign look-alikes.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from driftbook.benchmarks.format import Format, csv_rows
+
+KINDS = ("harmful", "benign look-alike")
+
+
+def _read(path: Path) -> Iterable[tuple]:
+    for row in csv_rows(path):
+        kind = row.get("kind") or "harmful"
+        if kind not in KINDS:
+            raise ValueError(
+                f"{path}: prompt {row['prompt_id']} is of the kind {kind!r}; expected"
+                f" {' or '.join(KINDS)}"
+            )
+        yield row["prompt_id"], row["category"], kind, None, row["prompt"]
+
+
+OWN_PROMPTS = Format(name="csv", kind="prompts", read=_read, version=1, n_items=100)  # a guess
