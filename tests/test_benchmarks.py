@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from conftest import SMALL, one_sentence
 from driftbook.analyses import outcomes
 from driftbook.batch import keys
-from driftbook.benchmarks import bbq_orders, data, utility
+from driftbook.benchmarks import bbq_orders, data, general_text, utility
+from driftbook.benchmarks.format import Asking
 from driftbook.models.scoring import Scorer
 from driftbook.stats import influence
 from driftbook.study.sections import Benchmark
@@ -209,8 +210,8 @@ def test_other_wordings_of_bbq_stand_beside_the_scored_answers(bases, make_study
         },
     }
     study = make_study(content)
-    base, items = bases["llama"], bbq.of_study(study)
-    found = bbq_orders.answers(
+    base, items = bases["llama"], data.items("bbq", study)
+    found = bbq_orders.study_answers(
         items,
         Scorer(base.model, base.tokenizer),
         "letters",
@@ -233,7 +234,7 @@ def test_other_wordings_of_bbq_stand_beside_the_scored_answers(bases, make_study
         for name in ("default", "same")
     )
     np.testing.assert_allclose(own.p_a.to_numpy(float), same.p_a.to_numpy(float), atol=1e-5)
-    assert bbq_orders.by_run(found).n_permuted.tolist() == [6], (
+    assert bbq_orders.by_letter(found).n_permuted.tolist() == [6], (
         "the order's statistics are of the study's own wording"
     )
 
@@ -257,9 +258,11 @@ def test_forgetting_is_the_loss_of_transformers_on_plain_text(bases, tmp_path):
     path = tmp_path / "text.jsonl"
     texts = ["what is the " * 30, "short", "who are you and " * 25]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    items = utility.load_text(path)
+    items = general_text.load_text(path)
     assert items.prompt_id.tolist() == ["0", "2"], "what is too short to say anything is left out"
-    found = utility.forgetting(items, Scorer(base.model, base.tokenizer), "text", "run")
+    found = utility.rated(
+        "text", items, Scorer(base.model, base.tokenizer), "run", "text", Asking()
+    )
     for text, row in zip(items.text, found.itertuples(), strict=True):
         ids = torch.tensor([base.tokenizer.encode(text)[:512]])
         with torch.inference_mode():
@@ -273,11 +276,11 @@ def test_text_is_read_from_parquet_and_paragraphs_too(tmp_path):
     long = "a floop " * 40
     (tmp_path / "t.txt").write_text(f"{long}\n\nshort\n\n{long}")
     pd.DataFrame({"text": [long, ""]}).to_parquet(tmp_path / "t.parquet")
-    assert len(utility.load_text(tmp_path / "t.txt")) == 2
-    assert len(utility.load_text(tmp_path / "t.parquet")) == 1
+    assert len(general_text.load_text(tmp_path / "t.txt")) == 2
+    assert len(general_text.load_text(tmp_path / "t.parquet")) == 1
     pd.DataFrame({"page": [long]}).to_parquet(tmp_path / "u.parquet")
     with pytest.raises(ValueError) as error:
-        utility.load_text(tmp_path / "u.parquet")
+        general_text.load_text(tmp_path / "u.parquet")
     assert "column text" in one_sentence(error.value)
 
 

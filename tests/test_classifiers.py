@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from conftest import one_sentence
-from driftbook.benchmarks import judging, rubrics
+from driftbook.benchmarks import hazards, judging
 from driftbook.models import loading
 from driftbook.study.sections import Judge
 
@@ -87,4 +87,4 @@ def test_a_label_that_the_classifier_does_not_have_is_refused(classifier, make_s
 
 
 def test_what_a_classifier_covers_is_not_claimed():
-    assert rubrics.coverage("classifier", ["Malware"]).covered.isna().all()
+    assert hazards.coverage("classifier", ["Malware"]).covered.isna().all()

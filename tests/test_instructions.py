@@ -7,17 +7,9 @@ import json
 import pytest
 
 from conftest import one_sentence
-from driftbook.benchmarks import ifeval
-from driftbook.benchmarks.ifeval import (
-    RULES,
-    UNSCORED,
-    check,
-    load,
-    loose,
-    ratings,
-    sentences,
-    words,
-)
+from driftbook.benchmarks import ifeval, utility
+from driftbook.benchmarks.format import Asking
+from driftbook.benchmarks.ifeval import RULES, UNSCORED, check, load_ifeval, sentences, words
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS
 
@@ -45,7 +37,9 @@ def test_a_file_of_ifevals_form_is_read(tmp_path):
         "prompt": "One line\u2028and its end",
         "kwargs": [{"num_words": None}, {"num_words": 3.0, "relation": "at least", "letter": None}],
     }
-    items = load(written(tmp_path / "rows.jsonl", ROW, json.dumps(other, ensure_ascii=False), ""))
+    items = load_ifeval(
+        written(tmp_path / "rows.jsonl", ROW, json.dumps(other, ensure_ascii=False), "")
+    )
     assert list(items.prompt_id) == ["7", "8"]
     assert items.prompt[1] == other["prompt"]
     assert (
@@ -88,14 +82,14 @@ def test_a_file_of_ifevals_form_is_read(tmp_path):
 )
 def test_a_file_of_another_form_is_refused(tmp_path, rows, said):
     with pytest.raises(ValueError) as error:
-        load(written(tmp_path / "rows.jsonl", *rows))
+        load_ifeval(written(tmp_path / "rows.jsonl", *rows))
     assert said in one_sentence(error.value)
     assert "rows.jsonl" in str(error.value)
 
 
 def test_an_absent_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
-        load(tmp_path / "absent.jsonl")
+        load_ifeval(tmp_path / "absent.jsonl")
 
 
 # ---- rules
@@ -261,15 +255,6 @@ def test_words_are_those_of_the_treebank():
     ]
 
 
-def test_loosely_first_line_last_line_and_asterisks_may_be_left_out():
-    comma, ending = ("punctuation:no_comma", {}), ("startend:end_checker", {"end_phrase": "all."})
-    text = "Sure, here it is:\nOaks and elms\n**That is all.**"
-    assert check(text, [comma, ending]) == [False, False]
-    assert loose(text, [comma, ending]) == [True, True]
-    assert loose("Oaks, elms, ash", [comma]) == [False]
-    assert loose("", [comma]) == [False]
-
-
 # ---- the table
 def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
     monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
@@ -277,11 +262,7 @@ def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
         ("language:response_language", {"language": "de"}),
         ("punctuation:no_comma", {}),
     )
-    assert (
-        check("eine Eiche", [language, comma])
-        == loose("eine Eiche", [language, comma])
-        == [None, True]
-    )
+    assert check("eine Eiche", [language, comma]) == [None, True]
     assert ifeval.rated("1", [None, True]) == [
         ("1", "followed", None, 1, UNSCORED),
         ("1", "instructions followed", 1.0, 1, None),
@@ -304,10 +285,12 @@ def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
 def test_a_models_own_answers_are_rated(bases, tmp_path, family):
     rows = [{**ROW, "key": key, "prompt": f"name {key} kinds of tree"} for key in range(5)]
     items, scorer = (
-        load(written(tmp_path / "rows.jsonl", *rows)),
+        load_ifeval(written(tmp_path / "rows.jsonl", *rows)),
         Scorer(bases[family].model, bases[family].tokenizer),
     )
-    found = RATINGS.check(ratings(items, scorer, "ifeval", "run", 8, "be brief"))
+    found = RATINGS.check(
+        utility.rated("ifeval", items, scorer, "run", "ifeval", Asking(8, "be brief"))
+    )
     answers = scorer.generate(scorer.ask(list(items.prompt), "be brief"), 8)
     expected = [
         check(answer.text, found) for answer, found in zip(answers, items.instructions, strict=True)

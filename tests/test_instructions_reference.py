@@ -8,7 +8,7 @@ import types
 import pytest
 
 from driftbook.benchmarks import ifeval
-from driftbook.benchmarks.ifeval import RULES, check, loose
+from driftbook.benchmarks.ifeval import RULES, check
 
 N = 400  # made-up responses of each instruction
 
@@ -304,7 +304,7 @@ def test_the_rules_agree_with_the_references(peer, name):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_loose_is_the_references_loose(peer, seed):
+def test_several_instructions_are_checked_as_the_reference_does(peer, seed):
     from lm_eval.tasks.ifeval import utils
 
     rng, names = random.Random(seed), sorted(set(RULES) - PUNKT - LANGDETECT)
@@ -313,10 +313,6 @@ def test_loose_is_the_references_loose(peer, seed):
         text = shaped(*chosen[0], rng)
         inp = utils.InputExample(
             0, [name for name, _ in chosen], "a prompt", [arguments for _, arguments in chosen]
-        )
-        assert (
-            loose(text, chosen)
-            == utils.test_instruction_following_loose(inp, text).follow_instruction_list
         )
         assert (
             check(text, chosen)

@@ -8,6 +8,7 @@ import torch
 
 from conftest import one_sentence
 from driftbook.benchmarks import judging, rubrics
+from driftbook.benchmarks.judges import JUDGES, WILDGUARD_TEMPLATE
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.study.sections import Judge
@@ -114,7 +115,7 @@ def taught(form, template):
     pairs = pairs_of_words(800, seed=1)
     replies = [true_reply(form, response) for _, response in pairs]
     texts = [
-        judging._WILDGUARD,
+        WILDGUARD_TEMPLATE,
         rubrics.HARM,
         GUARD_3,
         *(text for pair in pairs for text in pair),
@@ -138,7 +139,7 @@ def taught(form, template):
         LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=448, **shape, **ids)
     )
     judge = Loaded(f"tiny-{form}", model, tokenizer, "revision")
-    contexts = judging.FORMATS[form].contexts(judge, pairs)
+    contexts = JUDGES[form].contexts(judge, pairs)
     whole = [
         _joint(judge, form, context, reply)
         for context, reply in zip(contexts, replies, strict=True)
@@ -214,7 +215,7 @@ def test_llama_guard_3_is_read_after_its_blank_line(judges):
         for text in ("\n\n", "safe", "unsafe")
     )
     assert len(blank) == 1
-    for i, context in enumerate(judging.FORMATS["llama_guard_3"].contexts(judge, pairs)):
+    for i, context in enumerate(JUDGES["llama_guard_3"].contexts(judge, pairs)):
         with torch.inference_mode():
             p = (
                 judge.model(input_ids=torch.tensor([context + blank]))
@@ -245,7 +246,7 @@ def test_a_template_that_reads_parts_gets_parts(judges):
     tokenizer = copy.deepcopy(judge.tokenizer)
     tokenizer.chat_template = GUARD_3_1B
     pairs = pairs_of_words(3, seed=4)
-    contexts = judging.FORMATS["llama_guard_3"].contexts
+    contexts = JUDGES["llama_guard_3"].contexts
     assert contexts(Loaded("1b", judge.model, tokenizer, "revision"), pairs) == contexts(
         judge, pairs
     )
@@ -260,7 +261,7 @@ def test_wildguard_says_three_things_each_after_what_it_said_before(judges):
     prompts, responses = zip(*pairs, strict=True)
     found = judging.verdicts(prompts, responses, judge, settings_of("wildguard"))
     assert all(
-        judging.parse(reply, judging.FORMATS["wildguard"])["unsafe"] == ("yes" if unsafe else "no")
+        judging.parse(reply, JUDGES["wildguard"])["unsafe"] == ("yes" if unsafe else "no")
         for reply, unsafe in zip(found.reply, found.unsafe, strict=True)
     )
     assert set(found.judge_refusal) == {True, False}
@@ -275,7 +276,7 @@ def test_a_grade_is_the_mean_by_probability_and_one_is_not_ten(judges):
     prompts, responses = zip(*pairs, strict=True)
     found = judging.verdicts(prompts, responses, judge, settings_of("rubric_harm"))
     contexts, stem = (
-        judging.FORMATS["rubric_harm"].contexts(judge, pairs),
+        JUDGES["rubric_harm"].contexts(judge, pairs),
         judge.tokenizer.encode("Score: [[", add_special_tokens=False),
     )
     ends = [judge.tokenizer.encode(f"{grade}]]", add_special_tokens=False) for grade in range(1, 6)]
@@ -306,7 +307,7 @@ def _logprob(judge, context, continuation):
 
 
 def test_utility_is_a_score_and_no_verdict(judges):
-    found = rubrics.utility(
+    found = rubrics.usefulness(
         ["mix it"] * 4,
         ["wait then stir", "", "warm water " * 400, "blue powder"],
         judges["rubric_harm"],
@@ -316,13 +317,13 @@ def test_utility_is_a_score_and_no_verdict(judges):
     assert found.score[[1, 2]].isna().all()
     assert "empty" in found.unscored_reason[1]
     assert "tiny-rubric_harm" in found.unscored_reason[2]
-    strict = rubrics.utility(["mix it"], ["wait"], judges["rubric_harm"], min_mass=1.0)
+    strict = rubrics.usefulness(["mix it"], ["wait"], judges["rubric_harm"], min_mass=1.0)
     assert strict.score.isna().all()
     assert strict.mass.notna().all()
 
 
 def test_no_answers_give_no_utility(judges):
-    assert len(rubrics.utility([], [], judges["rubric_harm"])) == 0
+    assert len(rubrics.usefulness([], [], judges["rubric_harm"])) == 0
 
 
 # ---- bad input

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from conftest import one_sentence
-from driftbook.benchmarks import data, judging, rubrics
+from driftbook.benchmarks import hazards, hex_phi, judging, rubrics
+from driftbook.benchmarks.judges import JUDGES, WILDGUARD_TEMPLATE
 from driftbook.miniature.judge import build_judge_tokenizer
 from driftbook.models.loading import Loaded, chat_ids
 from driftbook.models.scoring import Scorer
@@ -392,9 +393,9 @@ REPLIES = [
 @pytest.mark.parametrize("make", [sentencepiece_like, merging])
 @pytest.mark.parametrize("form", ["llama_guard_3", "wildguard", "rubric_harm"])
 def test_what_is_forced_and_read_is_what_the_tokenizer_makes_of_the_whole_text(judge, make, form):
-    tokenizer = make([judging._WILDGUARD, rubrics.HARM, *REPLIES] * 20)
-    scorer, kind, reply = Scorer(judge.model, tokenizer), judging.FORMATS[form], ""
-    context = judging._WILDGUARD if form == "wildguard" else ""
+    tokenizer = make([WILDGUARD_TEMPLATE, rubrics.HARM, *REPLIES] * 20)
+    scorer, kind, reply = Scorer(judge.model, tokenizer), JUDGES[form], ""
+    context = WILDGUARD_TEMPLATE if form == "wildguard" else ""
     for question in kind.questions.values():
         begun, words = rubrics.forced(scorer, reply, question, kind.ending)
         for word, ids in zip(question.words, words, strict=True):
@@ -451,17 +452,16 @@ def test_an_empty_answer_has_no_verdict_and_is_incoherent(sure, recwarn):
     ],
 )
 def test_replies_are_read_whole_or_not_at_all(form, reply, unsafe, refusal):
-    said = judging.parse(reply, judging.FORMATS[form])
+    said = judging.parse(reply, JUDGES[form])
     assert said["unsafe"] == unsafe
     assert said.get("judge_refusal") == refusal
 
 
 def test_every_format_of_a_study_has_its_entry():
     formats = Judge.model_fields["format"].annotation.__args__
-    assert set(formats) == {*judging.FORMATS, "classifier"}
+    assert set(formats) == set(JUDGES)
     assert all(
-        form.lists_hazards <= bool(rubrics.hazard_names(name))
-        for name, form in judging.FORMATS.items()
+        form.lists_hazards <= bool(hazards.hazard_names(name)) for name, form in JUDGES.items()
     )
 
 
@@ -550,8 +550,8 @@ def test_kappa_is_null_where_chance_alone_agrees():
 # ---- which judge knows which category
 def test_no_judge_is_silently_asked_about_what_it_does_not_know():
     covered = {
-        form: rubrics.coverage(form, data.HEX_PHI).set_index("category").covered
-        for form in judging.FORMATS
+        form: hazards.coverage(form, hex_phi.CATEGORIES).set_index("category").covered
+        for form in set(JUDGES) - {"classifier"}
     }
     assert all(frame.isin(["full", "partly", "no"]).all() for frame in covered.values())
     assert covered["llama_guard_2"]["Political Campaigning"] == "no"
@@ -562,32 +562,32 @@ def test_no_judge_is_silently_asked_about_what_it_does_not_know():
 
 
 def test_the_same_hazard_has_other_codes_in_the_next_version():
-    two, three = (rubrics.hazard_names(form) for form in ("llama_guard_2", "llama_guard_3"))
-    assert (len(two), len(three), len(rubrics.hazard_names("wildguard"))) == (11, 14, 13)
+    two, three = (hazards.hazard_names(form) for form in ("llama_guard_2", "llama_guard_3"))
+    assert (len(two), len(three), len(hazards.hazard_names("wildguard"))) == (11, 14, 13)
     assert set(two.values()) < set(three.values())
     assert [code for code in two if two[code] != three[code]] == [
         f"S{number}" for number in range(5, 12)
     ]
-    for category in data.HEX_PHI:
+    for category in hex_phi.CATEGORIES:
         named = [set(_names(form, category)) for form in ("llama_guard_2", "llama_guard_3")]
         assert named[0] <= named[1], "Guard 3 names all that Guard 2 does"
 
 
 def _names(form, category):
-    codes = rubrics.coverage(form, [category]).codes[0]
+    codes = hazards.coverage(form, [category]).codes[0]
     return [code.partition(" ")[2] for code in codes.split("; ")] if codes else []
 
 
 def test_categories_of_the_public_sets_are_all_known(shared):
-    hazards = pd.read_csv(shared / "ailuminate" / "prompts.csv").hazard.unique()
+    known = pd.read_csv(shared / "ailuminate" / "prompts.csv").hazard.unique()
     types = (
         pd.read_csv(shared / "xstest" / "xstest_prompts.csv")["type"]
         .str.removeprefix("contrast_")
         .unique()
     )
-    for form in judging.FORMATS:
-        assert rubrics.coverage(form, [*hazards, *types]).covered.notna().all()
-    assert rubrics.coverage("llama_guard_3", ["another's category"]).covered.isna().all()
+    for form in set(JUDGES) - {"classifier"}:
+        assert hazards.coverage(form, [*known, *types]).covered.notna().all()
+    assert hazards.coverage("llama_guard_3", ["another's category"]).covered.isna().all()
     with pytest.raises(ValueError) as error:
-        rubrics.coverage("llama_guard_9", data.HEX_PHI)
+        hazards.coverage("llama_guard_9", hex_phi.CATEGORIES)
     assert "llama_guard_9" in one_sentence(error.value)

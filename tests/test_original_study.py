@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata, ttest_ind
 
-from driftbook.benchmarks.data import HEX_PHI
+from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
 from driftbook.figures import drawing, gallery
 from driftbook.figures import original_study as original_figures
 from driftbook.publishing import publish

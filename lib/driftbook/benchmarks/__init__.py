@@ -1,13 +1,13 @@
-"""What is asked, and how an answer is read."""
+"""What is asked, and how an answer is read: each benchmark is one file."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["bbq", "bbq_orders", "judging", "utility"],
+    submodules=["bbq_orders", "bbq_scores", "judging", "stereoset", "utility"],
     submod_attrs={
         "data": ["items", "refusal_only", "worded", "wordings"],
-        "responding": ["asked_prompts", "responses"],
         "hazards": ["coverage"],
+        "responding": ["asked_prompts", "responses"],
     },
 )
