@@ -4,7 +4,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["bbq_orders", "bbq_scores", "judging", "stereoset", "utility"],
+    submodules=["bbq", "bbq_orders", "bbq_scores", "judging", "utility"],
     submod_attrs={
         "data": ["items", "refusal_only", "worded", "wordings"],
         "hazards": ["coverage"],
