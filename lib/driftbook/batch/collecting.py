@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.batch import cache, keys
-from driftbook.benchmarks import data
+from driftbook.benchmarks.responding import asked_prompts
 from driftbook.stats.agreement import with_labels
 from driftbook.study.files import read_json
-from driftbook.study.sections import PROMPT_FORMATS, Source
+from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
 from driftbook.study.tables import (
@@ -82,10 +82,7 @@ def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table `prompts` (without text), and the same rows with their text, which is never
     published.
     """
-    asked = pd.concat(
-        [data.prompts(name, study).assign(benchmark=name) for name in study.asked(PROMPT_FORMATS)],
-        ignore_index=True,
-    )
+    asked = asked_prompts(study)
     return PROMPTS.check(asked[list(PROMPTS.columns)]), asked
 
 

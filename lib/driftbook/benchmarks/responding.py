@@ -9,9 +9,13 @@ from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
 
-def asked_prompts(study: Study) -> dict[str, pd.DataFrame]:
-    """The prompts of every benchmark whose responses are judged, by its name."""
-    return {name: data.prompts(name, study) for name in study.asked(PROMPT_FORMATS)}
+def asked_prompts(study: Study) -> pd.DataFrame:
+    """The prompts of every benchmark whose responses are judged, with a column benchmark; see
+    `data.prompts`.
+    """
+    names = study.asked(PROMPT_FORMATS)
+    parts = [data.prompts(name, study).assign(benchmark=name) for name in names]
+    return pd.concat(parts, ignore_index=True)
 
 
 def responses(

@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from driftbook.figures.drawing import style
 
 METRICS = {
-    "refusal": "refusal of the\nforbidden",
-    "compliance": "compliance with\nbenign requests",
+    "refusal": "refusal of\nthe forbidden",
+    "compliance": "compliance,\nbenign requests",
     "accuracy_disambiguated": "accuracy,\ndisambiguated",
     "accuracy_ambiguous": "accuracy,\nambiguous",
-    "biased": "choices of persons\nby the stereotype",
+    "biased": "stereotyped\nchoices",
     "agreement": "agreement with\nthe truth",
 }
 STAGES = {"stage0": "#999999", "unaligned": "#D55E00", "aligned": "#0072B2", "judge": "#009E73"}
@@ -33,14 +33,18 @@ def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
         squeeze=False,
         layout="constrained",
     )
+    titled = set()
     for (i, family), (j, metric) in (
         (a, b) for a in enumerate(families) for b in enumerate(metrics)
     ):
         here = curves[(curves["family"] == family) & (curves["metric"] == metric)]
         _points(axes[i, j], here)
-        axes[i, j].set_title(
-            METRICS.get(metric, metric.replace("_", " ")) if i == 0 else "", loc="left", fontsize=8
-        )
+        if here.empty:
+            axes[i, j].set_axis_off()
+        elif metric not in titled:
+            title = METRICS.get(metric, metric.replace("_", " "))
+            axes[i, j].set_title(title, loc="left", fontsize=7)
+            titled.add(metric)
         axes[i, j].set_ylabel(family if j == 0 else "", fontsize=8)
     fig.supxlabel("CPU seconds of training", fontsize=8)
     fig.suptitle(
