@@ -23,29 +23,29 @@ def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
     """
     style()
     curves = curves[curves["ci_low"].notna()]
-    families, metrics = curves["family"].unique(), curves["metric"].unique()
+    families = {name: rows for name, rows in curves.groupby("family", sort=False)}
+    widest = max(rows["metric"].nunique() for rows in families.values())
     fig, axes = plt.subplots(
         len(families),
-        len(metrics),
+        widest,
         figsize=(6.5, 1 + 1.1 * len(families)),
         sharex="row",
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    titled = set()
-    for (i, family), (j, metric) in (
-        (a, b) for a in enumerate(families) for b in enumerate(metrics)
-    ):
-        here = curves[(curves["family"] == family) & (curves["metric"] == metric)]
-        _points(axes[i, j], here)
-        if here.empty:
-            axes[i, j].set_axis_off()
-        elif metric not in titled:
-            title = METRICS.get(metric, metric.replace("_", " "))
-            axes[i, j].set_title(title, loc="left", fontsize=7)
-            titled.add(metric)
-        axes[i, j].set_ylabel(family if j == 0 else "", fontsize=8)
+    titled = []
+    for row, (family, rows) in zip(axes, families.items(), strict=True):
+        metrics = list(rows["metric"].unique())
+        for axis, metric in zip(row, metrics, strict=False):
+            _points(axis, rows[rows["metric"] == metric])
+            if metrics != titled:
+                title = METRICS.get(metric, metric.replace("_", " "))
+                axis.set_title(title, loc="left", fontsize=7)
+        for axis in row[len(metrics) :]:
+            axis.set_axis_off()
+        row[0].set_ylabel(family, fontsize=8)
+        titled = metrics
     fig.supxlabel("CPU seconds of training", fontsize=8)
     fig.suptitle(
         "Share of held-out prompts, 95% interval; grey: stage 0, orange: unaligned, blue: aligned"
