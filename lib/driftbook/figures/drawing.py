@@ -3,7 +3,7 @@ nothing but positions.
 """
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
@@ -249,48 +249,49 @@ def panels(
 def dots(
     ax: Axes,
     rows: pd.DataFrame,
-    places: np.ndarray,
-    colours: list[str],
-    filled: list[bool],
+    places: float | Sequence[float],
+    colours: str | Sequence[str],
+    filled: bool | Sequence[bool] = True,
     here: pd.DataFrame | None = None,
 ) -> None:
-    """A dot and its interval per row; `here` gives the narrower interval. Rows without a value show
-    nothing.
+    """A dot and its interval per row, at one place (or one each), in one colour (or one each).
+
+    `here` has the narrower intervals, drawn thick. Rows without a value show nothing.
     """
-    here = here.reset_index(drop=True) if here is not None else None
-    for i, (row, place, colour, solid) in enumerate(
-        zip(rows.itertuples(), places, colours, filled, strict=True)
-    ):
+    given = (np.broadcast_to(one, len(rows)) for one in (places, colours, filled))
+    thick = [None] * len(rows) if here is None else list(here.itertuples())
+    for row, inner, place, colour, solid in zip(rows.itertuples(), thick, *given, strict=True):
         if pd.isna(row.value):
             continue
+        colour, line = str(colour), {"solid_capstyle": "butt", "zorder": 3}
         if pd.notna(row.ci_low):
-            ax.plot(
-                [row.ci_low, row.ci_high],
-                [place, place],
-                color=colour,
-                lw=1,
-                solid_capstyle="butt",
-                zorder=3,
-            )
-        if here is not None and pd.notna(here.loc[i, "ci_low"]):
-            ax.plot(
-                here.loc[i, ["ci_low", "ci_high"]].astype(float),
-                [place, place],
-                color=colour,
-                lw=2.8,
-                solid_capstyle="butt",
-                zorder=3,
-            )
-        ax.plot(
-            row.value,
-            place,
-            "o",
-            ms=4.5,
-            color=colour,
-            mfc=colour if solid else "white",
-            mew=1,
-            zorder=4,
-        )
+            ax.plot([row.ci_low, row.ci_high], [place] * 2, color=colour, lw=1, **line)
+        if inner is not None and pd.notna(inner.ci_low):
+            ends = [float(inner.ci_low), float(inner.ci_high)]
+            ax.plot(ends, [place] * 2, color=colour, lw=2.8, **line)
+        face = colour if solid else "white"
+        ax.plot(row.value, place, "o", ms=4.5, color=colour, mfc=face, mew=1, zorder=4)
+
+
+def single_runs(
+    ax: Axes, values: Sequence[float], places: float | Sequence[float], colour: str, **look
+) -> None:
+    """Small dots, one per run, behind an estimate."""
+    look = {"ms": 2.2, "alpha": 0.35, "mew": 0, "zorder": 2} | look
+    ax.plot(values, np.broadcast_to(places, len(values)), "o", color=colour, **look)
+
+
+def key(label: str, colour: str, marker: str = "o", **look) -> Line2D:
+    """A mark of a legend."""
+    return Line2D(
+        [], [], **{"ls": "", "ms": 4.5, "marker": marker, "color": colour} | look, label=label
+    )
+
+
+def above(fig: Figure, handles: list[Line2D], columns: int | None = None, **look) -> None:
+    """A legend above the panels, from the left, in one line or in so many columns."""
+    look = {"handlelength": 1.4, "columnspacing": 1.4} | look
+    fig.legend(handles=handles, loc="outside upper left", ncols=columns or len(handles), **look)
 
 
 def zero(ax: Axes) -> None:
@@ -317,27 +318,14 @@ def method_rows(
             )
         ]
         if len(member) < FEW:
-            spread = (
-                place + np.linspace(-0.24, 0.24, len(member))
-                if len(member) > 1
-                else np.full(len(member), place + 0.0)
-            )
-            ax.plot(
-                member["value"],
-                spread,
-                "o",
-                ms=2.2,
-                color=COLOURS[method],
-                alpha=0.35,
-                mew=0,
-                zorder=2,
-            )
+            spread = np.linspace(-0.24, 0.24, len(member)) if len(member) > 1 else 0.0
+            single_runs(ax, member["value"], place + spread, COLOURS[method])
         dots(
             ax,
             row,
-            np.full(len(row), place),
-            [COLOURS[method]] * len(row),
-            [group not in (UNTRAINED, NO_OP)] * len(row),
+            place,
+            COLOURS[method],
+            group not in (UNTRAINED, NO_OP),
             thick if len(thick) else None,
         )
     if not changes["value"].notna().any():
@@ -510,13 +498,7 @@ def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None)
                         & rows["category"].eq(part)
                         & rows["method"].eq(method)
                     ]
-                    dots(
-                        ax,
-                        row,
-                        [place + shift] * len(row),
-                        [COLOURS[method]] * len(row),
-                        [True] * len(row),
-                    )
+                    dots(ax, row, place + shift, COLOURS[method])
                 if place:
                     ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         name_rows(line[0], [part.replace("_", " ") for part in parts])
@@ -540,10 +522,4 @@ def legend(fig: Figure, methods) -> None:
         Line2D([], [], color=COLOURS[method], marker="o", ms=4.5, lw=1, label=METHOD_LABELS[method])
         for method in methods
     ]
-    fig.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        handlelength=1.4,
-        columnspacing=1.4,
-    )
+    above(fig, handles)

@@ -63,7 +63,6 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
         shares,
         places,
         [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]],
-        [True] * len(shares),
     )
     methods = methods_of(tables)
     _beside_methods(right, within, between, single, names, methods)
@@ -103,13 +102,7 @@ def _beside_methods(
     for row in between.dropna(subset=["ci_low", "ci_high"]).itertuples():
         ax.axvspan(row.ci_low, row.ci_high, color="#eeeeee", lw=0, zorder=0)
     if factors.METHOD in names:
-        dots(
-            ax,
-            between,
-            [names.index(factors.METHOD)] * len(between),
-            ["#777777"] * len(between),
-            [True] * len(between),
-        )
+        dots(ax, between, names.index(factors.METHOD), "#777777")
     for method, shift in _shifts(methods):
         for rows, solid in ((single.assign(ci_low=np.nan), False), (within, True)):
             own = rows[rows["method"].eq(method) & rows["member"].isin(names)]
@@ -117,8 +110,8 @@ def _beside_methods(
                 ax,
                 own,
                 [names.index(factor) + shift for factor in own["member"]],
-                [COLOURS[method]] * len(own),
-                [solid] * len(own),
+                COLOURS[method],
+                solid,
             )
 
 
@@ -165,13 +158,7 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
                     & rows["method"].eq(method)
                     & rows["group"].eq(group)
                 ]
-                dots(
-                    ax,
-                    row,
-                    [place + shift] * len(row),
-                    [COLOURS[method]] * len(row),
-                    [solid] * len(row),
-                )
+                dots(ax, row, place + shift, COLOURS[method], solid)
             own = usual[usual["base_model"].eq(base_model) & usual["method"].eq(method)]
             idle = own["arm"].eq(NO_OP).sum()
             ax.annotate(
@@ -297,13 +284,7 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
                     & rows["contrast"].eq(view)
                     & rows["against"].eq(other)
                 ]
-                dots(
-                    ax,
-                    row,
-                    [place + shift] * len(row),
-                    [colour] * len(row),
-                    [view == doses.PLAIN] * len(row),
-                )
+                dots(ax, row, place + shift, colour, view == doses.PLAIN)
                 if len(row) and row["value"].isna().all():
                     ax.annotate(
                         "no common dose",

@@ -47,13 +47,7 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
                     row = parts[name][
                         parts[name]["base_model"].eq(base_model) & parts[name]["method"].eq(method)
                     ].dropna(subset="value")
-                    dots(
-                        ax,
-                        row,
-                        np.full(len(row), place + shift),
-                        [COLOURS[method]] * len(row),
-                        [name == CORRECTED] * len(row),
-                    )
+                    dots(ax, row, place + shift, COLOURS[method], name == CORRECTED)
                     ax.plot(
                         row["value"],
                         [place + shift] * len(row),

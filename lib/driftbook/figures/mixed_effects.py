@@ -114,13 +114,7 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
                     row = part[
                         part["base_model"].eq(base_model) & part["method"].eq(method)
                     ].dropna(subset="value")
-                    dots(
-                        ax,
-                        row,
-                        [place + shift] * len(row),
-                        [COLOURS[method]] * len(row),
-                        [True] * len(row),
-                    )
+                    dots(ax, row, place + shift, COLOURS[method])
                     ax.plot(
                         row["value"],
                         [place + shift] * len(row),
@@ -172,7 +166,7 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
             ax.set_title(title)
             for place, method in enumerate(methods_of(tables)):
                 row = rows[rows["method"].eq(method)]
-                dots(ax, row, [place] * len(row), [COLOURS[method]] * len(row), [True] * len(row))
+                dots(ax, row, place, COLOURS[method])
         name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
         under(axes, "Difference in unsafe-response rate (percentage points, 95% interval)")
     text = (

@@ -126,7 +126,7 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
                 mec="none",
                 zorder=2,
             )
-            dots(ax, here[here["group"].eq("true rate")], [place], [COLOURS[method]], [True])
+            dots(ax, here[here["group"].eq("true rate")], place, COLOURS[method])
             label, true = (
                 here.loc[here["group"].eq(f"{kind} rate"), "value"].tolist()
                 for kind in ("labelled", "true")

@@ -463,7 +463,7 @@ def _pooled(ax: Axes, rows: pd.DataFrame, runs: pd.DataFrame, order: list[str]) 
             mew=0.7,
             zorder=3,
         )
-        dots(ax, of[MIXED].loc[[method]].reset_index(), np.array([place]), [colour(method)], [True])
+        dots(ax, of[MIXED].loc[[method]].reset_index(), place, colour(method))
 
 
 # ---- efficiency

@@ -193,7 +193,7 @@ def _correlation(
     if key not in own.index:
         return
     row = own.loc[[key]]
-    dots(ax, row, [place], [colour], [corrected])
+    dots(ax, row, place, colour, corrected)
     if corrected and row["value"].isna().iloc[0]:
         ax.plot(0, place, "x", ms=3.5, color=colour, mew=0.9, zorder=4)
 

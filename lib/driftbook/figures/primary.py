@@ -185,12 +185,6 @@ def _panel(
         )
     for place, (method, base) in enumerate(order):
         row = rows[rows["method"].eq(method) & rows["base_model"].eq(base)]
-        dots(
-            ax,
-            row,
-            np.full(len(row), place),
-            [COLOURS[method]] * len(row),
-            [base == "all"] * len(row),
-        )
+        dots(ax, row, place, COLOURS[method], base == "all")
         if base == "all" and place:
             ax.axhline(place - 0.5, color="#dddddd", lw=0.6, zorder=0)

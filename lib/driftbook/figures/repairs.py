@@ -299,12 +299,11 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
         dots(
             ax,
             own,
-            np.array(places, float),
+            places,
             [
                 {"rescale": NULL, "safe_lora": SAFE}.get(kinds[order[place]], OTHER)
                 for place in places
             ],
-            [True] * len(own),
         )
         ax.set_title(NAMES[outcome], fontsize=7)
         ax.locator_params(axis="x", nbins=4)
@@ -470,7 +469,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
             dots(
                 ax,
                 own,
-                np.array(places, float),
+                places,
                 [SAFE if name == controlled[0] else OTHER for name in own["member"]],
                 own["p_adjusted"].lt(0.05).tolist(),
             )
@@ -539,7 +538,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
             at = np.array([order.index(dimension) for dimension in own["dimension"]]) + 0.22 * (
                 place - (len(names) - 1) / 2
             )
-            dots(ax, own, at, [styles[name][1]] * len(own), [name != PARENT] * len(own))
+            dots(ax, own, at, styles[name][1], name != PARENT)
         ax.set_title(SHORT[outcome].capitalize())
     name_rows(axes[0], [dimension.replace("_", " ") for dimension in order])
     under(

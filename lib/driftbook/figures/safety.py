@@ -161,13 +161,7 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
             )
             for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):
                 row = part[part["base_model"].eq(base_model)]
-                dots(
-                    ax,
-                    row,
-                    np.full(len(row), place),
-                    [COLOURS[method]] * len(row),
-                    [True] * len(row),
-                )
+                dots(ax, row, place, COLOURS[method])
         name_rows(
             axes[0, 0],
             [f"{METHOD_LABELS[method]} − {METHOD_LABELS[other]}" for method, other in pairs],
