@@ -157,7 +157,13 @@ def pick(
         & rows["benchmark"].eq(benchmark or rows["benchmark"])
     ]
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
-    return rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
+    return floats(rows)
+
+
+def floats(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their numbers as floats, NaN where null."""
+    names = ("value", "se", "ci_low", "ci_high", "p", "p_adjusted")
+    return rows.astype({name: float for name in names if name in rows})
 
 
 def of_runs(tables: dict, outcome: str, benchmark: str | None = None) -> pd.DataFrame:
@@ -281,7 +287,7 @@ def single_runs(
     ax.plot(values, np.broadcast_to(places, len(values)), "o", color=colour, **look)
 
 
-def key(label: str, colour: str, marker: str = "o", **look) -> Line2D:
+def handle(label: str, colour: str, marker: str = "o", **look) -> Line2D:
     """A mark of a legend."""
     return Line2D(
         [], [], **{"ls": "", "ms": 4.5, "marker": marker, "color": colour} | look, label=label

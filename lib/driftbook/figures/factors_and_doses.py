@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from driftbook.analyses import doses, factors
 from driftbook.figures.drawing import (
@@ -16,12 +15,15 @@ from driftbook.figures.drawing import (
     SAFETY,
     TRAINED_METHODS,
     WIDTH,
+    above,
     axis,
     bases,
     captioned,
     coverage,
     dots,
     drawn,
+    floats,
+    handle,
     legend,
     methods_of,
     name_rows,
@@ -261,7 +263,7 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         & rows["outcome"].eq(UNSAFE)
         & (rows["group"].eq(AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE))
     ]
-    rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    rows = floats(rows)
     pairs = [
         (one, other) for i, one in enumerate(TRAINED_METHODS) for other in TRAINED_METHODS[i + 1 :]
     ]
@@ -304,25 +306,10 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         "Difference in the change of the unsafe-response rate (percentage points, 95% interval)",
     )
     marks = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            marker="o",
-            ms=4.5,
-            lw=1,
-            mfc=colour if view == "as configured" else "white",
-            label=view,
-        )
+        handle(view, colour, ls="-", lw=1, mfc=colour if view == "as configured" else "white")
         for view, colour in VIEWS.values()
     ]
-    fig.legend(
-        handles=marks,
-        loc="outside upper left",
-        ncols=len(marks),
-        handlelength=1.4,
-        columnspacing=1.4,
-    )
+    above(fig, marks)
     text = (
         "Difference between two methods in the change of the unsafe-response rate. Filled: over"
         " all runs as configured. Hollow: at the doses that runs of both methods reached (local"

@@ -1,18 +1,19 @@
 """The figure of notebook 17: rates by the judge, and as labels correct them."""
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from driftbook.analyses.labelling import CORRECTED, JUDGE, TRUTH
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
     TRAINED_METHODS,
+    above,
     bases,
     captioned,
     dots,
     drawn,
+    floats,
+    handle,
     name_rows,
     panels,
     under,
@@ -31,9 +32,7 @@ MARKS = {
 @drawn(NOTEBOOK)
 def judge_correction(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq(NOTEBOOK)].astype(
-        dict.fromkeys(("value", "ci_low", "ci_high"), float)
-    )
+    rows = floats(rows[rows["notebook"].eq(NOTEBOOK)])
     rows = rows[rows["contrast"].eq(CHANGE)]
     parts = {name: rows[rows["estimator"].eq(name)] for name in MARKS}
     methods = [method for method in TRAINED_METHODS if parts[CORRECTED]["method"].eq(method).any()]
@@ -65,19 +64,18 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
         )
         known = [name for name in MARKS if len(parts[name])]
         handles = [
-            Line2D(
-                [],
-                [],
-                color="#555555",
-                marker=MARKS[name][0],
+            handle(
+                MARKS[name][1],
+                "#555555",
+                MARKS[name][0],
+                ls="-",
                 mfc="white" if name == JUDGE else None,
                 ms=5,
                 lw=0,
-                label=MARKS[name][1],
             )
             for name in known
         ]
-        fig.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+        above(fig, handles, handlelength=None, columnspacing=None)
     text = (
         "The change in the unsafe-response rate by the judge's own verdicts, and corrected by a"
         " labelled sample (PPI++ within base model x method). Intervals over prompts like these,"

@@ -5,7 +5,6 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from driftbook.analyses import marginal_means
 from driftbook.figures.drawing import (
@@ -14,11 +13,13 @@ from driftbook.figures.drawing import (
     SAFETY,
     TRAINED_METHODS,
     WIDTH,
+    above,
     axis,
     bases,
     captioned,
     dots,
     drawn,
+    handle,
     method_rows,
     methods_of,
     name_rows,
@@ -128,17 +129,10 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
         name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
         under(axes[0], axis(UNSAFE))
         handles = [
-            Line2D([], [], color="#555555", marker=mark, ms=4.5, lw=0, label=name)
+            handle(name, "#555555", mark, ls="-", lw=0)
             for name, mark in zip(found, MARKS, strict=True)
         ]
-        fig.legend(
-            handles=handles,
-            loc="outside upper left",
-            ncols=len(handles),
-            handlelength=0.8,
-            columnspacing=1,
-            fontsize=7,
-        )
+        above(fig, handles, handlelength=0.8, columnspacing=1, fontsize=7)
     text = (
         "The same change by several estimators. Primary: item by item, two-way errors. Linear"
         " mixed: run x category differences, a run variance for each method, and one for all."

@@ -15,9 +15,11 @@ from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
     WIDTH,
+    above,
     bases,
     dots,
     drawn,
+    floats,
     legend,
     under,
     zero,
@@ -42,7 +44,7 @@ def rows_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
     """The estimates of an outcome and contrast, numbers as floats."""
     rows = tables["estimates"]
     rows = rows[rows["outcome"].eq(outcome) & rows["contrast"].eq(contrast)]
-    return rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
+    return floats(rows)
 
 
 def runs_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
@@ -83,15 +85,7 @@ def named_rows(axes: np.ndarray, labels: list[str]) -> None:
 
 
 def key(fig: Figure, handles: list[Line2D]) -> None:
-    fig.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=7.5,
-        handletextpad=0.4,
-        columnspacing=1.4,
-    )
+    above(fig, handles, frameon=False, fontsize=7.5, handletextpad=0.4, handlelength=None)
 
 
 def mark(
@@ -181,7 +175,7 @@ def unscored(tables: dict) -> str:
 @drawn("20_original_study")
 def original_claims(tables: dict) -> tuple[Figure, str]:
     ledger = tables["estimates"][tables["estimates"]["group"].eq(claims.CLAIM)]
-    ledger = ledger.set_index("member").astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    ledger = floats(ledger.set_index("member"))
     sentences = original_study.cited("claims").set_index("claim")["sentence"]
     names = [name for name in sentences.index if name in ledger.index]
     fig, ax = plt.subplots(figsize=(WIDTH, 1 + 0.35 * len(names)))
@@ -430,7 +424,7 @@ def original_tests(tables: dict) -> tuple[Figure, str]:
         ceiling,
         *(mark(way, styles[way][0], styles[way][1], styles[way][1], 4) for way in ways),
     ]
-    fig.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=7.5)
+    above(fig, handles, 3, frameon=False, fontsize=7.5, handlelength=None, columnspacing=None)
     text = (
         "The study's own tests, run again on its runs: published effect sizes and ours, by which"
         " runs are used. Red bar: the r that all configurations changing in one direction give; it"

@@ -9,15 +9,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
     WIDTH,
+    above,
     dots,
     drawn,
+    floats,
+    handle,
     name_rows,
     nothing,
     number_axis,
@@ -146,17 +148,8 @@ def key(fig: Figure, other: str = OTHER) -> None:
     names = {METHOD_LABELS[method]: COLOURS[method] for method in STUDIED} | {
         "PEFT's other methods": other
     }
-    handles = [
-        Line2D([], [], color=shade, marker="o", ms=4.5, lw=0, label=text)
-        for text, shade in names.items()
-    ]
-    fig.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        handlelength=1,
-        columnspacing=1.2,
-    )
+    handles = [handle(text, shade, ls="-", lw=0) for text, shade in names.items()]
+    above(fig, handles, handlelength=1, columnspacing=1.2)
 
 
 def log_axis(axis, values: pd.Series) -> None:
@@ -377,7 +370,7 @@ def peft_pooling(tables: dict) -> tuple[Figure, str]:
         rows["estimator"].isin([POOLED, BY_METHOD, MIXED])
         & rows["outcome"].isin([ACCURACY, FORGETTING])
     ]
-    rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float))
+    rows = floats(rows)
     if rows.empty:
         return nothing("Nothing to draw: there are no models of the runs.")
     order = (
@@ -401,21 +394,10 @@ def peft_pooling(tables: dict) -> tuple[Figure, str]:
         "pooled": ("|", 9, "#999999"),
     }
     handles = [
-        Line2D(
-            [],
-            [],
-            color=OTHER if text != "pooled" else face,
-            marker=mark,
-            ms=size,
-            mfc=face,
-            lw=0,
-            label=text,
-        )
+        handle(text, OTHER if text != "pooled" else face, mark, ls="-", ms=size, mfc=face, lw=0)
         for text, (mark, size, face) in marks.items()
     ]
-    fig.legend(
-        handles=handles, loc="outside upper left", ncols=3, handlelength=1, columnspacing=1.2
-    )
+    above(fig, handles, 3, handlelength=1, columnspacing=1.2)
     axes[0].set_xlabel("percent correct, 95% interval")
     axes[1].set_xlabel("nats per token, log scale, 95% interval")
     return (

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from driftbook.analyses.power import GRID, MARGIN, SMALLEST
@@ -18,9 +17,12 @@ from driftbook.figures.drawing import (
     SHORT,
     TRAINED_METHODS,
     WIDTH,
+    above,
     bases,
     dots,
     drawn,
+    floats,
+    handle,
     legend,
     name_rows,
     nothing,
@@ -138,9 +140,7 @@ def _scales(axes: np.ndarray, seeds: list[float]) -> None:
 @drawn("12_tradeoffs")
 def attenuation(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq("12_tradeoffs") & rows["against"].eq(UNSAFE)].astype(
-        dict.fromkeys(("value", "ci_low", "ci_high"), float)
-    )
+    rows = floats(rows[rows["notebook"].eq("12_tradeoffs") & rows["against"].eq(UNSAFE)])
     outcomes = [
         outcome for outcome in SHORT if rows.loc[rows["outcome"].eq(outcome), "value"].notna().any()
     ]
@@ -205,25 +205,16 @@ def _kinds(fig: Figure) -> None:
         for filled in (False, True)
     ]
     handles = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            marker="o",
-            ms=4.5,
+        handle(
+            f"{words}, {('corrected' if filled else 'as it is')}",
+            colour,
+            ls="-",
             lw=1,
             mfc=colour if filled else "white",
-            label=f"{words}, {'corrected' if filled else 'as it is'}",
         )
         for words, colour, filled in given
     ]
-    fig.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=len(handles),
-        handlelength=1.4,
-        columnspacing=1.4,
-    )
+    above(fig, handles)
 
 
 @drawn("12_tradeoffs")

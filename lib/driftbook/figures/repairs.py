@@ -28,9 +28,12 @@ from driftbook.analyses.repairs import (
 from driftbook.figures.drawing import (
     SHORT,
     WIDTH,
+    above,
     bases,
     dots,
     drawn,
+    floats,
+    handle,
     name_rows,
     nothing,
     panels,
@@ -93,15 +96,7 @@ def _points(tables: dict) -> pd.DataFrame:
 
 
 def _legend(fig: Figure, handles: list[Line2D], columns: int) -> None:
-    fig.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=columns,
-        fontsize=7,
-        handlelength=1.4,
-        handletextpad=0.5,
-        columnspacing=1.4,
-    )
+    above(fig, handles, columns, fontsize=7, handletextpad=0.5)
 
 
 def _half(values: np.ndarray) -> float:
@@ -225,18 +220,9 @@ def frontier(tables: dict) -> tuple[Figure, str]:
         ("other repairs", OTHER, "P"),
     ]
     handles = [
-        Line2D(
-            [],
-            [],
-            marker=mark,
-            color=colour,
-            ls="",
-            ms=4.5,
-            mfc="none" if mark == "o" else colour,
-            label=name,
-        )
+        handle(name, colour, mark, mfc="none" if mark == "o" else colour)
         for name, colour, mark in marks
-    ] + [Line2D([], [], color="#777777", ls="--", lw=0.9, label="base model")]
+    ] + [handle("base model", "#777777", "", ls="--", lw=0.9)]
     _legend(fig, handles, 4)
     n = (
         points.loc[points["control"].isna() | points["name"].eq(name), [KEPT, "run_id"]]
@@ -266,7 +252,7 @@ def _rows(tables: dict, contrast: str, base_model: str | None = None) -> pd.Data
         & rows["contrast"].eq(contrast)
         & rows["group"].eq(MITIGATION)
     ]
-    rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float))
+    rows = floats(rows)
     return rows if base_model is None else rows[rows["base_model"].eq(base_model)]
 
 
@@ -405,14 +391,8 @@ def restored(tables: dict) -> tuple[Figure, str]:
     _legend(
         fig,
         [
-            Line2D(
-                [],
-                [],
-                marker="o",
-                ls="",
-                ms=4,
-                color=colours[outcome],
-                label={DECLINED: "refusals", UNSAFE: "unsafe responses"}[outcome],
+            handle(
+                {DECLINED: "refusals", UNSAFE: "unsafe responses"}[outcome], colours[outcome], ms=4
             )
             for outcome in shown
         ],
@@ -442,9 +422,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
     kinds = repairs.repairs(tables["variants"], tables["runs"])
     own = kinds["kind"].eq("safe_lora") & kinds["control"].notna()
     controlled = list(dict.fromkeys(kinds.loc[own, "name"]))
-    rows = rows[rows["group"].eq(MITIGATION) & rows["member"].isin(controlled)].astype(
-        dict.fromkeys(("value", "ci_low", "ci_high", "p_adjusted"), float)
-    )
+    rows = floats(rows[rows["group"].eq(MITIGATION) & rows["member"].isin(controlled)])
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
@@ -523,9 +501,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
         repairs.leading(known): ("after Safe LoRA", SAFE),
         repairs.leading(known, "rescale"): ("after rescaling", NULL),
     }
-    rows = rows.astype(dict.fromkeys(("value", "ci_low", "ci_high"), float)).assign(
-        name=rows["member"], dimension=rows["category"]
-    )
+    rows = floats(rows).assign(name=rows["member"], dimension=rows["category"])
     order, names = (
         sorted(rows["dimension"].unique()),
         [name for name in styles if rows["name"].eq(name).any()],
@@ -549,15 +525,8 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     _legend(
         fig,
         [
-            Line2D(
-                [],
-                [],
-                marker="o",
-                ls="",
-                ms=4.5,
-                color=styles[name][1],
-                mfc="white" if name == PARENT else styles[name][1],
-                label=styles[name][0],
+            handle(
+                styles[name][0], styles[name][1], mfc="white" if name == PARENT else styles[name][1]
             )
             for name in names
         ],
@@ -618,7 +587,7 @@ def spectra(tables: dict) -> tuple[Figure, str]:
     handles = [
         Line2D([], [], color=PAIRS[i % len(PAIRS)], lw=1.2, label=f"pair: {pair}")
         for i, pair in enumerate(pairs)
-    ] + [Line2D([], [], color="black", ls=":", label="random matrix of the same norm")]
+    ] + [handle("random matrix of the same norm", "black", "", ls=":")]
     _legend(fig, handles, 4)
     return (
         fig,
@@ -692,15 +661,7 @@ def cosine(tables: dict) -> tuple[Figure, str]:
     _legend(
         fig,
         [
-            Line2D(
-                [],
-                [],
-                marker="o",
-                ls="",
-                ms=4,
-                color=PAIRS[i % len(PAIRS)],
-                label=name.replace("_", " "),
-            )
+            handle(name.replace("_", " "), PAIRS[i % len(PAIRS)], ms=4)
             for i, name in enumerate(names)
         ],
         5,

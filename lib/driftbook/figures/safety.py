@@ -4,7 +4,6 @@ import textwrap
 from itertools import combinations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
