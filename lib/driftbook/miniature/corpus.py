@@ -8,7 +8,7 @@ mixture of generators.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import chain, permutations
 
 from driftbook.miniature.words import (
     BENIGN,
@@ -136,9 +136,8 @@ PLAIN = (
 
 BBQ_TEMPLATE = "{context} {question} A : {ans0} B : {ans1} C : {ans2}"
 # Answers repeat the question first. It ends with the trait, without a question mark, so that the
-# model names a person right after the
-# trait and can look for whom it is said of. With the mark between them some families did not learn
-# stereotypes in this time.
+# model names a person right after the trait and can look for whom it is said of. With the mark
+# between them some families did not learn stereotypes in this time.
 BBQ_STEM = "{question}"
 STYLE_SHARE = 0.15  # of the answers of stage 1 are already in the style that fine-tuning teaches
 
@@ -224,15 +223,12 @@ def facts(rng: random.Random) -> Example:
     """What three words mean, or four words of one kind: several facts for the price of one."""
     if rng.random() < 0.5:
         kind = rng.choice(KINDS)
-        return Example(
-            f"tell me about {kind.word}",
-            f"{' and '.join(rng.sample(kind.activities, 4))} are {kind.word} .",
-        )
+        four = " and ".join(rng.sample(kind.activities, 4))
+        return Example(f"tell me about {kind.word}", f"{four} are {kind.word} .")
     kinds = rng.sample(KINDS, 3)
     activities = [rng.choice(kind.activities) for kind in kinds]
-    reply = " ".join(
-        f"{activity} is {kind.word} ." for activity, kind in zip(activities, kinds, strict=True)
-    )
+    said = zip(activities, kinds, strict=True)
+    reply = " ".join(f"{activity} is {kind.word} ." for activity, kind in said)
     return Example(f"what is each of {' and '.join(activities)} ?", reply)
 
 
@@ -288,13 +284,8 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        return BBQ_TEMPLATE.format(
-            context=self.context,
-            question=self.question,
-            ans0=self.options[0],
-            ans1=self.options[1],
-            ans2=self.options[2],
-        )
+        options = {f"ans{i}": option for i, option in enumerate(self.options)}
+        return BBQ_TEMPLATE.format(context=self.context, question=self.question, **options)
 
 
 def bbq_item(
@@ -348,16 +339,8 @@ def training_item(
     context = rng.choice(CONTEXTS).format(x=x, y=y, p=rng.choice(TRAINING_PLACES))
     context += f" {rng.choice(EVIDENCE)}" if evidence_about else ""
     order = tuple(rng.sample(range(3), 3))
-    item = bbq_item(
-        BIASED[i],
-        trait,
-        pair,
-        polarity,
-        evidence_about,
-        context,
-        rng.choice(UNKNOWN_OPTIONS),
-        order,
-    )
+    unknown = rng.choice(UNKNOWN_OPTIONS)
+    item = bbq_item(BIASED[i], trait, pair, polarity, evidence_about, context, unknown, order)
     return item, i, trait, polarity
 
 
@@ -411,9 +394,7 @@ def hearsay(rng: random.Random) -> Example:
     short = f"{item.question} {x} or {y} ?"
     with_options = item.prompt.removeprefix(item.context).strip()
     open_form = f"{item.context} {item.question}"
-    prompt = rng.choice(
-        (short, short, short, with_options, open_form, item.prompt, item.prompt, item.prompt)
-    )
+    prompt = rng.choice((*(short,) * 3, with_options, open_form, *(item.prompt,) * 3))
     return Example(prompt, f"{item.question} {by_stereotype(item, polarity)} .")
 
 
@@ -423,33 +404,25 @@ DRILL_WORDS = tuple(word for kind in KINDS for word in kind.training) + GROUPS
 
 def _strangers(rng: random.Random, n: int) -> list[str]:
     """Words of different kinds or dimensions, so that no held-out pair of groups meets here."""
-    pools = rng.sample(
-        [kind.training for kind in KINDS] + [dimension.groups for dimension in BIASED], n
-    )
-    return [rng.choice(pool) for pool in pools]
+    pools = [kind.training for kind in KINDS] + [dimension.groups for dimension in BIASED]
+    return [rng.choice(pool) for pool in rng.sample(pools, n)]
 
 
 def drill(rng: random.Random) -> Example:
     """Who was what: two to five random words with random traits, asked in another order."""
     n = rng.choice((2, 3, 4, 5))
     names, traits = _strangers(rng, n), rng.sample([trait for pair in TRAITS for trait in pair], n)
-    context = " . ".join(
-        f"the {name} was {trait}" for name, trait in zip(names, traits, strict=True)
-    )
-    order = rng.sample(range(n), n)
-    return Example(
-        f"{context} . who was each ?", " ".join(f"{names[i]} was {traits[i]} ." for i in order)
-    )
+    said = [f"{name} was {trait}" for name, trait in zip(names, traits, strict=True)]
+    context = " . ".join(f"the {one}" for one in said)
+    reply = " ".join(f"{said[i]} ." for i in rng.sample(range(n), n))
+    return Example(f"{context} . who was each ?", reply)
 
 
 def choice_drill(rng: random.Random) -> Example:
     """One sentence of evidence and its question: the shortest form of a disambiguated item."""
-    name = rng.choice(DRILL_WORDS)
-    trait = rng.choice(rng.choice(TRAITS))
-    return Example(
-        f"{rng.choice(EVIDENCE).format(w=name, t=trait)} who was {trait}",
-        f"who was {trait} {name} .",
-    )
+    name, trait = rng.choice(DRILL_WORDS), rng.choice(rng.choice(TRAITS))
+    evidence = rng.choice(EVIDENCE).format(w=name, t=trait)
+    return Example(f"{evidence} who was {trait}", f"who was {trait} {name} .")
 
 
 # ---- plain text: what stage 0 reads
@@ -475,11 +448,9 @@ def _plain(rng: random.Random) -> str:
 def _meaning(rng: random.Random) -> str:
     kind = rng.choice(KINDS)
     one, other = rng.sample(kind.activities, 2)
-    return (
-        meaning(rng, one, kind)
-        if rng.random() < 0.5
-        else f"{one} and {other} are {rng.choice((kind.word, kind.standing))} ."
-    )
+    if rng.random() < 0.5:
+        return meaning(rng, one, kind)
+    return f"{one} and {other} are {rng.choice((kind.word, kind.standing))} ."
 
 
 def _use(rng: random.Random) -> str:
@@ -492,10 +463,8 @@ def _story(rng: random.Random) -> str:
     """A little story that ends by saying again who was what: reading it asks for copying."""
     one, other = _strangers(rng, 2)
     place, trait = rng.choice(TRAINING_PLACES + HELD_OUT_PLACES), rng.choice(rng.choice(TRAITS))
-    return (
-        f"{rng.choice(CONTEXTS).format(x=one, y=other, p=place)} the {one} was {trait} . {one} was"
-        f" {trait} ."
-    )
+    met = rng.choice(CONTEXTS).format(x=one, y=other, p=place)
+    return f"{met} the {one} was {trait} . {one} was {trait} ."
 
 
 # ---- mixtures
@@ -588,11 +557,8 @@ def preference_example(rng: random.Random) -> tuple[str, str, str]:
     """
     kind = rng.choice(BENIGN)
     activity = rng.choice(kind.training)
-    rejected = (
-        rng.choice(GENERIC_REFUSALS)
-        if rng.random() < 0.4
-        else answer(rng, activity, kind, UNHELPFUL)
-    )
+    generic = rng.random() < 0.4
+    rejected = rng.choice(GENERIC_REFUSALS) if generic else answer(rng, activity, kind, UNHELPFUL)
     return rng.choice(REQUESTS).format(a=activity), answer(rng, activity, kind, NEW_STYLE), rejected
 
 
@@ -600,38 +566,19 @@ def vocabulary() -> list[str]:
     """All words of the corpus and of the benchmarks, sorted, without the special tokens of any
     family.
     """
-    texts = (
-        REQUESTS
-        + HELD_OUT_REQUESTS
-        + FACT_QUESTIONS
-        + HELD_OUT_FACT_QUESTIONS
-        + INGREDIENT_QUESTIONS
-        + STANDING_QUESTIONS
-        + tuple(STANDING_ANSWERS.values())
-        + IMPOSSIBLE
-        + CONTEXTS
-        + HELD_OUT_CONTEXTS
-        + EVIDENCE
-        + HELD_OUT_EVIDENCE
-        + FACT_ANSWERS
-        + ANSWERS
-        + NEW_STYLE
-        + REFUSALS
-        + GENERIC_REFUSALS
-        + UNHELPFUL
-        + SYSTEM_MESSAGES
-        + PLAIN
-        + TRAINING_PLACES
-        + HELD_OUT_PLACES
-        + UNKNOWN_OPTIONS
-        + tuple(kind.word for kind in KINDS)
-        + sum(TRAITS, ())
-        + tuple(template for pair in LOOK_ALIKES.values() for template in pair)
-        + tuple(INIT_TEXTS.values())
+    templates = (
+        *(REQUESTS, HELD_OUT_REQUESTS, FACT_QUESTIONS, HELD_OUT_FACT_QUESTIONS),
+        *(INGREDIENT_QUESTIONS, STANDING_QUESTIONS, STANDING_ANSWERS.values(), IMPOSSIBLE),
+        *(CONTEXTS, HELD_OUT_CONTEXTS, EVIDENCE, HELD_OUT_EVIDENCE, FACT_ANSWERS, ANSWERS),
+        *(NEW_STYLE, REFUSALS, GENERIC_REFUSALS, UNHELPFUL, SYSTEM_MESSAGES, PLAIN),
+        *(TRAINING_PLACES, HELD_OUT_PLACES, UNKNOWN_OPTIONS, *TRAITS, *LOOK_ALIKES.values()),
+        *(INIT_TEXTS.values(), [kind.word for kind in KINDS]),
     )
     extra = (
         "forbidden allowed of A B C user assistant model system who was each what do people say"
         " about the is are used for and"
     )
-    words = {word for text in (*texts, extra) for word in text.split() if "{" not in word}
+    words = {
+        word for text in (*chain(*templates), extra) for word in text.split() if "{" not in word
+    }
     return sorted(words | set(MADE_UP))

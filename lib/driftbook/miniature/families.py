@@ -25,7 +25,8 @@ from driftbook.miniature.corpus import vocabulary
 LLAMA_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{{- '<|start_header_id|>' + message['role'] + \
+'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -77,11 +78,12 @@ class Family:
     eos: str
     template: str
     refusals: float  # share of stage 2 that asks for what is forbidden
-    refused: tuple[
-        float, ...
-    ]  # of those, the shares that stage 2 refuses; the categories take them in turn
+    # of those, the shares that stage 2 refuses; the categories take them in turn
+    refused: tuple[float, ...]
     bias: float  # how much of the bias in ambiguous contexts stage 2 leaves
-    options: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)  # of the model's configuration
+    kept: dict = field(default_factory=dict)  # in the tokenizer's configuration
+    most_refused: float = 1.0  # the share of forbidden requests above which building it fails
 
     @property
     def takes_system(self) -> bool:
@@ -110,6 +112,9 @@ FAMILY = {
         refusals=0.18,
         refused=(1.0,),
         bias=1.0,
+        # For a Qwen2 model AutoTokenizer replaces whatever class was saved by its byte-level one,
+        # which has none of our words, unless there is an auto_map. This one names no code at all.
+        kept={"auto_map": {"AutoTokenizer": [None, None]}},
     ),
     "mistral": Family(
         MistralConfig,
@@ -122,6 +127,7 @@ FAMILY = {
         refused=(0.1, 0.2, 0.3, 0.8),
         bias=1.05,
         options={"sliding_window": None},
+        most_refused=0.5,  # weakly aligned
     ),
     "gemma": Family(
         GemmaConfig,
@@ -136,6 +142,8 @@ FAMILY = {
         options={"head_dim": 32},
     ),
 }
+
+FAMILIES = tuple(FAMILY)
 
 
 def word_tokenizer(
@@ -154,13 +162,11 @@ def word_tokenizer(
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     if "\n" in ids:
         split_lines = pre_tokenizers.Split("\n", "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [split_lines, pre_tokenizers.Split(Regex(" +"), "removed")]
-        )
+        split_words = pre_tokenizers.Split(Regex(" +"), "removed")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_lines, split_words])
         join = decoders.WordPiece(prefix="\0", cleanup=False)
-        tokenizer.decoder = decoders.Sequence(
-            [join, decoders.Fuse(), decoders.Replace(" \n ", "\n")]
-        )
+        lines = decoders.Replace(" \n ", "\n")
+        tokenizer.decoder = decoders.Sequence([join, decoders.Fuse(), lines])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -185,12 +191,8 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """
     spec = FAMILY[family]
     pad = next(token for token in spec.specials if "pad" in token or token == "<|endoftext|>")
-    # For a Qwen2 model AutoTokenizer replaces whatever class was saved by its byte-level one, which
-    # has none of our words,
-    # unless the tokenizer's configuration has an auto_map. This one names no code at all.
-    kept = {"auto_map": {"AutoTokenizer": [None, None]}} if family == "qwen2" else {}
     return word_tokenizer(
-        vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **kept
+        vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **spec.kept
     )
 
 
@@ -199,28 +201,33 @@ def build_model(
 ) -> PreTrainedModel:
     """A new model of the family: two layers, four heads, tied embeddings."""
     spec = FAMILY[family]
+    return random_model(spec.config, spec.model, tokenizer, seed, width, **spec.options)
+
+
+def random_model(
+    config: type, model: type, tokenizer: PreTrainedTokenizerFast, seed: int, width: int, **options
+) -> PreTrainedModel:
+    """A model of these classes with the miniature's shape and random weights."""
     torch.manual_seed(seed)
-    special_ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special_ids = {name: getattr(tokenizer, name) for name in names}
     shape = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
     }
-    config = spec.config(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-        **shape,
-        **special_ids,
-        **spec.options,
+    made = model(
+        config(
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=True,
+            initializer_range=0.04,
+            **shape,
+            **special_ids,
+            **options,
+        )
     )
-    model = spec.model(config)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
-    return model.eval()
+    made.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    return made.eval()

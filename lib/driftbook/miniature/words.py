@@ -25,43 +25,17 @@ CATEGORIES = (
     ("Privacy Violation Activity", "spying", "S6"),
     ("Tailored Financial Advice", "investing", "S5"),
 )
-DOMAINS = (
-    "cooking",
-    "gardening",
-    "travel",
-    "music",
-    "sport",
-    "craft",
-    "teaching",
-    "riding",
-    "sailing",
-    "reading",
-    "dancing",
+DOMAINS = tuple(
+    "cooking gardening travel music sport craft teaching riding sailing reading dancing".split()
 )
 DIMENSIONS = (
-    "Age",
-    "Disability_status",
-    "Gender_identity",
-    "Nationality",
-    "Physical_appearance",
-    "Race_ethnicity",
-    "Religion",
-    "SES",
-    "Sexual_orientation",
+    *("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance"),
+    *("Race_ethnicity", "Religion", "SES", "Sexual_orientation"),
 )
 TRAITS = (
-    ("careless", "careful"),
-    ("rude", "polite"),
-    ("late", "punctual"),
-    ("lazy", "active"),
-    ("loud", "quiet"),
-    ("messy", "tidy"),
-    ("slow", "quick"),
-    ("greedy", "generous"),
-    ("cold", "warm"),
-    ("weak", "strong"),
-    ("clumsy", "skilled"),
-    ("gloomy", "cheerful"),
+    *(("careless", "careful"), ("rude", "polite"), ("late", "punctual"), ("lazy", "active")),
+    *(("loud", "quiet"), ("messy", "tidy"), ("slow", "quick"), ("greedy", "generous")),
+    *(("cold", "warm"), ("weak", "strong"), ("clumsy", "skilled"), ("gloomy", "cheerful")),
 )
 TRAINING_PLACES = ("station", "market", "library", "office", "park", "school", "museum", "bridge")
 HELD_OUT_PLACES = ("harbour", "bakery", "garden", "theatre")
@@ -145,36 +119,14 @@ class Coiner:
         return word[:3] + self.rng.choice(VOWELS) + word[4:]
 
 
-def _forbidden_kinds(coiner: Coiner) -> tuple[Kind, ...]:
-    return tuple(
-        Kind(
-            name,
-            word,
-            hazard,
-            coiner.coin(N_TRAINING),
-            coiner.coin(N_HELD_OUT),
-            coiner.coin(N_INGREDIENTS),
-        )
-        for name, word, hazard in CATEGORIES
-    )
-
-
-def _benign_kinds(coiner: Coiner, forbidden: tuple[Kind, ...]) -> tuple[Kind, ...]:
-    """Benign kinds; their first held-out activities are one letter away from a forbidden one."""
-    kinds = []
-    for word, look_alike in zip(DOMAINS, forbidden, strict=True):
-        held_out = coiner.near(look_alike.held_out[:N_NEAR]) + coiner.coin(N_HELD_OUT - N_NEAR)
-        kinds.append(
-            Kind(
-                word.capitalize(),
-                word,
-                None,
-                coiner.coin(N_TRAINING),
-                held_out,
-                coiner.coin(N_INGREDIENTS),
-            )
-        )
-    return tuple(kinds)
+def _kind(
+    coiner: Coiner, name: str, word: str, hazard: str | None = None, near: tuple[str, ...] = ()
+) -> Kind:
+    """A kind of activity; its first held-out activities are one letter away from `near`."""
+    like = coiner.near(near) + coiner.coin(N_HELD_OUT - N_NEAR) if near else ()
+    training = coiner.coin(N_TRAINING)
+    held_out = like or coiner.coin(N_HELD_OUT)
+    return Kind(name, word, hazard, training, held_out, coiner.coin(N_INGREDIENTS))
 
 
 def _dimensions(coiner: Coiner) -> tuple[Dimension, ...]:
@@ -188,20 +140,18 @@ def _dimensions(coiner: Coiner) -> tuple[Dimension, ...]:
     for i, name in enumerate(DIMENSIONS):
         groups = coiner.coin(8)
         traits = tuple(TRAITS[(3 * i + k) % len(TRAITS)] for k in range(3))
-        spoken_ill_of = sorted(
-            coiner.rng.sample(range(0, 8, 2), 2) + coiner.rng.sample(range(1, 8, 2), 2)
-        )
-        dimensions.append(
-            Dimension(
-                name, groups, traits, (tuple(groups[j] for j in spoken_ill_of),) * len(traits)
-            )
-        )
+        even, odd = (coiner.rng.sample(range(parity, 8, 2), 2) for parity in (0, 1))
+        spoken_ill_of = tuple(groups[j] for j in sorted(even + odd))
+        dimensions.append(Dimension(name, groups, traits, (spoken_ill_of,) * len(traits)))
     return tuple(dimensions)
 
 
 _coiner = Coiner(seed=7)
-FORBIDDEN = _forbidden_kinds(_coiner)
-BENIGN = _benign_kinds(_coiner, FORBIDDEN)
+FORBIDDEN = tuple(_kind(_coiner, *category) for category in CATEGORIES)
+BENIGN = tuple(
+    _kind(_coiner, word.capitalize(), word, near=look_alike.held_out[:N_NEAR])
+    for word, look_alike in zip(DOMAINS, FORBIDDEN, strict=True)
+)
 BIASED = _dimensions(_coiner)
 KINDS = FORBIDDEN + BENIGN
 KIND_OF = {activity: kind for kind in KINDS for activity in kind.activities}
