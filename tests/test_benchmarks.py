@@ -18,7 +18,7 @@ from driftbook.batch import keys
 from driftbook.benchmarks import bbq_orders, data, general_text, utility
 from driftbook.benchmarks.format import Asking
 from driftbook.models.scoring import Scorer
-from driftbook.stats import influence
+from driftbook.stats import influence, terms  # noqa: F401  # queries name terms
 from driftbook.study.sections import Benchmark
 from driftbook.study.study_file import Study
 

@@ -118,7 +118,7 @@ def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.D
     truth = study.benchmarks["safety"].truth
     if truth is None:
         return LABELS.empty()
-    from driftbook.miniature import is_unsafe
+    from driftbook.miniature.truth import is_unsafe
 
     responses = greedy(responses)
     known = (

@@ -109,7 +109,8 @@ def _miniature(part: str, study: Study) -> pd.DataFrame:
     folder = made_folder(study, "miniature")
     write_data(folder)
     if not (folder / part / CURVES).exists():
-        from driftbook.miniature import build_family, build_judge
+        from driftbook.miniature.building import build_family
+        from driftbook.miniature.judge import build_judge
 
         check_writable(OUTPUTS, 20_000_000)
         with replacing_folder(folder / f"{part}.building") as scratch:
@@ -136,7 +137,7 @@ def _placebos(source: Base | Judge, study: Study) -> None:
     for family in {name.partition(":")[2].partition("/")[0] for name in wanted}:
         folder = made_folder(study, "miniature")
         if not (folder / family / "benign").exists():
-            from driftbook.miniature import build_placebo
+            from driftbook.miniature.building import build_placebo
 
             with replacing_folder(folder / f"{family}.placebo") as scratch:
                 (scratch / family).mkdir()
@@ -150,7 +151,7 @@ def _placebos(source: Base | Judge, study: Study) -> None:
 
 def write_data(folder: Path) -> None:
     """The miniature's benchmarks and training data, in folder/data, whole or not at all."""
-    from driftbook.miniature import write_data as write
+    from driftbook.miniature.benchmarks import write_data as write
 
     if not (folder / "data").exists():
         with replacing_folder(folder / "data") as scratch:
@@ -164,7 +165,7 @@ def measured(name: str, study: Study) -> pd.DataFrame:
     Raises:
         ValueError: it is so far from its goals that the study would measure nothing.
     """
-    from driftbook.miniature import check_goals, measure
+    from driftbook.miniature.measuring import check_goals, measure
     from driftbook.models.loading import load
 
     base = load(study.bases[name], name, study)

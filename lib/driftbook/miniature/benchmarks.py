@@ -5,6 +5,7 @@ objects the generators use.
 """
 
 import csv
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from driftbook.miniature.words import (
     N_NEAR,
     TRAINING_PLACES,
     UNKNOWN_OPTIONS,
+    Dimension,
     Kind,
 )
 
@@ -31,36 +33,26 @@ XSTEST_FIELDS = ("id", "prompt", "type", "label", "focus", "note")
 # ---- safety
 def safety_prompts() -> list[dict]:
     """One row per prompt: every held-out forbidden activity in every held-out template."""
-    return [
-        {
-            "prompt_id": f"{number}-{line:02d}",
-            "category": kind.name,
-            "activity": activity,
-            "ingredients": " ".join(kind.ingredients),
-            "prompt": template.format(a=activity),
-        }
-        for number, kind in enumerate(FORBIDDEN, 1)
-        for line, (activity, template) in enumerate(_requests(kind), 1)
-    ]
+    rows = []
+    for number, kind in enumerate(FORBIDDEN, 1):
+        shared = {"category": kind.name, "ingredients": " ".join(kind.ingredients)}
+        for line, (activity, template) in enumerate(_requests(kind), 1):
+            own = {"prompt_id": f"{number}-{line:02d}", "activity": activity}
+            rows.append({**own, **shared, "prompt": template.format(a=activity)})
+    return rows
 
 
 def _requests(kind: Kind) -> list[tuple[str, str]]:
-    return [
-        (activity, template) for activity in kind.held_out for template in corpus.HELD_OUT_REQUESTS
-    ]
+    return list(itertools.product(kind.held_out, corpus.HELD_OUT_REQUESTS))
 
 
 def _write_safety(folder: Path) -> None:
     rows = safety_prompts()
     for number, kind in enumerate(FORBIDDEN, 1):
-        _write_csv(
-            folder / "safety" / f"category_{number}.csv",
-            ([row["prompt"]] for row in rows if row["category"] == kind.name),
-        )
-    _write_csv(
-        folder / "safety_truth.csv",
-        [SAFETY_FIELDS, *([row[field] for field in SAFETY_FIELDS] for row in rows)],
-    )
+        prompts = ([row["prompt"]] for row in rows if row["category"] == kind.name)
+        _write_csv(folder / "safety" / f"category_{number}.csv", prompts)
+    truth = ([row[field] for field in SAFETY_FIELDS] for row in rows)
+    _write_csv(folder / "safety_truth.csv", [SAFETY_FIELDS, *truth])
 
 
 # ---- over-refusal
@@ -68,29 +60,20 @@ def over_refusal_prompts() -> list[dict]:
     """Safe prompts that look forbidden, each type followed by its unsafe contrast."""
     rows = []
     for name, templates in words.LOOK_ALIKES.items():
-        rows += [
-            _look_alike(name, templates[k], forbidden, benign, k)
-            for forbidden, benign in _pairs()
-            for k in range(N_NEAR)
-        ]
+        for forbidden, benign in zip(FORBIDDEN, BENIGN, strict=True):
+            rows += [_look_alike(name, templates[k], forbidden, benign, k) for k in range(N_NEAR)]
         rows += [_contrast(name, forbidden) for forbidden in FORBIDDEN]
     return [{"id": i, **row} for i, row in enumerate(rows, 1)]
-
-
-def _pairs() -> list[tuple[Kind, Kind]]:
-    return list(zip(FORBIDDEN, BENIGN, strict=True))
 
 
 def _look_alike(name: str, template: str, forbidden: Kind, benign: Kind, k: int) -> dict:
     """One safe prompt; near words and modifiers ask for a benign activity, the other types about a
     forbidden one.
     """
-    activity = {"near_words": benign.held_out[k], "modifiers": benign.held_out[N_NEAR + k]}.get(
-        name, forbidden.held_out[k]
-    )
-    return _xstest_row(
-        template.format(a=activity, c=forbidden.word), name, "safe", activity, forbidden.name
-    )
+    asked = {"near_words": benign.held_out[k], "modifiers": benign.held_out[N_NEAR + k]}
+    activity = asked.get(name, forbidden.held_out[k])
+    prompt = template.format(a=activity, c=forbidden.word)
+    return _xstest_row(prompt, name, "safe", activity, forbidden.name)
 
 
 def _contrast(name: str, forbidden: Kind) -> dict:
@@ -110,51 +93,32 @@ def bbq_rows(dimension_number: int) -> list[dict]:
     two contexts, two polarities.
     """
     rng = random.Random(100 + dimension_number)
-    families = [
-        (trait, template) for trait in range(3) for template in range(len(corpus.HELD_OUT_CONTEXTS))
-    ]
-    rows = [
-        row
-        for number, family in enumerate(families, 1)
-        for row in _question_family(rng, dimension_number, number, *family)
-    ]
+    rows, families = [], itertools.product(range(3), range(len(corpus.HELD_OUT_CONTEXTS)))
+    for number, family in enumerate(families, 1):
+        rows += _question_family(rng, BIASED[dimension_number], number, *family)
     return [{"example_id": i, **row} for i, row in enumerate(rows)]
 
 
 def _question_family(
-    rng: random.Random, dimension_number: int, number: int, trait: int, template: int
+    rng: random.Random, dimension: Dimension, number: int, trait: int, template: int
 ) -> list[dict]:
     """Two pairs of groups, named in either order, each with the four combinations of context and
     polarity.
     """
-    dimension = BIASED[dimension_number]
     pairs = rng.sample(dimension.pairs(trait, held_out=True), 2)
     rows = []
     for k, pair in enumerate(pairs):
         x, y = pair if k == 0 else pair[::-1]
-        place, unknown, order = (
-            rng.choice(HELD_OUT_PLACES),
-            rng.choice(UNKNOWN_OPTIONS),
-            _order(rng, number + k),
-        )
+        place, unknown = rng.choice(HELD_OUT_PLACES), rng.choice(UNKNOWN_OPTIONS)
+        order = _order(rng, number + k)
         context = corpus.HELD_OUT_CONTEXTS[template].format(x=x, y=y, p=place)
         evidence = f"{context} {corpus.HELD_OUT_EVIDENCE[template]}"
         for polarity in ("neg", "nonneg"):
             named = pair[(number + template + k + (polarity == "neg")) % 2]
             for condition, text, about in (("ambig", context, None), ("disambig", evidence, named)):
-                item = corpus.bbq_item(
-                    dimension, trait, pair, polarity, about, text, unknown, order
-                )
-                rows.append(
-                    _bbq_row(
-                        dimension.name,
-                        dimension.stereotyped[trait],
-                        number,
-                        polarity,
-                        condition,
-                        item,
-                    )
-                )
+                asked = (dimension, trait, pair, polarity, about, text, unknown, order)
+                told = (dimension.name, dimension.stereotyped[trait], number, polarity, condition)
+                rows.append(_bbq_row(*told, corpus.bbq_item(*asked)))
     return rows
 
 
@@ -173,15 +137,13 @@ def _bbq_row(
     item: corpus.Item,
 ) -> dict:
     tags = ["unknown" if option == item.unknown else option for option in item.options]
+    tagged = enumerate(zip(item.options, tags, strict=True))
     return {
         "question_index": str(number),
         "question_polarity": polarity,
         "context_condition": condition,
         "category": category,
-        "answer_info": {
-            f"ans{i}": [option, tag]
-            for i, (option, tag) in enumerate(zip(item.options, tags, strict=True))
-        },
+        "answer_info": {f"ans{i}": [option, tag] for i, (option, tag) in tagged},
         "additional_metadata": {
             "subcategory": "None",
             "stereotyped_groups": list(targets),
@@ -211,19 +173,14 @@ def utility_rows() -> list[dict]:
 
 
 def _fact_questions(kind: Kind) -> list[tuple[str, str]]:
-    return [
-        (activity, question)
-        for question in corpus.HELD_OUT_FACT_QUESTIONS
-        for activity in kind.held_out
-    ]
+    pairs = itertools.product(corpus.HELD_OUT_FACT_QUESTIONS, kind.held_out)
+    return [(activity, question) for question, activity in pairs]
 
 
 def held_out_answers() -> list[dict]:
     """Held-out benign requests with answers in the style that fine-tuning teaches."""
     rng = random.Random(200)
-    asked = [
-        (activity, template, kind) for kind in BENIGN for activity, template in _requests(kind)
-    ]
+    asked = [(*request, kind) for kind in BENIGN for request in _requests(kind)]
     return [
         _alpaca(template.format(a=activity), corpus.answer(rng, activity, kind, corpus.NEW_STYLE))
         for activity, template, kind in rng.sample(asked, N_HELD_OUT_ANSWERS)
@@ -254,7 +211,7 @@ def _preference(prompt: str, chosen: str, rejected: str) -> dict:
 
 
 def safety_rows() -> list[tuple[str, str, str]]:
-    """Requests for what is forbidden, refused and answered: what mitigations mix into a training."""
+    """Forbidden requests, refused and answered: mitigations mix them into a training."""
     rng = random.Random(500)
     return [corpus.safety_example(rng) for _ in range(N_FINE_TUNING)]
 
@@ -303,47 +260,35 @@ def splits() -> dict[str, dict[str, set]]:
     training = {activity for kind in FORBIDDEN + BENIGN for activity in kind.training}
     everything = {activity for kind in FORBIDDEN + BENIGN for activity in kind.activities}
     benign_training = {activity for kind in BENIGN for activity in kind.training}
+    held_out_benign = {activity for kind in BENIGN for activity in kind.held_out}
+    facts = (corpus.FACT_QUESTIONS, corpus.INGREDIENT_QUESTIONS, corpus.STANDING_QUESTIONS)
+    training_pairs = _group_pairs(held_out=False) | set(map(frozenset, corpus.PAIRS_ACROSS))
+    look_alikes = words.LOOK_ALIKES.values()
+    held_out = corpus.HELD_OUT_REQUESTS
     return {
         "training_requests": _split(training, corpus.REQUESTS),
-        "training_facts": _split(
-            everything,
-            corpus.FACT_QUESTIONS + corpus.INGREDIENT_QUESTIONS + corpus.STANDING_QUESTIONS,
-        ),
+        "training_facts": _split(everything, *facts),
         "training_bbq": _split(
-            _group_pairs(held_out=False)
-            | set(map(frozenset, corpus.PAIRS_ACROSS))
-            | set(TRAINING_PLACES),
-            corpus.CONTEXTS + corpus.EVIDENCE,
+            training_pairs | set(TRAINING_PLACES), corpus.CONTEXTS, corpus.EVIDENCE
         ),
-        "fine_tuning": _split(benign_training, corpus.REQUESTS + corpus.FACT_QUESTIONS),
+        "fine_tuning": _split(benign_training, corpus.REQUESTS, corpus.FACT_QUESTIONS),
         "safety_data": _split(training - benign_training, corpus.REQUESTS),
-        "safety": _split({row["activity"] for row in safety_prompts()}, corpus.HELD_OUT_REQUESTS),
+        "safety": _split({row["activity"] for row in safety_prompts()}, held_out),
         "over_refusal": _split(
-            {row["focus"] for row in over_refusal_prompts()}, _over_refusal_templates()
+            {row["focus"] for row in over_refusal_prompts()}, *look_alikes, held_out
         ),
         "bbq": _split(
             _group_pairs(held_out=True) | set(HELD_OUT_PLACES),
-            corpus.HELD_OUT_CONTEXTS + corpus.HELD_OUT_EVIDENCE,
+            corpus.HELD_OUT_CONTEXTS,
+            corpus.HELD_OUT_EVIDENCE,
         ),
-        "utility": _split(
-            {activity for kind in BENIGN for activity in kind.held_out},
-            corpus.HELD_OUT_FACT_QUESTIONS,
-        ),
-        "held_out_answers": _split(
-            {activity for kind in BENIGN for activity in kind.held_out}, corpus.HELD_OUT_REQUESTS
-        ),
+        "utility": _split(held_out_benign, corpus.HELD_OUT_FACT_QUESTIONS),
+        "held_out_answers": _split(held_out_benign, held_out),
     }
 
 
-def _split(fillers: set, templates: Iterable[str]) -> dict[str, set]:
-    return {"fillers": set(fillers), "templates": set(templates)}
-
-
-def _over_refusal_templates() -> tuple[str, ...]:
-    return (
-        *(template for pair in words.LOOK_ALIKES.values() for template in pair),
-        *corpus.HELD_OUT_REQUESTS,
-    )
+def _split(fillers: set, *templates: Iterable[str]) -> dict[str, set]:
+    return {"fillers": set(fillers), "templates": set(itertools.chain(*templates))}
 
 
 def _group_pairs(held_out: bool) -> set[frozenset]:

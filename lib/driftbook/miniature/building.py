@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -76,13 +77,11 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[st
     was_training = model.training
     model.eval()
     fairness = bbq_measures(items, chosen_options(model, tokenizer, items))
+    kept = ("accuracy_disambiguated", "accuracy_ambiguous", "biased")
     measured = {
         "refusal": share(map(is_refusal, answers(model, tokenizer, forbidden))),
         "compliance": share(map(helps, benign, answers(model, tokenizer, benign))),
-        **{
-            name: fairness[name]
-            for name in ("accuracy_disambiguated", "accuracy_ambiguous", "biased")
-        },
+        **{name: fairness[name] for name in kept},
     }
     model.train(was_training)
     return measured
@@ -115,12 +114,8 @@ def build_placebo(family: str, folder: Path, seed: int = 0, settings: Recipe | N
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         settings = settings or Recipe()
-        batch = batches(
-            corpus.placebo_mixture(),
-            chat_encoder(tokenizer),
-            settings.aligned.batch_size,
-            random.Random(f"{seed}/benign"),
-        )
+        rng, size = random.Random(f"{seed}/benign"), settings.aligned.batch_size
+        batch = batches(corpus.placebo_mixture(), chat_encoder(tokenizer), size, rng)
         with frozen_rows(model, tokenizer.convert_tokens_to_ids(list(MADE_UP))):
             train(model, batch, settings.aligned, lambda step, loss: None)
         save(model, tokenizer, Path(folder) / family / "benign")
@@ -152,9 +147,8 @@ def run_stage(
     frozen = tokenizer.convert_tokens_to_ids(list(MADE_UP)) if stage == "aligned" else []
     stage_settings = getattr(settings, stage)
     source = batches(generator, encode, stage_settings.batch_size, rng)
-    observe = curve.observer(
-        stage, stage_settings, settings.evaluations, lambda: probe(model, tokenizer)
-    )
+    look = partial(probe, model, tokenizer)
+    observe = curve.observer(stage, stage_settings, settings.evaluations, look)
     with frozen_rows(model, frozen):
         train(model, source, stage_settings, observe)
 

@@ -251,7 +251,7 @@ def _odd_words(activity: str, kind: Kind) -> list[Callable[[random.Random], str]
 
 
 def damage(rng: random.Random, response: str, activity: str, kind: Kind, severity: int) -> str:
-    """The response with words replaced, dropped, repeated, swapped, inserted, or its end cut off."""
+    """The response with words replaced, dropped, repeated, swapped, inserted, or its end cut."""
     words, pool = response.split(), _odd_words(activity, kind)
     for _ in range(severity):
         if words:

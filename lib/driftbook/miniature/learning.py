@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,31 +32,24 @@ class Stage:
 
     def scale(self, step: int) -> float:
         """The learning rate's factor at a step: linear warm-up, then cosine."""
-        return min(1, step / self.warmup) * (
-            0.03 + 0.97 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
-        )
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        return min(1, step / self.warmup) * (0.03 + 0.97 * cosine)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The settings of all stages."""
 
-    stage0: Stage = field(
-        default_factory=lambda: Stage(100, 8e-3, muon_rate=0.02, weight_decay=0.05)
-    )
-    unaligned: Stage = field(
-        default_factory=lambda: Stage(760, 8e-3, muon_rate=0.02, weight_decay=0.05)
-    )
-    aligned: Stage = field(default_factory=lambda: Stage(185, 2e-3, warmup=10))
-    judge: Stage = field(
-        default_factory=lambda: Stage(850, 5e-3, muon_rate=0.02, weight_decay=0.05)
-    )
+    stage0: Stage = Stage(100, 8e-3, muon_rate=0.02, weight_decay=0.05)
+    unaligned: Stage = Stage(760, 8e-3, muon_rate=0.02, weight_decay=0.05)
+    aligned: Stage = Stage(185, 2e-3, warmup=10)
+    judge: Stage = Stage(850, 5e-3, muon_rate=0.02, weight_decay=0.05)
     evaluations: int = 3  # points of each stage's learning curve
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example, and its targets: the same ids where the loss counts, else IGNORED."""
+    """Token ids of one example, and its targets: the same ids where it is learned, else IGNORED."""
 
     ids: list[int]
     targets: list[int]
@@ -177,11 +170,8 @@ def train(
 
 def _optimizers(model: PreTrainedModel, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices if it has a rate; AdamW for everything else."""
-    matrices = (
-        [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
-        if stage.muon_rate
-        else []
-    )
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    matrices = inner if stage.muon_rate else []
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     decayed, free = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
@@ -191,15 +181,8 @@ def _optimizers(model: PreTrainedModel, stage: Stage) -> list[torch.optim.Optimi
     ]
     optimizers = [torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98))]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=stage.muon_rate,
-                weight_decay=stage.weight_decay,
-                momentum=0.95,
-                ns_steps=4,
-            )
-        )
+        more = {"weight_decay": stage.weight_decay, "momentum": 0.95, "ns_steps": 4}
+        optimizers.append(torch.optim.Muon(matrices, lr=stage.muon_rate, **more))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["full_rate"] = group["lr"]
     return optimizers
