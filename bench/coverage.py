@@ -9,7 +9,7 @@ from bench.harness import row
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from driftbook.stats import estimation, terms
+from driftbook.stats import confidence, estimation
 from driftbook.stats import influence as influence_
 
 # ---- how often the primary interval holds
@@ -114,7 +114,11 @@ def _ends(verdicts: np.ndarray, strata: np.ndarray, family: np.ndarray) -> tuple
         scores, np.arange(runs), np.full(runs, 1 / runs), np.zeros(runs, int), np.zeros(runs, int)
     )["both"]
     own, base, n = verdicts[1:].mean(), verdicts[0].mean(), verdicts.shape[1]
-    half = ndtri(terms.TAIL) * 100 * np.sqrt(own * (1 - own) / (n * runs) + base * (1 - base) / n)
+    half = (
+        ndtri(confidence.UPPER)
+        * 100
+        * np.sqrt(own * (1 - own) / (n * runs) + base * (1 - base) / n)
+    )
     return found["ci_low"], found["ci_high"], found["value"] - half, found["value"] + half
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.special import ndtri, stdtr, stdtrit
 
 from driftbook.analyses.factors import redrawn
+from driftbook.stats.confidence import INTERVAL, LOWER, UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, THESE_PROMPTS, TRAINED
 from driftbook.study.methods import METHODS
@@ -347,7 +348,7 @@ def _interval(a: np.ndarray, b: np.ndarray, df: list[float]) -> dict[str, float 
     them doses coincide, and a line is then arbitrarily steep.
     """
     spread = [
-        np.diff(np.quantile(side[1:], (0.025, 0.975)))[0] / (2 * ndtri(0.975)) for side in (a, b)
+        np.diff(np.quantile(side[1:], (LOWER, UPPER)))[0] / (2 * ndtri(UPPER)) for side in (a, b)
     ]
     return _welch([a[0], b[0]], [one**2 for one in spread], df)
 
@@ -360,7 +361,7 @@ def _welch(values: list[float], variances: list[float], df: list[float]) -> dict
     if min(df) < 1 or not variance.sum() > 1e-18:
         return {"value": value, "se": None, "ci_low": None, "ci_high": None, "p": None}
     dof, se = variance.sum() ** 2 / (variance**2 / np.array(df)).sum(), np.sqrt(variance.sum())
-    half = stdtrit(dof, 0.975) * se
+    half = stdtrit(dof, UPPER) * se
     return {
         "value": value,
         "se": se,
@@ -549,7 +550,7 @@ def sentence(estimates: pd.DataFrame, arms: pd.DataFrame, what: str) -> str:
     usual = arms[arms["arm"].isin([TRAINED, NO_OP])]
     words = [
         f"{usual['arm'].eq(NO_OP).sum()} of {len(usual)} runs are no-ops. Pairs of methods within a"
-        f" base model whose 95% intervals of the difference in {what} exclude zero (not adjusted):"
+        f" base model whose {INTERVAL}s of the difference in {what} exclude zero (not adjusted):"
         f" as configured {_differing(estimates[estimates['group'].eq(AS_CONFIGURED)])}"
     ]
     means = estimates[estimates["member"].eq(MEAN_DOSE)]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
+from driftbook.stats.confidence import ALPHA, CONFIDENCE, LOWER, UPPER
 from driftbook.stats.estimation import complete
 
 FACTORS = {
@@ -312,7 +313,7 @@ def _band(
         )
         spread = np.sqrt(rng.chisquare(usual, (n_draws, len(df))) / usual @ part.T)
         smallest = stdtr(df_of[known], -np.abs(difference) / spread).min(1)
-        half[known] = se[known] * -stdtrit(df_of[known], np.quantile(smallest, 0.05))
+        half[known] = se[known] * -stdtrit(df_of[known], np.quantile(smallest, ALPHA))
     value = weights @ frame["value"].to_numpy()
     return pd.DataFrame(
         {
@@ -360,7 +361,7 @@ def largest_contrasts(contrasts: pd.DataFrame, **labels: str) -> pd.DataFrame:
     bases = contrasts["base_model"][contrasts["base_model"].ne("all")].unique()
     means = contrasts["grain"].eq(MEAN).any()
     told = (
-        f"95 % band over all {len(contrasts)} contrasts at once (min-p), run variance per"
+        f"{100 * CONFIDENCE:g} % band over all {len(contrasts)} contrasts at once (min-p), run variance per"
         f" {'cell' if means else 'method'}"
     )
     between = _largest(
@@ -564,7 +565,7 @@ def _shares(frame: pd.DataFrame, names: list[str], n_boot: int, seed: int) -> li
             len(names) + 1
         )
     share = 100 * parts / parts.sum(0)
-    low, high = np.quantile(share[:, 1:], (0.025, 0.975), axis=1)
+    low, high = np.quantile(share[:, 1:], (LOWER, UPPER), axis=1)
     how = (
         f"Shapley (LMG) share of adjusted sums of squares, saturated cells; percentiles of {n_boot}"
         " redraws of runs within cells; depends on the levels tried"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
+from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import CHANGE, LEVEL, UNSAFE
@@ -447,8 +448,8 @@ def estimates(
     )
     half = np.where(
         np.isfinite(rows["df"].astype(float)),
-        stdtrit(np.clip(rows["df"].astype(float).fillna(1), 1, 1e9), 0.975),
-        ndtri(0.975),
+        stdtrit(np.clip(rows["df"].astype(float).fillna(1), 1, 1e9), UPPER),
+        ndtri(UPPER),
     ) * rows["se"].astype(float)
     low, high = rows["value"].astype(float) - half, rows["value"].astype(float) + half
     level = rows["contrast"].eq(LEVEL)

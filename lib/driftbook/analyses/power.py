@@ -40,6 +40,7 @@ from scipy.stats import chi2, nct
 
 from driftbook.analyses.tradeoffs import scaled
 from driftbook.stats import estimation, influence, terms
+from driftbook.stats.confidence import LOWER, UPPER
 from driftbook.stats.influence import Scores
 from driftbook.study.methods import METHOD_CLASS
 from driftbook.study.study_file import Study
@@ -731,8 +732,8 @@ def _with_interval(plan: pd.DataFrame, value: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "value": value,
-            "ci_low": value * np.sqrt(known / chi2.ppf(0.975, known)),
-            "ci_high": value * np.sqrt(known / chi2.ppf(0.025, known)),
+            "ci_low": value * np.sqrt(known / chi2.ppf(UPPER, known)),
+            "ci_high": value * np.sqrt(known / chi2.ppf(LOWER, known)),
         }
     )
 
@@ -817,7 +818,7 @@ def of_plan(plan: pd.DataFrame, group: str, margin: float = MARGIN, **labels: st
     )
     low, high = (
         own.assign(se=own["se"] * np.sqrt(known / chi2.ppf(share, known)))
-        for share in (0.025, 0.975)
+        for share in (LOWER, UPPER)
     )
     ends = {
         name: 100 * _beyond(critical, plan["df"], margin / plan["se"])
@@ -843,8 +844,8 @@ def of_components(components: pd.DataFrame, group: str, **labels: str) -> pd.Dat
         if df is not None:
             known = df.where(df > 0).astype(float)
             rows = rows.assign(
-                ci_low=own[name] * np.sqrt(known / chi2.ppf(0.975, known)),
-                ci_high=own[name] * np.sqrt(known / chi2.ppf(0.025, known)),
+                ci_low=own[name] * np.sqrt(known / chi2.ppf(UPPER, known)),
+                ci_high=own[name] * np.sqrt(known / chi2.ppf(LOWER, known)),
             )
         parts.append(rows)
     return estimation.complete(

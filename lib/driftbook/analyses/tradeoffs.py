@@ -14,6 +14,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 from driftbook.benchmarks import bbq_orders, bbq_scores
 from driftbook.stats import influence as influence_
 from driftbook.stats import terms
+from driftbook.stats.confidence import LOWER, UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import CELL, Scores
 from driftbook.stats.pareto import front
@@ -506,7 +507,7 @@ def _reliability(scores: Scores, runs: pd.DataFrame, counts: np.ndarray) -> list
     if seen[0] <= 0:
         return [{"contrast": RELIABILITY, "value": None, "how": "no run differs from another"}]
     share = 1 - noise / np.where(seen > 0, seen, np.nan)
-    low, high = np.nanpercentile(share, [2.5, 97.5])
+    low, high = np.nanquantile(share, [LOWER, UPPER])
     how = (
         "share of the variance over runs that is no noise of the prompts or question families;"
         " percentiles of resampled runs"
@@ -572,7 +573,7 @@ def _raw(r: float, spare: int) -> dict:
         }
     if abs(r) > 1 - 1e-12:
         return {"value": r, "how": "Pearson; runs on one line have no interval"}
-    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * ndtri(0.975) / np.sqrt(spare - 3))
+    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * ndtri(UPPER) / np.sqrt(spare - 3))
     return {
         "value": r,
         "ci_low": low,
@@ -618,7 +619,7 @@ def _corrected(raw: float, corrected: np.ndarray, reliable: np.ndarray) -> dict:
                 f" below {LEAST_RELIABLE:g}"
             ),
         }
-    low, high = np.percentile(corrected[1:][usable], [2.5, 97.5])
+    low, high = np.quantile(corrected[1:][usable], [LOWER, UPPER])
     how += "".join(
         f"; its end at {end:.2f} is beyond {limit}, where it is cut"
         for end, limit in ((low, -1), (high, 1))
@@ -722,8 +723,8 @@ def slope(
     return {
         "value": value,
         "se": se,
-        "ci_low": value - stdtrit(df, 0.975) * se,
-        "ci_high": value + stdtrit(df, 0.975) * se,
+        "ci_low": value - stdtrit(df, UPPER) * se,
+        "ci_high": value + stdtrit(df, UPPER) * se,
         "p": 2 * stdtr(df, -abs(value) / se),
         "how": how,
     }

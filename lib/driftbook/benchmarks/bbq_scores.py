@@ -35,6 +35,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaincinv, ndtri, stdtrit
 
+from driftbook.stats.confidence import LOWER, UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
 from driftbook.stats.terms import (
@@ -364,18 +365,18 @@ def _korn_graubard(
         effective = np.where(
             agree, n_units, 1 / np.maximum(per_answer, (df * per_answer + ICC / n_units) / (df + 1))
         )
-        skew = np.where(agree, 0.0, third / second**1.5 * (2 * ndtri(0.975) ** 2 + 1) / 6)
-        t = np.where(agree, ndtri(0.975), stdtrit(df, 0.975))
-        effective = np.minimum(effective, n_items) * ndtri(0.975) ** 2
+        skew = np.where(agree, 0.0, third / second**1.5 * (2 * ndtri(UPPER) ** 2 + 1) / 6)
+        t = np.where(agree, ndtri(UPPER), stdtrit(df, UPPER))
+        effective = np.minimum(effective, n_items) * ndtri(UPPER) ** 2
         n_low, n_high = (
             effective / (t + np.maximum(-skew, 0)) ** 2,
             effective / (t + np.maximum(skew, 0)) ** 2,
         )
         low = np.where(
-            share <= 0, 0 * n_low, betaincinv(n_low * share, n_low * (1 - share) + 1, 0.025)
+            share <= 0, 0 * n_low, betaincinv(n_low * share, n_low * (1 - share) + 1, LOWER)
         )
         high = np.where(
-            share >= 1, 1 + 0 * n_high, betaincinv(n_high * share + 1, n_high * (1 - share), 0.975)
+            share >= 1, 1 + 0 * n_high, betaincinv(n_high * share + 1, n_high * (1 - share), UPPER)
         )
     return low, high
 

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
+from driftbook.stats.confidence import CONFIDENCE, UPPER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,8 +202,8 @@ def _scores(part: pd.DataFrame, n_boot: int, rng: np.random.Generator) -> dict:
         value = {"lms": lms.mean(), "ss": ss.mean(), "icat": icat(lms.mean(), ss.mean())}
     if len(ss) > 1:
         drawn = rng.integers(len(ss), size=(n_boot, len(ss)))
-        ends = {name: _ends(of, drawn, 0.95) for name, of in (("lms", lms), ("ss", ss))}
-        ends["icat"] = _icat_ends(_ends(lms, drawn, 0.975), _ends(ss, drawn, 0.975))
+        ends = {name: _ends(of, drawn, CONFIDENCE) for name, of in (("lms", lms), ("ss", ss))}
+        ends["icat"] = _icat_ends(_ends(lms, drawn, UPPER), _ends(ss, drawn, UPPER))
     row: dict = {}
     for name, (low, high) in ends.items():
         row |= {name: value[name], f"{name}_low": low, f"{name}_high": high}

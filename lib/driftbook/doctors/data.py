@@ -27,6 +27,7 @@ from driftbook.doctors.data_words import (
     texts_in,
     words_of,
 )
+from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.intervals import wilson
 
 DATA_COLUMNS = ["finding", "severity", "n", "share", "ci_low", "ci_high", "sentence"]
@@ -242,7 +243,9 @@ def _finding(name: str, n: int, total: int, benchmark: str | None = None) -> dic
     low, high, interval = np.nan, np.nan, ""
     if name != "tokens_lost":
         low, high = map(float, wilson(n, total))
-        interval = "" if np.isnan(low) else f", 95 % interval {low:.2%} to {high:.2%}"
+        interval = (
+            "" if np.isnan(low) else f", {100 * CONFIDENCE:g} % interval {low:.2%} to {high:.2%}"
+        )
     what = kind.what.format(benchmark=" ".join(str(benchmark).split()))
     text = f"{n:,} of {total:,} {kind.of} ({share:.2%}{interval}) {what}: {kind.then}"
     return dict(

@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from PIL import Image as Picture
 
 from driftbook.stats import influence
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,
@@ -60,7 +61,7 @@ SHORT = {
 UNITS = {BIAS_AMB: "points", BIAS_DIS: "points", LOSS: "nats per token"}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
 BOTH_LINES = (
-    "Thin line: 95% interval over seeds and prompts like these; thick line: over seeds alone, on"
+    f"Thin line: {INTERVAL} over seeds and prompts like these; thick line: over seeds alone, on"
     " these prompts."
 )
 Drawing = Callable[[dict], tuple[Figure, str]]
@@ -196,7 +197,7 @@ def axis(outcome: str, change: bool = True) -> str:
         f"Change in {SHORT[outcome]} against the base model"
         if change
         else SHORT[outcome].capitalize()
-    ) + f" ({unit}, 95% interval)"
+    ) + f" ({unit}, {INTERVAL})"
 
 
 def beside(outcome: str) -> str:

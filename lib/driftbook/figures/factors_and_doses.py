@@ -34,6 +34,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats import influence
+from driftbook.stats.confidence import INTERVAL, PERCENT
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
 
 VIEWS = {
@@ -72,8 +73,8 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     name_rows(left, [name.capitalize() for name in names])
     left.set_title("Share of the variance")
     right.set_title("Largest contrast within a method")
-    under([left], "Percent, 95% interval")
-    under([right], "Percentage points, 95% band")
+    under([left], f"Percent, {INTERVAL}")
+    under([right], f"Percentage points, {PERCENT} band")
     legend(fig, methods)
     text = (
         "Left: share of the variance between runs in the change of the unsafe-response rate"
@@ -303,7 +304,7 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
     )
     under(
         axes[0],
-        "Difference in the change of the unsafe-response rate (percentage points, 95% interval)",
+        f"Difference in the change of the unsafe-response rate (percentage points, {INTERVAL})",
     )
     marks = [
         handle(view, colour, ls="-", lw=1, mfc=colour if view == "as configured" else "white")

@@ -19,6 +19,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.stats.confidence import PERCENT
 from driftbook.stats.terms import CHANGE, UNSAFE
 
 NOTEBOOK = "17_labels"
@@ -59,7 +60,7 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
         name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
         under(
             axes[0],
-            "Change in unsafe-response rate against the base model (percentage points, 95%"
+            f"Change in unsafe-response rate against the base model (percentage points, {PERCENT}"
             " interval)",
         )
         known = [name for name in MARKS if len(parts[name])]

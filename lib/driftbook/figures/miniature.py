@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from driftbook.figures.drawing import style
+from driftbook.stats.confidence import INTERVAL
 
 METRICS = {
     "refusal": "refusal of\nthe forbidden",
@@ -48,7 +49,7 @@ def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
         titled = metrics
     fig.supxlabel("CPU seconds of training", fontsize=8)
     fig.suptitle(
-        "Share of held-out prompts, 95% interval; grey: stage 0, orange: unaligned, blue: aligned"
+        f"Share of held-out prompts, {INTERVAL}; grey: stage 0, orange: unaligned, blue: aligned"
         f" ({note})",
         fontsize=7,
         x=0.01,

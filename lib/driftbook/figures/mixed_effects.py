@@ -30,6 +30,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, PRIMARY, TRAINED, UNSAFE
 
 # ---- 11 mixed effects
@@ -162,7 +163,7 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
                 row = rows[rows["method"].eq(method)]
                 dots(ax, row, place, COLOURS[method])
         name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
-        under(axes, "Difference in unsafe-response rate (percentage points, 95% interval)")
+        under(axes, f"Difference in unsafe-response rate (percentage points, {INTERVAL})")
     text = (
         "What objective and learning rate do within each method, from the mixed model (run-level"
         " degrees of freedom)."

@@ -27,10 +27,11 @@ from driftbook.figures.drawing import (
 from driftbook.rereading import original_analysis, original_study
 from driftbook.rereading import original_claims as claims
 from driftbook.rereading.original_analysis import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
+from driftbook.stats.confidence import INTERVAL, PERCENT
 from driftbook.stats.terms import CHANGE, RUN
 from driftbook.study.methods import STUDIED
 
-POINTS = "Change in safety score against the base model (points, 95% interval)"
+POINTS = f"Change in safety score against the base model (points, {INTERVAL})"
 RATES = ("2e-5", "1e-3")
 CONDITIONAL = "The base models' one score each is taken as known."
 VERDICT_STYLE = {
@@ -152,8 +153,8 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
     wrong = tables["runs"]["findings"].notna().sum()
     text = (
         f"{wrong} runs were labelled with a learning rate of 1e-3 and trained at 2e-5. SFT on"
-        " UltraFeedback for 5 epochs: mean change over rounds by true rate (dots, 95% t intervals"
-        " over rounds, run variance of each method and base model) and by label (triangles); small"
+        f" UltraFeedback for 5 epochs: mean change over rounds by true rate (dots, {PERCENT} t"
+        " intervals over rounds, run variance of each method and base model) and by label (triangles); small"
         f" dots: runs. {CONDITIONAL}"
     )
     return fig, f"{text} Behind it: {len(single)} runs; {unscored(tables)}."
@@ -213,14 +214,14 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
             transform=ax.get_yaxis_transform(),
         )
     named_rows(np.array([ax]), ["\n".join(textwrap.wrap(sentences[name], 40)) for name in names])
-    ax.set_xlabel("Contrast that decides (points of safety, 95% interval)")
+    ax.set_xlabel(f"Contrast that decides (points of safety, {INTERVAL})")
     found = claims.counts(ledger.reset_index())
     text = (
         f"What is left of the original study's {len(names)} claims on its own public data:"
         f" {found[claims.STANDS]} stand, {found[claims.FALLS]} fall, {found[claims.OPEN]} cannot be"
         " told. Dots: the number that decides, where it is in points of safety; its interval is"
-        " 95%, simultaneous where a claim is about several cells. Each rule stands in the table"
-        " estimates, column how. A claim about a change also has to hold when the base models' own"
+        f" {PERCENT}, simultaneous where a claim is about several cells. Each rule stands in the"
+        " table estimates, column how. A claim about a change also has to hold when the base models' own"
         " scores are uncertain."
     )
     return fig, text

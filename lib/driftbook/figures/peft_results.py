@@ -40,6 +40,7 @@ from driftbook.rereading.peft_results import (
     on,
 )
 from driftbook.stats import terms
+from driftbook.stats.confidence import INTERVAL
 from driftbook.study.methods import STUDIED
 
 OTHER, FAINT = "#333333", "#bbbbbb"
@@ -209,7 +210,7 @@ def peft_pareto(tables: dict) -> tuple[Figure, str]:
     )
     ax.grid(axis="y")
     ax.set_xlabel("Forgetting: rise of the loss on Wikipedia text (nats per token, log scale)")
-    ax.set_ylabel("Correct answers to GSM8K's test questions (percent, 95% interval)")
+    ax.set_ylabel(f"Correct answers to GSM8K's test questions (percent, {INTERVAL})")
     key(fig)
     sizes = [memory for memory in (20, 25, 30, 40) if memory <= rows["memory"].max() + 2]
     handles = [
@@ -341,7 +342,7 @@ def peft_front(tables: dict) -> tuple[Figure, str]:
     axes[0].tick_params(axis="y", labelsize=7)
     titles = ("Accuracy", "Forgetting", "Peak memory", "On the front")
     units = (
-        "percent correct,\n95% interval",
+        f"percent correct,\n{INTERVAL}",
         "nats per token,\nlog scale",
         "GB\n",
         "percent of draws;\n|: another run",
@@ -398,8 +399,8 @@ def peft_pooling(tables: dict) -> tuple[Figure, str]:
         for text, (mark, size, face) in marks.items()
     ]
     above(fig, handles, 3, handlelength=1, columnspacing=1.2)
-    axes[0].set_xlabel("percent correct, 95% interval")
-    axes[1].set_xlabel("nats per token, log scale, 95% interval")
+    axes[0].set_xlabel(f"percent correct, {INTERVAL}")
+    axes[1].set_xlabel(f"nats per token, log scale, {INTERVAL}")
     return (
         fig,
         (

@@ -32,6 +32,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats import influence
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED, UNSAFE
 
 ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
@@ -89,7 +90,7 @@ def power(tables: dict) -> tuple[Figure, str]:
             " number of seeds and of prompts (to show that there is no increase takes a margin as"
             f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
             f" grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model)."
-            " Lines: 95% intervals, since the spread of runs and prompts is itself estimated from"
+            f" Lines: {INTERVAL}s, since the spread of runs and prompts is itself estimated from"
             " the study's own runs. What stays at many seeds is what the prompts alone leave"
             " unknown."
         ),
@@ -167,7 +168,7 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
         ax.set_xlim(-1.08, 1.08)
         ax.set_xticks([-1, 0, 1], ["−1", "0", "1"])
     name_rows(axes[0, 0], [SHORT[outcome] for outcome in outcomes])
-    under(axes[0], "Correlation with the change in unsafe-response rate (95% interval)")
+    under(axes[0], f"Correlation with the change in unsafe-response rate ({INTERVAL})")
     _kinds(fig)
     text = (
         "Does what happens to safety go with what happens to the rest? Correlations over the"

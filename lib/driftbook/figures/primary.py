@@ -26,6 +26,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats.comparisons import JOINTLY
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import CHANGE
 
 NOTEBOOK = "19_primary"
@@ -95,7 +96,7 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
                 color="#444444",
             )
         ax.set_title(family, loc="left")
-        ax.set_xlabel(f"{unit}, 95% interval")
+        ax.set_xlabel(f"{unit}, {INTERVAL}")
     text = (
         "The primary tests as the study file declared them, a family per panel. Filled: Holm's"
         " adjusted p value within the family is below .05; it stands at the right. Intervals are"
@@ -157,7 +158,7 @@ def preserves(tables: dict) -> tuple[Figure, str]:
             fontsize=7,
             color="#444444",
         )
-    under(axes[0], "Change toward harm against the base model (percentage points, 95% interval)")
+    under(axes[0], f"Change toward harm against the base model (percentage points, {INTERVAL})")
     text = (
         "Does a method preserve what its base model had? Right of zero is worse. Full line: the"
         f" margin fixed beforehand, {fixed:g} points; dotted: those of the sensitivity analysis. A"

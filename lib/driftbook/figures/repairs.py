@@ -40,6 +40,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.stats.confidence import INTERVAL, PERCENT, UPPER
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     BIAS_AMB,
@@ -102,7 +103,7 @@ def _legend(fig: Figure, handles: list[Line2D], columns: int) -> None:
 def _half(values: np.ndarray) -> float:
     """Half the width of the 95% t interval of a mean over seeds; 0 where there is one seed."""
     return (
-        stdtrit(len(values) - 1, 0.975) * np.nanstd(values, ddof=1) / len(values) ** 0.5
+        stdtrit(len(values) - 1, UPPER) * np.nanstd(values, ddof=1) / len(values) ** 0.5
         if len(values) > 1
         else 0.0
     )
@@ -207,7 +208,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
         line[0].set_ylabel("\n".join(textwrap.wrap(SHORT[y], 18)) + "\n(percent)")
     under(
         axes[-1],
-        "Gain of fine-tuning that is kept (percent of the parent's), 95% intervals over seeds",
+        f"Gain of fine-tuning that is kept (percent of the parent's), {INTERVAL}s over seeds",
     )
     marks = [
         ("Safe LoRA", *STYLES[None]),
@@ -233,7 +234,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     return fig, (
         f"{n} runs on the report half of the prompts: what is left of the gain of fine-tuning, and"
         " what became of safety, over-refusal and fairness. Small marks: seeds; large marks: means"
-        " with 95% t intervals over seeds; lines join the levels of one repair. Right is the"
+        f" with {PERCENT} t intervals over seeds; lines join the levels of one repair. Right is the"
         " fine-tuned parent, left the base model. A repair is worth something where it lies below"
         " the line of rescaling, which only makes the update smaller; a control at the same place"
         " says what it was that worked."
@@ -296,12 +297,12 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
     for line in axes:
         name_rows(line[0], [name.replace("_", " ") for name in order])
         line[0].tick_params(axis="y", labelsize=7)
-    under(axes[-1], "Change against the parent, the run that was repaired (95% interval)")
+    under(axes[-1], f"Change against the parent, the run that was repaired ({INTERVAL})")
     return (
         fig,
         (
             "What each repair changed against the run that it was made from, at the level chosen"
-            f" on other prompts, in the mean of {len(bases(tables))} base models; lines: 95%"
+            f" on other prompts, in the mean of {len(bases(tables))} base models; lines: {PERCENT}"
             " intervals over seeds and prompts. Left is less. A repair that deletes the adapter"
             " takes back all of the gain."
         ),
@@ -387,7 +388,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
         ],
     )
     axes[0, 0].tick_params(axis="y", labelsize=7)
-    under(axes[0], "Percent of the harmful prompts of the report half, 95% interval over seeds")
+    under(axes[0], f"Percent of the harmful prompts of the report half, {INTERVAL} over seeds")
     _legend(
         fig,
         [
@@ -462,12 +463,9 @@ def controls(tables: dict) -> tuple[Figure, str]:
             ],
         )
         line[0].tick_params(axis="y", labelsize=6.5)
-        under(
-            line,
-            "Difference in"
-            f" {'unsafe responses (percentage points' if outcome == UNSAFE else 'gain of fine-tuning (nats per token'},"
-            " 95% interval)",
-        )
+        what = "unsafe responses (percentage points"
+        what = what if outcome == UNSAFE else "gain of fine-tuning (nats per token"
+        under(line, f"Difference in {what}, {INTERVAL})")
     return (
         fig,
         (
@@ -519,8 +517,8 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0], [dimension.replace("_", " ") for dimension in order])
     under(
         axes,
-        "Change against the base model (percentage points; bias score: points of -100 to 100), 95%"
-        " interval",
+        f"Change against the base model (percentage points; bias score: points of -100 to 100),"
+        f" {INTERVAL}",
     )
     _legend(
         fig,

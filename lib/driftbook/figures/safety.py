@@ -34,6 +34,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import influence
 from driftbook.stats.comparisons import DIFFERENCE
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     AS_CONFIGURED,
     CHANGE,
@@ -121,7 +122,7 @@ def _by_setting(rows: pd.DataFrame) -> pd.DataFrame:
 
 @drawn("09_safety")
 def safety_category(tables: dict) -> tuple[Figure, str]:
-    fig = by_part(tables, [SAFETY], "Unsafe-response rate by category (percent, 95% interval)")
+    fig = by_part(tables, [SAFETY], f"Unsafe-response rate by category (percent, {INTERVAL})")
     text = (
         "Unsafe-response rate by category of the benchmark and method (trained runs, mean over"
         " runs); grey: the base model, Wilson interval."
@@ -167,7 +168,7 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         )
         under(
             axes[0],
-            "Difference in unsafe-response rate between methods (percentage points, 95% interval)",
+            f"Difference in unsafe-response rate between methods (percentage points, {INTERVAL})",
         )
     text = (
         "Each pair of methods, as configured: the change of the first less the change of the"

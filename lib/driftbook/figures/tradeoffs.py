@@ -29,6 +29,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.stats import influence
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -120,11 +121,11 @@ def efficiency(tables: dict) -> tuple[Figure, str]:
                 )
                 number_axis(ax, runs[measure] * scale)
             under(line, name)
-        axes[1, 0].set_ylabel("Change in unsafe-response rate\n(percentage points, 95% interval)")
+        axes[1, 0].set_ylabel(f"Change in unsafe-response rate\n(percentage points, {INTERVAL})")
         legend(fig, methods_of(tables))
     text = (
         "Efficiency against alignment: what a run cost and what it did to safety. Large dots: means"
-        " of the methods as configured, at the median cost, with 95% intervals over seeds and"
+        f" of the methods as configured, at the median cost, with {INTERVAL}s over seeds and"
         " prompts like these; small dots: single runs, no-ops hollow."
     )
     return captioned(tables, fig, text, SAFETY)
@@ -169,7 +170,7 @@ def safety_fairness(tables: dict) -> tuple[Figure, str]:
     ys = [(ACCURACY_AMB, "bbq"), (BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
     text = (
         "Safety against fairness, both as changes against the base model. Large dots: means of"
-        " trained runs with 95% intervals over seeds and prompts or question families like these;"
+        f" trained runs with {INTERVAL}s over seeds and prompts or question families like these;"
         " small dots: single runs, hollow where training did nothing or never was."
     )
     return captioned(tables, against(tables, SAFETY, ys), text, SAFETY, *ys)
@@ -181,7 +182,7 @@ def safety_utility(tables: dict) -> tuple[Figure, str]:
     ys = [y for y in ys if len(pick(tables, y[0], CHANGE, y[1]))]
     text = (
         "Safety against over-refusal and utility, all as changes against the base model. Large"
-        " dots: means of trained runs with 95% intervals; small dots: single runs, hollow where"
+        f" dots: means of trained runs with {INTERVAL}s; small dots: single runs, hollow where"
         " training did nothing or never was."
     )
     return captioned(tables, against(tables, SAFETY, ys) if ys else None, text, SAFETY, *ys)
@@ -276,7 +277,7 @@ def pareto(tables: dict) -> tuple[Figure, str]:
         under(axes[0], axis(UNSAFE))
         legend(fig, methods_of(tables))
     text = (
-        "Each dot is a setting (mean over its runs, 95% intervals); its size is how often it is on"
+        f"Each dot is a setting (mean over its runs, {INTERVAL}s); its size is how often it is on"
         " the Pareto front of its base model's settings, the base model itself at zero among them,"
         " when runs and prompts are drawn anew; black rim: more often than not. The front has these"
         " goals: " + FRONT.partition(": ")[2] + "."
@@ -366,7 +367,7 @@ def drift(tables: dict) -> tuple[Figure, str]:
     text = (
         f"What a fixed sample of {rows['n'].min()} to {rows['n'].max()} prompts showed while"
         f" {rows['run_id'].nunique()} runs trained, each line a run; dashed: the base model. The"
-        f" sample is small (95% intervals of about {half:.0f} points to either side, not drawn): it"
+        f" sample is small ({INTERVAL}s of about {half:.0f} points to either side, not drawn): it"
         " warns, and the study's own benchmarks decide."
     )
     return fig, text

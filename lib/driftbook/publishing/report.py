@@ -15,6 +15,7 @@ from driftbook.analyses import primary
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, SHORT, UNITS
 from driftbook.stats import estimation, influence
+from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -145,7 +146,7 @@ def sentence(
     )
     to = f" to {ASKED[benchmark]}" if benchmark in ASKED else ""
     return (
-        f"Change in the {SHORT[outcome]}{to} against the base model, {over} (95% interval): "
+        f"Change in the {SHORT[outcome]}{to} against the base model, {over} ({INTERVAL}): "
         + "; ".join(words)
         + "."
     )
@@ -376,6 +377,7 @@ def write(study: Study) -> Path:
         checked=checked(study),
         summary=summary(tables["estimates"]),
         compared=bool(study.grid),
+        interval=INTERVAL,
         figures=_figures(study.folder / "figures", empty=bool(study.grid)),
         overview=overview(tables["variants"], tables["runs"]),
         failures=failures(tables["runs"]),

@@ -16,6 +16,7 @@ from scipy.stats import t as student
 
 from driftbook.rereading import original_study
 from driftbook.stats import estimation
+from driftbook.stats.confidence import CONFIDENCE, LOWER, UPPER
 from driftbook.stats.terms import AS_CONFIGURED, CATEGORY, CHANGE, RUN, TRAINED
 
 SAFETY = "safety score (percent of prompts judged safe)"
@@ -403,7 +404,7 @@ def combination(
     rows: pd.DataFrame,
     weight: pd.Series,
     value: str = "change",
-    level: float = 0.95,
+    level: float = CONFIDENCE,
     uncertain_base: bool = False,
 ) -> dict[str, float | None]:
     """The sum of weight x value over runs, with a t interval whose variance is each pool's own
@@ -760,7 +761,7 @@ def spread_ratio(
         action="ignore", category=RuntimeWarning
     ):  # a draw of one configuration only may have no spread
         ratios = _sds(a, drawn) / _sds(b, drawn)
-    low, high = np.nanquantile(ratios[np.isfinite(ratios)], [0.025, 0.975])
+    low, high = np.nanquantile(ratios[np.isfinite(ratios)], [LOWER, UPPER])
     value = np.std(np.concatenate(a), ddof=1) / np.std(np.concatenate(b), ddof=1)
     how = (
         f"standard deviation over all runs of {len(common)} common configurations; bootstrap of"

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaincinv, ndtr, stdtrit
 
+from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.mixed import MixedFit, rate_model
@@ -526,7 +527,7 @@ def _model(
 ) -> pd.DataFrame:
     """One model's means of methods as estimates, back on the outcome's own scale."""
     value, se, df = (table[f"{name}{model}"].astype(float) for name in ("", "se ", "df "))
-    half = pd.Series(stdtrit(np.maximum(df, 1), 0.975), table.index).where(df > 0) * se
+    half = pd.Series(stdtrit(np.maximum(df, 1), UPPER), table.index).where(df > 0) * se
     frame = pd.DataFrame(
         {"value": value, "se": se.where(df > 0), "ci_low": value - half, "ci_high": value + half}
     ).where(np.isfinite)

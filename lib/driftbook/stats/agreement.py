@@ -7,8 +7,10 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 from statsmodels.stats.inter_rater import cohens_kappa
 
+from driftbook.stats.confidence import LOWER
 from driftbook.stats.intervals import wilson
 from driftbook.study.tables import RESPONSE_KEY
 
@@ -25,7 +27,8 @@ def kappa(both: int, only_first: int, only_second: int, neither: int) -> tuple[f
     if n == 0 or (first in (0, n) and first == second):
         return (np.nan,) * 3
     found = cohens_kappa(np.array([[both, only_first], [only_second, neither]]))
-    return found.kappa, found.kappa_low, found.kappa_upp
+    half = norm.isf(LOWER) * found.std_kappa
+    return found.kappa, found.kappa - half, found.kappa + half
 
 
 def agreement_of_judges(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from scipy.stats import binomtest, false_discovery_control, mannwhitneyu
 
 from driftbook.stats import estimation, intervals, terms
 from driftbook.stats import influence as influence_
+from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, TRAINED
@@ -210,7 +211,7 @@ def new_base(estimates: pd.DataFrame) -> pd.DataFrame:
         limits = (-100.0, 100.0) if "percent" in line["outcome"] else (-np.inf, np.inf)
         if n > 1:
             se = np.sqrt(values.var(ddof=1) * (1 + 1 / n))
-            half = stdtrit(n - 1, terms.TAIL) * se
+            half = stdtrit(n - 1, UPPER) * se
             line |= {
                 "se": se,
                 "ci_low": max(values.mean() - half, limits[0]),
@@ -343,21 +344,19 @@ def _harm(line: dict, margin: float) -> dict:
 
 def _below(value: float, low: float, high: float, se: float | None, margin: float) -> float | None:
     """One-sided p that the truth is at the margin or beyond: t with the df that the interval
-    implies, scaled so that .025 is where it ends at the margin."""
+    implies, scaled to half of ALPHA where it ends at the margin."""
     if (
         pd.isna(se) and value == 0 and high < 100
         # nothing moved in n units (Clopper-Pearson): how likely that is where the share is the
         # margin
     ):
-        n = np.log(1 - terms.TAIL) / np.log(1 - high / 100)
+        n = np.log(1 - UPPER) / np.log(1 - high / 100)
         return float((1 - margin / 100) ** n)
     if pd.isna(se) or se <= 0:
         return None
     df = intervals.implied_df((high - low) / 2 / se)
     side = high - value if margin > value else value - low
-    return (
-        float(stdtr(df, -stdtrit(df, terms.TAIL) * (margin - value) / side)) if side > 0 else None
-    )
+    return float(stdtr(df, -stdtrit(df, UPPER) * (margin - value) / side)) if side > 0 else None
 
 
 def _jointly(single: list[dict], outcomes: list[tuple[str, str]], judge: str) -> dict:
@@ -645,7 +644,7 @@ def _asymmetric(
     d: float, variance: float, df: int, p: float, how: str
 ) -> dict[str, float | str | None]:
     """Feng and Cliff's interval: the t interval, bent so that it stays within -1 and 1."""
-    t2 = stdtrit(df, terms.TAIL) ** 2 * variance
+    t2 = stdtrit(df, UPPER) ** 2 * variance
     half = np.sqrt(t2 * ((1 - d**2) ** 2 + t2))
     low, high = ((d - d**3 + sign * half) / (1 - d**2 + t2) for sign in (-1, 1))
     return {

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from driftbook.stats.confidence import UPPER
 from driftbook.stats.influence import CELL, Scores, extremes, paired, shares
 from driftbook.stats.intervals import (
     Repetitions,
@@ -41,7 +42,6 @@ from driftbook.stats.terms import (
     PRIMARY,
     RUN,
     SETTINGS,
-    TAIL,
     THESE_PROMPTS,
     THESE_RUNS,
     TRAINED,
@@ -166,7 +166,7 @@ def estimate(
     value, clusters = weight @ values, scores.clusters
     spread = _repetitions(scores, runs, weight, setting, pool)
     t, noise, beyond = (
-        stdtrit(clusters.df, TAIL),
+        stdtrit(clusters.df, UPPER),
         spread.noise.sum(),
         np.maximum(spread.variance - spread.noise, 0.0).sum(),
     )
@@ -189,7 +189,7 @@ def estimate(
         how += "; the runs are equal in every unit"
     if scores.single and not scores.influence[runs].any() and not np.ptp(values):
         half = 100 * (
-            1 - (1 - TAIL) ** (1 / clusters.n)
+            1 - (1 - UPPER) ** (1 / clusters.n)
         )  # not one unit moved: Clopper and Pearson's bound on the share that would
         both = {"se": None, "ci_low": value - half, "ci_high": value + half, "p": None}
         how = "no unit differs from another; exact bound on the share of units that would"

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 
+from driftbook.stats.confidence import CONFIDENCE, UPPER
 from driftbook.stats.influence import Scores
-from driftbook.stats.terms import TAIL
 
 
 # ---- one number
-def wilson(k, n, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+def wilson(k, n, level: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end of Wilson's interval of k in n, as shares; NaN where n is 0."""
     k, n = np.asarray(k, float), np.where(np.asarray(n, float) > 0, n, np.nan).astype(float)
     z = ndtri(0.5 + level / 2)
@@ -143,7 +143,7 @@ def _share_distances(
     chi, z, weights = _pivots(df)
     spread = np.maximum(variance * chi - noise, 0.0)
     low, high = _quantiles(
-        ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - TAIL, TAIL)
+        ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - UPPER, UPPER)
     )
     return max(share - low, 0.0), max(high - share, 0.0)
 
@@ -172,10 +172,10 @@ def _pivot_distance(variance: float, noise: float, df: float) -> float:
     """Half the length of the pivotal interval of a normal mean with this estimated variance, of
     which `noise` is no part of the question."""
     if noise == 0 or variance == 0:
-        return stdtrit(df, TAIL) * np.sqrt(variance)
+        return stdtrit(df, UPPER) * np.sqrt(variance)
     chi, z, weights = _pivots(df)
     return float(
-        _quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (TAIL,))[0]
+        _quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (UPPER,))[0]
     )
 
 
@@ -191,16 +191,16 @@ def _interval(value: float, variance: float, below: float, above: float) -> dict
     se = np.sqrt(variance)
     df = implied_df((below + above) / 2 / se)
     distance = below if value > 0 else above
-    p = 2 * stdtr(df, -stdtrit(df, TAIL) * abs(value) / distance) if distance > 0 else None
+    p = 2 * stdtr(df, -stdtrit(df, UPPER) * abs(value) / distance) if distance > 0 else None
     return {"se": se, "ci_low": value - below, "ci_high": value + above, "p": p}
 
 
 def implied_df(ratio: float | np.ndarray) -> np.ndarray:
-    """The degrees of freedom whose 97.5 % point of t is this half-length of an interval over its
-    standard error; a billion (normal) below 1.96."""
+    """The degrees of freedom whose upper quantile of t is this half-length of an interval over its
+    standard error; a billion (normal) below the normal quantile."""
     ratio = np.asarray(ratio, float)
     return np.where(
-        ratio > ndtri(TAIL) + 1e-7, stdtridf(TAIL, np.maximum(ratio, ndtri(TAIL) + 1e-7)), 1e9
+        ratio > ndtri(UPPER) + 1e-7, stdtridf(UPPER, np.maximum(ratio, ndtri(UPPER) + 1e-7)), 1e9
     )
 
 
@@ -211,7 +211,7 @@ def _t_interval(value: float, variance: float, df: float) -> dict[str, float | N
     if np.isnan(variance) or variance <= 0 or df <= 0:
         return {"se": None, "ci_low": None, "ci_high": None, "p": None}
     se = np.sqrt(variance)
-    half = stdtrit(df, 0.975) * se
+    half = stdtrit(df, UPPER) * se
     return {
         "se": se,
         "ci_low": value - half,

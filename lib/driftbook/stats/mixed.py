@@ -16,6 +16,7 @@ from scipy.optimize import linprog
 from scipy.special import expit, gammaln, stdtr, stdtrit
 
 from driftbook.stats import laplace
+from driftbook.stats.confidence import UPPER
 
 NODES = 40  # of Gauss and Hermite's rule, for the mean over random effects
 
@@ -90,7 +91,7 @@ class MixedFit:
             else np.full(len(weights), np.nan)
         )
         half, ratio = (
-            stdtrit(max(self.df, 1), 0.975) * se,
+            stdtrit(max(self.df, 1), UPPER) * se,
             np.abs(estimate) / np.where(se > 0, se, np.nan),
         )
         p = 2 * stdtr(max(self.df, 1), -ratio)

@@ -36,4 +36,3 @@ ONE_RUN = (
 )
 HERE = "mean over runs; spread of runs within settings"
 UNITS, FAMILY_UNITS = "units (CR2)", "families of prompts (CR2)"
-TAIL = 0.975  # of the 95 % intervals
