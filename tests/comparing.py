@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from driftbook.stats import terms
+from driftbook.stats import influence, terms
 
 LABELS = {
     "study": "s",
@@ -39,8 +39,8 @@ def made(
         }
     )
     arms = arms.assign(method=["none", *methods], setting=["", *settings])
-    cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, pool="b")[
-        ["run_id", "base_model", "method", "group", "setting", "pool"]
+    cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, member=terms.ALL, pool="b")[
+        ["run_id", *influence.CELL, "setting", "pool"]
     ]
     return (
         values,

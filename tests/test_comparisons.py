@@ -144,7 +144,7 @@ def test_laws_of_the_interval(study):
         subset="p"
     )
     wide = rows.pivot_table(
-        index=["base_model", "method", "group"], columns="contrast", values=["ci_low", "ci_high"]
+        index=influence.CELL, columns="contrast", values=["ci_low", "ci_high"]
     ).dropna()
     assert (wide["ci_low", terms.CHANGE] <= wide["ci_low", terms.CHANGE_HERE] + 1e-9).all()
     assert (wide["ci_high", terms.CHANGE_HERE] <= wide["ci_high", terms.CHANGE] + 1e-9).all()
@@ -165,7 +165,7 @@ def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm
     scores = influence.paired(values, arms)
     row = comparisons.between(scores, cells, **LABELS).iloc[0]
     both = 100 * (verdicts[1:4].mean(0) - verdicts[4:].mean(0))
-    assert row["contrast"] == comparisons.DIFFERENCE.format("ia3")
+    assert (row["contrast"], row["against"]) == (comparisons.DIFFERENCE, "ia3")
     assert row["value"] == pytest.approx(both.mean())
     weight = np.repeat([1 / 3, -1 / 6], [3, 6])
     spread = estimation._repetitions(
@@ -194,7 +194,7 @@ def test_equal_methods_do_not_differ_though_both_changed():
 def test_interactions_add_up_to_nothing_and_a_single_base_model_has_none(study):
     arms, cells, values = study
     rows = comparisons.interactions(influence.paired(values, arms), cells, **LABELS)
-    assert rows.groupby(["method", "group"])["value"].sum().abs().max() < 1e-9
+    assert rows.groupby(influence.CELL[1:])["value"].sum().abs().max() < 1e-9
     assert set(rows["contrast"]) == {comparisons.INTERACTION}
     assert comparisons.interactions(*_one(study), **LABELS).empty
 
@@ -375,9 +375,8 @@ def test_three_runs_above_three_are_not_certain():
 def test_deltas_of_cells_are_means_over_base_models(study):
     arms, cells, values = study
     rows = comparisons.cliffs_delta(influence.paired(values, arms), cells, **LABELS)
-    own = rows[
-        rows["contrast"].eq(comparisons.DELTA.format("ia3")) & rows["group"].eq(terms.AS_CONFIGURED)
-    ].set_index(["method", "base_model"])["value"]
+    own = rows[rows["contrast"].eq(comparisons.DELTA) & rows["against"].eq("ia3")]
+    own = own[own["group"].eq(terms.AS_CONFIGURED)].set_index(["method", "base_model"])["value"]
     assert own["lora", "all"] == pytest.approx(
         (own["lora", "mini-llama"] + own["lora", "mini-mistral"]) / 2
     )
@@ -463,12 +462,12 @@ def test_a_pair_of_methods_has_one_direction_whatever_the_order_of_the_study_fil
     values, arms, cells = made(verdicts[:7], methods, ["a"] * 6)
     change = influence.paired(values, arms)
     found = {
-        (row.method, row.contrast)
+        (row.method, row.contrast, row.against)
         for row in comparisons.between(change, cells, **LABELS).itertuples()
     }
     other = [("lora", "prompt_tuning"), ("lora", "ln_tuning"), ("prompt_tuning", "ln_tuning")]
-    assert found == {(method, comparisons.DIFFERENCE.format(name)) for method, name in other}
+    assert found == {(method, comparisons.DIFFERENCE, name) for method, name in other}
     deltas = comparisons.cliffs_delta(change, cells, **LABELS)
-    assert {(row.method, row.contrast) for row in deltas.itertuples()} >= {
-        (method, comparisons.DELTA.format(name)) for method, name in other
+    assert {(row.method, row.contrast, row.against) for row in deltas.itertuples()} >= {
+        (method, comparisons.DELTA, name) for method, name in other
     }

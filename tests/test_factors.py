@@ -83,7 +83,7 @@ def row(estimates: pd.DataFrame, contrast: str, method: str, factor: str) -> pd.
         for _, one in estimates[
             estimates["contrast"].eq(contrast)
             & estimates["method"].eq(method)
-            & estimates["group"].eq(f"factor: {factor}")
+            & estimates["member"].eq(factor)
         ].iterrows()
     ]
     return found
@@ -288,9 +288,12 @@ def test_factors_that_change_only_together_have_one_name():
         "repetition",
         "method",
     }
-    assert factors.variance_shares(runs, 10, **LABELS)["group"].tolist() == [
-        f"factor: {name}"
-        for name in ("base model", "method", "learning rate", "objective and dataset", "seed")
+    assert factors.variance_shares(runs, 10, **LABELS)["member"].tolist() == [
+        "base model",
+        "method",
+        "learning rate",
+        "objective and dataset",
+        "seed",
     ]
 
 
@@ -423,7 +426,7 @@ def test_shares_do_not_depend_on_the_order_of_rows_or_the_names_of_levels():
         base_model=lambda rows: rows["base_model"].map({"a": "z", "b": "y"})
     )
     one, two = (
-        factors.variance_shares(frame, 10, **LABELS).set_index("group")["value"]
+        factors.variance_shares(frame, 10, **LABELS).set_index("member")["value"]
         for frame in (runs, shuffled)
     )
     assert two.reindex(one.index).tolist() == pytest.approx(one.tolist())

@@ -275,33 +275,32 @@ def test_differences_are_those_that_were_put_in(study):
     ESTIMATES.check(found)
     unsafe = (
         found[found["outcome"].eq(terms.UNSAFE)]
-        .set_index(["base_model", "group", "contrast"])
+        .set_index(["base_model", "member", "contrast", "against"])
         .sort_index()
     )
-    norm, noise = (repairs.MINUS.format(control) for control in ("same norm", "noise"))
+    norm, noise = ((repairs.MINUS, control) for control in ("same norm", "noise"))
+    parent, change = ((what, terms.NONE) for what in (repairs.AGAINST_PARENT, terms.CHANGE))
     for base in ("one", "two", "all"):
-        better, plain = (unsafe.loc[(base, f"mitigation: {name}")] for name in ("better", "plain"))
+        better, plain = (unsafe.loc[(base, name)] for name in ("better", "plain"))
         for row, true in (
             (better.loc[norm], -25),
             (better.loc[noise], -35),
             (plain.loc[norm], 0),
-            (plain.loc[repairs.AGAINST_PARENT], -24),
-            (plain.loc[terms.CHANGE], 36),
+            (plain.loc[parent], -24),
+            (plain.loc[change], 36),
         ):
             assert row["ci_low"] - 3 < true < row["ci_high"] + 3
         assert better.loc[norm, "value"] == pytest.approx(-25, abs=8)
         assert better.loc[norm, "p_adjusted"] < 0.01
         assert plain.loc[norm, "p_adjusted"] > 0.05
-    gain = found[found["outcome"].eq(repairs.GAIN)].set_index(["base_model", "group", "contrast"])[
+    gain = found[found["outcome"].eq(repairs.GAIN)].set_index(["base_model", "member", "contrast"])[
         "value"
     ]
-    assert gain[("all", "mitigation: plain", repairs.AGAINST_PARENT)] == pytest.approx(
-        -0.4, abs=1e-9
-    )
+    assert gain[("all", "plain", repairs.AGAINST_PARENT)] == pytest.approx(-0.4, abs=1e-9)
     family = found[
         found["outcome"].eq(terms.UNSAFE)
         & found["base_model"].eq("all")
-        & found["contrast"].str.startswith("minus")
+        & found["contrast"].eq(repairs.MINUS)
     ]
     assert family["family_of_tests"].nunique() == 1
     assert len(family) == 3  # one control of plain, two of better
@@ -313,7 +312,7 @@ def beside(tables, seed: int = 0) -> pd.DataFrame:
     points = repairs.points(tables, repaired, seed)
     return (
         repairs.beside_rescaling(points, repaired, repairs.chosen(points, repaired), **LABELS)
-        .set_index(["base_model", "group", "contrast"])
+        .set_index(["base_model", "member", "contrast"])
         .sort_index()
     )
 
@@ -322,12 +321,12 @@ def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
     _, repaired, points, levels = study
     found = (
         repairs.beside_rescaling(points, repaired, levels, **LABELS)
-        .set_index(["base_model", "group", "contrast"])
+        .set_index(["base_model", "member", "contrast"])
         .sort_index()
     )
-    assert "mitigation: rescale" not in found.index.get_level_values("group")
+    assert "rescale" not in found.index.get_level_values("member")
     for base in ("one", "two", "all"):
-        better, plain = (found.loc[(base, f"mitigation: {name}")] for name in ("better", "plain"))
+        better, plain = (found.loc[(base, name)] for name in ("better", "plain"))
         for row, true in (
             (better.loc[repairs.JUST_LESS], -19),
             (better.loc[repairs.JUST_MORE], -34),
@@ -345,7 +344,7 @@ def test_rescaling_never_beats_itself_whatever_the_curve(curve):
     wrong = 0
     for seed in range(6):
         found = beside(simulated(seed, n_prompts=60, bases=("one",), curve=curve), seed).loc[
-            ("all", "mitigation: plain")
+            ("all", "plain")
         ]
         beats = found.loc[repairs.JUST_LESS, "ci_high"] < 0
         worse = found.loc[repairs.JUST_MORE, "ci_low"] > 0
@@ -355,10 +354,7 @@ def test_rescaling_never_beats_itself_whatever_the_curve(curve):
 
 def test_a_seed_counts_once_though_several_of_its_runs_are_repaired():
     one, two = simulated(1, bases=("one",)), simulated(1, bases=("one",), datasets=("d", "e"))
-    rows = [
-        beside(tables).loc[("one", "mitigation: better", repairs.JUST_LESS)]
-        for tables in (one, two)
-    ]
+    rows = [beside(tables).loc[("one", "better", repairs.JUST_LESS)] for tables in (one, two)]
     assert [row["n_runs"] for row in rows] == [5, 10]
     for row in rows:
         assert (row["ci_high"] - row["ci_low"]) / 2 / row["se"] == pytest.approx(stdtrit(4, 0.975))
@@ -378,13 +374,13 @@ def test_a_repair_of_one_base_model_is_no_finding_over_all(study):
             if len(frame := getattr(tables, name))
         }
     )
-    assert "mitigation: better" not in beside(fewer).loc["all"].index.get_level_values("group")
+    assert "better" not in beside(fewer).loc["all"].index.get_level_values("member")
     repaired = repairs.repairs(fewer.variants, fewer.runs)
     points = repairs.points(fewer, repaired, 0)
     found = repairs.compared(fewer, repaired, repairs.chosen(points, repaired), 0, **LABELS)
     overall = found[found["base_model"].eq("all")]
-    assert not overall["contrast"].str.contains("same norm").any()
-    assert set(overall["group"]) == {"mitigation: plain", "mitigation: rescale"}
+    assert not overall["against"].eq("same norm").any()
+    assert set(overall["member"]) == {"plain", "rescale"}
 
 
 def test_a_gain_outside_those_of_rescaling_has_no_difference(study):
@@ -393,12 +389,12 @@ def test_a_gain_outside_those_of_rescaling_has_no_difference(study):
     own = repaired.loc[repaired["name"].eq("better"), "run_id"]
     far.loc[far["run_id"].isin(own) & far["outcome"].eq(repairs.GAIN), "value"] = 5.0
     found = repairs.beside_rescaling(far, repaired, levels, **LABELS).set_index(
-        ["base_model", "group", "contrast"]
+        ["base_model", "member", "contrast"]
     )
-    row = found.loc[("all", "mitigation: better", repairs.JUST_MORE)]
+    row = found.loc[("all", "better", repairs.JUST_MORE)]
     assert pd.isna(row["value"])
     assert "no rescaled run" in row["how"]
-    assert found.loc[("all", "mitigation: better", repairs.JUST_LESS), "value"] == pytest.approx(
+    assert found.loc[("all", "better", repairs.JUST_LESS), "value"] == pytest.approx(
         -49, abs=8
     )  # the parent itself
 

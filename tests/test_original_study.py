@@ -198,7 +198,10 @@ def test_true_rates_have_opposite_effects(rows):
     by_cell = (cells[True] - cells[False]).dropna().groupby("method").mean()
     found = original_analysis.rate_effects(rows)
     found = (
-        found[found["base_model"].eq("all") & found["contrast"].str.contains("true")]
+        found[
+            found["base_model"].eq("all")
+            & found["member"].eq(original_analysis.RATES.format("true"))
+        ]
         .set_index("method")["value"]
         .astype(float)
     )
@@ -216,7 +219,7 @@ def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rat
     )
     values = [
         original_analysis.rate_effects(part)
-        .query("contrast.str.contains('true') and method == 'lora'")["value"]
+        .query("member == @original_analysis.RATES.format('true') and method == 'lora'")["value"]
         .astype(float)
         for part in (hidden, dropped)
     ]

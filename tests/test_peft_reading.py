@@ -42,7 +42,7 @@ def test_a_failed_run_is_counted_and_its_numbers_are_null(few):
     failed = tables["runs"].set_index("run_id").loc[runs.loc[~runs["ok"], "run_id"].item()]
     assert (failed["status"], failed["failure"]) == ("failed", "out of memory")
     measured = peft_results.measured(runs)
-    assert set(measured["group"]) == {f"run: {run_id}" for run_id in runs.loc[runs["ok"], "run_id"]}
+    assert set(measured["member"]) == set(runs.loc[runs["ok"], "run_id"])
     test = tables["rates"][tables["rates"]["benchmark"].eq(peft_results.TEST)]
     assert sorted(test["k"]) == [0, 600]
     assert failed.name not in set(test["run_id"])

@@ -217,7 +217,7 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
         rows["accuracy"] = np.repeat(truth, sizes) + 8 * rng.standard_normal(len(rows))
         found, _ = peft_results.means_of_methods(rows, peft_results.ACCURACY)
         mixed, own = (
-            found[found["contrast"].eq(model)]
+            found[found["estimator"].eq(model)]
             .set_index("method")
             .astype({"value": float, "ci_low": float, "ci_high": float})
             for model in (peft_results.MIXED, peft_results.BY_METHOD)
@@ -231,11 +231,14 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
 def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
     runs, points = peft_results.read(simulated(tmp_path / "results", n_runs=1))
     means, _ = peft_results.means_of_methods(peft_results.modelled(runs), peft_results.ACCURACY)
-    mixed = means[means["contrast"].eq(peft_results.MIXED)]
+    mixed = means[means["estimator"].eq(peft_results.MIXED)]
     assert mixed[["value", "ci_low", "ci_high"]].isna().all().all()
     assert mixed["how"].str.contains("cannot be told apart").all()
     assert (
-        means.loc[means["contrast"].eq(peft_results.BY_METHOD), ["se", "ci_low"]].isna().all().all()
+        means.loc[means["estimator"].eq(peft_results.BY_METHOD), ["se", "ci_low"]]
+        .isna()
+        .all()
+        .all()
     )
     assert peft_results.summary(analysed(runs, points)).endswith(".")
 
@@ -363,7 +366,7 @@ def test_a_run_without_a_number_takes_no_part_in_the_front(few, tmp_path):
     record["train_info"]["metrics"][-1]["forgetting"] = float("nan")
     runs, _ = peft_results.read(write(few, four=record))
     rows = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
-    assert rows["group"].nunique() == 2
+    assert rows["member"].nunique() == 2
     again = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
     pd.testing.assert_frame_equal(rows, again)
 

@@ -74,7 +74,8 @@ def few(change: np.ndarray, strata=None, settings="a") -> tuple[influence.Scores
             "run_id": runs,
             "base_model": "b",
             "method": "lora",
-            "group": "trained",
+            "group": terms.TRAINED,
+            "member": terms.ALL,
             "setting": list(settings * len(runs))[: len(runs)],
         }
     )
@@ -187,13 +188,13 @@ def test_arms_tell_controls_from_trained_runs(arms):
     assert counts["base"] == 2
     assert counts[terms.NO_OP] == 4
     assert counts[terms.UNTRAINED] == 12
-    assert counts.filter(like="init: ").sum() == 18
+    assert counts[terms.INIT] == 18
     assert arms.loc[arms["arm"].eq(terms.TRAINED), "learning_rate"].min() > 1e-4
 
 
 def test_every_cell_is_a_mean_and_all_bases_weigh_the_same(arms):
     cells = influence.cells(arms)
-    assert np.allclose(cells.groupby(["base_model", "method", "group"])["weight"].sum(), 1)
+    assert np.allclose(cells.groupby(influence.CELL)["weight"].sum(), 1)
     pooled = cells[cells["base_model"].eq("all") & cells["group"].eq(terms.TRAINED)]
     assert np.allclose(pooled.groupby(["method", "pool"])["weight"].sum(), 0.5)
     assert terms.NO_OP not in set(

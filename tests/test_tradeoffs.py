@@ -2,6 +2,8 @@
 values, statsmodels and published formulae.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,7 +23,7 @@ from driftbook.analyses.tradeoffs import (
     SLOPE_WITHIN,
     WITHIN_METHODS,
 )
-from driftbook.stats import estimation, influence, pareto, terms
+from driftbook.stats import influence, pareto, terms
 from driftbook.stats.terms import ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS, REFUSED, UNSAFE
 from driftbook.study.tables import TABLES
 from simulated import simulate
@@ -71,14 +73,15 @@ def known(n_runs: int, methods="lora", settings=None) -> pd.DataFrame:
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
     """A cell for each setting of a method."""
-    own = arms[arms["arm"].ne("base")].assign(pool="b", group="settings: " + arms["setting"])
-    return own.assign(weight=1 / own.groupby(["method", "group"])["run_id"].transform("size"))
+    own = arms[arms["arm"].ne("base")].assign(pool="b", group=terms.SETTINGS)
+    own = own.assign(member=own["setting"])
+    return own.assign(weight=1 / own.groupby(influence.CELL)["run_id"].transform("size"))
 
 
 def fronts(measured, better, arms, n_draws=4000, seed=0) -> pd.DataFrame:
     return tradeoffs.fronts(
         measured, better, arms, cells(arms), n_draws, seed, outcome="front", **LABELS
-    ).set_index(["method", "group"])
+    ).set_index(["method", "member"])
 
 
 # ---- the front
@@ -124,7 +127,7 @@ def test_probability_over_prompts_is_that_of_resampled_prompts():
     )
     by_hand = 100 * pareto.front(np.round(drawn, 9)).mean(0)
     assert found.loc[
-        [("none", "all"), *(("lora", f"settings: {name}") for name in "xyz")]
+        [("none", "all"), *(("lora", name) for name in "xyz")]
     ].tolist() == pytest.approx(by_hand, abs=4)
     assert by_hand.min() < 90
     assert by_hand.max() > 10
@@ -140,7 +143,7 @@ def test_probability_over_runs_is_the_t_distribution_of_their_mean():
     from scipy.stats import ttest_1samp
 
     above = 100 * ttest_1samp(values, 0, alternative="less").pvalue
-    assert found[("lora", "settings: s")] == pytest.approx(100 - above, abs=1.5)
+    assert found[("lora", "s")] == pytest.approx(100 - above, abs=1.5)
     assert found[("none", "all")] == pytest.approx(above, abs=1.5)
 
 
@@ -195,36 +198,30 @@ def test_missing_goals_and_single_seeds_are_said():
     measured = goals([rng.random(50)], [items], ["a"])
     arms = known(4, methods=["lora", "lora", "ia3", "ia3"], settings=["x", "x", "x", "y"])
     found = fronts(measured, {"a": LESS, "never measured": MORE}, arms)
-    assert found.loc[("lora", "settings: x"), "population"] == terms.BOTH
+    assert found.loc[("lora", "x"), "population"] == terms.BOTH
     assert found.loc["ia3", "population"].eq(terms.THESE_RUNS).all()
     assert found["how"].str.contains("less a").all()
     assert not found["how"].str.contains("never measured").any()
     lost = {
         "a": tuple(
-            estimation.replace(one, value=np.where(one.runs == "r0", np.nan, one.value))
+            replace(one, value=np.where(one.runs == "r0", np.nan, one.value))
             for one in measured["a"]
         )
     }
     found = fronts(lost, {"a": LESS}, arms)
-    assert pd.isna(found.loc[("lora", "settings: x"), "value"])
-    assert "no score in one of the goals" in found.loc[("lora", "settings: x"), "how"]
+    assert pd.isna(found.loc[("lora", "x"), "value"])
+    assert "no score in one of the goals" in found.loc[("lora", "x"), "how"]
     assert found.loc["ia3", "value"].notna().all()
     assert fronts({}, {"a": LESS}, arms).empty
     gone = {
         "a": tuple(
-            estimation.replace(one, value=np.where(one.runs == "r9", 0.0, np.nan))
-            for one in measured["a"]
+            replace(one, value=np.where(one.runs == "r9", 0.0, np.nan)) for one in measured["a"]
         ),
         "b": measured["a"],
     }
     found = fronts(
         gone
-        | {
-            "a": (
-                gone["a"][0],
-                estimation.replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)),
-            )
-        },
+        | {"a": (gone["a"][0], replace(gone["a"][1], value=np.append(np.full(3, np.nan), 1.0)))},
         {"a": LESS, "b": LESS},
         arms[:4],
     )
@@ -268,7 +265,7 @@ def correlated(measured, arms, n_boot=200) -> pd.DataFrame:
     return found[found["outcome"].eq("y")].set_index("contrast")
 
 
-RAW = CORRELATION.format("x")
+RAW = CORRELATION
 
 
 def test_the_corrected_correlation_is_the_latent_one_and_its_interval_holds_it():
@@ -338,7 +335,7 @@ def test_what_the_base_model_adds_to_all_runs_is_no_noise():
     measured, arms = latent(np.random.default_rng(3))
     base = 30 * np.random.default_rng(4).normal(size=80)
     shifted = {
-        name: (None, estimation.replace(pair[1], influence=pair[1].influence - base / 80))
+        name: (None, replace(pair[1], influence=pair[1].influence - base / 80))
         for name, pair in measured.items()
     }
     left, right = correlated(measured, arms), correlated(shifted, arms)
@@ -478,7 +475,7 @@ def test_everything_is_measured_and_estimated_once(study):
     assert change.tolist() == pytest.approx(
         (100 * (rate.loc[change.index].to_numpy() - rate.loc[base].to_numpy())).tolist()
     )
-    settings = every[every["group"].str.startswith("settings: ")]
+    settings = every[every["group"].eq(terms.SETTINGS)]
     parts = [
         tradeoffs.fronts(measured, better, study["arms"], settings, 200, 0, outcome=name, **LABELS)
         for name, better in GOALS.items()
@@ -497,14 +494,9 @@ def test_everything_is_measured_and_estimated_once(study):
     )
     found = TABLES["estimates"].concat(parts)  # checks the keys
     assert found.loc[found["outcome"].eq(FRONT_BIAS), "value"].between(0, 100).all()
-    assert (
-        found.loc[found["contrast"].eq(SLOPE.format("trainable parameters")), "value"].notna().all()
-    )
-    assert (
-        found.loc[found["contrast"].eq(SLOPE_WITHIN.format("trainable parameters")), "value"]
-        .isna()
-        .all()
-    )
+    cost = found[found["against"].eq("trainable parameters")].set_index("contrast")["value"]
+    assert cost[SLOPE].notna().all()
+    assert cost[SLOPE_WITHIN].isna().all()
     intervals = found.dropna(subset=["ci_low"])
     assert (intervals["ci_low"] <= intervals["value"]).all()
     assert (intervals["value"] <= intervals["ci_high"]).all()
@@ -515,7 +507,7 @@ def test_a_study_without_scores_has_no_trade_off_and_no_error(study):
     measured = measured_of(study, verdicts=silent, ratings=study["ratings"][:0])
     assert np.isnan(measured[UNSAFE][1].value).all()
     assert LOSS not in measured
-    settings = influence.cells(study["arms"]).query("group.str.startswith('settings: ')")
+    settings = influence.cells(study["arms"]).query("group == @terms.SETTINGS")
     found = tradeoffs.fronts(
         measured, GOALS[terms.FRONT], study["arms"], settings, 50, 0, outcome=terms.FRONT, **LABELS
     )
