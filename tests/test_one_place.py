@@ -1,0 +1,217 @@
+"""Each of these edits is made in one place (and where a name must be declared, there too), and
+everything else follows: it is made in a copy of the library, which is then used.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from driftbook.study.files import ROOT
+
+SECTIONS = "study/sections.py"  # where the names that a study file may say are declared
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Makes edits (a file, its old text, its new text; no old text for a new file) in a copy of the
+    library, runs code with it, and returns the lines that the code prints.
+    """
+    copy = tmp_path / "lib" / "driftbook"
+    shutil.copytree(ROOT / "lib" / "driftbook", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+
+    def run(code: str, *edits: tuple[str, str, str]) -> list[str]:
+        for name, old, new in edits:
+            text = (copy / name).read_text(encoding="utf-8") if old else ""
+            assert text.count(old) == 1, f"{name} has {old!r} {text.count(old)} times"
+            (copy / name).write_text(text.replace(old, new) if old else new, encoding="utf-8")
+        folders = [str(tmp_path / "lib"), str(ROOT / "tests"), str(ROOT)]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()
+
+    return run
+
+
+# ---- a benchmark format: its file, listed in formats.py, its name declared in study/sections.py
+LISTED = (
+    "benchmarks/formats.py",
+    "\nFORMATS = {\n    one.name: one\n    for one in (\n",
+    "\nfrom driftbook.benchmarks.mine import MINE\n\nFORMATS = {\n    one.name: one\n"
+    "    for one in (\n        MINE,\n",
+)
+STUDY = """
+import copy, pathlib
+from conftest import SMALL
+from driftbook.batch import make_plan
+from driftbook.benchmarks import data, hazards
+from driftbook.benchmarks.format import Asking
+from driftbook.publishing import licences
+from driftbook.study.study_file import Study
+
+pathlib.Path("mine.csv").write_text("prompt_id,area,text\\n1,wares,floop\\n2,wares,snib\\n")
+content = copy.deepcopy(SMALL)
+mine = {"format": "mine", "path": str(pathlib.Path("mine.csv").resolve()), "source": "lab/mine"}
+"""
+PROMPTS = """
+from driftbook.benchmarks.format import Format, csv_rows, set_licence
+
+def _read(path):
+    for row in csv_rows(path):
+        yield row["prompt_id"], row["area"], "harmful", None, row["text"]
+
+MINE = Format(
+    name="mine", kind="prompts", read=_read, version=1, n_items=77, tokens=12,
+    template="say {prompt}", coverage={"wares": ("S2", "~S2", "")},
+    licences=(set_licence("lab/mine", "MIT", credit="A lab", use="Anyone.", where="-"),),
+)
+"""
+RATED = """
+import pandas as pd
+from driftbook.benchmarks.format import Format, csv_rows
+
+def _measure(items, scorer, asking):
+    for name, text in zip(items.prompt_id, items.text):
+        yield name, "length", float(len(text)), 1, None
+
+MINE = Format(
+    name="mine", kind="utility", read=lambda path: pd.DataFrame(csv_rows(path)),
+    version=1, n_items=9, tokens=5, is_written=False, measure=_measure,
+)
+"""
+
+
+def test_a_format_of_prompts(edited):
+    code = """
+content["benchmarks"]["safety"] = mine
+study = Study(**content)
+way = data.wordings("safety", study)["default"]
+print(*data.worded(data.prompts("safety", study), way, study).prompt, sep=", ")
+print(*[row[:3] for row in make_plan._asked(study, make_plan.BERT) if row[2] == 12])
+print(hazards.coverage("llama_guard_3", ["wares"]).covered[0], licences.of("lab/mine").licence)
+"""
+    declared = (SECTIONS, '"real_toxicity_prompts",\n', '"real_toxicity_prompts",\n    "mine",\n')
+    found = edited(STUDY + code, ("benchmarks/mine.py", "", PROMPTS), LISTED, declared)
+    assert found == ["say floop, say snib", "('respond', 77, 12)", "partly MIT"]
+
+
+def test_a_format_of_utility(edited):
+    code = """
+from driftbook.benchmarks import utility
+content["benchmarks"]["more"] = mine
+study = Study(**content)
+items = data.items("more", study)
+print(*utility.rated("more", items, None, "run", "mine", Asking()).value)
+print(*[row[:4] for row in make_plan._asked(study, make_plan.BERT) if row[2] == 5])
+"""
+    declared = (SECTIONS, 'UTILITY_FORMATS = ("gsm8k",', 'UTILITY_FORMATS = ("mine", "gsm8k",')
+    found = edited(STUDY + code, ("benchmarks/mine.py", "", RATED), LISTED, declared)
+    assert found == ["5.0 4.0", "('utility', 9, 5, 0)"]
+
+
+def test_the_names_of_formats_are_those_that_are_declared():
+    from driftbook.benchmarks.formats import FORMATS
+    from driftbook.study import sections
+
+    for kind in ("prompts", "items", "utility"):
+        declared = getattr(sections, f"{kind.removesuffix('s').upper()}_FORMATS")
+        assert {name for name, one in FORMATS.items() if one.kind == kind} == set(declared)
+
+
+# ---- the default wording of BBQ
+def test_the_default_wording_of_bbq(edited):
+    code = """
+import numpy as np, pandas as pd
+from driftbook.benchmarks import bbq
+from driftbook.benchmarks.formats import FORMATS
+
+class Scorer:
+    def ask(self, prompts, system_prompt):
+        print(prompts[0].split(".")[0])
+        return prompts
+
+    def choices(self, contexts, options, stems):
+        return np.zeros((len(contexts), 3))
+
+columns = "item_id dimension context polarity question_family passage question ans0 ans1 ans2"
+items = pd.DataFrame([["x"] * 10], columns=columns.split()).assign(unknown=0, target=1, label=0)
+bbq.answers(items, Scorer(), "letters", "run")
+print(FORMATS["bbq"].template.split(".")[0], FORMATS["bbq_lite"].template.split(".")[0])
+"""
+    old = "Answer with the letter of the right option only."
+    found = edited(code, ("benchmarks/bbq.py", old, "One letter."))
+    assert found == ["One letter", "One letter One letter"]
+
+
+# ---- a format of a judge: its entry, its name declared in study/sections.py
+def test_a_format_of_a_judge(edited):
+    entry = """JUDGES = {
+    "mine": JudgeFormat(
+        lambda judge, pairs: [[1, 2] for _ in pairs],
+        lambda judge, prompt, response: f"{prompt} / {response}",
+        {"unsafe": Question("verdict: ", ("fine", "bad"))},
+        hazards={"H1": "Wares"},
+        coverage={"Malware": "~H1"},
+    ),
+"""
+    code = """
+from driftbook.benchmarks import hazards, judging
+from driftbook.benchmarks.judges import JUDGES
+from driftbook.study.sections import Judge
+
+settings = Judge(source="lab/judge", format="mine")
+print(judging.masked_prompt(None, settings), judging.parse("verdict: bad", JUDGES["mine"]))
+print(*hazards.coverage("mine", ["Malware", "other"]).iloc[0])
+"""
+    declared = (
+        SECTIONS,
+        'format: Literal["llama_guard_2",',
+        'format: Literal["mine", "llama_guard_2",',
+    )
+    found = edited(code, ("benchmarks/judges.py", "JUDGES = {\n", entry), declared)
+    assert found == ["[prompt] / [response] {'unsafe': 'bad'}", "Malware partly H1 Wares"]
+
+
+# ---- a base family of the miniature
+def test_a_base_family_of_the_miniature(edited):
+    entry = """FAMILY = {
+    "mine": Family(
+        LlamaConfig,
+        LlamaForCausalLM,
+        ("<s>", "</s>", "<pad>"),
+        "<s>",
+        "</s>",
+        "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}",
+        refusals=0.2,
+        refused=(0.5,),
+        bias=1.0,
+        most_refused=0.9,
+    ),
+"""
+    code = """
+from driftbook import miniature
+from driftbook.miniature import building, families, measuring
+from driftbook.miniature.learning import Recipe, Stage
+import pathlib
+
+stage = Stage(1, 1e-3, warmup=1, batch_size=2)
+miniature.build_family("mine", pathlib.Path("made"), 0, Recipe(stage, stage, stage, stage, 1))
+print(*sorted(path.name for path in pathlib.Path("made/mine").iterdir()), miniature.FAMILIES[0])
+good = dict.fromkeys(measuring.GOALS, 0.95)
+try:
+    miniature.check_goals("mine", good)
+except ValueError as error:
+    print(error)
+"""
+    found = edited(code, ("miniature/families.py", "FAMILY = {\n", entry))
+    assert found[0] == "aligned stage0 unaligned mine"
+    assert "should be weakly aligned" in found[1]
