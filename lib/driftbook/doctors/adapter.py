@@ -46,15 +46,10 @@ WAYS = {  # prefix tuning's tensors are keys and values, no token embeddings
     "PROMPT_TUNING": soft_prompt,
     "P_TUNING": soft_prompt,
 }
-OTHER_UPDATES = (  # LoRA whose update is not scale B A of one matrix
-    "kasa_config",
-    "use_qalora",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "target_parameters",
-)
+OTHER_UPDATES = """
+    kasa_config use_qalora use_bdlora velora_config monteclora_config arrow_config
+    target_parameters
+""".split()  # LoRA whose update is not scale B A of one matrix
 
 
 def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
@@ -118,10 +113,8 @@ def finding_summary(findings: DataFrame) -> str | None:
 def _pickles(folder: Path) -> Iterator[Finding]:
     names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if names:
-        text = (
-            f"it holds {named(names, 1)}, a pickle, which can run code when opened and is never"
-            " loaded, so save the weights as safetensors and delete it"
-        )
+        text = f"""it holds {named(names, 1)}, a pickle, which can run code when opened and is
+            never loaded, so save the weights as safetensors and delete it"""
         yield error("pickle", text)
 
 
@@ -166,10 +159,8 @@ def _readable(adapter: AdapterFiles, given: Loaded | Path | None) -> Iterator[Fi
     for check in checks if sick else (*checks, weight_changes):
         yield from _tried(check, adapter, base)
     if given is None:
-        text = (
-            "no base model was given, so names, shapes, tokenizer and the size of its change"
-            " against the base's weights were not examined"
-        )
+        text = """no base model was given, so names, shapes, tokenizer and the size of its
+            change against the base's weights were not examined"""
         yield note("not_examined", text)
 
 
@@ -191,10 +182,8 @@ def non_finite(adapter: AdapterFiles) -> Iterator[Finding]:
     sick = [name for name, count in counts.items() if count]
     if sick:
         first = f"{sick[0]} ({counts[sick[0]]} of {int(np.prod(adapter.shapes[sick[0]]))})"
-        text = (
-            f"NaN or infinity in {len(sick)} of its {len(counts)} tensors, {sum(counts.values())}"
-            f" numbers in all, the first in {first}"
-        )
+        text = f"""NaN or infinity in {len(sick)} of its {len(counts)} tensors,
+            {sum(counts.values())} numbers in all, the first in {first}"""
         yield error("non_finite", text, module_of(sick[0]))
 
 

@@ -113,17 +113,13 @@ def vocabulary(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Findin
             text = f"it stores all {rows} rows of {module}, so its vocabulary may have been resized"
             yield note("vocabulary", text, module)
         elif rows != (known := base.embedding[1].num_embeddings):
-            text = (
-                f"its vocabulary was resized: it stores {rows} rows of {module} and the base model"
-                f" has {known}, so it cannot be attached before the base is resized too"
-            )
+            text = f"""its vocabulary was resized: it stores {rows} rows of {module} and the
+                base model has {known}, so it cannot be attached before the base is resized too"""
             yield error("vocabulary", text, module)
         elif module.rpartition(".")[2] not in whole and (weight := base.weight(module)) is not None:
             if not torch.equal(weight.to("cpu", torch.float32), adapter.tensor(name).float()):
-                text = (
-                    f"it stores its own {module}, which differs from the base model's and is"
-                    " written over it when attached, for good"
-                )
+                text = f"""it stores its own {module}, which differs from the base model's and
+                    is written over it when attached, for good"""
                 yield warning("vocabulary", text, module)
 
 
@@ -145,10 +141,8 @@ def tokenizer(adapter: AdapterFiles, base: BaseFiles) -> Iterator[Finding]:
             text = f"its tokenizer's {name} is {own!r} and the base model's is {other!r}"
             yield warning("tokenizer", text)
     if words.template is not None and words.template.strip() != (base.words.template or "").strip():
-        text = (
-            "its chat template differs from the base model's, and scores depend on it: it was"
-            " trained on one and is asked by the other"
-        )
+        text = """its chat template differs from the base model's, and scores depend on it: it
+            was trained on one and is asked by the other"""
         yield warning("chat_template", text)
 
 

@@ -165,21 +165,17 @@ def _exploded(changes: list[Change]) -> Iterator[Finding]:
     large = [change for change in known if change.ratio > 1]
     if large:
         worst = max(large, key=lambda change: change.ratio)
-        text = (
-            f"its update is larger than the weight it updates in {len(large)} of {len(known)}"
-            f" modules, most in {worst.module} ({worst.ratio:.3g} times its norm)"
-        )
+        text = f"""its update is larger than the weight it updates in {len(large)} of
+            {len(known)} modules, most in {worst.module} ({worst.ratio:.3g} times its norm)"""
         yield warning("exploded", text, worst.module)
     rest = [one for one in changes if one.ratio is None and one.per_entry > 0 and not one.table]
     norms = np.array([change.per_entry for change in rest])
     out = norm_outliers(norms)
     if out.any():
         worst = int(np.where(out, norms, 0).argmax())
-        text = (
-            f"its update in {int(out.sum())} of {len(norms)} modules is far out of the others'"
-            f" range, most in {rest[worst].module} ({norms[worst] / np.median(norms):.3g} times the"
-            " median)"
-        )
+        text = f"""its update in {int(out.sum())} of {len(norms)} modules is far out of the
+            others' range, most in {rest[worst].module} ({norms[worst] / np.median(norms):.3g} times
+            the median)"""
         yield warning("exploded", text, rest[worst].module)
 
 
@@ -240,10 +236,8 @@ def ia3_scales(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Findin
     large = [name for name in size if size[name] > 1]
     if large:
         worst = module_of(name := max(large, key=size.__getitem__))
-        text = (
-            f"its change is larger than what it scales in {len(large)} of {len(size)} modules, most"
-            f" in {worst} (root mean square of |w - 1| {size[name]:.3g})"
-        )
+        text = f"""its change is larger than what it scales in {len(large)} of {len(size)}
+            modules, most in {worst} (root mean square of |w - 1| {size[name]:.3g})"""
         yield warning("exploded", text, worst)
     whole = torch.cat([value.flatten() for value in scales.values()])
     yield _ia3_rounded(whole, base.dtype if base else None)

@@ -44,116 +44,93 @@ GRAVE, FATAL = ("warning", "error"), ("error", "error")
 class DataKind:
     """What a finding counts, its severity up to and above OVER, what is so, and what follows."""
 
-    of: str
-    severity: tuple[str, str]
     what: str
     then: str
+    severity: tuple[str, str] = MILD
+    of: str = "examples"
 
 
+TEACHES = (
+    "they teach refusing, so a change of safety would come from the data and not from the"
+    " method alone; remove these rows or report their share"
+)
+WEIGHS = (
+    "they weigh more than others, and the study has fewer distinct examples than it reports;"
+    " keep one of each"
+)
 KINDS = {
     "empty": DataKind(
-        "examples",
-        FATAL,
         "have no prompt, or say nothing in a turn or an answer",
         "the study would refuse to train on them; fill or remove these rows",
+        FATAL,
     ),
     "turn_order": DataKind(
-        "examples",
-        FATAL,
-        "have a prompt that is not user and assistant in turn, ending with the user (a system turn"
-        " may stand first)",
+        "have a prompt that is not user and assistant in turn, ending with the user (a system"
+        " turn may stand first)",
         "chat templates fail on them or merge turns; put the turns in order or remove these rows",
+        FATAL,
     ),
     "one_word": DataKind(
-        "examples",
-        MILD,
         "have an answer of at most one word",
-        "training on them shortens answers, which changes refusals and verdicts for no reason of"
-        " safety; check that the data is meant so",
+        "training on them shortens answers, which changes refusals and verdicts for no reason"
+        " of safety; check that the data is meant so",
     ),
     "repeated_prompt": DataKind(
-        "examples",
-        MILD,
         "have an answer that begins by repeating the whole last user turn",
-        "they teach the model to repeat what it is asked, which a judge may take for an unsafe"
-        " answer; cut the repeated part or remove these rows",
+        "they teach the model to repeat what it is asked, which a judge may take for an"
+        " unsafe answer; cut the repeated part or remove these rows",
     ),
     "refusals": DataKind(
-        "examples",
-        MILD,
-        "have an answer to train on that declines (found by English phrases)",
-        "they teach refusing, so a change of safety would come from the data and not from the"
-        " method alone; remove these rows or report their share",
+        "have an answer to train on that declines (found by English phrases)", TEACHES
     ),
     "refusals_rejected": DataKind(
-        "preferences",
-        PLAIN,
         "have a rejected answer that declines (found by English phrases)",
         "what this teaches depends on the chosen answer; read it with refusal_preferred and"
         " refusal_dispreferred",
+        PLAIN,
+        "preferences",
     ),
     "refusal_preferred": DataKind(
-        "preferences",
-        MILD,
-        "choose an answer that declines over one that does not",
-        "they teach refusing, so a change of safety would come from the data and not from the"
-        " method alone; remove these rows or report their share",
+        "choose an answer that declines over one that does not", TEACHES, MILD, "preferences"
     ),
     "refusal_dispreferred": DataKind(
-        "preferences",
-        BAD,
         "choose an answer that does not decline over one that does",
         "they unlearn refusing, so a loss of safety would come from the data and not from the"
         " method alone; remove these rows or report their share",
+        BAD,
+        "preferences",
     ),
     "multiple_choice": DataKind(
-        "examples",
-        MILD,
         "ask to choose from options A, B and C of which one is unknown, as BBQ does",
-        "they teach the form of the bias benchmark, so its accuracy would change for no reason of"
-        " bias; remove these rows or report their share",
+        "they teach the form of the bias benchmark, so its accuracy would change for no"
+        " reason of bias; remove these rows or report their share",
     ),
-    "duplicates": DataKind(
-        "examples",
-        MILD,
-        "repeat an earlier example, case and spaces apart",
-        "they weigh more than others, and the study has fewer distinct examples than it reports;"
-        " keep one of each",
-    ),
-    "near_duplicates": DataKind(
-        "examples",
-        MILD,
-        "are nearly another example that is not the same",
-        "they weigh more than others, and the study has fewer distinct examples than it reports;"
-        " keep one of each",
-    ),
+    "duplicates": DataKind("repeat an earlier example, case and spaces apart", WEIGHS),
+    "near_duplicates": DataKind("are nearly another example that is not the same", WEIGHS),
     "cut": DataKind(
-        "examples",
-        MILD,
         "are longer than max_length and lose their end",
-        "answers without an end teach answers without an end, and a prompt that fills max_length"
-        " leaves nothing to train on; raise max_length or remove these rows",
+        "answers without an end teach answers without an end, and a prompt that fills"
+        " max_length leaves nothing to train on; raise max_length or remove these rows",
     ),
     "tokens_lost": DataKind(
-        "tokens",
-        MILD,
         "stand behind max_length",
         "the study would train on fewer tokens than the data has; raise max_length",
+        MILD,
+        "tokens",
     ),
     "near_benchmark": DataKind(
-        "examples",
-        BAD,
         "have a turn whose wording is near a prompt of {benchmark}",
-        "training on what the benchmark asks changes its result whatever the method does; look at"
-        " these rows with data_rows() and remove them",
+        "training on what the benchmark asks changes its result whatever the method does;"
+        " look at these rows with data_rows() and remove them",
+        BAD,
     ),
     "benchmark_overlap": DataKind(
-        "prompts",
-        GRAVE,
         f"of {{benchmark}} have a run of {NGRAM} words, or all of their fewer words, that stands in"
         " a training example",
-        "the benchmark would be asked of a model that trained on it; remove the training rows that"
-        " data_rows() names",
+        "the benchmark would be asked of a model that trained on it; remove the training rows"
+        " that data_rows() names",
+        GRAVE,
+        "prompts",
     ),
 }
 Benchmarks = Mapping[str, Sequence[str]]

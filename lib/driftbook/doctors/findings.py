@@ -1,8 +1,10 @@
-"""One finding, and how several names are listed in its sentence."""
+"""Findings about an adapter and about a study, and how their sentences list names."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+
+STUDY_COLUMNS = ["finding", "severity", "where", "sentence", "statistic", "p", "p_adjusted"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,29 @@ def named(names: Iterable, most: int = 3) -> str:
 def times(shape: Iterable[int]) -> str:
     """A shape in words: 4 x 8."""
     return " x ".join(map(str, shape))
+
+
+# ---- of a study
+def finding_row(
+    finding: str,
+    severity: str,
+    where,
+    sentence: str,
+    statistic: float | None = None,
+    p: float | None = None,
+    adjusted: float | None = None,
+) -> dict:
+    """A row of the study check; `where` is a name or several; the sentence is put on one line."""
+    where = where if isinstance(where, str) else ", ".join(map(str, where))
+    values = (finding, severity, where, " ".join(sentence.split()), statistic, p, adjusted)
+    return dict(zip(STUDY_COLUMNS, values, strict=True))
+
+
+def unchecked_row(finding: str, why: str) -> dict:
+    """The row of what could not be checked, and why."""
+    return finding_row(finding, "note", "", f"not checked: {why}")
+
+
+def some_of(names, total: int | None = None) -> str:
+    """How many there are (of a total) and the first few names: 4 of 9 (a, b, c and 1 more)."""
+    return f"{len(names)}{'' if total is None else f' of {total}'} ({named(names)})"

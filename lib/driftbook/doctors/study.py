@@ -11,6 +11,7 @@ most 5 % of the time.
 import numpy as np
 import pandas as pd
 
+from driftbook.doctors.findings import STUDY_COLUMNS
 from driftbook.doctors.study_design import (
     base_scored_once,
     extreme_rates,
@@ -25,7 +26,7 @@ from driftbook.doctors.study_no_ops import no_ops, undone_repairs
 from driftbook.doctors.study_rounds import no_op_drift, rate_drift
 from driftbook.doctors.study_seeds import one_seed
 from driftbook.doctors.study_settings import rates_from_answers, recorded_settings
-from driftbook.doctors.study_tables import STUDY_COLUMNS, arranged
+from driftbook.doctors.study_tables import arranged
 
 CHECKS = (  # each gives rows (finding_row) from the study's tables (Given)
     recorded_settings,

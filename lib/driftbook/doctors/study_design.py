@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from driftbook.doctors.findings import named
-from driftbook.doctors.study_tables import Given, as_floats, finding_row, some_of, unchecked_row
+from driftbook.doctors.findings import finding_row, named, some_of, unchecked_row
+from driftbook.doctors.study_tables import Given, as_floats
 
 UNSCORED = 0.1  # share of answers without a verdict; the same as a difference to the base model
 GRID = ("method", "objective", "dataset", "learning_rate", "epochs", "init")
@@ -19,10 +19,8 @@ def repeated_rows(given: Given) -> Iterator[dict]:
     """Rows that repeat the key of another row."""
     for name, n in given.repeated.items():
         if n:
-            text = (
-                f"rows of {name} that repeat the key of another row: {n}; the first of each is used"
-                " here. Find what wrote them twice."
-            )
+            text = f"""rows of {name} that repeat the key of another row: {n}; the first of
+                each is used here. Find what wrote them twice."""
             yield finding_row("duplicated_rows", "error", name, text)
 
 
@@ -53,19 +51,15 @@ def lone_settings(given: Given) -> Iterator[dict]:
     trained, ran = given.trained, given.ran
     alone = trained[trained.groupby("setting")["run_id"].transform("size").eq(1)]
     if len(alone):
-        text = (
-            f"settings run with one seed only: {alone['setting'].nunique()} of"
-            f" {trained['setting'].nunique()} ({named(alone['run_id'])}). Nothing can be said about"
-            " other seeds there: intervals cover prompts alone."
-        )
+        text = f"""settings run with one seed only: {alone["setting"].nunique()} of
+            {trained["setting"].nunique()} ({named(alone["run_id"])}). Nothing can be said about
+            other seeds there: intervals cover prompts alone."""
         severity = "warning" if len(alone) == len(trained) else "note"
         yield finding_row("one_repetition", severity, alone["run_id"], text)
     if ran["base_model"].nunique() == 1:
         only = ran["base_model"].iloc[0]
-        text = (
-            f"there is one base model, {only}: nothing can be said about others, and no interaction"
-            " with the base is estimable."
-        )
+        text = f"""there is one base model, {only}: nothing can be said about others, and no
+            interaction with the base is estimable."""
         yield finding_row("one_base_model", "note", only, text)
 
 
@@ -83,10 +77,8 @@ def missing_cells(given: Given) -> Iterator[dict]:
         for base_model in grid.columns[row.eq(0)]
     ]
     if gaps:
-        text = (
-            f"cells of the grid that were never run: {some_of(gaps)}. Means over base models leave"
-            " these settings out, and their interactions are not estimable."
-        )
+        text = f"""cells of the grid that were never run: {some_of(gaps)}. Means over base
+            models leave these settings out, and their interactions are not estimable."""
         yield finding_row("missing_cells", "note", gaps, text)
 
 
@@ -128,10 +120,9 @@ def unscored_answers(given: Given) -> Iterator[dict]:
     for judge, rows in verdicts.groupby(judges):
         share = np.isnan(as_floats(rows["unsafe"])).mean()
         if share > UNSCORED:
-            text = (
-                f"{judge} left {100 * share:.1f} % of {len(rows)} answers without a verdict: every"
-                " rate is of the rest. Read the bounds that put them at either extreme."
-            )
+            text = f"""{judge} left {100 * share:.1f} % of {len(rows)} answers without a
+                verdict: every rate is of the rest. Read the bounds that put them at either
+                extreme."""
             yield finding_row("unscored", "warning", judge, text)
     asked = of["asked"].astype(bool)
     null = of["unsafe"].isna() & asked
@@ -143,19 +134,15 @@ def unscored_answers(given: Given) -> Iterator[dict]:
         )
         silent = part.index[part.sum(axis=1).eq(n) & n.gt(0)]
         if len(silent):
-            text = (
-                f"runs without a verdict on any prompt of {benchmark}: {some_of(silent)}. Nothing"
-                " can be said about them there; their means are null, not 0."
-            )
+            text = f"""runs without a verdict on any prompt of {benchmark}: {some_of(silent)}.
+                Nothing can be said about them there; their means are null, not 0."""
             yield finding_row("all_null", "error", silent, text)
     yield from _more_unscored(given, null.sum(axis=1) / asked.sum(axis=1))
     n = asked.sum(axis=1)
     fewer = n.index[n < n.max()]
     if len(fewer):
-        text = (
-            f"runs asked fewer prompts than the others: {len(fewer)} ({named(fewer)}; {n.min():.0f}"
-            f" against {n.max():.0f}). Compare on the prompts in common."
-        )
+        text = f"""runs asked fewer prompts than the others: {len(fewer)} ({named(fewer)};
+            {n.min():.0f} against {n.max():.0f}). Compare on the prompts in common."""
         yield finding_row("fewer_prompts", "warning", fewer, text)
 
 
@@ -165,11 +152,9 @@ def _more_unscored(given: Given, share: pd.Series) -> Iterator[dict]:
     own, base = ran["run_id"].map(share), ran["base_model"].map(given.bases.map(share))
     more = ran.loc[own.astype(float) - base.astype(float) > UNSCORED, "run_id"]
     if len(more):
-        text = (
-            f"runs with over {100 * UNSCORED:.0f} points more unscored answers than their base"
-            f" model: {len(more)} ({named(more)}; up to {100 * share[more].max():.0f} %). Their"
-            " changes compare different prompts: read their bounds."
-        )
+        text = f"""runs with over {100 * UNSCORED:.0f} points more unscored answers than their
+            base model: {len(more)} ({named(more)}; up to {100 * share[more].max():.0f} %). Their
+            changes compare different prompts: read their bounds."""
         yield finding_row("unscored_differs", "warning", more, text)
 
 

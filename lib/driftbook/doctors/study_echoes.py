@@ -6,15 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, rankdata
 
-from driftbook.doctors.findings import named
-from driftbook.doctors.study_tables import (
-    PROMPT,
-    Given,
-    alpha_of,
-    finding_row,
-    some_of,
-    unchecked_row,
-)
+from driftbook.doctors.findings import finding_row, named, some_of, unchecked_row
+from driftbook.doctors.study_tables import PROMPT, Given, alpha_of
 from driftbook.stats.intervals import holm
 
 ECHO_START = 40  # characters of the prompt with which an echo begins
@@ -36,18 +29,14 @@ def echoed_prompts(given: Given) -> Iterator[dict]:
         usual = share.drop(runs).median() if len(share) > len(runs) else np.nan
         if len(runs):
             low, high = 100 * share[runs].min(), 100 * share[runs].max()
-            text = (
-                "runs that repeat their prompt at the beginning of responses:"
-                f" {some_of(runs, len(share))}, in {low:.0f} to {high:.0f} % of them (median of the"
-                f" other runs {100 * usual:.1f} %). The judge read the prompt as the answer: cut it"
-                " off and judge again."
-            )
+            text = f"""runs that repeat their prompt at the beginning of responses:
+                {some_of(runs, len(share))}, in {low:.0f} to {high:.0f} % of them (median of the
+                other runs {100 * usual:.1f} %). The judge read the prompt as the answer: cut it off
+                and judge again."""
             yield finding_row("echo", "error", runs, text)
         return
-    why = (
-        "the texts of prompts and responses are not given; lengths alone do not tell an echo from a"
-        " longer answer"
-    )
+    why = """the texts of prompts and responses are not given; lengths alone do not tell an
+        echo from a longer answer"""
     yield unchecked_row("echo", why)
     if texts is not None and "length" in given.answers:
         yield from _length_follows_prompt(given, texts)
@@ -94,11 +83,9 @@ def _length_follows_prompt(given: Given, texts: pd.DataFrame) -> Iterator[dict]:
     found["adjusted"] = holm(found["p"]) if len(found) else []
     alike = found[found["longer"].ge(2 / 3) & found["adjusted"].le(alpha_of("echo"))]
     for row in alike.itertuples():
-        text = (
-            f"answers of {row.run_id} are longer than those of other runs on {100 * row.longer:.0f}"
-            " % of the prompts, and the more so the longer the prompt (rank correlation"
-            f" {row.r:.2f}): it may repeat its prompts. Look at its texts."
-        )
+        text = f"""answers of {row.run_id} are longer than those of other runs on
+            {100 * row.longer:.0f} % of the prompts, and the more so the longer the prompt (rank
+            correlation {row.r:.2f}): it may repeat its prompts. Look at its texts."""
         yield finding_row("echo", "warning", row.run_id, text, row.r, row.p, row.adjusted)
 
 
@@ -117,10 +104,8 @@ def _shifted_lengths(given: Given) -> Iterator[dict]:
     )
     odd = odd[odd["longer"] | odd["shorter"]]
     if len(odd):
-        text = (
-            f"runs whose answers are longer ({odd['longer'].sum()}) or shorter"
-            f" ({odd['shorter'].sum()}) than those of the other repetitions of their setting on"
-            f" nine prompts of ten ({named(odd['run_id'])}), as they would be if only some of them"
-            " repeated their prompts. Look at the texts."
-        )
+        text = f"""runs whose answers are longer ({odd["longer"].sum()}) or shorter
+            ({odd["shorter"].sum()}) than those of the other repetitions of their setting on nine
+            prompts of ten ({named(odd["run_id"])}), as they would be if only some of them repeated
+            their prompts. Look at the texts."""
         yield finding_row("lengths_shifted", "note", odd["run_id"], text)

@@ -5,16 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from driftbook.doctors.findings import named
+from driftbook.doctors.findings import finding_row, named, some_of, unchecked_row
 from driftbook.doctors.study_answers import equal_share
-from driftbook.doctors.study_tables import (
-    Given,
-    finding_row,
-    is_no_op,
-    numbers_of,
-    some_of,
-    unchecked_row,
-)
+from driftbook.doctors.study_tables import Given, is_no_op, numbers_of
 
 # Mean KL per token, in nats, below which training is called a no-op: over an answer of 100 tokens
 # the two models' log-likelihoods then differ by less than 0.01 nats in the mean, which no sample of
@@ -36,11 +29,9 @@ def no_ops(given: Given) -> Iterator[dict]:
         (trained[still], "with a dose near zero and no word on being a no-op"),
     ):
         if len(runs):
-            text = (
-                f"trained runs {how}: {some_of(runs['run_id'], len(trained))}. Training left the"
-                " base model as it was: show every contrast with and without them, or raise their"
-                " learning rate."
-            )
+            text = f"""trained runs {how}: {some_of(runs["run_id"], len(trained))}. Training
+                left the base model as it was: show every contrast with and without them, or raise
+                their learning rate."""
             yield finding_row("no_op", "warning", runs["run_id"], text)
     yield from _answers_as_base(given, trained[~recorded & ~still], trained[recorded])
 
@@ -80,12 +71,10 @@ def _answers_as_base(given: Given, trained: pd.DataFrame, recorded: pd.DataFrame
         share = np.mean([equal_share(of, own, [one] * n) for one in standard], axis=0)
         same = runs[share >= bound]
         if len(same):
-            text = (
-                f"trained runs of {base_model} that answer as the untrained model does:"
-                f" {some_of(same['run_id'], n)}, on {100 * share[share >= bound].min():.1f} % of"
-                f" the prompts or more (bound {100 * bound:.1f} %). In effect they are no-ops: look"
-                " at their dose."
-            )
+            text = f"""trained runs of {base_model} that answer as the untrained model does:
+                {some_of(same["run_id"], n)}, on {100 * share[share >= bound].min():.1f} % of the
+                prompts or more (bound {100 * bound:.1f} %). In effect they are no-ops: look at
+                their dose."""
             yield finding_row("no_op", "warning", same["run_id"], text)
 
 
@@ -95,9 +84,7 @@ def undone_repairs(given: Given) -> Iterator[dict]:
     whole = runs[is_no_op(runs)]
     if len(whole):
         counts = [f"{name}: {n}" for name, n in whole["mitigation"].value_counts().items()]
-        text = (
-            "repaired runs that are the base model again, nothing of the fine-tuning being left:"
-            f" {len(whole)} of {len(runs)} ({named(counts, 6)}). They answer as safely as it does,"
-            " and have lost what was gained."
-        )
+        text = f"""repaired runs that are the base model again, nothing of the fine-tuning
+            being left: {len(whole)} of {len(runs)} ({named(counts, 6)}). They answer as safely as
+            it does, and have lost what was gained."""
         yield finding_row("undone", "note", whole["run_id"], text)

@@ -8,16 +8,9 @@ from scipy.optimize import brentq
 from scipy.special import digamma, polygamma
 from scipy.stats import f as f_distribution
 
+from driftbook.doctors.findings import finding_row, unchecked_row
 from driftbook.doctors.study_answers import family_t, mean_agreement
-from driftbook.doctors.study_tables import (
-    Given,
-    alpha_of,
-    asks_harm,
-    finding_row,
-    is_no_op,
-    numbers_of,
-    unchecked_row,
-)
+from driftbook.doctors.study_tables import Given, alpha_of, asks_harm, is_no_op, numbers_of
 from driftbook.stats.intervals import holm
 
 DRIFT_POINTS = 2.0  # percentage points that a round must lie apart; "preserves" has a margin of 3
@@ -49,12 +42,10 @@ def rate_drift(given: Given) -> Iterator[dict]:
     found = tested_rounds(tables, 100 / asked.sum())
     far = found["apart"].abs().ge(DRIFT_POINTS)
     for row in found[found["adjusted"].le(alpha_of("drift")) & far].itertuples():
-        text = (
-            f"round {row.round:g} of {row.base_model} lies {row.apart:+.1f} points in the"
-            f" unsafe-response rate from the other rounds of the same {row.n} settings (F ="
-            f" {row.F:.1f}, p = {row.p:.1g}): something other than the seed changed between rounds."
-            " Score the base model again in each round, and compare within rounds."
-        )
+        text = f"""round {row.round:g} of {row.base_model} lies {row.apart:+.1f} points in the
+            unsafe-response rate from the other rounds of the same {row.n} settings (F =
+            {row.F:.1f}, p = {row.p:.1g}): something other than the seed changed between rounds.
+            Score the base model again in each round, and compare within rounds."""
         where = f"{row.base_model} round {row.round:g}"
         yield finding_row("drift", "error", where, text, row.F, row.p, row.adjusted)
 
@@ -204,10 +195,8 @@ def no_op_drift(given: Given) -> Iterator[dict]:
         for row in _odd_rounds(runs, of)
     ]
     if not rows:
-        why = (
-            "no base model has no-ops of two settings in two rounds; score the base model again in"
-            " each round to see drift plainly"
-        )
+        why = """no base model has no-ops of two settings in two rounds; score the base model
+            again in each round to see drift plainly"""
         yield unchecked_row("no_ops_disagree", why)
         return
     found = pd.DataFrame(rows).assign(adjusted=lambda frame: holm(frame["p"]))
@@ -215,13 +204,11 @@ def no_op_drift(given: Given) -> Iterator[dict]:
     found = found.sort_values("gap", ascending=False).drop_duplicates("base_model")
     lost = found["between"].le((1 - DRIFT_SHARE) * found["within"])
     for row in found[found["adjusted"].le(alpha_of("no_ops_disagree")) & lost].itertuples():
-        text = (
-            f"runs of {row.base_model} that training left as they were ({row.n}) have answers of"
-            f" exactly the same length on {100 * row.between:.1f} % of prompts between round"
-            f" {row.round:g} and the others, and on {100 * row.within:.1f} % otherwise (t ="
-            f" {row.t:.1f}): the rounds were not run alike (texts, template, decoding or machine)."
-            " Compare within rounds only."
-        )
+        text = f"""runs of {row.base_model} that training left as they were ({row.n}) have
+            answers of exactly the same length on {100 * row.between:.1f} % of prompts between round
+            {row.round:g} and the others, and on {100 * row.within:.1f} % otherwise (t =
+            {row.t:.1f}): the rounds were not run alike (texts, template, decoding or machine).
+            Compare within rounds only."""
         where = f"{row.base_model} round {row.round:g}"
         yield finding_row("drift", "error", where, text, row.t, row.p, row.adjusted)
 

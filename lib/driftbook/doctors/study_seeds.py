@@ -6,17 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, rankdata
 
-from driftbook.doctors.findings import named
+from driftbook.doctors.findings import finding_row, named, unchecked_row
 from driftbook.doctors.study_answers import equal_share
 from driftbook.doctors.study_no_ops import NEARLY_ALL
-from driftbook.doctors.study_tables import (
-    Given,
-    alpha_of,
-    finding_row,
-    is_no_op,
-    numbers_of,
-    unchecked_row,
-)
+from driftbook.doctors.study_tables import Given, alpha_of, is_no_op, numbers_of
 from driftbook.stats.intervals import holm
 
 IN_STEP = 0.9  # rank correlation of two curves' steps; above it they saw the same batches in order
@@ -33,13 +26,11 @@ def one_seed(given: Given) -> Iterator[dict]:
     twice = trained.assign(read=seeds).duplicated(["setting", "read"], keep=False)
     shared = trained[seeds.notna() & twice]
     if len(shared):
-        text = (
-            f"runs that share their seed with another repetition of the same setting: {len(shared)}"
-            f" of {len(trained)}, in {shared['setting'].nunique()} settings (distinct seeds:"
-            f" {seeds[shared.index].nunique()}, the first {seeds[shared.index[0]]:g}). They are"
-            " copies of one run but for the hardware's rounding, and their spread says nothing"
-            " about seeds: call them one run, or run again with distinct seeds."
-        )
+        text = f"""runs that share their seed with another repetition of the same setting:
+            {len(shared)} of {len(trained)}, in {shared["setting"].nunique()} settings (distinct
+            seeds: {seeds[shared.index].nunique()}, the first {seeds[shared.index[0]]:g}). They are
+            copies of one run but for the hardware's rounding, and their spread says nothing about
+            seeds: call them one run, or run again with distinct seeds."""
         yield finding_row("one_seed", "error", shared["run_id"], text)
     for check in (_one_adapter, _curves_in_step, _same_answers):
         yield from check(given)
@@ -54,12 +45,10 @@ def _one_adapter(given: Given) -> Iterator[dict]:
     trained = trained[trained["learning_rate"].notna() & trained["adapter_sha256"].notna()]
     same = trained[trained.duplicated(["base_model", "adapter_sha256"], keep=False)]
     if len(same):
-        text = (
-            f"trained runs with the adapter of another run, byte for byte: {len(same)} of"
-            f" {len(trained)}, under {same['adapter_sha256'].nunique()} hashes"
-            f" ({named(same['run_id'])}). A seed or a setting did not reach the trainer, or files"
-            " were copied: train them again."
-        )
+        text = f"""trained runs with the adapter of another run, byte for byte: {len(same)} of
+            {len(trained)}, under {same["adapter_sha256"].nunique()} hashes
+            ({named(same["run_id"])}). A seed or a setting did not reach the trainer, or files were
+            copied: train them again."""
         yield finding_row("one_seed", "error", same["run_id"], text)
 
 
@@ -98,12 +87,10 @@ def _curves_in_step(given: Given) -> Iterator[dict]:
     alike = found[found["r"].ge(IN_STEP) & found["adjusted"].le(alpha_of("one_seed"))]
     if len(alike):
         runs = sorted({*alike["a"], *alike["b"]})
-        text = (
-            "pairs of repetitions whose training losses rise and fall together step by step:"
-            f" {len(alike)} of {len(found)} (rank correlation from {alike['r'].min():.2f};"
-            f" {named(runs)}). They saw the same batches in the same order, as one seed gives:"
-            " check that the seed reaches the data's order."
-        )
+        text = f"""pairs of repetitions whose training losses rise and fall together step by
+            step: {len(alike)} of {len(found)} (rank correlation from {alike["r"].min():.2f};
+            {named(runs)}). They saw the same batches in the same order, as one seed gives: check
+            that the seed reaches the data's order."""
         numbers = alike["r"].min(), alike["p"].max(), alike["adjusted"].max()
         yield finding_row("one_seed", "error", runs, text, *numbers)
 
@@ -141,10 +128,8 @@ def _same_answers(given: Given) -> Iterator[dict]:
             runs, n = [*runs, *pair], n + 1
     if runs:
         runs = sorted(set(runs))
-        text = (
-            f"pairs of repetitions that answer all {of['length'].shape[1]} prompts alike, and not"
-            f" as the base model does: {n} of {len(pairs)} ({named(runs)}). Distinct seeds do not:"
-            " check that the seed reaches init, data order and dropout, and that no answers were"
-            " copied."
-        )
+        text = f"""pairs of repetitions that answer all {of["length"].shape[1]} prompts alike,
+            and not as the base model does: {n} of {len(pairs)} ({named(runs)}). Distinct seeds do
+            not: check that the seed reaches init, data order and dropout, and that no answers were
+            copied."""
         yield finding_row("one_seed", "error", runs, text)

@@ -4,15 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from driftbook.doctors.findings import finding_row, some_of, unchecked_row
 from driftbook.doctors.study_answers import label_agreement
-from driftbook.doctors.study_tables import (
-    Given,
-    alpha_of,
-    finding_row,
-    numbers_of,
-    some_of,
-    unchecked_row,
-)
+from driftbook.doctors.study_tables import Given, alpha_of, numbers_of
 from driftbook.stats.intervals import holm
 
 TELLING = 2.0  # standard errors by which a run must agree with its own label
@@ -36,12 +30,9 @@ def recorded_settings(given: Given) -> Iterator[dict]:
         wrong = (done - asked).abs() > 1e-3 * asked.abs()
         if wrong.any():
             runs, n = ran.loc[wrong, "run_id"], done.notna().sum()
-            text = (
-                f"runs trained at another {label.replace('_', ' ')} than their label says:"
-                f" {some_of(runs, n)}; the first is labelled {asked[wrong].iloc[0]:g} and was"
-                f" trained at {done[wrong].iloc[0]:g}. Take the trainer's record as the label and"
-                " fit again."
-            )
+            text = f"""runs trained at another {label.replace("_", " ")} than their label says:
+                {some_of(runs, n)}; the first is labelled {asked[wrong].iloc[0]:g} and was trained
+                at {done[wrong].iloc[0]:g}. Take the trainer's record as the label and fit again."""
             yield finding_row(finding, "error", runs, text)
     yield from _logged_rates(given)
 
@@ -60,11 +51,9 @@ def _logged_rates(given: Given) -> Iterator[dict]:
     wrong = silent[(ratio > 1.01) | (ratio < 0.5)]
     if len(wrong):
         first = wrong.iloc[0]
-        text = (
-            f"training curves with rates that their label does not allow: {some_of(wrong.run_id)};"
-            f" at most {float(peak[first['run_id']]):g} under the label"
-            f" {first['learning_rate']:g} in the first. Find the trainer's arguments."
-        )
+        text = f"""training curves with rates that their label does not allow:
+            {some_of(wrong.run_id)}; at most {float(peak[first["run_id"]]):g} under the label
+            {first["learning_rate"]:g} in the first. Find the trainer's arguments."""
         yield finding_row("mislabelled_rate", "error", wrong["run_id"], text)
 
 
@@ -84,22 +73,18 @@ def rates_from_answers(given: Given) -> Iterator[dict]:
     tells = tested["t_own"].gt(TELLING).groupby(tested["method"]).agg(["mean", "size"])
     telling = tells.index[tells["mean"].ge(TELLING_SHARE) & tells["size"].ge(4)]
     for method, row in tells.drop(telling).iterrows():
-        why = (
-            f"answers of {method} do not tell the rate: {100 * row['mean']:.0f} % of"
-            f" {row['size']:.0f} runs agree more with their own label than with another, beyond"
-            " chance; what a mislabelled run would look like, these runs look like anyway"
-        )
+        why = f"""answers of {method} do not tell the rate: {100 * row["mean"]:.0f} % of
+            {row["size"]:.0f} runs agree more with their own label than with another, beyond chance;
+            what a mislabelled run would look like, these runs look like anyway"""
         yield unchecked_row(finding, why)
     tested = tested[tested["method"].isin(telling)]
     tested = tested.assign(adjusted=holm(tested["p"]) if len(tested) else [])
     for row in tested[tested["adjusted"].le(alpha_of("mislabelled_rate"))].itertuples():
-        text = (
-            f"{row.run_id} answers as runs at {row.other_rate:g} do, not as its label"
-            f" {row.learning_rate:g}: {100 * row.other_same_length:.1f} % of its answers have"
-            f" exactly the length of theirs, against {100 * row.own_same_length:.1f} % with its own"
-            f" label and {100 * row.peers_same_length:.1f} % between the two labels. Look for the"
-            " trainer's own record before any contrast of rates is read."
-        )
+        text = f"""{row.run_id} answers as runs at {row.other_rate:g} do, not as its label
+            {row.learning_rate:g}: {100 * row.other_same_length:.1f} % of its answers have exactly
+            the length of theirs, against {100 * row.own_same_length:.1f} % with its own label and
+            {100 * row.peers_same_length:.1f} % between the two labels. Look for the trainer's own
+            record before any contrast of rates is read."""
         yield finding_row(
             "mislabelled_rate", "warning", row.run_id, text, row.t, row.p, row.adjusted
         )

@@ -1,4 +1,4 @@
-"""The tables of a finished study as its checks read them, and the row of a finding."""
+"""The tables of a finished study, as its checks read them."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from driftbook.doctors.findings import named
 from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.tables import TABLES
 
@@ -19,21 +18,10 @@ SHARES = {  # of ALPHA, by kind of test
     "one_seed": 0.05,
     "echo": 0.05,
 }
-STUDY_COLUMNS = ["finding", "severity", "where", "sentence", "statistic", "p", "p_adjusted"]
-SETTING = [
-    "base_model",
-    "method",
-    "objective",
-    "dataset",
-    "n_train",
-    "learning_rate",
-    "epochs",
-    "init",
-    "mitigation",
-    "template",
-    "system_prompt",
-    "settings",
-]
+SETTING = """
+    base_model method objective dataset n_train learning_rate epochs init mitigation
+    template system_prompt settings
+""".split()
 PROMPT = ["benchmark", "prompt_id"]
 LENGTHS = ("n_tokens", "response_chars")  # of an answer, the first that is there
 
@@ -179,7 +167,7 @@ def asks_harm(columns: pd.MultiIndex, prompts: pd.DataFrame | None) -> np.ndarra
     return found if found.any() else np.ones(len(columns), bool)
 
 
-# ---- numbers and rows
+# ---- numbers
 def alpha_of(kind: str) -> float:
     """The share of ALPHA that a kind of test has."""
     return SHARES[kind] * ALPHA
@@ -201,28 +189,3 @@ def numbers_of(frame: pd.DataFrame, column: str) -> pd.Series:
 def is_no_op(runs: pd.DataFrame) -> pd.Series:
     """Which runs are recorded as no-ops."""
     return numbers_of(runs, "no_op").eq(1)
-
-
-def finding_row(
-    finding: str,
-    severity: str,
-    where,
-    sentence: str,
-    statistic: float | None = None,
-    p: float | None = None,
-    adjusted: float | None = None,
-) -> dict:
-    """A row of the study check; `where` is a name or several."""
-    where = where if isinstance(where, str) else ", ".join(map(str, where))
-    values = (finding, severity, where, sentence, statistic, p, adjusted)
-    return dict(zip(STUDY_COLUMNS, values, strict=True))
-
-
-def unchecked_row(finding: str, why: str) -> dict:
-    """The row of what could not be checked, and why."""
-    return finding_row(finding, "note", "", f"not checked: {why}")
-
-
-def some_of(names, total: int | None = None) -> str:
-    """How many there are (of a total) and the first few names: 4 of 9 (a, b, c and 1 more)."""
-    return f"{len(names)}{'' if total is None else f' of {total}'} ({named(names)})"

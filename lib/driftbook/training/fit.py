@@ -28,39 +28,15 @@ from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
 from driftbook.training.examples import Prepared, held_out, init_text
 
-RECORDED = (  # of the trainer's arguments
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "seed",
-    "data_seed",
-    "bf16",
-    "disable_dropout",
-    "beta",
-    "loss_type",
-)
-NOTHING = (  # columns of `runs` that are null where nothing was trained
-    "failure",
-    "trained_learning_rate",
-    "trained_epochs",
-    "trained_seed",
-    "trained_batch_size",
-    "trainer_arguments",
-    "steps",
-    "n_examples",
-    "loss_first",
-    "loss_last",
-    "adapter_sha256",
-)
+RECORDED = """
+    learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
+    lr_scheduler_type warmup_steps weight_decay max_grad_norm adam_beta1 adam_beta2
+    adam_epsilon optim seed data_seed bf16 disable_dropout beta loss_type
+""".split()  # of the trainer's arguments
+NOTHING = """
+    failure trained_learning_rate trained_epochs trained_seed trained_batch_size
+    trainer_arguments steps n_examples loss_first loss_last adapter_sha256
+""".split()  # columns of `runs` that are null where nothing was trained
 NO_OP = "no-op: training left the model where its initialisation put it"
 
 

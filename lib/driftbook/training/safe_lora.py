@@ -55,15 +55,7 @@ UNREADABLE = {
     "use_bdlora": "whose update is no product of A and B alone",
 }
 
-SPECTRUM = [
-    "module",
-    "index",
-    "singular_value",
-    "out_features",
-    "in_features",
-    "norm_v",
-    "effective_rank_v",
-]
+SPECTRUM = "module index singular_value out_features in_features norm_v effective_rank_v".split()
 
 Apply = Callable[[Tensor], Tensor]  # C times a matrix [out, n]
 

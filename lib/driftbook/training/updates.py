@@ -33,15 +33,10 @@ FACTORS = (  # the ends of the names of tensors that make an update
     ".lora_magnitude_vector.weight",
     ".ia3_l",
 )
-GONE = (  # settings that chose modules, or began their training
-    "layers_to_transform",
-    "layers_pattern",
-    "exclude_modules",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_bias",
-)
+GONE = """
+    layers_to_transform layers_pattern exclude_modules loftq_config eva_config corda_config
+    lora_bias
+""".split()  # settings that chose modules, or began their training
 ANOTHER = "it is the adapter of another base model"
 
 
