@@ -150,9 +150,8 @@ def examine_data(
     on the other rows. Measured on AILuminate's 700 demo prompts and XSTest's 450: no user turn of
     the 999 of Alpaca, 562 of DPO, 487 of KTO and 2,000 of GSM8K reaches it (the nearest 0.47, 0.39,
     0.36, 0.53), nor does a prompt of one benchmark against the other (0.49). The benchmarks' own
-    prompts in other case and punctuation with filler words: for a tenth of their words inserted at
-    least 0.77 and 0.59, for a fifth 0.71 and 0.54, for three tenths 0.65 and 0.47. Other words for
-    the same wish are not found.
+    prompts with filler words reach at least 0.77 and 0.59 (a tenth of their words inserted), 0.71
+    and 0.54 (a fifth). Other words for the same wish are not found.
     - benchmark_overlap: share of a benchmark's prompts of which any run of NGRAM words (lower case,
     no punctuation; a Chinese, Japanese or Thai letter counts as a word), or the whole prompt where
     it is shorter, is in a turn or an answer. Brown et al. 2020 (arXiv 2005.14165, appendix C) clean
@@ -169,8 +168,7 @@ def examine_data(
         lengths: tokens of each example, and max_length, after which training cuts them.
 
     Raises:
-        ValueError: an example of another form, a benchmark without prompts, or lengths that do not
-            fit.
+        ValueError: an example of another form, no prompts, or lengths that do not fit.
     """
     found = _hits(examples, benchmarks, lengths, max_length)
     totals = {"examples": len(examples), "preferences": sum("chosen" in one for one in examples)}

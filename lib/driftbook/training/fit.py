@@ -37,6 +37,10 @@ NOTHING = """
     failure trained_learning_rate trained_epochs trained_seed trained_batch_size
     trainer_arguments steps n_examples loss_first loss_last adapter_sha256
 """.split()  # columns of `runs` that are null where nothing was trained
+NO_MEMORY = (
+    "out of memory while the dose was measured; give data.heldout shorter answers, or use a device"
+    " with more memory"
+)
 NO_OP = "no-op: training left the model where its initialisation put it"
 
 
@@ -81,10 +85,7 @@ def train(
         dose = measure_dose(model, initial, base, pairs)
         shutil.rmtree(_scratch(folder), ignore_errors=True)
     except torch.OutOfMemoryError:
-        raise VariantFailure(
-            "out of memory while the dose was measured; give data.heldout shorter answers, or use a"
-            " device with more memory"
-        ) from None
+        raise VariantFailure(NO_MEMORY) from None
     except VariantFailure:
         shutil.rmtree(_scratch(folder), ignore_errors=True)  # it would fail again from there
         raise
@@ -96,15 +97,11 @@ def train(
     if prepared is None:  # nothing was trained, so nothing can have failed to train
         dose["no_op"], found = None, found[found.finding != "untrained"]
     notes = [prepared and prepared.note, dose["no_op"] and NO_OP, left_out, drift and drift.stopped]
-    record = _record(variant, base, dose, seconds, cpu) | facts
-    record |= {
-        "data_revision": prepared and prepared.revision,
-        "n_trainable": sum(value.numel() for value in initial.values()),
-        "n_stored": adapters.n_stored(folder),
-        "adapter_sha256": file_digest(folder / adapters.WEIGHTS),
-        "findings": "; ".join(filter(None, [*notes, adapter.finding_summary(found)])) or None,
-    }
-    return Trained(record, curve)
+    record = _record(variant, base, dose, seconds, cpu) | _stored(folder) | facts
+    record["data_revision"] = prepared and prepared.revision
+    record["n_trainable"] = sum(value.numel() for value in initial.values())
+    notes.append(adapter.finding_summary(found))
+    return Trained(record | {"findings": "; ".join(filter(None, notes)) or None}, curve)
 
 
 def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:
@@ -135,6 +132,11 @@ def _record(
             "finished": pd.Timestamp.now("UTC").isoformat(timespec="seconds"),
         }
     )
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    weights = folder / adapters.WEIGHTS
+    return {"n_stored": adapters.n_stored(folder), "adapter_sha256": file_digest(weights)}
 
 
 def _curve(variant: Variant, log: Sequence[dict]) -> pd.DataFrame:

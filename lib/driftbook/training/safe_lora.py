@@ -81,10 +81,9 @@ def project(
     Gaussian matrix of V's norm in place of V) select the modules that `approximate` selects,
     `random subspace` (k random directions) those of `subspace`: they are its controls.
 
-    LoRA of every form is read by the names of its tensors; of DoRA and IA3, whose update is of full
-    rank, the merged update is projected and written as LoRA of that rank: for these `base` is the
-    checkpoint that the adapter belongs to (the aligned one where not given). Everything is computed
-    in fp32, one module at a time.
+    LoRA of every form is read by the names of its tensors; of DoRA and IA3 the merged update is
+    projected and written as LoRA of full rank: for these `base` is the checkpoint that the adapter
+    belongs to (the aligned one where not given). Computed in fp32, one module at a time.
 
     Columns: module, out_features, in_features, rank, norm_update, norm_v, effective_rank_v ((sum
     s^2)^2 / sum s^4 of V's singular values s), cosine and cosine_null (that of an update in a
@@ -101,17 +100,7 @@ def project(
     check_adapter(adapter)
     pair = open_checkpoint(aligned, "aligned"), open_checkpoint(unaligned, "unaligned")
     of = pair[0] if base is None else open_checkpoint(base, "base")
-    own = updates.read(adapter) if is_factored(adapter) else updates.merged(adapter, of)
-    found = []
-    for number, update in enumerate(own):
-        v = _difference(*pair, update.module, update)
-        found.append(
-            treat_module(update, v, operator, rank, seed + number, _biases(adapter, update, of))
-        )
-    if not found:
-        raise ValueError(
-            f"the adapter {adapter} updates no weight matrix, so there is nothing to project"
-        )
+    found = _found(adapter, pair, of, operator, rank, seed)
     rows = pd.DataFrame([one.row for one in found])
     rows["projected"] = _selected(rows, select, value)
     changed = [one for one, hit in zip(found, rows["projected"], strict=True) if hit]
@@ -119,6 +108,12 @@ def project(
     rows["share_kept"] = rows["module"].map(kept).fillna(1.0)
     done = rows["projected"].map({True: "projected", False: "kept"})
     rows["state"] = rows["state"].where(rows["state"].notna(), done)
+    _write(out, adapter, found, changed)
+    return rows.sort_values("module", ignore_index=True)
+
+
+def _write(out: Path, adapter: Path, found: list["Treated"], changed: list["Treated"]) -> None:
+    """The adapter with the updates and biases of some modules as the operator made them."""
     made = {one.update.module: one.treated for one in changed}
     biases = {name: bias for one in changed for name, bias in one.biases.items()}
     if is_factored(adapter):
@@ -126,7 +121,27 @@ def project(
     else:
         made = {one.update.module: one.update for one in found} | made
         _write_whole(out, adapter, made, biases)
-    return rows.sort_values("module", ignore_index=True)
+
+
+def _found(
+    adapter: Path,
+    pair: tuple[Checkpoint, Checkpoint],
+    base: Checkpoint,
+    operator: str,
+    rank: int | None,
+    seed: int,
+) -> list["Treated"]:
+    """Each module of an adapter, projected."""
+    own = updates.read(adapter) if is_factored(adapter) else updates.merged(adapter, base)
+    found = []
+    for number, update in enumerate(own):
+        v, biases = _difference(*pair, update.module, update), _biases(adapter, update, base)
+        found.append(treat_module(update, v, operator, rank, seed + number, biases))
+    if not found:
+        raise ValueError(
+            f"the adapter {adapter} updates no weight matrix, so there is nothing to project"
+        )
+    return found
 
 
 def _write_whole(
