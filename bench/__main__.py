@@ -1,4 +1,4 @@
-"""`make bench`: what the library costs and how right it is, each figure beside a peer's or a goal."""
+"""`make bench`: what the library costs and how right it is, against a peer or a goal."""
 
 import os
 import sys
@@ -7,16 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from bench.harness import COLUMNS, FOLDER, bbq_items
-from bench.scoring import (
-    accuracy,
-    bbq_speed,
-    generation,
-    gpu,
-    intervals,
-    judge_speed,
-    many_adapters,
-    taxonomy_speed,
-)
+from bench.judges import accuracy, judge_speed, taxonomy_speed
+from bench.scoring import bbq_speed, generation, gpu, intervals, many_adapters
 
 from driftbook.study.files import OUTPUTS, check_writable, replacing, write_json
 

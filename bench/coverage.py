@@ -64,18 +64,11 @@ def coverage(
                 run_scale(rate + change, run_sd),
                 np.repeat(np.arange(len(sizes)), sizes),
             )
-            sets = (
-                _simulated(rng, rate, scale, by_method, seeds, np.array(sizes))
-                for _ in range(n_sets)
-            )
+            given = (rng, rate, scale, by_method, seeds, np.array(sizes))
+            sets = (_simulated(*given) for _ in range(n_sets))
             ends = np.array([_ends(verdicts, strata, family) for verdicts in sets], float)
-            names = {
-                "design": design,
-                "rate": rate,
-                "run_sd": run_sd,
-                "prompt_by_method": by_method,
-                "change": change,
-            }
+            names = {"design": design, "rate": rate, "run_sd": run_sd}
+            names |= {"prompt_by_method": by_method, "change": change}
             found.append({**names, **_held(ends, 100 * change), "n_sets": n_sets})
     return pd.DataFrame(found)
 

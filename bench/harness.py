@@ -174,7 +174,7 @@ def least_seconds(work: Callable, *given: object, repeats: int = 3) -> tuple[flo
 
 # ---- models and items
 def bbq_items(n: int) -> pd.DataFrame:
-    """Real BBQ items, whole question families from the first of each dimension on, about n in all."""
+    """Real BBQ items, whole question families from the first of each dimension on, about n."""
     from driftbook.benchmarks import bbq
 
     shared = os.environ.get("DRIFTBOOK_SHARED")

@@ -31,6 +31,7 @@ from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
 
 GOAL = 1.5  # times TRL's tokens a second
+QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
 FIGURE = "{}, {} examples of real chat: times TRL's tokens a second"
 
@@ -53,80 +54,50 @@ def speed(
             base = Loaded("random", random_llama(shape, tokenizer), tokenizer, "random")
             shared, whole = least_seconds(examples.prepare, objective, base, this, repeats=1)
             fits = [i for i, length in enumerate(whole.lengths) if length <= MOST]
-            prepared = replace(
-                whole,
-                examples=[whole.examples[i] for i in fits],
-                packs=[[i] for i in range(len(fits))],
-            )
-            shared *= len(fits) / len(whole.examples)
+            kept, packs = [whole.examples[i] for i in fits], [[i] for i in range(len(fits))]
+            prepared = replace(whole, examples=kept, packs=packs)
+            shared *= len(fits) / len(whole.examples) if objective == "dpo" else 0
             measured = methods if shape["vocab_size"] < 20_000 else methods[:1]
-            for variant in (
-                one
-                for one in this.of_base(next(iter(this.bases)))
-                if one.objective == objective and one.method in measured
-            ):
-                ours, (_, curve) = least_seconds(fit_once, variant, base, prepared, this, repeats=2)
-                ours += shared if objective == "dpo" else 0
-                peer, expected = least_seconds(_peer, variant, base, this, fits, repeats=1)
-                plain, _ = least_seconds(
-                    _peer,
-                    variant,
-                    base,
-                    this,
-                    fits,
-                    {"bf16": False, "gradient_checkpointing": False},
-                    repeats=1,
-                )
-                setting = f"{PEFT_METHODS[variant.method].label}, {name}"
-                n_tokens = _tokens(prepared.examples)
-                rows.append(
-                    row(
-                        FIGURE.format(objective.upper(), len(fits)),
-                        setting,
-                        peer / ours,
-                        GOAL,
-                        "CPU s",
-                        ours,
-                        peer,
-                    )
-                )
-                rows.append(
-                    row(
-                        FIGURE.format(objective.upper(), len(fits))
-                        + ", in fp32 without checkpointing",
-                        setting,
-                        plain / ours,
-                        None,
-                        "CPU s",
-                        ours,
-                        plain,
-                    )
-                )
-                rows.append(
-                    row(
-                        f"{objective.upper()}: tokens a CPU second, ours",
-                        setting,
-                        n_tokens / ours,
-                        None,
-                        "1/s",
-                    )
-                )
-                difference = (
-                    np.abs(curve.loss.to_numpy(float) - expected).max()
-                    if len(curve) == len(expected)
-                    else np.inf
-                )
-                rows.append(
-                    row(
-                        f"{objective.upper()}: largest difference of a step's loss to TRL's",
-                        setting,
-                        difference,
-                        NOISE,
-                        "nats",
-                        least=False,
-                    )
-                )
+            for variant in _of_objective(this, objective):
+                if variant.method in measured:
+                    rows += _compared(variant, base, this, prepared, fits, shared, name)
     return rows
+
+
+def _of_objective(this: Study, objective: str) -> list[Variant]:
+    every = this.of_base(next(iter(this.bases)))
+    return [one for one in every if one.objective == objective]
+
+
+def _compared(
+    variant: Variant,
+    base: Any,
+    this: Study,
+    prepared: Any,
+    fits: list[int],
+    shared: float,
+    name: str,
+) -> list[dict]:
+    """The lines of one variant, ours against TRL's."""
+    ours, (_, curve) = least_seconds(fit_once, variant, base, prepared, this, repeats=2)
+    ours += shared
+    peer, expected = least_seconds(_peer, variant, base, this, fits, repeats=1)
+    other = {"bf16": False, "gradient_checkpointing": False}
+    plain, _ = least_seconds(_peer, variant, base, this, fits, other, repeats=1)
+    objective, tokens = variant.objective.upper(), _tokens(prepared.examples)
+    setting = f"{PEFT_METHODS[variant.method].label}, {name}"
+    figure = FIGURE.format(objective, len(fits))
+    gap, losses = np.inf, curve.loss.to_numpy(float)
+    if len(losses) == len(expected):
+        gap = np.abs(losses - expected).max()
+    in_fp32, rate = f"{figure}, in fp32 without checkpointing", f"{objective}: tokens a CPU second"
+    largest = f"{objective}: largest difference of a step's loss to TRL's"
+    return [
+        row(figure, setting, peer / ours, GOAL, "CPU s", ours, peer),
+        row(in_fp32, setting, plain / ours, None, "CPU s", ours, plain),
+        row(f"{rate}, ours", setting, tokens / ours, None, "1/s"),
+        row(largest, setting, gap, NOISE, "nats", least=False),
+    ]
 
 
 def _tokens(examples: Sequence[Any]) -> int:
@@ -144,6 +115,7 @@ def _peer(
     one epoch, seed), and for `other` settings.
     """
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from driftbook.benchmarks.data import training_examples
@@ -153,14 +125,11 @@ def _peer(
         return [{"role": "assistant", "content": text}]
 
     sft, every = variant.objective == "sft", training_examples(variant.objective, this)
-    examples = [every[i] for i in chosen]
     keys = {"completion": "answer"} if sft else {"chosen": "chosen", "rejected": "rejected"}
-    data = Dataset.from_list(
-        [
-            {"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}}
-            for one in examples
-        ]
-    )
+    rows = [
+        {"prompt": one["prompt"], **{name: said(one[key]) for name, key in keys.items()}}
+        for one in (every[i] for i in chosen)
+    ]
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = (SFTConfig if sft else DPOConfig)(
@@ -172,21 +141,16 @@ def _peer(
             data_seed=variant.seed,
             logging_steps=1,
             max_length=LENGTH,
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=base.model.device.type == "cpu",
-            save_strategy="no",
-            **(other or {}),
+            **(QUIET | (other or {})),
         )
         trainer = (SFTTrainer if sft else DPOTrainer)(
             model=base.model,
             args=config,
-            train_dataset=data,
+            train_dataset=Dataset.from_list(rows),
             processing_class=base.tokenizer,
             peft_config=adapters.config(variant),
         )
-        from transformers import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -219,58 +183,29 @@ def gpu(
         "random", random_llama(shape or LLAMA_8B, tokenizer, dtype, where), tokenizer, "random"
     )
     rate = _matrix_rate(where, dtype)
-    n_weights = sum(
-        value.numel() for name, value in base.model.named_parameters() if "embed_tokens" not in name
-    )
+    named = base.model.named_parameters()
+    n_weights = sum(value.numel() for name, value in named if "embed_tokens" not in name)
     for objective in ("sft", "dpo"):
         prepared = examples.prepare(objective, base, this)
         n_tokens = _tokens(prepared.examples)
-        for variant in (
-            one for one in this.of_base(next(iter(this.bases))) if one.objective == objective
-        ):
+        for variant in _of_objective(this, objective):
             if where == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             _, seconds = timed(fit_once, variant, base, prepared, this)
             setting = f"{objective.upper()}, {PEFT_METHODS[variant.method].label}"
-            flops = (
-                4 * n_weights * n_tokens
-                # forward 2, and backward 2 since the base's weights are frozen: no gradient of them
-                # is
-                # made
+            # forward 2, and backward 2: the base's weights are frozen and get no gradient
+            flops = 4 * n_weights * n_tokens
+            measured = (objective, variant.method) == ("sft", "lora") and where == "cuda"
+            goal = 0.5 if measured else None
+            name = f"{where}, {dtype}: training tokens a second"
+            rows.append(row(name, setting, n_tokens / seconds, None, "1/s"))
+            name = (
+                f"{where}, {dtype}: share of the measured matrix rate ({rate / 1e12:.1f} TFLOP/s)"
             )
-            goal = (
-                0.5 if (objective, variant.method) == ("sft", "lora") and where == "cuda" else None
-            )
-            rows.append(
-                row(
-                    f"{where}, {dtype}: training tokens a second",
-                    setting,
-                    n_tokens / seconds,
-                    None,
-                    "1/s",
-                )
-            )
-            rows.append(
-                row(
-                    f"{where}, {dtype}: share of the measured matrix rate ({rate / 1e12:.1f}"
-                    " TFLOP/s)",
-                    setting,
-                    flops / seconds / rate,
-                    goal,
-                    "share",
-                )
-            )
+            rows.append(row(name, setting, flops / seconds / rate, goal, "share"))
             if where == "cuda":
-                rows.append(
-                    row(
-                        "peak memory of training",
-                        setting,
-                        torch.cuda.max_memory_allocated() / 2**30,
-                        None,
-                        "GiB",
-                        least=False,
-                    )
-                )
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                rows.append(row("peak memory of training", setting, peak, None, "GiB", least=False))
     return rows
 
 

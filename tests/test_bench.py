@@ -4,7 +4,7 @@ table must say what was missed.
 
 import pandas as pd
 import pytest
-from bench import __main__, harness, scoring
+from bench import __main__, harness, judges, scoring
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_adapters_come_and_go_and_the_gpu_part_runs_anywhere(items):
 
 
 def test_the_refusal_detector_is_measured_on_answers_that_it_was_not_tuned_on(shared):
-    table = found(scoring._refusal_accuracy())
+    table = found(judges.refusal_accuracy())
     assert table[table.unit == "kappa"].met.all()
     assert len(table) == 6
 
@@ -88,7 +88,7 @@ def test_a_missed_goal_is_said_and_the_page_is_written(tmp_path):
 
 def test_without_real_data_it_says_where_to_get_it(monkeypatch, capsys):
     monkeypatch.delenv("DRIFTBOOK_SHARED", raising=False)
-    assert scoring._refusal_accuracy() == []
+    assert judges.refusal_accuracy() == []
     assert "set DRIFTBOOK_SHARED" in capsys.readouterr().out
 
 

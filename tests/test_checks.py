@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from bench import study_checks
+from bench import study_checks, study_flaws
 from scipy import stats as scipy_stats
 
 from driftbook.doctors import study, study_answers, study_echoes, study_rounds, study_tables
@@ -252,7 +252,7 @@ def test_clean_studies_raise_no_alarm_and_flaws_are_found():
 
 def test_a_drift_of_five_points_is_found_and_named():
     rng = np.random.default_rng(0)
-    made, planted = study_checks.drifted(study_checks.simulated(rng), rng)
+    made, planted = study_flaws.drifted(study_checks.simulated(rng), rng)
     findings = study.examine_study(made)
     assert named(findings, "drift") == planted
     apart = re.search(
@@ -272,14 +272,14 @@ def test_a_real_study_is_varied_and_edited(tmp_path):
     varied = study_checks.varied(tables, rng)
     assert len(varied["verdicts"]) == pytest.approx(0.8 * len(tables["verdicts"]), rel=0.02)
     assert sorted(varied["variants"]["repetition"]) == sorted(tables["variants"]["repetition"])
-    made, planted = study_checks.mislabelled_setting(varied, rng)
+    made, planted = study_flaws.mislabelled_setting(varied, rng)
     found = study.examine_study(made)
     assert named(found, "mislabelled_rate") == planted
     assert "drift" not in set(found.loc[found["severity"].ne("note"), "finding"])
 
 
 def test_order_of_rows_does_not_matter(clean):
-    made, _ = study_checks.mislabelled_run(clean, np.random.default_rng(1))
+    made, _ = study_flaws.mislabelled_run(clean, np.random.default_rng(1))
     shuffled = {name: frame.sample(frac=1, random_state=2) for name, frame in made.items()}
     first, second = (
         study.examine_study(tables)[["finding", "severity"]].value_counts()
@@ -290,7 +290,7 @@ def test_order_of_rows_does_not_matter(clean):
 
 def test_echoes_are_counted_and_never_shown(clean):
     rng = np.random.default_rng(4)
-    made, planted = study_checks.echoes(clean, rng)
+    made, planted = study_flaws.echoes(clean, rng)
     findings = study.examine_study(made)
     assert named(findings, "echo") == planted
     assert not findings.astype(str).apply(lambda column: column.str.contains("word")).any().any()
@@ -421,7 +421,7 @@ def test_categories_at_their_bound_are_named(clean):
 
 
 def test_sentences_are_a_list_of_single_lines(clean):
-    made, _ = study_checks.recorded_seed(clean, np.random.default_rng(0))
+    made, _ = study_flaws.recorded_seed(clean, np.random.default_rng(0))
     findings = study.examine_study(made)
     lines = study.list_findings(findings).splitlines()
     assert len(lines) == len(findings)
