@@ -285,13 +285,13 @@ def test_an_untrained_variant_is_saved_as_it_was_initialised(bases, trained, met
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_and_labels_are_those_of_trls_own_preparation(bases, study, family):
     base = bases[family]
-    examples = data.training_examples("sft", study)
+    asked = data.training_examples("sft", study)
     rows = [
         {
             "prompt": example["prompt"],
             "completion": [{"role": "assistant", "content": example["answer"]}],
         }
-        for example in examples
+        for example in asked
     ]
     arguments = trl.SFTConfig(
         output_dir="unused",
