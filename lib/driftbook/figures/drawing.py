@@ -253,6 +253,17 @@ def panels(
     return fig, axes
 
 
+def panels_with_all(tables: dict, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """One row of panels by name: a base model each and, where there are several, all of them."""
+    columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
+    shared = {"sharey": True, "sharex": True, "squeeze": False}
+    fig, axes = plt.subplots(1, len(columns), figsize=(WIDTH, height), **shared)
+    for ax, base_model in zip(axes[0], columns, strict=True):
+        title = "all base models" if base_model == "all" else base_model
+        ax.set_title("\n".join(textwrap.wrap(title, max(12, 60 // len(columns)))))
+    return fig, dict(zip(columns, axes[0], strict=True))
+
+
 def dots(
     ax: Axes,
     rows: pd.DataFrame,

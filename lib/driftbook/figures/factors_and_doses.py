@@ -2,6 +2,8 @@
 methods with and without no-ops, doses, matched doses.
 """
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -258,21 +260,17 @@ def _strip(ax: Axes, runs: pd.DataFrame, measure: str, place: float, colour: str
 
 @drawn("15_dose")
 def dose_matched(tables: dict) -> tuple[Figure, str]:
-    rows = tables["estimates"]
+    rows = floats(tables["estimates"])
     rows = rows[
         rows["notebook"].eq("15_dose")
         & rows["outcome"].eq(UNSAFE)
         & (rows["group"].eq(AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE))
     ]
-    rows = floats(rows)
+    others = set(rows.loc[rows["contrast"].eq(doses.PLAIN), "against"])
     pairs = [
-        (one, other) for i, one in enumerate(TRAINED_METHODS) for other in TRAINED_METHODS[i + 1 :]
-    ]
-    plain = rows[rows["contrast"].eq(doses.PLAIN)]
-    pairs = [
-        pair
-        for pair in pairs
-        if rows["method"].eq(pair[0]).any() and plain["against"].eq(pair[1]).any()
+        (one, other)
+        for one, other in combinations(TRAINED_METHODS, 2)
+        if rows["method"].eq(one).any() and other in others
     ]
     if not pairs:
         return nothing("Nothing to draw: no two methods have a change in the unsafe-response rate.")
@@ -289,23 +287,14 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
                 ]
                 dots(ax, row, place + shift, colour, view == doses.PLAIN)
                 if len(row) and row["value"].isna().all():
-                    ax.annotate(
-                        "no common dose",
-                        (0.02, place + shift),
-                        xycoords=("axes fraction", "data"),
-                        va="center",
-                        fontsize=5.5,
-                        color=colour,
-                    )
+                    look = {"va": "center", "fontsize": 5.5, "color": colour}
+                    at = {"xy": (0.02, place + shift), "xycoords": ("axes fraction", "data")}
+                    ax.annotate("no common dose", **at, **look)
     axes[0, 0].set_xlim(*_most(rows[rows["base_model"].ne("all")]))
-    name_rows(
-        axes[0, 0],
-        [f"{METHOD_LABELS[method]}\nless {METHOD_LABELS[other]}" for method, other in pairs],
-    )
-    under(
-        axes[0],
-        f"Difference in the change of the unsafe-response rate (percentage points, {INTERVAL})",
-    )
+    names = [f"{METHOD_LABELS[method]}\nless {METHOD_LABELS[other]}" for method, other in pairs]
+    name_rows(axes[0, 0], names)
+    unit = f"(percentage points, {INTERVAL})"
+    under(axes[0], f"Difference in the change of the unsafe-response rate {unit}")
     marks = [
         handle(view, colour, ls="-", lw=1, mfc=colour if view == "as configured" else "white")
         for view, colour in VIEWS.values()

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from driftbook.figures import (
     factors_and_doses,
     fairness,
+    frontier,
     labels,
     mixed_effects,
     original_study,
@@ -27,6 +28,7 @@ from driftbook.study.tables import TABLES
 MODULES = (
     safety,
     fairness,
+    frontier,
     mixed_effects,
     tradeoffs,
     repairs,

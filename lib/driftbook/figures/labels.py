@@ -8,6 +8,7 @@ from driftbook.figures.drawing import (
     METHOD_LABELS,
     TRAINED_METHODS,
     above,
+    axis,
     bases,
     captioned,
     dots,
@@ -19,7 +20,6 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.confidence import PERCENT
 from driftbook.stats.terms import CHANGE, UNSAFE
 
 NOTEBOOK = "17_labels"
@@ -28,6 +28,8 @@ MARKS = {
     CORRECTED: ("D", "corrected by labels"),
     TRUTH: ("x", "by labels of all answers"),
 }
+
+FACES = {JUDGE: "white"}  # of the marks that are hollow
 
 
 @drawn(NOTEBOOK)
@@ -44,37 +46,17 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
             zero(ax)
             for place, method in enumerate(methods):
                 for shift, (name, (mark, _)) in zip((-0.22, 0, 0.22), MARKS.items(), strict=True):
-                    row = parts[name][
-                        parts[name]["base_model"].eq(base_model) & parts[name]["method"].eq(method)
-                    ].dropna(subset="value")
+                    row = parts[name].dropna(subset="value")
+                    row = row[row["base_model"].eq(base_model) & row["method"].eq(method)]
                     dots(ax, row, place + shift, COLOURS[method], name == CORRECTED)
-                    ax.plot(
-                        row["value"],
-                        [place + shift] * len(row),
-                        mark,
-                        ms=5,
-                        color=COLOURS[method],
-                        zorder=5,
-                        mfc="white" if name == JUDGE else None,
-                    )
+                    look = {"color": COLOURS[method], "mfc": FACES.get(name), "zorder": 5}
+                    ax.plot(row["value"], [place + shift] * len(row), mark, ms=5, **look)
         name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
-        under(
-            axes[0],
-            f"Change in unsafe-response rate against the base model (percentage points, {PERCENT}"
-            " interval)",
-        )
-        known = [name for name in MARKS if len(parts[name])]
+        under(axes[0], axis(UNSAFE))
         handles = [
-            handle(
-                MARKS[name][1],
-                "#555555",
-                MARKS[name][0],
-                ls="-",
-                mfc="white" if name == JUDGE else None,
-                ms=5,
-                lw=0,
-            )
-            for name in known
+            handle(words, "#555555", mark, ls="-", mfc=FACES.get(name), ms=5, lw=0)
+            for name, (mark, words) in MARKS.items()
+            if len(parts[name])
         ]
         above(fig, handles, handlelength=None, columnspacing=None)
     text = (

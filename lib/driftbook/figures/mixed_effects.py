@@ -1,7 +1,5 @@
 """Figures of the mixed-effects models: what they say of each method, side by side."""
 
-import textwrap
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,6 +23,7 @@ from driftbook.figures.drawing import (
     name_rows,
     of_runs,
     panels,
+    panels_with_all,
     pick,
     present,
     under,
@@ -90,45 +89,20 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
     ]
     fig = None
     if methods and any(len(part) for name, part in found.items() if name != "primary"):
-        columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
-        fig, axes = plt.subplots(
-            1,
-            len(columns),
-            figsize=(WIDTH, 0.9 + 0.62 * len(methods)),
-            sharey=True,
-            sharex=True,
-            squeeze=False,
-        )
-        for ax, base_model in zip(axes[0], columns, strict=True):
+        fig, axes = panels_with_all(tables, 0.9 + 0.62 * len(methods))
+        shifts = np.linspace(-0.3, 0.3, len(found))
+        for base_model, ax in axes.items():
             zero(ax)
-            ax.set_title(
-                "\n".join(
-                    textwrap.wrap(
-                        "all base models" if base_model == "all" else base_model,
-                        max(12, 60 // len(columns)),
-                    )
-                )
-            )
             for place, method in enumerate(methods):
-                for shift, mark, part in zip(
-                    np.linspace(-0.3, 0.3, len(found)), MARKS, found.values(), strict=True
-                ):
-                    row = part[
-                        part["base_model"].eq(base_model) & part["method"].eq(method)
-                    ].dropna(subset="value")
-                    dots(ax, row, place + shift, COLOURS[method])
-                    ax.plot(
-                        row["value"],
-                        [place + shift] * len(row),
-                        mark,
-                        ms=4.5,
-                        color=COLOURS[method],
-                        mec="white",
-                        mew=0.5,
-                        zorder=5,
-                    )
-        name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
-        under(axes[0], axis(UNSAFE))
+                for shift, mark, part in zip(shifts, MARKS, found.values(), strict=True):
+                    row = part[part["base_model"].eq(base_model) & part["method"].eq(method)]
+                    row, at = row.dropna(subset="value"), place + shift
+                    dots(ax, row, at, COLOURS[method])
+                    look = {"color": COLOURS[method], "mec": "white", "mew": 0.5, "zorder": 5}
+                    ax.plot(row["value"], [at] * len(row), mark, ms=4.5, **look)
+        line = list(axes.values())
+        name_rows(line[0], [METHOD_LABELS[method] for method in methods])
+        under(line, axis(UNSAFE))
         handles = [
             handle(name, "#555555", mark, ls="-", lw=0)
             for name, mark in zip(found, MARKS, strict=True)

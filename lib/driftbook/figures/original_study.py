@@ -21,6 +21,7 @@ from driftbook.figures.drawing import (
     drawn,
     floats,
     legend,
+    single_runs,
     under,
     zero,
 )
@@ -33,6 +34,8 @@ from driftbook.study.methods import STUDIED
 
 POINTS = f"Change in safety score against the base model (points, {INTERVAL})"
 RATES = ("2e-5", "1e-3")
+MOST = "largest possible"  # group of the largest effect size that n allows
+WAYS = (("o", "#0072B2"), ("s", "#009E73"), ("^", "#56B4E9"), ("P", "#D55E00"))
 CONDITIONAL = "The base models' one score each is taken as known."
 VERDICT_STYLE = {
     claims.STANDS: ("o", "#222222", "#222222"),
@@ -111,35 +114,18 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
                 & single["method"].eq(method)
                 & np.isclose(single["trained_learning_rate"].astype(float), float(rate))
             ]
-            ax.plot(
-                raw["value"],
-                [place] * len(raw),
-                "o",
-                ms=2.2,
-                color=COLOURS[method],
-                alpha=0.45,
-                mec="none",
-                zorder=2,
-            )
+            look = {"alpha": 0.45, "mec": "none", "mew": None}
+            single_runs(ax, raw["value"], place, COLOURS[method], **look)
             dots(ax, here[here["group"].eq("true rate")], place, COLOURS[method])
             label, true = (
                 here.loc[here["group"].eq(f"{kind} rate"), "value"].tolist()
                 for kind in ("labelled", "true")
             )
-            ax.plot(
-                label,
-                [place - 0.36] * len(label),
-                "v",
-                ms=4,
-                mfc="white",
-                mec="#555555",
-                mew=0.8,
-                zorder=5,
-            )
+            look = {"ms": 4, "mfc": "white", "mec": "#555555", "mew": 0.8, "zorder": 5}
+            ax.plot(label, [place - 0.36] * len(label), "v", **look)
             if label and true:
-                ax.plot(
-                    [label[0], true[0]], [place - 0.3, place], color="#555555", lw=0.7, zorder=2
-                )
+                ends = [label[0], true[0]]
+                ax.plot(ends, [place - 0.3, place], color="#555555", lw=0.7, zorder=2)
     named_rows(axes[0], [f"{METHOD_LABELS[method]}, {rate}" for method, rate in order])
     under(axes[0], POINTS)
     key(
@@ -195,24 +181,14 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
             ax.plot([row["ci_low"], row["ci_high"]], [place] * 2, color=edge, lw=1.2, zorder=3)
             ax.plot(row["value"], place, marker, mfc=face, mec=edge, ms=6, mew=1, zorder=4)
         elif pd.notna(row["value"]):
-            words = (
-                "ratio of SDs"
-                if row["outcome"] == original_analysis.SPREAD
-                else "categories decline"
-            )
+            is_ratio = row["outcome"] == original_analysis.SPREAD
+            words = "ratio of SDs" if is_ratio else "categories decline"
             ax.text(0.02, place, f"{claims.number(row)} {words}", **aside)
         else:
             ax.text(0.02, place, "no public data", **aside)
-        ax.text(
-            1.02,
-            place,
-            row["contrast"],
-            fontsize=8,
-            va="center",
-            color=edge,
-            weight="bold" if row["contrast"] != claims.OPEN else "normal",
-            transform=ax.get_yaxis_transform(),
-        )
+        weight = "bold" if row["contrast"] != claims.OPEN else "normal"
+        look = aside | {"fontsize": 8, "color": edge, "weight": weight}
+        ax.text(1.02, place, row["contrast"], **look)
     named_rows(np.array([ax]), ["\n".join(textwrap.wrap(sentences[name], 40)) for name in names])
     ax.set_xlabel(f"Contrast that decides (points of safety, {INTERVAL})")
     found = claims.counts(ledger.reset_index())
@@ -286,41 +262,21 @@ def original_dose(tables: dict) -> tuple[Figure, str]:
             ax.grid(axis="y")
             here = both[both["base_model"].eq(base) & both["objective"].eq(objective)]
             for run in here.itertuples():
-                colour = COLOURS[run.method]
-                ax.plot(
-                    run.value_gain,
-                    run.value_change,
-                    "o",
-                    ms=3.6,
-                    mfc="white" if run.no_op else colour,
-                    mec=colour,
-                    mew=0.9,
-                    alpha=0.85,
-                    zorder=3,
-                )
+                face = "white" if run.no_op else COLOURS[run.method]
+                look = {"mfc": face, "mec": COLOURS[run.method], "alpha": 0.85, "zorder": 3}
+                ax.plot(run.value_gain, run.value_change, "o", ms=3.6, mew=0.9, **look)
             ax.set_xscale("symlog", linthresh=1, linscale=0.5)
             ax.xaxis.set_major_locator(FixedLocator([-100, 0, 10]))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_locator(NullLocator())
             if here.empty:
-                ax.text(
-                    0.03,
-                    0.35,
-                    "not trained\nby DPO",
-                    transform=ax.transAxes,
-                    ha="left",
-                    va="center",
-                    fontsize=7.5,
-                    color="#888888",
-                )
+                look = {"va": "center", "fontsize": 7.5, "color": "#888888"}
+                ax.text(0.03, 0.35, "not trained\nby DPO", transform=ax.transAxes, **look)
         line[0].set_ylabel(f"{objective.upper()}: change in\nsafety score (points)")
     under(axes[1], "Fall of held-out loss (percent of the base model's; negative: it rose)")
     legend(fig, STUDIED)
-    n, inert, worse = (
-        len(both),
-        int(both["no_op"].sum()),
-        int(((both["value_gain"] < 0) & ~both["no_op"]).sum()),
-    )
+    n, inert = len(both), int(both["no_op"].sum())
+    worse = int(((both["value_gain"] < 0) & ~both["no_op"]).sum())
     text = (
         "Dose: how far training lowered the loss, against what it did to safety; each dot one of"
         f" {n} runs. {inert} runs learned nothing (hollow: no-ops, by loss alone); {worse} ended"
@@ -384,35 +340,16 @@ def original_tests(tables: dict) -> tuple[Figure, str]:
         rows["outcome"].str.startswith("statistic ") & ~rows["outcome"].eq("statistic p")
     ].astype({"value": float})
     names = list(dict.fromkeys(rows.loc[rows["group"].eq("published"), "contrast"]))
-    ways = [
-        name
-        for name in dict.fromkeys(rows["group"])
-        if name not in ("published", "largest possible")
-    ]
-    styles = dict(
-        zip(
-            ways,
-            (("o", "#0072B2"), ("s", "#009E73"), ("^", "#56B4E9"), ("P", "#D55E00")),
-            strict=False,
-        )
-    )
+    ways = [way for way in dict.fromkeys(rows["group"]) if way not in ("published", MOST)]
+    styles = dict(zip(ways, WAYS, strict=False))
     fig, ax = plt.subplots(figsize=(WIDTH, 1.2 + 0.36 * len(names)))
     for place, name in enumerate(names):
         here = rows[rows["contrast"].eq(name)].set_index("group")["value"]
         ax.plot(here["published"], place, "D", ms=9, mfc="none", mec="#222222", mew=1.2, zorder=5)
-        if "largest possible" in here:
-            ax.plot(
-                [here["largest possible"]] * 2, [place - 0.3, place + 0.3], color="#B3001B", lw=1.5
-            )
-        for i, way in enumerate(ways):
-            ax.plot(
-                here.get(way),
-                place + 0.09 * (i - 1.5),
-                styles[way][0],
-                ms=4,
-                color=styles[way][1],
-                zorder=4,
-            )
+        if MOST in here:
+            ax.plot([here[MOST]] * 2, [place - 0.3, place + 0.3], color="#B3001B", lw=1.5)
+        for i, (way, (shape, shade)) in enumerate(styles.items()):
+            ax.plot(here.get(way), place + 0.09 * (i - 1.5), shape, ms=4, color=shade, zorder=4)
     named_rows(np.array([ax]), ["\n".join(textwrap.wrap(_plain(name), 34)) for name in names])
     ax.set_xlabel(
         "Effect size (r = z / sqrt(n) of Wilcoxon's test; Kendall's W among the four methods)"

@@ -171,60 +171,28 @@ def log_axis(axis, values: pd.Series) -> None:
 @drawn(NOTEBOOK)
 def peft_pareto(tables: dict) -> tuple[Figure, str]:
     rows = single(tables).dropna(subset=["value", "forgetting"])
-    rows = rows[rows["forgetting"] > 0]
+    rows = rows[rows["forgetting"] > 0].sort_values("value", ascending=False)
     if rows.empty:
         return nothing(EMPTY)
-    edge = (
-        rows["forgetting"].quantile(0.02) / 1.5
-    )  # a run that forgot next to nothing would take half of the axis
-    rows = rows.assign(
-        x=rows["forgetting"].clip(lower=edge), area=_area(rows["memory"])
-    ).sort_values("value", ascending=False)
+    # a run that forgot next to nothing would take half of the axis
+    edge = rows["forgetting"].quantile(0.02) / 1.5
+    rows = rows.assign(x=rows["forgetting"].clip(lower=edge), area=_area(rows["memory"]))
     fig, ax = plt.subplots(figsize=(WIDTH, 5.3))
     log_axis(ax.xaxis, rows["x"])
     on_it, off = rows[rows["front"]], rows[~rows["front"]]
-    ax.scatter(
-        off["x"],
-        off["value"],
-        s=off["area"],
-        c=[_OURS.get(method, FAINT) for method in off["method"]],
-        alpha=0.45,
-        lw=0,
-        zorder=2,
-    )
+    pale = [_OURS.get(method, FAINT) for method in off["method"]]
+    ax.scatter(off["x"], off["value"], s=off["area"], c=pale, alpha=0.45, lw=0, zorder=2)
     for row in on_it.itertuples():
         ax.plot([row.x] * 2, [row.ci_low, row.ci_high], color=colour(row.method), lw=0.8, zorder=3)
     shades = [colour(method) for method in on_it["method"]]
-    faces = [
-        shade if sure else "white"
-        for shade, sure in zip(shades, on_it["share"].ge(SURE), strict=True)
-    ]
-    ax.scatter(
-        on_it["x"],
-        on_it["value"],
-        s=on_it["area"],
-        facecolors=faces,
-        edgecolors=shades,
-        lw=1.2,
-        zorder=4,
-    )
+    faces = np.where(on_it["share"].ge(SURE), shades, "white")
+    look = {"facecolors": faces, "edgecolors": shades, "lw": 1.2, "zorder": 4}
+    ax.scatter(on_it["x"], on_it["value"], s=on_it["area"], **look)
     ax.grid(axis="y")
     ax.set_xlabel("Forgetting: rise of the loss on Wikipedia text (nats per token, log scale)")
     ax.set_ylabel(f"Correct answers to GSM8K's test questions (percent, {INTERVAL})")
     key(fig)
-    sizes = [memory for memory in (20, 25, 30, 40) if memory <= rows["memory"].max() + 2]
-    handles = [
-        ax.scatter([], [], s=_area(pd.Series([float(size)])), c=FAINT, label=f"{size} GB")
-        for size in sizes
-    ]
-    ax.legend(
-        handles=handles,
-        loc="lower right",
-        title="peak memory",
-        title_fontsize=7.5,
-        fontsize=7.5,
-        labelspacing=0.8,
-    )
+    _sizes(ax, rows["memory"].max())
     words = [
         label(row) + (f" ({row.forgetting:.1g})" if row.forgetting < edge else "")
         for row in on_it.itertuples()
@@ -241,6 +209,17 @@ def peft_pareto(tables: dict) -> tuple[Figure, str]:
             f" over questions. What another seed would change is not known. {counted(rows)}"
         ),
     )
+
+
+def _sizes(ax: Axes, largest: float) -> None:
+    """A legend of the areas of dots."""
+    handles = [
+        ax.scatter([], [], s=_area(pd.Series([float(size)])), c=FAINT, label=f"{size} GB")
+        for size in (20, 25, 30, 40)
+        if size <= largest + 2
+    ]
+    look = {"title_fontsize": 7.5, "fontsize": 7.5, "labelspacing": 0.8}
+    ax.legend(handles=handles, loc="lower right", title="peak memory", **look)
 
 
 def _area(memory: pd.Series) -> pd.Series:

@@ -61,19 +61,10 @@ def power(tables: dict) -> tuple[Figure, str]:
     for line, prompts in zip(axes, counts, strict=True):
         for ax, base_model in zip(line, names, strict=True):
             _curves(ax, grid[grid["prompts"].eq(prompts) & grid["base_model"].eq(base_model)])
-            here = present[
-                present["base_model"].eq(base_model) & present["n_items"].eq(prompts)
-            ].dropna(subset="value")
-            ax.plot(
-                [seeds] * len(here),
-                here["value"],
-                "o",
-                ms=9,
-                mfc="none",
-                mec="#333333",
-                mew=0.8,
-                zorder=5,
-            )
+            here = present[present["base_model"].eq(base_model) & present["n_items"].eq(prompts)]
+            value = here["value"].dropna()
+            look = {"ms": 9, "mfc": "none", "mec": "#333333", "mew": 0.8, "zorder": 5}
+            ax.plot([seeds] * len(value), value, "o", **look)
         line[0].set_ylabel(
             f"{prompts:,.0f} prompts: smallest\nincrease seen\n(percentage points)", fontsize=7.5
         )
@@ -232,22 +223,14 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
     pairs = list(order)
     fig, axes = panels(tables, 1, [0.5 + 0.19 * len(pairs)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
-        own = rows[rows["base_model"].eq(base_model)].set_index(["outcome", "method", "member"])[
-            "value"
-        ]
+        own = rows[rows["base_model"].eq(base_model)]
+        own = own.set_index(["outcome", "method", "member"])["value"]
         for place, (method, setting) in enumerate(pairs):
             for outcome, filled, shift in ((FRONT, True, -0.16), (FRONT_BIAS, False, 0.16)):
                 value = own.get((outcome, method, setting), np.nan)
-                ax.plot(
-                    value,
-                    place + shift,
-                    "o",
-                    ms=4,
-                    color=COLOURS[method],
-                    mfc=COLOURS[method] if filled else "white",
-                    mew=1,
-                    zorder=4,
-                )
+                face = COLOURS[method] if filled else "white"
+                look = {"color": COLOURS[method], "mfc": face, "mew": 1, "zorder": 4}
+                ax.plot(value, place + shift, "o", ms=4, **look)
         ax.axvline(50, color="#777777", lw=0.8, ls="--", zorder=1)
         ax.set_xlim(-4, 104)
         ax.set_xticks([0, 50, 100])

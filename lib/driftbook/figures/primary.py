@@ -3,6 +3,7 @@ base model had.
 """
 
 import textwrap
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -112,11 +113,8 @@ def preserves(tables: dict) -> tuple[Figure, str]:
         return nothing(
             "Nothing to draw: the study file declares no test of what a method preserves."
         )
-    fixed = (
-        rows.loc[rows["family_of_tests"].notna(), "margin"].iloc[0]
-        if rows["family_of_tests"].notna().any()
-        else rows["margin"].iloc[0]
-    )
+    declared = rows.loc[rows["family_of_tests"].notna(), "margin"]
+    fixed = (declared if len(declared) else rows["margin"]).iloc[0]
     words = (
         rows[rows["outcome"].eq(JOINTLY) & rows["margin"].eq(fixed)]
         .drop_duplicates(["base_model", "method"])
@@ -125,39 +123,22 @@ def preserves(tables: dict) -> tuple[Figure, str]:
     shown = rows[rows["outcome"].ne(JOINTLY) & rows["margin"].eq(fixed)].drop_duplicates(
         ["outcome", "base_model", "method"]
     )
-    outcomes, order = (
-        list(shown["outcome"].unique()),
-        [
-            (method, base)
-            for method in TRAINED_METHODS
-            for base in ["all", *bases(tables)]
-            if (base, method) in words.index
-        ],
-    )
+    outcomes = list(shown["outcome"].unique())
+    every = product(TRAINED_METHODS, ["all", *bases(tables)])
+    order = [(method, base) for method, base in every if (base, method) in words.index]
     fig, axes = plt.subplots(
         1, len(outcomes), figsize=(WIDTH, 0.9 + 0.2 * len(order)), sharey=True, squeeze=False
     )
     for ax, outcome in zip(axes[0], outcomes, strict=True):
-        _panel(
-            ax, shown[shown["outcome"].eq(outcome)], order, sorted(rows["margin"].unique()), fixed
-        )
+        margins = sorted(rows["margin"].unique())
+        _panel(ax, shown[shown["outcome"].eq(outcome)], order, margins, fixed)
         ax.set_title("\n".join(textwrap.wrap(SHORT[outcome], 16)))
-    name_rows(
-        axes[0, 0],
-        [
-            f"{METHOD_LABELS[method]}, all base models" if base == "all" else base
-            for method, base in order
-        ],
-    )
+    overall = {method: f"{METHOD_LABELS[method]}, all base models" for method, _ in order}
+    name_rows(axes[0, 0], [overall[one] if base == "all" else base for one, base in order])
+    look = {"va": "center", "fontsize": 7, "color": "#444444"}
     for place, (method, base) in enumerate(order):
-        axes[0, -1].annotate(
-            words[base, method].partition(":")[0],
-            (1.03, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=7,
-            color="#444444",
-        )
+        word, at = words[base, method].partition(":")[0], (1.03, place)
+        axes[0, -1].annotate(word, at, xycoords=("axes fraction", "data"), **look)
     under(axes[0], f"Change toward harm against the base model (percentage points, {INTERVAL})")
     text = (
         "Does a method preserve what its base model had? Right of zero is worse. Full line: the"

@@ -1,9 +1,7 @@
 """Figures of safety and over-refusal."""
 
-import textwrap
 from itertools import combinations
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -14,7 +12,6 @@ from driftbook.figures.drawing import (
     OVER_REFUSAL,
     SAFETY,
     TRAINED_METHODS,
-    WIDTH,
     axis,
     bases,
     by_part,
@@ -27,6 +24,7 @@ from driftbook.figures.drawing import (
     name_rows,
     of_runs,
     panels,
+    panels_with_all,
     pick,
     present,
     under,
@@ -140,34 +138,17 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
     ]
     fig = None
     if any(len(part) for part in rows):
-        columns = [*bases(tables), "all"] if len(bases(tables)) > 1 else bases(tables)
-        fig, axes = plt.subplots(
-            1,
-            len(columns),
-            figsize=(WIDTH, 0.8 + 0.24 * len(pairs)),
-            sharey=True,
-            sharex=True,
-            squeeze=False,
-        )
-        for ax, base_model in zip(axes[0], columns, strict=True):
+        fig, axes = panels_with_all(tables, 0.8 + 0.24 * len(pairs))
+        for base_model, ax in axes.items():
             zero(ax)
-            ax.set_title(
-                "\n".join(
-                    textwrap.wrap(
-                        "all base models" if base_model == "all" else base_model,
-                        max(12, 60 // len(columns)),
-                    )
-                )
-            )
             for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):
                 row = part[part["base_model"].eq(base_model)]
                 dots(ax, row, place, COLOURS[method])
-        name_rows(
-            axes[0, 0],
-            [f"{METHOD_LABELS[method]} − {METHOD_LABELS[other]}" for method, other in pairs],
-        )
+        line = list(axes.values())
+        names = [f"{METHOD_LABELS[method]} − {METHOD_LABELS[other]}" for method, other in pairs]
+        name_rows(line[0], names)
         under(
-            axes[0],
+            line,
             f"Difference in unsafe-response rate between methods (percentage points, {INTERVAL})",
         )
     text = (

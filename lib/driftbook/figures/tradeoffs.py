@@ -246,33 +246,12 @@ def pareto(tables: dict) -> tuple[Figure, str]:
             zero(ax)
             ax.grid(axis="y")
             for row in points[points["base_model"].eq(base_model)].itertuples():
-                ax.plot(
-                    [row.ci_low_x, row.ci_high_x],
-                    [row.value_y] * 2,
-                    color=COLOURS[row.method],
-                    lw=0.7,
-                    alpha=0.6,
-                    zorder=2,
-                )
-                ax.plot(
-                    [row.value_x] * 2,
-                    [row.ci_low_y, row.ci_high_y],
-                    color=COLOURS[row.method],
-                    lw=0.7,
-                    alpha=0.6,
-                    zorder=2,
-                )
-                often = row.value > 50
-                ax.plot(
-                    row.value_x,
-                    row.value_y,
-                    "o",
-                    ms=3 + row.value / 25,
-                    color=COLOURS[row.method],
-                    mec="black" if often else "white",
-                    mew=0.8,
-                    zorder=4,
-                )
+                thin = {"color": COLOURS[row.method], "lw": 0.7, "alpha": 0.6, "zorder": 2}
+                ax.plot([row.ci_low_x, row.ci_high_x], [row.value_y] * 2, **thin)
+                ax.plot([row.value_x] * 2, [row.ci_low_y, row.ci_high_y], **thin)
+                rim = "black" if row.value > 50 else "white"
+                look = {"color": COLOURS[row.method], "mec": rim, "mew": 0.8, "zorder": 4}
+                ax.plot(row.value_x, row.value_y, "o", ms=3 + row.value / 25, **look)
         axes[0, 0].set_ylabel(beside(y[0]))
         under(axes[0], axis(UNSAFE))
         legend(fig, methods_of(tables))
