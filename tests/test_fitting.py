@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl import DPOTrainer, SFTTrainer
 
 from conftest import FAMILIES, one_sentence, variants_of
-from driftbook.models import adapters, scoring
+from driftbook.models import adapters
 from driftbook.models.loading import Loaded
 from driftbook.training import examples, steps
 from driftbook.training import fit as fitting
@@ -223,7 +223,7 @@ def test_without_any_memory_it_is_the_variants_failure(
 ):
     base, study = a_copy(bases["qwen2"]), a_study(method)
     limited(monkeypatch, 8)
-    with pytest.raises(scoring.VariantFailure) as error:
+    with pytest.raises(sampling.VariantFailure) as error:
         Trainings(base, study, objective, tmp_path / "adapter").train()
     assert "memory" in one_sentence(error.value)
     assert not base.model.is_gradient_checkpointing
@@ -235,7 +235,7 @@ def test_the_base_is_as_it_was_after_a_failure(bases, a_study, tmp_path, monkeyp
     base = a_copy(bases["qwen2"])
     before = snapshot(base.model)
     limited(monkeypatch, 8)
-    with pytest.raises(scoring.VariantFailure):
+    with pytest.raises(sampling.VariantFailure):
         Trainings(base, a_study(method), "sft", tmp_path / "adapter").train()
     assert_untouched(base.model, before)
 
@@ -277,7 +277,7 @@ def said_of(losses, norms=None):
         state.log_history.append(logs)
         try:
             callback.on_log(None, state, None, logs)
-        except scoring.VariantFailure as error:
+        except sampling.VariantFailure as error:
             return step, one_sentence(error)
     return None
 
@@ -319,7 +319,7 @@ def test_a_training_whose_gradient_is_no_number_is_the_variants_failure(
         lambda self, rows: [[part * float("nan") for part in row] for row in logprobs(self, rows)],
     )
     one = Trainings(base, a_study("ia3"), objective, tmp_path / "adapter")
-    with pytest.raises(scoring.VariantFailure) as error:
+    with pytest.raises(sampling.VariantFailure) as error:
         one.train()
     assert "diverged" in one_sentence(error.value)
     assert "step 1" in str(error.value)

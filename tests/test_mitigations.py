@@ -12,7 +12,7 @@ import pytest
 from conftest import SMALL, local, one_sentence, write_study
 from driftbook.batch import collecting, jobs, keys, preparing
 from driftbook.models import loading
-from driftbook.models.scoring import VariantFailure
+from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
 from driftbook.study.files import OUTPUTS, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS

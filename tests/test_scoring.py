@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import FAMILIES, OTHER_METHODS, PEFT_METHODS, one_sentence
 from driftbook.models import adapters, trees
-from driftbook.models.scoring import Sampling, Scorer, VariantFailure
+from driftbook.models.sampling import Sampling, VariantFailure
+from driftbook.models.scoring import Scorer
 from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of
 
 pytest_plugins = ["scored"]

@@ -9,7 +9,8 @@ import transformers
 
 from conftest import one_sentence
 from driftbook.models import loading
-from driftbook.models.scoring import Sampling, Scorer, VariantFailure
+from driftbook.models.sampling import Sampling, VariantFailure
+from driftbook.models.scoring import Scorer
 from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of
 
 pytest_plugins = ["scored"]

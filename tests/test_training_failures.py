@@ -6,7 +6,7 @@ import torch
 
 from conftest import one_sentence, write_study
 from driftbook.batch import jobs
-from driftbook.models import adapters, scoring
+from driftbook.models import adapters
 from driftbook.study import folders
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import load
@@ -40,7 +40,7 @@ def test_divergence_is_the_variants_failure_and_the_base_is_clean(
 ):
     base, ids = bases["llama"].model, torch.tensor([list(range(20, 60))])
     before = base(input_ids=ids).logits
-    with pytest.raises(scoring.VariantFailure) as error:
+    with pytest.raises(sampling.VariantFailure) as error:
         trained("lora", objective, again="poisoned")
     assert any(word in one_sentence(error.value) for word in ("diverged", "not finite"))
     assert torch.equal(base(input_ids=ids).logits, before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.batch import cache, keys
-from driftbook.models.scoring import VariantFailure
+from driftbook.models.sampling import VariantFailure
 from driftbook.study.files import file_digest, read_json, write_json
 from driftbook.study.folders import folder
 from driftbook.study.study_file import Study

@@ -3,7 +3,8 @@
 import pandas as pd
 
 from driftbook.benchmarks import data
-from driftbook.models.scoring import Sampling, Scorer
+from driftbook.models.sampling import Sampling
+from driftbook.models.scoring import Scorer
 from driftbook.study.sections import PROMPT_FORMATS
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant

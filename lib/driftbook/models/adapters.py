@@ -35,9 +35,8 @@ def config(variant: Variant) -> PeftConfig:
     try:
         return getattr(peft, method.config)(task_type=TaskType.CAUSAL_LM, **settings)
     except TypeError as error:
-        raise ValueError(
-            f"methods.{variant.method}: {str(error).partition('() ')[2] or error}"
-        ) from None
+        said = str(error).partition("() ")[2] or error
+        raise ValueError(f"methods.{variant.method}: {said}") from None
 
 
 def create(
@@ -57,16 +56,10 @@ def create(
     torch.manual_seed(variant.seed)
     try:
         model = get_peft_model(base, made)
-    except (
-        TypeError,
-        ValueError,
-        NotImplementedError,
-        AttributeError,
-    ) as error:  # what PEFT says of settings of the wrong kind
+    # what PEFT says of settings of the wrong kind
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
         _strip(base)
-        raise ValueError(
-            f"methods.{variant.method}: {str(error).strip().partition(chr(10))[0]}"
-        ) from None
+        raise ValueError(f"methods.{variant.method}: {_first_line(error)}") from None
     if init_text is not None:
         _start_from_text(model, tokenizer, init_text)
     return model
@@ -80,11 +73,8 @@ def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> Non
     names = [name for name, _ in base.named_modules()]
     for target in wanted if isinstance(wanted, (list, set, tuple)) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = dict.fromkeys(
-                name.rpartition(".")[2]
-                for name, module in base.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            )
+            linear = [n for n, one in base.named_modules() if isinstance(one, torch.nn.Linear)]
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
             raise ValueError(
                 f"methods.{method}.target_modules names {target!r}, and {type(base).__name__} has"
                 f" no such module; it has {', '.join(known)}"
@@ -122,9 +112,8 @@ def swapped(model: PeftModel, parameters: dict[str, torch.Tensor]) -> Iterator[N
 
 def save(model: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and the weights as safetensors, and nothing else that PEFT adds."""
-    model.save_pretrained(
-        folder, safe_serialization=True, selected_adapters=["default"]
-    )  # TRL's DPO adds another, as its reference
+    # TRL's DPO adds another adapter, as its reference
+    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
@@ -138,6 +127,10 @@ def detach(model: PeftModel) -> None:
     base.__dict__.pop("forward", None)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         base.__dict__.pop(name, None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _strip(base: PreTrainedModel) -> None:
@@ -167,8 +160,7 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
     except (RuntimeError, ValueError, KeyError) as error:
         _strip(base)
         raise ValueError(
-            f"the adapter {folder} does not fit this base model:"
-            f" {str(error).strip().partition(chr(10))[0]}"
+            f"the adapter {folder} does not fit this base model: {_first_line(error)}"
         ) from None
     try:
         yield model.eval()

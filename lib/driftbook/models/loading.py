@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +20,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from driftbook.models.trees import common_prefix
 from driftbook.study import access
-from driftbook.study.sections import Base, Judge, Rater
+from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
@@ -47,26 +50,14 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
         ValueError: it cannot be loaded, or the tokenizer does not fit the model; the sentence says
             which and why.
     """
-    where = locate(source, study)
-    options = {"revision": source.revision} if isinstance(where, str) else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        model = (
-            AutoModelForSequenceClassification if _classifies(source) else AutoModelForCausalLM
-        ).from_pretrained(
-            where,
-            dtype=getattr(torch, source.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-            **_quantized(source),
+    kind = AutoModelForSequenceClassification if _classifies(source) else AutoModelForCausalLM
+    dtype = getattr(torch, source.dtype)
+    where, options = _place(source, study)
+    with _explained(f"cannot load {name} from", source):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = kind.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, **options, **_quantized(source)
         )
-    except (
-        Exception
-    ) as error:  # the loaders raise a dozen kinds; every one means that this model cannot be used
-        raise ValueError(
-            f"cannot load {name} from {source.source}: {_why(error, source)}"
-        ) from error
     if not _classifies(source):
         check_fit(name, model, tokenizer)
     model.requires_grad_(False)
@@ -75,9 +66,7 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
             # bitsandbytes packs the weights for it, and unpacks others when an adapter is saved:
             # the base would drift
             module.support_avx512bf16_for_cpu = False
-    if (
-        getattr(source, "quantization", None) is None
-    ):  # bitsandbytes puts its weights on the device itself
+    if getattr(source, "quantization", None) is None:  # bitsandbytes puts them there itself
         model = model.to(device())
     return Loaded(name, model.eval(), tokenizer, identity(source, study))
 
@@ -102,12 +91,24 @@ def _quantized(source: Base | Judge | Rater) -> dict:
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": getattr(torch, source.dtype),
     }
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            **nf4 if kind == "nf4" else {"load_in_8bit": True}
-        ),
-        "device_map": {"": device()},
-    }
+    settings = BitsAndBytesConfig(**nf4 if kind == "nf4" else {"load_in_8bit": True})
+    return {"quantization_config": settings, "device_map": {"": device()}}
+
+
+def _place(source: Source, study: Study | None) -> tuple[Path | str, dict]:
+    """Where the loaders find a source, and what they are told: its revision, and no remote code."""
+    where = locate(source, study)
+    revision = {"revision": source.revision} if isinstance(where, str) else {}
+    return where, {"trust_remote_code": False, **revision}
+
+
+@contextmanager
+def _explained(what: str, source: Base | Judge | Rater) -> Iterator[None]:
+    """Any error of a loader (they raise a dozen kinds) as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} {source.source}: {_why(error, source)}") from error
 
 
 def _why(error: Exception, source: Base | Judge | Rater) -> str:
@@ -126,15 +127,10 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
     """Raise a ValueError where a model's tokenizer and configuration cannot be had or do not fit,
     without loading its weights.
     """
-    where = locate(source, study)
-    options = {"revision": source.revision} if isinstance(where, str) else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-    except Exception as error:  # as in load
-        raise ValueError(
-            f"cannot read {name} from {source.source}: {_why(error, source)}"
-        ) from error
+    where, options = _place(source, study)
+    with _explained(f"cannot read {name} from", source):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(where, **options)
     if not _classifies(source):
         _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
     elif source.label not in config.label2id:
@@ -146,16 +142,9 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
 
 def without_weights(source: Base, name: str, study: Study) -> PreTrainedModel:
     """A base model's modules without their weights, from its configuration."""
-    where = locate(source, study)
-    options = {"revision": source.revision} if isinstance(where, str) else {}
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # as in load
-        raise ValueError(
-            f"cannot read {name} from {source.source}: {_why(error, source)}"
-        ) from error
+    where, options = _place(source, study)
+    with _explained(f"cannot read {name} from", source), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, **options))
 
 
 def _classifies(source: Base | Judge | Rater) -> bool:
@@ -168,9 +157,7 @@ def check_fit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """
     _check_tokenizer(name, model.get_input_embeddings().num_embeddings, tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # positions of padding are masked everywhere, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
 
 
 def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -198,9 +185,8 @@ def chat_ids(
     Raises:
         ValueError: the template refuses the order of the turns.
     """
-    return list(
-        _chat_ids(tokenizer, str(tokenizer.chat_template), json.dumps(list(messages)), generation)
-    )
+    template, conversation = str(tokenizer.chat_template), json.dumps(list(messages))
+    return list(_chat_ids(tokenizer, template, conversation, generation))
 
 
 @lru_cache(maxsize=8_192)
@@ -215,15 +201,14 @@ def _chat_ids(
         joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
         messages = [{**messages[1], "content": joined}, *messages[2:]]
     try:
+        turns = [_inert_turn(tokenizer, turn) for turn in messages]
         text = tokenizer.apply_chat_template(
-            [_inert_turn(tokenizer, turn) for turn in messages],
-            tokenize=False,
-            add_generation_prompt=generation,
+            turns, tokenize=False, add_generation_prompt=generation
         )
     except Exception as error:
+        roles = [turn["role"] for turn in messages]
         raise ValueError(
-            "the chat template refuses a conversation with the turns"
-            f" {[m['role'] for m in messages]}: {_first_line(error)}"
+            f"the chat template refuses a conversation with the turns {roles}: {_first_line(error)}"
         ) from None
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
@@ -233,11 +218,8 @@ def _loses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether the tokenizer's template refuses a system message, or does not show it in a
     conversation that ends in an answer; asked once a template.
     """
-    turns = [
-        {"role": "system", "content": "what to heed"},
-        {"role": "user", "content": "what is asked"},
-        {"role": "assistant", "content": "what is said"},
-    ]
+    said = {"system": "what to heed", "user": "what is asked", "assistant": "what is said"}
+    turns = [{"role": role, "content": text} for role, text in said.items()]
     try:
         return "what to heed" not in tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # templates raise errors of many kinds
@@ -253,10 +235,8 @@ def inert(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 @lru_cache(maxsize=16)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    names = {
-        *tokenizer.all_special_tokens,
-        *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
-    }
+    added = tokenizer.added_tokens_decoder.values()
+    names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -264,10 +244,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 def _inert_turn(tokenizer: PreTrainedTokenizerBase, turn: Message) -> Message:
     if isinstance(turn["content"], str):
         return {**turn, "content": inert(tokenizer, turn["content"])}
-    return {
-        **turn,
-        "content": [{**part, "text": inert(tokenizer, part["text"])} for part in turn["content"]],
-    }
+    parts = [{**part, "text": inert(tokenizer, part["text"])} for part in turn["content"]]
+    return {**turn, "content": parts}
 
 
 def ask(
@@ -280,9 +258,8 @@ def ask(
     """
     if not prompt.strip():
         raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
-    system = (
-        [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    )  # an empty one is a message too
+    # an empty system prompt is a message too
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
 
 
@@ -293,13 +270,9 @@ def conversation_ids(
     where it leaves the prompt.
     """
     asked = chat_ids(tokenizer, prompt)
-    whole = chat_ids(
-        tokenizer, [*prompt, {"role": "assistant", "content": answer}], generation=False
-    )
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b),
-        min(len(asked), len(whole)),
-    )
+    turns = [*prompt, {"role": "assistant", "content": answer}]
+    whole = chat_ids(tokenizer, turns, generation=False)
+    shared = common_prefix(asked, whole)
     return whole[:shared], whole[shared:]
 
 
@@ -334,9 +307,8 @@ def counted_ids(
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    } | set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    return {i for i, token in added if token.special} | set(tokenizer.all_special_ids)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -9,7 +9,6 @@ the soft prompt before the padding and loses the positions, which moves the logi
 
 import inspect
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,60 +17,20 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
+from driftbook.models.layout import GrowingLayer, KeyValues, causal, expanded, padded
 from driftbook.models.loading import ask, context_length, conversation_ids
+from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups, tree
 
-TOKENS_PER_BATCH = {
-    "cpu": 2_048,
-    "cuda": 16_384,
-}  # of one forward pass: on a CPU more only leave its cache
+# tokens of one forward pass: on a CPU more only leave its cache
+TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 16_384}
 # key/values of answers that are generated side by side on a CPU; on a GPU half of its free memory
 CACHED_TOKENS = 32_768
 TAIL = 16  # tokens of a context that are tokenised again together with what follows it
 LOGITS_AT_ONCE = 2**27  # numbers: half a gigabyte in fp32
 
 Ids = list[int]
-KeyValues = list[
-    tuple[torch.Tensor, torch.Tensor]
-]  # per layer [1, heads, tokens, width of a head], twice
-
-
-class _Growing(DynamicLayer):
-    """Key/values of one layer, written into room that is kept ahead: appending to tensors would
-    copy all of them at every token.
-    """
-
-    AHEAD = 128  # tokens
-    room: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The key/values [rows, heads, tokens, width] with the new ones behind them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[2] < end:
-            rows, heads, _, width = key_states.shape
-            self.room = tuple(
-                part.new_empty(rows, heads, end + self.AHEAD, width)
-                for part in (self.keys, self.values)
-            )
-            for room, part in zip(self.room, (self.keys, self.values), strict=True):
-                room[:, :, :begin] = part
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, begin:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-
-class VariantFailure(Exception):
-    """A variant's own failure (divergence, out of memory at batch 1): recorded, and the job goes
-    on.
-    """
 
 
 @dataclass(frozen=True)
@@ -81,30 +40,6 @@ class Answer:
     text: str
     n_tokens: int
     finish_reason: str
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn: from the most probable tokens that together have `top_p`, at a
-    temperature. Each prompt and sample number has its own stream of random numbers, so that an
-    answer does not depend on the batch it is drawn in."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    sample: int = 0
-
-    @property
-    def name(self) -> str:
-        """What the tables call this decoding."""
-        return f"temperature {self.temperature:g}, top_p {self.top_p:g}"
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}; expected a temperature above"
-                " 0 and 0 < top_p <= 1"
-            )
 
 
 class Scorer:
@@ -130,9 +65,8 @@ class Scorer:
         self.n_virtual = 0 if self.soft_prompt is None else len(self.soft_prompt)
         if self.virtual_cache is not None:
             self.n_virtual = self.virtual_cache[0][0].shape[2]
-        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH.get(
-            self.model.device.type, 16_384
-        )
+        usual = TOKENS_PER_BATCH.get(self.model.device.type, 16_384)
+        self.tokens_per_batch = tokens_per_batch or usual
         self.cached_tokens = tokens_per_batch or _cached_tokens(self.model)
         self.context_length = context_length(self.model) - self.n_virtual
         _check_head(self.model, self.head)
@@ -149,12 +83,8 @@ class Scorer:
         the caller's.
         """
         split = [self.joined(self.ids(context), [continuation]) for context, continuation in pairs]
-        return np.array(
-            [
-                scores.sum()
-                for scores in self.token_logprobs([(context, one) for context, [one] in split])
-            ]
-        )
+        found = self.token_logprobs([(context, one) for context, [one] in split])
+        return np.array([scores.sum() for scores in found])
 
     @torch.inference_mode()
     def token_logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[np.ndarray]:
@@ -164,9 +94,8 @@ class Scorer:
         results: list[np.ndarray] = [np.empty(0)] * len(pairs)
 
         def read(batch: list[int], hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-            targets = torch.tensor(
-                [token for i in batch for token in pairs[i][1]], device=hidden.device
-            )
+            targets = [token for i in batch for token in pairs[i][1]]
+            targets = torch.tensor(targets, device=hidden.device)
             return self._logprobs(hidden, where, targets).double().cpu()
 
         for batch, values in self._states(pairs, read):
@@ -180,9 +109,11 @@ class Scorer:
         token of the continuation.
         """
         results: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
-        for batch, (logprobs, where) in self._states(
-            pairs, lambda _, hidden, where: (self.head(hidden).log_softmax(1), where)
-        ):
+
+        def read(_, hidden: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.head(hidden).log_softmax(1), where
+
+        for batch, (logprobs, where) in self._states(pairs, read):
             for i, part in zip(batch, where.split([len(pairs[i][1]) for i in batch]), strict=True):
                 results[i] = logprobs[part]
         return results
@@ -212,19 +143,15 @@ class Scorer:
         if not contexts:
             return np.empty((0, *sizes)) if sizes else np.empty((0, 0))
         stems = [stem] * len(contexts) if isinstance(stem, str) else stem
-        joined = [
-            self.joined(context, row, begin)
-            for context, row, begin in zip(contexts, options, stems, strict=True)
-        ]
+        joined = [self.joined(*one) for one in zip(contexts, options, stems, strict=True)]
         pairs = [(context, option) for context, row in joined for option in row]
         if not all(option for _, option in pairs):
             raise ValueError(
                 "the tokenizer has no token for an option, which would be certain whatever the"
                 " model thinks; give it a text"
             )
-        return np.array([scores.sum() for scores in self.token_logprobs(pairs)]).reshape(
-            len(contexts), -1
-        )
+        found = np.array([scores.sum() for scores in self.token_logprobs(pairs)])
+        return found.reshape(len(contexts), -1)
 
     def letters(self, contexts: Sequence[Ids], letters: Sequence[str] = "ABC") -> np.ndarray:
         """Log-probabilities [n, k] of the letters as the answer's first token: `choices` for single
@@ -258,12 +185,9 @@ class Scorer:
         for batch in self._batches(groups(rows, shared), self.tokens_per_batch):
 
             def work(part: list[list[int]]) -> object:
-                found = self._forward(
-                    [[rows[i] for i in one] for one in part],
-                    [[len(pairs[i][0]) for i in one] for one in part],
-                    shared,
-                    prefix,
-                )
+                members = [[rows[i] for i in one] for one in part]
+                starts = [[len(pairs[i][0]) for i in one] for one in part]
+                found = self._forward(members, starts, shared, prefix)
                 return read([i for one in part for i in one], *found)
 
             for part, found in self._halving(batch, work):
@@ -287,9 +211,8 @@ class Scorer:
         )
         allowed = None
         if prefix is not None or any(len(one.paths) > 1 for one in trees):
-            allowed = causal(width) & (np.arange(width)[:, None] < ends[:, None, :]) | np.eye(
-                width, dtype=bool
-            )
+            below = np.arange(width)[:, None] < ends[:, None, :]
+            allowed = causal(width) & below | np.eye(width, dtype=bool)
         cache = None if prefix is None else expanded(prefix, len(trees))
         hidden = self.run(self.embed(tokens), positions, allowed, cache)
         wanted = [
@@ -315,11 +238,8 @@ class Scorer:
         """
         new = embedded.shape[1]
         shared = 0 if cache is None else cache.get_seq_length() + new - distances.shape[1]
-        seen = self.tensor(
-            np.hstack(
-                [np.broadcast_to(np.arange(shared), (len(distances), shared)), shared + distances]
-            )
-        )
+        first = np.broadcast_to(np.arange(shared), (len(distances), shared))
+        seen = self.tensor(np.hstack([first, shared + distances]))
         positions, mask = seen[:, -new:], None
         if allowed is not None or not self._fits_window(positions):
             allowed = causal(new)[None] if allowed is None else allowed
@@ -356,10 +276,9 @@ class Scorer:
                 return {"full_attention": full, "sliding_attention": sliding}
 
     def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        closed = torch.finfo(self.model.dtype).min
-        return torch.zeros(
-            allowed.shape, dtype=self.model.dtype, device=allowed.device
-        ).masked_fill_(~allowed, closed)[:, None]
+        dtype = self.model.dtype
+        added = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return added.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
     def _logprobs(
         self, hidden: torch.Tensor, where: torch.Tensor, targets: torch.Tensor
@@ -373,10 +292,8 @@ class Scorer:
             logits = self.head(hidden[first : first + step])
             mine = (where >= first) & (where < first + step)
             rows = where[mine] - first
-            values[mine] = (
-                self._exact(logits, hidden[first + rows], rows, targets[mine])
-                - logits.logsumexp(1)[rows]
-            )
+            own = self._exact(logits, hidden[first + rows], rows, targets[mine])
+            values[mine] = own - logits.logsumexp(1)[rows]
         return values
 
     def _exact(
@@ -388,13 +305,11 @@ class Scorer:
         head = self.model.get_output_embeddings()
         if head.weight.dtype == torch.float32 or type(head) is not torch.nn.Linear:
             return logits[rows, targets]
-        exact = (hidden.float() * head.weight[targets].float()).sum(1) + (
-            0 if head.bias is None else head.bias[targets].float()
-        )
-        return self._capped(exact)
+        exact = (hidden.float() * head.weight[targets].float()).sum(1)
+        return self._capped(exact if head.bias is None else exact + head.bias[targets].float())
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in fp32 from hidden states, with the family's soft cap where its config has one."""
+        """Logits in fp32 from hidden states, with the family's soft cap where it has one."""
         return self._capped(self.model.get_output_embeddings()(hidden).float())
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
@@ -424,11 +339,7 @@ class Scorer:
             embedded = soft if embedded is None else torch.cat([soft, embedded], 1)
         if embedded is None:
             return self.virtual_cache
-        cache = (
-            Cache(layer_class_to_replicate=DynamicLayer)
-            if self.virtual_cache is None
-            else expanded(self.virtual_cache, 1)
-        )
+        cache = expanded(self.virtual_cache or [], 1)
         length = embedded.shape[1]
         self.run(embedded, np.arange(length)[None], causal(length)[None], cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -438,7 +349,7 @@ class Scorer:
     def generate(
         self, contexts: Sequence[Ids], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[Answer]:
-        """The answer to each context (token ids up to where the answer begins): greedy, or drawn."""
+        """The answer to each context (token ids up to where it begins): greedy, or drawn."""
         lengths = [len(context) + max_new_tokens for context in contexts]
         self._check_lengths(list(map(len, contexts)), lengths)
         results: list[Answer] = [Answer("", 0, "length")] * len(contexts)
@@ -446,15 +357,14 @@ class Scorer:
             return results
         shared = self._shared(contexts, min(map(len, contexts)) - 1)
         prefix = self._prefix(contexts[0][:shared])
-        for batch in self._batches(
-            [([i], length) for i, length in enumerate(lengths)], self.cached_tokens
-        ):
-            for part, tokens in self._halving(
-                batch,
-                lambda part: self._continued(
-                    [contexts[i] for (i,) in part], shared, prefix, max_new_tokens, sampling
-                ),
-            ):
+
+        def work(part: list[list[int]]) -> list[Ids]:
+            asked = [contexts[i] for (i,) in part]
+            return self._continued(asked, shared, prefix, max_new_tokens, sampling)
+
+        rows = [([i], length) for i, length in enumerate(lengths)]
+        for batch in self._batches(rows, self.cached_tokens):
+            for part, tokens in self._halving(batch, work):
                 for (i,), row in zip(part, tokens, strict=True):
                     results[i] = self._answer(row)
         return results
@@ -471,21 +381,14 @@ class Scorer:
         rest = [context[shared:] for context in contexts]
         width = max(map(len, rest))
         padding = np.array([width - len(row) for row in rest])
-        cache = (
-            expanded(prefix, len(rest), _Growing)
-            if prefix is not None
-            else Cache(layer_class_to_replicate=_Growing)
-        )
-        draws = None if sampling is None else _uniforms(contexts, sampling, max_new_tokens)
+        cache = expanded(prefix or [], len(rest), GrowingLayer)
+        draws = None if sampling is None else uniforms(contexts, sampling, max_new_tokens)
         ends = _end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
         alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
         for step in range(max_new_tokens):
-            chosen = self._next(
-                self._step(tokens, padding, width + step, cache),
-                sampling,
-                None if draws is None else draws[alive, step],
-            )
+            logits = self._step(tokens, padding, width + step, cache)
+            chosen = next_tokens(logits, sampling, None if draws is None else draws[alive, step])
             for row, token in zip(alive, chosen, strict=True):
                 found[row].append(int(token))
             stays = np.flatnonzero(~np.isin(chosen, ends))
@@ -505,48 +408,16 @@ class Scorer:
         """
         places = np.arange(total)
         new = places[total - tokens.shape[1] :, None]
-        allowed = (places <= new) & (places >= padding[:, None, None]) | (
-            places == new
-        )  # padding sees itself: attention to nothing is NaN
+        # padding sees itself: attention to nothing is NaN
+        allowed = (places <= new) & (places >= padding[:, None, None]) | (places == new)
         distances = np.maximum(places - padding[:, None], 0)
         return self.head(self.run(self.embed(tokens), distances, allowed, cache)[:, -1])
-
-    def _next(
-        self, logits: torch.Tensor, sampling: Sampling | None, draws: np.ndarray | None
-    ) -> np.ndarray:
-        """The next token [rows]: the most probable one, or that at which the cumulative probability
-        passes the row's draw in [0, 1).
-
-        top_p keeps the fewest tokens that together reach it (nucleus sampling, Holtzman et al.
-        2020).
-        """
-        best, greedy = logits.max(1)
-        if not torch.isfinite(best).all():
-            raise VariantFailure("the model's probabilities are not numbers")
-        if sampling is None:
-            return greedy.cpu().numpy()
-        p = (logits.double() / sampling.temperature).softmax(1)
-        if sampling.top_p < 1:
-            falling, order = p.sort(dim=1, descending=True, stable=True)
-            p = p.masked_fill(
-                (falling.cumsum(1) - falling >= sampling.top_p).gather(1, order.argsort(1)), 0
-            )
-        # in the vocabulary's order: in that of probability, two tokens that are nearly as probable
-        # could change places from batch to batch
-        total = p.cumsum(1)
-        place = torch.searchsorted(
-            total, torch.from_numpy(draws).to(total)[:, None] * total[:, -1:], right=True
-        )
-        return place.clamp(max=p.shape[1] - 1)[:, 0].cpu().numpy()
 
     def _answer(self, tokens: Ids) -> Answer:
         stopped = bool(tokens) and tokens[-1] in _end_tokens(self.model, self.tokenizer)
         kept = tokens[:-1] if stopped else tokens
-        return Answer(
-            self.tokenizer.decode(kept, skip_special_tokens=True).strip(),
-            len(kept),
-            "stop" if stopped else "length",
-        )
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(text, len(kept), "stop" if stopped else "length")
 
     # ---- batches
     def ids(self, text: str) -> Ids:
@@ -624,9 +495,7 @@ def _virtual(model: PreTrainedModel | PeftModel) -> tuple[torch.Tensor | None, K
     return None, [(layer.keys, layer.values) for layer in prompt.layers]
 
 
-@lru_cache(
-    maxsize=4_096
-)  # where only the letters are asked for, the ends of all contexts are the same
+@lru_cache(maxsize=4_096)  # where only letters are asked for, all contexts end alike
 def _joined(
     tokenizer: PreTrainedTokenizerBase, tail: tuple[int, ...], texts: tuple[str, ...], stem: str
 ) -> tuple[int, Ids, list[Ids]]:
@@ -637,20 +506,17 @@ def _joined(
     def ids(text: str) -> Ids:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    before = tokenizer.decode(
-        list(tail), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    glue = (
-        "" if ids(" ") else " "
-    )  # a tokenizer of whole words drops spaces, and with them the end of the template's last line
+    shown = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(list(tail), **shown)
+    # a tokenizer of whole words drops spaces, and with them the end of the template's last line
+    glue = "" if ids(" ") else " "
     alone, begun = ids(before), ids(before + glue + stem)
     whole = [ids(before + glue + stem + glue + text) for text in texts]
     shared = min(common_prefix(begun, one) for one in whole)
     kept = min(common_prefix(alone, begun), shared)
     back = len(alone) - kept
-    anew = max(
-        back, 1
-    )  # tokens of the context that are read anew; at least the last one must be what it was
+    # tokens of the context that are read anew; at least the last one must be what it was
+    anew = max(back, 1)
     if list(tail[-anew:]) != alone[-anew:]:
         raise ValueError(
             f"the tokenizer reads the end of a context, {before[-20:]!r}, otherwise than it was"
@@ -672,9 +538,8 @@ def _check_head(model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Ten
     ids = torch.arange(2, device=model.device)[None]
     own = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
     found = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if torch.isfinite(own).all() and not torch.allclose(
-        found, own, rtol=0.02, atol=0.02 if model.dtype == torch.float32 else 0.2
-    ):
+    atol = 0.02 if model.dtype == torch.float32 else 0.2
+    if torch.isfinite(own).all() and not torch.allclose(found, own, rtol=0.02, atol=atol):
         raise ValueError(
             f"{type(model).__name__} scales its logits in a way that is not known here, so its"
             " probabilities would be wrong; use another model"
@@ -693,50 +558,7 @@ def _cached_tokens(model: PreTrainedModel) -> int:
     return int(free / 2 / (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize))
 
 
-def expanded(prefix: KeyValues, rows: int, kind: type[DynamicLayer] = DynamicLayer) -> Cache:
-    """A cache that begins with the same key/values in every row, without a copy of them."""
-    cache = Cache(layer_class_to_replicate=kind)
-    for keys, values in prefix:
-        layer = kind()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
-        cache.layers.append(layer)
-    return cache
-
-
-def _uniforms(contexts: Sequence[Ids], sampling: Sampling, steps: int) -> np.ndarray:
-    """Random numbers [contexts, steps] in [0, 1), each row from a stream of its own context, seed
-    and sample number.
-    """
-    streams = [
-        np.random.default_rng(
-            [sampling.seed, sampling.sample, zlib.crc32(np.array(context).tobytes())]
-        )
-        for context in contexts
-    ]
-    return np.stack([stream.random(steps) for stream in streams])
-
-
-def padded(
-    rows: Sequence[Sequence[int] | np.ndarray], width: int, side: str = "right"
-) -> np.ndarray:
-    """Rows [n, width] with zeros where a row has ended (or not begun): any token serves there,
-    since none attends to it.
-    """
-    result = np.zeros((len(rows), width), np.int64)
-    for filled, row in zip(result, rows, strict=True):
-        filled[slice(0, len(row)) if side == "right" else slice(width - len(row), width)] = row
-    return result
-
-
-def causal(length: int) -> np.ndarray:
-    """Which places [length, length] a place attends to by itself: those up to its own."""
-    return np.tri(length, dtype=bool)
-
-
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends = model.generation_config.eos_token_id
-    return [
-        tokenizer.eos_token_id,
-        *(ends if isinstance(ends, list) else [] if ends is None else [ends]),
-    ]
+    more = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [tokenizer.eos_token_id, *more]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Ids = Sequence[int]
+Tokens = Sequence[int]
 LEAST_SHARED = 8  # tokens; sharing fewer is not worth the longer row
 LONGEST_TREE = 320  # tokens; attention costs the square of a row's length
 
@@ -30,22 +30,20 @@ class Tree:
     paths: list[np.ndarray]
 
 
-def common_prefix(a: Ids, b: Ids) -> int:
+def common_prefix(a: Tokens, b: Tokens) -> int:
     """How many tokens two sequences share at their beginning."""
     limit = min(len(a), len(b))
     if a[:limit] == b[:limit]:
         return limit
-    low, high = (
-        0,
-        limit,
-    )  # a[:low] is shared, a[:high] is not: comparing slices is much faster than tokens one by one
+    # a[:low] is shared, a[:high] is not: comparing slices is much faster than tokens one by one
+    low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
     return low
 
 
-def groups(sequences: Sequence[Ids], skip: int = 0) -> list[tuple[list[int], int]]:
+def groups(sequences: Sequence[Tokens], skip: int = 0) -> list[tuple[list[int], int]]:
     """Numbers of the sequences that are worth one tree, in the order in which they share most, and
     the tree's size in tokens.
 
@@ -56,24 +54,18 @@ def groups(sequences: Sequence[Ids], skip: int = 0) -> list[tuple[list[int], int
     for before, number in zip([None, *order], order, strict=False):
         shared = 0 if before is None else common_prefix(sequences[before], sequences[number]) - skip
         length = len(sequences[number]) - skip
-        if (
-            found
-            and shared >= min(LEAST_SHARED, length)
-            and found[-1][1] + length - shared <= LONGEST_TREE
-        ):
-            found[-1] = (found[-1][0] + [number], found[-1][1] + length - shared)
+        numbers, size = found[-1] if found else ([], LONGEST_TREE)
+        grown = size + length - shared
+        if found and shared >= min(LEAST_SHARED, length) and grown <= LONGEST_TREE:
+            found[-1] = (numbers + [number], grown)
         else:
             found.append(([number], length))
     return found
 
 
-def tree(sequences: Sequence[Ids], skip: int = 0) -> Tree:
+def tree(sequences: Sequence[Tokens], skip: int = 0) -> Tree:
     """The tree of sequences in sorted order, without the `skip` tokens that all share."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    ends: list[int] = []
-    paths: list[list[int]] = []
-    path: list[int] = []
+    tokens, positions, ends, paths, path = [], [], [], [], []
     for i, sequence in enumerate(sequences):
         shared = common_prefix(sequences[i - 1], sequence) - skip if i else 0
         for place in path[shared:]:
@@ -86,6 +78,5 @@ def tree(sequences: Sequence[Ids], skip: int = 0) -> Tree:
         paths.append(path)
     for place in path:
         ends[place] = len(tokens)
-    return Tree(
-        np.array(tokens), np.array(positions), np.array(ends), [np.array(one) for one in paths]
-    )
+    arrays = map(np.array, (tokens, positions, ends))
+    return Tree(*arrays, [np.array(one) for one in paths])

@@ -17,7 +17,7 @@ from trl import DPOConfig, SFTConfig
 from driftbook.doctors import adapter
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
-from driftbook.models.scoring import VariantFailure
+from driftbook.models.sampling import VariantFailure
 from driftbook.study.environment import hardware, peak_memory, versions
 from driftbook.study.files import digest, file_digest, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS

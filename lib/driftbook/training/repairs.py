@@ -14,7 +14,7 @@ import pandas as pd
 from driftbook.doctors import adapter as adapter_doctor
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
-from driftbook.models.scoring import VariantFailure
+from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
 from driftbook.study.files import file_digest
 from driftbook.study.study_file import Study

@@ -36,14 +36,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from driftbook.models import adapters
-from driftbook.models.scoring import (
-    LOGITS_AT_ONCE,
-    Scorer,
-    VariantFailure,
-    causal,
-    expanded,
-    padded,
-)
+from driftbook.models.layout import causal, expanded, padded
+from driftbook.models.sampling import VariantFailure
+from driftbook.models.scoring import LOGITS_AT_ONCE, Scorer
 from driftbook.models.trees import tree
 from driftbook.study.files import read_json, write_json
 
