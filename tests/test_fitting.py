@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl import DPOTrainer, SFTTrainer
 
 from conftest import FAMILIES, one_sentence, variants_of
-from driftbook.models import adapters
+from driftbook.models import adapters, sampling
 from driftbook.models.loading import Loaded
 from driftbook.training import examples, steps
 from driftbook.training import fit as fitting

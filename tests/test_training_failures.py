@@ -6,7 +6,7 @@ import torch
 
 from conftest import one_sentence, write_study
 from driftbook.batch import jobs
-from driftbook.models import adapters
+from driftbook.models import adapters, sampling
 from driftbook.study import folders
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import load
