@@ -11,7 +11,7 @@ from driftbook.study import folders
 from driftbook.study.study_file import Study
 from driftbook.study.tables import CURVES, DRIFT, MODULES, RUNS, SPECTRA
 from driftbook.study.variants import Variant
-from driftbook.training import drift, examples, fit, repairs
+from driftbook.training import drift, examples, fit, mitigations, repairs
 from driftbook.training.drift import Rates, Sample
 from driftbook.training.examples import Prepared, Way
 
@@ -70,7 +70,7 @@ def pair_spectra(variants: Sequence[Variant], base_model: str, study: Study) -> 
     """The table `spectra` of a base model's pairs, written for the study: of the modules that the
     first parent of these variants updates; empty where there is none, or no pair.
     """
-    parents = [repairs.parent(study, one) for one in variants]
+    parents = [mitigations.parent(study, one) for one in variants]
     made = [
         folders.adapter(study, one)
         for one in parents
