@@ -189,7 +189,5 @@ def product_norm(a: Tensor, b: Tensor) -> float:
 
 
 def inner(a: Tensor, other_a: Tensor, b: Tensor, other_b: Tensor) -> float:
-    """<B A, B' A'> from r x r matrices in float64, since factors may nearly cancel (a converted
-    PiSSA adapter's do).
-    """
+    """<B A, B' A'> from r x r matrices, in float64 since factors may nearly cancel (PiSSA's do)."""
     return float(((a.double() @ other_a.double().T) * (b.double().T @ other_b.double())).sum())

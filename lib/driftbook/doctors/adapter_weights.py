@@ -32,9 +32,7 @@ PART = re.compile(
 
 @dataclass(frozen=True)
 class Change:
-    """What LoRA does to one weight [out, in]: Frobenius norms, and of the sampled entries those
-    that change in the weight's dtype.
-    """
+    """What LoRA does to one weight: Frobenius norms, and sampled entries that change."""
 
     module: str
     update: float

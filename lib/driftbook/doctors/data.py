@@ -324,9 +324,7 @@ def _repeats_prompt(example: dict) -> bool:
 
 
 def _is_multiple_choice(example: dict) -> bool:
-    """Whether a turn offers A, B and C and no more, and one of them begins as one of BBQ's unknown
-    options.
-    """
+    """Whether a turn offers A, B and C alone, one of which begins as BBQ's unknown options do."""
     return any(_has_unknown_of_three(text) for text in asked_in(example))
 
 

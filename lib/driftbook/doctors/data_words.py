@@ -138,9 +138,7 @@ def _runs(words: list[str], n: int) -> Iterable[tuple[str, ...]]:
 def _known_runs(
     words: list[str], known: set[str], sizes: list[int], index: Iterable
 ) -> Iterator[tuple[str, ...]]:
-    """The runs of words in the index; words that no prompt has are skipped first, since most text
-    is not of the benchmark.
-    """
+    """The runs of words in the index; stretches of words that no prompt has are skipped first."""
     if len(words) < WHOLE_TEXT and tuple(words) in index:
         yield tuple(words)
     stretch: list[str] = []

@@ -51,9 +51,7 @@ def surprise(values: np.ndarray) -> np.ndarray:
 
 
 def mean_agreement(of: dict[str, pd.DataFrame], run_ids: list[str]) -> np.ndarray:
-    """[runs, runs, prompts] the mean surprise of agreeing in length and, where there is one, in the
-    judge's probability; 0 where neither is known.
-    """
+    """[runs, runs, prompts] mean surprise of agreeing in length and in the judge's probability."""
     parts = [surprise(of["length"].loc[run_ids].to_numpy())]
     if "p_unsafe" in of and of["p_unsafe"].notna().to_numpy().any():
         parts.append(surprise(of["p_unsafe"].loc[run_ids].to_numpy().round(12)))
@@ -62,9 +60,7 @@ def mean_agreement(of: dict[str, pd.DataFrame], run_ids: list[str]) -> np.ndarra
 
 
 def equal_share(of: dict[str, pd.DataFrame], runs: list[str], others: list[str]) -> np.ndarray:
-    """The share of prompts on which each run and its other have answers of equal length, verdict,
-    and the judge's probability.
-    """
+    """The share of prompts on which pairs of runs agree in length, verdict and probability."""
     equal = np.ones((len(runs), of["length"].shape[1]), bool)
     for name in ("length", "unsafe", "p_unsafe"):
         if name in of:
@@ -74,9 +70,7 @@ def equal_share(of: dict[str, pd.DataFrame], runs: list[str], others: list[str])
 
 
 def family_t(values: np.ndarray, family: np.ndarray) -> tuple[float, float]:
-    """Student's t of the mean of the values against 0 and its one-sided p; prompts of a family
-    count as one.
-    """
+    """Student's t of the mean against 0 and its one-sided p; prompts of a family count as one."""
     per_family = np.bincount(family, values) / np.bincount(family).clip(1)
     spread = per_family.std(ddof=1) / np.sqrt(len(per_family))
     t = 0.0
@@ -142,9 +136,7 @@ def _member(
     answers: dict[str, np.ndarray],
     family: np.ndarray,
 ) -> dict:
-    """Run i of those with the same settings but for the rate (alike), against its own label and the
-    other label it agrees with most.
-    """
+    """Run i among those `alike`, against its own label and the other label it agrees with most."""
     others = alike[alike != i]
     own, near = others[label[others] == label[i]], others[nats[i, others].mean(1).argmax()]
     rates = [rate for rate in np.unique(label[others]) if rate != label[i]]
@@ -170,9 +162,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> float:
 def _against(
     i: int, own: np.ndarray, group: np.ndarray, nats: np.ndarray, family: np.ndarray
 ) -> dict[str, float]:
-    """Whether run i agrees with a group of another label more than with its own label, and more
-    than its own label does.
-    """
+    """Whether run i agrees with a group more than with its own label, and than that label does."""
     to_group = nats[i, group].mean(0)
     row = dict.fromkeys(("own_surprise", "peers_surprise", "t_own", "t", "p"), np.nan)
     row["other_surprise"] = to_group.mean()

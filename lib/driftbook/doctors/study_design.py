@@ -109,9 +109,7 @@ def base_scored_once(given: Given) -> Iterator[dict]:
 
 # ---- answers
 def unscored_answers(given: Given) -> Iterator[dict]:
-    """Answers without a verdict: everywhere, in a group, or more than the base model has; prompts
-    that not every run was asked.
-    """
+    """Answers without a verdict, and prompts that not every run was asked."""
     of, verdicts = given.answers, given.table("verdicts")
     if not of or "unsafe" not in of:
         yield unchecked_row("unscored", "there are no verdicts")
@@ -159,9 +157,7 @@ def _more_unscored(given: Given, share: pd.Series) -> Iterator[dict]:
 
 
 def extreme_rates(given: Given) -> Iterator[dict]:
-    """Categories in which the base model's rate is 0 or 100 %, or no run's differs: what can only
-    rise or fall, and what cannot be fitted.
-    """
+    """Categories whose rate can only rise or only fall, or cannot be fitted."""
     rates = given.table("rates")
     if rates is None:
         yield unchecked_row("category_at_bound", "there is no table of rates")

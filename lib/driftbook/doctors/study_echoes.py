@@ -45,9 +45,7 @@ def echoed_prompts(given: Given) -> Iterator[dict]:
 
 
 def echo_share(responses: pd.DataFrame, texts: pd.DataFrame) -> pd.Series:
-    """The share of each run's responses that begin with the first 40 characters of their own prompt
-    (the whole one if shorter), case and space aside.
-    """
+    """The share of each run's responses that begin as their prompt does, case and space aside."""
     start = _plain(texts["prompt"]).str[:ECHO_START]
     prompts = texts[PROMPT].astype(object).assign(start=start)
     rows = responses[["run_id", *PROMPT, "response"]].astype(object).merge(prompts, on=PROMPT)
@@ -90,9 +88,7 @@ def _length_follows_prompt(given: Given, texts: pd.DataFrame) -> Iterator[dict]:
 
 
 def _shifted_lengths(given: Given) -> Iterator[dict]:
-    """Repetitions with longer (or shorter) answers than the others of their setting on nine prompts
-    of ten.
-    """
+    """Repetitions whose answers are longer (or shorter) than the others' on 9 prompts of 10."""
     rows = []
     for _, runs in given.answered(given.ran).groupby("setting"):
         length = given.answers["length"].loc[runs["run_id"]].to_numpy()

@@ -18,9 +18,7 @@ NEARLY_ALL = 0.97  # of the prompts answered as the base model answers them
 
 
 def no_ops(given: Given) -> Iterator[dict]:
-    """Trained runs that are the base model: by record, by a dose near zero, or by answers that are
-    the base model's on nearly all prompts.
-    """
+    """Trained runs that are the base model: by record, by a dose near zero, or by their answers."""
     trained = given.ran[numbers_of(given.ran, "learning_rate").notna()]
     recorded = is_no_op(trained)
     still = numbers_of(trained, "no_op").isna() & _has_no_dose(trained)
@@ -37,18 +35,14 @@ def no_ops(given: Given) -> Iterator[dict]:
 
 
 def _has_no_dose(trained: pd.DataFrame) -> pd.Series:
-    """Which runs have a KL below NO_OP_KL (to their init, else to the base) or, where there is
-    none, a dose below a thousandth of the base's loss.
-    """
+    """Which runs have a KL to their init (else to the base) or, without one, a dose near zero."""
     kl = numbers_of(trained, "kl_init").fillna(numbers_of(trained, "kl_base"))
     dose, loss = numbers_of(trained, "dose_nll"), numbers_of(trained, "nll_base")
     return (kl < NO_OP_KL) | kl.isna() & (dose.abs() < NO_OP_DOSE * loss)
 
 
 def _answers_as_base(given: Given, trained: pd.DataFrame, recorded: pd.DataFrame) -> Iterator[dict]:
-    """Runs whose answers equal those of the base model (or of known no-ops) in length and verdict
-    as often as these equal each other.
-    """
+    """Runs that answer as the base model (or a known no-op) does, as often as these agree."""
     of, finding = given.answers, "no_op_by_answers"
     known = pd.concat([given.ran[given.ran["method"].eq("none")], recorded])
     if "length" not in of or given.answered(known).empty:

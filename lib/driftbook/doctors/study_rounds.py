@@ -63,9 +63,7 @@ def _as_trained(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rounds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Settings (by method, alike, setting) x rounds: the rates, for the settings that have the
-    rounds which most settings have.
-    """
+    """Settings (method, alike, setting) x rounds: rates, of settings that have the usual rounds."""
     index = ["method", "alike", "setting"]
     wide = runs.pivot_table(index=index, columns="repetition", values="rate")
     usual = wide.notna().value_counts()  # the rounds that a setting has, the most frequent first
@@ -164,9 +162,7 @@ def moderated(parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def _round_effects(parts: pd.DataFrame, rounds: pd.Index) -> dict[str, float]:
-    """F and p of round effects common to the methods of a base model, and the round that lies
-    farthest from the mean of the others.
-    """
+    """F and p of round effects common to all methods, and the round farthest from the others."""
     weight, df = (parts["n"] / parts["variance"]).to_numpy(), parts["df"].to_numpy()
     share, n = weight / weight.sum(), len(rounds) - 1
     effect = np.average(np.stack(parts["effect"]), axis=0, weights=weight)
@@ -214,9 +210,7 @@ def no_op_drift(given: Given) -> Iterator[dict]:
 
 
 def _odd_rounds(runs: pd.DataFrame, of: dict[str, pd.DataFrame]) -> Iterator[dict]:
-    """For each round: how runs of other settings agree across its border (between), and on either
-    side of it (within).
-    """
+    """How runs of different settings agree across each round's border, and on either side of it."""
     a, b = np.triu_indices(len(runs), 1)
     rounds, setting = runs["repetition"].to_numpy(), runs["setting"].to_numpy()
     values = of["length"].loc[runs["run_id"]].to_numpy()

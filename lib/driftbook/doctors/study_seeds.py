@@ -16,9 +16,7 @@ IN_STEP = 0.9  # rank correlation of two curves' steps; above it they saw the sa
 
 
 def one_seed(given: Given) -> Iterator[dict]:
-    """Repetitions that are no repetitions: one recorded seed, one adapter, the same batches in the
-    same order, or the same answers.
-    """
+    """Repetitions that are none: one recorded seed, one adapter, the same batches or answers."""
     trained = given.trained
     seeds = numbers_of(trained, "trained_seed").fillna(numbers_of(trained, "seed"))
     if seeds.isna().all():
@@ -96,9 +94,7 @@ def _curves_in_step(given: Given) -> Iterator[dict]:
 
 
 def _in_step(losses: np.ndarray) -> tuple[float, float]:
-    """Spearman's correlation of the steps of the second half of two curves, and its one-sided p; no
-    correlation where one does not move.
-    """
+    """Spearman's correlation of the steps of two curves' second half, and its one-sided p."""
     steps = np.diff(losses[:, losses.shape[1] // 2 :], axis=1)
     if (np.ptp(steps, axis=1) < 1e-12).any():
         return np.nan, 1.0

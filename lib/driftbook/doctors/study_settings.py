@@ -14,9 +14,7 @@ TELLING_SHARE = 0.6  # of a method's runs; one wrong run in six, with two peers,
 
 
 def recorded_settings(given: Given) -> Iterator[dict]:
-    """Labels that the trainer's own record contradicts: learning rate, epochs, seed; where no rate
-    was read back, the logged one.
-    """
+    """Labels that the trainer's record contradicts: learning rate, epochs, seed."""
     ran = given.ran
     for label in ("learning_rate", "epochs", "seed"):
         done = numbers_of(ran, f"trained_{label}")
@@ -38,9 +36,7 @@ def recorded_settings(given: Given) -> Iterator[dict]:
 
 
 def _logged_rates(given: Given) -> Iterator[dict]:
-    """Runs without a rate read back whose training curve logs rates that their label does not
-    allow: above it, or never above half of it.
-    """
+    """Runs without a record whose curve logs rates above their label, or below half of it."""
     ran, curves = given.ran, given.table("curves")
     if curves is None or "learning_rate" not in ran:
         return

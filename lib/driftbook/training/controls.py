@@ -124,9 +124,7 @@ def add(adapter: Path, safety: Path, out: Path, gamma: float) -> pd.DataFrame:
 def merge_where(
     adapter: Path, safety: Path, out: Path, modules: Sequence[str], weight: float
 ) -> pd.DataFrame:
-    """SafeMERGE (Djuhera et al. 2025, arXiv 2503.17239): (1 - weight) dW + weight dW_safety on
-    these modules, dW on the others.
-    """
+    """SafeMERGE (Djuhera et al. 2025, arXiv 2503.17239): a weighted sum on these modules alone."""
     return _summed([adapter, safety], [1 - weight, weight], out, "merged", 0, modules)
 
 
@@ -156,9 +154,7 @@ def _summed(
 
 # ---- controls of Safe LoRA
 def same_norm(adapter: Path, treated: Path, out: Path) -> pd.DataFrame:
-    """Every update scaled to the norm that it has in the treated adapter: the effect of size
-    alone.
-    """
+    """Every update scaled to its norm in the treated adapter: the effect of size alone."""
     own, other = _linear(adapter), _linear(treated)
     made = {}
     for update in own:

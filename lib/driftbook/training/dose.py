@@ -56,9 +56,7 @@ def base_dose(base: Loaded, pairs: list[tuple[Ids, Ids]]) -> dict[str, Any]:
 
 
 def _parts(pairs: list[tuple[Ids, Ids]], vocabulary: int) -> Iterator[list[tuple[Ids, Ids]]]:
-    """Pairs in parts, few at a time: three full distributions a token are large for a real
-    vocabulary.
-    """
+    """Pairs, few at a time: three full distributions a token are large for a real vocabulary."""
     part: list[tuple[Ids, Ids]] = []
     for pair in pairs:
         n = sum(len(answer) for _, answer in [*part, pair])
@@ -73,9 +71,7 @@ def _parts(pairs: list[tuple[Ids, Ids]], vocabulary: int) -> Iterator[list[tuple
 def _divergences(
     part: list[tuple[Ids, Ids]], trained: Callable, base: Callable, initial: Callable | None
 ) -> torch.Tensor:
-    """Sums over answer tokens: -log p of trained and base, KL(trained || base), KL(trained ||
-    initial), which is the base where it is None.
-    """
+    """Sums over answer tokens: -log p of trained and base, KL(trained || base) and (|| initial)."""
     totals = torch.zeros(4, dtype=torch.float64)
     before, after = base(part), trained(part)
     begun = before if initial is None else initial(part)

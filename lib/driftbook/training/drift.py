@@ -55,9 +55,7 @@ class Sample:
             )
 
     def look(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Rates:
-        """Each outcome of the model as it is: its share and the number of answers that could be
-        scored. Draws no random numbers.
-        """
+        """Each outcome: its share and the number of scored answers. Draws no random numbers."""
         scorer, found = Scorer(model, tokenizer), {}
         if self.harmful:
             found[UNSAFE] = _share(self._unsafe(self._answers(scorer, self.harmful)))
@@ -193,9 +191,7 @@ class DriftCallback(TrainerCallback):
 def sample_of(
     study: Study, base: Loaded, load: Callable[[Judge, str, Study], Loaded]
 ) -> Sample | None:
-    """The study's sample, None where it has no `drift`: its first prompts and items in a seeded
-    order, the first judge, the base model's wording.
-    """
+    """The study's sample: its first prompts and items in a seeded order; None without `drift`."""
     settings = study.drift
     if settings is None:
         return None

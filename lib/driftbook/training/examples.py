@@ -37,9 +37,7 @@ class Prepared:
 
 
 def way(variant: Variant) -> Way:
-    """How a variant's examples are prepared: objective, data, safety data mixed in and their share
-    of all examples, and the betas of a constrained training.
-    """
+    """How a variant's examples are prepared: objective, data, safety data mixed in, and betas."""
     repair = variant.repair or {}
     mixed = (repair["data"], repair["value"]) if repair.get("kind") == "mixing" else None
     betas = tuple(repair["betas"]) if repair.get("kind") == "constrained_sft" else None
@@ -156,9 +154,7 @@ def _split(one: Conversation) -> tuple[Ids, Ids]:
 def _constrained(
     rows: list[Conversation], betas: tuple[float, ...], base: Loaded
 ) -> list[Conversation]:
-    """Conversations with the base's log-probabilities of their counted tokens, and with the beta of
-    each: by its place in its answer.
-    """
+    """Conversations with the base's log-probabilities of their tokens, and the beta of each."""
     found = Scorer(base.model, base.tokenizer).token_logprobs(list(map(_split, rows)))
     made = []
     for one, scores in zip(rows, found, strict=True):
@@ -172,9 +168,7 @@ def _constrained(
 
 
 def _with_reference(pairs: list[list[Conversation]], base: Loaded) -> list[Pair]:
-    """Preferences with the base model's log-probabilities of both answers. Both prompts are the
-    same up to where either answer leaves it.
-    """
+    """Preferences with the base model's log-probabilities of both answers."""
     parts = [_split(one) for row in pairs for one in row]
     if any(a != b for (a, _), (b, _) in zip(parts[::2], parts[1::2], strict=True)):
         raise ValueError(
@@ -186,9 +180,7 @@ def _with_reference(pairs: list[list[Conversation]], base: Loaded) -> list[Pair]
 
 
 def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
-    """What the data doctor finds in the examples of a name under `data`, against the study's
-    prompts and its held-out questions.
-    """
+    """The data doctor's findings on a name under `data`, against the study's prompts."""
     asked = {one: list(prompts(one, study).prompt) for one in study.asked(PROMPT_FORMATS)}
     asked["heldout"] = [one["prompt"][-1]["content"] for one in training_examples("heldout", study)]
     limit = study.training.max_length
@@ -217,9 +209,7 @@ def held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | N
 
 
 def longest(base: Loaded, study: Study) -> int:
-    """The most tokens of an example: training.max_length, or what the model's context holds beside
-    the longest soft prompt of the study.
-    """
+    """The most tokens of an example: max_length, or the context less the longest soft prompt."""
     soft = [int(settings.get("num_virtual_tokens", 0)) for settings in study.methods.values()]
     return min(study.training.max_length, context_length(base.model) - max(soft, default=0))
 

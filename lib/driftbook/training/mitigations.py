@@ -165,9 +165,7 @@ def reduce_intruders(one: Repair) -> pd.DataFrame:
 
 
 def template(one: Repair) -> pd.DataFrame:
-    """The adapter as it is: the system prompt under which it is asked changes (PTST: Lyu et al.
-    2024, arXiv 2402.18540).
-    """
+    """The adapter under another system prompt (PTST: Lyu et al. 2024, arXiv 2402.18540)."""
     with replacing_folder(one.out) as new:
         for name in (CONFIG, adapters.WEIGHTS):
             shutil.copyfile(one.adapter / name, new / name)

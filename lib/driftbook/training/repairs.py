@@ -30,9 +30,7 @@ __all__ = ["has_update", "make", "parent", "read", "spectra"]
 
 
 def read(study: Study, variant: Variant) -> list[Path]:
-    """The files that a repair is made from: the parent's adapter, and the safety adapter or the
-    snapshots that it needs.
-    """
+    """The files of a repair: the parent's adapter, and the safety adapter or the snapshots."""
     made = [parent(study, variant)]
     if "safety_run_id" in variant.repair:
         made.append(by_id(study, variant.repair["safety_run_id"]))
@@ -101,9 +99,7 @@ def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[
 
 
 def spectra(study: Study, base_model: str, adapter: Path, most: int = 64) -> pd.DataFrame:
-    """The table `spectra` of a base model: the first singular values of V of every pair, for the
-    modules that an adapter updates.
-    """
+    """The table `spectra`: V's first singular values for every pair and module of an adapter."""
     parts = []
     for name in study.bases[base_model].pairs:
         pair = mitigations.pair(study, base_model, name)

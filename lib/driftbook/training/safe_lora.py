@@ -223,9 +223,7 @@ def check_adapter(adapter: Path) -> dict:
 
 
 def is_factored(adapter: Path) -> bool:
-    """Whether the update is scale B A with the factors in the file: LoRA, but not DoRA, whose
-    magnitudes act on the whole matrix.
-    """
+    """Whether the update is scale B A: LoRA, but not DoRA, whose magnitudes act on the matrix."""
     config = read_json(adapter / CONFIG)
     return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
@@ -311,9 +309,7 @@ def effective_rank(v: Tensor, seed: int = 0) -> float:
 def operator_of(
     name: str, v: Tensor, rank: int | None, seed: int
 ) -> tuple[Apply, str | None, int | None]:
-    """C as a function of a matrix [out, n], a remark on it, and for `exact` the number of
-    directions that it keeps.
-    """
+    """C as a function of a matrix [out, n], a remark, and for `exact` the rank that it keeps."""
     norm, generator, said = torch.linalg.vector_norm(v), torch.Generator().manual_seed(seed), None
     match name:
         case "approximate":
@@ -337,9 +333,7 @@ def operator_of(
 
 
 def _across(v: Tensor, x: Tensor) -> Tensor:
-    """V'x [in, n]: V is read along its rows, as it lies in memory, which takes two thirds of the
-    time of V.T @ x.
-    """
+    """V'x [in, n], with V read along its rows as it lies in memory: a third faster than V.T @ x."""
     return (x.T.contiguous() @ v).T.contiguous()
 
 
@@ -442,9 +436,7 @@ def _selected(rows: pd.DataFrame, select: str, value: float) -> pd.Series:
 
 
 def _biases(adapter: Path, update: Update, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """The trained biases [out] of a module by the names of their tensors: before training, and how
-    training changed them.
-    """
+    """The trained biases [out] of a module by name: before training, and how it changed them."""
     found = {}
     for name, value in updates.biases(adapter, update.module).items():
         stored = None if name.endswith("lora_B.bias") else base.name(f"{update.module}.bias")

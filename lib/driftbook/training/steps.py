@@ -101,9 +101,7 @@ def _targets(sequences: Sequence[Conversation]) -> list[np.ndarray]:
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of rows, longest first, so many together that their padded rectangle fits a budget of
-    tokens; a single row always does.
-    """
+    """Numbers of rows, longest first, as many together as fit a budget of tokens when padded."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         size = max(1, budget // lengths[order[0]])
@@ -112,9 +110,7 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of sequences that fit a row of `width` tokens together: best fit, longest first
-    (Johnson 1974); the longest may be longer.
-    """
+    """Numbers of sequences that fit `width` tokens together: best fit (Johnson 1974)."""
     found: list[list[int]] = []
     room: list[tuple[int, int]] = []  # free tokens, number of the bin; sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -129,9 +125,7 @@ def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 # ---- the forward pass
 class _Targets(torch.autograd.Function):
-    """Log-probabilities [n] of target tokens from hidden states [n, width] by a frozen linear head,
-    whose gradient is computed at once.
-    """
+    """Log-probabilities [n] of targets by a frozen linear head, its gradient computed at once."""
 
     @staticmethod
     def forward(
@@ -156,9 +150,7 @@ class _Targets(torch.autograd.Function):
 
 
 class Forward:
-    """Log-probabilities with gradients, by the scoring engine's own forward pass (scoring.Scorer),
-    of a PEFT model of any method.
-    """
+    """Log-probabilities with gradients, by scoring.Scorer's forward pass, of any PEFT method."""
 
     def __init__(self, model: PeftModel, tokenizer: Any, autocast: bool = False):
         self.model, self.scorer, self.autocast = model, Scorer(model, tokenizer), autocast
@@ -171,9 +163,7 @@ class Forward:
         self.linear_head = plain_head and not capped and not head.weight.requires_grad
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
-        """For each row and each of its sequences the log-probability [n] of its counted tokens, in
-        nats.
-        """
+        """By row and sequence the log-probability [n] of its counted tokens, in nats."""
         said = [target for row in rows for target in row.targets]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden, soft = self._hidden(rows)
@@ -232,9 +222,7 @@ class Forward:
 
 
 def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
-    """What a token may see [rows, soft + T, soft + T] behind a soft prompt, which sees itself
-    alone.
-    """
+    """The mask [rows, soft + T, soft + T] behind a soft prompt, which sees itself alone."""
     rows, width, _ = allowed.shape
     whole = np.zeros((rows, soft + width, soft + width), bool)
     whole[:, :soft, :soft] = causal(soft)
@@ -244,9 +232,7 @@ def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
 
 # ---- the trainers
 class _Steps:
-    """An optimiser step over the examples that the trainer drew, in as many forward passes as
-    memory asks for, and checkpoints that hold all.
-    """
+    """An optimiser step in as many passes as memory allows, and checkpoints that hold all."""
 
     def __init__(
         self,
@@ -287,9 +273,7 @@ class _Steps:
         return total
 
     def _use_less(self, lengths: list[int]) -> None:
-        """Half the tokens of a pass, then activations computed twice; a VariantFailure where
-        neither is left.
-        """
+        """Half the tokens of a pass, then activations computed twice, then a VariantFailure."""
         self.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         if self.tokens_per_pass > max(lengths):
@@ -417,9 +401,7 @@ class ConstrainedSft(Sft):
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: its two conversations, whose answers are counted, and the reference's
-    log-probabilities of these.
-    """
+    """A preference: its two conversations, and the reference's log-probabilities of the answers."""
 
     chosen: Conversation
     rejected: Conversation
@@ -432,9 +414,7 @@ def pair_row(pair: Pair) -> Row:
 
 
 class Dpo(_Steps, DPOTrainer):
-    """Examples are `Pair`s; the loss is the mean over the step's pairs of -log sigmoid(beta x
-    margin) (Rafailov et al. 2023, eq. 7).
-    """
+    """Examples are `Pair`s; the loss is the mean of `dpo_loss` over the step's pairs."""
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
@@ -452,9 +432,7 @@ class Dpo(_Steps, DPOTrainer):
 
 
 class Snapshots(TrainerCallback):
-    """Saves the adapter `n` times along its training, evenly and the last time at its end, as
-    folder/step-00012/: what weight averaging takes the mean of.
-    """
+    """Saves the adapter `n` times along its training, evenly and at its end: folder/step-00012/."""
 
     def __init__(self, folder: Path, n: int):
         self.folder, self.n = folder, n
@@ -468,9 +446,7 @@ class Snapshots(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends a training whose loss or gradient is not finite, or whose loss stays far above where it
-    began, instead of wasting the rest of it.
-    """
+    """Ends a training whose loss or gradient is not finite, or whose loss stays far up."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -182,17 +182,13 @@ def modules(folder: Path) -> tuple[str, ...]:
 
 
 def biases(folder: Path, module: str) -> dict[str, Tensor]:
-    """The trained biases [out] of a module in an adapter's file, by their names: of its factor B,
-    or its own.
-    """
+    """The trained biases [out] of a module by their names: of its factor B, or its own."""
     ends = ("lora_B.bias", "bias", "base_layer.bias")
     return stored(folder, [f"{PREFIX}{module}.{end}" for end in ends])
 
 
 def others(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter of LoRA or IA3 that are no factors of an update, by their names:
-    biases, modules_to_save.
-    """
+    """The tensors of an adapter that are no factors: biases, modules_to_save."""
     tensors = load_file(folder / WEIGHTS)
     return {name: value for name, value in tensors.items() if not name.endswith(FACTORS)}
 
