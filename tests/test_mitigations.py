@@ -18,7 +18,7 @@ from driftbook.study.files import OUTPUTS, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
-from driftbook.training import repairs
+from driftbook.training import mitigations, repairs
 
 CONTENT = copy.deepcopy(SMALL) | {"name": "mitigated"}
 CONTENT["bases"]["tiny-llama"]["pairs"] = {
@@ -549,3 +549,12 @@ def test_spectra_of_every_pair_are_there(mitigated):
         <= spectra.groupby(["pair", "module"]).norm_v.first() ** 2 * 1.001
     ).all()
     assert isinstance(spectra, pd.DataFrame)
+
+
+def test_a_mitigation_is_one_entry_and_one_function_of_its_name():
+    after = {kind for kind, known in MITIGATION_KINDS.items() if known.when != "training"}
+    assert after == {
+        name
+        for name, one in vars(mitigations).items()
+        if getattr(one, "__annotations__", {}).get("one") is mitigations.Repair
+    }

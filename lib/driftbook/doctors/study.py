@@ -11,39 +11,19 @@ most 5 % of the time.
 import numpy as np
 import pandas as pd
 
+from driftbook.doctors import study_design, study_no_ops, study_rounds, study_settings
 from driftbook.doctors.findings import STUDY_COLUMNS
-from driftbook.doctors.study_design import (
-    base_scored_once,
-    extreme_rates,
-    lone_settings,
-    lost_runs,
-    missing_cells,
-    repeated_rows,
-    unscored_answers,
-)
 from driftbook.doctors.study_echoes import echoed_prompts
-from driftbook.doctors.study_no_ops import no_ops, undone_repairs
-from driftbook.doctors.study_rounds import no_op_drift, rate_drift
 from driftbook.doctors.study_seeds import one_seed
-from driftbook.doctors.study_settings import rates_from_answers, recorded_settings
 from driftbook.doctors.study_tables import arranged
 
 CHECKS = (  # each gives rows (finding_row) from the study's tables (Given)
-    recorded_settings,
-    rates_from_answers,
-    no_ops,
-    undone_repairs,
-    one_seed,
-    no_op_drift,
-    rate_drift,
-    echoed_prompts,
-    repeated_rows,
-    lost_runs,
-    lone_settings,
-    missing_cells,
-    unscored_answers,
-    extreme_rates,
-    base_scored_once,
+    *(study_settings.recorded_settings, study_settings.rates_from_answers),
+    *(study_no_ops.no_ops, study_no_ops.undone_repairs, one_seed),
+    *(study_rounds.no_op_drift, study_rounds.rate_drift, echoed_prompts),
+    *(study_design.repeated_rows, study_design.lost_runs, study_design.lone_settings),
+    *(study_design.missing_cells, study_design.unscored_answers, study_design.extreme_rates),
+    study_design.base_scored_once,
 )
 
 

@@ -82,8 +82,8 @@ class MitigationKind:
 
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
-# A mitigation is one entry here, and its function in mitigating.py (or, of those in training,
-# training.py).
+# A mitigation is one entry here and one function of its name in training/mitigations.py; those done
+# while training are in training/examples.py and training/steps.py.
 MITIGATION_KINDS = {
     "safe_lora": MitigationKind(
         "Safe LoRA", "after", (*_LORA, "dora", "ia3"), ("pair", "values"), _SELECTS

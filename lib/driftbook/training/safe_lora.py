@@ -38,14 +38,7 @@ OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subsp
 BY_ENERGY = ("subspace", "random subspace")  # selected by the energy, the others by the cosine
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
-PROMPTS = (
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
-)
+PROMPTS = "PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT ADAPTION_PROMPT".split()
 UNREADABLE = {
     "target_parameters": "whose modules have no counterpart in a checkpoint",
     "layer_replication": "whose modules have no counterpart in a checkpoint",
