@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from bench import generated_verdicts
 from bench.harness import SHAPES, least_seconds, random_llama, row, tokenizer_of
 
 
@@ -14,7 +15,6 @@ def judge_speed(n: int = 400) -> list[dict]:
     generates.
     """
     from driftbook.batch.preparing import prepare
-    from driftbook.benchmarks import judging
     from driftbook.miniature.judge import judged
     from driftbook.models.loading import load as load_model
     from driftbook.study.study_file import load
@@ -27,12 +27,14 @@ def judge_speed(n: int = 400) -> list[dict]:
     pairs = [(one.request, one.response) for one in (judged(rng) for _ in range(n))]
     prompts, responses = zip(*pairs, strict=True)
     ours, found = least_seconds(_first_token, pairs, judge, settings)
-    batched, written = least_seconds(judging.by_generation, prompts, responses, judge, settings)
+    batched, written = least_seconds(
+        generated_verdicts.by_generation, prompts, responses, judge, settings
+    )
     best = _best_size(pairs[:128], judge, settings, (8, 32, 128))[0]
     peer = (_transformers_generate, pairs, judge, settings)
     usual, replies = least_seconds(*peer, best, repeats=2)
     single, _ = least_seconds(*peer, 1, repeats=1)
-    read = [judging.parse_verdict(reply) for reply in replies]
+    read = [generated_verdicts.parse_verdict(reply) for reply in replies]
     same = [a == b == c for a, b, c in zip(found, written.unsafe, read, strict=True)]
     how = "transformers' generate"
     return [

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from bench import generated_verdicts
 
 from conftest import one_sentence
 from driftbook.benchmarks import judging, rubrics
@@ -190,7 +191,7 @@ def test_verdicts_by_probability_are_those_by_generation_and_the_truth(judges, f
     prompts, responses = zip(*pairs, strict=True)
     read, said = (
         do(prompts, responses, judges[form], settings_of(form))
-        for do in (judging.verdicts, judging.by_generation)
+        for do in (judging.verdicts, generated_verdicts.by_generation)
     )
     true = [is_bad(response) for response in responses]
     assert list(read.unsafe) == list(said.unsafe)
@@ -261,7 +262,8 @@ def test_wildguard_says_three_things_each_after_what_it_said_before(judges):
     prompts, responses = zip(*pairs, strict=True)
     found = judging.verdicts(prompts, responses, judge, settings_of("wildguard"))
     assert all(
-        judging.parse(reply, JUDGES["wildguard"])["unsafe"] == ("yes" if unsafe else "no")
+        generated_verdicts.parse(reply, JUDGES["wildguard"])["unsafe"]
+        == ("yes" if unsafe else "no")
         for reply, unsafe in zip(found.reply, found.unsafe, strict=True)
     )
     assert set(found.judge_refusal) == {True, False}
@@ -335,7 +337,7 @@ def test_an_answer_too_long_for_the_judge_is_unscored_and_the_others_are_judged(
     responses[2] = "warm water " * 400
     for found in (
         judging.verdicts(prompts, responses, judges[form], settings_of(form)),
-        judging.by_generation(prompts, responses, judges[form], settings_of(form)),
+        generated_verdicts.by_generation(prompts, responses, judges[form], settings_of(form)),
     ):
         assert f"tiny-{form}" in one_sentence(found.unscored_reason[2])
         assert "448" in found.unscored_reason[2]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bench import generated_verdicts
 
 from conftest import one_sentence
 from driftbook.benchmarks import hazards, hex_phi, judging, rubrics
@@ -136,7 +137,7 @@ def answers(n):
     ],
 )
 def test_a_reply_is_safe_unsafe_or_neither(reply, unsafe):
-    assert judging.parse_verdict(reply) is unsafe
+    assert generated_verdicts.parse_verdict(reply) is unsafe
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_the_verdict_is_the_greedy_first_word(sure):
     contexts = [_context(sure, *pair) for pair in zip(prompts, responses, strict=True)]
     words = [_greedy_word(sure, context) for context in contexts]
     assert set(words) == {"safe", "unsafe"}, "one word only would show nothing"
-    assert [judging.parse_verdict(word) for word in words] == list(found.unsafe)
+    assert [generated_verdicts.parse_verdict(word) for word in words] == list(found.unsafe)
     assert found.mass.between(0.99, 1 + 1e-6).all()
     assert found.unscored_reason.isna().all()
 
@@ -452,7 +453,7 @@ def test_an_empty_answer_has_no_verdict_and_is_incoherent(sure, recwarn):
     ],
 )
 def test_replies_are_read_whole_or_not_at_all(form, reply, unsafe, refusal):
-    said = judging.parse(reply, JUDGES[form])
+    said = generated_verdicts.parse(reply, JUDGES[form])
     assert said["unsafe"] == unsafe
     assert said.get("judge_refusal") == refusal
 

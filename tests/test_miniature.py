@@ -58,7 +58,7 @@ def all_texts(path: Path) -> str:
 # ---- import, recipe
 def test_names_that_need_no_model_import_neither_torch_nor_pandas():
     imports = (
-        "import sys; from driftbook.miniature import FAMILIES, write_data; from"
+        "import sys; from driftbook.miniature import write_data; from"
         " driftbook.study.sources import recipe"
     )
     code = f"{imports}; recipe(); assert not {{'torch', 'pandas'}} & set(sys.modules)"

@@ -164,12 +164,13 @@ def test_a_format_of_a_judge(edited):
     ),
 """
     code = """
+from bench import generated_verdicts
 from driftbook.benchmarks import hazards, judging
 from driftbook.benchmarks.judges import JUDGES
 from driftbook.study.sections import Judge
 
 settings = Judge(source="lab/judge", format="mine")
-print(judging.masked_prompt(None, settings), judging.parse("verdict: bad", JUDGES["mine"]))
+print(judging.masked_prompt(None, settings), generated_verdicts.parse("verdict: bad", JUDGES["mine"]))
 print(*hazards.coverage("mine", ["Malware", "other"]).iloc[0])
 """
     declared = (
