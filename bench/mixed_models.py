@@ -10,7 +10,7 @@ import pandas as pd
 from bench.harness import row
 from scipy.special import expit
 
-from driftbook.rereading import original_study
+from driftbook.rereading import original_study, original_tables
 from driftbook.stats.mixed import item_model
 from driftbook.study.methods import STUDIED
 
@@ -87,10 +87,10 @@ def original() -> list[dict]:
         )
         return []
     runs, verdicts = original_study.load()
-    settings = runs.assign(run_id=original_study.run_ids(runs).to_numpy())[
+    settings = runs.assign(run_id=original_tables.run_ids(runs).to_numpy())[
         ["run_id", "base_model", "method", "objective", "learning_rate_true", "epochs"]
     ]
-    items = original_study.items(runs, verdicts).merge(settings, on="run_id")
+    items = original_tables.items(runs, verdicts).merge(settings, on="run_id")
     name = f"{len(items):,} verdicts of the original study"
     formula = "safe ~ base_model * method + objective + C(learning_rate_true) + C(epochs)"
     return [

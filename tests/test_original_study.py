@@ -14,7 +14,14 @@ from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
 from driftbook.figures import drawing, gallery
 from driftbook.figures import original_study as original_figures
 from driftbook.publishing import publish
-from driftbook.rereading import original_analysis, original_claims, original_study
+from driftbook.rereading import (
+    original_analysis,
+    original_claims,
+    original_models,
+    original_study,
+    original_tables,
+    original_tests,
+)
 from driftbook.stats import terms
 from driftbook.study.tables import TABLES
 from original_names import GEMMA, LLAMA, MISTRAL, QWEN, N
@@ -48,11 +55,11 @@ def rows(real):
 
 @pytest.fixture(scope="module")
 def items(real):
-    return original_study.items(*real)
+    return original_tables.items(*real)
 
 
 def test_the_tables_are_declared_complete_and_agree_with_the_runs_own_percentages(real, shared):
-    made = original_study.tables(*real)
+    made = original_tables.tables(*real)
     for name, frame in made.items():
         TABLES[name].check(frame)
     status = made["runs"]["status"].value_counts()
@@ -62,7 +69,7 @@ def test_the_tables_are_declared_complete_and_agree_with_the_runs_own_percentage
     assert made["runs"]["findings"].notna().sum() == 28
     assert (made["rates"]["n"] - made["rates"]["n_scored"]).sum() == 9
     published = pd.read_csv(shared / "original_study" / "runs.csv").set_index("run")
-    ids = dict(zip(original_study.run_ids(real[0]), real[0]["run"], strict=True))
+    ids = dict(zip(original_tables.run_ids(real[0]), real[0]["run"], strict=True))
     own = made["rates"][made["rates"]["run_id"].isin(ids)].assign(
         run=lambda part: part["run_id"].map(ids)
     )
@@ -93,7 +100,7 @@ def test_no_ops_do_not_look_at_verdicts(real):
         verdict=verdicts["verdict"].sample(frac=1, random_state=0).to_numpy()
     )
     ours, other = (
-        original_study.tables(runs, frame)["runs"]["no_op"] for frame in (verdicts, shuffled)
+        original_tables.tables(runs, frame)["runs"]["no_op"] for frame in (verdicts, shuffled)
     )
     assert ours.equals(other)
 
@@ -117,7 +124,7 @@ def test_the_published_mean_changes_come_back(rows):
 
 
 def test_six_of_the_published_statistics_come_back_to_every_digit(rows):
-    found = original_analysis.reproduction(rows).set_index(["comparison", "statistic"])
+    found = original_tests.reproduction(rows).set_index(["comparison", "statistic"])
     fence = next(name for name in found if "fence" in name)
     back = found[found["reproduced"].str.contains(fence, regex=False)]
     assert set(back.index) == set(found.index) - {
@@ -132,7 +139,7 @@ def test_the_answers_show_the_wrong_labels(rows, items):
     against 86.6 %.
     """
     found = (
-        original_analysis.agreement(rows, items)
+        original_tests.agreement(rows, items)
         .groupby(["method", "round"])[["same_length", "same_verdict"]]
         .mean()
     )
@@ -147,7 +154,7 @@ def test_the_answers_show_the_wrong_labels(rows, items):
 
 
 def test_agreement_is_what_a_loop_over_prompts_counts(rows, items):
-    found = original_analysis.agreement(rows, items).set_index("run_id")
+    found = original_tests.agreement(rows, items).set_index("run_id")
     run = rows[rows["method"].eq("lora") & rows["labelled"].gt(1e-4)].iloc[5]
     others = rows[
         rows["method"].eq("lora")
@@ -224,7 +231,7 @@ def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rat
         for part in (hidden, dropped)
     ]
     np.testing.assert_allclose(*values)
-    assert len(original_analysis.item_rows(hidden, items)) == len(items) - unknown.sum() * N
+    assert len(original_models.item_rows(hidden, items)) == len(items) - unknown.sum() * N
 
 
 def test_the_ledger_of_the_real_study(rows):
@@ -254,19 +261,17 @@ def test_signed_rank_is_the_count_over_all_signs():
     ranks = rankdata(np.abs(change))
     least = min(ranks[change > 0].sum(), ranks[change < 0].sum())
     patterns = np.array(list(itertools.product([0, 1], repeat=9))) @ ranks
-    assert original_analysis.signed_rank(change)["p"] == pytest.approx(
-        2 * np.mean(patterns <= least)
-    )
+    assert original_tests.signed_rank(change)["p"] == pytest.approx(2 * np.mean(patterns <= least))
 
 
 @pytest.mark.parametrize(("n", "published"), [(16, 1.042), (12, 1.0066)])
 def test_the_largest_r_is_what_was_published_of_gemma(n, published):
-    assert original_analysis.largest_r(n) == pytest.approx(published, abs=0.0005)
-    assert original_analysis.signed_rank(-np.arange(1, n + 1))["r"] == pytest.approx(
-        original_analysis.largest_r(n)
+    assert original_tests.largest_r(n) == pytest.approx(published, abs=0.0005)
+    assert original_tests.signed_rank(-np.arange(1, n + 1))["r"] == pytest.approx(
+        original_tests.largest_r(n)
     ), "every change in one direction, whatever its size"
-    assert original_analysis.signed_rank(-np.arange(1, n + 1) * 1e-6)["r"] == pytest.approx(
-        original_analysis.largest_r(n)
+    assert original_tests.signed_rank(-np.arange(1, n + 1) * 1e-6)["r"] == pytest.approx(
+        original_tests.largest_r(n)
     )
 
 
@@ -277,7 +282,7 @@ def test_kendalls_w_from_its_ranks():
     table = pd.DataFrame(np.random.default_rng(1).normal(size=(14, 4)) + np.array([0, 0.5, 1, 0]))
     sums = rankdata(table.to_numpy(), axis=1).sum(0)
     expected = 12 * ((sums - sums.mean()) ** 2).sum() / (14**2 * (4**3 - 4))
-    assert original_analysis.friedman(table)["W"] == pytest.approx(expected)
+    assert original_tests.friedman(table)["W"] == pytest.approx(expected)
 
 
 def test_a_combination_of_two_pools_is_welchs_test():
@@ -481,16 +486,16 @@ def test_an_interval_decides(low, high, verdict):
 def finished(real, rows, items, tmp_path_factory):
     """The study's folder as notebook 20 leaves it."""
     folder = tmp_path_factory.mktemp("finished") / original_study.NAME
-    made = original_study.tables(*real)
+    made = original_tables.tables(*real)
     parts = [
-        original_analysis.of_tests(rows, original_analysis.reproduction(rows)),
-        original_analysis.of_agreement(original_analysis.agreement(rows, items)),
+        original_tests.of_tests(rows, original_tests.reproduction(rows)),
+        original_tests.of_agreement(original_tests.agreement(rows, items)),
         original_analysis.cells(rows),
         original_analysis.single_runs(rows),
         original_analysis.rounds(rows),
         original_claims.estimates(original_claims.ledger(rows, n_boot=50)),
     ]
-    original_study.write(made, TABLES["estimates"].concat(parts), folder)
+    original_tables.write(made, TABLES["estimates"].concat(parts), folder)
     return folder
 
 
@@ -525,12 +530,12 @@ def test_the_sum_of_what_is_published_holds_no_single_verdict(finished):
 
 # ---- the models' rows
 def test_the_rows_of_the_models_have_the_studys_numbers(rows, items):
-    long = original_analysis.category_rows(rows)
+    long = original_models.category_rows(rows)
     np.testing.assert_allclose(
         long.groupby("run_id")["difference"].mean()[rows["run_id"]], rows["change"], atol=1e-9
     )
     np.testing.assert_allclose(long.groupby("method")["log10_rate"].mean(), 0, atol=1e-12)
-    asked = original_analysis.item_rows(rows, items)
+    asked = original_models.item_rows(rows, items)
     assert len(asked) == len(items)
     np.testing.assert_allclose(
         100

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import one_sentence
 from driftbook.figures import peft_results as peft_figures
-from driftbook.rereading import peft_results
+from driftbook.rereading import peft_front, peft_results
 from peft_files import result, write
 
 pytest_plugins = ["peft_files"]
@@ -59,8 +59,8 @@ def test_repeated_settings_are_told_from_new_ones(tmp_path):
         "two.json": 2,
         "three.json": 1,
     }
-    assert "1 runs of 2 settings repeat" in peft_results.repeated(runs)
-    assert "seed 0" in peft_results.repeated(runs[runs["seed"].eq(0)])
+    assert "1 runs of 2 settings repeat" in peft_front.repeated(runs)
+    assert "seed 0" in peft_front.repeated(runs[runs["seed"].eq(0)])
 
 
 def spoilt(change):

@@ -17,7 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from driftbook.figures import drawing, gallery
 from driftbook.publishing import publish
-from driftbook.rereading import peft_results
+from driftbook.rereading import peft_front, peft_models, peft_results
 from driftbook.stats import estimation
 from driftbook.study.files import ROOT
 from driftbook.study.tables import ESTIMATES, TABLES
@@ -69,20 +69,20 @@ def made(tmp_path_factory):
 
 
 def analysed(runs: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    rows, parts = peft_results.modelled(runs), [peft_results.measured(runs)]
+    rows, parts = peft_models.modelled(runs), [peft_results.measured(runs)]
     for outcome in (peft_results.ACCURACY, peft_results.FORGETTING):
-        means, alone = peft_results.means_of_methods(rows, outcome)
-        terms, equal = peft_results.terms(rows, outcome)
+        means, alone = peft_models.means_of_methods(rows, outcome)
+        terms, equal = peft_models.terms(rows, outcome)
         parts += [
             means,
             terms,
-            peft_results.spreads(rows, outcome, {"alone": alone, "equal": equal}),
+            peft_models.spreads(rows, outcome, {"alone": alone, "equal": equal}),
         ]
     return ESTIMATES.concat(
         [
             *parts,
-            peft_results.growth(points, rows)[0],
-            peft_results.on_front(runs, 100, 0, 0.5, (1.0, 0.05)),
+            peft_models.growth(points, rows)[0],
+            peft_front.on_front(runs, 100, 0, 0.5, (1.0, 0.05)),
         ]
     )
 
@@ -135,8 +135,8 @@ def test_partial_pooling_is_hendersons_solution(made):
     at the variances found.
     """
     _, runs, _, _ = made
-    rows = peft_results.modelled(runs)
-    _, fit = peft_results.means_of_methods(rows, peft_results.ACCURACY)
+    rows = peft_models.modelled(runs)
+    _, fit = peft_models.means_of_methods(rows, peft_results.ACCURACY)
     codes, methods = pd.factorize(rows["method"], sort=True)
     x, z, y = np.ones((len(rows), 1)), np.eye(len(methods))[codes], rows["accuracy"].to_numpy()
     sd = fit.random.set_index("group")["sd"]
@@ -149,9 +149,9 @@ def test_partial_pooling_is_hendersons_solution(made):
     )
     solution = c @ w.T @ y / sd["residual"] ** 2
     at = np.column_stack([np.ones(len(methods)), np.eye(len(methods))])
-    table = peft_results.pooling(
+    table = peft_models.pooling(
         rows.groupby("method")["accuracy"].agg(["mean", "size"]),
-        *peft_results._spread(rows, "accuracy"),
+        *peft_models._spread(rows, "accuracy"),
         fit,
     )
     assert np.allclose(table[peft_results.MIXED], at @ solution, atol=1e-4)
@@ -166,7 +166,7 @@ def test_partial_pooling_is_hendersons_solution(made):
 
 def test_the_models_of_the_real_runs_are_those_of_an_independent_fit(real):
     runs, points = peft_results.read(real)
-    rows = peft_results.modelled(runs)
+    rows = peft_models.modelled(runs)
     z = np.eye(rows["method"].nunique())[pd.factorize(rows["method"])[0]]
     one = np.ones(len(rows))
     classes = [rows["method_class"].eq(kind).to_numpy(float) for kind in ("full", "prompt")]
@@ -175,16 +175,16 @@ def test_the_models_of_the_real_runs_are_those_of_an_independent_fit(real):
         ("log_forgetting", peft_results.FORGETTING),
     ):
         for x, (_, fit) in (
-            (one[:, None], peft_results.means_of_methods(rows, outcome)),
+            (one[:, None], peft_models.means_of_methods(rows, outcome)),
             (
                 np.column_stack([one, *classes, rows["size"], rows["rate"]]),
-                peft_results.terms(rows, outcome),
+                peft_models.terms(rows, outcome),
             ),
         ):
             same_fit(fit, restricted(rows[column].to_numpy(float), x, z))
-    sloped = peft_results.slopes(points, rows)
+    sloped = peft_models.slopes(points, rows)
     same_fit(
-        peft_results.growth(points, rows)[1][peft_results.TWO_STAGES],
+        peft_models.growth(points, rows)[1][peft_results.TWO_STAGES],
         restricted(sloped["slope"].to_numpy(float), np.column_stack([one, rows["size"]]), z),
     )
 
@@ -215,7 +215,7 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
             }
         )
         rows["accuracy"] = np.repeat(truth, sizes) + 8 * rng.standard_normal(len(rows))
-        found, _ = peft_results.means_of_methods(rows, peft_results.ACCURACY)
+        found, _ = peft_models.means_of_methods(rows, peft_results.ACCURACY)
         mixed, own = (
             found[found["estimator"].eq(model)]
             .set_index("method")
@@ -230,7 +230,7 @@ def test_intervals_of_the_mixed_means_cover_what_made_the_runs():
 
 def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
     runs, points = peft_results.read(simulated(tmp_path / "results", n_runs=1))
-    means, _ = peft_results.means_of_methods(peft_results.modelled(runs), peft_results.ACCURACY)
+    means, _ = peft_models.means_of_methods(peft_models.modelled(runs), peft_results.ACCURACY)
     mixed = means[means["estimator"].eq(peft_results.MIXED)]
     assert mixed[["value", "ci_low", "ci_high"]].isna().all().all()
     assert mixed["how"].str.contains("cannot be told apart").all()
@@ -240,7 +240,7 @@ def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
         .all()
         .all()
     )
-    assert peft_results.summary(analysed(runs, points)).endswith(".")
+    assert peft_front.summary(analysed(runs, points)).endswith(".")
 
 
 def test_one_method_alone_and_no_finished_run_are_said(tmp_path):
@@ -261,7 +261,7 @@ def test_one_method_alone_and_no_finished_run_are_said(tmp_path):
     assert analysed(runs, points)["how"].str.contains("cannot be told apart").any()
     runs, _ = peft_results.read(write(tmp_path / "none", one=result(status="canceled")))
     with pytest.raises(ValueError, match="none of 1 runs finished"):
-        peft_results.modelled(runs)
+        peft_models.modelled(runs)
 
 
 def test_settings_that_no_run_varies_are_null(tmp_path):
@@ -276,7 +276,7 @@ def test_settings_that_no_run_varies_are_null(tmp_path):
             },
         )
     )
-    found, fit = peft_results.terms(peft_results.modelled(runs), peft_results.ACCURACY)
+    found, fit = peft_models.terms(peft_models.modelled(runs), peft_results.ACCURACY)
     assert (
         found.loc[found["contrast"].isin([peft_results.SIZE, peft_results.RATE]), "value"]
         .isna()
@@ -287,7 +287,7 @@ def test_settings_that_no_run_varies_are_null(tmp_path):
 
 def test_slopes_are_least_squares(made):
     _, runs, points, _ = made
-    sloped = peft_results.slopes(points, peft_results.modelled(runs)).set_index("run_id")["slope"]
+    sloped = peft_models.slopes(points, peft_models.modelled(runs)).set_index("run_id")["slope"]
     for run_id, part in points.groupby("run_id"):
         assert sloped[run_id] == pytest.approx(
             np.polyfit(np.log2(part["step"].astype(float)), 100 * part["k"].astype(float) / 50, 1)[
@@ -300,7 +300,7 @@ def test_forgetting_that_is_none_leaves_the_logarithm_and_is_counted(tmp_path):
     folder = simulated(tmp_path / "results")
     write(folder, better=result("IA3", "better", lost=-0.01))
     runs, _ = peft_results.read(folder)
-    _, fit = peft_results.terms(peft_results.modelled(runs), peft_results.FORGETTING)
+    _, fit = peft_models.terms(peft_models.modelled(runs), peft_results.FORGETTING)
     assert "1 rows left out: no value" in fit.notes
 
 
@@ -332,12 +332,12 @@ def test_the_front_is_what_no_run_beats(made):
 
 def test_draws_are_jeffreys_posterior_with_the_correlation_asked_for():
     rng, k, n = np.random.default_rng(0), np.array([0, 5, 600, 640, 1319]), 1319
-    drawn = peft_results.draws(k, n, 40_000, rng)
+    drawn = peft_front.draws(k, n, 40_000, rng)
     expected = beta(k + 0.5, n - k + 0.5)
     assert np.allclose(drawn.mean(0), 100 * expected.mean(), atol=0.02)
     assert np.allclose(drawn.std(0), 100 * expected.std(), rtol=0.03)
     assert abs(np.corrcoef(drawn[:, 2], drawn[:, 3])[0, 1]) < 0.02
-    assert np.corrcoef(peft_results.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(
+    assert np.corrcoef(peft_front.draws(k, n, 40_000, rng, 0.5)[:, 2:4].T)[0, 1] == pytest.approx(
         0.5, abs=0.02
     )
 
@@ -346,7 +346,7 @@ def test_how_often_a_run_is_first_is_the_chance_that_its_accuracy_is_higher(tmp_
     runs, _ = peft_results.read(
         write(tmp_path / "two", one=result("LORA", k=640), two=result("IA3", k=600))
     )
-    rows = peft_results.on_front(runs, 20_000, 0, 0.5, (1.0, 0.05))
+    rows = peft_front.on_front(runs, 20_000, 0, 0.5, (1.0, 0.05))
     found = (
         rows[rows["outcome"].eq(peft_results.BEST)]
         .set_index(["contrast", "method"])["value"]
@@ -365,9 +365,9 @@ def test_a_run_without_a_number_takes_no_part_in_the_front(few, tmp_path):
     record = result("IA3")
     record["train_info"]["metrics"][-1]["forgetting"] = float("nan")
     runs, _ = peft_results.read(write(few, four=record))
-    rows = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
+    rows = peft_front.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
     assert rows["member"].nunique() == 2
-    again = peft_results.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
+    again = peft_front.on_front(runs, 50, 0, 0.5, (1.0, 0.05))
     pd.testing.assert_frame_equal(rows, again)
 
 

@@ -25,7 +25,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.rereading import original_analysis, original_study
+from driftbook.rereading import original_analysis, original_study, original_tables
 from driftbook.rereading import original_claims as claims
 from driftbook.rereading.original_analysis import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
 from driftbook.stats.confidence import INTERVAL, PERCENT
@@ -71,7 +71,7 @@ def panels(tables: dict, n_rows: int, height: float, **shared) -> tuple[Figure, 
     )
     for ax, name in zip(axes[0], names, strict=True):
         ax.set_title(
-            original_study.short(name)
+            original_tables.short(name)
             .replace("-Instruct", "")
             .replace("Meta-", "")
             .replace("Qwen2-5", "Qwen2.5")
@@ -140,8 +140,8 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
     text = (
         f"{wrong} runs were labelled with a learning rate of 1e-3 and trained at 2e-5. SFT on"
         f" UltraFeedback for 5 epochs: mean change over rounds by true rate (dots, {PERCENT} t"
-        " intervals over rounds, run variance of each method and base model) and by label (triangles); small"
-        f" dots: runs. {CONDITIONAL}"
+        " intervals over rounds, run variance of each method and base model) and by label"
+        f" (triangles); small dots: runs. {CONDITIONAL}"
     )
     return fig, f"{text} Behind it: {len(single)} runs; {unscored(tables)}."
 
@@ -197,8 +197,8 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
         f" {found[claims.STANDS]} stand, {found[claims.FALLS]} fall, {found[claims.OPEN]} cannot be"
         " told. Dots: the number that decides, where it is in points of safety; its interval is"
         f" {PERCENT}, simultaneous where a claim is about several cells. Each rule stands in the"
-        " table estimates, column how. A claim about a change also has to hold when the base models' own"
-        " scores are uncertain."
+        " table estimates, column how. A claim about a change also has to hold when the base"
+        " models' own scores are uncertain."
     )
     return fig, text
 
@@ -324,7 +324,7 @@ def original_rounds(tables: dict) -> tuple[Figure, str]:
         ],
     )
     p = means.dropna(subset="p").groupby("base_model", sort=False)["p"].first()
-    words = "; ".join(f"{original_study.short(base)} p = {value:.2g}" for base, value in p.items())
+    words = "; ".join(f"{original_tables.short(base)} p = {value:.2g}" for base, value in p.items())
     text = (
         f"The base model scored again: {len(single)} IA3 runs whose loss never left the base"
         " model's, by round. A drift between rounds is a change of the scoring, not of a model. F"
@@ -377,7 +377,7 @@ def _plain(name: str) -> str:
     for base in original_study.MODELS.values():
         name = name.replace(
             base,
-            original_study.short(base)
+            original_tables.short(base)
             .partition("-")[0]
             .replace("Meta", "Llama")
             .replace("Qwen2", "Qwen")

@@ -153,7 +153,7 @@ def sentence(
 
 
 def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """The efficient against the expensive method: parameters, seconds, and what each did to safety."""
+    """The cheapest and the dearest method: parameters, seconds, and what each did to safety."""
     cost = arms[arms["arm"].isin([TRAINED, NO_OP])].merge(
         runs[["run_id", "n_trainable", "seconds"]], on="run_id"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from driftbook.rereading import original_analysis, original_study
+from driftbook.rereading import original_analysis, original_study, original_tables, original_tests
 from driftbook.rereading.original_analysis import (
     KNOWN_BASE,
     ROUNDS,
@@ -188,7 +188,7 @@ def preserves(rows: pd.DataFrame, method: str) -> Claim:
         f" {int(rows['method'].eq(method).sum())} runs left out as no-ops"
     )
     how = (
-        f"lowest of {len(cells)} cells: {original_study.short(base)}, {objective} at {rate:.0e},"
+        f"lowest of {len(cells)} cells: {original_tables.short(base)}, {objective} at {rate:.0e},"
         f" {epochs} epochs; simultaneous intervals; {left_out}; {words}{RULE}no cell falls by more"
         f" than {MARGIN:.0f} points; over-refusal was not measured"
     )
@@ -267,7 +267,7 @@ def gains(rows: pd.DataFrame, chosen: pd.Series, value: str = "change") -> Claim
     each = rows[chosen].groupby("base_model", sort=False)[value].mean()
     bases = (
         "; by base model: "
-        + ", ".join(f"{original_study.short(base)} {mean:+.1f}" for base, mean in each.items())
+        + ", ".join(f"{original_tables.short(base)} {mean:+.1f}" for base, mean in each.items())
         if len(each) > 1
         else ""
     )
@@ -286,7 +286,7 @@ def _without_outliers(rows: pd.DataFrame, chosen: pd.Series, value: str = "chang
     """
     if rows["utility"].isna().all():
         return ""
-    kept = rows[~original_analysis.outliers(rows["utility"])]
+    kept = rows[~original_tests.outliers(rows["utility"])]
     return (
         "; without the utility outliers"
         f" {(mean_weight(kept, chosen.reindex(kept.index)) * kept[value]).sum():+.1f}"
@@ -321,8 +321,8 @@ def steepest(rows: pd.DataFrame, base_model: str) -> Claim:
     nearest = min(others, key=lambda other: found[False][1][other]["value"])
     one, (verdict, words) = found[False][1][nearest], both(found[False][0], found[True][0])
     how = (
-        f"{original_study.short(nearest)} less {original_study.short(base_model)}, the smallest of"
-        f" {len(others)} leads, equal methods and settings (SFT alone); simultaneous intervals;"
+        f"{original_tables.short(nearest)} less {original_tables.short(base_model)}, the smallest"
+        f" of {len(others)} leads, equal methods and settings (SFT alone); simultaneous intervals;"
         f" {words}{RULE}every other base model changes more favourably"
     )
     return Claim(verdict, how, one["value"], one["ci_low"], one["ci_high"], n_runs=one["n_runs"])
@@ -337,7 +337,7 @@ def most_variable(rows: pd.DataFrame, base_model: str, n_boot: int, seed: int) -
     ratio, kept = _ratio(rows, base_model, other, n_boot, seed), rows
     words = ""
     if rows["utility"].notna().any():
-        kept = rows[~original_analysis.outliers(rows["utility"])]
+        kept = rows[~original_tests.outliers(rows["utility"])]
         without = _ratio(kept, base_model, other, n_boot, seed)
         words = (
             f"; without the utility outliers {without['value']:.2f} ({without['ci_low']:.2f} to"
@@ -346,7 +346,7 @@ def most_variable(rows: pd.DataFrame, base_model: str, n_boot: int, seed: int) -
             else ""
         )
     how = (
-        f"against {original_study.short(other)}, the most variable other;"
+        f"against {original_tables.short(other)}, the most variable other;"
         f" {ratio['how']}{words}{RULE}the ratio lies above one"
     )
     return Claim(
@@ -386,7 +386,7 @@ def steadier(rows: pd.DataFrame, n_boot: int, seed: int) -> Claim:
     )
     flip = {STANDS: FALLS, FALLS: STANDS, OPEN: OPEN}
     verdicts = {flip[decide(one["ci_low"], one["ci_high"], 1.0)] for one in (whole, without)}
-    missing = original_study.absent(rows.rename(columns={"labelled": "learning_rate_labelled"}))
+    missing = original_tables.absent(rows.rename(columns={"labelled": "learning_rate_labelled"}))
     lost = int((missing["objective"].eq("dpo")).sum())
     rest_words = (
         f"without P-Tuning {without['value']:.2f} ({without['ci_low']:.2f} to"
@@ -435,7 +435,7 @@ def secondary(rows: pd.DataFrame) -> Claim:
     rate, exchange = parts[base, method]
     worse = sum(one == FALLS for one in verdicts.values())
     how = (
-        f"2e-5 instead of 1e-3 (true rates), {method} on {original_study.short(base)}; exchanging"
+        f"2e-5 instead of 1e-3 (true rates), {method} on {original_tables.short(base)}; exchanging"
         f" it there for {CLASSES[method]} moves safety by {exchange['value']:+.1f}"
         f" ({exchange['ci_low']:+.1f} to {exchange['ci_high']:+.1f}); the rate moves it more in"
         f" {worse} of {len(cells)} cells of method and base model{RULE}in no cell does the rate"
