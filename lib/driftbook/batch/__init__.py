@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "collecting": ["agreement", "collect"],
         "opened": ["open_job"],
-        "preparing": ["is_trained_here", "mark", "measured", "prepare"],
+        "preparing": ["mark", "measured", "prepare"],
     },
 )

@@ -183,8 +183,3 @@ def mark(prepared: Prepared, study: Study) -> Path:
     path = study.folder / "jobs" / "prepare" / f"{prepared.name}.json"
     write_json(path, {"identity": prepared.identity})
     return path
-
-
-def is_trained_here(model: Base | Judge) -> bool:
-    """Whether a model is the miniature's."""
-    return model.source.startswith("miniature:") and model.local is None

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["bbq", "bbq_orders", "bbq_scores", "judging", "utility"],
     submod_attrs={
-        "data": ["items", "refusal_only", "worded", "wordings"],
+        "data": ["items", "worded", "wordings"],
         "hazards": ["coverage"],
         "responding": ["asked_prompts", "responses"],
     },

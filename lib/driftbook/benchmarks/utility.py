@@ -80,3 +80,21 @@ def refusal_probability(
     found = np.exp(scorer.choices(asked, [list(REFUSALS)] * len(prompts))).sum(1)
     rows = zip(prompts.prompt_id, np.minimum(found, 1.0), strict=True)
     return rating_table(((one, "p_refusal", p, 1, None) for one, p in rows), benchmark, run_id)
+
+
+def study_ratings(
+    items: dict[str, pd.DataFrame],
+    scorer: Scorer,
+    variant: Variant,
+    study: Study,
+    raters: Sequence[tuple[Loaded, float]] = (),
+) -> pd.DataFrame:
+    """The table `ratings` of a variant: `measured` on the items of every utility benchmark, and the
+    probability of a refusal of the prompts that are never answered, where the study asks for it.
+    """
+    parts = [measured(name, rows, scorer, variant, study, raters) for name, rows in items.items()]
+    for name in study.refusal_only:
+        if len(prompts := data.refusal_only(name, study)):
+            who = (name, variant.run_id, variant.system_prompt)
+            parts.append(refusal_probability(prompts, scorer, *who))
+    return pd.concat(parts, ignore_index=True)
