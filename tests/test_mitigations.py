@@ -488,7 +488,7 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
             study,
             "tiny-llama",
             variants,
-            lambda variant: repairs.read(study, variant),
+            lambda variant: repairs.made_from(study, variant),
             work,
         )
         return set(done.run_id[~done.reused])

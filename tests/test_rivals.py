@@ -76,7 +76,7 @@ def equal(found: dict, wanted: dict) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "patterns", "dora", "ia3"])
 def test_rescaling_is_that_of_peft(saved, tmp_path, name):
-    rows = controls.rescale(saved[name], tmp_path / "out", 0.3)
+    rows = controls.rescaled(saved[name], tmp_path / "out", 0.3)
     ids = torch.arange(12)[None]
     with torch.no_grad(), adapters.attached(tiny("llama"), tmp_path / "out") as model:
         found = model(ids).logits
@@ -94,7 +94,7 @@ def test_rescaling_is_that_of_peft(saved, tmp_path, name):
 
 def test_sums_are_exact_whatever_the_ranks_and_scales(saved, tmp_path):
     one, other = dense(saved["plain"]), dense(saved["patterns"])
-    controls.average([saved["plain"], saved["patterns"]], tmp_path / "average")
+    controls.averaged([saved["plain"], saved["patterns"]], tmp_path / "average")
     controls.add(saved["plain"], saved["patterns"], tmp_path / "add", 0.7)
     first = next(iter(one))
     rows = controls.merge_where(
@@ -124,7 +124,7 @@ def test_sums_equal_those_of_pefts_cat(saved, tmp_path):
 
 
 def test_many_snapshots_have_no_more_rank_than_the_matrix(saved, tmp_path):
-    rows = controls.average(
+    rows = controls.averaged(
         [saved["plain"]] * 9, tmp_path / "out"
     )  # 9 x 4 columns, and k_proj has 16 rows
     equal(change(tmp_path / "out"), dense(saved["plain"]))
@@ -140,7 +140,7 @@ def test_controls_keep_the_norm_and_lose_the_rest(saved, tmp_path):
     first = next(iter(own))
     controls.zeroed(saved["plain"], [first], tmp_path / "zeroed")
     equal(change(tmp_path / "zeroed"), own | {first: torch.zeros_like(own[first])})
-    controls.rescale(saved["patterns"], tmp_path / "treated", 0.5)
+    controls.rescaled(saved["patterns"], tmp_path / "treated", 0.5)
     for control in (controls.same_norm, lambda *paths: controls.noise(*paths, 3)):
         out = tmp_path / f"control{control is controls.same_norm}"
         rows = control(saved["plain"], saved["patterns"], out).set_index("module")
@@ -178,7 +178,7 @@ def test_noise_leaves_alone_what_was_not_treated(saved, tmp_path):
 def test_intruders_are_reduced_by_peft_and_the_model_stays_as_it_was(saved, tmp_path):
     with adapters.attached(tiny("llama"), saved["plain"]) as model:
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        rows = controls.reduce_intruders(model, tmp_path / "out", 0.75)
+        rows = controls.intruders_reduced(model, tmp_path / "out", 0.75)
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -193,7 +193,7 @@ def test_strength_is_the_share_of_the_intruders_that_is_taken_out(saved, tmp_pat
     old, kept = dense(saved["plain"]), {}
     for strength in (0.0, 0.5, 1.0):
         with adapters.attached(tiny("llama"), saved["plain"]) as model:
-            controls.reduce_intruders(model, tmp_path / str(strength), strength)
+            controls.intruders_reduced(model, tmp_path / str(strength), strength)
         new = change(tmp_path / str(strength))
         kept[strength] = sum(float((new[module] - old[module]).norm()) for module in old)
     assert kept[0.0] < 1e-3
@@ -203,7 +203,7 @@ def test_strength_is_the_share_of_the_intruders_that_is_taken_out(saved, tmp_pat
             adapters.attached(tiny("llama"), saved[name]) as model,
             pytest.raises(ValueError, match="would lose"),
         ):
-            controls.reduce_intruders(model, tmp_path / "out", 0.5)
+            controls.intruders_reduced(model, tmp_path / "out", 0.5)
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
@@ -219,10 +219,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
     )
     out = tmp_path / "out"
     for call, word in (
-        (lambda: controls.rescale(saved["plain"], out, 1.5), "between 0 and 1"),
-        (lambda: controls.rescale(soft, out, 0.5), "no weight update"),
-        (lambda: controls.rescale(saved["plain"], saved["ia3"], 0.5), "is there already"),
-        (lambda: controls.average([saved["plain"], saved["fewer"]], out), "different modules"),
+        (lambda: controls.rescaled(saved["plain"], out, 1.5), "between 0 and 1"),
+        (lambda: controls.rescaled(soft, out, 0.5), "no weight update"),
+        (lambda: controls.rescaled(saved["plain"], saved["ia3"], 0.5), "is there already"),
+        (lambda: controls.averaged([saved["plain"], saved["fewer"]], out), "different modules"),
         (
             lambda: controls.add(saved["plain"], saved["dora"], out, 1.0),
             "no product of two factors",
@@ -232,8 +232,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(saved, tmp_path):
             lambda: controls.add(saved["biases"], saved["plain"], out, 1.0),
             "would leave as it was trained",
         ),
-        (lambda: controls.rescale(saved["biases"], out, 0.5), "would leave as it was trained"),
-        (lambda: controls.average([], out), "no adapter to average"),
+        (lambda: controls.rescaled(saved["biases"], out, 0.5), "would leave as it was trained"),
+        (lambda: controls.averaged([], out), "no adapter to average"),
         (
             lambda: controls.merge_where(saved["plain"], saved["plain"], out, ["q"], 0.5),
             "does not update q",

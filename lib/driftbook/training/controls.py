@@ -32,7 +32,7 @@ INTRUDERS = {True: "intruders reduced", False: "no intruders"}
 
 
 # ---- repairs of one adapter
-def rescale(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
+def rescaled(adapter: Path, out: Path, factor: float) -> pd.DataFrame:
     """dW times a factor between 0 and 1, as lower alpha would have it (PEFT's
     rescale_adapter_scale): the null that every other repair must beat.
 
@@ -68,7 +68,7 @@ def zeroed(adapter: Path, modules: Sequence[str], out: Path) -> pd.DataFrame:
     return _written(out, own, made, "zeroed")
 
 
-def reduce_intruders(
+def intruders_reduced(
     model: PeftModel, out: Path, strength: float, top_k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
     """The adapter of a PEFT model with `strength` (0 to 1) of its intruder dimensions taken out:
@@ -106,7 +106,7 @@ def reduce_intruders(
 
 
 # ---- combinations of several
-def average(folders: Sequence[Path], out: Path) -> pd.DataFrame:
+def averaged(folders: Sequence[Path], out: Path) -> pd.DataFrame:
     """The mean of the updates (not of the factors) of several adapters, as of the snapshots of one
     training; its rank is the sum of theirs, or the matrix's where that is smaller.
 
@@ -207,7 +207,7 @@ def _linear(folder: Path) -> Adapter:
         raise ValueError(
             f"the update of {folder.name} is no product of two factors (DoRA or IA3), so that it"
             " cannot be combined or scaled as one; rescaling and Safe LoRA apply, or write it as"
-            " LoRA first (safe_lora.merged)"
+            " LoRA first (safe_lora.as_lora)"
         )
     _check_alone(folder)
     return updates.read(folder)

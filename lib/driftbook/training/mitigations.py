@@ -23,7 +23,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import MODULES
 from driftbook.study.variants import Variant
 from driftbook.training import controls
-from driftbook.training.safe_lora import is_factored, merged, project
+from driftbook.training.safe_lora import as_lora, is_factored, project
 
 RANDOM = {"approximate": "random", "subspace": "random subspace"}  # operators
 DONE = ["projected", "share_kept", "state"]  # columns that say what was done to a module
@@ -110,7 +110,7 @@ def safe_lora(one: Repair) -> pd.DataFrame:
         treated, own = Path(scratch, "treated"), one.adapter
         found = one.projected(operator, treated)
         if not is_factored(own):
-            own = merged(own, Path(scratch, "plain"), one.pair["base"])
+            own = as_lora(own, Path(scratch, "plain"), one.pair["base"])
         modules = list(found.loc[found["projected"], "module"])
         match control:
             case "same norm":
@@ -136,12 +136,12 @@ def zero(one: Repair) -> pd.DataFrame:
 
 def rescale(one: Repair) -> pd.DataFrame:
     """The whole update made smaller."""
-    return controls.rescale(one.adapter, one.out, one.settings["value"])
+    return controls.rescaled(one.adapter, one.out, one.settings["value"])
 
 
 def average(one: Repair) -> pd.DataFrame:
     """The mean of the last snapshots of the training."""
-    return controls.average(snapshots(one.study, one.variant), one.out)
+    return controls.averaged(snapshots(one.study, one.variant), one.out)
 
 
 def resta(one: Repair) -> pd.DataFrame:
@@ -161,7 +161,7 @@ def safe_merge(one: Repair) -> pd.DataFrame:
 def reduce_intruders(one: Repair) -> pd.DataFrame:
     """Intruder dimensions taken out."""
     with adapters.attached(one.base.model, one.adapter) as model:
-        return controls.reduce_intruders(model, one.out, one.settings["value"])
+        return controls.intruders_reduced(model, one.out, one.settings["value"])
 
 
 def template(one: Repair) -> pd.DataFrame:

@@ -26,10 +26,10 @@ from driftbook.training.examples import held_out
 from driftbook.training.mitigations import Repair, by_id, parent, snapshots
 from driftbook.training.safe_lora import has_update
 
-__all__ = ["has_update", "make", "parent", "read", "spectra"]
+__all__ = ["has_update", "made_from", "make", "parent", "study_spectra"]
 
 
-def read(study: Study, variant: Variant) -> list[Path]:
+def made_from(study: Study, variant: Variant) -> list[Path]:
     """The files of a repair: the parent's adapter, and the safety adapter or the snapshots."""
     made = [parent(study, variant)]
     if "safety_run_id" in variant.repair:
@@ -52,7 +52,7 @@ def make(
     old = parent(study, variant)
     if variant.method == "none":  # the base model itself under another system prompt
         return _record(study, old) | {"run_id": variant.run_id}, MODULES.empty()
-    for path in read(study, variant):
+    for path in made_from(study, variant):
         if not path.exists():
             raise VariantFailure(
                 f"there is no {path.parent.name} of {path.parents[1].name}, of which it is made;"
@@ -98,7 +98,7 @@ def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[
     return new | {"findings": adapter_doctor.finding_summary(found)}
 
 
-def spectra(study: Study, base_model: str, adapter: Path, most: int = 64) -> pd.DataFrame:
+def study_spectra(study: Study, base_model: str, adapter: Path, most: int = 64) -> pd.DataFrame:
     """The table `spectra`: V's first singular values for every pair and module of an adapter."""
     parts = []
     for name in study.bases[base_model].pairs:

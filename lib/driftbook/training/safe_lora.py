@@ -226,7 +226,7 @@ def has_update(adapter: Path) -> bool:
     return read_json(adapter / CONFIG).get("peft_type") in ("LORA", "IA3")
 
 
-def merged(adapter: Path, out: Path, base: Path | str) -> Path:
+def as_lora(adapter: Path, out: Path, base: Path | str) -> Path:
     """DoRA or IA3 as LoRA of full rank, the same model, in the new folder `out`, returned."""
     check_adapter(adapter)
     found = updates.merged(adapter, open_checkpoint(base, "base"))

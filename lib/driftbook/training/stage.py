@@ -79,6 +79,6 @@ def pair_spectra(variants: Sequence[Variant], base_model: str, study: Study) -> 
     updating = [folder for folder in dict.fromkeys(made) if repairs.has_update(folder)]
     found = SPECTRA.empty()
     if updating and study.bases[base_model].pairs:
-        found = repairs.spectra(study, base_model, updating[0])
+        found = repairs.study_spectra(study, base_model, updating[0])
     SPECTRA.write(found, study.folder / "spectra" / base_model)
     return found
