@@ -38,33 +38,25 @@ def study_answers(
         "stem": benchmark.stem,
         "system_prompt": system_prompt,
     }
-    drawn = np.random.default_rng(seed).permutation(
-        len(items)
-    )  # one order for all variants, whose first items are the samples
+    # one order for all variants, whose first items are the samples
+    drawn = np.random.default_rng(seed).permutation(len(items))
+
+    def first(n: int) -> pd.DataFrame:
+        return items.iloc[np.sort(drawn[:n])].reset_index(drop=True)
+
     parts = [answers(items, scorer, mode, run_id, **wording)]
     if benchmark.permuted:
-        chosen = items.iloc[np.sort(drawn[: benchmark.permuted])].reset_index(drop=True)
-        permuted = [
-            answers(chosen, scorer, mode, run_id, order=order, **wording) for order in ORDERS[1:]
-        ]
+        chosen, asking = first(benchmark.permuted), (scorer, mode, run_id)
+        permuted = [answers(chosen, *asking, order=order, **wording) for order in ORDERS[1:]]
         asked = pd.concat([parts[0][parts[0].item_id.isin(chosen.item_id)], *permuted])
         parts += [*permuted, without_prior(parts[0], items, prior(asked))]
     if benchmark.generated:
-        chosen = items.iloc[np.sort(drawn[: benchmark.generated])].reset_index(drop=True)
-        parts.append(
-            generated(chosen, scorer, run_id, max_new_tokens=benchmark.max_new_tokens, **wording)
-        )
+        chosen, n_tokens = first(benchmark.generated), benchmark.max_new_tokens
+        parts.append(generated(chosen, scorer, run_id, max_new_tokens=n_tokens, **wording))
     for name, other in benchmark.wordings.items():
-        chosen = (
-            items
-            if other.n is None
-            else items.iloc[np.sort(drawn[: other.n])].reset_index(drop=True)
-        )
-        changed = wording | {
-            key: value
-            for key, value in (("template", other.template), ("system_prompt", other.system_prompt))
-            if value
-        }
+        chosen = items if other.n is None else first(other.n)
+        own = {"template": other.template, "system_prompt": other.system_prompt}
+        changed = wording | {key: value for key, value in own.items() if value}
         parts.append(answers(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
     return with_floor(pd.concat(parts, ignore_index=True), benchmark.min_mass)
 
@@ -73,17 +65,13 @@ def with_floor(answers: pd.DataFrame, min_mass: float) -> pd.DataFrame:
     """The answers, null where the options had less than `min_mass` of the probability together: the
     model wanted to say something else.
     """
-    little = (answers.option_mass < min_mass).to_numpy(
-        bool
-    )  # of an answer in text there is none, and NaN is not below
+    # an answer in text has no mass, and NaN is not below
+    little = (answers.option_mass < min_mass).to_numpy(bool)
     reason = f"the options have less than {min_mass} of the probability"
-    return answers.assign(
-        unscored_reason=answers.unscored_reason.where(~little, reason),
-        **{
-            name: answers[name].astype(object).where(~little, None)
-            for name in ("answer", "correct", "unknown", "biased")
-        },
-    )
+    answers = answers.assign(unscored_reason=answers.unscored_reason.where(~little, reason))
+    for name in ("answer", "correct", "unknown", "biased"):
+        answers[name] = answers[name].astype(object).where(~little, None)
+    return answers
 
 
 def official(answers: pd.DataFrame) -> pd.DataFrame:
@@ -105,19 +93,13 @@ def prior(answers: pd.DataFrame) -> np.ndarray:
     7): the softmax, for each item, of the log-probability of a place averaged over the orders, and
     of these the mean over items.
     """
-    shown = np.stack(
-        [
-            _by_place(answers[answers.option_order == order].sort_values("item_id"), order)
-            for order in ORDERS
-        ]
-    )
+    sorted_by_item, shown = answers.sort_values("item_id"), []
+    for order in ORDERS:
+        rows = sorted_by_item[sorted_by_item.option_order == order]
+        shown.append(rows[OPTIONS].to_numpy(float)[:, places(order)])
     logs = np.log(np.maximum(shown, 1e-300)).mean(0)
     each = np.exp(logs - np.logaddexp.reduce(logs, 1)[:, None])
     return each[np.isfinite(each).all(1)].mean(0)
-
-
-def _by_place(rows: pd.DataFrame, order: str) -> np.ndarray:
-    return rows[OPTIONS].to_numpy(float)[:, places(order)]
 
 
 def without_prior(answers: pd.DataFrame, items: pd.DataFrame, of_place: np.ndarray) -> pd.DataFrame:
@@ -140,9 +122,8 @@ def flips(answers: pd.DataFrame) -> pd.DataFrame:
     """A row per run and item that was asked in all three orders: run_id, item_id, dimension, unit
     (its question family, else the item), and flip, whether the answer was not the same each time;
     null where it could not be read in one of the orders."""
-    own = answers[
-        answers.answer_mode.isin(["letters", "options"]) & answers.prompt_variant.eq("default")
-    ]
+    read = answers.answer_mode.isin(["letters", "options"])
+    own = answers[read & answers.prompt_variant.eq("default")]
     grouped = own.groupby(["run_id", "item_id"], sort=False)
     found = grouped.agg(
         dimension=("dimension", "first"),
@@ -166,22 +147,12 @@ def flip_rate(answers: pd.DataFrame) -> Scores | None:
     if found.empty:
         return None
     counted = found.assign(read=found.flip.notna().astype(float), asked=1.0)
-    table = counted.pivot_table(
-        index="run_id",
-        columns=["dimension", "unit"],
-        values=["flip", "read", "asked"],
-        aggfunc="sum",
-    ).fillna(0)
-    flipped, read, asked = (table[name].to_numpy(float) for name in ("flip", "read", "asked"))
+    values, columns = ["flip", "read", "asked"], ["dimension", "unit"]
+    table = counted.pivot_table(values, "run_id", columns, aggfunc="sum").fillna(0)
+    flipped, read, asked = (table[name].to_numpy(float) for name in values)
     n_asked, n_read = asked.sum(1).astype(int), read.sum(1).astype(int)
-    scores = ratio(
-        flipped,
-        read,
-        table.index,
-        table["flip"].columns.get_level_values(0),
-        n_asked,
-        n_asked - n_read,
-    )
+    strata = table["flip"].columns.get_level_values(0)
+    scores = ratio(flipped, read, table.index, strata, n_asked, n_asked - n_read)
     return replace(scores, single=False)
 
 
@@ -190,12 +161,8 @@ def by_letter(answers: pd.DataFrame) -> pd.DataFrame:
     three options together; n_permuted items asked in all three orders and flip_rate; place_1 to
     place_3, the prior of each place; n_generated items answered in text, how many are unread, and
     agreement, the share of the read ones that are the most probable option."""
-    return pd.DataFrame(
-        [
-            {"run_id": run_id, **_of_run(rows)}
-            for run_id, rows in answers.groupby("run_id", sort=False)
-        ]
-    )
+    runs = answers.groupby("run_id", sort=False)
+    return pd.DataFrame([{"run_id": run_id, **_of_run(rows)} for run_id, rows in runs])
 
 
 def _of_run(rows: pd.DataFrame) -> dict[str, float]:
