@@ -1,3 +1,17 @@
-"""One module for each analysis notebook: factors, doses, trade-offs, power, labels, repairs,
-declared tests.
-"""
+"""One module for each analysis notebook: what it estimates, for all outcomes at once."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "safety",
+        "fairness",
+        "mixed_effects",
+        "efficiency",
+        "mitigations",
+        "preservation",
+        "planning",
+        "labels",
+    ],
+)

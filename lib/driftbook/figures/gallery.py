@@ -23,6 +23,7 @@ from driftbook.figures import (
 from driftbook.figures.drawing import FIGURES, SOURCES, WIDTH, Drawing, save_figure, style
 from driftbook.stats import estimation
 from driftbook.study.files import read_json
+from driftbook.study.opening import OPTIONAL, Tables
 from driftbook.study.tables import TABLES
 
 MODULES = (
@@ -51,14 +52,6 @@ def of(folder: Path) -> list[str]:
     return [name for name in every() if (folder / f"{name}.png").is_file()]
 
 
-WHERE_MADE = (
-    "drift",
-    "modules",
-    "spectra",
-    "frontier",
-)  # tables that a study has where it looks while it trains, or repairs
-
-
 def read(tables_folder: Path, note: str | None = None) -> dict:
     """What figures are drawn from: the tables by name, and the study's note (from study.json beside
     published tables where not given).
@@ -72,13 +65,13 @@ def read(tables_folder: Path, note: str | None = None) -> dict:
             if TABLES[name].path(tables_folder).is_file()
             else TABLES[name].empty()
         )
-        for name in WHERE_MADE
+        for name in OPTIONAL
     }
     note = read_json(tables_folder.parent / "study.json")["note"] if note is None else note
     return {**found, "estimates": estimation.read_estimates(tables_folder), "note": note}
 
 
-def draw(name: str, tables: dict, folder: Path | None = None) -> Figure:
+def draw(name: str, tables: dict | Tables, folder: Path | None = None) -> Figure:
     """The figure of this name, saved with its caption in `folder` where one is given; a notebook
     shows it by returning it.
     """
@@ -104,9 +97,10 @@ def draw(name: str, tables: dict, folder: Path | None = None) -> Figure:
     return fig
 
 
-def show(name: str, tables: dict, folder: Path) -> Image:
+def show(name: str, tables: dict | Tables, folder: Path | None = None) -> Image:
     """The figure of this name, saved with its caption, as the picture that was saved: a notebook
-    need not draw it twice.
+    need not draw it twice. It goes to the figures of the tables' study where no folder is given.
     """
+    folder = tables.study.folder / "figures" if folder is None else folder
     draw(name, tables, folder)
     return Image(data=(folder / f"{name}.png").read_bytes(), width=int(WIDTH * 120))

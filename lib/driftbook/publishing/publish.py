@@ -7,10 +7,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from driftbook.figures import gallery
 from driftbook.publishing import licences
 from driftbook.stats import estimation
 from driftbook.study.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
+from driftbook.study.opening import OPTIONAL
 from driftbook.study.study_file import REREAD, Study, load
 from driftbook.study.tables import TABLES
 
@@ -20,7 +20,7 @@ PUBLISHED = (
     "curves",
     "prompts",
     "rates",
-    *gallery.WHERE_MADE,
+    *OPTIONAL,
 )  # what figures need, and the prompts' ids and categories
 
 
@@ -44,7 +44,7 @@ def publish(
     there = [
         name
         for name in names
-        if name not in gallery.WHERE_MADE or TABLES[name].path(study_folder / "tables").is_file()
+        if name not in OPTIONAL or TABLES[name].path(study_folder / "tables").is_file()
     ]  # what was read again has none
     checked = {name: text_free(study_folder / "tables", name) for name in there}
     if study is not None and "prompts" in checked:

@@ -4,7 +4,6 @@ opens offline.
 
 import base64
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, SHORT, UNITS
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.picking import plain, with_minus
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -88,23 +88,9 @@ def number(value: float, low: float, high: float, unit: str) -> str:
     places = 3 if unit == UNITS[LOSS] else 1
     text = f"{value:+.{places}f} {unit}"
     if pd.isna(low):
-        return _minus(f"{text} (no interval: nothing was repeated)")
-    text = _minus(f"{text} [{low:+.{places}f}, {high:+.{places}f}]")
+        return with_minus(f"{text} (no interval: nothing was repeated)")
+    text = with_minus(f"{text} [{low:+.{places}f}, {high:+.{places}f}]")
     return text + (" (cannot tell)" if low <= 0 <= high else "")
-
-
-def plain(value: float, low: float, high: float) -> str:
-    """A number without a unit, with its interval."""
-    return (
-        "not estimable"
-        if pd.isna(value)
-        else _minus(f"{value:.2f}" + ("" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"))
-    )
-
-
-def _minus(text: str) -> str:
-    """The text with true minus signs before digits."""
-    return re.sub(r"-(?=\d)", "−", text)
 
 
 def sentence(
@@ -278,7 +264,7 @@ def _cell(row: pd.Series) -> str:
         )
     places = 3 if row["outcome"] == LOSS else 1
     star = "" if row["ci_low"] <= 0 <= row["ci_high"] else " *"
-    return _minus(
+    return with_minus(
         f"{row['value']:+.{places}f}{star}\n[{row['ci_low']:+.{places}f},"
         f" {row['ci_high']:+.{places}f}]"
     )
@@ -402,7 +388,7 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
         if entries
         else " Never registered."
     )
-    return _minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
+    return with_minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
 
 
 def checked(study: Study) -> pd.DataFrame:

@@ -4,5 +4,11 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"agreement": ["agreement_of_judges"], "mixed": ["item_model", "rate_model"]},
+    submodules=["terms"],
+    submod_attrs={
+        "agreement": ["agreement_of_judges"],
+        "influence": ["arms", "matrix"],
+        "mixed": ["item_model", "rate_model"],
+        "picking": ["in_words", "picked"],
+    },
 )

@@ -1,0 +1,103 @@
+"""Notebook 10: BBQ's accuracy and bias of every run, by dimension, wording and order of options."""
+
+import pandas as pd
+
+from driftbook.analyses import outcomes
+from driftbook.benchmarks import bbq_orders, bbq_scores, data, stereoset
+from driftbook.stats import estimation, influence, terms
+from driftbook.stats.picking import in_words, picked
+from driftbook.study.opening import Tables
+from driftbook.study.tables import ESTIMATES
+
+NAMES = ["run_id", "base_model", "method"]
+
+
+def official_answers(tables: Tables) -> pd.DataFrame:
+    """The answers that are scored (options in the file's order, read from probabilities), with the
+    run's base model, method and arm."""
+    arms = influence.arms(tables.variants, tables.runs)
+    return bbq_orders.official(tables.answers).merge(arms[[*NAMES, "arm"]], on="run_id")
+
+
+def base_scores(tables: Tables, by: list[str], n_boot: int, seed: int) -> pd.DataFrame:
+    """The base models' own scores by base model and the columns `by`, as `bbq_scores.scores`."""
+    arms = influence.arms(tables.variants, tables.runs)
+    asked = official_answers(tables)
+    own = asked[asked["run_id"].isin(arms["base_run_id"])]
+    return bbq_scores.scores(own, by=("base_model", *by), n_boot=n_boot, seed=seed)
+
+
+def fairness_estimates(tables: Tables, n_boot: int, seed: int) -> pd.DataFrame:
+    """Every estimate of notebook 10: the base models' levels, and the changes of accuracy and bias
+    over all items, by dimension, by wording, and of the share of answers that flip."""
+    usual = {"study": tables.study.name, "notebook": "10_fairness"}
+    names = {**usual, "benchmark": "bbq", "judge": "none"}
+    arms = influence.arms(tables.variants, tables.runs)
+    cells, asked = influence.cells(arms), official_answers(tables)
+    overall = base_scores(tables, [], n_boot, seed).assign(dimension=None)
+    by_dimension = base_scores(tables, ["dimension"], n_boot, seed)
+    parts = [bbq_scores.base_levels(found, **names) for found in (overall, by_dimension)]
+    for outcome, scores in bbq_scores.by_run(asked).items():
+        parts.append(outcomes.of_scores(scores, arms, cells, outcome=outcome, **names))
+    within = estimation.within(cells)
+    for dimension, rows in asked.groupby("dimension", sort=False):
+        for outcome, scores in bbq_scores.by_run(rows).items():
+            own = {"outcome": outcome, "category": dimension, **names}
+            change = influence.changes(scores, arms)
+            parts.append(estimation.of_scores(scores, change, within, **own))
+    if (flips := bbq_orders.flip_rate(tables.answers)) is not None:
+        own = {"outcome": terms.FLIPS, **names}
+        parts.append(estimation.of_scores(flips, influence.changes(flips, arms), cells, **own))
+        parts.append(estimation.levels_of_scores(flips, arms, **own))
+    parts.append(outcomes.of_item_wordings(tables.answers, arms, cells, **usual))
+    return outcomes.completed(ESTIMATES.concat(parts))
+
+
+# ---- checks of the same findings
+def by_order(tables: Tables) -> pd.DataFrame:
+    """By base model and method: how often answers flip with the order of the options, the prior of
+    each place, and the agreement of written answers with probabilities."""
+    arms = influence.arms(tables.variants, tables.runs)
+    order = bbq_orders.by_letter(tables.answers).merge(arms[NAMES], on="run_id")
+    return order.drop(columns="run_id").groupby(NAMES[1:], sort=False).mean()
+
+
+def fairness_checks(tables: Tables, estimates: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+    """{question: table}: other conventions and readings, other wordings, and StereoSet."""
+    worded = picked(estimates, contrast=terms.CHANGE, group=terms.AS_CONFIGURED, base_model="all")
+    worded = worded[worded["benchmark"].str.startswith("bbq, wording ")]
+    return {
+        "Does the convention or the reading of answers decide? Scores by method": _read(tables),
+        "Does the wording decide? Changes, in points": in_words(worded, ["outcome", "benchmark"]),
+        "Does StereoSet agree? ss 50: no stereotype; lms 100: always sense; icat: both": _stereoset(
+            tables, seed
+        ),
+    }
+
+
+def _read(tables: Tables) -> pd.DataFrame:
+    """The four scores by method: three conventions for unread answers and empty denominators, the
+    answers without the prior of each place (debiased), and those read from text (generated)."""
+    official = bbq_orders.official(tables.answers)
+    ways = {name: (official, name) for name in bbq_scores.CONVENTIONS}
+    for mode, part in tables.answers.groupby("answer_mode"):
+        if mode in ("debiased", "generated"):
+            ways[mode] = part, "reference"
+    arms = influence.arms(tables.variants, tables.runs)[NAMES]
+    found = {}
+    for name, (part, convention) in ways.items():
+        scores = bbq_scores.scores(part.merge(arms, on="run_id"), ("method",), convention, n_boot=0)
+        found[name] = scores.set_index("method")[list(bbq_scores.SCORES)]
+    return pd.concat(found)
+
+
+def _stereoset(tables: Tables, seed: int) -> pd.DataFrame:
+    """StereoSet's scores by set, base model and method; empty where the study does not ask it."""
+    arms, found = influence.arms(tables.variants, tables.runs)[NAMES], []
+    for name in tables.study.asked(("stereoset",)):
+        rows = picked(tables.ratings, benchmark=name)
+        found.append(stereoset.stereoset_scores(rows, data.items(name, tables.study), seed=seed))
+    if not found:
+        return pd.DataFrame()
+    scores = picked(pd.concat(found).merge(arms, on="run_id"), bias_type="all")
+    return scores.groupby(["benchmark", *NAMES[1:]], sort=False)[["lms", "ss", "icat"]].mean()
