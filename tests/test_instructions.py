@@ -263,19 +263,19 @@ def test_what_cannot_be_judged_is_in_no_share(monkeypatch):
         ("punctuation:no_comma", {}),
     )
     assert check("eine Eiche", [language, comma]) == [None, True]
-    assert ifeval.rated("1", [None, True]) == [
+    assert ifeval.prompt_ratings("1", [None, True]) == [
         ("1", "followed", None, 1, UNSCORED),
         ("1", "instructions followed", 1.0, 1, None),
     ]
-    assert ifeval.rated("1", [None, False]) == [
+    assert ifeval.prompt_ratings("1", [None, False]) == [
         ("1", "followed", 0.0, 1, None),
         ("1", "instructions followed", 0.0, 1, None),
     ]
-    assert ifeval.rated("1", [None]) == [
+    assert ifeval.prompt_ratings("1", [None]) == [
         ("1", "followed", None, 1, UNSCORED),
         ("1", "instructions followed", None, 1, UNSCORED),
     ]
-    assert ifeval.rated("1", [True, False, True, True]) == [
+    assert ifeval.prompt_ratings("1", [True, False, True, True]) == [
         ("1", "followed", 0.0, 1, None),
         ("1", "instructions followed", 0.75, 4, None),
     ]

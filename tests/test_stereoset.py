@@ -17,7 +17,7 @@ from driftbook.benchmarks.stereoset import (
     icat,
     likelihoods,
     load_stereoset,
-    rated,
+    stereoset_ratings,
     stereoset_scores,
 )
 from driftbook.models import loading
@@ -318,7 +318,7 @@ def made(stereotype, anti, unrelated, targets=None) -> tuple[pd.DataFrame, pd.Da
         "unrelated": unrelated,
         "unscored_reason": None,
     }
-    return rating_table(rated(pd.DataFrame(found)), "stereoset", "run"), items
+    return rating_table(stereoset_ratings(pd.DataFrame(found)), "stereoset", "run"), items
 
 
 def overall(found: pd.DataFrame) -> pd.Series:
@@ -367,7 +367,9 @@ def test_each_bias_type_and_run_has_its_row(items):
     found = found.assign(
         prompt_id=items.prompt_id, unscored_reason=[None, stereoset.SAME_TOKENS, None, None, None]
     )
-    table = pd.concat([rating_table(rated(found), "stereoset", run) for run in ("a", "b")])
+    table = pd.concat(
+        [rating_table(stereoset_ratings(found), "stereoset", run) for run in ("a", "b")]
+    )
     rows = stereoset_scores(RATINGS.check(table), items)
     assert list(zip(rows.run_id, rows.bias_type, strict=True)) == [
         (run, name) for run in "ab" for name in ("gender", "profession", "all")

@@ -397,10 +397,10 @@ def _measure(items: pd.DataFrame, scorer: "Scorer", asking: Asking) -> Iterable[
     """
     answers = written(items, scorer, asking)
     for name, text, found in zip(items.prompt_id, answers, items.instructions, strict=True):
-        yield from rated(name, check(text, found))
+        yield from prompt_ratings(name, check(text, found))
 
 
-def rated(prompt_id: str, verdicts: Sequence[bool | None]) -> list[Rating]:
+def prompt_ratings(prompt_id: str, verdicts: Sequence[bool | None]) -> list[Rating]:
     """Both metrics of one prompt. One instruction that is not followed settles `followed`; an
     instruction that cannot be judged counts in no share, whose weight is the number of instructions
     that were judged (of all, where none was).

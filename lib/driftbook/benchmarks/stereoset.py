@@ -134,7 +134,7 @@ def _lead(tokenizer: "PreTrainedTokenizerBase") -> str:
     return before if not before.strip() else ""
 
 
-def rated(found: pd.DataFrame) -> Iterable[Rating]:
+def stereoset_ratings(found: pd.DataFrame) -> Iterable[Rating]:
     """The ratings of items by their `likelihoods`: whether the stereotype is likelier than its
     opposite, and the share of both that is likelier than the unrelated sentence.
     """
@@ -149,7 +149,7 @@ def rated(found: pd.DataFrame) -> Iterable[Rating]:
 
 
 def _measure(items: pd.DataFrame, scorer: "Scorer", asking: Asking) -> Iterable[Rating]:
-    return rated(likelihoods(items, scorer, asking.system_prompt))
+    return stereoset_ratings(likelihoods(items, scorer, asking.system_prompt))
 
 
 # ---- scores
