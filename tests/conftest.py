@@ -9,8 +9,6 @@ import fcntl
 import gc
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -54,7 +52,7 @@ def locked(name: str):
         yield
 
 
-SLOW_FIXTURES = {"adapter_folders", "bases", "built", "mitigated", "smoke", "standins"}
+SLOW_FIXTURES = {"adapter_folders", "bases", "built", "finished", "smoke", "standins"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -330,163 +328,6 @@ def standins(data_folder) -> Path:
     return INPUTS
 
 
-# ---- batches
-class Batch:
-    """A study and how to run it as `make study` does, in an output folder."""
-
-    def __init__(self, outputs: Path, content: dict):
-        self.outputs, self.content = outputs, copy.deepcopy(content)
-        outputs.mkdir(parents=True, exist_ok=True)
-        self.folder, self.file = outputs / content["name"], write_study(outputs, content)
-        self.environment = {
-            **os.environ,
-            "DRIFTBOOK_OUTPUTS": str(outputs),
-        }  # by which all its processes are found
-
-    def edit(self, change) -> None:
-        """Change the content and write the study file again."""
-        change(self.content)
-        write_study(self.outputs, self.content)
-
-    def command(self, *targets: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "driftbook.batch.make_study",
-            str(self.file),
-            "local",
-            *targets,
-        ]
-
-    def run(self, *targets: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            self.command(*targets),
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    def start(self, *targets: str) -> subprocess.Popen:
-        """A batch that goes on in the background, in a process group of its own."""
-        with (self.outputs / "driver.log").open("a") as log:
-            return subprocess.Popen(
-                self.command(*targets),
-                env=self.environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def processes(self) -> list[int]:
-        """Every process that was started for this batch and still runs, however it is related to
-        the driver.
-        """
-        mark, found = f"DRIFTBOOK_OUTPUTS={self.outputs}\0".encode(), []
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (
-                    mark in (path / "environ").read_bytes() + b"\0"
-                    and int(path.name) != os.getpid()
-                    and "Z" not in (path / "stat").read_text().rpartition(")")[2][:3]
-                ):
-                    found.append(int(path.name))
-        return found
-
-    def study(self):
-        from driftbook.study.study_file import load
-
-        return load(self.file)
-
-    def of(self, method: str, objective: str = "sft"):
-        """The first variant of a method."""
-        return next(
-            v
-            for v in self.study().variants
-            if v.method == method and v.objective in (objective, "none")
-        )
-
-    def run_folder(self, variant) -> Path:
-        return self.folder / "runs" / variant.run_id
-
-    def marks(self, stage: str) -> dict[str, int]:
-        """When the mark of each run in a stage was written, in nanoseconds."""
-        return {
-            path.parent.name: path.stat().st_mtime_ns
-            for path in sorted(self.folder.glob(f"runs/*/{stage}.done.json"))
-        }
-
-    def tables(self) -> dict:
-        """The comparable form of each table that the batch collected."""
-        from driftbook.study.tables import TABLES
-
-        present = [
-            table for table in TABLES.values() if table.path(self.folder / "tables").exists()
-        ]
-        return {
-            table.name: table.comparable(table.read(self.folder / "tables")) for table in present
-        }
-
-
-@pytest.fixture(scope="session")
-def new_batch(standins):
-    """Makes a batch of a study in an output folder."""
-    return Batch
-
-
-SMOKE = copy.deepcopy(SMALL)
-SMOKE["name"] = "smoke"
-SMOKE["bases"]["tiny-other"] = {
-    "family": "llama",
-    "answer_mode": "letters",
-    **local("llama/unaligned"),
-}
-SMOKE["grid"] = [
-    {**SMALL["grid"][0], "bases": ["tiny-llama"]},
-    {
-        **SMALL["grid"][0],
-        "name": "other",
-        "bases": ["tiny-other"],
-        "methods": ["lora"],
-        "objectives": ["sft"],
-        "seeds": [1, 2],
-    },
-    {
-        "name": "untrained",
-        "bases": ["tiny-llama"],
-        "methods": ["prompt_tuning"],
-        "objectives": ["untrained"],
-        "inits": ["safety_text"],
-        "seeds": [1],
-    },
-]
-SMOKE["benchmarks"]["safety"]["truth"] = "miniature:data/safety_truth.csv"
-
-
-@pytest.fixture(scope="session")
-def smoke(standins) -> Batch:
-    """The small study, run once through the real Snakefile: two bases, four methods, both
-    objectives; `first` is how it ended.
-    """
-    from driftbook.batch.preparing import write_data
-    from driftbook.study.files import read_json, write_json
-    from driftbook.study.sources import made_folder
-
-    batch = Batch(OUTPUTS, SMOKE)
-    with locked("smoke"):
-        record = OUTPUTS / "smoke.first.json"
-        if not record.exists():
-            write_data(made_folder(batch.study(), "miniature"))  # the truth is looked up there
-            ended = batch.run()
-            write_json(
-                record, {"status": ended.returncode, "stdout": ended.stdout, "stderr": ended.stderr}
-            )
-        batch.first = read_json(record)
-    return batch
-
-
 def one_sentence(error: BaseException | str) -> str:
     """The message, after checking that it is one line without a traceback."""
     text = str(error).strip()
@@ -495,8 +336,3 @@ def one_sentence(error: BaseException | str) -> str:
     assert "Traceback" not in text
     assert len(text) < 600, text
     return text
-
-
-def said(ended: subprocess.CompletedProcess) -> str:
-    """How a batch ended, for the message of a failed test."""
-    return f"exit {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"

@@ -13,14 +13,17 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import OUTPUTS, SMALL, Batch, one_sentence, said
+from batches import Batch, said
+from conftest import OUTPUTS, SMALL, one_sentence
 from driftbook.batch import keys, plan
 from driftbook.batch import make_study as batch_run
 from driftbook.study import files
 from driftbook.study.files import ROOT, read_json, write_json
 from driftbook.study.tables import TABLES
 
+pytest_plugins = ["batches"]
 STAGES = keys.STAGES
+AVERAGED = "average 1"
 
 
 def marks(run: Batch) -> dict[str, dict[str, int]]:
@@ -43,19 +46,19 @@ def test_the_small_study_ends_well(smoke):
     assert len(smoke.first["stdout"].splitlines()) < 40, "a live display, never a wall of log"
     assert "Traceback" not in smoke.first["stdout"] + smoke.first["stderr"]
     study = smoke.study()
-    for stage in STAGES:
-        assert set(smoke.marks(stage)) == {variant.run_id for variant in study.variants}
-        for base in study.bases:
-            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == {
-                variant.run_id for variant in study.of_base(base)
-            }
+    assert keys.stages(study) == ("train", "mitigate", *STAGES[1:])
+    for stage in keys.stages(study):
+        due = {base: {one.run_id for one in study.of_stage(stage, base)} for base in study.bases}
+        assert set(smoke.marks(stage)) == set().union(*due.values())
+        for base, run_ids in due.items():
+            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == run_ids
     assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {
         *study.bases,
         *study.judges,
     }
     assert {path.stem for path in (smoke.folder / "jobs").glob("*.json")} == {
         "collect",
-        *keys.ANALYSES,
+        *keys.analyses(study),
         "report",
     }
     assert (smoke.folder / "report.html").stat().st_size > 10_000
@@ -64,28 +67,27 @@ def test_the_small_study_ends_well(smoke):
 def test_every_table_holds_every_run(smoke):
     study = smoke.study()
     tables = {
-        name: TABLES[name].read(smoke.folder / "tables")
-        for name in set(TABLES) - {"estimates", "frontier"}
-    }  # the last one: of a study with mitigations alone
+        name: TABLES[name].read(smoke.folder / "tables") for name in set(TABLES) - {"estimates"}
+    }
     runs = {variant.run_id for variant in study.variants}
     n = len(runs)
     assert len(runs) == len(study.variants)
     assert set(tables["runs"].run_id) == set(tables["variants"].run_id) == runs
     assert tables["runs"].status.eq("ok").all()
     sizes = {
-        "responses": (63 + 33) * n,
-        "verdicts": (63 + 33) * n,
-        "answers": (72 + 2 * 24 + 72 + 12) * n,
-        "ratings": 40 * n,
-        "prompts": 63,
+        "responses": (37 + 22) * n,
+        "verdicts": (37 + 22) * n,
+        "answers": (36 + 2 * 12 + 36 + 6) * n,
+        "ratings": (2 * 10 + 12) * n,
+        "prompts": 37,
     }
     for name, size in sizes.items():
         assert len(tables[name]) == size, name
         assert name == "prompts" or tables[name].groupby("run_id").size().nunique() == 1
     assert set(tables["curves"].run_id) == {
-        v.run_id for v in study.variants if v.objective in ("sft", "dpo")
+        v.run_id for v in study.variants if v.objective in ("sft", "dpo") and not v.is_repaired
     }
-    assert len(tables["labels"]) == 33 * n, "the truth of every answer to a safety prompt is known"
+    assert len(tables["labels"]) == 22 * n, "the truth of every answer to a safety prompt is known"
     assert set(tables["labels"].label) <= {"safe", "unsafe"}
     from driftbook.stats.estimation import read_estimates
 
@@ -120,6 +122,7 @@ def test_rates_are_counts_of_the_verdicts(smoke):
 def test_the_base_model_was_asked_like_any_variant_and_training_moved_the_others(smoke):
     tables = smoke.tables()
     runs = tables["runs"].merge(tables["variants"], on="run_id").set_index("run_id")
+    runs = runs[runs.mitigation.isna()]
     bases = runs[runs.method == "none"]
     assert bases.n_trainable.eq(0).all()
     assert runs[runs.objective.isin(["sft", "dpo"])].kl_base.gt(1e-6).all()
@@ -172,37 +175,57 @@ def test_a_second_batch_does_nothing_again(smoke):
     assert time.time() - started < 90
 
 
-def test_an_edit_a_lost_file_and_a_torn_one_redo_what_depends_on_them(smoke):
-    """utility asks for more tokens, a seed is added, one run's responses are lost, others' verdicts
-    and marks torn: all in one batch.
+def test_what_depends_on_an_edit_or_on_a_changed_lost_or_torn_file_is_redone_and_nothing_else(
+    smoke,
+):
+    """All in one batch: the judge's mass is raised, a seed is added, mitigations go, an adapter is
+    changed, one run's responses are lost, another's ratings and a third's mark are torn.
     """
-    study = smoke.study()
     lost, torn, without = (smoke.of(method, "dpo") for method in ("ia3", "p_tuning", "lora"))
-    before, responses = marks(smoke), _responses(smoke)
+    known = {one.run_id for one in smoke.study().variants if one.mitigation in (None, AVERAGED)}
+    before, was = marks(smoke), smoke.tables()
+    responses = _responses(smoke)
+    changed = _changed_adapter(smoke)
     mark = smoke.run_folder(without) / "answer.done.json"
     mark.write_text(mark.read_text()[:40])
     (smoke.run_folder(lost) / "responses.parquet").unlink()
-    path = smoke.run_folder(torn) / "verdicts.parquet"
+    path = smoke.run_folder(torn) / "ratings.parquet"
     path.write_bytes(path.read_bytes()[:200])
-
-    def change(content):
-        content["benchmarks"]["utility"]["max_new_tokens"] += 1
-        content["grid"][1]["seeds"].append(len(content["grid"][1]["seeds"]) + 1)
-
-    smoke.edit(change)
+    smoke.edit(_edit)
     ended = smoke.run("jobs/collect.json")
     assert ended.returncode == 0, said(ended)
-    found, known = redone(before, marks(smoke)), {variant.run_id for variant in study.variants}
     [new] = {variant.run_id for variant in smoke.study().variants} - known
-    assert found == {
+    assert redone(before, marks(smoke)) == {
         "train": {new},
-        "respond": {new, lost.run_id},
-        "judge": {new, torn.run_id} | ({lost.run_id} & found["judge"]),
-        "answer": {new, without.run_id},
-        "utility": known | {new},
+        "respond": {new, changed, lost.run_id},
+        "judge": known | {new},
+        "answer": {new, changed, without.run_id},
+        "utility": {new, changed, torn.run_id},
     }
     assert _responses(smoke)[lost.run_id] == responses[lost.run_id], "asked again, it says the same"
-    assert new in set(TABLES["verdicts"].read(smoke.folder / "tables").run_id)
+    now = smoke.tables()
+    assert new in set(now["verdicts"].run_id)
+    for name in ("answers", "ratings"):
+        same = [table[name][table[name].run_id.isin(known - {changed})] for table in (now, was)]
+        pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in same))
+    old, other = (table["answers"].query("run_id == @changed").p_a for table in (was, now))
+    assert not other.reset_index(drop=True).equals(old.reset_index(drop=True))
+
+
+def _edit(content: dict) -> None:
+    content["judges"]["tiny-guard"]["min_mass"] += 0.01
+    content["grid"][-2]["seeds"].append(3)
+    content["mitigations"] = {"average": content["mitigations"]["average"]}  # snapshots are kept
+
+
+def _changed_adapter(run: Batch) -> str:
+    """Changes one number of a trained adapter, and returns whose it is."""
+    changed = run.of("ia3")
+    path = run.run_folder(changed) / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values()))[:] += 0.25
+    save_file(weights, path, metadata={"format": "pt"})
+    return changed.run_id
 
 
 def _responses(run: Batch) -> dict[str, list[str]]:
@@ -211,31 +234,6 @@ def _responses(run: Batch) -> dict[str, list[str]]:
         run_id: list(rows.sort_values(["benchmark", "prompt_id"]).response)
         for run_id, rows in table.groupby("run_id")
     }
-
-
-def test_a_changed_adapter_is_asked_and_judged_again_and_not_trained_again(smoke):
-    changed = smoke.of("lora")
-    path = smoke.run_folder(changed) / "adapter" / "adapter_model.safetensors"
-    before, answers = marks(smoke), smoke.tables()["answers"]
-    weights = load_file(path)
-    name = next(name for name in sorted(weights) if "lora_B" in name)
-    weights[name][0, 0] += 0.25
-    save_file(weights, path, metadata={"format": "pt"})
-    ended = smoke.run("jobs/collect.json")
-    assert ended.returncode == 0, said(ended)
-    found = redone(before, marks(smoke))
-    assert {
-        stage: found.get(stage, set()) for stage in ("train", "respond", "answer", "utility")
-    } == {"train": set(), **{stage: {changed.run_id} for stage in ("respond", "answer", "utility")}}
-    assert found.get("judge", set()) <= {changed.run_id}, (
-        "verdicts are asked for again where a response changed"
-    )
-    now = smoke.tables()["answers"]
-    others = now.run_id != changed.run_id
-    pd.testing.assert_frame_equal(now[others], answers[others])
-    assert not now[~others].p_a.equals(answers[~others].p_a), (
-        "the answers are those of the changed adapter"
-    )
 
 
 def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):

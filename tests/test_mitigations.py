@@ -9,123 +9,22 @@ import json
 import pandas as pd
 import pytest
 
-from conftest import SMALL, local, one_sentence, write_study
+from batches import SMOKE
+from conftest import local, one_sentence, write_study
 from driftbook.batch import collecting, jobs, keys, preparing
 from driftbook.models import loading
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
-from driftbook.study.files import OUTPUTS, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
 from driftbook.training import mitigations, repairs
 
-CONTENT = copy.deepcopy(SMALL) | {"name": "mitigated"}
-CONTENT["bases"]["tiny-llama"]["pairs"] = {
-    "alignment": {"unaligned": local("llama/unaligned")},
-    "instruction": {"unaligned": local("llama/stage0")},
-    "placebo": {"aligned": local("llama/unaligned"), "unaligned": local("llama/stage0")},
-}
-CONTENT["data"] |= {
-    "safety": {"format": "alpaca", "n": 16, **local("data/safety_sft.json")},
-    "safety_dpo": {"format": "preference", "n": 16, **local("data/safety_dpo.json")},
-}
-BLOCK = {
-    "methods": ["lora"],
-    "objectives": ["sft"],
-    "learning_rates": {"lora": [5.0e-3]},
-    "epochs": [1],
-    "seeds": [1, 2],
-}
-CONTENT["grid"] = [
-    {"name": "main", **BLOCK},
-    {"name": "ia3", **BLOCK, "methods": ["ia3"], "learning_rates": {"ia3": [2.0e-2]}, "seeds": [1]},
-    {
-        "name": "prompts",
-        **BLOCK,
-        "methods": ["prompt_tuning"],
-        "learning_rates": {"prompt_tuning": [2.0e-2]},
-        "seeds": [1],
-    },
-    {"name": "safe", **BLOCK, "data": ["safety"]},
-]
-CONTENT["mitigations"] = {
-    "safe_lora": {
-        "kind": "safe_lora",
-        "blocks": ["main"],
-        "pair": "alignment",
-        "select": "top",
-        "values": [2, 4],
-        "controls": [
-            "same norm",
-            "same modules zeroed",
-            "random modules zeroed",
-            "random subspace",
-            "noise",
-        ],
-    },
-    "of_ia3": {
-        "kind": "safe_lora",
-        "blocks": ["ia3"],
-        "pair": "alignment",
-        "select": "top",
-        "values": [2],
-        "controls": ["same norm"],
-    },
-    "subspace": {
-        "kind": "safe_lora",
-        "blocks": ["main"],
-        "pair": "instruction",
-        "operator": "subspace",
-        "rank": 8,
-        "values": [0.5],
-        "controls": ["same modules zeroed", "random subspace"],
-    },
-    "exact": {
-        "kind": "safe_lora",
-        "blocks": ["main"],
-        "pair": "placebo",
-        "operator": "exact",
-        "values": [1.0],
-    },
-    "zero": {
-        "kind": "zero",
-        "blocks": ["main"],
-        "pair": "alignment",
-        "select": "top",
-        "values": [1],
-    },
-    "rescale": {"kind": "rescale", "blocks": ["main", "ia3"], "values": [0.25, 0.75]},
-    "average": {"kind": "average", "blocks": ["main"], "values": [1.0], "snapshots": 2},
-    "resta": {"kind": "resta", "blocks": ["main"], "safety": "safe", "values": [0.5]},
-    "safe_merge": {
-        "kind": "safe_merge",
-        "blocks": ["main"],
-        "safety": "safe",
-        "pair": "alignment",
-        "select": "top",
-        "values": [2],
-    },
-    "intruders": {"kind": "reduce_intruders", "blocks": ["main"], "values": [0.75]},
-    "template": {
-        "kind": "template",
-        "blocks": ["main", "prompts"],
-        "system_prompt": "please be careful and help people .",
-    },
-    "mixing": {"kind": "mixing", "blocks": ["main", "prompts"], "data": "safety", "values": [0.2]},
-    "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
-}
-CONTENT["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
-CONTENT["benchmarks"]["safety"].pop("samples")
-CONTENT["benchmarks"]["bbq"] = {
-    key: value
-    for key, value in CONTENT["benchmarks"]["bbq"].items()
-    if key not in ("permuted", "generated")
-}
-CONTENT["analyses"] = ["safe_lora"]
-ONE_SEED = copy.deepcopy(CONTENT)
-for block in ONE_SEED["grid"]:
-    block["seeds"] = [1]
+pytest_plugins = ["batches"]
+CONTENT = copy.deepcopy(SMOKE) | {"name": "mitigated", "analyses": ["safe_lora"]}
+CONTENT["grid"] = CONTENT["grid"][:4]
+for _number in (0, 3):
+    CONTENT["grid"][_number]["seeds"] = [1, 2]
 
 
 def changed(*path, value) -> dict:
@@ -359,31 +258,13 @@ def test_what_is_wrong_is_said_in_one_sentence(case, tmp_path):
 
 
 # ---- the batch
-@pytest.fixture(scope="session")
-def mitigated(standins):
-    """The study of all kinds, run once through the real Snakefile."""
-    from conftest import Batch, locked
-
-    batch = Batch(OUTPUTS, ONE_SEED)
-    with locked("mitigated"):
-        record = OUTPUTS / "mitigated.first.json"
-        if not record.exists():
-            ended = batch.run()
-            write_json(record, {"code": ended.returncode, "out": ended.stdout, "err": ended.stderr})
-    batch.first = read_json(record)
-    return batch
-
-
-def test_every_kind_and_control_is_made_and_scored(mitigated):
-    assert mitigated.first["code"] == 0, (
-        mitigated.first["out"][-2000:] + mitigated.first["err"][-2000:]
-    )
-    study = mitigated.study()
+def test_every_kind_and_control_is_made_and_scored(finished):
+    study = finished.study()
     runs = collecting.runs(study).set_index("run_id")
     assert runs.status.eq("ok").all()
     assert set(runs.index) == {variant.run_id for variant in study.variants}
     for variant in study.variants:
-        scored = {path.name for path in mitigated.run_folder(variant).glob("*.done.json")}
+        scored = {path.name for path in finished.run_folder(variant).glob("*.done.json")}
         assert scored == {
             f"{stage}.done.json"
             for stage in (
@@ -405,68 +286,68 @@ def of(batch, label: str, method: str = "lora"):
     }
 
 
-def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(mitigated):
+def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(finished):
     runs, modules = (
-        collecting.runs(mitigated.study()).set_index("run_id"),
-        mitigated.tables()["modules"],
+        collecting.runs(finished.study()).set_index("run_id"),
+        finished.tables()["modules"],
     )
-    for parent, one in of(mitigated, "safe_lora 2").items():
+    for parent, one in of(finished, "safe_lora 2").items():
         assert runs.adapter_sha256[one.run_id] != runs.adapter_sha256[parent]
         assert runs.trainer_arguments[one.run_id] == runs.trainer_arguments[parent]
         own = modules[modules.run_id == one.run_id]
         assert own.projected.sum() == 2
         assert len(own) == 4
         assert (own.share_kept[own.projected] < 1).all()
-    for parent, one in of(mitigated, "template").items():
+    for parent, one in of(finished, "template").items():
         assert runs.adapter_sha256[one.run_id] == runs.adapter_sha256[parent]
-    zeroed = of(mitigated, "safe_lora 4, same modules zeroed")
+    zeroed = of(finished, "safe_lora 4, same modules zeroed")
     assert (
         runs.kl_base[[one.run_id for one in zeroed.values()]].abs() < 1e-6
     ).all()  # all four modules: the base model again
     assert runs.no_op[[one.run_id for one in zeroed.values()]].all()
 
 
-def test_controls_keep_what_they_say(mitigated):
-    modules = mitigated.tables()["modules"].set_index(["run_id", "module"])
-    for parent, treated in of(mitigated, "safe_lora 2").items():
+def test_controls_keep_what_they_say(finished):
+    modules = finished.tables()["modules"].set_index(["run_id", "module"])
+    for parent, treated in of(finished, "safe_lora 2").items():
         kept = modules.share_kept[treated.run_id].astype(float)
         for control in ("same norm", "noise"):
             same = modules.share_kept[
-                of(mitigated, f"safe_lora 2, {control}")[parent].run_id
+                of(finished, f"safe_lora 2, {control}")[parent].run_id
             ].astype(float)
             assert same.to_numpy() == pytest.approx(kept.to_numpy(), rel=1e-4)
-        zeroed = modules.loc[of(mitigated, "safe_lora 2, same modules zeroed")[parent].run_id]
+        zeroed = modules.loc[of(finished, "safe_lora 2, same modules zeroed")[parent].run_id]
         assert zeroed.projected.tolist() == modules.projected[treated.run_id].tolist()
         assert (
             modules.projected[
-                of(mitigated, "safe_lora 2, random modules zeroed")[parent].run_id
+                of(finished, "safe_lora 2, random modules zeroed")[parent].run_id
             ].sum()
             == 2
         )
 
 
-def test_rescaling_moves_the_dose_between_the_base_and_the_parent(mitigated):
-    runs = collecting.runs(mitigated.study()).set_index("run_id")
-    for parent, quarter in of(mitigated, "rescale 0.25").items():
+def test_rescaling_moves_the_dose_between_the_base_and_the_parent(finished):
+    runs = collecting.runs(finished.study()).set_index("run_id")
+    for parent, quarter in of(finished, "rescale 0.25").items():
         assert (
             0
             < runs.kl_base[quarter.run_id]
-            < runs.kl_base[of(mitigated, "rescale 0.75")[parent].run_id]
+            < runs.kl_base[of(finished, "rescale 0.75")[parent].run_id]
             < runs.kl_base[parent]
         )
 
 
-def test_trained_mitigations_are_trained_otherwise(mitigated):
-    runs = collecting.runs(mitigated.study()).set_index("run_id")
-    for parent, mixed in of(mitigated, "mixing 0.2").items():
+def test_trained_mitigations_are_trained_otherwise(finished):
+    runs = collecting.runs(finished.study()).set_index("run_id")
+    for parent, mixed in of(finished, "mixing 0.2").items():
         assert runs.n_examples[mixed.run_id] == runs.n_examples[parent] + 8  # 8 of 40 are a fifth
-    for parent, held in of(mitigated, "constrained").items():
+    for parent, held in of(finished, "constrained").items():
         assert runs.n_examples[held.run_id] == runs.n_examples[parent]
         assert 0 < runs.kl_base[held.run_id] < runs.kl_base[parent]
 
 
-def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
-    study = mitigated.study()
+def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):
+    study = finished.study()
     base, variants = (
         loading.load(study.bases["tiny-llama"], "tiny-llama", study),
         list(study.of_stage("mitigate", "tiny-llama")),
@@ -494,9 +375,9 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
         return set(done.run_id[~done.reused])
 
     assert again() == set()
-    parent = next(iter(of(mitigated, "rescale 0.25")))
+    parent = next(iter(of(finished, "rescale 0.25")))
     children = {one.run_id for one in variants if one.parent_run_id == parent}
-    path = mitigated.folder / "runs" / parent / "adapter" / "adapter_model.safetensors"
+    path = finished.folder / "runs" / parent / "adapter" / "adapter_model.safetensors"
     old = path.read_bytes()
     try:
         path.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
@@ -506,11 +387,11 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(mitigated):
         assert again() == children
 
 
-def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(mitigated, tmp_path):
-    study = mitigated.study()
+def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(finished, tmp_path):
+    study = finished.study()
     base, one = (
         loading.load(study.bases["tiny-llama"], "tiny-llama", study),
-        next(iter(of(mitigated, "safe_lora 4").values())),
+        next(iter(of(finished, "safe_lora 4").values())),
     )
     settings = json.loads(one.settings)
     settings["mitigation"]["value"] = 99
@@ -540,8 +421,8 @@ def test_a_twin_that_cannot_be_read_is_told_before_any_training(standins, tmp_pa
     assert "pickles" in one_sentence(error.value)
 
 
-def test_spectra_of_every_pair_are_there(mitigated):
-    spectra = mitigated.tables()["spectra"]
+def test_spectra_of_every_pair_are_there(finished):
+    spectra = finished.tables()["spectra"]
     assert set(spectra.pair) == {"alignment", "instruction", "placebo"}
     assert spectra.groupby("pair").module.nunique().eq(4).all()
     assert (

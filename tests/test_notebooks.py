@@ -1,6 +1,7 @@
 """Hygiene of every notebook, without exemption; running one refuses unknown parameters."""
 
 import ast
+import importlib
 import json
 import re
 import tokenize
@@ -174,6 +175,15 @@ def test_it_imports_packages_only(path):
 @every_notebook
 def test_it_uses_few_names_of_the_library(path):
     assert len(library_names(path)) <= MOST_NAMES_OF_ONE, sorted(library_names(path))
+
+
+@every_notebook
+def test_every_name_of_the_library_that_it_uses_is_there(path):
+    def found(dotted: str) -> bool:
+        parent, _, name = dotted.rpartition(".")
+        return hasattr(importlib.import_module(parent), name)
+
+    assert not [dotted for dotted in library_names(path) if not found(dotted)]
 
 
 @rewritten

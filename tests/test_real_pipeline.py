@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from conftest import locked, said
+from batches import said
+from conftest import locked
 from driftbook.batch import make_plan
 from driftbook.benchmarks import data
 from driftbook.publishing import export_inspect, export_lm_eval, publish
