@@ -34,7 +34,7 @@ from hypothesis import settings
 from driftbook.study.files import OUTPUTS, ROOT
 
 settings.register_profile(
-    "driftbook", deadline=None, max_examples=40, derandomize=True, print_blob=False
+    "driftbook", deadline=None, max_examples=15, derandomize=True, print_blob=False
 )
 settings.load_profile("driftbook")
 

@@ -25,9 +25,13 @@ LENGTHS = [
 ]  # tokens of context and continuation
 
 
+SOME = [(family, None) for family in FAMILIES] + [
+    (FAMILIES[i % 4], method) for i, method in enumerate((*PEFT_METHODS, *OTHER_METHODS))
+]
 every_case = pytest.mark.parametrize(("family", "method"), CASES, ids=lambda value: str(value))
 
 
+some_cases = pytest.mark.parametrize(("family", "method"), SOME, ids=lambda value: str(value))
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

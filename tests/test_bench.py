@@ -9,7 +9,7 @@ from bench import __main__, harness, judges, scoring
 
 @pytest.fixture(scope="module")
 def items(shared):
-    return harness.bbq_items(48)
+    return harness.bbq_items(24)
 
 
 def found(rows):
@@ -22,7 +22,7 @@ def small(monkeypatch):
         harness,
         "SHAPES",
         {
-            name: shape | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+            name: shape | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
             for name, shape in harness.SHAPES.items()
         },
     )

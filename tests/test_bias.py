@@ -211,7 +211,7 @@ def few_answers(draw):
 
 
 @pytest.mark.parametrize("convention", bbq_scores.CONVENTIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows=few_answers())
 def test_each_convention_does_what_its_table_says(convention, rows):
     row = bbq_scores.scores(rows, convention=convention, n_boot=0).iloc[0]
@@ -400,7 +400,7 @@ def test_many_families_have_the_bootstraps_interval():
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
 def test_laws_of_the_interval(families):
     correct = np.array([right for right, _ in families], float)

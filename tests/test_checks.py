@@ -134,7 +134,7 @@ def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
 
 def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
     rng, p = np.random.default_rng(4), []
-    for _ in range(80):
+    for _ in range(40):
         tables = {}
         for base in range(3):
             parts = []
@@ -150,7 +150,7 @@ def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
             tables[base] = pd.concat(parts)
         p.append(study_rounds.tested_rounds(tables, 0.3)["p"].min())
     assert np.mean(np.array(p) <= study_tables.alpha_of("drift") / 3) <= 0.05 + 2 * np.sqrt(
-        0.05 * 0.95 / 80
+        0.05 * 0.95 / 40
     )
     assert (
         np.median(p) < 0.6

@@ -58,7 +58,7 @@ def study():
     """
     study = load("miniature").model_copy(update={"name": "exported"})
     tables = simulate(study.folder, bases=["mini-llama"], seeds=(1,), unscored=0.05) / "tables"
-    few(tables, 6)
+    few(tables, 4)
     rng = np.random.default_rng(1)
     verdicts = TABLES["verdicts"].read(tables).assign(reply=SECRET)
     other = verdicts.assign(

@@ -113,7 +113,7 @@ def taught(form, template):
     """A tiny judge that has learned to reply in a format to made-up answers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    pairs = pairs_of_words(800, seed=1)
+    pairs = pairs_of_words(600, seed=1)
     replies = [true_reply(form, response) for _, response in pairs]
     texts = [
         WILDGUARD_TEMPLATE,

@@ -96,12 +96,12 @@ def test_probabilities_are_known_and_weigh_the_sample_to_all_answers():
 def test_every_answer_is_drawn_as_often_as_its_probability_says():
     frame = answers(n=40, runs=2)
     times = (
-        pd.concat([labelling.draw(frame, 60, seed) for seed in range(300)])
+        pd.concat([labelling.draw(frame, 60, seed) for seed in range(150)])
         .groupby(ANSWER)["sampling_probability"]
         .agg(["size", "first"])
     )
-    z = (times["size"] - 300 * times["first"]) / np.sqrt(
-        300 * times["first"] * (1 - times["first"]) + 1e-9
+    z = (times["size"] - 150 * times["first"]) / np.sqrt(
+        150 * times["first"] * (1 - times["first"]) + 1e-9
     )
     assert z[times["first"] < 1].std() == pytest.approx(1, abs=0.2)
     assert len(times) == len(frame)
@@ -220,7 +220,7 @@ def test_labels_are_written_one_by_one_and_go_on_where_they_stopped(sheet):
 # ---- the correction
 def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
     inside = {JUDGE: [], CORRECTED: []}
-    for seed in range(120):
+    for seed in range(60):
         frame = answers(seed, n=120, runs=3)
         drawn = labelling.draw(frame, 240, seed)
         found = labelling.corrected(frame, labels_of(frame, drawn), drawn)
@@ -236,7 +236,7 @@ def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
 
 def test_the_correction_is_unbiased_and_shorter_than_labels_alone():
     errors, ours, alone = [], [], []
-    for seed in range(80):
+    for seed in range(40):
         frame = answers(seed, unscored=0.0)
         drawn = labelling.draw(frame, 240, seed)
         one = row(
@@ -251,7 +251,7 @@ def test_the_correction_is_unbiased_and_shorter_than_labels_alone():
         ours.append(one["se"])
         alone.append(100 * np.sqrt(0.25 / one["n_labelled"]))
     assert abs(np.mean(errors)) < 3 * np.std(errors) / np.sqrt(len(errors))
-    assert np.std(errors) == pytest.approx(np.mean(ours), rel=0.2)
+    assert np.std(errors) == pytest.approx(np.mean(ours), rel=0.3)
     assert np.mean(ours) < np.mean(alone)
 
 

@@ -81,7 +81,7 @@ def test_what_was_asked_otherwise_stands_beside_and_is_not_scored(study, tables)
         responses[responses.benchmark == "safety"].groupby(["prompt_variant", "decoding"]).size()
     )
     assert counts["careful", "greedy"] == 10 * len(study.variants)
-    assert (counts["default"] == 30 * len(study.variants)).all()
+    assert (counts["default"] == 20 * len(study.variants)).all()
     estimates = pd.concat(
         [
             pq.read_table(path).to_pandas()
@@ -96,7 +96,7 @@ def test_what_was_asked_otherwise_stands_beside_and_is_not_scored(study, tables)
         .query("outcome == 'unsafe' and benchmark == 'safety'")
         .groupby(["run_id", "judge"])
         .n.sum()
-    ) == {30}
+    ) == {20}
 
 
 def test_drawn_answers_of_a_repeated_base_model_are_drawn_anew_and_greedy_ones_are_the_same(tables):

@@ -16,7 +16,7 @@ from conftest import FAMILIES, OTHER_METHODS, PEFT_METHODS, one_sentence
 from driftbook.models import adapters, trees
 from driftbook.models.sampling import Sampling, VariantFailure
 from driftbook.models.scoring import Scorer
-from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of
+from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of, some_cases
 
 pytest_plugins = ["scored"]
 
@@ -77,7 +77,7 @@ def test_log_probabilities_are_those_of_pefts_forward_on_one_example(attached):
         np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
 
 
-@every_case
+@some_cases
 def test_sharing_beginnings_changes_nothing(attached, monkeypatch):
     base, model = attached
     pairs = branching(base, seed=8)
@@ -98,7 +98,7 @@ def test_sharing_beginnings_changes_nothing(attached, monkeypatch):
         np.testing.assert_allclose(scores, expected, atol=TOLERANCE, rtol=0)
 
 
-@every_case
+@some_cases
 def test_greedy_text_does_not_depend_on_the_batch_and_is_pefts_own(attached):
     base, model = attached
     contexts = [context for context, _ in pairs_of(base, LENGTHS, seed=2)]
@@ -157,7 +157,7 @@ def test_any_lengths_in_any_order_and_budget_give_the_same(bases, adapter_folder
     base = bases["llama"]
     with adapters.attached(base.model, adapter_folders["llama", method]) as model:
 
-        @hypothesis_settings(max_examples=12, deadline=None)
+        @hypothesis_settings(max_examples=6, deadline=None)
         @given(
             lengths=st.lists(
                 st.tuples(st.integers(1, 60), st.integers(1, 8)), min_size=1, max_size=8
@@ -340,7 +340,7 @@ def test_without_memory_for_one_prompt_it_is_the_variants_failure(bases, monkeyp
 
 
 # ---- the base stays as it is
-@every_case
+@some_cases
 def test_the_base_is_bitwise_the_same_after_an_adapter_came_and_went(
     bases, adapter_folders, family, method
 ):

@@ -11,13 +11,13 @@ from conftest import one_sentence
 from driftbook.models import loading
 from driftbook.models.sampling import Sampling, VariantFailure
 from driftbook.models.scoring import Scorer
-from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of
+from scored import LENGTHS, TOLERANCE, every_family, pairs_of, some_cases
 
 pytest_plugins = ["scored"]
 
 
 # ---- options, letters, distributions
-@every_case
+@some_cases
 def test_options_of_one_token_and_of_several_agree_with_the_likelihood(attached):
     base, model = attached
     scorer = Scorer(model, base.tokenizer)

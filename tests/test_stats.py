@@ -129,7 +129,7 @@ def test_spread_between_settings_is_no_spread_between_seeds():
 
 def test_two_way_interval_covers_when_runs_and_prompts_vary():
     rng, hits = np.random.default_rng(3), 0
-    for _ in range(300):
+    for _ in range(150):
         change = (
             0.1
             + 0.1 * rng.normal(size=(4, 1))
@@ -142,7 +142,7 @@ def test_two_way_interval_covers_when_runs_and_prompts_vary():
             .loc[terms.CHANGE]
         )
         hits += row["ci_low"] <= 10 <= row["ci_high"]
-    assert 0.91 <= hits / 300 <= 0.99
+    assert 0.91 <= hits / 150 <= 0.99
 
 
 def test_nothing_changed_has_a_bound_and_nothing_scored_has_no_number():

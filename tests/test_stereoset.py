@@ -345,8 +345,8 @@ def test_the_model_that_prefers_nonsense():
 
 
 def test_the_random_model():
-    found = overall(stereoset_scores(*made(*np.random.default_rng(0).normal(size=(3, 40_000)))))
-    assert [found[name] for name in ("lms", "ss", "icat")] == pytest.approx([50, 50, 50], abs=1)
+    found = overall(stereoset_scores(*made(*np.random.default_rng(0).normal(size=(3, 10_000)))))
+    assert [found[name] for name in ("lms", "ss", "icat")] == pytest.approx([50, 50, 50], abs=2)
     assert all(
         found[f"{name}_low"] < 50 < found[f"{name}_high"] + 1 for name in ("lms", "ss", "icat")
     )
@@ -392,11 +392,11 @@ def test_icat_by_its_formula():
 
 @pytest.mark.parametrize("lean", [0.5, 0.65])
 def test_intervals_hold_the_true_scores(lean):
-    """100 simulated sets of 40 targets that differ, each of 6 items, as gender has in dev.json;
+    """60 simulated sets of 40 targets that differ, each of 6 items, as gender has in dev.json;
     icat's interval also at its peak.
     """
     rng, held = np.random.default_rng(1), []
-    for _ in range(100):
+    for _ in range(60):
         p = np.repeat(rng.beta(8 * lean, 8 * (1 - lean), 40), 6)
         stereotype = (rng.random(240) < p).astype(float)
         nonsense = np.where(rng.random(240) < 0.2, 2.0, -1.0)
@@ -405,7 +405,7 @@ def test_intervals_hold_the_true_scores(lean):
                 *made(
                     stereotype, 1 - stereotype, nonsense, np.repeat(np.arange(40), 6).astype(str)
                 ),
-                n_boot=400,
+                n_boot=300,
             )
         )
         truth = {"lms": 80, "ss": 100 * lean, "icat": icat(80, 100 * lean)}
