@@ -18,7 +18,8 @@ import yaml
 from driftbook.publishing import export, export_inspect, export_lm_eval, exported
 from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.study_file import find, load
-from driftbook.study.tables import RESPONSE_KEY, TABLES
+from driftbook.study.tables import TABLES
+from exports import SECRET, everything, few
 from simulated import simulate
 
 os.environ.update(
@@ -28,7 +29,6 @@ os.environ.update(
     DISABLE_MULTIPROC="1",
 )
 WAY = "default-greedy"
-SECRET = "grumbling violet umbrella"  # in every response and in every judge's reply
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,59 +41,9 @@ def _no_network():
         yield
 
 
-def few(tables: Path, n: int) -> None:
-    """Keep the first runs of a study: the base model, the one that failed where one did, and
-    others.
-    """
-    run_ids = TABLES["variants"].read(tables)["run_id"][:n]
-    for name in ("variants", "runs", "verdicts", "answers", "ratings"):
-        frame = TABLES[name].read(tables)
-        TABLES[name].write(frame[frame["run_id"].isin(run_ids)], tables)
-
-
 @pytest.fixture(scope="module")
 def study():
-    """A study with what a table can hold: two judges, unscored and repeated answers, BBQ asked in
-    several ways, a failed run.
-    """
-    study = load("miniature").model_copy(update={"name": "exported"})
-    tables = simulate(study.folder, bases=["mini-llama"], seeds=(1,), unscored=0.05) / "tables"
-    few(tables, 4)
-    rng = np.random.default_rng(1)
-    verdicts = TABLES["verdicts"].read(tables).assign(reply=SECRET)
-    other = verdicts.assign(
-        judge="mini-other", unsafe=verdicts["unsafe"].mask(rng.random(len(verdicts)) < 0.3)
-    )
-    again = verdicts[
-        verdicts["run_id"].eq(verdicts["run_id"].iloc[0]) & verdicts["benchmark"].eq("safety")
-    ]
-    again = again.assign(sample=1, unsafe=rng.random(len(again)) < 0.5)
-    verdicts = pd.concat([verdicts, other, again])
-    answers = TABLES["answers"].read(tables)
-    permuted = answers[answers["option_order"].eq("ABC") & (rng.random(len(answers)) < 0.2)].assign(
-        option_order="CBA", correct=True
-    )
-    ratings = TABLES["ratings"].read(tables)
-    ratings = ratings.assign(
-        weight=ratings["weight"].mask(
-            ratings["metric"].eq("nll"), rng.integers(3, 40, len(ratings))
-        )
-    )
-    ratings.loc[ratings.index[5], ["value", "unscored_reason"]] = [None, "not finite"]
-    responses = verdicts.drop_duplicates(list(RESPONSE_KEY))[
-        [*RESPONSE_KEY, "n_tokens", "finish_reason"]
-    ]
-    responses = responses.assign(
-        response=[f"{SECRET} {number}" for number in range(len(responses))]
-    )
-    for name, frame in {
-        "verdicts": verdicts,
-        "answers": pd.concat([answers, permuted]),
-        "ratings": ratings,
-        "responses": responses,
-    }.items():
-        TABLES[name].write(frame, tables)
-    return study
+    return everything()
 
 
 @pytest.fixture(scope="module")
