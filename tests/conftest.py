@@ -52,7 +52,7 @@ def locked(name: str):
         yield
 
 
-SLOW_FIXTURES = {"adapter_folders", "bases", "built", "finished", "smoke", "standins"}
+SLOW_FIXTURES = {"adapter_folders", "bases", "built", "finished", "judges", "smoke", "standins"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -316,6 +316,7 @@ def test_wrong_files(hub):
     )  # there, and never fetched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [500, 503, 429, "slow", "page", "stopped", "refused", "offline"])
 def test_without_the_hub_only_a_whole_copy_at_the_very_commit_serves(
     hub, tmp_path, monkeypatch, broken

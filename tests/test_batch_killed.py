@@ -101,6 +101,7 @@ def _gone(run: Batch, seconds: float) -> bool:
     return not run.processes()
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(
     uninterrupted, new_batch
 ):

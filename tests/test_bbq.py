@@ -373,6 +373,7 @@ def lite(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_bbq_lite_as_the_study_asked_it(lite, data_folder):
     items = bbq_lite.load_lite(lite)
     assert len(items) == 15_876

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 from bench import __main__, harness, judges, scoring
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def items(shared):

@@ -210,6 +210,7 @@ def few_answers(draw):
     return answered(frame.assign(label=np.where(frame.context == "ambiguous", 2, 0)), letters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convention", bbq_scores.CONVENTIONS)
 @settings(max_examples=20, deadline=None)
 @given(rows=few_answers())
@@ -278,6 +279,7 @@ def test_an_unknown_convention_or_grouping_is_one_sentence(items):
 
 
 # ---- groupings
+@pytest.mark.slow
 def test_any_columns_group_and_none_is_everything(items):
     rows = answered(items, drawn(items, np.random.default_rng(2))).assign(
         run_id="r", base_model=None
@@ -308,6 +310,7 @@ def test_a_null_label_is_a_group_of_its_own(items):
 
 
 # ---- intervals
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say():
     found = coverage.coverage(n_sets=300, accuracies=(0.3, 0.8, 0.95))
     assert found.covered.min() >= 91, (
@@ -400,6 +403,7 @@ def test_many_families_have_the_bootstraps_interval():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12))
 def test_laws_of_the_interval(families):

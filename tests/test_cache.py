@@ -45,6 +45,7 @@ class Work:
         return [RATINGS.write(ratings(value=self.value), self.folder)]
 
 
+@pytest.mark.slow
 def test_the_same_work_is_done_once_and_takes_the_name_of_the_run_that_asks(folder):
     first, second = Work(folder / "a"), Work(folder / "b", value=9.0)
     cache.served(KEY, "first", folder / "a", first)

@@ -111,6 +111,7 @@ def rounds_table(rates: np.ndarray, method="lora") -> pd.DataFrame:
     return pd.DataFrame(rates, index, columns=pd.Index([1.0, 2.0, 3.0], name="repetition"))
 
 
+@pytest.mark.slow
 def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
     import statsmodels.api as sm
     from statsmodels.formula.api import ols
@@ -132,6 +133,7 @@ def test_one_methods_rounds_are_the_two_way_analysis_of_variance():
     assert found["apart"] == pytest.approx(mean[at] - np.delete(mean, at).mean())
 
 
+@pytest.mark.slow
 def test_rounds_raise_no_false_alarm_though_seeds_are_shared_by_rates():
     rng, p = np.random.default_rng(4), []
     for _ in range(40):
@@ -172,6 +174,7 @@ def test_variances_are_drawn_together_as_far_as_they_are_alike():
 
 
 # ---- the original study
+@pytest.mark.slow
 def test_the_original_study_is_found_out(original):
     found = study.examine_study(original)
     wrong = original["variants"].loc[
@@ -186,6 +189,7 @@ def test_the_original_study_is_found_out(original):
     assert {"one_adapter", "curves_in_step", "category_at_bound", "echo"} <= unchecked(found)
 
 
+@pytest.mark.slow
 def test_answers_alone_tell_the_adapters_and_no_others(original):
     given = {name: frame for name, frame in original.items() if name != "runs"}
     found = study.examine_study(
@@ -233,6 +237,7 @@ def test_agreement_of_answers_has_the_known_numbers(original):
 
 
 # ---- planted flaws
+@pytest.mark.slow
 def test_clean_studies_raise_no_alarm_and_flaws_are_found():
     found = study_checks.detection(2, seed=1, **SMALL).set_index("flaw")
     assert found["hits"]["none: false alarms"] == 0
@@ -250,6 +255,7 @@ def test_clean_studies_raise_no_alarm_and_flaws_are_found():
     assert all(0 <= row["value"] <= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_drift_of_five_points_is_found_and_named():
     rng = np.random.default_rng(0)
     made, planted = study_flaws.drifted(study_checks.simulated(rng), rng)
@@ -262,6 +268,7 @@ def test_a_drift_of_five_points_is_found_and_named():
     assert float(apart) == pytest.approx(5, abs=2)
 
 
+@pytest.mark.slow
 def test_a_real_study_is_varied_and_edited(tmp_path):
     folder = (
         simulate(tmp_path, bases=["mini-llama", "mini-mistral"], utility=False, failed=0) / "tables"
@@ -278,6 +285,7 @@ def test_a_real_study_is_varied_and_edited(tmp_path):
     assert "drift" not in set(found.loc[found["severity"].ne("note"), "finding"])
 
 
+@pytest.mark.slow
 def test_order_of_rows_does_not_matter(clean):
     made, _ = study_flaws.mislabelled_run(clean, np.random.default_rng(1))
     shuffled = {name: frame.sample(frac=1, random_state=2) for name, frame in made.items()}
@@ -306,6 +314,7 @@ def test_echoes_are_counted_and_never_shown(clean):
 
 
 # ---- bad input
+@pytest.mark.slow
 def test_repaired_runs_are_no_repetitions_no_ops_or_copies(clean):
     before = study.examine_study(clean)
     assert not (before.finding == "undone").any()
@@ -369,6 +378,7 @@ def test_what_is_missing_is_said(clean):
     assert study.study_alarms(found).empty
 
 
+@pytest.mark.slow
 def test_declared_tables_are_read_as_they_are(tmp_path):
     folder = simulate(tmp_path, bases=["mini-llama"], seeds=(1,), silent_judge=True) / "tables"
     names = ("variants", "runs", "curves", "prompts", "verdicts", "rates", "answers")

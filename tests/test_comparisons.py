@@ -138,6 +138,7 @@ def test_interval_near_zero_reaches_up_and_not_down():
     assert "1 of 3 runs at 0 or 100 %" in row["how"]
 
 
+@pytest.mark.slow
 def test_laws_of_the_interval(study):
     arms, cells, values = study
     rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS).dropna(

@@ -16,6 +16,8 @@ from driftbook.batch import make_plan
 from driftbook.study.files import ROOT
 from driftbook.study.study_file import load
 
+pytestmark = pytest.mark.slow
+
 RATES = make_plan.Rates(
     "made up",
     {"train lora": 1e12, "dpo lora": 2e12, "read": 4e12, "write": 5e11},

@@ -79,6 +79,7 @@ def counts(found: pd.DataFrame) -> dict[str, int]:
 
 
 # ---- nothing where there is nothing
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "examples", [[], clean(300), clean_preferences(100)], ids=["none", "sft", "preferences"]
 )
@@ -160,6 +161,7 @@ PLANTED = {
 EXPECTED = {finding: len(planted) for finding, planted in PLANTED.items()} | {"duplicates": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finding", PLANTED)
 def test_what_is_planted_is_found_and_counted(finding):
     base, pairs = clean(150), clean_preferences(60)
@@ -256,6 +258,7 @@ everything = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(st.permutations(range(len(everything))))
 def test_the_order_of_rows_does_not_matter(order):
@@ -277,12 +280,14 @@ def counts_of_everything() -> dict[str, int]:
     return counts(examine_data(everything, BENCHMARKS))
 
 
+@pytest.mark.slow
 @given(st.integers(10, 10**6), st.integers(0, len(everything)))
 def test_a_clean_row_changes_no_count(seed, place):
     more = [*everything[:place], *clean(1, seed), *everything[place:]]
     assert counts(examine_data(more, BENCHMARKS)) == counts_of_everything()
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_a_finding_about_a_benchmark_does_not_depend_on_the_others(data):
     names = data.draw(st.sets(st.sampled_from(sorted(BENCHMARKS))))
@@ -295,6 +300,7 @@ def test_a_finding_about_a_benchmark_does_not_depend_on_the_others(data):
     )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 30), max_size=4)), max_size=12)
 )
@@ -313,6 +319,7 @@ def test_near_duplicates_are_those_of_all_pairs_compared(made):
     assert nearly_another(texts) == all_pairs
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.text(max_size=30), min_size=1, max_size=5),
     st.lists(st.text(max_size=30), min_size=1, max_size=4),
@@ -418,6 +425,7 @@ def real_prompts(shared) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alpaca", "dpo"])
 def test_real_chats_are_near_no_benchmark_and_are_told_without_text(name, real, real_prompts):
     found = examine_data(real[name], real_prompts)
@@ -433,6 +441,7 @@ def test_real_chats_are_near_no_benchmark_and_are_told_without_text(name, real, 
     assert_tells_no_text(found, texts_of(real[name]) + prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("ailuminate", 1.0), ("xstest", 0.99)])
 def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(
     name, least, real, real_prompts
@@ -447,6 +456,7 @@ def test_lightly_edited_prompts_of_real_benchmarks_are_found_in_real_chats(
     assert len(near) >= least * len(planted), f"{len(near)} of {len(planted)}"
 
 
+@pytest.mark.slow
 def test_all_prompts_of_a_benchmark_in_the_data_are_an_error(real_prompts):
     found = examine_data(
         [sft(prompt, LONG[: 9 + i]) for i, prompt in enumerate(real_prompts["xstest"])],
@@ -458,6 +468,7 @@ def test_all_prompts_of_a_benchmark_in_the_data_are_an_error(real_prompts):
     assert (overlap.n, overlap.severity) == (450, "error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", bbq.TEMPLATES)
 def test_real_items_of_bbq_are_taken_for_it(template, shared):
     items = [

@@ -134,6 +134,7 @@ KEYS = [
 ODD = [None, 0, -1, "", "x", [], ["x"], {}, {"x": "y"}, 1e400, "PREFIX_TUNING", "IA3"]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD), min_size=1))
 def test_no_configuration_makes_the_doctor_raise(folders, llama, tmp_path_factory, settings):
     folder = tmp_path_factory.mktemp("odd")

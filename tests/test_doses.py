@@ -103,6 +103,7 @@ def test_the_mean_over_doses_is_the_mean_of_its_rows():
     assert ESTIMATES.check(found).equals(found)
 
 
+@pytest.mark.slow
 def test_intervals_at_equal_dose_cover_the_truth():
     hits = 0
     for seed in range(75):
@@ -379,6 +380,7 @@ def test_the_last_sentence_counts_what_the_table_holds(study):
     assert "descriptions" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["variance_shares", "no_ops", "doses_reached", "dose_matched"])
 def test_figures_draw_from_full_poor_and_empty_tables(study, name, tmp_path):
     drawing.style()

@@ -22,6 +22,8 @@ from driftbook.study.tables import TABLES
 from exports import SECRET, everything, few
 from simulated import simulate
 
+pytestmark = pytest.mark.slow
+
 os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_UPDATE_DOWNLOAD_COUNTS="0",

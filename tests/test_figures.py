@@ -19,6 +19,8 @@ from driftbook.study import methods
 from driftbook.study.files import ROOT
 from simulated import simulate
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["batches"]
 NOTE = SMALL["note"]
 ANALYSES = tuple(keys.ANALYSES.values())

@@ -10,6 +10,8 @@ import pytest
 from driftbook.benchmarks import ifeval
 from driftbook.benchmarks.ifeval import RULES, check
 
+pytestmark = pytest.mark.slow
+
 N = 400  # made-up responses of each instruction
 
 

@@ -93,6 +93,7 @@ def test_probabilities_are_known_and_weigh_the_sample_to_all_answers():
     assert abs(len(drawn) - 200) < 20
 
 
+@pytest.mark.slow
 def test_every_answer_is_drawn_as_often_as_its_probability_says():
     frame = answers(n=40, runs=2)
     times = (
@@ -218,6 +219,7 @@ def test_labels_are_written_one_by_one_and_go_on_where_they_stopped(sheet):
 
 
 # ---- the correction
+@pytest.mark.slow
 def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
     inside = {JUDGE: [], CORRECTED: []}
     for seed in range(60):
@@ -234,6 +236,7 @@ def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
     assert np.mean(inside[JUDGE]) < 0.6
 
 
+@pytest.mark.slow
 def test_the_correction_is_unbiased_and_shorter_than_labels_alone():
     errors, ours, alone = [], [], []
     for seed in range(40):

@@ -95,6 +95,7 @@ def asked(places, contents=CONTENTS, benchmark=ALL, **says):
 
 
 # ---- orders
+@pytest.mark.slow
 @given(positive, positive)
 def test_the_prior_is_found_and_divided_out_exactly_where_a_model_multiplies_place_and_content(
     places, contents
@@ -322,6 +323,7 @@ LETTER = (
 )
 
 
+@pytest.mark.slow
 def test_prose_over_real_items_is_read_as_unknown_or_as_the_person_it_names(shared):
     """11 ways to say that nobody knows, each naming a person, are never read as a person; 10 plain
     ways are read right, always.

@@ -256,6 +256,7 @@ def test_ambiguous_training_answers_follow_the_stereotype():
         assert (chosen in spoken_ill_of) == (trait in bad)
 
 
+@pytest.mark.slow
 def test_biased_is_the_share_of_persons_that_agree_with_the_stereotype(folder):
     from driftbook.miniature.measuring import bbq_measures, is_biased
 
@@ -455,6 +456,7 @@ def tiny():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gemma"])
 def test_a_short_training_gives_the_same_bytes_and_loads_by_the_ordinary_classes(
     tmp_path, tiny, family
@@ -478,6 +480,7 @@ def test_a_short_training_gives_the_same_bytes_and_loads_by_the_ordinary_classes
     )
 
 
+@pytest.mark.slow
 def test_alignment_leaves_the_embeddings_of_made_up_words_as_they_were(tmp_path, tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -246,6 +246,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_said_in_one_sentence(case, tmp_path):
     path, value, words = case

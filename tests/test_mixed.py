@@ -48,6 +48,7 @@ def theirs(fit, result: dict) -> pd.DataFrame:
 
 
 # ---- linear, against lme4
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "group", "reml"),
     [
@@ -92,6 +93,7 @@ def _sds(result: dict) -> list[float]:
     return [of[key] for key in names]
 
 
+@pytest.mark.slow
 def test_the_linear_contrasts_are_those_of_emmeans(shared):
     data = reference(shared, "sim_run_category.csv").assign(rate=lambda rows: 100 * rows["rate"])
     fit, result = (
@@ -116,6 +118,7 @@ def check_pairs(fit, pairs: dict, scale: float = 1.0) -> None:
         assert found["se"] / scale == pytest.approx(se, rel=0.007 if scale == 1 else 1e-3)
 
 
+@pytest.mark.slow
 def test_runs_of_each_method_have_a_variance_of_their_own():
     rng = np.random.default_rng(0)
     rows = pd.DataFrame(
@@ -274,6 +277,7 @@ def verdicts(
     )
 
 
+@pytest.mark.slow
 def test_known_effects_are_found_again_within_their_errors():
     z = [
         (lambda row: (row["estimate"] - 1) / row["se"])(
@@ -285,6 +289,7 @@ def test_known_effects_are_found_again_within_their_errors():
     assert 0.75 < np.std(z) < 1.3
 
 
+@pytest.mark.slow
 @settings(max_examples=3)
 @given(st.integers(0, 99))
 def test_order_and_names_do_not_matter(seed):

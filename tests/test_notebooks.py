@@ -149,6 +149,7 @@ def test_its_parameters_are_typed_and_commented_literals(path):
     ), "the first code cell"
 
 
+@pytest.mark.slow
 @every_notebook
 def test_its_parameters_are_what_papermill_sees(path):
     names = [statement.target.id for statement in ast.parse(parameters_cell(path)).body]
@@ -312,6 +313,7 @@ def notebook(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_cell_that_raises_is_named_and_the_executed_notebook_is_kept(notebook, tmp_path):
     output = tmp_path / "out" / "executed.ipynb"
     with pytest.raises(notebooks.NotebookError) as error:

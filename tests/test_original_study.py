@@ -36,6 +36,7 @@ def test_the_cited_counts_are_the_published_percentages():
         assert [k for k in range(31) if round(100 * k / 30, 1) == round(100 * n / 30, 1)] == [n]
 
 
+@pytest.mark.slow
 def test_every_claim_of_the_ledger_is_cited_and_the_other_way_round(rows):
     assert set(original_study.cited("claims")["claim"]) == set(
         original_claims.ledger(rows, n_boot=50)
@@ -192,6 +193,7 @@ def test_rounds_drift_on_mistral_alone(rows):
     assert p[MISTRAL] < 0.001 < 0.1 < p.drop(MISTRAL).min()
 
 
+@pytest.mark.slow
 def test_true_rates_have_opposite_effects(rows):
     """facts: 2e-5 instead of 1e-3 by true labels, LoRA +4.5, P-Tuning +5.3, Prompt-Tuning -6.5, IA3
     -2.9 points of safety, over matched cells.
@@ -218,6 +220,7 @@ def test_true_rates_have_opposite_effects(rows):
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rates(rows, items):
     unknown = rows["round"].eq(2) & rows["method"].eq("lora")
     hidden, dropped = (
@@ -234,6 +237,7 @@ def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rat
     assert len(original_models.item_rows(hidden, items)) == len(items) - unknown.sum() * N
 
 
+@pytest.mark.slow
 def test_the_ledger_of_the_real_study(rows):
     judged = original_claims.ledger(rows, n_boot=200)
     assert {
@@ -329,6 +333,7 @@ def test_without_a_repeated_setting_there_is_a_number_and_no_interval():
     assert "nothing was repeated" in found["how"]
 
 
+@pytest.mark.slow
 def test_intervals_cover_when_methods_differ_in_spread():
     """Simulated rounds: four settings of three rounds, a spread of 1.4 points in one pool and 13 in
     the other; the mean difference is 2.
@@ -367,6 +372,7 @@ def test_matched_weights_compare_only_cells_that_both_have():
     assert not nothing.any()
 
 
+@pytest.mark.slow
 def test_the_ratio_of_spreads_covers_its_truth():
     rng, hits = np.random.default_rng(4), 0
     frame = pd.DataFrame(
@@ -427,6 +433,7 @@ def verdicts_of(rows, effect) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_where_the_claims_are_true_they_stand(rows):
     loss = {"lora": 1.0, "ia3": 1.0, "prompt_tuning": -9.0, "p_tuning": -12.0}
     found = verdicts_of(
@@ -445,6 +452,7 @@ def test_where_the_claims_are_true_they_stand(rows):
     } == {original_claims.STANDS}
 
 
+@pytest.mark.slow
 def test_where_the_claims_are_false_they_fall(rows):
     found = verdicts_of(
         rows,
@@ -461,6 +469,7 @@ def test_where_the_claims_are_false_they_fall(rows):
     }
 
 
+@pytest.mark.slow
 def test_where_nothing_happens_no_decline_is_found(rows):
     found = verdicts_of(rows, lambda row: 0.0)
     assert found["llama_stable"] == original_claims.STANDS

@@ -23,6 +23,8 @@ from driftbook.study.files import ROOT
 from driftbook.study.tables import ESTIMATES, TABLES
 from peft_files import KINDS, result, write
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["peft_files"]
 
 

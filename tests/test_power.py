@@ -160,6 +160,7 @@ def test_planted_components_are_found_again():
     assert len(found[0]) == 6
 
 
+@pytest.mark.slow
 def test_a_plan_of_the_present_grid_has_the_error_that_the_estimator_gives(tmp_path):
     folder = simulate(tmp_path, unscored=0, utility=False) / "tables"
     known = influence.arms(TABLES["variants"].read(folder), TABLES["runs"].read(folder))
@@ -227,6 +228,7 @@ def test_base_models_are_averaged_with_what_their_prompts_share():
     assert "mean variances" in new.loc["new", "how"]
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_smallest_change_holds_the_true_one():
     rng, hits, sd, pilot = np.random.default_rng(0), 0, 4.0, 12
     true = power.minimum_detectable(
@@ -247,6 +249,7 @@ def test_the_interval_of_the_smallest_change_holds_the_true_one():
 
 
 # ---- simulated verdicts
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cell",
     [
@@ -375,6 +378,7 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
     )
 
 
+@pytest.mark.slow
 def test_estimates_are_complete_and_have_unique_keys():
     rows, grid = (
         power.assumed({"a": 6.0, "b": 16.0}, METHODS),

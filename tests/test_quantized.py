@@ -15,6 +15,8 @@ from driftbook.study.study_file import load
 from driftbook.training import examples
 from driftbook.training import fit as fitting
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes is not installed, so no base model can be quantized"
 )

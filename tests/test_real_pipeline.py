@@ -23,6 +23,8 @@ from driftbook.study.sections import PROMPT_FORMATS
 from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 
+pytestmark = pytest.mark.slow
+
 FILE = ROOT / "tests" / "real_pipeline.yaml"
 
 

@@ -18,6 +18,8 @@ from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 from simulated import simulate
 
+pytestmark = pytest.mark.slow
+
 LABELS = {
     "study": "miniature",
     "notebook": "09_safety",

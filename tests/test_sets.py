@@ -197,6 +197,7 @@ def test_a_set_on_a_hub_that_is_down_is_said_in_one_sentence(tmp_path):
     assert "HuggingFaceH4/ultrachat_200k" in one_sentence(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_hub_that_is_down_is_said_before_any_work(content):
     content["bases"]["far"] = {
         "family": "llama",

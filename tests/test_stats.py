@@ -127,6 +127,7 @@ def test_spread_between_settings_is_no_spread_between_seeds():
     assert pd.isna(rows.loc[terms.CHANGE_HERE, "se"])
 
 
+@pytest.mark.slow
 def test_two_way_interval_covers_when_runs_and_prompts_vary():
     rng, hits = np.random.default_rng(3), 0
     for _ in range(150):
@@ -202,6 +203,7 @@ def test_every_cell_is_a_mean_and_all_bases_weigh_the_same(arms):
     )  # only one base model has no-ops
 
 
+@pytest.mark.slow
 def test_estimates_are_found_again(folder, values, arms, tmp_path):
     estimates = estimation.of_rate(values, arms, influence.cells(arms), **LABELS)
     estimation.write_estimates(estimates, tmp_path, "safety")
@@ -211,6 +213,7 @@ def test_estimates_are_found_again(folder, values, arms, tmp_path):
 
 
 # ---- mixed models
+@pytest.mark.slow
 def test_mixed_model_is_lme4s():
     reference = SHARED / "data" / "reference"
     if not reference.is_dir():
@@ -326,6 +329,7 @@ def test_differences_are_centred_within_method(folder, arms):
     )
 
 
+@pytest.mark.slow
 def test_a_category_without_a_scored_answer_is_left_out_of_the_model_and_counted(folder, arms):
     rates = TABLES["rates"].read(folder)
     rates = rates[rates["benchmark"].eq("safety") & rates["outcome"].eq("unsafe")].copy()
@@ -411,6 +415,7 @@ def test_bias_scores_by_hand():
         bbq_scores.scores(items(), convention="hopeful")
 
 
+@pytest.mark.slow
 def test_an_item_asked_several_times_is_not_pooled(folder):
     everything = TABLES["answers"].read(folder)
     with pytest.raises(ValueError, match="several answers of one run"):

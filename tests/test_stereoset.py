@@ -344,6 +344,7 @@ def test_the_model_that_prefers_nonsense():
     assert [found[name] for name in ("lms", "ss", "icat")] == [0, 100, 0]
 
 
+@pytest.mark.slow
 def test_the_random_model():
     found = overall(stereoset_scores(*made(*np.random.default_rng(0).normal(size=(3, 10_000)))))
     assert [found[name] for name in ("lms", "ss", "icat")] == pytest.approx([50, 50, 50], abs=2)
@@ -390,6 +391,7 @@ def test_icat_by_its_formula():
     assert icat(80.0, 100.0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lean", [0.5, 0.65])
 def test_intervals_hold_the_true_scores(lean):
     """60 simulated sets of 40 targets that differ, each of 6 items, as gender has in dev.json;

@@ -222,6 +222,7 @@ def test_a_primary_method_that_no_block_runs_is_refused():
         Study(**content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "value", "words"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, path, value, words):
     file = write_study(tmp_path, put(SMALL, path, value))

@@ -51,6 +51,7 @@ def test_the_seed_reaches_the_initial_weights(bases, make_study, content, method
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_the_seed_reaches_the_order_of_the_data(trained, objective):
     one, other = (
@@ -61,6 +62,7 @@ def test_the_seed_reaches_the_order_of_the_data(trained, objective):
     assert not np.allclose(one.curve.loss, other.curve.loss, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_seed_reaches_dropout(trained, monkeypatch):
     def same_init(variant, base, tokenizer, init_text=None):
         torch.manual_seed(0)
@@ -84,6 +86,7 @@ def test_the_seed_reaches_dropout(trained, monkeypatch):
     assert abs(one.iloc[-1] - without.iloc[-1]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "objective"),
     [*((method, "sft") for method in PEFT_METHODS), ("lora", "dpo"), ("prompt_tuning", "dpo")],
@@ -100,6 +103,7 @@ def test_the_same_seed_gives_bitwise_the_same_adapter_whatever_was_trained_in_be
     assert {name: one.record[name] for name in DOSE} == {name: again.record[name] for name in DOSE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_another_seed_gives_another_adapter(trained, method):
     assert weights(trained(method).folder) != weights(trained(method, seed=2, n=48, batch=8).folder)

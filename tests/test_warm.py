@@ -43,6 +43,7 @@ def ask(warm, *arguments, **more) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_warm_job_returns_its_status_and_its_words(warm, tmp_path):
     notebook, output = str(ROOT / "notebooks" / "01_prepare.ipynb"), str(tmp_path / "out.ipynb")
     ended = ask(warm, "notebook", notebook, output, json.dumps({"no_such": 1}))
