@@ -290,10 +290,9 @@ def curves(tables: dict) -> tuple[Figure, str]:
                 )
             ax.grid(axis="y")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        line[0].set_ylabel(
-            f"{objective.upper()} loss,"
-            f" {'held-out' if split == 'heldout' else 'training'}\n({'nats per token' if objective == 'sft' else 'DPO loss'})"
-        )
+        where = "held-out" if split == "heldout" else "training"
+        unit = "nats per token" if objective == "sft" else "DPO loss"
+        line[0].set_ylabel(f"{objective.upper()} loss, {where}\n({unit})")
     under(axes[-1], "Optimiser step")
     legend(fig, methods_of(tables))
     count = rows["run_id"].nunique()
