@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import FAMILIES, OTHER_METHODS, PEFT_METHODS, one_sentence
 from driftbook.models import adapters, trees
-from driftbook.models.sampling import Sampling, VariantFailure
+from driftbook.models.sampling import Sampling, VariantFailure, next_tokens
 from driftbook.models.scoring import Scorer
 from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of, some_cases
 
@@ -296,7 +296,7 @@ def test_tokens_are_drawn_with_the_models_probabilities_and_the_nucleus_alone(ba
         (Sampling(top_p=0.75), [0.625, 0.375, 0, 0]),
         (Sampling(temperature=0.01), [1, 0, 0, 0]),
     ):
-        found = np.bincount(scorer._next(logits, settings, draws), minlength=4) / 4000
+        found = np.bincount(next_tokens(logits, settings, draws), minlength=4) / 4000
         np.testing.assert_allclose(found, expected, atol=0.025)
     cold = scorer.generate([context], 8, Sampling(temperature=1e-6))
     assert cold == scorer.generate([context], 8)
