@@ -1,12 +1,11 @@
-# The one definition of the batch: a job is one notebook for one base model (or for all of them), and its only output is its mark.
+# The one definition of the batch: a job is one notebook for one base model (or for all of them).
+# Its input is its key (batch/plan.py), which changes with all that it depends on, and its only
+# output is its mark.
 import json
 import sys
 from pathlib import Path
 
-from driftbook.batch import plan
-from driftbook.batch.keys import AFTER, analyses, stages
-from driftbook.study import code
-from driftbook.study.files import ROOT
+from driftbook.batch import keys, plan
 from driftbook.study.study_file import load
 
 try:
@@ -15,36 +14,49 @@ try:
 except ValueError as error:
     sys.exit(f"driftbook: {error}")
 
+
 workdir: STUDY.folder
 
 
-NOTEBOOKS = Path(ROOT, "notebooks")
+STAGES, ANALYSES = keys.stages(STUDY), keys.analyses(STUDY)
+MAKING = STAGES[:-4]  # the stages that make adapters
 RUN = f"{sys.executable} -m driftbook.batch.warm notebook"
-NAMES = {"train": "02_train", "mitigate": "03_mitigate", "respond": "04_respond", "judge": "05_judge", "answer": "06_answer", "utility": "07_utility"}
-STAGES = {stage: NAMES[stage] for stage in stages(STUDY)}
-MADE = list(STAGES)[:-4]  # the stages that make adapters
-NEEDED = {"judge": [f"jobs/prepare/{judge}.json" for judge in STUDY.judges], "utility": [f"jobs/prepare/{rater}.json" for rater in STUDY.raters]}
+JOB = "{RUN} {params.notebook} {log} {params.parameters:q}"  # the notebook writes the mark itself
+NEEDED = {"judge": STUDY.judges, "utility": STUDY.raters}
 
 
 def notebook(name):
-    return str(NOTEBOOKS / f"{name}.ipynb")
-
-
-def read_by(name):
-    """The files of the library that a notebook's results depend on, found by its imports."""
-    return [str(code.path(module)) for module in sorted(code.closure(code.of_notebook(NOTEBOOKS / f"{name}.ipynb")))]
+    return str(keys.notebook(name))
 
 
 def parameters(wildcards, stage=None, **more):
     """The notebook's parameters, as one JSON word of the shell."""
-    if "base" in wildcards.keys():
-        more |= {"base_model": wildcards.base, "run_ids": [variant.run_id for variant in STUDY.of_stage(stage, wildcards.base)]}
+    if stage:
+        variants = STUDY.of_stage(stage, wildcards.base)
+        more = {"base_model": wildcards.base, "run_ids": [one.run_id for one in variants]}
     return json.dumps({"study": str(config["study"]), **more})
+
+
+def made_before(stage):
+    """The jobs whose results a stage reads."""
+    making = MAKING[: STAGES.index(stage)]
+    return [f"jobs/{one}/{{base}}.json" for one in (["respond"] if stage == "judge" else making)]
+
+
+def unprepared(stage):
+    """The models to make or check before a stage. A prepared one is no input of the stage: its
+    content is in the stage's key, and notebook 01 shown anew trains nothing.
+    """
+    marks = {model: f"jobs/prepare/{model}.json" for model in STUDY.models}
+    wanted = {name for name, mark in marks.items() if not Path(STUDY.folder, mark).exists()}
+    others = [marks[name] for name in NEEDED.get(stage, ()) if name in wanted]
+    return lambda wildcards: others + [marks[name] for name in wanted & {wildcards.base}]
 
 
 rule all:
     input:
         "jobs/report.json",
+        expand("jobs/prepare/{name}.json", name=STUDY.models),
 
 
 rule prepare:
@@ -58,75 +70,73 @@ rule prepare:
         notebook=notebook("01_prepare"),
         parameters=lambda wildcards: parameters(wildcards, models=[wildcards.name]),
     shell:
-        "{RUN} {params.notebook} {log} {params.parameters:q}"
+        JOB
 
 
-for stage, name in STAGES.items():
+for stage in STAGES:
+
     rule:
         name:
             stage
         input:
             f"keys/{stage}/{{base}}.json",
-            "jobs/prepare/{base}.json",
-            ["jobs/respond/{base}.json"] if stage == "judge" else [f"jobs/{made}/{{base}}.json" for made in MADE if list(STAGES).index(made) < list(STAGES).index(stage)],
-            NEEDED.get(stage, []),
+            made_before(stage),
+            unprepared(stage),
         output:
             f"jobs/{stage}/{{base}}.json",
         log:
-            f"notebooks/{name}.{{base}}.ipynb",
+            f"notebooks/{keys.NOTEBOOKS[stage]}.{{base}}.ipynb",
         params:
-            notebook=notebook(name),
+            notebook=notebook(keys.NOTEBOOKS[stage]),
             parameters=lambda wildcards, stage=stage: parameters(wildcards, stage),
         resources:
             gpu=1,
         shell:
-            "{RUN} {params.notebook} {log} {params.parameters:q}"
+            JOB
 
 
 rule collect:
     input:
-        "keys/analysis.json",
-        notebook("08_collect"),
-        read_by("08_collect"),
-        expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
+        key="keys/collect.json",
+        jobs=expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
     output:
         "jobs/collect.json",
     log:
         "notebooks/08_collect.ipynb",
     params:
         notebook=notebook("08_collect"),
-        parameters=lambda wildcards: parameters(wildcards),
+        parameters=parameters,
     shell:
-        "{RUN} {params.notebook} {log} {params.parameters:q} && echo '{{}}' > {output}"
+        JOB + " {input.key} {output}"
 
 
-for analysis, name in analyses(STUDY).items():
+for analysis, name in ANALYSES.items():
+
     rule:
         name:
             analysis
         input:
             "jobs/collect.json",
-            notebook(name),
-            read_by(name),
-            [f"jobs/{earlier}.json" for earlier in AFTER.get(analysis, ()) if earlier in analyses(STUDY)],
+            [f"jobs/{earlier}.json" for earlier in keys.AFTER.get(analysis, ()) if earlier in ANALYSES],
+            key=f"keys/{analysis}.json",
         output:
             f"jobs/{analysis}.json",
         log:
             f"notebooks/{name}.ipynb",
         params:
             notebook=notebook(name),
-            parameters=lambda wildcards: parameters(wildcards),
+            parameters=parameters,
         shell:
-            "{RUN} {params.notebook} {log} {params.parameters:q} && echo '{{}}' > {output}"
+            JOB + " {input.key} {output}"
 
 
 rule report:
     input:
-        expand("jobs/{analysis}.json", analysis=analyses(STUDY)),
-        [str(code.path(module)) for module in sorted(code.closure(["driftbook.publishing.report"]))],
+        expand("jobs/{analysis}.json", analysis=ANALYSES),
+        key="keys/report.json",
     output:
         "jobs/report.json",
     params:
         study=str(config["study"]),
     shell:
-        "{sys.executable} -m driftbook.publishing.report {params.study:q} && echo '{{}}' > {output}"
+        "{sys.executable} -m driftbook.publishing.report {params.study:q} && cp {input.key} {output}"

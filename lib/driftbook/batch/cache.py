@@ -9,8 +9,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from driftbook.study import code
 from driftbook.study.files import (
     OUTPUTS,
     digest,
@@ -38,7 +35,6 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
 
     Two processes that want the same wait for each other: one does the work, the other takes it.
     """
-    key = {"asked": key, "made by": made_by()}
     entry = FOLDER / digest(key, 32)
     FOLDER.mkdir(
         parents=True, mode=0o700, exist_ok=True
@@ -72,18 +68,6 @@ def is_whole(entry: Path) -> bool:
         warnings.warn(f"the cached result {entry} is damaged; it is computed again", stacklevel=2)
         return False
     return True
-
-
-@cache
-def made_by() -> dict[str, str | None]:
-    """What computes a result: the library's code for scoring, the packages, and the kind of device."""
-    import torch
-
-    made = code.digest([*code.package("benchmarks"), *code.package("models")])
-    packages = {
-        name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")
-    }
-    return {"code": made, **packages, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
 def _copied(path: Path, run_id: str, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from driftbook.batch import cache, keys
+from driftbook.batch import cache, keys, plan
 from driftbook.models.sampling import VariantFailure
 from driftbook.study.files import file_digest, read_json, write_json
 from driftbook.study.folders import folder
@@ -71,6 +71,7 @@ def run(
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
     shared, rows = keys.settings(stage, study, base_model), []
+    planned = plan.key(study, f"{stage}/{base_model}")
     for variant in variants:
         if not failed_before(study, variant, stage):
             key = keys.key(shared, variant)
@@ -90,7 +91,7 @@ def run(
             for variant in variants
             if (run_id := variant.run_id) in {row[0] for row in rows}
         }
-        write_json(study.folder / "jobs" / stage / f"{base_model}.json", done)
+        write_json(plan.mark(study, f"{stage}/{base_model}"), {**planned, "runs": done})
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
 
 

@@ -1,17 +1,32 @@
-"""What each stage depends on, as keys of content: a cached result is served only if its key is the
-same.
+"""What each stage and analysis depends on, as keys of content: settings, inputs, code, packages and
+device. A result is served only if its key is the same.
 """
 
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from driftbook.study import sources
-from driftbook.study.files import digest
+from driftbook.batch import gpus
+from driftbook.study import code, sources
+from driftbook.study.files import ROOT, digest
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import ANALYSES as ANALYSES
 from driftbook.study.study_file import OF_REPAIRS, Study
 from driftbook.study.variants import Variant
 
+NOTEBOOKS = {
+    "train": "02_train",
+    "mitigate": "03_mitigate",
+    "respond": "04_respond",
+    "judge": "05_judge",
+    "answer": "06_answer",
+    "utility": "07_utility",
+}
+RESULT = "done"  # the variable of a stage's notebook to which its work leads
+PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers", "numpy")
+FITTING = ("numpy", "scipy", "pandas", "statsmodels")  # what analyses compute with
 STAGES = ("train", "respond", "judge", "answer", "utility")  # of every study
 AFTER = {
     "mixed_effects": ("safety",),
@@ -49,9 +64,31 @@ def analyses(study: Study) -> dict[str, str]:
     }
 
 
-# Raise a stage's number when a change of the code can change its results: those of another version
-# are not served.
-VERSIONS = {"train": 3, "mitigate": 1, "respond": 3, "judge": 4, "answer": 4, "utility": 3}
+def notebook(name: str) -> Path:
+    """The file of a notebook."""
+    return ROOT / "notebooks" / f"{name}.ipynb"
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """The installed versions of packages."""
+    return {name: version(name) for name in packages}
+
+
+@cache
+def device() -> str:
+    """The kind of device on which models run here; torch is asked only where there is a GPU."""
+    if not gpus.numbers():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def stage_code(stage: str) -> str:
+    """The digest of all code that leads to a stage's results."""
+    return code.fingerprint(code.of_notebook(notebook(NOTEBOOKS[stage]), RESULT))
+
 
 Content = Callable[[Source, Study], str]
 
@@ -71,8 +108,8 @@ def declared(source: Source, study: Study) -> str:
 def settings(
     stage: str, study: Study, base_model: str, content: Content = sources.identity
 ) -> dict[str, Any]:
-    """All that a stage's results for one base model depend on, beside the adapters and the results
-    of earlier stages.
+    """All that a stage's results for one base model depend on, except for the adapters and the
+    results of earlier stages. By declared content it is known on any machine, so without a device.
     """
 
     def of(part: Source) -> dict:
@@ -126,7 +163,10 @@ def settings(
             "drift": study.drift and study.drift.model_dump(mode="json"),
         }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
-    return {"stage": stage, "version": VERSIONS[stage], "seed": study.seed, **shared, **present}
+    made_by = {"code": stage_code(stage), "packages": versions()}
+    if content is not declared:
+        made_by["device"] = device()
+    return {"stage": stage, "seed": study.seed, **made_by, **shared, **present}
 
 
 def key(stage_settings: dict[str, Any], variant: Variant) -> str:

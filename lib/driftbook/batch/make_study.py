@@ -106,19 +106,12 @@ def clear_unfinished(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU; asked without torch, since CUDA must not be touched
-    before a fork.
-    """
-    return Path("/dev/nvidiactl").exists()
-
-
 @contextlib.contextmanager
 def warm_kernels(environment: dict[str, str], log: Path) -> Iterator[dict[str, str]]:
     """The environment in which jobs and kernels are forked from a process with the heavy imports
     done; unchanged on a GPU machine.
     """
-    if has_gpu():
+    if gpus.numbers():
         yield environment
         return
     with tempfile.TemporaryDirectory(prefix="driftbook-") as scratch, log.open("w") as output:
@@ -169,7 +162,7 @@ def environment() -> dict[str, str]:
     }
     threads = (
         {}
-        if has_gpu()
+        if gpus.numbers()
         else dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     )
     return {
@@ -314,9 +307,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         check_writable(checked.folder)
         with alone(checked):
             clear_unfinished(checked.folder)
-            plan.write(
-                checked
-            )  # the Snakefile does so too; here what is missing or torn is said at once
+            if again := plan.write(checked):  # the Snakefile plans too; what is wrong is said here
+                print(again, flush=True)
             started = time.time()
             status = run(checked, path, profile, targets)
     except ValueError as error:
@@ -329,7 +321,7 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
 
 
 def conclude(study: Study, status: int, seconds: float) -> int:
-    """Say how it ended: the report, what failed and where to look; the exit status of make study."""
+    """Say how it ended: the report, or what failed and where to look; the exit status."""
     stopped = sorted(study.folder.glob("notebooks/*.error.txt"))
     for trace in stopped:
         print(f"driftbook: {trace.read_text().strip()}", file=sys.stderr)

@@ -13,13 +13,11 @@ from driftbook.batch import gpus
 from driftbook.study.files import ROOT, replacing
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
-KERNEL = (  # name of the kernel that make study offers; python3 where it is not set
-    "DRIFTBOOK_KERNEL"
-)
+KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is unset
 
 
 class NotebookError(Exception):
-    """A notebook stopped; the sentence names it, what it worked on, and where its executed form is."""
+    """A notebook stopped; the sentence names it, its work, and where its executed form is."""
 
 
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
@@ -67,15 +65,19 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         )
 
 
-def main(notebook: str, output: str, parameters: str) -> int:
-    """Execute with parameters in JSON; 0, or 1 with one sentence on stderr and in a file beside the
-    output.
+def main(notebook: str, output: str, parameters: str, key: str = "", mark: str = "") -> int:
+    """Execute with parameters in JSON, and write the mark with the key that it had at its start;
+    0, or 1 with one sentence on stderr and in a file beside the output.
     """
     trace = Path(output).with_suffix(".error.txt")
     trace.unlink(missing_ok=True)
     try:
+        made_of = Path(key).read_text() if key else ""
         with gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext():
             execute(Path(notebook), Path(output), json.loads(parameters))
+        if mark:
+            with replacing(Path(mark)) as new:
+                new.write_text(made_of)
     except (NotebookError, ValueError) as error:
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
+from driftbook.batch import plan
 from driftbook.benchmarks.data import training_examples
 from driftbook.study.files import (
     OUTPUTS,
@@ -26,13 +27,14 @@ CURVES = "learning_curve.parquet"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is there: its name, what its content is known by, and its learning curve where
-    it was trained here.
+    """A model that is there: its name, what its content is known by, its learning curve where it
+    was trained here, and the key of the job that prepared it.
     """
 
     name: str
     identity: str
     curve: pd.DataFrame | None
+    key: dict
 
 
 def prepare(name: str, study: Study) -> Prepared:
@@ -47,7 +49,7 @@ def prepare(name: str, study: Study) -> Prepared:
     if source is None:
         raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
     kind, _, rest = source.source.partition(":")
-    curve = None
+    curve, key = None, plan.key(study, f"prepare/{name}")
     if kind in ("miniature", "random") and source.local is None:
         MODELS.mkdir(parents=True, exist_ok=True)
         with FileLock(
@@ -66,7 +68,7 @@ def prepare(name: str, study: Study) -> Prepared:
         check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
     _check(name, source, study)
     _check_twins(source, study)
-    return Prepared(name, identity(source, study), curve)
+    return Prepared(name, identity(source, study), curve, key)
 
 
 def _check(name: str, source: Base | Judge, study: Study) -> None:
@@ -180,6 +182,6 @@ def measured(name: str, study: Study) -> pd.DataFrame:
 
 def mark(prepared: Prepared, study: Study) -> Path:
     """Write the mark of the job that prepared a model."""
-    path = study.folder / "jobs" / "prepare" / f"{prepared.name}.json"
-    write_json(path, {"identity": prepared.identity})
+    path = plan.mark(study, f"prepare/{prepared.name}")
+    write_json(path, {**prepared.key, "identity": prepared.identity})
     return path

@@ -150,7 +150,7 @@ def _become(request: dict, files: list[int]) -> int:
 
 
 def _end_with_parent(stop: threading.Event | None = None) -> threading.Thread:
-    """A thread that ends this process when the one that started it has ended, until `stop` is set."""
+    """A thread that ends this process when its starter has ended, until `stop` is set."""
     parent, stop = os.getppid(), stop or threading.Event()
 
     def watch() -> None:

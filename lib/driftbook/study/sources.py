@@ -33,7 +33,8 @@ def recipe() -> str:
     and transformers.
     """
     versions = {package: version(package) for package in ("torch", "transformers")}
-    return digest([code.digest(code.package("miniature")), versions], 12)
+    made = code.fingerprint(code.of_module("driftbook.miniature"))
+    return digest([made, versions], 12)
 
 
 def locate(source: Source, study: Study | None) -> Path | str:
