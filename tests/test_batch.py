@@ -51,7 +51,8 @@ def test_the_small_study_ends_well(smoke):
         due = {base: {one.run_id for one in study.of_stage(stage, base)} for base in study.bases}
         assert set(smoke.marks(stage)) == set().union(*due.values())
         for base, run_ids in due.items():
-            assert set(read_json(smoke.folder / "jobs" / stage / f"{base}.json")) == run_ids
+            done = read_json(smoke.folder / "jobs" / stage / f"{base}.json")
+            assert set(done["runs"]) == run_ids
     assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {
         *study.bases,
         *study.judges,
@@ -361,22 +362,20 @@ def test_keys_are_written_only_where_they_changed(make_study, content, standins)
     content["name"] = "keys"
     plan.write(make_study(content))
     paths = sorted((OUTPUTS / "keys" / "keys").rglob("*.json"))
-    assert len(paths) == 1 + 1 + len(STAGES) + 1  # base, judge, stages, analysis
+    n_whole = len({"collect", *keys.ANALYSES, "report"})
+    assert len(paths) == 1 + 1 + len(STAGES) + n_whole  # base, judge, stages, and all else
     before = {path: path.stat().st_mtime_ns for path in paths}
     plan.write(make_study(content))
     assert {path: path.stat().st_mtime_ns for path in paths} == before
     content["judges"]["tiny-guard"]["threshold"] = 0.7
-    plan.write(make_study(content))
+    assert plan.write(make_study(content)) == "", "nothing was done yet"
     changed = {
         str(path.relative_to(OUTPUTS / "keys" / "keys"))
         for path in paths
         if path.stat().st_mtime_ns != before[path]
     }
-    assert (
-        {"judge/tiny-llama.json", "analysis.json"}
-        <= changed
-        <= {"judge/tiny-llama.json", "analysis.json", "prepare/tiny-guard.json"}
-    )
+    whole = {"judge/tiny-llama.json", *(f"{name}.json" for name in ("collect", *keys.ANALYSES))}
+    assert whole <= changed <= whole | {"prepare/tiny-guard.json", "report.json"}
 
 
 EDITS = {
@@ -449,11 +448,19 @@ def test_one_changed_byte_of_an_input_changes_the_keys_of_what_reads_it(
     assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
 
 
-def test_a_raised_version_of_the_code_is_a_miss(make_study, standins, monkeypatch):
-    before = _keys(make_study())
-    monkeypatch.setitem(keys.VERSIONS, "answer", keys.VERSIONS["answer"] + 1)
+@pytest.mark.parametrize("what", ["code", "packages", "device"])
+def test_other_code_packages_or_another_device_are_a_miss(make_study, standins, monkeypatch, what):
+    before, codes = _keys(make_study()), keys.code_of
+    if what == "code":
+        other = lambda stage, texts: codes(stage, texts) + "x" * (stage == "answer")  # noqa: E731
+        monkeypatch.setattr(keys, "code_of", other)
+    elif what == "packages":
+        monkeypatch.setattr(keys, "versions", lambda packages=(): {"torch": "0.1"})
+    else:
+        monkeypatch.setattr(keys, "device", lambda: "cuda")
     after = _keys(make_study())
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"answer"}
+    changed = {stage for stage in STAGES if before[stage] != after[stage]}
+    assert changed == ({"answer"} if what == "code" else set(STAGES))
 
 
 # ---- the display

@@ -5,6 +5,7 @@ nothing else.
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from driftbook.study.study_file import load
 
 def forget():
     """Read every file again."""
-    for one in (*vars(code).values(), keys.stage_code):
+    for one in (*vars(code).values(), keys._code_of, keys._choices):
         if hasattr(one, "cache_clear"):
             one.cache_clear()
 
@@ -41,7 +42,7 @@ LIBRARY = {
     "deep/late": "LATE = 3\ndef size(x):\n    return LATE\nclass Box:\n    WIDE = 1\n",
     "deep/early": "from driftbook.deep import late\nlate.Box.WIDE = 7\n",
     "plots/__init__": "",
-    "plots/registry": "KNOWN = {}\ndef drawn(f):\n    KNOWN[f.__name__] = f\n    return f\n"
+    "plots/registry": "KNOWN = {}\ndef drawn(f):\n    KNOWN[str(f)] = f\n    return f\n"
     "def draw(name):\n    return KNOWN[name]()\n",
     "plots/figures": "from driftbook.plots.registry import drawn\n@drawn\ndef red():\n    return 1\n"
     "@drawn\ndef blue():\n    return 2\n",
@@ -174,16 +175,15 @@ def test_a_notebook_depends_on_the_figures_that_it_makes():
     assert not missing
 
 
-MADE = {"prepare", *keys.NOTEBOOKS}
-ALL = {*MADE, "collect", *keys.ANALYSES, "report"}
 MODELS = {*keys.NOTEBOOKS}
+ALL = {"prepare", *MODELS, "collect", *keys.ANALYSES, "report"}
 # A constant of each package, the jobs that are executed again when it changes, and the stages
 # whose finished work is done again too; what is made from these follows from the Snakefile.
 EDITS = {
     ("batch/collecting.py", "REFUSALS"): ({"collect"}, set()),
     ("publishing/report.py", "TITLES"): ({"report"}, set()),
     ("figures/labels.py", "MARKS"): ({"labels"}, set()),
-    ("training/training.py", "RECORDED"): ({"train"}, {"train"}),
+    ("training/fit.py", "RECORDED"): ({"train"}, {"train"}),
     ("analyses/doses.py", "QUARTILES"): ({"dose"}, set()),
     ("rereading/original_claims.py", "MARGIN"): (set(), set()),
     ("doctors/data_words.py", "NEAR_PROMPT"): ({"train"}, set()),
@@ -195,10 +195,10 @@ EDITS = {
 }
 
 
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """A copy of the project, and a study in it of which everything is marked as done."""
-    home = tmp_path_factory.mktemp("copied")
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the project."""
+    home = tmp_path / "copied"
     for name in ("lib", "notebooks", "studies", "profiles"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "README.md"):
@@ -227,8 +227,10 @@ def by_job() -> dict[str, tuple[dict, dict]]:
     names = {"prepare": "01_prepare", "collect": "08_collect", **keys.NOTEBOOKS, **keys.ANALYSES}
     found = {}
     for job, name in names.items():
-        result = {"prepare": "prepared"}.get(job, keys.RESULT if job in keys.NOTEBOOKS else None)
-        parts = [code.of_notebook(keys.notebook(name), one) for one in (None, result)]
+        result = {"prepare": "prepared"}.get(
+            job, keys.RESULT if job in keys.NOTEBOOKS else code.ACTS
+        )
+        parts = [code.of_notebook(keys.notebook(name), one) for one in (code.ACTS, result)]
         found[job] = tuple(map(code.by_file, parts))
     report = code.by_file(code.of_module("driftbook.publishing.report"))
     return {**found, "report": (report, report)}
@@ -245,8 +247,6 @@ def test_an_edit_of_a_constant_redoes_what_can_notice_it(copied, monkeypatch):
     after = by_job()
     monkeypatch.undo()
     forget()
-    shutil.rmtree(copied / "lib")
-    shutil.copytree(ROOT / "lib", copied / "lib", ignore=shutil.ignore_patterns("__pycache__"))
 
     def changed(file: str, which: int) -> set[str]:
         return {
@@ -279,7 +279,7 @@ def finished(copied):
     path.write_text(text.replace("name: miniature", "name: finished", 1))
     study, now = load(path), time.time()
     assert plan.write(study) == ""
-    order = [*MADE - {"mitigate"}, "collect", *keys.analyses(study), "report"]
+    order = ["prepare", *keys.STAGES, "collect", *keys.analyses(study), "report"]
     for number, job in enumerate(order):
         for key in (study.folder / "keys").rglob("*.json"):
             if key.relative_to(study.folder / "keys").parts[0].removesuffix(".json") == job:
@@ -294,8 +294,8 @@ def finished(copied):
 def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copied, finished):
     study, path = finished
     for file in (copied / "lib").rglob("*.py"):
-        text = file.read_text().replace('    """', '    """So: ').replace("\n\n\n", "\n\n# why\n\n")
-        file.write_text(text)
+        text = re.sub(r'(:\n +""")(?=\w)', r"\1So: ", file.read_text())
+        file.write_text(f"{text}# a reason\n")
     note = copied / "notebooks" / "04_respond.ipynb"
     content = json.loads(note.read_text())
     for cell in content["cells"]:

@@ -163,7 +163,7 @@ def _work(
     if stage in ("train", "mitigate"):
         return work(variant, folder)
     key = {
-        "settings": shared,
+        "settings": keys.made_by(shared, variant),
         "system_prompt": variant.system_prompt,
         "template": variant.template,
         "inputs": {path.name: cache.content(path) for path in inputs},

@@ -84,10 +84,27 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def code_of(stage: str, texts: frozenset[str]) -> str:
+    """The digest of all code that leads to a stage's results, where settings hold these texts."""
+    return _code_of(stage, texts & _choices(stage))
+
+
 @cache
-def stage_code(stage: str) -> str:
-    """The digest of all code that leads to a stage's results."""
-    return code.fingerprint(code.of_notebook(notebook(NOTEBOOKS[stage]), RESULT))
+def _choices(stage: str) -> frozenset[str]:
+    return code.choices(code.of_notebook(notebook(NOTEBOOKS[stage]), RESULT))
+
+
+@cache
+def _code_of(stage: str, texts: frozenset[str]) -> str:
+    return code.fingerprint(code.of_notebook(notebook(NOTEBOOKS[stage]), RESULT), texts)
+
+
+def texts_of(value: Any) -> frozenset[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    parts = map(texts_of, value) if isinstance(value, list | tuple) else ()
+    return frozenset({value} if isinstance(value, str) else ()).union(*parts)
 
 
 Content = Callable[[Source, Study], str]
@@ -108,7 +125,7 @@ def declared(source: Source, study: Study) -> str:
 def settings(
     stage: str, study: Study, base_model: str, content: Content = sources.identity
 ) -> dict[str, Any]:
-    """All that a stage's results for one base model depend on, except for the adapters and the
+    """All that a stage's results for one base model depend on, except for code, adapters and the
     results of earlier stages. By declared content it is known on any machine, so without a device.
     """
 
@@ -163,12 +180,17 @@ def settings(
             "drift": study.drift and study.drift.model_dump(mode="json"),
         }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
-    made_by = {"code": stage_code(stage), "packages": versions()}
-    if content is not declared:
-        made_by["device"] = device()
-    return {"stage": stage, "seed": study.seed, **made_by, **shared, **present}
+    found = {"stage": stage, "seed": study.seed, **shared, **present}
+    made_by = {"packages": versions()} | ({} if content is declared else {"device": device()})
+    return found | made_by
+
+
+def made_by(stage_settings: dict[str, Any], variant: Variant) -> dict[str, Any]:
+    """The settings of a stage and the digest of the code that it runs for a variant."""
+    texts = texts_of(stage_settings) | texts_of(variant.fields())
+    return {**stage_settings, "code": code_of(stage_settings["stage"], texts)}
 
 
 def key(stage_settings: dict[str, Any], variant: Variant) -> str:
     """The key of a variant's result in a stage."""
-    return digest([stage_settings, variant.fields()])
+    return digest([made_by(stage_settings, variant), variant.fields()])

@@ -85,8 +85,9 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
             shared = keys.settings(stage, study, base_model, keys.declared)
             variants = study.of_stage(stage, base_model)
             wanted = {variant.run_id: keys.key(shared, variant) for variant in variants}
-            shared = {name: shared[name] for name in shared if name not in ("code", "packages")}
-            found = _key(shared, keys.NOTEBOOKS[stage], keys.PACKAGES)
+            del shared["packages"]
+            texts = keys.texts_of([variant.fields() for variant in variants])
+            found = _key(shared, keys.NOTEBOOKS[stage], keys.PACKAGES, texts)
             yield f"{stage}/{base_model}", {**found, "variants": wanted}
     settings = study.model_dump(mode="json")
     for job, name in {"collect": "08_collect", **keys.analyses(study)}.items():
@@ -95,8 +96,11 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
     yield "report", {"settings": settings, "code": report}
 
 
-def _key(settings: dict, notebook: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    files = code.by_file(code.of_notebook(keys.notebook(notebook)))
+def _key(
+    settings: dict, notebook: str, packages: tuple[str, ...], texts: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    parts = code.of_notebook(keys.notebook(notebook))
+    files = code.by_file(parts, keys.texts_of(settings) | texts)
     return {"settings": settings, "code": files, "packages": keys.versions(packages)}
 
 

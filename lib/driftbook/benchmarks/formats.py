@@ -16,11 +16,20 @@ from driftbook.benchmarks.strongreject import STRONGREJECT
 from driftbook.benchmarks.summaries import SUMMARIES
 from driftbook.benchmarks.xstest import XSTEST
 
-FORMATS = {
-    one.name: one
-    for one in (
-        *(HEX_PHI, AILUMINATE, XSTEST, OWN_PROMPTS, STRONGREJECT, SIMPLE_SAFETY_TESTS),
-        *(REAL_TOXICITY_PROMPTS, BBQ, BBQ_LITE),
-        *(GSM8K, REFERENCE_ANSWERS, SUMMARIES, IFEVAL, GENERAL_TEXT, STEREOSET),
-    )
+FORMATS = {  # a table with written keys: an edit of one format concerns the stages that ask it
+    "hex_phi": HEX_PHI,
+    "ailuminate": AILUMINATE,
+    "xstest": XSTEST,
+    "csv": OWN_PROMPTS,
+    "strongreject": STRONGREJECT,
+    "simple_safety_tests": SIMPLE_SAFETY_TESTS,
+    "real_toxicity_prompts": REAL_TOXICITY_PROMPTS,
+    "bbq": BBQ,
+    "bbq_lite": BBQ_LITE,
+    "gsm8k": GSM8K,
+    "answers": REFERENCE_ANSWERS,
+    "summaries": SUMMARIES,
+    "ifeval": IFEVAL,
+    "text": GENERAL_TEXT,
+    "stereoset": STEREOSET,
 }

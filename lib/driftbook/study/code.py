@@ -8,11 +8,10 @@ an edit of a function changes the digests of what can call it, and no others.
 """
 
 import ast
-import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from driftbook.study import files
 
 LIBRARY = Path(__file__).resolve().parents[1]
 PACKAGE = LIBRARY.name
+VOCABULARY = f"{PACKAGE}.study."
 
 # A name in a module (dotted name), a notebook (path, or path#variable) or a file (path).
 Part = tuple[str, str]
@@ -32,28 +32,26 @@ DYNAMIC = {"import_module", "__import__"}
 DATA = re.compile(r"ROOT / 'data' / (?:'([\w.-]+)'|\w+)")
 
 
-def fingerprint(roots: Iterable[Part], length: int = 12) -> str:
-    """One digest of the code that these parts depend on."""
-    return files.digest(by_file(roots), length)
+def fingerprint(roots: Iterable[Part], texts: Iterable[str] = ()) -> str:
+    """One digest of the code that these parts depend on; see `closure`."""
+    return files.digest(by_file(roots, texts), 12)
 
 
-def by_file(roots: Iterable[Part]) -> dict[str, str]:
-    """The digest of what these parts depend on, by file."""
+def by_file(roots: Iterable[Part], texts: Iterable[str] = ()) -> dict[str, str]:
+    """The digest of what these parts depend on, by file; see `closure`."""
     found: dict[str, dict[str, str]] = {}
-    for module, name in closure(roots):
+    for module, name in closure(roots, texts):
         if code := _code(module, name):
-            found.setdefault(_label(path(module)), {})[name] = code
+            found.setdefault(_label(module), {})[name] = code
     return {label: files.digest(parts, 12) for label, parts in sorted(found.items())}
 
 
-def of_notebook(notebook: Path, variable: str | None = None) -> set[Part]:
+def of_notebook(notebook: Path, variable: str = ACTS) -> set[Part]:
     """The parts of a notebook: all of its code, or what leads to the last value of a variable.
 
     A statement leads to a variable if it assigns to a name that the variable is made from, or
     calls a method of it or a function on it. What a notebook only shows does not count.
     """
-    if variable is None:
-        return of_module(str(notebook))
     return {(f"{notebook}#{variable}", variable)}
 
 
@@ -66,33 +64,45 @@ def of_module(module: str) -> set[Part]:
     return found
 
 
-def closure(roots: Iterable[Part]) -> set[Part]:
-    """The parts that these lead to, directly or not, and they themselves. What a decorator of the
-    library registers under its name counts where the name is written as a text.
+def closure(roots: Iterable[Part], texts: Iterable[str] = ()) -> set[Part]:
+    """The parts that these lead to, directly or not, and they themselves.
+
+    What is found by a text counts where the text is written in the code, or is among `texts` (of a
+    study file): a function that a decorator registers, or an entry of a table that is used as
+    `TABLE[text]`. The package `study` is no such code: it lists all that a study file may say.
     """
-    waiting, found, texts = list(roots), set(), set()
+    waiting, found, known = list(roots), set(), set(texts)
     while waiting:
         part = waiting.pop()
         if part not in found:
             found.add(part)
             waiting += _uses(*part)
-            texts |= _texts(*part)
+            known |= set() if part[0].startswith(VOCABULARY) else _texts(*part)
         if not waiting:
-            loaded = {module for module, _ in found}
-            named = {(one, name) for one in loaded for name in source(one).registered & texts}
+            tables = ((module, source(module).by_text.get(name, {})) for module, name in found)
+            named = {(module, one[text]) for module, one in tables for text in one.keys() & known}
             waiting += named - found
     return found
+
+
+def choices(roots: Iterable[Part]) -> frozenset[str]:
+    """The texts on which it depends what these parts lead to: keys of tables that they look up."""
+    files = (file.relative_to(LIBRARY.parent).with_suffix("") for file in LIBRARY.rglob("*.py"))
+    modules = (".".join(file.parts).removesuffix(".__init__") for file in files)
+    every = {text for one in modules for texts in source(one).by_text.values() for text in texts}
+    found = closure(roots, every)
+    return frozenset(text for one, name in found for text in source(one).by_text.get(name, ()))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """The statements behind each name of a module, what its imports bind (name, dotted name), and
-    the functions that decorators of the library register.
+    what a text finds: by ACTS a registered function, by a table's name[] one of its entries.
     """
 
-    parts: dict[str, list[ast.stmt]]
+    parts: dict[str, list[ast.AST]]
     imports: dict[str, str]
-    registered: frozenset[str] = frozenset()
+    by_text: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @cache
@@ -101,30 +111,58 @@ def source(module: str) -> Source:
     file = path(module)
     if file.suffix == ".ipynb":
         return _notebook(file, module.partition("#")[2])
-    tree = ast.parse(file.read_text(encoding="utf-8") if file.suffix == ".py" else "")
+    tree = _parsed(file.read_text(encoding="utf-8") if file.suffix == ".py" else "")
     imports, parts = _imports(tree.body), {ACTS: []}
     for node in tree.body:
         for name in _bound(node):
             parts.setdefault(name, []).append(node)
     defined = (node for node in tree.body if isinstance(node, DEFINED))
     registered = {node.name for node in defined if _decorators(node) & set(imports)}
-    return Source(parts, imports, frozenset(registered))
+    by_text = {ACTS: {name: name for name in registered}}
+    for name, entries in _tables(tree.body):
+        parts |= {f"{name}[]": []} | {f"{name}[{key}]": [node] for key, node in entries.items()}
+        by_text[f"{name}[]"] = {key: f"{name}[{key}]" for key in entries}
+    return Source(parts, imports, by_text)
+
+
+def _parsed(code: str) -> ast.Module:
+    """Code without comments, docstrings and layout."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]
+    return tree
 
 
 def _notebook(file: Path, variable: str) -> Source:
-    """The code of a notebook, up to the last statement that assigns to the variable."""
+    """The code of a notebook, or what leads to a variable, as one part."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    body = ast.parse("\n".join(code)).body
-    ends = [number for number, node in enumerate(body, 1) if variable in _assigned(node)]
-    if variable and not ends:
-        raise ValueError(f"{file.name} gives no value to {variable!r}, its result")
-    body = body[: ends[-1]] if ends else body
-    imports, parts = _imports(body), {ACTS: []}
-    for node in body:
-        for name in (_assigned(node) | _changed(node)) - set(imports) or {ACTS}:
-            parts.setdefault(name, []).append(node)
-    return Source(parts, imports)
+    body = _parsed("\n".join(code)).body
+    imports = _imports(body)
+    if variable:
+        ends = [number for number, node in enumerate(body, 1) if variable in _assigned(node)]
+        if not ends:
+            raise ValueError(f"{file.name} gives no value to {variable!r}, its result")
+        body = _leading(body[: ends[-1]], variable)
+    return Source({variable: body}, imports)
+
+
+def _leading(body: list[ast.stmt], variable: str) -> list[ast.stmt]:
+    """The statements that lead to the last value of a variable."""
+    late: set[str] = set()  # names that functions look up when they are called
+    while True:
+        needed, kept, known = {variable}, [], set(late)
+        for node in reversed(body):
+            if (_assigned(node) | _changed(node)) & (needed | late):
+                kept.append(node)
+                used = {name for name, *_ in _names(node)}
+                if isinstance(node, ast.Assign | ast.AnnAssign):
+                    needed -= _assigned(node, through=())
+                needed |= used
+                late |= used if isinstance(node, DEFINED) else set()
+        if late == known:
+            return kept[::-1]
 
 
 @cache
@@ -142,7 +180,7 @@ def path(module: str) -> Path | None:
 # ---- what a statement binds
 def _bound(node: ast.stmt) -> set[str]:
     """The names that a statement of a module gives a value, and ACTS where it acts on others."""
-    if isinstance(node, ast.Import | ast.ImportFrom) or _is_text(node) or _is_main(node):
+    if isinstance(node, ast.Import | ast.ImportFrom) or _is_main(node):
         return set()
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     plain = isinstance(node, ast.Assign | ast.AnnAssign) and all(
@@ -151,16 +189,32 @@ def _bound(node: ast.stmt) -> set[str]:
     return _assigned(node) | (set() if plain or isinstance(node, DEFINED) else {ACTS})
 
 
+def _tables(body: Iterable[ast.stmt]) -> Iterator[tuple[str, dict[str, ast.expr]]]:
+    """The constants that are written as a table with texts as keys, with their entries."""
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            keys = [getattr(key, "value", None) for key in node.value.keys]
+            if isinstance(target, ast.Name) and all(isinstance(key, str) for key in keys):
+                yield target.id, dict(zip(keys, node.value.values, strict=True))
+
+
 def _decorators(node: ast.stmt) -> set[str]:
     return {_chain(getattr(one, "func", one))[0] for one in node.decorator_list}
 
 
-def _assigned(node: ast.stmt) -> set[str]:
-    """The names that a statement assigns to, whole or in part."""
-    if isinstance(node, DEFINED):
-        return {node.name}
-    stored = (one for one in ast.walk(node) if isinstance(getattr(one, "ctx", None), ast.Store))
-    return {name for one in stored if (name := _chain(one, ast.Attribute | ast.Subscript)[0])}
+def _assigned(*nodes: ast.AST, through: Any = ast.Attribute | ast.Subscript) -> set[str]:
+    """The names that statements assign to, whole or in part, outside of the scopes within them."""
+    found, waiting = set(), list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            found.add(_chain(node, through)[0])
+        if isinstance(node, DEFINED):
+            found.add(node.name)
+        elif not isinstance(node, (ast.Lambda, *LOOPS)):
+            waiting += ast.iter_child_nodes(node)
+    return found - {""}
 
 
 def _changed(node: ast.stmt) -> set[str]:
@@ -213,7 +267,7 @@ def _uses(module: str, name: str) -> frozenset[Part]:
             for dotted in {known[root] for known in (own.imports, local) if root in known}:
                 found |= _acting([dotted]) | _found(".".join([dotted, *rest]))
             if root in own.parts:
-                found.add((module, root))
+                found.add(_part(module, [root, *rest]))
             if DYNAMIC & {root, *rest}:
                 raise ValueError(
                     f"{path(module)} imports a module by a name that is only known when it runs;"
@@ -247,16 +301,23 @@ def _found(dotted: str) -> set[Part]:
     module, *words = dotted.split(".")
     while words:
         if home := _face(module).get(words[0]):
-            return {(f"{module}.{home}", words[0])}
+            return _found(".".join([module, home, *words]))
         if not path(f"{module}.{words[0]}"):
             break
         module = f"{module}.{words.pop(0)}"
     known = source(module)
     if words and words[0] in known.parts:
-        return {(module, words[0])}
+        return {_part(module, words)}
     if words and words[0] in known.imports:
         return _found(".".join([known.imports[words[0]], *words[1:]]))
     return of_module(module)
+
+
+def _part(module: str, words: list[str]) -> Part:
+    """A name of a module; only the looking up of one entry, where it is a table and so used."""
+    name, *rest = words
+    looked_up = rest[:1] in (["[]"], ["get"]) and f"{name}[]" in source(module).parts
+    return (module, f"{name}[]" if looked_up else name)
 
 
 @cache
@@ -290,32 +351,25 @@ def _names(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[list
     """
     chain = _chain(node)
     if chain[0]:
-        yield from [] if chain[0] in hidden else [chain]
+        unused = chain[0] in hidden or isinstance(node.ctx, ast.Store) and not chain[1:]
+        yield from [] if unused else [chain]
+        return
+    if isinstance(node, ast.Subscript) and (chain := _chain(node.value))[0]:
+        yield from [] if chain[0] in hidden else [[*chain, "[]"]]
+        yield from _names(node.slice, hidden)
         return
     inner = hidden
     if isinstance(node, FUNCTIONS):
         inner |= {one.arg for one in ast.walk(node.args) if isinstance(one, ast.arg)}
-        inner |= _local(node.body if isinstance(node.body, list) else [])
+        inner |= _assigned(*node.body, through=()) if isinstance(node.body, list) else set()
     elif isinstance(node, LOOPS):
         inner |= {name for one in node.generators for name in _assigned(one.target)}
         yield from _names(node.generators[0].iter, hidden)
-    for field, value in ast.iter_fields(node):
-        outside = field in ("decorator_list", "args", "returns") and isinstance(node, FUNCTIONS)
+    for part, value in ast.iter_fields(node):
+        outside = part in ("decorator_list", "args", "returns") and isinstance(node, FUNCTIONS)
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 yield from _names(child, hidden if outside else inner)
-
-
-def _local(body: Iterable[ast.AST]) -> set[str]:
-    """The names that a function's own statements assign to."""
-    found, waiting = set(), list(body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        if not isinstance(node, (*DEFINED, ast.Lambda, *LOOPS)):
-            waiting += ast.iter_child_nodes(node)
-    return found
 
 
 def _chain(node: ast.AST, through: Any = ast.Attribute) -> list[str]:
@@ -333,19 +387,15 @@ def _code(module: str, name: str) -> str:
     if path(module).suffix not in (".py", ".ipynb"):
         return files.folder_digest(path(module))
     return (
-        files.digest([_dump(node) for node in own]) if (own := source(module).parts[name]) else ""
+        files.digest([ast.dump(node) for node in own])
+        if (own := source(module).parts[name])
+        else ""
     )
 
 
-def _dump(node: ast.AST) -> str:
-    """Code without comments, docstrings and layout."""
-    node = copy.deepcopy(node)
-    for one in ast.walk(node):
-        if isinstance(body := getattr(one, "body", None), list):
-            one.body = [line for line in body if not _is_text(line)]
-    return ast.dump(node)
-
-
-def _label(file: Path) -> str:
+@cache
+def _label(module: str) -> str:
+    """The path of a file in the library, or in the project."""
+    file = path(module)
     home = next((one for one in (LIBRARY, LIBRARY.parents[1]) if file.is_relative_to(one)), None)
     return str(file.relative_to(home)) if home else file.name
