@@ -9,12 +9,13 @@ from driftbook.study.tables import RESPONSES, VERDICTS
 
 
 @pytest.fixture
-def job(study, monkeypatch):
+def job(make_study, content, monkeypatch, request):
     """The judging of all variants of one base model, whose settings need no models."""
     monkeypatch.setattr("driftbook.batch.keys.settings", lambda *_: {"stage": "judge"})
     monkeypatch.setattr(
         "driftbook.batch.cache.served", lambda key, run_id, folder, make: make()
     )  # nothing of another test is taken
+    study = make_study(content | {"name": request.node.name})  # its own folder
     base_model = next(iter(study.bases))
     return Job("judge", study, base_model, list(study.of_base(base_model)))
 
