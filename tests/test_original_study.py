@@ -252,7 +252,7 @@ def test_the_ledger_of_the_real_study(rows):
     without = [one for one in judged.values() if one.value is None]
     assert [one.verdict for one in without] == [original_claims.OPEN] * 3
     assert all("needed" in one.how for one in without)
-    shown = original_claims.table(original_claims.estimates(judged))
+    shown = original_claims.claims_table(original_claims.estimates(judged))
     assert shown["claim"].tolist() == original_study.cited("claims")["sentence"].tolist()
     assert sum(original_claims.counts(original_claims.estimates(judged)).values()) == len(shown)
 

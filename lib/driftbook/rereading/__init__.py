@@ -1,1 +1,20 @@
 """Others' published runs, analysed again."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "original_analysis": ["grid"],
+        "original_claims": ["claims_table"],
+        "original_reading": [
+            "category_model",
+            "claims_sentence",
+            "joined",
+            "original_estimates",
+            "original_reading",
+            "tests_sentence",
+        ],
+        "original_tests": ["largest_r"],
+    },
+)

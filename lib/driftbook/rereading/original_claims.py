@@ -25,7 +25,7 @@ from driftbook.rereading.original_analysis import (
 from driftbook.stats import estimation
 from driftbook.stats.terms import CHANGE
 
-STANDS, FALLS, OPEN = "stands", "falls", "cannot be told"
+STANDS, FALLS, OPEN = VERDICTS = "stands", "falls", "cannot be told"
 MARGIN = 3.0  # points of safety that "preserves" may cost, fixed beforehand
 ALPHA = 0.05
 BASES = original_study.MODELS
@@ -100,7 +100,7 @@ def estimates(judged: dict[str, Claim]) -> pd.DataFrame:
     )
 
 
-def table(shown: pd.DataFrame) -> pd.DataFrame:
+def claims_table(shown: pd.DataFrame) -> pd.DataFrame:
     """The ledger to read, from `estimates`: claim, verdict, number with interval, unit, how it was
     decided; in the order of claims.csv.
     """
