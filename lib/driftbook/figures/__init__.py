@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"gallery": ["show"], "miniature": ["draw_learning"]}
+    __name__, submod_attrs={"gallery": ["of", "read", "show"], "miniature": ["draw_learning"]}
 )

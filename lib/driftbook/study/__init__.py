@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "environment": ["versions"],
         "opening": ["opened"],
+        "preregistration": ["deviations", "registered"],
         "sources": ["locate"],
         "study_file": ["load"],
         "tables": ["greedy"],
