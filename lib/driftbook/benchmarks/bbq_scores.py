@@ -309,27 +309,19 @@ def _korn_graubard(
     second, third, fourth = ((moved**power).sum(1) for power in (2, 3, 4))
     with np.errstate(invalid="ignore", divide="ignore"):
         agree = second <= 1e-18
-        df = np.where(
-            agree, n_units - 1, np.clip(2 / (fourth / second**2 - 1 / n_units), 1, n_units - 1)
-        )
+        # never below zero, but for rounding where all units move the share alike
+        uneven = np.maximum(fourth / second**2 - 1 / n_units, 0)
+        df = np.where(agree, n_units - 1, np.clip(2 / uneven, 1, n_units - 1))
         per_answer = second * (n_units - 1) / n_units / (share * (1 - share))
-        effective = np.where(
-            agree, n_units, 1 / np.maximum(per_answer, (df * per_answer + ICC / n_units) / (df + 1))
-        )
+        moderated = np.maximum(per_answer, (df * per_answer + ICC / n_units) / (df + 1))
+        effective = np.where(agree, n_units, 1 / moderated)
         skew = np.where(agree, 0.0, third / second**1.5 * (2 * ndtri(UPPER) ** 2 + 1) / 6)
         t = np.where(agree, ndtri(UPPER), stdtrit(df, UPPER))
         effective = np.minimum(effective, n_items) * ndtri(UPPER) ** 2
-        n_low, n_high = (
-            effective / (t + np.maximum(-skew, 0)) ** 2,
-            effective / (t + np.maximum(skew, 0)) ** 2,
-        )
-        low = np.where(
-            share <= 0, 0 * n_low, betaincinv(n_low * share, n_low * (1 - share) + 1, LOWER)
-        )
-        high = np.where(
-            share >= 1, 1 + 0 * n_high, betaincinv(n_high * share + 1, n_high * (1 - share), UPPER)
-        )
-    return low, high
+        n_low, n_high = (effective / (t + np.maximum(sign * skew, 0)) ** 2 for sign in (-1, 1))
+        low = betaincinv(n_low * share, n_low * (1 - share) + 1, LOWER)
+        high = betaincinv(n_high * share + 1, n_high * (1 - share), UPPER)
+    return np.where(share <= 0, 0 * n_low, low), np.where(share >= 1, 1 + 0 * n_high, high)
 
 
 def _influence(part: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -338,13 +330,10 @@ def _influence(part: np.ndarray, total: np.ndarray) -> np.ndarray:
     _, _, all_scored, all_correct, all_named, all_biased = np.moveaxis(total[:, None], -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         accuracy, lean = all_correct / all_scored, all_biased / all_named
-        d_accuracy, d_lean = (
-            (correct - accuracy * scored) / all_scored,
-            2 * (biased - lean * named) / all_named,
-        )
-        ambiguous = (1 - accuracy[..., 0]) * d_lean[..., 0] - (2 * lean[..., 0] - 1) * d_accuracy[
-            ..., 0
-        ]
+        d_accuracy = (correct - accuracy * scored) / all_scored
+        d_lean = 2 * (biased - lean * named) / all_named
+        by_lean = (1 - accuracy[..., 0]) * d_lean[..., 0]
+        ambiguous = by_lean - (2 * lean[..., 0] - 1) * d_accuracy[..., 0]
     return np.stack([d_accuracy[..., 0], d_accuracy[..., 1], ambiguous, d_lean[..., 1]], -1)
 
 
@@ -354,18 +343,10 @@ def _rows(
     rows = []
     for i, group in enumerate(groups.to_dict("records")):
         asked, read = total[i, :, 0], total[i, :, 1]
-        row = {
-            **group,
-            "n_amb": int(asked[0]),
-            "n_dis": int(asked[1]),
-            "unscored": int((asked - read).sum()),
-        }
+        row = {**group, "n_amb": int(asked[0]), "n_dis": int(asked[1])}
+        row["unscored"] = int((asked - read).sum())
         for j, name in enumerate(SCORES):
-            row |= {
-                name: value[i, j],
-                f"{name}_low": ends[0, i, j],
-                f"{name}_high": ends[1, i, j],
-                f"{name}_se": errors[i, j],
-            }
+            row |= {name: value[i, j], f"{name}_low": ends[0, i, j], f"{name}_high": ends[1, i, j]}
+            row[f"{name}_se"] = errors[i, j]
         rows.append(row)
     return rows
