@@ -18,7 +18,7 @@ N_ITEMS = {"Age": 3680, "Religion": 1200, "Nationality": 3080}
 
 @pytest.fixture(scope="module")
 def published(shared):
-    """{item_id: target_loc} of the authors' own table: the option that agrees with the stereotype."""
+    """{item_id: target_loc} of the authors' own table: the option of the stereotype."""
     with (shared / "bbq" / "published" / "target_loc.csv").open(newline="") as file:
         return {
             f"{row['category']}-{row['example_id']}": (

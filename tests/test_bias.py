@@ -44,7 +44,7 @@ def answered(items: pd.DataFrame, letters) -> pd.DataFrame:
 
 
 def drawn(items: pd.DataFrame, rng: np.random.Generator, unread: float = 0.05) -> list[str | None]:
-    """Letters of a model that is right two times in three, with a lean of its own in each family."""
+    """Letters of a model that is right two times in three, with another lean in each family."""
     lean = dict(
         zip(
             items.question_family.unique(), rng.random(items.question_family.nunique()), strict=True

@@ -170,7 +170,8 @@ from driftbook.benchmarks.judges import JUDGES
 from driftbook.study.sections import Judge
 
 settings = Judge(source="lab/judge", format="mine")
-print(judging.masked_prompt(None, settings), generated_verdicts.parse("verdict: bad", JUDGES["mine"]))
+said = generated_verdicts.parse("verdict: bad", JUDGES["mine"])
+print(judging.masked_prompt(None, settings), said)
 print(*hazards.coverage("mine", ["Malware", "other"]).iloc[0])
 """
     declared = (
