@@ -9,14 +9,14 @@ from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
 
-NAMES = ["run_id", "base_model", "method"]
+WHO = ["run_id", "base_model", "method"]
 
 
 def official_answers(tables: Tables) -> pd.DataFrame:
     """The answers that are scored (options in the file's order, read from probabilities), with the
     run's base model, method and arm."""
     arms = influence.arms(tables.variants, tables.runs)
-    return bbq_orders.official(tables.answers).merge(arms[[*NAMES, "arm"]], on="run_id")
+    return bbq_orders.official(tables.answers).merge(arms[[*WHO, "arm"]], on="run_id")
 
 
 def base_scores(tables: Tables, by: list[str], n_boot: int, seed: int) -> pd.DataFrame:
@@ -58,8 +58,8 @@ def by_order(tables: Tables) -> pd.DataFrame:
     """By base model and method: how often answers flip with the order of the options, the prior of
     each place, and the agreement of written answers with probabilities."""
     arms = influence.arms(tables.variants, tables.runs)
-    order = bbq_orders.by_letter(tables.answers).merge(arms[NAMES], on="run_id")
-    return order.drop(columns="run_id").groupby(NAMES[1:], sort=False).mean()
+    order = bbq_orders.by_letter(tables.answers).merge(arms[WHO], on="run_id")
+    return order.drop(columns="run_id").groupby(WHO[1:], sort=False).mean()
 
 
 def fairness_checks(tables: Tables, estimates: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
@@ -83,7 +83,7 @@ def _read(tables: Tables) -> pd.DataFrame:
     for mode, part in tables.answers.groupby("answer_mode"):
         if mode in ("debiased", "generated"):
             ways[mode] = part, "reference"
-    arms = influence.arms(tables.variants, tables.runs)[NAMES]
+    arms = influence.arms(tables.variants, tables.runs)[WHO]
     found = {}
     for name, (part, convention) in ways.items():
         scores = bbq_scores.scores(part.merge(arms, on="run_id"), ("method",), convention, n_boot=0)
@@ -93,11 +93,11 @@ def _read(tables: Tables) -> pd.DataFrame:
 
 def _stereoset(tables: Tables, seed: int) -> pd.DataFrame:
     """StereoSet's scores by set, base model and method; empty where the study does not ask it."""
-    arms, found = influence.arms(tables.variants, tables.runs)[NAMES], []
+    arms, found = influence.arms(tables.variants, tables.runs)[WHO], []
     for name in tables.study.asked(("stereoset",)):
         rows = picked(tables.ratings, benchmark=name)
         found.append(stereoset.stereoset_scores(rows, data.items(name, tables.study), seed=seed))
     if not found:
         return pd.DataFrame()
     scores = picked(pd.concat(found).merge(arms, on="run_id"), bias_type="all")
-    return scores.groupby(["benchmark", *NAMES[1:]], sort=False)[["lms", "ss", "icat"]].mean()
+    return scores.groupby(["benchmark", *WHO[1:]], sort=False)[["lms", "ss", "icat"]].mean()

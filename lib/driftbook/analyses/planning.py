@@ -1,8 +1,8 @@
-"""Notebook 16: what a grid of runs can show, and what more runs or prompts would add; see `power`."""
+"""Notebook 16: what a grid of runs can show, and what more runs or prompts would add."""
 
 import pandas as pd
 
-from driftbook.analyses import power
+from driftbook.analyses import outcomes, power
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.stats.picking import picked
@@ -10,7 +10,6 @@ from driftbook.study.methods import METHOD_LABELS
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES, greedy
 
-UNITS = ["category", "family", "prompt_id"]
 TRIALS = (
     {"rate": 0.15, "shift": 0.15, "run": 0.05, "agree": 0.8},
     {"rate": 0.3, "shift": 0.0, "run": 0.05, "agree": 0.9, "margin": 4.0},
@@ -33,7 +32,7 @@ class Grid:
         rows = picked(rows, benchmark="safety", judge=judge)
         self.arms = influence.arms(tables.variants, tables.runs)
         self.cells = influence.cells(self.arms)
-        self.values = influence.matrix(rows, "unsafe", UNITS)
+        self.values = influence.matrix(rows, "unsafe", outcomes.UNITS)
         self.here = power.grid(self.cells)
         self.n_prompts = self.values.shape[1]
         change = influence.paired(self.values, self.arms)
@@ -60,7 +59,9 @@ class Grid:
         wide = wanted.set_index(keys).unstack("base_model").astype("Int64")
         return wide.reindex(self.here["method"].unique()).T
 
-    def plan(self, components: pd.DataFrame, grid: pd.DataFrame, n: int, examples: int = 4):
+    def plan(
+        self, components: pd.DataFrame, grid: pd.DataFrame, n: int, examples: int = 4
+    ) -> pd.DataFrame:
         """What the estimator will know of each contrast of such a grid (`power.precision`)."""
         return power.precision(components, grid, n, **self.units, examples=examples)
 
@@ -81,77 +82,80 @@ class Grid:
         n = self.study.benchmarks["safety"].n or self.n_prompts
         return self.plan(picked(assumed, other="none"), power.planned(self.study), n)
 
+    def estimates(
+        self, margin: float, seeds: list[int], more_prompts: int, base_rate: float
+    ) -> pd.DataFrame:
+        """Every estimate of notebook 16: what this grid shows, its components, pairs of methods,
+        larger grids, and what was expected before it ran."""
+        own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": self.judge}
+        names = {"study": self.study.name, "notebook": "16_power", **own}
+        plan = self.plan(self.single, self.here, self.n_prompts, examples=8)
+        usual = terms.AS_CONFIGURED
+        parts = [
+            power.of_plan(plan, usual, margin, **names),
+            power.of_components(self.single, usual, **names),
+            power.of_plan(self.pairs(), usual, margin, **names),
+            estimation.complete(self._tried(seeds, more_prompts).assign(**names)),
+            power.of_plan(self.expected(base_rate), power.PLANNED, margin, **names),
+        ]
+        return ESTIMATES.concat(parts)
 
-def tried(grid: Grid, seeds: list[int], more_prompts: int) -> pd.DataFrame:
-    """The smallest increase seen with so many seeds a setting, and with more prompts, as estimates
-    without names."""
-    parts = []
-    for n in (grid.n_prompts, more_prompts * grid.n_prompts):
-        for k in seeds:
-            plan = grid.plan(grid.single, power.with_seeds(grid.here, k), n)
-            own = {"group": power.GRID, "member": str(k), "category": f"{n} prompts", "n_items": n}
-            found = plan.assign(**own, against=plan["other"], contrast=power.SMALLEST)
-            found = found.assign(population=terms.BOTH, **power.minimum_detectable(plan))
-            parts.append(found.drop(columns=["se", "example"]))
-    return pd.concat(parts, ignore_index=True)
+    def _tried(self, seeds: list[int], more_prompts: int) -> pd.DataFrame:
+        """The smallest increase seen with so many seeds a setting, and with more prompts."""
+        parts = []
+        for n in (self.n_prompts, more_prompts * self.n_prompts):
+            for k in seeds:
+                plan = self.plan(self.single, power.with_seeds(self.here, k), n)
+                own = {
+                    "group": power.GRID,
+                    "member": str(k),
+                    "category": f"{n} prompts",
+                    "n_items": n,
+                }
+                found = plan.assign(**own, against=plan["other"], contrast=power.SMALLEST)
+                found = found.assign(population=terms.BOTH, **power.minimum_detectable(plan))
+                parts.append(found.drop(columns=["se", "example"]))
+        return pd.concat(parts, ignore_index=True)
 
+    # ---- for reading
+    def original_spread(self) -> pd.DataFrame:
+        """The spread of runs with equal settings in the original study, and here."""
+        spread = self.single.groupby("method", sort=False)["run"].mean().rename("run, here")
+        known = power.ORIGINAL.set_index("method")[["run", "df_run"]]
+        return known.merge(spread, left_index=True, right_index=True)
 
-def power_estimates(
-    grid: Grid, margin: float, seeds: list[int], more_prompts: int, base_rate: float
-) -> pd.DataFrame:
-    """Every estimate of notebook 16: what this grid shows, its components, differences of methods,
-    larger grids, and what was expected before it ran."""
-    own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": grid.judge}
-    names = {"study": grid.study.name, "notebook": "16_power", **own}
-    plan = grid.plan(grid.single, grid.here, grid.n_prompts, examples=8)
-    usual = terms.AS_CONFIGURED
-    parts = [
-        power.of_plan(plan, usual, margin, **names),
-        power.of_components(grid.single, usual, **names),
-        power.of_plan(grid.pairs(), usual, margin, **names),
-        estimation.complete(tried(grid, seeds, more_prompts).assign(**names)),
-        power.of_plan(grid.expected(base_rate), power.PLANNED, margin, **names),
-    ]
-    return ESTIMATES.concat(parts)
+    def category_table(self, by_category: pd.DataFrame) -> pd.DataFrame:
+        """The smallest margin over all base models by category, and the prompts needed."""
+        overall = power.over_all(by_category).astype({"needs": float})
+        values = {"values": ["smallest", "needs"], "sort": False, "dropna": False}
+        return overall.pivot_table(index="category", columns="method", **values)
+
+    def category_sentence(self, by_category: pd.DataFrame, margin: float) -> str:
+        """In how many pairs of category and method these runs cannot tell, in one sentence."""
+        n = self.values.T.groupby(level=0).size().median()
+        single = by_category[by_category["base_model"].ne("all")]
+        words = []
+        overall = power.over_all(by_category)
+        for name, part in (("over all base models", overall), ("on a single base model", single)):
+            unsure, unknown = (part["says"].eq(word).sum() for word in ("cannot tell", "not known"))
+            words.append(
+                f"{name}, {unsure} of {len(part)} pairs of category and method cannot tell,"
+                f" {unknown} are not known (nothing varied, or no setting was run twice)"
+            )
+        return f"**With {n:.0f} prompts a category, at {margin:g} points:** {'; '.join(words)}."
+
+    def sentence(self, estimates: pd.DataFrame, margin: float) -> str:
+        """What this grid could show, in one sentence."""
+        return power.sentence(estimates, METHOD_LABELS, margin)
 
 
 # ---- for reading
-def original_spread(grid: Grid) -> pd.DataFrame:
-    """The spread of runs with equal settings in the original study, and here."""
-    spread = grid.single.groupby("method", sort=False)["run"].mean().rename("run, here")
-    known = power.ORIGINAL.set_index("method")[["run", "df_run"]]
-    return known.merge(spread, left_index=True, right_index=True)
-
-
 def shown(estimates: pd.DataFrame, group: str, **wanted: str) -> pd.DataFrame:
     """The estimates of one group of plans by method and base model."""
     rows = picked(estimates, group=group, **wanted).astype({"value": float})
     index = ["contrast", "against", "method"]
     kept = {"columns": "base_model", "values": "value", "sort": False, "dropna": False}
     return rows.pivot_table(index=index, **kept).dropna(how="all")
-
-
-def category_sentence(by_category: pd.DataFrame, n: float, margin: float) -> str:
-    """In how many pairs of category and method these runs cannot tell, in one sentence."""
-    single = by_category[by_category["base_model"].ne("all")]
-    words = []
-    for name, part in (
-        ("over all base models", power.over_all(by_category)),
-        ("on a single base model", single),
-    ):
-        unsure, unknown = (part["says"].eq(word).sum() for word in ("cannot tell", "not known"))
-        words.append(
-            f"{name}, {unsure} of {len(part)} pairs of category and method cannot tell, {unknown}"
-            " are not known (nothing varied, or no setting was run twice)"
-        )
-    return f"**With {n:.0f} prompts a category, at {margin:g} points:** {'; '.join(words)}."
-
-
-def category_table(by_category: pd.DataFrame) -> pd.DataFrame:
-    """The smallest margin over all base models by category and method, and the prompts needed."""
-    overall = power.over_all(by_category).astype({"needs": float})
-    values = {"values": ["smallest", "needs"], "sort": False, "dropna": False}
-    return overall.pivot_table(index="category", columns="method", **values)
 
 
 def formula_checked(n_sets: int, seed: int) -> pd.DataFrame:
@@ -165,8 +169,3 @@ def formula_checked(n_sets: int, seed: int) -> pd.DataFrame:
         for trial in TRIALS
     ]
     return pd.DataFrame(rows)
-
-
-def power_sentence(estimates: pd.DataFrame, margin: float) -> str:
-    """What this grid could show, in one sentence."""
-    return power.sentence(estimates, METHOD_LABELS, margin)

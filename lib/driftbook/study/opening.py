@@ -49,11 +49,14 @@ class Tables:
         return found
 
     def write(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write one notebook's part of `estimates`, or another table, checked and whole."""
-        vars(self).pop(name if name in TABLES else "estimates", None)
-        if name in TABLES:
-            return TABLES[name].write(frame, self.folder)
-        return ESTIMATES.write(frame, self.folder / "estimates" / f"{name}.parquet")
+        """Write a table, checked and whole."""
+        vars(self).pop(name, None)
+        return TABLES[name].write(frame, self.folder)
+
+    def write_estimates(self, notebook: str, frame: pd.DataFrame) -> Path:
+        """Write one notebook's part of `estimates`: estimates/NOTEBOOK.parquet."""
+        vars(self).pop("estimates", None)
+        return ESTIMATES.write(frame, self.folder / "estimates" / f"{notebook}.parquet")
 
     def _repr_markdown_(self) -> str:
         """The tables read so far: rows, and what one row is."""
