@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from driftbook.batch.make_plan import MEASURED, _operations, size_of
+from driftbook.batch.costing import MEASURED, operations, size_of
 from driftbook.study.files import write_json
 from driftbook.study.methods import PEFT_METHODS
 
@@ -49,16 +49,16 @@ def calibrate() -> dict[str, Any]:
                 for part in ((one,) if hasattr(one, "ids") else (one.chosen, one.rejected))
             ]
             flops[f"{'train' if objective == 'sft' else 'dpo'} {variant.method}"] = (
-                sum(_operations(own, length, 4) for length in lengths) / seconds
+                sum(operations(own, length, 4) for length in lengths) / seconds
             )
     scorer = Scorer(base.model, tokenizer)
     contexts = [scorer.ids(text)[:256] for text in harness.texts(this)[:64]]
     contexts = [one for one in contexts if len(one) > 8]
     _, seconds = harness.timed(scorer.token_logprobs, [(one[:-1], one[-1:]) for one in contexts])
-    flops["read"] = sum(_operations(own, len(one), 2) for one in contexts) / seconds
+    flops["read"] = sum(operations(own, len(one), 2) for one in contexts) / seconds
     base.model.generation_config.eos_token_id = None
     _, seconds = harness.timed(scorer.generate, [one[:64] for one in contexts], 32)
-    flops["write"] = len(contexts) * _operations(own, 32, 2) / seconds
+    flops["write"] = len(contexts) * operations(own, 32, 2) / seconds
     tiny = Loaded(
         "tiny",
         harness.random_llama(

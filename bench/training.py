@@ -215,15 +215,15 @@ def whole_study() -> list[dict]:
     """
     from bench import calibrate
 
-    from driftbook.batch import make_plan
+    from driftbook.batch import costing, make_plan
 
     calibrate.calibrate()
     paper, rates = load("paper"), make_plan.choose("here")
-    table = make_plan.hours(paper, rates)
+    table = costing.hours(paper, rates)
     one = next(
         variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1
     )
-    own = make_plan.hours(
+    own = costing.hours(
         paper.model_copy(
             update={
                 "grid": (

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook.batch import make_plan
+from driftbook.batch import costing, make_plan
 from driftbook.study.files import ROOT
 from driftbook.study.study_file import load
 
 pytestmark = pytest.mark.slow
 
-RATES = make_plan.Rates(
+RATES = costing.Rates(
     "made up",
     {"train lora": 1e12, "dpo lora": 2e12, "read": 4e12, "write": 5e11},
     10.0,
@@ -30,7 +30,7 @@ RATES = make_plan.Rates(
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma"])
 def test_a_size_from_a_configuration_is_that_of_the_module(bases, family):
     model = bases[family].model
-    found = make_plan.size_of(model.config.to_dict())
+    found = costing.size_of(model.config.to_dict())
     n_body = sum(
         value.numel()
         for name, value in model.named_parameters()
@@ -52,7 +52,7 @@ def test_sizes_of_the_studied_models_by_their_published_configurations():
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     }
-    assert make_plan.size_of(llama).weights == pytest.approx(8.03e9, rel=0.002)
+    assert costing.size_of(llama).weights == pytest.approx(8.03e9, rel=0.002)
     qwen = {
         "hidden_size": 3584,
         "num_hidden_layers": 28,
@@ -62,7 +62,7 @@ def test_sizes_of_the_studied_models_by_their_published_configurations():
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     }
-    assert make_plan.size_of(qwen).weights == pytest.approx(7.62e9, rel=0.002)
+    assert costing.size_of(qwen).weights == pytest.approx(7.62e9, rel=0.002)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_sizes_of_the_studied_models_by_their_published_configurations():
     ],
 )
 def test_a_size_that_is_not_known_is_guessed_from_the_name_and_said_to_be(name, billions):
-    found = make_plan._guessed(name)
+    found = costing.guessed_size(name)
     assert found.weights == pytest.approx(billions * 1e9)
     assert not found.known
 
@@ -118,12 +118,12 @@ def test_repairs_are_not_counted_as_runs_to_train():
 
 
 def test_hours_follow_the_amounts(paper):
-    table = make_plan.hours(paper, RATES)
-    twice = make_plan.Rates(
+    table = costing.hours(paper, RATES)
+    twice = costing.Rates(
         "faster", {kind: 2 * rate for kind, rate in RATES.flops.items()}, 0.0, 0.0, ""
     )
-    rows = make_plan.amounts(paper)
-    assert (make_plan.hours(paper, twice)["judge"] * 2).to_numpy() == pytest.approx(
+    rows = costing.amounts(paper)
+    assert (costing.hours(paper, twice)["judge"] * 2).to_numpy() == pytest.approx(
         table["judge"].to_numpy()
     )
     own = rows[(rows.stage == "train") & (rows.base_model == "llama-3-8b")]
@@ -136,9 +136,9 @@ def test_hours_follow_the_amounts(paper):
 
 
 def test_the_published_gpu_is_read_from_the_published_runs():
-    rates = make_plan._l40s()
-    runs = pd.read_parquet(make_plan.PUBLISHED / "runs.parquet").merge(
-        pd.read_parquet(make_plan.PUBLISHED / "variants.parquet"), on="run_id"
+    rates = costing.published_rates()
+    runs = pd.read_parquet(costing.PUBLISHED / "runs.parquet").merge(
+        pd.read_parquet(costing.PUBLISHED / "variants.parquet"), on="run_id"
     )
     slowest = (
         runs[runs.method == "prompt_tuning"].seconds.median()
@@ -151,7 +151,7 @@ def test_the_published_gpu_is_read_from_the_published_runs():
 
 def test_tokens_of_a_file_that_is_here_are_counted(make_study, content, data_folder):
     study = make_study(content)
-    mean, counted = make_plan.tokens_of(study.data["sft"], study)
+    mean, counted = costing.tokens_of(study.data["sft"], study)
     assert counted
     assert 4 < mean < study.training.max_length
     content["data"]["sft"] = {
@@ -161,7 +161,7 @@ def test_tokens_of_a_file_that_is_here_are_counted(make_study, content, data_fol
         "n": 32,
     }
     study = make_study(content)
-    assert make_plan.tokens_of(study.data["sft"], study) == (study.training.max_length, False)
+    assert costing.tokens_of(study.data["sft"], study) == (study.training.max_length, False)
 
 
 def test_memory_grows_with_the_weights_and_shrinks_with_their_bits(make_study, content):
@@ -169,14 +169,14 @@ def test_memory_grows_with_the_weights_and_shrinks_with_their_bits(make_study, c
         "a": {"family": "llama", "source": "x/Model-8B", "revision": "0" * 40, "dtype": "float32"}
     }
     content["grid"] = []
-    whole = make_plan.memory(make_study(content))
+    whole = costing.memory(make_study(content))
     content["bases"]["a"]["dtype"] = "bfloat16"
-    half = make_plan.memory(make_study(content))
+    half = costing.memory(make_study(content))
     content["bases"]["a"]["quantization"] = "nf4"
-    four = make_plan.memory(make_study(content))
+    four = costing.memory(make_study(content))
     assert whole["respond"] - half["respond"] == pytest.approx(8e9 * 2 / 2**30)
     assert half["respond"] - four["respond"] == pytest.approx(
-        8e9 * (2 - make_plan.WEIGHT_BYTES["nf4"]) / 2**30
+        8e9 * (2 - costing.WEIGHT_BYTES["nf4"]) / 2**30
     )
 
 
@@ -217,8 +217,8 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, words, said):
 
 
 def test_no_rates_are_no_plan(monkeypatch, tmp_path):
-    monkeypatch.setattr(make_plan, "PUBLISHED", tmp_path)
-    monkeypatch.setattr(make_plan, "MEASURED", tmp_path / "costs.json")
+    monkeypatch.setattr(costing, "PUBLISHED", tmp_path)
+    monkeypatch.setattr(costing, "MEASURED", tmp_path / "costs.json")
     with pytest.raises(ValueError) as error:
         make_plan.choose(None)
     assert "make calibrate" in one_sentence(error.value)
@@ -242,4 +242,4 @@ def test_a_study_of_every_method_is_planned(tmp_path):
         "learning_rates": {method: [1e-3] for method in content["methods"]},
     }
     study = load(write_study(tmp_path, content))
-    assert make_plan.hours(study, RATES).to_numpy().min() > 0
+    assert costing.hours(study, RATES).to_numpy().min() > 0

@@ -1,6 +1,5 @@
 """The tables of a study, put together from the results of its runs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -127,10 +126,8 @@ def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.D
         .to_dict("index")
     )
     rows = responses[(responses.benchmark == "safety") & responses.prompt_id.isin(known)]
-    judge: Callable[[str, str], bool] = lambda prompt_id, response: is_unsafe(
-        known[prompt_id], response
-    )  # noqa: E731
-    unsafe = [judge(*row) for row in zip(rows.prompt_id, rows.response, strict=True)]
+    pairs = zip(rows.prompt_id, rows.response, strict=True)
+    unsafe = [is_unsafe(known[prompt_id], response) for prompt_id, response in pairs]
     frame = rows[["benchmark", "prompt_id", "run_id"]].assign(
         rater="rule", label=["unsafe" if hit else "safe" for hit in unsafe]
     )

@@ -36,7 +36,7 @@ def write(study: Study) -> str:
     changes: dict[str, list[str]] = {}
     for job, value in _keys(study):
         path, done = _path(study, "keys", job), mark(study, job)
-        made_of = _read(done)
+        made_of = read_mark(done)
         if not path.exists() or read_json(path) != value:
             write_json(path, value)
         if made_of is None:
@@ -105,7 +105,7 @@ def _key(
 
 
 # ---- what is no longer as it was recorded
-def _read(path: Path) -> dict | None:
+def read_mark(path: Path) -> dict | None:
     """A mark; None where it is lost or torn, so that the work is done again."""
     try:
         return read_json(path)
@@ -126,7 +126,7 @@ def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
     adapter that was changed on purpose stays as it is.
     """
     for run_id, result in runs.items():
-        if _read(folder / "runs" / run_id / f"{stage}.done.json") != result:
+        if read_mark(folder / "runs" / run_id / f"{stage}.done.json") != result:
             return f"the mark of {run_id} changed"
         for name, known in {**result["inputs"], **result["files"]}.items():
             path = folder / "runs" / run_id / name
