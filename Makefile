@@ -15,7 +15,8 @@ endif
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help study plan calibrate test bench report reread export figures publish lab lint purge
+CHECK := $(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet . && $(VENV)/bin/lint-imports --no-cache
+.PHONY: help study plan calibrate check test bench report reread export figures publish lab lint purge
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -34,19 +35,22 @@ $(READY): requirements.txt pyproject.toml
 	@git config diff.ipynb.textconv "$(VENV)/bin/jupytext --to py:percent --output - --from ipynb" 2>/dev/null || true
 	@touch $@
 
-study: $(READY) ## run a study from training to report: STUDY=miniature, or a file
+study: $(READY) ## run a study from training to report; STUDY=miniature, or a file
 	@$(PY) -m driftbook.batch.make_study "$(STUDY)" "$(PROFILE)"
 
-plan: $(READY) ## before any work: variants, hours, money, memory, disk and access of a study: STUDY=..., PRICE=2.5, DEVICE=L40S
+plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
 	@$(PY) -m driftbook.batch.make_plan "$(STUDY)" "$(DEVICE)" "$(PRICE)"
 
-calibrate: $(READY) ## measure this machine for make plan: outputs/costs.json
+calibrate: $(READY) ## measure this machine for make plan; writes outputs/costs.json
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m bench.calibrate
 
-test: $(READY) ## run the tests
-	@$(VENV)/bin/ruff check --quiet . && $(PY) -m pytest
+test: $(READY) ## run all checks and tests
+	@$(CHECK) && $(PY) -m pytest
 
-bench: $(READY) ## measure the scoring against lm-evaluation-harness and its goals: outputs/bench
+check: $(READY) ## in 90 seconds, for work in progress: format, lint, imports, hygiene and the fast laws
+	@$(CHECK) && $(PY) -m pytest -m "not slow"
+
+bench: $(READY) ## measure scoring against lm-evaluation-harness and our goals; writes outputs/bench
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench
 
 export: $(READY) ## write a finished study as lm-evaluation-harness results and inspect_ai logs
@@ -55,17 +59,17 @@ export: $(READY) ## write a finished study as lm-evaluation-harness results and 
 report: $(READY) ## write report.html of a finished study again
 	@$(PY) -m driftbook.publishing.report "$(STUDY)"
 
-reread: $(READY) ## read the original study and PEFT's own published runs again, with their own data: notebooks 20 and 22
+reread: $(READY) ## analyse the original study and PEFT's published runs again (notebooks 20 and 22)
 	@for name in 20_original_study 22_peft_results; do \
 		$(PY) -m driftbook.batch.warm notebook notebooks/$$name.ipynb outputs/$${name#*_}/$$name.ipynb '{}' 2>/dev/null \
-			&& echo "read again: outputs/$${name#*_}" || { cat outputs/$${name#*_}/$$name.error.txt; exit 1; }; done
+			&& echo "analysed again: outputs/$${name#*_}" || { cat outputs/$${name#*_}/$$name.error.txt; exit 1; }; done
 
 publish: $(READY) ## copy a finished study's text-free tables and figures to outputs/published
 	@$(PY) -m driftbook.publishing.publish "$(STUDY)"
 
-figures: $(READY) ## draw every published figure again from the committed tables
+figures: $(READY) ## redraw every published figure from the committed tables
 	@$(PY) -m driftbook.batch.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}' 2>/dev/null \
-		&& echo "drawn again: outputs/published/*/figures" || { cat outputs/figures.error.txt; exit 1; }
+		&& echo "redrawn: outputs/published/*/figures" || { cat outputs/figures.error.txt; exit 1; }
 
 lab: $(READY) ## open JupyterLab with the notebooks
 	@$(VENV)/bin/jupyter lab notebooks
@@ -74,4 +78,4 @@ lint: $(READY) ## check style and strip the notebooks' outputs
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 purge: $(READY) ## delete the responses of a study (the only table with text)
-	@$(PY) -c "from driftbook.batch.collecting import purge; from driftbook.study.study_file import load; print(purge(load('$(STUDY)')), 'files deleted')"
+	@$(PY) -m driftbook.batch.collecting "$(STUDY)"

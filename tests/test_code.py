@@ -139,6 +139,29 @@ def test_a_registered_function_counts_where_its_name_is_written(library, tmp_pat
     assert (figures, "blue") not in names
 
 
+TABLE = (
+    "from driftbook.stats import counts, means\nWAYS = {'mean': means.mean, 'n': counts.unused}\n"
+    "def one(way, x):\n    return WAYS[way](x)\ndef every(x):\n    return list(WAYS)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "found"),
+    [
+        ("one", {"mean"}, {"mean"}),
+        ("one", {"n", "other"}, {"unused"}),
+        ("one", set(), set()),
+        ("every", set(), {"mean", "unused"}),
+    ],
+)
+def test_an_entry_of_a_table_counts_where_its_key_is_given(library, tmp_path, name, texts, found):
+    (tmp_path / "lib" / "driftbook" / "plots" / "ways.py").write_text(TABLE)
+    forget()
+    names = {part for _, part in code.closure({("driftbook.plots.ways", name)}, texts)}
+    assert names & {"mean", "unused"} == found
+    assert code.choices({("driftbook.plots.ways", "one")}) == {"mean", "n"}
+
+
 def test_files_that_code_names_count_by_their_bytes(library, tmp_path):
     parts = {("driftbook.plots.style", "style"), ("driftbook.plots.style", "table")}
     before = code.by_file(parts)
@@ -165,6 +188,7 @@ def test_an_import_by_a_computed_name_is_refused_in_a_sentence(library, tmp_path
 
 
 # ---- the real one
+@pytest.mark.slow
 def test_a_notebook_depends_on_the_figures_that_it_makes():
     missing = []
     for name, one in drawing.FIGURES.items():
@@ -236,6 +260,7 @@ def by_job() -> dict[str, tuple[dict, dict]]:
     return {**found, "report": (report, report)}
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_constant_redoes_what_can_notice_it(copied, monkeypatch):
     monkeypatch.setattr(code, "LIBRARY", copied / "lib" / "driftbook")
     monkeypatch.setattr(keys, "ROOT", copied)
@@ -259,13 +284,25 @@ def test_an_edit_of_a_constant_redoes_what_can_notice_it(copied, monkeypatch):
 
 
 # ---- what Snakemake would do
+SAID = (
+    "import sys; from driftbook.batch import plan; from driftbook.study.study_file import load;"
+    " print(plan.write(load(sys.argv[1])))"
+)
+
+
+def surroundings(home: Path) -> dict[str, str]:
+    """The environment in which the copied project is used."""
+    paths = [str(home / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DRIFTBOOK_ROOT": str(home)}
+
+
 def planned(home: Path, study: Path) -> dict[str, int]:
     """The jobs that `snakemake -n` would do in the copied project, by rule."""
-    paths = [str(home / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DRIFTBOOK_ROOT": str(home)}
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--profile"]
     command += ["profiles/local", "--config", f"study={study}", "--dry-run", "--quiet", "rules"]
-    ended = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, env=surroundings(home), cwd=home, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     rows = (line.split() for line in ended.stdout.splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
@@ -291,6 +328,7 @@ def finished(copied):
     shutil.rmtree(study.folder)
 
 
+@pytest.mark.slow
 def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copied, finished):
     study, path = finished
     for file in (copied / "lib").rglob("*.py"):
@@ -306,10 +344,20 @@ def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copie
 
     edit(copied, "benchmarks/judging.py", "HAZARD_TOKENS")
     jobs = planned(copied, path)
+    again = subprocess.run(
+        [sys.executable, "-c", SAID, str(path)],
+        env=surroundings(copied),
+        cwd=copied,
+        text=True,
+        capture_output=True,
+    )
+    wanted = "to do again: train, judge (code of benchmarks/judging.py) and what is made from it"
+    assert again.stdout.strip() == wanted
     assert jobs.pop("total") == sum(jobs.values())
     assert "train" in jobs, "it judges the looks at drift while a variant trains"
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_notebook_redoes_it_and_what_reads_it(copied, finished):
     study, path = finished
     note = copied / "notebooks" / "15_dose.ipynb"

@@ -1,5 +1,6 @@
 """The tables of a study, put together from the results of its runs."""
 
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from driftbook.stats.agreement import with_labels
 from driftbook.study.files import read_json
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
-from driftbook.study.study_file import Study
+from driftbook.study.study_file import Study, load
 from driftbook.study.tables import (
     ANSWERS,
     CURVES,
@@ -189,3 +190,7 @@ def purge(study: Study) -> int:
 def status(study: Study) -> int:
     """The number of failed runs."""
     return int(TABLES["runs"].read(study.folder / "tables")["status"].eq("failed").sum())
+
+
+if __name__ == "__main__":
+    print(purge(load(sys.argv[1])), "files deleted")

@@ -99,6 +99,13 @@ def _code_of(stage: str, texts: frozenset[str]) -> str:
     return code.fingerprint(code.of_notebook(notebook(NOTEBOOKS[stage]), RESULT), texts)
 
 
+def modules() -> list[str]:
+    """The modules of the library to which the notebooks of stages lead."""
+    parts = set().union(*(code.of_notebook(notebook(name)) for name in NOTEBOOKS.values()))
+    found = {module for module, _ in code.closure(parts, code.choices(parts))}
+    return sorted(module for module in found if "/" not in module)
+
+
 def texts_of(value: Any) -> frozenset[str]:
     """All texts in a JSON value."""
     if isinstance(value, dict):

@@ -11,11 +11,13 @@ started it does.
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import select
 import signal
 import socket
+import socketserver
 import sys
 import threading
 
@@ -51,26 +53,24 @@ def serve(path: str) -> None:
     _import_heavy_packages()
     imported.set()
     watch.join()  # no thread may run when this process forks
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(16)
-        while os.getppid() == starter:
-            if select.select([listener], [], [], 1)[0]:
-                connection, _ = listener.accept()
-                if os.fork() == 0:
-                    listener.close()
-                    os._exit(_attend(connection))
-                connection.close()
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
+
+    class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+        def service_actions(self) -> None:
+            super().service_actions()  # forgets children that ended
+            if os.getppid() != starter:
+                os._exit(1)
+
+    with Server(path, Attendant) as server:
+        server.serve_forever(poll_interval=0.5)
 
 
 def _import_heavy_packages() -> None:
+    """Import what jobs need, and read the library's code as it is imported: a job's key must be of
+    the code that it runs, even where a file is edited meanwhile.
+    """
     import ipykernel.kernelapp  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import papermill  # noqa: F401
-    import peft  # noqa: F401
     import seaborn  # noqa: F401
     import statsmodels.formula.api  # noqa: F401
     import torch
@@ -82,41 +82,43 @@ def _import_heavy_packages() -> None:
         Qwen2ForCausalLM,
     )
 
-    import driftbook.training.fit  # noqa: F401
+    from driftbook.batch import keys
+    from driftbook.study import code
 
+    for module in keys.modules():
+        importlib.import_module(module)
+        code.source(module)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # keeps the collector from touching, and so copying, the shared pages in every fork
 
 
-def _attend(connection: socket.socket) -> int:
-    """Fork what was asked for, and tell the asker its pid and its exit status; end it where the
+class Attendant(socketserver.BaseRequestHandler):
+    """Forks what was asked for, and tells the asker its pid and its exit status; ends it where the
     asker is gone.
     """
-    head, files, _, _ = socket.recv_fds(connection, 8, 3)
-    body = b""
-    while len(body) < int.from_bytes(head):
-        body += connection.recv(65536)
-    request, parent = json.loads(body), os.getppid()
-    pid = os.fork()
-    if pid == 0:
-        connection.close()
-        os._exit(_become(request, files))
-    for file in files:
-        os.close(file)
-    connection.sendall((json.dumps({"pid": pid}) + "\n").encode())
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            break
-        gone = select.select([connection], [], [], 0.05)[0] and not connection.recv(1)
-        if gone or os.getppid() != parent:
-            os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(OSError):
-        connection.sendall(
-            (json.dumps({"status": os.waitstatus_to_exitcode(status)}) + "\n").encode()
-        )
-    return 0
+
+    def handle(self) -> None:
+        connection, parent = self.request, os.getppid()
+        head, files, _, _ = socket.recv_fds(connection, 8, 3)
+        with connection.makefile("rb") as body:
+            request = json.loads(body.read(int.from_bytes(head)))
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            os._exit(_become(request, files))
+        for file in files:
+            os.close(file)
+        self.answer(pid=pid)
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            gone = select.select([connection], [], [], 0.05)[0] and not connection.recv(1)
+            if gone or os.getppid() != parent:
+                os.kill(pid, signal.SIGKILL)
+        self.answer(status=os.waitstatus_to_exitcode(ended[1]))
+
+    def answer(self, **words: int) -> None:
+        with contextlib.suppress(OSError):
+            self.request.sendall((json.dumps(words) + "\n").encode())
 
 
 def _become(request: dict, files: list[int]) -> int:
