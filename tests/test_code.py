@@ -44,8 +44,8 @@ LIBRARY = {
     "plots/__init__": "",
     "plots/registry": "KNOWN = {}\ndef drawn(f):\n    KNOWN[str(f)] = f\n    return f\n"
     "def draw(name):\n    return KNOWN[name]()\n",
-    "plots/figures": "from driftbook.plots.registry import drawn\n@drawn\ndef red():\n    return 1\n"
-    "@drawn\ndef blue():\n    return 2\n",
+    "plots/figures": "from driftbook.plots.registry import drawn\n@drawn\n"
+    "def red():\n    return 1\n@drawn\ndef blue():\n    return 2\n",
     "plots/style": "from pathlib import Path\nfrom driftbook.stats import means\n"
     "def style(means):\n    return Path(__file__).with_name('house.style'), means.other\n"
     "def table():\n    return ROOT / 'data' / 'cited' / 'x.csv'\n",
@@ -324,13 +324,13 @@ def finished(copied):
                 write_json(done, read_json(key))
                 os.utime(key, (now - 200, now - 200))
                 os.utime(done, (now - 100 + number, now - 100 + number))
-    yield study, path
+    yield path
     shutil.rmtree(study.folder)
 
 
 @pytest.mark.slow
 def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copied, finished):
-    study, path = finished
+    path = finished
     for file in (copied / "lib").rglob("*.py"):
         text = re.sub(r'(:\n +""")(?=\w)', r"\1So: ", file.read_text())
         file.write_text(f"{text}# a reason\n")
@@ -359,7 +359,7 @@ def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copie
 
 @pytest.mark.slow
 def test_an_edit_of_a_notebook_redoes_it_and_what_reads_it(copied, finished):
-    study, path = finished
+    path = finished
     note = copied / "notebooks" / "15_dose.ipynb"
     before = note.read_text()
     content = json.loads(before)
