@@ -54,6 +54,11 @@ def run_notebook(stem: str, folder, monkeypatch) -> None:
                 shell.user_ns |= {name: n for name, n in FEWER.items() if name in shell.user_ns}
 
 
+def build(name: str, tables, folder=None) -> None:
+    """Draws a figure and renders nothing."""
+    plt.close(drawing_tools.FIGURES[name](tables)[0])
+
+
 @pytest.fixture(scope="module", params=STUDIES, ids=lambda name: name.replace(" ", "_"))
 def analysed(request, tmp_path_factory):
     """The name and folder of a study after its analysis notebooks: the session's batch, or a poor
@@ -63,7 +68,6 @@ def analysed(request, tmp_path_factory):
         return request.param, request.getfixturevalue("finished").folder
     folder = simulate(tmp_path_factory.mktemp("figures") / "miniature", **STUDIES[request.param])
     with pytest.MonkeyPatch.context() as patch:
-        build = lambda name, tables, folder: plt.close(drawing_tools.FIGURES[name](tables)[0])  # noqa: E731
         patch.setattr(gallery, "show", build)
         for stem in ANALYSES:
             run_notebook(stem, folder, patch)
@@ -146,9 +150,8 @@ def test_text_stays_inside_the_figure(analysed):
                     assert extent.x1 <= box.x1 + 2, (name, text.get_text())
 
 
-def test_figures_draw_where_numbers_and_intervals_are_null(analysed):
-    _, folder = analysed
-    tables = gallery.read(folder / "tables", NOTE)
+def test_figures_draw_where_numbers_and_intervals_are_null(finished):
+    tables = gallery.read(finished.folder / "tables", NOTE)
     estimates = tables["estimates"].copy()
     estimates.loc[::3, ["se", "ci_low", "ci_high"]] = None
     estimates.loc[::7, ["value", "se", "ci_low", "ci_high"]] = None
