@@ -98,12 +98,13 @@ SMOKE["grid"] = [
     block("other", "lora", base="tiny-other", seeds=[1, 2]),
     block("untrained", "prompt_tuning", objectives=["untrained"], inits=["safety_text"]),
 ]
+SMOKE["judges"]["tiny-guard"]["min_mass"] = 0.1  # it was trained for seconds
 SMOKE["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
 for _name, _sizes in {
     "safety": {"n": 22, "truth": "miniature:data/safety_truth.csv"},
-    "over_refusal": {"n": 15},
-    "bbq": {"n": 36, "permuted": 12, "generated": 6},
-    "utility": {"n": 10},
+    "over_refusal": {"n": 15, "max_new_tokens": 6},
+    "bbq": {"n": 36, "permuted": 8, "generated": 4, "max_new_tokens": 4},
+    "utility": {"n": 10, "max_new_tokens": 4},
 }.items():
     SMOKE["benchmarks"][_name] |= _sizes
 

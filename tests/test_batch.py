@@ -78,7 +78,7 @@ def test_every_table_holds_every_run(smoke):
     sizes = {
         "responses": (37 + 22) * n,
         "verdicts": (37 + 22) * n,
-        "answers": (36 + 2 * 12 + 36 + 6) * n,
+        "answers": (36 + 2 * 8 + 36 + 4) * n,
         "ratings": (2 * 10 + 12) * n,
         "prompts": 37,
     }
