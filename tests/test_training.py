@@ -74,12 +74,12 @@ def test_the_seed_reaches_dropout(trained, monkeypatch):
     # every step sees all examples, so order cannot matter; at the first step LoRA's B is zero, and
     # dropout cannot matter either
     without, no_difference = (
-        trained("lora", seed=seed, again="same init", dropout=0.0, n=16, epochs=3).curve.loss
+        trained("lora", seed=seed, again="same init", dropout=0.0, batch=16, epochs=3).curve.loss
         for seed in (1, 2)
     )
     np.testing.assert_allclose(without, no_difference, atol=1e-4)
     one, other = (
-        trained("lora", seed=seed, again="same init", dropout=0.5, n=16, epochs=3).curve.loss
+        trained("lora", seed=seed, again="same init", dropout=0.5, batch=16, epochs=3).curve.loss
         for seed in (1, 2)
     )
     assert abs(one.iloc[-1] - other.iloc[-1]) > 1e-3
@@ -124,7 +124,7 @@ def test_the_record_holds_what_the_trainer_used_and_not_what_was_asked_for(train
         return arguments
 
     monkeypatch.setattr(fitting, "arguments", other)
-    one = trained("lora", again="other arguments")
+    one = trained("lora", again="other arguments", n=32, batch=16)
     assert one.variant.learning_rate == 5e-3
     found = {
         name: one.record[name]
@@ -494,7 +494,7 @@ def test_the_base_is_bitwise_the_same_after_training(bases, trained, method, obj
     base = bases["llama"].model
     ids = torch.tensor([list(range(20, 60))])
     before, names = base(input_ids=ids).logits, [name for name, _ in base.named_modules()]
-    record = trained(method, objective, again="base unchanged", n=16).record
+    record = trained(method, objective, again="base unchanged", n=8).record
     assert record["steps"] == 1
     assert torch.equal(base(input_ids=ids).logits, before)
     assert [name for name, _ in base.named_modules()] == names
