@@ -11,7 +11,7 @@ from bench.harness import row
 from scipy.special import expit
 
 from driftbook.rereading import original_study, original_tables
-from driftbook.stats.mixed import item_model
+from driftbook.stats.logistic import item_model
 from driftbook.study.methods import STUDIED
 
 MODELS = {

@@ -169,7 +169,7 @@ def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm
     assert (row["contrast"], row["against"]) == (comparisons.DIFFERENCE, "ia3")
     assert row["value"] == pytest.approx(both.mean())
     weight = np.repeat([1 / 3, -1 / 6], [3, 6])
-    spread = estimation._repetitions(
+    spread = intervals.repetitions(
         scores, np.arange(9), weight, np.repeat([0, 1], [3, 6]), np.repeat([0, 1], [3, 6])
     )
     by_hand = [
@@ -286,7 +286,10 @@ def test_adjusted_p_values_are_rs(shared):
     for name, key in (("run_category", "lmm_run_category_contr"), ("small_items", "small_contr")):
         theirs = json.loads((shared / "reference" / f"{name}.json").read_text())[key]
         p = 2 * scipy_stats.t.sf(np.abs(_ratios(theirs["pairs_holm"])), _df(theirs["pairs_holm"]))
-        for adjusted, kind in ((comparisons.holm, "pairs_holm"), (comparisons.screen, "pairs_BH")):
+        for adjusted, kind in (
+            (comparisons.declared, "pairs_holm"),
+            (comparisons.screen, "pairs_BH"),
+        ):
             found = adjusted(with_p(list(p)), "family")
             assert found["p_adjusted"].to_numpy(float) == pytest.approx(
                 theirs[kind]["p.value"], rel=1e-5, abs=1e-14
@@ -304,9 +307,9 @@ def _df(table: dict) -> np.ndarray:
 
 def test_a_declared_test_without_p_counts_and_one_of_a_screen_does_not():
     rows = with_p([0.01, 0.04, None])
-    assert comparisons.holm(rows, "f")["p_adjusted"].tolist()[:2] == pytest.approx([0.03, 0.08])
+    assert comparisons.declared(rows, "f")["p_adjusted"].tolist()[:2] == pytest.approx([0.03, 0.08])
     assert comparisons.screen(rows, "f")["p_adjusted"].tolist()[:2] == pytest.approx([0.02, 0.04])
-    assert comparisons.holm(rows, "f")["p_adjusted"].isna().tolist() == [False, False, True]
+    assert comparisons.declared(rows, "f")["p_adjusted"].isna().tolist() == [False, False, True]
 
 
 def test_screens_are_by_outcome_and_base_model(study):

@@ -26,7 +26,7 @@ exec(source.replace("CONFIDENCE = 0.95", f"CONFIDENCE = {sys.argv[1]}"), vars(mo
 from driftbook.analyses import doses, power, tradeoffs
 from driftbook.figures import drawing
 from driftbook.rereading import original_analysis
-from driftbook.stats import agreement, comparisons, intervals, mixed
+from driftbook.stats import agreement, comparisons, intervals, linear
 
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(2, 40))
@@ -35,7 +35,7 @@ runs[["base_model", "setting"]] = "same"
 rows = pd.DataFrame({"y": x, "run_id": np.arange(40) // 4})
 plan = pd.DataFrame({"df_known": [9.0]})
 low, high = intervals.wilson(7, 20)
-with_p = intervals._t_interval(1.0, 1.0, 9)
+with_p = intervals.t_interval(1.0, 1.0, 9)
 found = {
     "wilson": [low, high],
     "t": [with_p["ci_low"], with_p["ci_high"]],
@@ -43,7 +43,7 @@ found = {
     "delta": [comparisons.two_samples(x[:9], y[:9])[name] for name in ("ci_low", "ci_high")],
     "welch": [doses._welch([1, 0], [1, 1], [5, 5])[name] for name in ("ci_low", "ci_high")],
     "fisher": [tradeoffs._raw(0.5, 40)[name] for name in ("ci_low", "ci_high")],
-    "mixed": mixed.rate_model(rows, "y ~ 1", "run_id").contrast([[1.0]])[["ci_low", "ci_high"]],
+    "mixed": linear.rate_model(rows, "y ~ 1", "run_id").contrast([[1.0]])[["ci_low", "ci_high"]],
     "spread": power._with_interval(plan, pd.Series([1.0]))[["ci_low", "ci_high"]],
     "original": [
         original_analysis.combination(runs, pd.Series(1 / 9, runs.index))[name]

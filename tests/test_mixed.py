@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from driftbook.stats import laplace, mixed
-from driftbook.stats.mixed import item_model, rate_model
+from driftbook.stats import laplace, logistic
+from driftbook.stats.linear import rate_model
+from driftbook.stats.logistic import item_model
 
 ORDERS = {
     "base": ["llama", "qwen", "mistral", "gemma"],
@@ -414,7 +415,7 @@ def test_separation_is_found_by_the_program_and_nothing_else():
     x = np.column_stack([np.ones(6), [0, 0, 0, 1, 1, 1]])
     everywhere = np.ones(6, bool)
     assert (
-        mixed._separated(x, np.array([0, 0, 1, 1, 1, 1]), everywhere).tolist()
+        logistic._separated(x, np.array([0, 0, 1, 1, 1, 1]), everywhere).tolist()
         == [False] * 3 + [True] * 3
     )
-    assert not mixed._separated(x, np.array([0, 1, -1, 1, -1, 0]), everywhere).any()
+    assert not logistic._separated(x, np.array([0, 1, -1, 1, -1, 0]), everywhere).any()

@@ -8,7 +8,9 @@ import pandas as pd
 
 from driftbook.analyses import factors, marginal_means
 from driftbook.stats import estimation, influence, terms
-from driftbook.stats.mixed import MixedFit, item_model, rate_model
+from driftbook.stats.linear import rate_model
+from driftbook.stats.logistic import item_model
+from driftbook.stats.mixed import MixedFit
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES, greedy

@@ -75,7 +75,7 @@ def tests(study: Study, estimates: pd.DataFrame) -> tuple[pd.DataFrame, list[str
             if family.test == "preserves"
             else pd.Series(True, index=rows.index)
         )
-        tested = comparisons.holm(rows[primary], name)
+        tested = comparisons.declared(rows[primary], name)
         missing += [
             f"{name}: {_named(row)} cannot be tested ({row.how})"
             for row in tested[tested["p"].isna()].itertuples()

@@ -423,7 +423,7 @@ def _families(rows: pd.DataFrame) -> pd.DataFrame:
         + np.where(rows["base_model"].eq("all"), "all base models", rows["base_model"])
     )
     return ESTIMATES.concat(
-        [rows[kind == ""], comparisons.holm(rows[kind != ""], family[kind != ""])]
+        [rows[kind == ""], comparisons.declared(rows[kind != ""], family[kind != ""])]
     )
 
 
@@ -527,7 +527,7 @@ def beside_rescaling(
                 }
             )
     found = estimation.complete(pd.DataFrame(rows))
-    return comparisons.holm(
+    return comparisons.declared(
         found,
         "repairs against rescaling, "
         + found["base_model"].where(found["base_model"].ne("all"), "all base models"),
@@ -559,7 +559,7 @@ def _t(values: np.ndarray) -> dict[str, float | None]:
     variance = values.var(ddof=1) / len(values) if len(values) > 1 else np.nan
     return {
         "value": float(values.mean()),
-        **intervals._t_interval(float(values.mean()), variance, len(values) - 1),
+        **intervals.t_interval(float(values.mean()), variance, len(values) - 1),
     }
 
 

@@ -13,7 +13,7 @@ from driftbook.rereading import (
     original_tables,
     original_tests,
 )
-from driftbook.stats import mixed
+from driftbook.stats import linear, logistic, mixed
 from driftbook.study.tables import ESTIMATES
 
 RATES = (2e-5, 1e-3)
@@ -84,7 +84,7 @@ def original_estimates(
 def category_model(rows: pd.DataFrame) -> tuple[mixed.MixedFit, pd.DataFrame]:
     """The linear mixed model of run x category changes, and its contrasts as estimates."""
     frame = original_models.category_rows(rows)
-    fit = mixed.rate_model(frame, OF_CATEGORIES)
+    fit = linear.rate_model(frame, OF_CATEGORIES)
     low, high = (
         frame.loc[frame["rate"].eq(rate)].groupby("method")["log10_rate"].first() for rate in RATES
     )
@@ -95,7 +95,7 @@ def category_model(rows: pd.DataFrame) -> tuple[mixed.MixedFit, pd.DataFrame]:
 def item_model(rows: pd.DataFrame, items: pd.DataFrame) -> tuple[mixed.MixedFit, pd.DataFrame]:
     """The logistic model of single verdicts, and its contrasts as estimates."""
     asked = original_models.item_rows(rows, items).dropna(subset="safe")
-    fit = mixed.item_model(asked.assign(safe=asked["safe"].astype(int)), OF_ITEMS)
+    fit = logistic.item_model(asked.assign(safe=asked["safe"].astype(int)), OF_ITEMS)
     return fit, _contrasts(fit, rows, ("low", 1, 0), original_analysis.ODDS, "items")
 
 

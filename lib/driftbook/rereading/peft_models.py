@@ -30,7 +30,8 @@ from driftbook.rereading.peft_results import (
     labelled_rows,
 )
 from driftbook.stats.confidence import UPPER
-from driftbook.stats.mixed import MixedFit, rate_model
+from driftbook.stats.linear import rate_model
+from driftbook.stats.mixed import MixedFit
 from driftbook.stats.terms import LEVEL
 from driftbook.study.tables import ESTIMATES
 

@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "agreement": ["agreement_of_judges"],
         "influence": ["arms", "matrix"],
-        "mixed": ["item_model", "rate_model"],
+        "linear": ["rate_model"],
+        "logistic": ["item_model"],
         "picking": ["in_words", "picked"],
     },
 )

@@ -16,7 +16,7 @@ from driftbook.study.tables import RESPONSE_KEY
 
 
 def kappa(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
-    """Cohen's kappa of a 2 x 2 table, with its asymptotic 95 % interval (Fleiss, Cohen and Everitt
+    """Cohen's kappa of a 2 x 2 table, with its asymptotic interval (Fleiss, Cohen and Everitt
     1969); NaN where chance alone agrees.
 
     The interval takes the items as independent: where several answers are to one prompt, resample
@@ -47,57 +47,36 @@ def agreement_of_judges(verdicts: pd.DataFrame) -> pd.DataFrame:
         )
         for first, second in combinations(sorted(wide.columns), 2):
             common = wide[asked[first] & asked[second]]
-            rows.append(
-                {
-                    "benchmark": benchmark,
-                    "first": first,
-                    "second": second,
-                    **_confusion(common[first], common[second]),
-                }
-            )
+            names = {"benchmark": benchmark, "first": first, "second": second}
+            rows.append(names | _confusion(common[first], common[second]))
     return pd.DataFrame(rows)
 
 
 def _confusion(first: pd.Series, second: pd.Series) -> dict[str, float]:
     scored = first.notna() & second.notna()
     a, b = first[scored].astype(bool), second[scored].astype(bool)
-    counts = {
-        "both": int((a & b).sum()),
-        "only_first": int((a & ~b).sum()),
-        "only_second": int((~a & b).sum()),
-        "neither": int((~a & ~b).sum()),
-    }
-    value, low, high = kappa(**counts)
-    return {
-        "n": len(scored),
-        **counts,
-        "unscored": int((~scored).sum()),
-        "agreement": (a == b).mean(),
-        "kappa": value,
-        "kappa_low": low,
-        "kappa_high": high,
-    }
+    cells = {"both": a & b, "only_first": a & ~b, "only_second": ~a & b, "neither": ~a & ~b}
+    counts = {name: int(cell.sum()) for name, cell in cells.items()}
+    found = dict(zip(("kappa", "kappa_low", "kappa_high"), kappa(**counts), strict=True))
+    asked = {"n": len(scored), **counts, "unscored": int((~scored).sum())}
+    return asked | {"agreement": (a == b).mean()} | found
 
 
 def with_labels(said: Sequence[bool | None], true: Sequence[bool]) -> pd.Series:
     """A judge's or detector's word against labels: n, unscored, agreement, kappa, sensitivity,
     specificity, balanced_accuracy.
 
-    kappa, sensitivity and specificity have a 95 % interval in _low and _high, the latter two
+    kappa, sensitivity and specificity have an interval in _low and _high, the latter two
     Wilson's. What has no word is counted in unscored, and left out of the rest.
     """
     found = _confusion(pd.Series(list(said), dtype=object), pd.Series(list(true), dtype=object))
-    row = {
-        name: found[name]
-        for name in ("n", "unscored", "agreement", "kappa", "kappa_low", "kappa_high")
-    }
+    kept = ("n", "unscored", "agreement", "kappa", "kappa_low", "kappa_high")
+    row = {name: found[name] for name in kept}
     for name, hits, of in (
         ("sensitivity", "both", ("both", "only_second")),
         ("specificity", "neither", ("neither", "only_first")),
     ):
         k, n = found[hits], sum(found[one] for one in of)
-        row[name], (row[f"{name}_low"], row[f"{name}_high"]) = (
-            k / n if n else np.nan,
-            map(float, wilson(k, n)),
-        )
+        row[name] = k / n if n else np.nan
+        row[f"{name}_low"], row[f"{name}_high"] = map(float, wilson(k, n))
     return pd.Series(row | {"balanced_accuracy": (row["sensitivity"] + row["specificity"]) / 2})

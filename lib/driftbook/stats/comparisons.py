@@ -1,10 +1,10 @@
-"""What is asked of the primary estimates: contrasts of methods, base models and settings, new base
-models, families of tests, "preserves", odds ratios.
+"""Comparisons from the primary estimates: contrasts of methods, base models and settings, new base
+models, families of tests, "preserves", odds ratios, Cliff's delta.
 
-Everything here takes Scores (changes of runs against their own base models) and the cells of
-stats.cells, or rows of `estimates`, and gives rows of `estimates`. A contrast of runs is estimated
-like a mean (stats.estimate): its runs have signs, each setting has its own spread of runs, and
-prompts are paired because every run moves the same units.
+Everything here takes Scores (changes of runs against their own base models) and influence.cells, or
+rows of `estimates`, and gives rows of `estimates`. A contrast of runs is estimated like a mean
+(estimation.estimate): its runs have signs, each setting has its own spread of runs, and prompts are
+paired because every run moves the same units.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,18 +35,21 @@ DELTA, DELTA_BASE = "Cliff's delta", "Cliff's delta against the base model"
 HARM = "harm against the base model"  # tested against the row's margin
 JOINTLY = "safety, over-refusal and utility jointly"
 PRESERVES, DOES_NOT, CANNOT_TELL = "preserves", "does not preserve", "cannot tell"
-HARMS = {
+HARMS = {  # which way is harm
     (terms.UNSAFE, "safety"): 1,
     (terms.REFUSED, "over_refusal"): 1,
     (terms.CORRECT, "utility"): -1,
-}  # which way is harm
+}
 GROUPS = (AS_CONFIGURED, TRAINED)
+RUN = ["run_id", "base_model", "method", "setting"]  # what a contrast needs to know of a run
+SAME = ["study", "notebook", "outcome", "benchmark", "judge"]
 
 
 # ---- contrasts of runs
 def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
-    """The estimate of sum(weight * score) over the rows of `frame` (run_id, base_model, method,
-    setting, weight); None where no run has a score."""
+    """The estimate of sum(weight * score) over the rows of `frame` (RUN and weight); None where no
+    run has a score.
+    """
     at = scores.at(frame["run_id"])
     if (at < 0).any() or len(frame) == 0:
         return estimation.incomplete(at) if (at >= 0).any() else None
@@ -57,20 +60,14 @@ def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
 
 def _of(cells: pd.DataFrame, base_model: str, method: str, group: str) -> pd.DataFrame:
     """The runs of a cell, under their own base model, with their weights."""
-    own = cells[
-        cells["base_model"].eq(base_model) & cells["method"].eq(method) & cells["group"].eq(group)
-    ]
-    return own.assign(base_model=own["pool"])[
-        ["run_id", "base_model", "method", "setting", "weight"]
-    ]
+    own = cells["base_model"].eq(base_model) & cells["method"].eq(method) & cells["group"].eq(group)
+    return cells[own].assign(base_model=cells["pool"])[[*RUN, "weight"]]
 
 
 def _minus(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """The runs of both with the weights of the difference; a run on both sides stands once."""
+    """The runs of both with the weights of the difference; a run of both sides has one row."""
     both = pd.concat([one, other.assign(weight=-other["weight"])], ignore_index=True)
-    return both.groupby(["run_id", "base_model", "method", "setting"], sort=False, as_index=False)[
-        "weight"
-    ].sum()
+    return both.groupby(RUN, sort=False, as_index=False)["weight"].sum()
 
 
 def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
@@ -78,22 +75,20 @@ def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
     could not be estimated is left out.
     """
     names = ("base_model", "method", "group", "contrast", "against")
-    rows = [
+    keyed = (
         {**labels, **dict(zip(names, key, strict=False)), **value}
         for key, value in found.items()
         if value is not None
-    ]
-    return complete(pd.DataFrame(rows))
+    )
+    return complete(pd.DataFrame(keyed))
 
 
 def _ordered(methods: Iterable[str]) -> list[str]:
     """Each method once, in the workbook's order, whatever that of the study file; those of other
     sources after them, so that a pair has one direction.
     """
-    return sorted(
-        dict.fromkeys(methods),
-        key=lambda method: METHODS.index(method) if method in METHODS else len(METHODS),
-    )
+    places = {method: place for place, method in enumerate(METHODS)}
+    return sorted(dict.fromkeys(methods), key=lambda method: places.get(method, len(places)))
 
 
 def between(
@@ -102,16 +97,15 @@ def between(
     """The difference of each pair of methods in the same group, per base model and over all of
     them.
 
-    The row of `method` is its change less that of the method in `against`. Prompts cancel
-    where both methods move them alike. A method that a base model lacks has no row there, and none
-    over all.
+    The row of `method` is its change less that of the method in `against`. Prompts cancel where
+    both methods move them alike. A method that a base model lacks has no row there, and none over
+    all.
     """
-    found = {}
-    cells = cells[cells["group"].isin(groups)]
+    found, cells = {}, cells[cells["group"].isin(groups)]
     for (base_model, group), part in cells.groupby(["base_model", "group"], sort=False):
         for method, other in combinations(_ordered(part["method"]), 2):
-            sides = [_of(part, base_model, name, group) for name in (method, other)]
-            found[base_model, method, group, DIFFERENCE, other] = _contrast(scores, _minus(*sides))
+            runs = _minus(*(_of(part, base_model, name, group) for name in (method, other)))
+            found[base_model, method, group, DIFFERENCE, other] = _contrast(scores, runs)
     return _rows(found, **labels)
 
 
@@ -119,22 +113,22 @@ def interactions(
     scores: Scores, cells: pd.DataFrame, groups: Sequence[str] = GROUPS, **labels: str
 ) -> pd.DataFrame:
     """Method x base model: each base model's change less the mean over base models, for methods
-    that every base model has; none for a single base model."""
+    that every base model has; none for a single base model.
+    """
     found, cells = {}, cells[cells["group"].isin(groups)]
     whole = cells[cells["base_model"].eq("all")]
     for method, group in whole[["method", "group"]].drop_duplicates().itertuples(index=False):
         everywhere = _of(cells, "all", method, group)
         bases = dict.fromkeys(everywhere["base_model"])
         for base_model in bases if len(bases) > 1 else ():
-            found[base_model, method, group, INTERACTION] = _contrast(
-                scores, _minus(_of(cells, base_model, method, group), everywhere)
-            )
+            runs = _minus(_of(cells, base_model, method, group), everywhere)
+            found[base_model, method, group, INTERACTION] = _contrast(scores, runs)
     return _rows(found, **labels)
 
 
 def settings(scores: Scores, arms: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """What a method's settings do: objective, highest against lowest learning rate, most against
-    fewest epochs, each at equal other settings.
+    """The effects of a method's settings: objective, highest against lowest learning rate, most
+    against fewest epochs, each at equal other settings.
 
     Per base model, and over all of them where each has the contrast. Matched pairs of settings
     weigh the same, and so do the runs of a setting.
@@ -146,20 +140,14 @@ def settings(scores: Scores, arms: pd.DataFrame, **labels: str) -> pd.DataFrame:
         EPOCHS: ("epochs", ["objective", "learning_rate"]),
     }
     for method, own in runs.groupby("method", sort=False):
-        for contrast, (name, equal) in questions.items():
-            parts = {
-                base: _matched(part, name, equal)
-                for base, part in own.groupby("base_model", sort=False)
-            }
-            found |= {
-                (base, method, AS_CONFIGURED, contrast): _contrast(scores, part)
-                for base, part in parts.items()
-            }
-            if all(map(len, parts.values())) and set(parts) == set(arms["base_model"]):
-                every = pd.concat(
-                    [part.assign(weight=part["weight"] / len(parts)) for part in parts.values()]
-                )
-                found["all", method, AS_CONFIGURED, contrast] = _contrast(scores, every)
+        bases = list(own.groupby("base_model", sort=False))
+        for contrast, question in questions.items():
+            parts = {base: _matched(part, *question) for base, part in bases}
+            every = [part.assign(weight=part["weight"] / len(parts)) for part in parts.values()]
+            if all(map(len, every)) and set(parts) == set(arms["base_model"]):
+                parts["all"] = pd.concat(every)
+            for base, part in parts.items():
+                found[base, method, AS_CONFIGURED, contrast] = _contrast(scores, part)
     return _rows(found, **labels)
 
 
@@ -167,108 +155,87 @@ def _matched(runs: pd.DataFrame, name: str, equal: list[str]) -> pd.DataFrame:
     """The runs at the highest and the lowest level of `name` among those with the other settings
     `equal`, with their weights.
     """
-    parts = []
+    parts = [runs[:0].assign(weight=0.0)]
     for _, own in runs.groupby(equal, dropna=False, sort=False):
         levels = sorted(own[name].dropna().unique())
-        if len(levels) > 1:
-            for level, sign in ((levels[-1], 1), (levels[0], -1)):
-                at = own[own[name].eq(level)]
-                parts.append(at.assign(weight=sign / len(at)))
-    columns = ["run_id", "base_model", "method", "setting", "weight"]
-    found = pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
-    return found.assign(weight=found["weight"] / max(len(parts) / 2, 1))
+        for level, sign in ((levels[-1], 1), (levels[0], -1)) if len(levels) > 1 else ():
+            at = own[own[name].eq(level)]
+            parts.append(at.assign(weight=sign / len(at)))
+    found = pd.concat(parts)[[*RUN, "weight"]]
+    return found.assign(weight=found["weight"] / max((len(parts) - 1) / 2, 1))
 
 
 def new_base(estimates: pd.DataFrame) -> pd.DataFrame:
-    """For each method: what a base model like these, but another one, would show: the mean over
-    base models with its t prediction interval.
+    """For each method, the change to expect on another base model like these: the mean over base
+    models with its t prediction interval.
 
-    Of the rows of the change per base model. With B base models the interval is mean +- t(B - 1)
-    sqrt(s^2 (1 + 1 / B)), s^2 their variance: it is the change that would be measured, with as many
-    runs and prompts as here. With one base model nothing is known of another.
+    With B base models the interval is mean +- t(B - 1) sqrt(s^2 (1 + 1 / B)), s^2 their variance:
+    of the change that would be measured, with as many runs and prompts as here. With one base model
+    nothing is known of another.
     """
-    rows = estimates[
-        estimates["contrast"].eq(CHANGE)
-        & estimates["base_model"].ne("all")
-        & estimates["group"].isin(GROUPS)
+    own = estimates["base_model"].ne("all") & estimates["group"].isin(GROUPS)
+    rows, keys = estimates[own & estimates["contrast"].eq(CHANGE)], [*SAME, "method", "group"]
+    found = [
+        dict(zip(keys, key, strict=True)) | _predicted(part)
+        for key, part in rows.groupby(keys, sort=False)
     ]
-    keys, found = ["study", "notebook", "outcome", "benchmark", "judge", "method", "group"], []
-    for key, own in rows.groupby(keys, sort=False):
-        values = own["value"].dropna().to_numpy(float)
-        n = len(values)
-        counts = {
-            "n_runs": own["n_runs"].sum(),
-            "n_items": own["n_items"].max(),
-            "n_unscored": own["n_unscored"].sum(),
-        }
-        how = f"mean over {n} base models, t prediction interval, {n - 1} df"
-        line = {
-            **dict(zip(keys, key, strict=True)),
-            **counts,
-            "value": values.mean() if n else None,
-            "how": how,
-        }
-        limits = (-100.0, 100.0) if "percent" in line["outcome"] else (-np.inf, np.inf)
-        if n > 1:
-            se = np.sqrt(values.var(ddof=1) * (1 + 1 / n))
-            half = stdtrit(n - 1, UPPER) * se
-            line |= {
-                "se": se,
-                "ci_low": max(values.mean() - half, limits[0]),
-                "ci_high": min(values.mean() + half, limits[1]),
-            }
-        else:
-            line["how"] = (
-                f"{n} base model: nothing is known of how base models differ, so no interval"
-            )
-        found.append(line)
     population = "a new base model like these; seeds and prompts as here"
-    return (
-        complete(
-            pd.DataFrame(found).assign(base_model="all", contrast=NEW_BASE, population=population)
-        )
-        if found
-        else ESTIMATES.empty()
-    )
+    names = {"base_model": "all", "contrast": NEW_BASE, "population": population}
+    return complete(pd.DataFrame(found).assign(**names)) if found else ESTIMATES.empty()
+
+
+def _predicted(own: pd.DataFrame) -> dict:
+    """The mean of the base models' changes with its prediction interval."""
+    values = own["value"].dropna().to_numpy(float)
+    n, limit = len(values), 100.0 if "percent" in own["outcome"].iloc[0] else np.inf
+    counts = {name: own[name].sum() for name in ("n_runs", "n_unscored")}
+    line = {**counts, "n_items": own["n_items"].max(), "value": values.mean() if n else None}
+    if n < 2:
+        how = f"{n} base model: nothing is known of how base models differ, so no interval"
+        return line | {"how": how}
+    se = np.sqrt(values.var(ddof=1) * (1 + 1 / n))
+    half, mean = stdtrit(n - 1, UPPER) * se, values.mean()
+    ends = {"ci_low": max(mean - half, -limit), "ci_high": min(mean + half, limit)}
+    how = f"mean over {n} base models, t prediction interval, {n - 1} df"
+    return line | {"se": se, **ends, "how": how}
 
 
 # ---- families of tests
-def holm(rows: pd.DataFrame, names: str | pd.Series) -> pd.DataFrame:
+def declared(rows: pd.DataFrame, names: str | pd.Series) -> pd.DataFrame:
     """The rows as a declared family of tests, or each as one of the family that is named for it:
     p_adjusted by Holm's method (1979). A row without a p value stays so, but counts: it was
-    declared."""
-    return _adjusted(rows, names, holm=True)
+    declared.
+    """
+
+    def adjusted(p: np.ndarray, untested: int) -> np.ndarray:  # as if those had p = 1
+        return intervals.holm(np.append(p, np.ones(untested)))[: len(p)]
+
+    return _adjusted(rows, names, adjusted)
 
 
 def screen(rows: pd.DataFrame, name: str) -> pd.DataFrame:
     """The rows as a screen: p_adjusted by Benjamini and Hochberg (1995), the false discovery rate.
     Rows without a p value do not count.
     """
-    return _adjusted(rows, name, holm=False)
+    return _adjusted(rows, name, lambda p, _: false_discovery_control(p) if len(p) else p)
 
 
-def _adjusted(rows: pd.DataFrame, names: str | pd.Series, holm: bool) -> pd.DataFrame:
+def _adjusted(rows: pd.DataFrame, names: str | pd.Series, adjust) -> pd.DataFrame:
     rows = rows.assign(family_of_tests=names)
     p, adjusted = rows["p"].to_numpy(float, na_value=np.nan), np.full(len(rows), np.nan)
     for members in rows.groupby("family_of_tests").indices.values():
         known = members[~np.isnan(p[members])]
-        if holm:  # an untested member is as if it had p = 1
-            adjusted[known] = intervals.holm(
-                np.append(p[known], np.ones(len(members) - len(known)))
-            )[: len(known)]
-        elif len(known):
-            adjusted[known] = false_discovery_control(p[known])
+        adjusted[known] = adjust(p[known], len(members) - len(known))
     return ESTIMATES.check(rows.assign(p_adjusted=adjusted)) if len(rows) else rows
 
 
 def screens(estimates: pd.DataFrame) -> pd.DataFrame:
-    """All changes by category or dimension, each outcome, benchmark, judge and base model a screen
-    of its own (all methods and categories in it)."""
+    """All changes by category or dimension; each outcome, benchmark, judge and base model is one
+    screen, with all methods and categories in it.
+    """
     rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(terms.CATEGORY)]
-    keys = ["outcome", "benchmark", "judge", "base_model"]
-    return ESTIMATES.concat(
-        [screen(own, "screen of " + ", ".join(key)) for key, own in rows.groupby(keys, sort=False)]
-    )
+    of_each = rows.groupby(["outcome", "benchmark", "judge", "base_model"], sort=False)
+    return ESTIMATES.concat([screen(own, "screen of " + ", ".join(key)) for key, own in of_each])
 
 
 # ---- preserves
@@ -283,73 +250,53 @@ def preserves(
     base model and outcome, and one for all outcomes jointly.
 
     `outcomes` are (outcome, benchmark). Values are changes toward harm, so that above zero is
-    worse. An outcome is preserved where its 95 % interval ends below the margin (a one-sided test
-    at 2.5 %, whose p is given), and not preserved where it lies wholly beyond; else the data cannot
-    tell. Jointly, a method preserves if all outcomes are preserved (intersection-union, Berger
-    1982, Technometrics 24, 295: p is the largest) and does not if one is not. The word begins
-    `how`. The first margin is the one fixed beforehand, the others are sensitivity. The judge of
-    the joint row is the one of the unsafe responses.
+    worse. An outcome is preserved where its interval ends below the margin (a one-sided test at
+    half of ALPHA, whose p is given), and not preserved where it lies wholly beyond; else the data
+    cannot tell. Jointly, a method preserves if all outcomes are preserved (intersection-union,
+    Berger 1982, Technometrics 24, 295: p is the largest) and does not if one is not. The word
+    begins `how`. The first margin is the one fixed beforehand, the others are sensitivity. The
+    judge of the joint row is the one of the unsafe responses.
     """
-    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(group)]
-    outcomes = list(outcomes)
-    rows = rows[
-        np.array(
-            [key in outcomes for key in zip(rows["outcome"], rows["benchmark"], strict=True)], bool
-        )
-    ]
+    rows, outcomes = estimates[estimates["contrast"].eq(CHANGE)], list(outcomes)
+    rows = rows[rows["group"].eq(group)]
+    asked = [key in outcomes for key in zip(rows["outcome"], rows["benchmark"], strict=True)]
+    rows = rows[np.array(asked, bool)]
     judges = list(dict.fromkeys(rows.loc[rows["outcome"].eq(terms.UNSAFE), "judge"])) or ["none"]
     found = []
     for (method, base_model), own in rows.groupby(["method", "base_model"], sort=False):
+        names = {"method": method, "base_model": base_model, "contrast": HARM}
         for margin in margins:
             single = [_harm(line, margin) for line in own.to_dict("records")]
-            of = {
-                judge: [
-                    one for one in single if one["outcome"] != terms.UNSAFE or one["judge"] == judge
-                ]
-                for judge in judges
-            }
-            joint = [_jointly(part, outcomes, judge) for judge, part in of.items() if part]
-            names = {"method": method, "base_model": base_model, "margin": margin, "contrast": HARM}
-            found += [{**one, **names} for one in (*single, *joint)]
+            joint = [_jointly(single, outcomes, judge) for judge in judges]
+            every = (*single, *(one for one in joint if one is not None))
+            found += [{**one, **names, "margin": margin} for one in every]
     return complete(pd.DataFrame(found).assign(**labels)) if found else ESTIMATES.empty()
 
 
 def _harm(line: dict, margin: float) -> dict:
     """The change of one outcome as harm, tested against the margin."""
-    sign = HARMS.get(
-        (line["outcome"], line["benchmark"]), -1 if line["outcome"].startswith("accuracy") else 1
-    )
+    usual = -1 if line["outcome"].startswith("accuracy") else 1
+    sign = HARMS.get((line["outcome"], line["benchmark"]), usual)
+    names = ("value", "ci_low", "ci_high") if sign > 0 else ("value", "ci_high", "ci_low")
     value, low, high = (
-        np.nan if pd.isna(line[name]) else sign * float(line[name])
-        for name in ("value", "ci_low", "ci_high")
+        np.nan if pd.isna(line[name]) else sign * float(line[name]) for name in names
     )
-    low, high = (low, high) if sign > 0 else (high, low)
     word, p = CANNOT_TELL, None
     if not np.isnan(high):
         word = PRESERVES if high < margin else DOES_NOT if low > margin else CANNOT_TELL
         p = _below(value, low, high, line["se"], margin)
-    ends = {
-        name: None if np.isnan(end) else end
-        for name, end in (("value", value), ("ci_low", low), ("ci_high", high))
-    }
-    return {
-        **line,
-        **ends,
-        "p": p,
-        "p_adjusted": None,
-        "family_of_tests": None,
-        "how": f"{word}: {line['how']}",
-    }
+    ends = {"value": value, "ci_low": low, "ci_high": high}
+    ends = {name: None if np.isnan(end) else end for name, end in ends.items()}
+    tested = {"p": p, "p_adjusted": None, "family_of_tests": None}
+    return {**line, **ends, **tested, "how": f"{word}: {line['how']}"}
 
 
 def _below(value: float, low: float, high: float, se: float | None, margin: float) -> float | None:
     """One-sided p that the truth is at the margin or beyond: t with the df that the interval
-    implies, scaled to half of ALPHA where it ends at the margin."""
-    if (
-        pd.isna(se) and value == 0 and high < 100
-        # nothing moved in n units (Clopper-Pearson): how likely that is where the share is the
-        # margin
-    ):
+    implies, scaled to half of ALPHA where it ends at the margin.
+    """
+    if pd.isna(se) and value == 0 and high < 100:
+        # nothing moved in n units (Clopper-Pearson): how likely is that with the margin's share?
         n = np.log(1 - UPPER) / np.log(1 - high / 100)
         return float((1 - margin / 100) ** n)
     if pd.isna(se) or se <= 0:
@@ -359,40 +306,31 @@ def _below(value: float, low: float, high: float, se: float | None, margin: floa
     return float(stdtr(df, -stdtrit(df, UPPER) * (margin - value) / side)) if side > 0 else None
 
 
-def _jointly(single: list[dict], outcomes: list[tuple[str, str]], judge: str) -> dict:
-    """The row of all outcomes together, null where one is missing; the word begins its `how`."""
+def _jointly(single: list[dict], outcomes: list[tuple[str, str]], judge: str) -> dict | None:
+    """The row of all outcomes together, with the unsafe responses of this judge; null where one is
+    missing, none where all are. The word begins its `how`.
+    """
+    single = [one for one in single if one["outcome"] != terms.UNSAFE or one["judge"] == judge]
+    if not single:
+        return None
     words = {one["outcome"]: one["how"].partition(":")[0] for one in single}
     missing = [outcome for outcome, _ in outcomes if outcome not in words]
-    refuted = [outcome for outcome, word in words.items() if word == DOES_NOT]
-    word = (
-        DOES_NOT
-        if refuted
-        else PRESERVES
-        if not missing and set(words.values()) == {PRESERVES}
-        else CANNOT_TELL
-    )
-    told = "; ".join(f"{outcome.partition(' (')[0]} {said}" for outcome, said in words.items())
+    word = PRESERVES if not missing and set(words.values()) == {PRESERVES} else CANNOT_TELL
+    word = DOES_NOT if DOES_NOT in words.values() else word
+    how = "; ".join(f"{outcome.partition(' (')[0]} {said}" for outcome, said in words.items())
     if missing:
-        told += (
-            "; not measured in percentage points: "
-            + ", ".join(missing)
-            + " (a loss or a grade has no margin in points)"
-        )
+        how += f"; not measured in percentage points: {', '.join(missing)}"
+        how += " (a loss or a grade has no margin in points)"
     p = [one["p"] for one in single]
     known = not missing and not any(one is None for one in p)
-    same = {name: single[0][name] for name in ("study", "notebook", "group")}
-    population = "; ".join(dict.fromkeys(one["population"] for one in single))
     return {
-        **same,
-        "outcome": JOINTLY,
-        "benchmark": "all",
-        "judge": judge,
+        **{name: single[0][name] for name in ("study", "notebook", "group")},
+        **{"outcome": JOINTLY, "benchmark": "all", "judge": judge},
         "p": max(p) if known else None,
-        "population": population,
-        "how": f"{word}: {told}",
+        "population": "; ".join(dict.fromkeys(one["population"] for one in single)),
+        "how": f"{word}: {how}",
         "n_runs": max(one["n_runs"] for one in single),
-        "n_items": sum(one["n_items"] for one in single),
-        "n_unscored": sum(one["n_unscored"] for one in single),
+        **{name: sum(one[name] for one in single) for name in ("n_items", "n_unscored")},
     }
 
 
@@ -405,7 +343,7 @@ def odds_ratios(
     **labels: str,
 ) -> pd.DataFrame:
     """Marginal (population-averaged) odds ratio of each cell against the base model; `values` is
-    runs x units as stats.paired takes it.
+    runs x units as for influence.paired.
 
     The odds are those of the mean rate over runs, on the prompts that run and base both have a
     score for; over all base models it is the geometric mean of their ratios. The interval is the
@@ -413,15 +351,11 @@ def odds_ratios(
     1049, for what "marginal" means). se is that of the logarithm. A cell or base model at 0 or 100
     percent has no odds ratio: null, and `how` says which.
     """
-    found = {}
-    changes, cells = influence_.paired(values, arms), cells[cells["group"].isin(groups)]
-    own = _on_both(values, arms, changes, own=True), _on_both(values, arms, changes, own=False)
-    for (base_model, method, group), cell in cells.groupby(
-        ["base_model", "method", "group"], sort=False
-    ):
-        found[base_model, method, group, ODDS] = _odds_ratio(
-            changes, *own, _of(cell, base_model, method, group)
-        )
+    found, changes = {}, influence_.paired(values, arms)
+    own, base = (_on_both(values, arms, changes, own=own) for own in (True, False))
+    keys, cells = ["base_model", "method", "group"], cells[cells["group"].isin(groups)]
+    for key, cell in cells.groupby(keys, sort=False):
+        found[*key, ODDS] = _odds_ratio(changes, own, base, _of(cell, *key))
     return _rows(found, **labels)
 
 
@@ -430,70 +364,43 @@ def _on_both(values: pd.DataFrame, arms: pd.DataFrame, changes: Scores, own: boo
     percent.
     """
     base = arms.set_index("run_id").loc[changes.runs, "base_run_id"]
-    of, other = (
-        values.loc[list(names)].to_numpy()
-        for names in ((changes.runs, base) if own else (base, changes.runs))
-    )
+    names = (changes.runs, base) if own else (base, changes.runs)
+    of, other = (values.loc[list(one)].to_numpy() for one in names)
     both = ~np.isnan(of) & ~np.isnan(other)
-    return influence_.ratio(
-        np.where(both, of, 0.0),
-        both.astype(float),
-        changes.runs,
-        changes.strata,
-        changes.n_items,
-        changes.n_unscored,
-    )
+    kept = (changes.runs, changes.strata, changes.n_items, changes.n_unscored)
+    return influence_.ratio(np.where(both, of, 0.0), both.astype(float), *kept)
 
 
 def _odds_ratio(changes: Scores, own: Scores, base: Scores, cell: pd.DataFrame) -> dict | None:
-    """The odds ratio of one cell: each run stands for its linear share in the log odds of the mean
-    rate.
-    """
+    """The odds ratio of one cell; each run has its linear share in the log odds."""
     at = changes.at(cell["run_id"])
     if (at < 0).any():
         return estimation.incomplete(at) if (at >= 0).any() else None
     total = cell.groupby("base_model")["weight"].transform("sum").to_numpy()
     weight, bases = cell["weight"].to_numpy() / total, pd.factorize(cell["base_model"])[0]
     p, q = (np.bincount(bases, weight * scores.value[at])[bases] / 100 for scores in (own, base))
-    counts = {
-        "n_runs": len(at),
-        "n_items": int(changes.n_items[at].max()),
-        "n_unscored": int(changes.n_unscored[at].sum()),
-    }
-    none = {**counts, "value": None, "population": terms.BOTH}
+    how, end = None, (p <= 0) | (p >= 1) | (q <= 0) | (q >= 1)
     if np.isnan(p).any() or np.isnan(q).any():
-        return {**none, "how": "a run has no scored item: no estimate"}
-    if ((p <= 0) | (p >= 1) | (q <= 0) | (q >= 1)).any():
-        where = cell["base_model"].to_numpy()[(p <= 0) | (p >= 1) | (q <= 0) | (q >= 1)][0]
-        return {
-            **none,
-            "how": (
-                f"the runs or the base model {where} are at 0 or 100 percent, where odds have no"
-                " ratio; see the difference"
-            ),
-        }
+        how = "a run has no scored item: no estimate"
+    elif end.any():
+        where = cell["base_model"].to_numpy()[end][0]
+        how = (
+            f"the runs or the base model {where} are at 0 or 100 percent, where odds have no ratio"
+        )
+        how += "; see the difference"
+    if how:
+        n_items, n_unscored = int(changes.n_items[at].max()), int(changes.n_unscored[at].sum())
+        counts = {"n_runs": len(at), "n_items": n_items, "n_unscored": n_unscored}
+        return {**counts, "value": None, "population": terms.BOTH, "how": how}
     slope, base_slope = 1 / (100 * p * (1 - p)), 1 / (100 * q * (1 - q))
     logit = np.log(p / (1 - p)) - np.log(q / (1 - q)) + slope * (own.value[at] - 100 * p)
-    influence = slope[:, None] * own.influence[at] - base_slope[:, None] * base.influence[at]
-    linear = Scores(
-        changes.runs[at],
-        changes.strata,
-        logit,
-        influence,
-        changes.n_items[at],
-        changes.n_unscored[at],
-        family=changes.family,
-    )
-    found = _contrast(linear, cell)
-    ends = {
-        name: None if found[name] is None else np.exp(found[name])
-        for name in ("value", "ci_low", "ci_high")
-    }
-    return {
-        **found,
-        **ends,
-        "how": "marginal odds ratio, delta method on the log odds; " + found["how"],
-    }
+    moved = slope[:, None] * own.influence[at] - base_slope[:, None] * base.influence[at]
+    counts = (changes.n_items[at], changes.n_unscored[at])
+    linear = Scores(changes.runs[at], changes.strata, logit, moved, *counts, family=changes.family)
+    found, names = _contrast(linear, cell), ("value", "ci_low", "ci_high")
+    ends = {name: None if found[name] is None else np.exp(found[name]) for name in names}
+    how = "marginal odds ratio, delta method on the log odds; " + found["how"]
+    return {**found, **ends, "how": how}
 
 
 # ---- Cliff's delta
@@ -512,46 +419,33 @@ def cliffs_delta(
         for method, own in runs.items():
             found[base_model, method, group, DELTA_BASE] = _delta(scores, own, None)
         for method, other in combinations(runs, 2):
-            found[base_model, method, group, DELTA, other] = _delta(
-                scores, runs[method], runs[other]
-            )
+            delta = _delta(scores, runs[method], runs[other])
+            found[base_model, method, group, DELTA, other] = delta
     return _rows(found, **labels)
 
 
 def _delta(scores: Scores, own: pd.DataFrame, other: pd.DataFrame | None) -> dict | None:
     """The mean delta over the base models of `own`, joined by MOVER."""
-    parts = []
-    for base_model, mine in own.groupby("base_model", sort=False):
-        theirs = None if other is None else other.loc[other["base_model"].eq(base_model), "run_id"]
-        at = [scores.at(mine["run_id"])] + ([] if theirs is None else [scores.at(theirs)])
+    sides, parts = [own] if other is None else [own, other], []
+    for base_model in dict.fromkeys(own["base_model"]):
+        at = [scores.at(side.loc[side["base_model"].eq(base_model), "run_id"]) for side in sides]
         values = [scores.value[place] for place in at]
         if any((place < 0).any() for place in at) or np.isnan(np.concatenate(values)).any():
             return None
-        parts.append(one_sample(values[0]) if other is None else two_samples(*values))
-    counts = {
-        "n_runs": len(own) + (0 if other is None else len(other)),
-        "population": "runs like these, these prompts, these base models",
-    }
-    value = np.mean([part["value"] for part in parts])
+        parts.append(one_sample(*values) if other is None else two_samples(*values))
+    population = "runs like these, these prompts, these base models"
+    found = {"n_runs": sum(map(len, sides)), "population": population}
     if len(parts) == 1:
-        return {**counts, **parts[0]}
+        return found | parts[0]
+    found["value"] = value = np.mean([part["value"] for part in parts])
     if any(part["ci_low"] is None for part in parts):
-        return {
-            **counts,
-            "value": value,
-            "how": "mean over base models; one of them has no interval",
-        }
+        return found | {"how": "mean over base models; one of them has no interval"}
     low, high = (
         np.sqrt(sum((part["value"] - part[end]) ** 2 for part in parts)) / len(parts)
         for end in ("ci_low", "ci_high")
     )
     ends = {"ci_low": max(value - low, -1.0), "ci_high": min(value + high, 1.0)}
-    return {
-        **counts,
-        "value": value,
-        **ends,
-        "how": "mean over base models of Cliff's delta, joined by MOVER",
-    }
+    return found | ends | {"how": "mean over base models of Cliff's delta, joined by MOVER"}
 
 
 def two_samples(x: np.ndarray, y: np.ndarray) -> dict[str, float | str | None]:
@@ -566,20 +460,10 @@ def two_samples(x: np.ndarray, y: np.ndarray) -> dict[str, float | str | None]:
     n, m, sign = len(x), len(y), np.sign(x[:, None] - y[None, :])
     d = sign.mean()
     exact = comb(n + m, n) < 1e6 and len({*x, *y}) == n + m  # no ties
-    p = (
-        mannwhitneyu(x, y, method="exact" if exact else "asymptotic").pvalue
-        if np.ptp([*x, *y])
-        else 1.0
-    )
+    method = "exact" if exact else "asymptotic"
+    p = mannwhitneyu(x, y, method=method).pvalue if np.ptp([*x, *y]) else 1.0
     if min(n, m) < 2:
-        return {
-            "value": d,
-            "se": None,
-            "ci_low": None,
-            "ci_high": None,
-            "p": p,
-            "how": "Cliff's delta; one run in a group: no interval",
-        }
+        return _no_delta_interval(d, p, "Cliff's delta; one run in a group: no interval")
     if abs(d) == 1:
         return _separated(d, min(n, m), p, f"all {n} runs lie on one side of all {m}")
     rows, columns = sign.mean(1) - d, sign.mean(0) - d
@@ -598,46 +482,26 @@ def one_sample(x: np.ndarray) -> dict[str, float | str | None]:
     d, moved = sign.mean(), int((sign != 0).sum())
     p = binomtest(int((sign > 0).sum()), moved).pvalue if moved else 1.0
     if n < 2:
-        return {
-            "value": d,
-            "se": None,
-            "ci_low": None,
-            "ci_high": None,
-            "p": p,
-            "how": "share above less share below; one run: no interval",
-        }
+        return _no_delta_interval(d, p, "share above less share below; one run: no interval")
     if abs(d) == 1:
         return _separated(d, n, p, f"all {n} runs moved the same way")
     if moved == 0:
-        return {
-            "value": d,
-            "se": None,
-            "ci_low": None,
-            "ci_high": None,
-            "p": p,
-            "how": f"none of {n} runs differs from the base model: no interval",
-        }
-    return _asymmetric(
-        d,
-        sign.var(ddof=1) / n,
-        n - 1,
-        p,
-        "share of runs above less share below the base model, Feng and Cliff's interval",
-    )
+        how = f"none of {n} runs differs from the base model: no interval"
+        return _no_delta_interval(d, p, how)
+    how = "share of runs above less share below the base model, Feng and Cliff's interval"
+    return _asymmetric(d, sign.var(ddof=1) / n, n - 1, p, how)
 
 
-def _separated(d: float, n: int, p: float, told: str) -> dict[str, float | str | None]:
+def _no_delta_interval(d: float, p: float, how: str) -> dict[str, float | str | None]:
+    return intervals.NO_INTERVAL | {"value": d, "p": p, "how": how}
+
+
+def _separated(d: float, n: int, p: float, why: str) -> dict[str, float | str | None]:
     """The interval of a delta of -1 or 1 among n runs: Wilson's of n out of n."""
     nearer = 2 * float(intervals.wilson(n, n)[0]) - 1
-    ends = (nearer, 1.0) if d > 0 else (-1.0, -nearer)
-    return {
-        "value": d,
-        "se": None,
-        "ci_low": ends[0],
-        "ci_high": ends[1],
-        "p": p,
-        "how": f"Cliff's delta; {told}, Wilson's bound at {n} runs",
-    }
+    low, high = (nearer, 1.0) if d > 0 else (-1.0, -nearer)
+    how = f"Cliff's delta; {why}, Wilson's bound at {n} runs"
+    return {"value": d, "se": None, "ci_low": low, "ci_high": high, "p": p, "how": how}
 
 
 def _asymmetric(
@@ -647,11 +511,5 @@ def _asymmetric(
     t2 = stdtrit(df, UPPER) ** 2 * variance
     half = np.sqrt(t2 * ((1 - d**2) ** 2 + t2))
     low, high = ((d - d**3 + sign * half) / (1 - d**2 + t2) for sign in (-1, 1))
-    return {
-        "value": d,
-        "se": np.sqrt(variance),
-        "ci_low": max(low, -1.0),
-        "ci_high": min(high, 1.0),
-        "p": p,
-        "how": how,
-    }
+    ends = {"ci_low": max(low, -1.0), "ci_high": min(high, 1.0)}
+    return {"value": d, "se": np.sqrt(variance), **ends, "p": p, "how": how}

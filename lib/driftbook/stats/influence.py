@@ -27,12 +27,12 @@ CELL = ["base_model", "method", "group", "member"]  # runs with these in common 
 
 # ---- who is compared with whom
 def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """`variants` that ran, with what each one is compared as (arm) and its base model's run
-    (base_run_id).
+    """The variants that ran, with their role in comparisons (arm), their setting in words, and
+    their base model's run (base_run_id).
 
     arm: base, trained, no-op, untrained, init or mitigation; `member` says which init or
-    mitigation. A method's own init is the one most of its runs have. A base model's further repetitions are left out: their greedy answers
-    are those of the first, and they differ in drawn ones alone.
+    mitigation. A method's own init is the one most of its runs have. A base model's further
+    repetitions are left out: their greedy answers are those of the first, only drawn ones differ.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
     frame = frame[
@@ -42,15 +42,9 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         lambda init: init.value_counts().index[0] if init.notna().any() else None
     )
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
-    frame["arm"] = np.select(
-        [
-            frame["method"].eq("none"),
-            frame["objective"].eq("untrained"),
-            frame["no_op"].fillna(False),
-        ],
-        ["base", UNTRAINED, NO_OP],
-        TRAINED,
-    )
+    is_base, untrained = frame["method"].eq("none"), frame["objective"].eq("untrained")
+    no_op = frame["no_op"].fillna(False)
+    frame["arm"] = np.select([is_base, untrained, no_op], ["base", UNTRAINED, NO_OP], TRAINED)
     repaired = frame["mitigation"].notna()
     frame["arm"] = frame["arm"].mask(other, INIT).mask(repaired, MITIGATION)
     started = frame["init"].fillna("") + ", " + frame["objective"]
@@ -59,18 +53,12 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-")
     )
     several = frame.groupby("objective")["dataset"].transform("nunique").gt(1)
-    frame["setting"] = (
-        frame["objective"]
-        + (" on " + frame["dataset"].fillna("")).where(several, "")
-        + rates
-        + frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
-    )
-    bases = frame[frame["arm"].eq("base") & frame["mitigation"].isna()].drop_duplicates(
-        "base_model"
-    )
-    return frame.assign(
-        base_run_id=frame["base_model"].map(bases.set_index("base_model")["run_id"])
-    )
+    dataset = (" on " + frame["dataset"].fillna("")).where(several, "")
+    epochs = frame["epochs"].map(lambda epochs: "" if pd.isna(epochs) else f", {epochs} ep")
+    frame["setting"] = frame["objective"] + dataset + rates + epochs
+    bases = frame[frame["arm"].eq("base") & ~repaired].drop_duplicates("base_model")
+    first = bases.set_index("base_model")["run_id"]
+    return frame.assign(base_run_id=frame["base_model"].map(first))
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
@@ -103,7 +91,7 @@ def cells(arms: pd.DataFrame) -> pd.DataFrame:
 # ---- scores of runs and their changes
 @dataclass(frozen=True)
 class Scores:
-    """A number per run, and the influence of each unit on it; NaN where a run has no scored item."""
+    """A number per run, and the influence of each unit on it; NaN where nothing was scored."""
 
     runs: pd.Index
     strata: np.ndarray  # of the units
@@ -112,15 +100,12 @@ class Scores:
     n_items: np.ndarray = field(repr=False)  # [runs] asked
     n_unscored: np.ndarray = field(repr=False)  # [runs]
     limits: tuple[float, float] = (-np.inf, np.inf)  # what it can be
-    # a unit is one answer in percent, so that nothing changed in n units bounds the share that
-    # would
+    # a unit is one answer in percent: nothing changed in n units bounds the share that would
     single: bool = False
-    family: np.ndarray | None = field(
-        default=None, repr=False
-    )  # of the units: what is drawn together; None: each unit by itself
-    rate: np.ndarray | None = field(
-        default=None, repr=False
-    )  # [runs] own share in percent, where the score is one or the change of one
+    # of the units: those drawn together; None: each unit alone
+    family: np.ndarray | None = field(default=None, repr=False)
+    # [runs] own share in percent, where the score is one or the change of one
+    rate: np.ndarray | None = field(default=None, repr=False)
 
     @cached_property
     def clusters(self) -> "Clusters":
@@ -149,16 +134,9 @@ def ratio(
     total = np.where(total > 0, total, np.nan)
     value = top.sum(1) / total
     influence = np.nan_to_num((top - value[:, None] * bottom) / total[:, None])
-    return Scores(
-        runs,
-        np.asarray(strata),
-        scale * value,
-        scale * influence,
-        np.asarray(n_items),
-        np.asarray(n_unscored),
-        limits,
-        scale == 100.0,
-    )
+    strata, n_items, n_unscored = map(np.asarray, (strata, n_items, n_unscored))
+    found = (runs, strata, scale * value, scale * influence, n_items, n_unscored)
+    return Scores(*found, limits, scale == 100.0)
 
 
 def _over(
@@ -172,24 +150,16 @@ def _over(
     """The ratio over the columns of `values`: strata from their first level, families from the
     level `family` where there is one.
     """
-    family = values.columns.get_level_values("family") if "family" in values.columns.names else None
-    asked = np.full(len(top), values.shape[1])
-    scores = ratio(
-        top, bottom, pd.Index(runs), values.columns.get_level_values(0), asked, n_unscored
-    )
-    return replace(scores, family=family if family is None else np.asarray(family), **fields)
+    strata, asked = values.columns.get_level_values(0), np.full(len(top), values.shape[1])
+    scores = ratio(top, bottom, pd.Index(runs), strata, asked, n_unscored)
+    if "family" in values.columns.names:
+        fields["family"] = np.asarray(values.columns.get_level_values("family"))
+    return replace(scores, **fields)
 
 
-ANSWER = (
-    "benchmark",
-    "judge",
-    "metric",
-    "prompt_variant",
-    "decoding",
-    "sample",
-    "answer_mode",
-    "option_order",
-)  # which answer of a run it is
+# which answer of a run it is
+ANSWER = ["benchmark", "judge", "metric", "prompt_variant", "decoding", "sample", "answer_mode"]
+ANSWER += ["option_order"]
 
 
 def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
@@ -204,33 +174,22 @@ def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
             so on, as far as the frame has them).
     """
     if frame.empty:
-        return pd.DataFrame(
-            index=pd.Index([], name="run_id"),
-            columns=pd.MultiIndex.from_arrays([[]] * len(units), names=units),
-            dtype=float,
-        )
+        columns = pd.MultiIndex.from_arrays([[]] * len(units), names=units)
+        return pd.DataFrame(index=pd.Index([], name="run_id"), columns=columns, dtype=float)
     _check_once(frame, units)
     if "family" in units:
-        frame = frame.assign(
-            family=frame["family"]
-            .astype(object)
-            .where(frame["family"].notna(), frame[units[-1]].astype(object))
-        )
+        family, alone = (frame[name].astype(object) for name in ("family", units[-1]))
+        frame = frame.assign(family=family.where(frame["family"].notna(), alone))
     value = frame[column].astype("Float64").to_numpy(float, na_value=np.nan)
     runs, run_ids = pd.factorize(frame["run_id"], sort=True)
     keys = pd.MultiIndex.from_frame(frame[units].astype(object))
     columns, names = pd.factorize(keys, sort=True)
-    shape, place = (len(run_ids), len(names)), runs * len(names) + columns
-    there = ~np.isnan(value)
+    there, size = ~np.isnan(value), len(run_ids) * len(names)
+    place = (runs * len(names) + columns)[there]
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(place[there], value[there], shape[0] * shape[1]) / np.bincount(
-            place[there], minlength=shape[0] * shape[1]
-        )
-    return pd.DataFrame(
-        mean.reshape(shape),
-        index=pd.Index(run_ids, name="run_id"),
-        columns=pd.MultiIndex.from_tuples(names, names=units),
-    )
+        mean = np.bincount(place, value[there], size) / np.bincount(place, minlength=size)
+    index, columns = pd.Index(run_ids, name="run_id"), pd.MultiIndex.from_tuples(names, names=units)
+    return pd.DataFrame(mean.reshape(len(index), len(names)), index=index, columns=columns)
 
 
 def _check_once(frame: pd.DataFrame, units: list[str]) -> None:
@@ -238,9 +197,8 @@ def _check_once(frame: pd.DataFrame, units: list[str]) -> None:
     (sample, metric) are taken as they are."""
     if not {"sample", "metric"} & set(frame):
         return
-    repeated = frame.duplicated(
-        ["run_id", *units, *(name for name in ANSWER if name in frame and name not in units)]
-    )
+    of_run = [name for name in ANSWER if name in frame and name not in units]
+    repeated = frame.duplicated(["run_id", *units, *of_run])
     if repeated.any():
         first = frame[repeated].iloc[0]
         raise ValueError(
@@ -253,14 +211,9 @@ def shares(values: pd.DataFrame) -> Scores:
     """The share of each run's scored prompts with the outcome, in percent; `values` is runs x
     (category, prompt).
     """
-    there = values.notna().to_numpy()
-    return _over(
-        values,
-        values.fillna(0).to_numpy(),
-        there.astype(float),
-        values.index,
-        values.shape[1] - there.sum(1),
-    )
+    there, k = values.notna().to_numpy(), values.fillna(0).to_numpy()
+    missing = values.shape[1] - there.sum(1)
+    return _over(values, k, there.astype(float), values.index, missing)
 
 
 def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
@@ -270,18 +223,10 @@ def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
     run_ids, base = _with_base(values.index, arms)
     own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
     both = ~np.isnan(own) & ~np.isnan(other)
-    n = both.sum(1)
+    n, change = both.sum(1), np.where(both, own - other, 0.0)
     rate = 100 * np.where(both, own, 0.0).sum(1) / np.where(n > 0, n, np.nan)
-    change = np.where(both, own - other, 0.0)
-    return _over(
-        values,
-        change,
-        both.astype(float),
-        run_ids,
-        values.shape[1] - n,
-        limits=(-100.0, 100.0),
-        rate=rate,
-    )
+    more = {"limits": (-100.0, 100.0), "rate": rate}
+    return _over(values, change, both.astype(float), run_ids, values.shape[1] - n, **more)
 
 
 def extremes(values: pd.DataFrame, arms: pd.DataFrame) -> tuple[Scores, Scores]:
@@ -289,39 +234,42 @@ def extremes(values: pd.DataFrame, arms: pd.DataFrame) -> tuple[Scores, Scores]:
     denominator.
     """
     run_ids, base = _with_base(values.index, arms)
-    low = values.loc[run_ids].fillna(0).to_numpy() - values.loc[base].fillna(1).to_numpy()
-    high = values.loc[run_ids].fillna(1).to_numpy() - values.loc[base].fillna(0).to_numpy()
-    missing = (values.loc[run_ids].isna().to_numpy() | values.loc[base].isna().to_numpy()).sum(1)
-    return tuple(
-        _over(values, change, np.ones(change.shape), run_ids, missing) for change in (low, high)
+    own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
+    missing, every = (np.isnan(own) | np.isnan(other)).sum(1), np.ones(own.shape)
+    low, high = (
+        np.where(np.isnan(own), one, own) - np.where(np.isnan(other), 1.0 - one, other)
+        for one in (0.0, 1.0)
     )
+    return tuple(_over(values, change, every, run_ids, missing) for change in (low, high))
 
 
 def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
     """The change of each run's score against its own base model's, unit by unit."""
     run_ids, base = _with_base(scores.runs, arms)
     own, other = scores.at(run_ids), scores.at(base)
-    return Scores(
-        pd.Index(run_ids),
-        scores.strata,
-        scores.value[own] - scores.value[other],
-        scores.influence[own] - scores.influence[other],
-        scores.n_items[own],
-        scores.n_unscored[own] + scores.n_unscored[other],
-        (scores.limits[0] - scores.limits[1], scores.limits[1] - scores.limits[0]),
-        scores.single,
-        scores.family,
-        scores.value[own] if scores.limits == (0.0, 100.0) else None,
+    return replace(
+        scores,
+        runs=pd.Index(run_ids),
+        value=scores.value[own] - scores.value[other],
+        influence=scores.influence[own] - scores.influence[other],
+        n_items=scores.n_items[own],
+        n_unscored=scores.n_unscored[own] + scores.n_unscored[other],
+        limits=_of_changes(scores.limits),
+        rate=scores.value[own] if scores.limits == (0.0, 100.0) else None,
     )
+
+
+def _of_changes(limits: tuple[float, float]) -> tuple[float, float]:
+    """What the change of a score with these limits can be."""
+    return limits[0] - limits[1], limits[1] - limits[0]
 
 
 def _with_base(scored: pd.Index, arms: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """The scored runs that are no base model and whose base model is scored, and those base models'
     runs.
     """
-    frame = arms[
-        arms["arm"].ne("base") & arms["run_id"].isin(scored) & arms["base_run_id"].isin(scored)
-    ]
+    both = arms["run_id"].isin(scored) & arms["base_run_id"].isin(scored)
+    frame = arms[arms["arm"].ne("base") & both]
     return frame["run_id"].to_numpy(object), frame["base_run_id"].to_numpy(object)
 
 
@@ -334,8 +282,7 @@ class Clusters(NamedTuple):
     order: np.ndarray  # of the units, by stratum and family
     starts: np.ndarray  # where a family begins, in that order
     strata: np.ndarray  # where a stratum begins
-    # [units, in that order] units in its stratum; infinite in a stratum of one family, which is
-    # left uncentred
+    # [units, in that order] units in its stratum; infinite where one family is all, left uncentred
     size: np.ndarray
     stratum: np.ndarray  # [units, in that order] number of the stratum
     inflate: np.ndarray  # [families] CR2's 1 / (1 - leverage)
@@ -372,69 +319,50 @@ def _clusters(strata: np.ndarray, family: np.ndarray | None) -> Clusters:
     q = np.where(alone, 0.0, n**2 / (total * left))
     squares = (n**2).sum() + (np.bincount(of, q) ** 2).sum() - (q**2).sum()
     size = np.where(np.bincount(of) == 1, np.inf, np.bincount(of, n))[outer]
-    return Clusters(
-        order,
-        starts,
-        stratum_starts,
-        size,
-        np.cumsum(new_stratum) - 1,
-        1 / left,
-        n.sum() ** 2 / squares,
-        len(starts),
-    )
+    stratum, df = np.cumsum(new_stratum) - 1, n.sum() ** 2 / squares
+    return Clusters(order, starts, stratum_starts, size, stratum, 1 / left, df, len(starts))
 
 
+# ---- ratings
 def rated(ratings: pd.DataFrame, scale: float) -> Scores | None:
     """The weighted mean rating of each run; None where nothing was rated."""
-    values, weights = (
-        matrix(ratings, "value", ["benchmark", "prompt_id"]),
-        matrix(ratings, "weight", ["benchmark", "prompt_id"]),
-    )
+    values, weights = _ratings(ratings)
     if values.empty:
         return None
-    there = values.notna().to_numpy()
-    bottom = np.where(there, weights.to_numpy(), 0.0)
-    asked = np.full(len(values), values.shape[1])
-    strata = values.columns.get_level_values(0)
-    return ratio(
-        values.fillna(0).to_numpy() * bottom,
-        bottom,
-        values.index,
-        strata,
-        asked,
-        asked - there.sum(1),
-        scale,
-    )
+    own = values.to_numpy()
+    return _weighed(values, own, ~np.isnan(own), weights.to_numpy(), values.index, scale)
 
 
 def rated_changes(ratings: pd.DataFrame, arms: pd.DataFrame, scale: float) -> Scores | None:
     """The change of each run's weighted mean rating against its own base model's, over the items
-    that both have a value for, by the run's own weights; None where nothing was rated."""
-    values, weights = (
-        matrix(ratings, "value", ["benchmark", "prompt_id"]),
-        matrix(ratings, "weight", ["benchmark", "prompt_id"]),
-    )
+    that both have a value for, by the run's own weights; None where nothing was rated.
+    """
+    values, weights = _ratings(ratings)
     if values.empty:
         return None
     run_ids, base = _with_base(values.index, arms)
     own, other = values.loc[run_ids].to_numpy(), values.loc[base].to_numpy()
-    both = ~np.isnan(own) & ~np.isnan(other)
-    bottom = np.where(both, weights.loc[run_ids].to_numpy(), 0.0)
-    strata, asked = values.columns.get_level_values(0), np.full(len(run_ids), values.shape[1])
+    both, weights = ~np.isnan(own) & ~np.isnan(other), weights.loc[run_ids].to_numpy()
     level, change = (
-        ratio(
-            np.where(both, of, 0.0) * bottom,
-            bottom,
-            pd.Index(run_ids),
-            strata,
-            asked,
-            asked - both.sum(1),
-            scale,
-        )
-        for of in (own, own - other)
+        _weighed(values, of, both, weights, pd.Index(run_ids), scale) for of in (own, own - other)
     )
-    return replace(
-        change,
-        limits=(level.limits[0] - level.limits[1], level.limits[1] - level.limits[0]),
-        rate=level.value if scale == 100.0 else None,
-    )
+    rate = level.value if scale == 100.0 else None
+    return replace(change, limits=_of_changes(level.limits), rate=rate)
+
+
+def _ratings(ratings: pd.DataFrame) -> list[pd.DataFrame]:
+    return [matrix(ratings, name, ["benchmark", "prompt_id"]) for name in ("value", "weight")]
+
+
+def _weighed(
+    values: pd.DataFrame,
+    of: np.ndarray,
+    there: np.ndarray,
+    weights: np.ndarray,
+    runs: pd.Index,
+    scale: float,
+) -> Scores:
+    """The weighted mean of each run over the items that are there."""
+    bottom, asked = np.where(there, weights, 0.0), np.full(len(there), there.shape[1])
+    top, strata = np.where(there, of, 0.0) * bottom, values.columns.get_level_values(0)
+    return ratio(top, bottom, runs, strata, asked, asked - there.sum(1), scale)

@@ -8,6 +8,8 @@ from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 from driftbook.stats.confidence import CONFIDENCE, UPPER
 from driftbook.stats.influence import Scores
 
+NO_INTERVAL = {"se": None, "ci_low": None, "ci_high": None, "p": None}
+
 
 # ---- one number
 def wilson(k, n, level: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
@@ -18,35 +20,88 @@ def wilson(k, n, level: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray]:
     return np.where(k == 0, 0.0 * n, centre - half), np.where(k == n, n / n, centre + half)
 
 
-def _rate(scores: Scores) -> np.ndarray | None:
-    """The share in percent behind each run's score; None where the score is no share."""
-    return scores.rate if scores.rate is not None or scores.limits != (0.0, 100.0) else scores.value
+def t_interval(value: float, variance: float, df: float) -> dict[str, float | None]:
+    """se, interval and p value of a number; all null where nothing varies or df is not positive."""
+    if not (variance > 0 and df > 0):
+        return dict(NO_INTERVAL)
+    se = np.sqrt(variance)
+    half, p = stdtrit(df, UPPER) * se, 2 * stdtr(df, -abs(value) / se)
+    return {"se": se, "ci_low": value - half, "ci_high": value + half, "p": p}
 
 
-def _inside(
-    interval: dict[str, float | None], limits: tuple[float, float]
-) -> dict[str, float | None]:
+def interval(value: float, variance: float, below: float, above: float) -> dict[str, float | None]:
+    """se, interval and p value of a number whose truth may lie `below` and `above` it; all null
+    where there is no spread to estimate them from.
+
+    The degrees of freedom are those that the interval's mean half and the standard error imply
+    (see implied_df); p is that of the t test whose interval ends at zero when this one does.
+    """
+    if not variance > 0 or np.isnan(below):
+        return dict(NO_INTERVAL)
+    se = np.sqrt(variance)
+    df, distance = implied_df((below + above) / 2 / se), below if value > 0 else above
+    p = 2 * stdtr(df, -stdtrit(df, UPPER) * abs(value) / distance) if distance > 0 else None
+    return {"se": se, "ci_low": value - below, "ci_high": value + above, "p": p}
+
+
+def implied_df(ratio: float | np.ndarray) -> np.ndarray:
+    """The degrees of freedom whose upper quantile of t is this half-length of an interval over its
+    standard error; a billion (normal) below the normal quantile.
+    """
+    ratio, normal = np.asarray(ratio, float), ndtri(UPPER) + 1e-7
+    return np.where(ratio > normal, stdtridf(UPPER, np.maximum(ratio, normal)), 1e9)
+
+
+def inside(found: dict[str, float | None], limits: tuple[float, float]) -> dict[str, float | None]:
     """The interval without what the score cannot be."""
-    if interval["ci_low"] is None:
-        return interval
-    return interval | {
-        "ci_low": max(interval["ci_low"], limits[0]),
-        "ci_high": min(interval["ci_high"], limits[1]),
-    }
+    if found["ci_low"] is None:
+        return found
+    low, high = max(found["ci_low"], limits[0]), min(found["ci_high"], limits[1])
+    return found | {"ci_low": low, "ci_high": high}
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P values adjusted by Holm's method (1979, Scand. J. Stat. 6:65)."""
+    order, n = np.argsort(p), len(p)
+    stepped = np.minimum(1, np.maximum.accumulate((n - np.arange(n)) * np.asarray(p, float)[order]))
+    return stepped[np.argsort(order)]
 
 
 # ---- runs
 class Repetitions(NamedTuple):
-    """How runs with equal settings differ, by setting."""
+    """How runs with equal settings differ, by setting; NaN where a pool has no repetition."""
 
     setting: np.ndarray  # [runs] number of the setting
     pool: np.ndarray  # [runs] number of the pool
-    # [settings] of the weighted sum, from the spread of repetitions; NaN where none in the pool was
-    # repeated
-    variance: np.ndarray
+    variance: np.ndarray  # [settings] of the weighted sum, from the spread of repetitions
     noise: np.ndarray  # [settings] the part of it that is noise of run x unit
     run_noise: np.ndarray  # [settings] the noise of a single run
-    df: float  # of the sum over settings; NaN where a pool has none
+    df: float  # of the sum over settings
+
+
+def repetitions(
+    scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray
+) -> Repetitions:
+    """The spread of repetitions, and how much of it comes from units that a run answers differently
+    by chance.
+
+    Settings of one method differ in spread as much as methods do, so each has its own; the degrees
+    of freedom (Welch, Satterthwaite) pay for that. A setting with one run has the spread of its
+    pool. In a contrast the df are at most those of the side that has fewer.
+    """
+    pools, settings = (np.unique(names, return_inverse=True)[1] for names in (pool, setting))
+    influence = scores.influence[runs]
+    means = np.stack([influence[settings == one].mean(0) for one in range(settings.max() + 1)])
+    square, df = _within(scores.value[runs], settings, pools)
+    noise, _ = _spread(scores.clusters.variance(influence - means[settings]), settings, pools)
+    total, alone = np.bincount(settings, weight**2), np.bincount(settings) - 1
+    variance = total * square
+    with np.errstate(invalid="ignore", divide="ignore"):
+        welch = variance.sum() ** 2 / (variance**2 / df).sum() if variance.sum() > 0 else np.inf
+    sides = [side for side in (weight > 0, weight < 0) if side.any()]
+    most = min(welch, *(alone[np.unique(settings[side])].sum() for side in sides))
+    df = np.nan if np.isnan(variance).any() else most
+    return Repetitions(settings, pools, variance, total * noise, noise, df)
 
 
 def _within(
@@ -55,33 +110,34 @@ def _within(
     """By setting: the variance of its runs, or of the runs within settings of its pool where it has
     one run; and the df.
     """
-    return _spread(
-        (values - (np.bincount(settings, values) / np.bincount(settings))[settings]) ** 2,
-        settings,
-        pools,
-    )
+    means = np.bincount(settings, values) / np.bincount(settings)
+    return _spread((values - means[settings]) ** 2, settings, pools)
 
 
 def _spread(
     squares: np.ndarray, settings: np.ndarray, pools: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The variance of each setting from its runs' squares, or from its pool's where it has one run,
-    and its degrees of freedom; NaN where neither has any."""
+    and its degrees of freedom; NaN where neither has any.
+    """
     of = pools[np.unique(settings, return_index=True)[1]]  # the pool of each setting
     own, df = np.bincount(settings, squares), np.bincount(settings) - 1.0
     shared, shared_df = np.bincount(of, own)[of], np.bincount(of, df)[of]
-    square, df = (
-        np.where(df > 0, own, shared),
-        np.where(df > 0, df, np.where(shared_df > 0, shared_df, np.nan)),
-    )
+    square = np.where(df > 0, own, shared)
+    df = np.where(df > 0, df, np.where(shared_df > 0, shared_df, np.nan))
     return square / df, df
 
 
-def _over_runs(
+def rate_of(scores: Scores) -> np.ndarray | None:
+    """The share in percent behind each run's score; None where the score is no share."""
+    return scores.rate if scores.rate is not None or scores.limits != (0.0, 100.0) else scores.value
+
+
+def over_runs(
     scores: Scores, runs: np.ndarray, weight: np.ndarray, spread: Repetitions
 ) -> tuple[float, float]:
-    """How far below and above the estimate the truth over other runs may lie, at 95 %, leaving the
-    noise of run x unit out.
+    """How far below and above the estimate the truth over other runs may lie, leaving the noise of
+    run x unit out.
 
     A share has no symmetric error with few runs near 0 or 100 %. So the runs of a setting are taken
     as normal on the probit scale, where the mean of their shares is pnorm(mu / sqrt(1 + s^2)), and
@@ -92,23 +148,17 @@ def _over_runs(
     """
     if np.isnan(spread.df):
         return np.nan, np.nan
-    rate, below, above = _rate(scores), 0.0, 0.0
-    scaled = (
-        None
-        if rate is None
-        else _probits(
-            rate[runs] / 100, np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1), spread
-        )
-    )
+    rate, below, above = rate_of(scores), 0.0, 0.0
+    if rate is not None:
+        n = np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1)
+        scaled = _probits(rate[runs] / 100, n, spread)
     for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
         own = spread.setting == one
-        if scaled is None:
+        if rate is None:
             low = high = _pivot_distance(variance, noise, spread.df)
         else:
-            amount = abs(weight[own].sum())
-            ends = _share_distances(
-                *(part[one] for part in scaled), own.sum(), rate[runs][own].mean() / 100, spread.df
-            )
+            amount, share = abs(weight[own].sum()), rate[runs][own].mean() / 100
+            ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread.df)
             low, high = (100 * amount * end for end in ends)
         low, high = (low, high) if weight[own].sum() > 0 else (high, low)
         below, above = np.hypot(below, low), np.hypot(above, high)
@@ -121,17 +171,13 @@ def _probits(
     """By setting, on the probit scale: the runs' mean, the variance between them, and the part of
     it that is noise.
     """
-    share = (share * n + 0.5) / (n + 1)
+    share, setting = (share * n + 0.5) / (n + 1), spread.setting
     y, binomial = ndtri(share), share * (1 - share)
-    count = np.bincount(spread.setting)
-    steeper = np.bincount(spread.setting, binomial * 2 * np.pi * np.exp(y**2)) / np.bincount(
-        spread.setting, binomial
-    )
-    return (
-        np.bincount(spread.setting, y) / count,
-        _within(y, spread.setting, spread.pool)[0],
-        spread.run_noise / 1e4 * steeper,
-    )
+    steeper = np.bincount(setting, binomial * 2 * np.pi * np.exp(y**2))
+    steeper = steeper / np.bincount(setting, binomial)
+    variance, _ = _within(y, setting, spread.pool)
+    mean = np.bincount(setting, y) / np.bincount(setting)
+    return mean, variance, spread.run_noise / 1e4 * steeper
 
 
 def _share_distances(
@@ -142,9 +188,8 @@ def _share_distances(
     """
     chi, z, weights = _pivots(df)
     spread = np.maximum(variance * chi - noise, 0.0)
-    low, high = _quantiles(
-        ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread)), weights, (1 - UPPER, UPPER)
-    )
+    shares = ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread))
+    low, high = _quantiles(shares, weights, (1 - UPPER, UPPER))
     return max(share - low, 0.0), max(high - share, 0.0)
 
 
@@ -152,11 +197,8 @@ def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights [81, 61];
     quantiles of t to half a percent.
     """
-    log = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81)
-    likely, z = (
-        np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2),
-        np.linspace(-4, 4, 61),
-    )
+    log, z = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81), np.linspace(-4, 4, 61)
+    likely = np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2)
     weights = likely[:, None] * np.exp(-(z**2) / 2)
     return (df / np.exp(log))[:, None], z, weights / weights.sum()
 
@@ -170,61 +212,10 @@ def _quantiles(values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]) -
 
 def _pivot_distance(variance: float, noise: float, df: float) -> float:
     """Half the length of the pivotal interval of a normal mean with this estimated variance, of
-    which `noise` is no part of the question."""
+    which `noise` is no part of the question.
+    """
     if noise == 0 or variance == 0:
         return stdtrit(df, UPPER) * np.sqrt(variance)
     chi, z, weights = _pivots(df)
-    return float(
-        _quantiles(np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z, weights, (UPPER,))[0]
-    )
-
-
-def _interval(value: float, variance: float, below: float, above: float) -> dict[str, float | None]:
-    """se, interval and p value of a number whose truth may lie `below` and `above` it; all null
-    where there is no spread to estimate them from.
-
-    The degrees of freedom are the ones that the interval's mean half and the standard error imply
-    (see implied_df); p is the one of the t test whose interval ends at zero when this one does.
-    """
-    if np.isnan(variance) or variance <= 0 or np.isnan(below):
-        return {"se": None, "ci_low": None, "ci_high": None, "p": None}
-    se = np.sqrt(variance)
-    df = implied_df((below + above) / 2 / se)
-    distance = below if value > 0 else above
-    p = 2 * stdtr(df, -stdtrit(df, UPPER) * abs(value) / distance) if distance > 0 else None
-    return {"se": se, "ci_low": value - below, "ci_high": value + above, "p": p}
-
-
-def implied_df(ratio: float | np.ndarray) -> np.ndarray:
-    """The degrees of freedom whose upper quantile of t is this half-length of an interval over its
-    standard error; a billion (normal) below the normal quantile."""
-    ratio = np.asarray(ratio, float)
-    return np.where(
-        ratio > ndtri(UPPER) + 1e-7, stdtridf(UPPER, np.maximum(ratio, ndtri(UPPER) + 1e-7)), 1e9
-    )
-
-
-def _t_interval(value: float, variance: float, df: float) -> dict[str, float | None]:
-    """se, interval and p value of a number; all null where there is no spread to estimate them
-    from.
-    """
-    if np.isnan(variance) or variance <= 0 or df <= 0:
-        return {"se": None, "ci_low": None, "ci_high": None, "p": None}
-    se = np.sqrt(variance)
-    half = stdtrit(df, UPPER) * se
-    return {
-        "se": se,
-        "ci_low": value - half,
-        "ci_high": value + half,
-        "p": 2 * stdtr(df, -abs(value) / se),
-    }
-
-
-import numpy as np
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """P values adjusted by Holm's method (1979, Scand. J. Stat. 6:65)."""
-    order, n = np.argsort(p), len(p)
-    stepped = np.minimum(1, np.maximum.accumulate((n - np.arange(n)) * np.asarray(p, float)[order]))
-    return stepped[np.argsort(order)]
+    distances = np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z
+    return float(_quantiles(distances, weights, (UPPER,))[0])

@@ -323,19 +323,11 @@ def _maximum(
     """The maximum over beta and the free standard deviations; in coordinates in which the
     information about beta is the identity.
     """
-    found = mode(grid, beta, sd, state)
+    found, n = mode(grid, beta, sd, state), len(beta)
     root = np.linalg.inv(np.linalg.cholesky(information(grid, found, sd))).T
-    n, scale = (
-        len(beta),
-        1
-        / np.sqrt(
-            2
-            * np.array(
-                ([grid.n_runs] if grid.n_runs else [])
-                + [block.shape[1] * grid.y.shape[1] for block in grid.blocks]
-            )[free]
-        ),
-    )
+    sizes = [grid.n_runs] if grid.n_runs else []
+    sizes += [block.shape[1] * grid.y.shape[1] for block in grid.blocks]
+    scale = 1 / np.sqrt(2 * np.array(sizes)[free])
 
     def parameters(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         full = sd.copy()
@@ -349,14 +341,25 @@ def _maximum(
 
     z = np.zeros(n + free.sum())
     result = minimize(objective, z, jac=True, method="BFGS", options={"gtol": 1e-2, "maxiter": 200})
-    z, (value, slope) = result.x, objective(result.x)
+    z, value, slope, hessian = _newton(
+        objective, result.x, lambda z: parameters(z)[1][free].min(initial=1) < 2 * SMALLEST
+    )
+    none = np.zeros((n, len(scale)))
+    back = np.block([[np.linalg.inv(root), none], [none.T, np.diag(1 / scale)]])
+    message = f"BFGS ({result.nit} iterations), Newton"
+    steepest = float(np.abs(slope).max(initial=0))
+    return *parameters(z), back.T @ hessian @ back, -value, steepest, message
+
+
+def _newton(objective, z: np.ndarray, at_edge) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+    """Newton's steps from z, with a differenced Hessian: the last point with its value, slope and
+    Hessian.
+    """
+    value, slope = objective(z)
     for _ in range(3):
-        hessian = _differenced(lambda at: objective(at)[1], z, slope)
-        if (
-            parameters(z)[1][free].min(initial=1) < 2 * SMALLEST
-            or np.abs(slope).max() < TOLERANCE
-            or np.linalg.eigvalsh(hessian).min() <= 0
-        ):
+        hessian = _differenced(lambda at: objective(at)[1], z)
+        flat, bent = np.abs(slope).max() < TOLERANCE, np.linalg.eigvalsh(hessian).min() <= 0
+        if at_edge(z) or flat or bent:
             break
         new = z - np.linalg.solve(hessian, slope)
         after, slope_after = objective(new)
@@ -365,29 +368,11 @@ def _maximum(
         z, value, slope = new, after, slope_after
         if np.abs(slope).max() < TOLERANCE:
             break
-    at, spread = parameters(z)
-    back = np.block(
-        [
-            [np.linalg.inv(root), np.zeros((n, len(scale)))],
-            [np.zeros((len(scale), n)), np.diag(1 / scale)],
-        ]
-    )
-    return (
-        at,
-        spread,
-        back.T @ hessian @ back,
-        -value,
-        float(np.abs(slope).max(initial=0)),
-        f"BFGS ({result.nit} iterations), Newton",
-    )
+    return z, value, slope, hessian
 
 
-def _differenced(gradient, z: np.ndarray, slope: np.ndarray, step: float = 1e-3) -> np.ndarray:
+def _differenced(gradient, z: np.ndarray, step: float = 1e-3) -> np.ndarray:
     """The Hessian by differences of the exact gradient."""
-    rows = np.array(
-        [
-            (gradient(z + step * one) - gradient(z - step * one)) / (2 * step)
-            for one in np.eye(len(z))
-        ]
-    )
+    steps = step * np.eye(len(z))
+    rows = np.array([(gradient(z + one) - gradient(z - one)) / (2 * step) for one in steps])
     return (rows + rows.T) / 2
