@@ -242,7 +242,7 @@ def test_methods_with_one_run_each_have_no_mixed_mean(tmp_path):
         .all()
         .all()
     )
-    assert peft_front.summary(analysed(runs, points)).endswith(".")
+    assert peft_front.peft_summary(analysed(runs, points)).endswith(".")
 
 
 def test_one_method_alone_and_no_finished_run_are_said(tmp_path):

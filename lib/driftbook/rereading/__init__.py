@@ -10,11 +10,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "original_reading": [
             "category_model",
             "claims_sentence",
-            "joined",
             "original_estimates",
             "original_reading",
             "tests_sentence",
         ],
         "original_tests": ["largest_r"],
+        "peft_front": ["peft_summary", "repeated"],
+        "peft_reading": ["peft_estimates", "peft_reading"],
     },
 )

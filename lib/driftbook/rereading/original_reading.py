@@ -41,8 +41,11 @@ class Reading:
         """What figures are drawn from."""
         return {**self.known, "note": original_study.NOTE, "estimates": estimates}
 
-    def write(self, estimates: pd.DataFrame) -> None:
+    def write(self, parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
+        """All parts as one table of estimates, written with the other tables."""
+        estimates = ESTIMATES.concat(list(parts.values()))
         original_tables.write(self.known, estimates, self.folder)
+        return estimates
 
 
 def original_reading(source: str = "") -> Reading:
@@ -150,8 +153,3 @@ def claims_sentence(reading: Reading, parts: dict[str, pd.DataFrame]) -> str:
         f" moves LoRA on {original_tables.short(worst.base_model)} by {worst.value:+.1f} points"
         f" ({worst.ci_low:+.1f} to {worst.ci_high:+.1f})."
     )
-
-
-def joined(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The parts as one table of estimates."""
-    return ESTIMATES.concat(list(parts.values()))

@@ -103,7 +103,7 @@ def repeated(runs: pd.DataFrame) -> str:
     return f"{(runs['repetition'] > 1).sum()} runs of {n} settings repeat an earlier one."
 
 
-def summary(estimates: pd.DataFrame, goal: str = "peak memory") -> str:
+def peft_summary(estimates: pd.DataFrame, goal: str = "peak memory") -> str:
     """What the runs say, computed from the estimates: who is on the front, how surely, which is
     most accurate, and what size goes with.
     """
