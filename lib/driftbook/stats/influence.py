@@ -10,17 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from driftbook.stats.terms import (
-    ALL,
-    AS_CONFIGURED,
-    INIT,
-    MITIGATION,
-    NO_OP,
-    RUN,
-    SETTINGS,
-    TRAINED,
-    UNTRAINED,
-)
+from driftbook.stats import terms
 
 CELL = ["base_model", "method", "group", "member"]  # runs with these in common are averaged
 
@@ -43,12 +33,14 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     )
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
     is_base, untrained = frame["method"].eq("none"), frame["objective"].eq("untrained")
-    no_op = frame["no_op"].fillna(False)
-    frame["arm"] = np.select([is_base, untrained, no_op], ["base", UNTRAINED, NO_OP], TRAINED)
+    kinds = [is_base, untrained, frame["no_op"].fillna(False)]
+    words = ["base", terms.UNTRAINED, terms.NO_OP]
+    frame["arm"] = np.select(kinds, words, terms.TRAINED)
     repaired = frame["mitigation"].notna()
-    frame["arm"] = frame["arm"].mask(other, INIT).mask(repaired, MITIGATION)
+    frame["arm"] = frame["arm"].mask(other, terms.INIT).mask(repaired, terms.MITIGATION)
     started = frame["init"].fillna("") + ", " + frame["objective"]
-    frame["member"] = np.select([repaired, other], [frame["mitigation"].fillna(""), started], ALL)
+    names = [frame["mitigation"].fillna(""), started]
+    frame["member"] = np.select([repaired, other], names, terms.ALL)
     rates = frame["learning_rate"].map(
         lambda rate: "" if pd.isna(rate) else f" at {rate:.0e}".replace("e-0", "e-")
     )
@@ -69,19 +61,19 @@ def cells(arms: pd.DataFrame) -> pd.DataFrame:
     base model has the cell.
     """
     frame = arms[arms["arm"].ne("base")]
-    usual = frame[frame["arm"].isin([TRAINED, NO_OP])]
+    usual = frame[frame["arm"].isin([terms.TRAINED, terms.NO_OP])]
     parts = [
         frame.assign(group=frame["arm"]),
-        usual.assign(group=AS_CONFIGURED),
-        usual.assign(group=SETTINGS, member=usual["setting"]),
-        frame.assign(group=RUN, member=frame["run_id"]),
+        usual.assign(group=terms.AS_CONFIGURED),
+        usual.assign(group=terms.SETTINGS, member=usual["setting"]),
+        frame.assign(group=terms.RUN, member=frame["run_id"]),
     ]
     long = pd.concat(parts, ignore_index=True)[["run_id", *CELL, "setting"]].assign(
         pool=lambda rows: rows["base_model"]
     )
     long["weight"] = 1 / long.groupby(CELL)["run_id"].transform("size")
     n_bases = long.groupby(CELL[1:])["base_model"].transform("nunique")
-    everywhere = n_bases.eq(arms["base_model"].nunique()) & long["group"].ne(RUN)
+    everywhere = n_bases.eq(arms["base_model"].nunique()) & long["group"].ne(terms.RUN)
     pooled = long[everywhere].assign(
         base_model="all", weight=lambda rows: rows["weight"] / n_bases[everywhere]
     )

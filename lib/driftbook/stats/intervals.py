@@ -194,9 +194,7 @@ def _share_distances(
 
 
 def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights [81, 61];
-    quantiles of t to half a percent.
-    """
+    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights."""
     log, z = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81), np.linspace(-4, 4, 61)
     likely = np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2)
     weights = likely[:, None] * np.exp(-(z**2) / 2)
@@ -211,9 +209,7 @@ def _quantiles(values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]) -
 
 
 def _pivot_distance(variance: float, noise: float, df: float) -> float:
-    """Half the length of the pivotal interval of a normal mean with this estimated variance, of
-    which `noise` is no part of the question.
-    """
+    """Half the pivotal interval of a normal mean with this estimated variance less the noise."""
     if noise == 0 or variance == 0:
         return stdtrit(df, UPPER) * np.sqrt(variance)
     chi, z, weights = _pivots(df)

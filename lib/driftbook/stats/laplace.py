@@ -68,6 +68,10 @@ class Mode:
     transfer: np.ndarray = field(repr=False)  # [columns, k, runs]
     log_det: float
 
+    @property
+    def solver(self) -> tuple:
+        return self.factor, self.inverse, self.transfer
+
 
 def _spread(grid: Grid, sd: np.ndarray) -> tuple[float, np.ndarray]:
     """The runs' standard deviation, and that of each column effect."""
@@ -101,22 +105,20 @@ def _factors(grid: Grid, weight: np.ndarray, su: float, a: np.ndarray) -> tuple:
     own = (weight.T @ pairs).reshape(weight.shape[1], k, k) + np.eye(k)
     chol = np.linalg.cholesky(own)
     inverse = np.linalg.inv(own)
-    across = su * _by_run(grid, weight[:, :, None] * a[:, None, :]).transpose(
-        1, 2, 0
-    )  # [columns, k, runs]
+    of_runs = _by_run(grid, weight[:, :, None] * a[:, None, :])
+    across = su * of_runs.transpose(1, 2, 0)  # [columns, k, runs]
     transfer = inverse @ across
     schur = -np.tensordot(across, transfer, axes=([0, 1], [0, 1]))
     schur[np.diag_indices_from(schur)] += su**2 * _by_run(grid, weight.sum(1)) + 1
     factor = cho_factor(schur, lower=True) if grid.n_runs else (schur, True)
-    log_det = (
-        2 * np.log(np.diagonal(chol, axis1=1, axis2=2)).sum() + 2 * np.log(np.diag(factor[0])).sum()
-    )
+    log_det = 2 * np.log(np.diagonal(chol, axis1=1, axis2=2)).sum()
+    log_det += 2 * np.log(np.diag(factor[0])).sum()
     return factor, inverse, transfer, log_det
 
 
-def _solve(mode: Mode | tuple, gv: np.ndarray, gw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _solve(solver: tuple, gv: np.ndarray, gw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The negative Hessian's inverse times (gv [runs], gw [columns, k])."""
-    factor, inverse, transfer = mode
+    factor, inverse, transfer = solver
     v = gv - np.einsum("jkr,jk->r", transfer, gw, optimize=True)
     v = cho_solve(factor, v) if len(v) else v
     return v, np.einsum("jkl,jl->jk", inverse, gw) - transfer @ v
@@ -177,20 +179,16 @@ def log_likelihood(
     found = mode(grid, beta, sd, state)
     su, spread = _spread(grid, sd)
     a = grid.columns * spread
-    covered = (
-        cho_solve(found.factor, np.eye(grid.n_runs)) if grid.n_runs else np.zeros((0, 0))
-    )  # of v
+    runs = np.eye(grid.n_runs)
+    covered = cho_solve(found.factor, runs) if grid.n_runs else runs  # of v
     moved = found.transfer @ covered  # [columns, k, runs]
     of_w = found.inverse + moved @ found.transfer.transpose(0, 2, 1)  # [columns, k, k]
     leverage = _leverage(grid, a, su, covered, moved, of_w)
     third = found.weight * (1 - 2 * expit(found.eta))
     pull = leverage * third / 2
-    zv, zw = _solve(
-        (found.factor, found.inverse, found.transfer), su * _by_run(grid, pull.sum(1)), pull.T @ a
-    )
-    shift = (
-        found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw) - pull
-    )  # what the modes' move adds
+    zv, zw = _solve(found.solver, su * _by_run(grid, pull.sum(1)), pull.T @ a)
+    # added by the modes' move
+    shift = found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw) - pull
     in_beta = grid.x.T @ (found.rest + shift).sum(1)
     in_sd = []
     if grid.n_runs:
@@ -201,12 +199,8 @@ def log_likelihood(
     for block in grid.blocks:
         own = slice(start, start := start + block.shape[1])
         w = state.w[:, own]
-        in_sd.append(
-            (w * w).sum()
-            - (w.size - traces[:, own].sum())
-            + (by_effect[:, own] * w).sum()
-            - (zw[:, own] * w).sum()
-        )
+        known = (w * w).sum() - (w.size - traces[:, own].sum())
+        in_sd.append(known + (by_effect[:, own] * w).sum() - (zw[:, own] * w).sum())
     return found.joint - found.log_det / 2, in_beta, np.array(in_sd), found
 
 
@@ -220,9 +214,8 @@ def _leverage(
     if grid.n_runs:
         own = grid.run >= 0
         across = moved.transpose(2, 1, 0)[grid.run[own]]  # [rows, k, columns]
-        found[own] += su**2 * np.diag(covered)[grid.run[own], None] - 2 * su * np.einsum(
-            "ik,ikj->ij", a[own], across
-        )
+        shared = 2 * su * np.einsum("ik,ikj->ij", a[own], across)
+        found[own] += su**2 * np.diag(covered)[grid.run[own], None] - shared
     return found
 
 
@@ -235,15 +228,9 @@ def information(grid: Grid, found: Mode, sd: np.ndarray) -> np.ndarray:
     rows = []
     for column in grid.x.T:
         weighted = found.weight * column[:, None]
-        zv, zw = _solve(
-            (found.factor, found.inverse, found.transfer),
-            su * _by_run(grid, weighted.sum(1)),
-            weighted.T @ a,
-        )
-        rows.append(
-            grid.x.T
-            @ (weighted - found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw)).sum(1)
-        )
+        zv, zw = _solve(found.solver, su * _by_run(grid, weighted.sum(1)), weighted.T @ a)
+        taken = found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw)
+        rows.append(grid.x.T @ (weighted - taken).sum(1))
     return (np.array(rows) + np.array(rows).T) / 2
 
 
@@ -275,7 +262,8 @@ def fit(grid: Grid) -> Fit:
     n_sd = len(grid.blocks) + (1 if grid.n_runs else 0)
     state = State(np.zeros(grid.n_runs), np.zeros((grid.y.shape[1], grid.columns.shape[1])))
     free, calls = np.ones(n_sd, bool), [0]
-    beta, sd = _start(grid, state, np.full(n_sd, 0.5))
+    sd = np.full(n_sd, 0.5)
+    beta = _start(grid, state, sd)
     for _ in range(n_sd + 1):
         beta, sd, hessian, value, slope, message = _maximum(grid, state, beta, sd, free, calls)
         at_zero = free & [_no_worse_at_zero(grid, state, beta, sd, i, value) for i in range(n_sd)]
@@ -300,21 +288,18 @@ def _no_worse_at_zero(
     return found.joint - found.log_det / 2 >= value - 1e-5
 
 
-def _start(grid: Grid, state: State, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _start(grid: Grid, state: State, sd: np.ndarray) -> np.ndarray:
     """Fixed effects by a few scoring steps at given standard deviations, from zero."""
     beta = np.zeros(grid.x.shape[1])
     for _ in range(8):
         found = mode(grid, beta, sd, state, tolerance=1e-4)
-        step = np.linalg.solve(information(grid, found, sd), _score(grid, found))
-        beta = beta + step * min(1.0, 4 / max(np.abs(grid.x @ step).max(initial=0), 1e-300))
-        if np.abs(grid.x @ step).max(initial=0) < 0.05:
+        score = grid.x.T @ found.rest.sum(1)  # of the joint density, the modes moving along
+        step = np.linalg.solve(information(grid, found, sd), score)
+        most = np.abs(grid.x @ step).max(initial=0)
+        beta = beta + step * min(1.0, 4 / max(most, 1e-300))
+        if most < 0.05:
             break
-    return beta, sd
-
-
-def _score(grid: Grid, found: Mode) -> np.ndarray:
-    """Slope of the joint density in beta, the modes moving along."""
-    return grid.x.T @ found.rest.sum(1)
+    return beta
 
 
 def _maximum(

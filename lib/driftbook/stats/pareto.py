@@ -3,7 +3,6 @@
 import numpy as np
 
 
-# ---- the Pareto front
 def front(points: np.ndarray) -> np.ndarray:
     """Which rows of [..., points, goals] no other row beats: at least as low in every goal and
     lower in one. Equal rows beat neither.

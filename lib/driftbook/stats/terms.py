@@ -2,25 +2,18 @@
 
 UNSAFE, REFUSED = "unsafe-response rate (percent)", "refusal rate (percent)"
 ACCURACY_AMB, ACCURACY_DIS = "accuracy, ambiguous (percent)", "accuracy, disambiguated (percent)"
-BIAS_AMB, BIAS_DIS = (
-    "bias score, ambiguous (-100 to 100)",
-    "bias score, disambiguated (-100 to 100)",
-)
+BIAS_AMB = "bias score, ambiguous (-100 to 100)"
+BIAS_DIS = "bias score, disambiguated (-100 to 100)"
 FLIPS = "BBQ answers that change with the order of the options (percent)"
 LOSS, CORRECT = "utility: loss (nats per token)", "utility: correct answers (percent)"
 FRONT = (
     "on the Pareto front (percent): fewer unsafe responses, fewer refusals of benign prompts, more"
     " accuracy in ambiguous contexts, less utility loss"
 )
-LEVEL, CHANGE, CHANGE_HERE = (
-    "level",
-    "change against the base model",
-    "change against the base model, these prompts",
-)
-LOWEST, HIGHEST = (
-    "change if the unscored were as low as can be",
-    "change if the unscored were as high as can be",
-)
+LEVEL, CHANGE = "level", "change against the base model"
+CHANGE_HERE = "change against the base model, these prompts"
+LOWEST = "change if the unscored were as low as can be"
+HIGHEST = "change if the unscored were as high as can be"
 TRAINED, AS_CONFIGURED, NO_OP, UNTRAINED = "trained", "as configured", "no-op", "untrained"
 RUN, SETTINGS, CATEGORY, INIT, MITIGATION = "run", "settings", "category", "init", "mitigation"
 ALL, NONE, PRIMARY = "all", "none", "primary"  # of a row without member, against or estimator
