@@ -105,7 +105,7 @@ rule collect:
         "notebooks/08_collect.ipynb",
     params:
         notebook=notebook("08_collect"),
-        parameters=parameters,
+        parameters=lambda wildcards: parameters(wildcards),
     shell:
         JOB + " {input.key} {output}"
 
@@ -125,7 +125,7 @@ for analysis, name in ANALYSES.items():
             f"notebooks/{name}.ipynb",
         params:
             notebook=notebook(name),
-            parameters=parameters,
+            parameters=lambda wildcards: parameters(wildcards),
         shell:
             JOB + " {input.key} {output}"
 
