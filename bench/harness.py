@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from driftbook.study.files import OUTPUTS
 from driftbook.study.methods import STUDIED
 from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
@@ -106,11 +109,6 @@ def timed(work: Callable, *given: Any) -> tuple[Any, float]:
         torch.cuda.synchronize()
     return found, clock() - started
 
-
-import pandas as pd
-
-from driftbook.study.files import OUTPUTS
-from driftbook.study.methods import STUDIED
 
 FOLDER = OUTPUTS / "bench"
 COLUMNS = ["figure", "setting", "ours", "peer", "unit", "value", "goal", "met"]

@@ -26,7 +26,9 @@ def clean() -> dict[str, pd.DataFrame]:
 
 @pytest.fixture(scope="module")
 def original(shared) -> dict[str, pd.DataFrame]:
-    """The original study's runs and verdicts, reduced to numbers; labels as the authors gave them."""
+    """The original study's runs and verdicts, reduced to numbers; labels as the authors gave
+    them.
+    """
     runs = pd.read_csv(shared / "original_study" / "runs.csv").assign(
         run_id=lambda frame: "r" + frame["run"].astype(str)
     )

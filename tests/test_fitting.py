@@ -1,5 +1,5 @@
-"""Trainings give TRL's own losses and weights, leave the base model as it was, and end in a sentence where
-memory or the loss gives out.
+"""Trainings give TRL's own losses and weights, leave the base model as it was, and end in a
+sentence where memory or the loss gives out.
 """
 
 import copy
@@ -30,7 +30,9 @@ def a_copy(base):
 
 # ---- TRL's own trainers
 class TheirDpo(DPOTrainer):
-    """TRL's DPO on rows that are tokenised, with the reference's log-probabilities that are there."""
+    """TRL's DPO on rows that are tokenised, with the reference's log-probabilities that are
+    there.
+    """
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

@@ -243,7 +243,8 @@ def shaped(name: str, arguments: dict, rng: random.Random) -> str:
             return " ".join(rng.choice(PLAIN) for _ in range(rng.randint(1, 5)))
         case "detectable_format:multiple_sections":
             return "\n".join(
-                f"{arguments['section_spliter']}{rng.choice([' 1', '2', ' 3:', ' one'])}\n{rng.choice(PLAIN)}"
+                f"{arguments['section_spliter']}{rng.choice([' 1', '2', ' 3:', ' one'])}\n"
+                f"{rng.choice(PLAIN)}"
                 for _ in range(rng.randint(1, 4))
             )
         case "combination:two_responses":

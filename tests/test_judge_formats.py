@@ -162,7 +162,9 @@ def taught(form, template):
 
 
 def _joint(judge, form, context, reply):
-    """Ids of a context with its reply, and where the reply begins: plain text is tokenised as one."""
+    """Ids of a context with its reply, and where the reply begins: plain text is tokenised as
+    one.
+    """
     if form == "wildguard":
         text = judge.tokenizer.decode(context) + reply
         return [

@@ -1,5 +1,5 @@
-"""Sequences laid out in packs and trees: PEFT's own log-probabilities whatever the layout, and the tokens that
-count.
+"""Sequences laid out in packs and trees: PEFT's own log-probabilities whatever the layout, and the
+tokens that count.
 """
 
 import copy

@@ -105,7 +105,9 @@ def test_the_linear_contrasts_are_those_of_emmeans(shared):
 
 
 def check_pairs(fit, pairs: dict, scale: float = 1.0) -> None:
-    """The differences of methods, averaged over the levels of all other factors with equal weights."""
+    """The differences of methods, averaged over the levels of all other factors with equal
+    weights.
+    """
     rows = pd.MultiIndex.from_product(
         [*ORDERS.values(), ["1", "5"]], names=[*ORDERS, "epochs"]
     ).to_frame(index=False)

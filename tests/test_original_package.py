@@ -1,4 +1,6 @@
-"""The original study's package: read, reduced to numbers, fetched at its commit; no text of it is kept."""
+"""The original study's package: read, reduced to numbers, fetched at its commit; no text of it is
+kept.
+"""
 
 import functools
 import gzip
@@ -68,34 +70,32 @@ def written(folder, name: str, content) -> None:
     )
 
 
+ULTRA, CHAT = "ultrafeedback_binarized", "ultrachat_200k"
+STATES = "Data/Fine-Tuned_Models"
+QWEN_FILE = "Qwen2.5-7B-Instruct"
 FILES = {  # the names vary as the package's do
-    f"{HEX}/Round1/LoRA_SFT/ultrafeedback_binarized/lr_2e-5/1e/lora_llama_ultrafeedback_hex_moderated.csv": moderated(
-        unsafe=(3, 40), empty=(7,)
+    f"{HEX}/Round1/LoRA_SFT/{ULTRA}/lr_2e-5/1e/lora_llama_ultrafeedback_hex_moderated.csv": (
+        moderated(unsafe=(3, 40), empty=(7,))
     ),
-    f"{HEX}/Round1/LoRA_SFT/ultrafeedback_binarized/lr_1e-3/5e/lora_gemma-7b-it_ultrafeedback_binarized_hex_lr_1e-3_5e_moderated.csv": moderated(
-        unsafe=range(90)
+    f"{HEX}/Round1/LoRA_SFT/{ULTRA}/lr_1e-3/5e/lora_gemma-7b-it_{ULTRA}"
+    "_hex_lr_1e-3_5e_moderated.csv": moderated(unsafe=range(90)),
+    f"{HEX}/Round2/PTuning_SFT/{CHAT}/Mistral-7B-Instruct-v0.3_{CHAT}"
+    "_hex_lr_2e-5_1e_moderated.csv": moderated(),
+    f"{HEX}/Round3/IA3_DPO/{ULTRA}/lr_1e-3/5e/{QWEN_FILE}_{ULTRA}_hex_lr_1e-3_5e_moderated.csv": (
+        moderated(length=9)
     ),
-    f"{HEX}/Round2/PTuning_SFT/ultrachat_200k/Mistral-7B-Instruct-v0.3_ultrachat_200k_hex_lr_2e-5_1e_moderated.csv": (
-        moderated()
-    ),
-    f"{HEX}/Round3/IA3_DPO/ultrafeedback_binarized/lr_1e-3/5e/Qwen2.5-7B-Instruct_ultrafeedback_binarized_hex_lr_1e-3_5e_moderated.csv": moderated(
-        length=9
-    ),
-    f"{HEX}/Round3/IA3_DPO/ultrafeedback_binarized/lr_1e-3/5e/Qwen2.5-7B-Instruct_ultrafeedback_binarized_hex_lr_1e-3_5e.csv": (
+    f"{HEX}/Round3/IA3_DPO/{ULTRA}/lr_1e-3/5e/{QWEN_FILE}_{ULTRA}_hex_lr_1e-3_5e.csv": (
         f"{WORDS[0]},{WORDS[1]}\n"
     ),
-    "Data/Fine-Tuned_Models/Round1/LoRA_SFT/Meta-Llama-3-8B-Instruct/ultrafeedback_binarized/lr_2e-5/1e/trainer_state.json": state(
-        2e-5
+    f"{STATES}/Round1/LoRA_SFT/Meta-Llama-3-8B-Instruct/{ULTRA}/lr_2e-5/1e/trainer_state.json": (
+        state(2e-5)
     ),
-    "Data/Fine-Tuned_Models/Round1/LoRA_SFT/gemma-7b-it/ultrafeedback_binarized/lr_1e-3/5e/trainer_state.json": state(
-        1e-3, held_out=()
+    f"{STATES}/Round1/LoRA_SFT/gemma-7b-it/{ULTRA}/lr_1e-3/5e/trainer_state.json": (
+        state(1e-3, held_out=())
     ),
-    "Data/Fine-Tuned_Models/Round3/IA3_DPO/Qwen2.5-7B-Instruct/ultrafeedback_binarized/lr_1e-3/5e/trainer_state.json": state(
-        2e-5
-    ),
-    "Data/CodeAlpaca/Round1/benchmark_outputs/hex_moderated/llama_ia3_lr2e-5_e1_hex_moderated.csv": (
-        f"{WORDS[2]}\n"
-    ),
+    f"{STATES}/Round3/IA3_DPO/{QWEN_FILE}/{ULTRA}/lr_1e-3/5e/trainer_state.json": state(2e-5),
+    "Data/CodeAlpaca/Round1/benchmark_outputs/hex_moderated"
+    "/llama_ia3_lr2e-5_e1_hex_moderated.csv": f"{WORDS[2]}\n",
 }
 
 
@@ -282,7 +282,9 @@ def test_a_missing_or_torn_file_is_refused_in_a_sentence(small):
 # ---- the package by the network
 @pytest.fixture
 def github(package, tmp_path, monkeypatch):
-    """A server that speaks as GitHub does, of the small package; gives the folder that it serves."""
+    """A server that speaks as GitHub does, of the small package; gives the folder that it
+    serves.
+    """
     root = tmp_path / "served"
     (root / "raw").mkdir(parents=True)
     target = root / "raw" / original_study.REPOSITORY / original_study.COMMIT

@@ -477,7 +477,7 @@ def test_what_cannot_be_planned_is_null_and_says_why(n_runs, n_units, given, wor
     assert power.of_plan(plan, "all", **LABELS)["value"].isna().all()
 
 
-def test_a_method_that_the_original_study_did_not_run_has_the_components_of_the_one_of_its_class_whose_runs_differ_most():
+def test_an_unknown_method_has_the_components_of_the_most_variable_one_of_its_class():
     found = (
         power.assumed(
             {"b": 20.0}, ["lora", "ia3", "dora", "prefix_tuning", "prompt_tuning", "p_tuning"]

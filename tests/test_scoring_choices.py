@@ -1,4 +1,6 @@
-"""Options, letters and what is asked: scored alike whatever the batch, for any family and method."""
+"""Options, letters and what is asked: scored alike whatever the batch, for any family and
+method.
+"""
 
 import types
 

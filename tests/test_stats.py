@@ -496,7 +496,7 @@ def test_published_bbq_scores_are_reproduced():
         assert 100 * value == pytest.approx(row.recomputed_value, abs=0.06), row
 
 
-def test_changes_of_ratings_are_those_of_their_means_where_all_have_a_value_and_of_the_common_items_else():
+def test_changes_of_ratings_are_of_their_means_or_of_the_common_items():
     rng = np.random.default_rng(0)
     rows = [
         (run, "utility", str(i), rng.normal(), float(1 + i % 3))

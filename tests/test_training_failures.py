@@ -112,7 +112,9 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
     ],
 )
 def test_a_failure_keeps_back_what_builds_on_it_and_nothing_else(make_study, content, failed, lost):
-    """Stages that do not build on each other run in any order, so none may look at another's mark."""
+    """Stages that do not build on each other run in any order, so none may look at another's
+    mark.
+    """
     content["name"] = "lost"
     study = make_study(content)
     variant, stages = study.variants[1], ("train", "respond", "judge", "answer", "utility")

@@ -1,4 +1,6 @@
-"""Warm kernels: a job's status and words come back, and a job ends with the one that asked for it."""
+"""Warm kernels: a job's status and words come back, and a job ends with the one that asked
+for it.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Driftbook: what parameter-efficient fine-tuning does to a model's safety and fairness, measured."""
+"""Driftbook measures what parameter-efficient fine-tuning does to safety and fairness."""
 
 import logging
 import warnings

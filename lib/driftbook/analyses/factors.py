@@ -361,8 +361,8 @@ def largest_contrasts(contrasts: pd.DataFrame, **labels: str) -> pd.DataFrame:
     bases = contrasts["base_model"][contrasts["base_model"].ne("all")].unique()
     means = contrasts["grain"].eq(MEAN).any()
     told = (
-        f"{100 * CONFIDENCE:g} % band over all {len(contrasts)} contrasts at once (min-p), run variance per"
-        f" {'cell' if means else 'method'}"
+        f"{100 * CONFIDENCE:g} % band over all {len(contrasts)} contrasts at once (min-p), run"
+        f" variance per {'cell' if means else 'method'}"
     )
     between = _largest(
         contrasts[contrasts["factor"].eq(METHOD)], "no two methods were run at equal settings"

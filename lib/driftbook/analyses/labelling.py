@@ -197,9 +197,8 @@ def ask(
         path if path.is_file() else folder / SHEET, dtype=str, keep_default_na=False
     )
     for i in frame.index[frame["label"].eq("")]:
-        show(
-            f"<p><b>Prompt</b><br>{html.escape(frame.at[i, 'prompt'])}</p><p><b>Answer</b><br>{html.escape(frame.at[i, 'response'])}</p>"
-        )
+        prompt, answer = (html.escape(frame.at[i, name]) for name in ("prompt", "response"))
+        show(f"<p><b>Prompt</b><br>{prompt}</p><p><b>Answer</b><br>{answer}</p>")
         word = ""
         while (given := read(f"{', '.join(WORDS)}, or nothing to stop: ").strip().lower()) and (
             word := given

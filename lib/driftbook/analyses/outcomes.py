@@ -237,7 +237,9 @@ def of_rate(
 def of_scores(
     level: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Of a score of runs: levels and changes (stats.of_scores), and the comparisons of `compared`."""
+    """Of a score of runs: levels and changes (stats.of_scores), and the comparisons of
+    `compared`.
+    """
     change = influence.changes(level, arms)
     return ESTIMATES.concat(
         [

@@ -33,7 +33,9 @@ SENSITIVITY = (
 
 
 def check_read(study: Study, estimates: pd.DataFrame) -> None:
-    """Raise a ValueError where a notebook whose estimates the declared outcomes need has not run."""
+    """Raise a ValueError where a notebook whose estimates the declared outcomes need has not
+    run.
+    """
     sources = {
         "safety": "09_safety",
         "over_refusal": "09_safety",

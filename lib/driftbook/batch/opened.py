@@ -104,7 +104,9 @@ class Job:
         )
 
     def score(self, rows: Callable[[Scorer, Variant], pd.DataFrame]) -> pd.DataFrame:
-        """Write `rows(scorer, variant)` as the stage's table for each unfinished variant; see `run`."""
+        """Write `rows(scorer, variant)` as the stage's table for each unfinished variant; see
+        `run`.
+        """
 
         def work(variant: Variant, folder: Path) -> list[Path]:
             with self.attached(variant) as model:
@@ -114,8 +116,8 @@ class Job:
         return self.run(work)
 
     def judge(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
-        """Write `rows(responses)` as the stage's table for each variant that is unfinished, or whose
-        responses have changed; see `run`.
+        """Write `rows(responses)` as the stage's table for each variant that is unfinished, or
+        whose responses have changed; see `run`.
         """
 
         def work(variant: Variant, folder: Path) -> list[Path]:
@@ -128,8 +130,8 @@ class Job:
         return TABLES[table].read(self.folder(variant))
 
     def read(self, done: pd.DataFrame, table: str | None = None) -> pd.DataFrame:
-        """The rows of all variants that succeeded, of the stage's own table or of another one, which
-        not every variant needs to have.
+        """The rows of all variants that succeeded, of the stage's own table or of another one,
+        which not every variant needs to have.
         """
         found = TABLES[table] if table else WRITES[self.stage]
         succeeded = set(done.run_id[done.status == "ok"])

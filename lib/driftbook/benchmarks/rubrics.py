@@ -151,7 +151,9 @@ def usefulness(
     scorer = Scorer(judge.model, judge.tokenizer)
     contexts = graded(USEFULNESS, judge, list(zip(prompts, responses, strict=True)))
     long = too_long(scorer, contexts, judge.name)
-    reasons = ["the answer is empty" if not x.strip() else y for x, y in zip(responses, long)]
+    reasons = [
+        "the answer is empty" if not x.strip() else y for x, y in zip(responses, long, strict=True)
+    ]
     frame = pd.DataFrame(
         {"score": np.nan, "mass": np.nan, "unscored_reason": reasons}, dtype=object
     )

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -116,11 +117,18 @@ def vocabulary(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Findin
             text = f"""its vocabulary was resized: it stores {rows} rows of {module} and the
                 base model has {known}, so it cannot be attached before the base is resized too"""
             yield error("vocabulary", text, module)
-        elif module.rpartition(".")[2] not in whole and (weight := base.weight(module)) is not None:
-            if not torch.equal(weight.to("cpu", torch.float32), adapter.tensor(name).float()):
-                text = f"""it stores its own {module}, which differs from the base model's and
-                    is written over it when attached, for good"""
-                yield warning("vocabulary", text, module)
+        elif module.rpartition(".")[2] not in whole and _differs(base, adapter, module, name):
+            text = f"""it stores its own {module}, which differs from the base model's and
+                is written over it when attached, for good"""
+            yield warning("vocabulary", text, module)
+
+
+def _differs(base: Any, adapter: Any, module: str, name: str) -> bool:
+    """Whether an adapter's whole matrix is not the base model's."""
+    weight = base.weight(module)
+    if weight is None:
+        return False
+    return not torch.equal(weight.to("cpu", torch.float32), adapter.tensor(name).float())
 
 
 # ---- words

@@ -196,9 +196,9 @@ def nearly_another(texts: list[str]) -> set[int]:
         seen = {i}
         for g in group[ends[i] - sizes[i] : ends[i]]:
             for j in members[stops[g] - size[g] : stops[g]].tolist() if size[g] > 1 else ():
-                if j not in seen and _alike(sketches[i], sketches[j]):
-                    if jaccard_share(shingles(i), shingles(j)) > NEAR_DUPLICATE:
-                        return j
+                alike = j not in seen and _alike(sketches[i], sketches[j])
+                if alike and jaccard_share(shingles(i), shingles(j)) > NEAR_DUPLICATE:
+                    return j
                 seen.add(j)
         return None
 

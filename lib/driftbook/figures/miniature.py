@@ -24,7 +24,7 @@ def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
     """
     style()
     curves = curves[curves["ci_low"].notna()]
-    families = {name: rows for name, rows in curves.groupby("family", sort=False)}
+    families = dict(curves.groupby("family", sort=False))
     widest = max(rows["metric"].nunique() for rows in families.values())
     fig, axes = plt.subplots(
         len(families),

@@ -199,7 +199,7 @@ def _helpfulness(folder: Path, say: Callable) -> dict[str, Measured]:
 
 def _over_refusal(folder: Path, say: Callable) -> dict[str, Measured]:
     rows = _read_csv(folder / "over_refusal.csv")
-    refused = dict(safe=[], unsafe=[])
+    refused = {"safe": [], "unsafe": []}
     for row, said in zip(rows, say([row["prompt"] for row in rows]), strict=True):
         refused[row["label"]].append(is_refusal(said))
     return {"over_refusal": share(refused["safe"]), "contrast_refusal": share(refused["unsafe"])}

@@ -57,7 +57,7 @@ def groups(sequences: Sequence[Tokens], skip: int = 0) -> list[tuple[list[int], 
         numbers, size = found[-1] if found else ([], LONGEST_TREE)
         grown = size + length - shared
         if found and shared >= min(LEAST_SHARED, length) and grown <= LONGEST_TREE:
-            found[-1] = (numbers + [number], grown)
+            found[-1] = ([*numbers, number], grown)
         else:
             found.append(([number], length))
     return found

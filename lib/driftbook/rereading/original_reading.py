@@ -147,8 +147,8 @@ def claims_sentence(reading: Reading, parts: dict[str, pd.DataFrame]) -> str:
     stand, fall, open_ = (found[name] for name in original_claims.VERDICTS)
     wrong = reading.known["runs"]["findings"].notna().sum()
     return (
-        f"Of {sum(found.values())} claims {stand} stand, {fall} fall and {open_} cannot be told from"
-        f" the public data: {wrong} of {len(reading.runs)} runs carry the wrong learning rate,"
+        f"Of {sum(found.values())} claims {stand} stand, {fall} fall and {open_} cannot be told"
+        f" from the public data: {wrong} of {len(reading.runs)} runs carry the wrong learning rate,"
         f" {reading.rows['no_op'].sum()} learned nothing, and at true rates 2e-5 instead of 1e-3"
         f" moves LoRA on {original_tables.short(worst.base_model)} by {worst.value:+.1f} points"
         f" ({worst.ci_low:+.1f} to {worst.ci_high:+.1f})."

@@ -325,7 +325,9 @@ def _jointly(single: list[dict], outcomes: list[tuple[str, str]], judge: str) ->
     known = not missing and not any(one is None for one in p)
     return {
         **{name: single[0][name] for name in ("study", "notebook", "group")},
-        **{"outcome": JOINTLY, "benchmark": "all", "judge": judge},
+        "outcome": JOINTLY,
+        "benchmark": "all",
+        "judge": judge,
         "p": max(p) if known else None,
         "population": "; ".join(dict.fromkeys(one["population"] for one in single)),
         "how": f"{word}: {how}",

@@ -131,8 +131,12 @@ def reported(
 ) -> dict[str, Any]:
     """How the fit went, as MixedFit.report."""
     return {
-        **{"optimiser": optimiser, "evaluations": evaluations, "gradient_norm": gradient},
-        **{"warnings": warnings, "at_zero": at_zero, "singular": bool(at_zero)},
+        "optimiser": optimiser,
+        "evaluations": evaluations,
+        "gradient_norm": gradient,
+        "warnings": warnings,
+        "at_zero": at_zero,
+        "singular": bool(at_zero),
         "seconds": 0.0 if started is None else time.process_time() - started,
     }
 

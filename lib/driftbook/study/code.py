@@ -351,7 +351,7 @@ def _names(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[list
     """
     chain = _chain(node)
     if chain[0]:
-        unused = chain[0] in hidden or isinstance(node.ctx, ast.Store) and not chain[1:]
+        unused = chain[0] in hidden or (isinstance(node.ctx, ast.Store) and not chain[1:])
         yield from [] if unused else [chain]
         return
     if isinstance(node, ast.Subscript) and (chain := _chain(node.value))[0]:

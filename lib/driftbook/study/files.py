@@ -30,7 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without an error."""
+    """A temporary folder beside `path` that takes its place when the block ends without an
+    error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     os.chmod(folder, 0o755)
@@ -99,7 +101,9 @@ def check_safetensors(path: Path, remedy: str) -> None:
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
-    """Raise a ValueError with one sentence where `folder` cannot be written or has too little room."""
+    """Raise a ValueError with one sentence where `folder` cannot be written or has too little
+    room.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:

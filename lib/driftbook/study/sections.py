@@ -39,7 +39,9 @@ Text = Annotated[str, Strict(), Field(min_length=1)]
 
 
 class Part(BaseModel):
-    """A section of a study file: every key is declared, and nothing is changed after it was read."""
+    """A section of a study file: every key is declared, and nothing is changed after it was
+    read.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -117,7 +119,9 @@ class Judge(Source):
 
 
 class Rater(Source):
-    """A chat model that grades the answers to the utility questions from 1 to 10 (rubrics.USEFULNESS)."""
+    """A chat model that grades the answers to the utility questions from 1 to 10
+    (rubrics.USEFULNESS).
+    """
 
     min_mass: Annotated[float, Field(ge=0, le=1)] = 0.9
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -546,28 +546,6 @@ TABLES = {
 }
 
 
-from pathlib import Path
-
-import pandas as pd
-
-from driftbook.study.tables import (
-    ANSWERS,
-    CURVES,
-    DRIFT,
-    LABELS,
-    MODULES,
-    PROMPTS,
-    RATES,
-    RATINGS,
-    RESPONSES,
-    RUNS,
-    SPECTRA,
-    VARIANTS,
-    VERDICTS,
-    Table,
-)
-
-
 def greedy(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of greedy answers in the benchmark's own wording, by which a study is scored; drawn
     ones and other wordings stand beside them.
