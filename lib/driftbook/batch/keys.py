@@ -135,35 +135,37 @@ def settings(
     """All that a stage's results for one base model depend on, except for code, adapters and the
     results of earlier stages. By declared content it is known on any machine, so without a device.
     """
+    elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"}
+    elsewhere |= set() if stage == "answer" else {"answer_mode"}
+    present = {
+        name: {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
+        for name, part in _read(stage, study, study.bases[base_model]).items()
+    }
+    shared: dict[str, Any] = {}
+    if stage == "train":
+        shared = {
+            "training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}),
+            "drift": study.drift and study.drift.model_dump(mode="json"),
+        }
+        shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
+    found = {"stage": stage, "seed": study.seed, **shared, **present}
+    made_by = {"packages": versions()} | ({} if content is declared else {"device": device()})
+    return found | made_by
 
-    def of(part: Source) -> dict:
-        elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"} | (
-            set() if stage == "answer" else {"answer_mode"}
-        )
-        return {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
+
+def _read(stage: str, study: Study, base: Source) -> dict[str, Source]:
+    """The models, data and benchmarks that a stage reads."""
 
     def asked(formats: tuple[str, ...]) -> dict[str, Source]:
         return {name: study.benchmarks[name] for name in study.asked(formats)}
 
-    base = study.bases[base_model]
-    drift = (
-        {}
-        if study.drift is None
-        else {
-            f"drift {name}": part
-            for name, part in {
-                **asked(PROMPT_FORMATS),
-                **asked(ITEM_FORMATS),
-                **study.judges,
-            }.items()
-        }
-    )
+    drift = {**asked(PROMPT_FORMATS), **asked(ITEM_FORMATS), **study.judges} if study.drift else {}
     parts: dict[str, dict[str, Source]] = {
         "train": {
             "base": base,
             **{f"data {name}": part for name, part in study.data.items()},
             **({"init_texts": study.init_texts} if study.init_texts else {}),
-            **drift,
+            **{f"drift {name}": part for name, part in drift.items()},
         },
         "mitigate": {"base": base, "heldout": study.data["heldout"], **base.checkpoints},
         "respond": {"base": base, **asked(PROMPT_FORMATS)},
@@ -179,17 +181,7 @@ def settings(
             **{f"rater {name}": rater for name, rater in study.raters.items()},
         },
     }
-    present = {name: of(part) for name, part in parts[stage].items()}
-    shared: dict[str, Any] = {}
-    if stage == "train":
-        shared = {
-            "training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}),
-            "drift": study.drift and study.drift.model_dump(mode="json"),
-        }
-        shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
-    found = {"stage": stage, "seed": study.seed, **shared, **present}
-    made_by = {"packages": versions()} | ({} if content is declared else {"device": device()})
-    return found | made_by
+    return parts[stage]
 
 
 def made_by(stage_settings: dict[str, Any], variant: Variant) -> dict[str, Any]:
