@@ -78,4 +78,7 @@ def correlations_of(estimates: pd.DataFrame) -> pd.DataFrame:
         sort=False,
         dropna=False,
     )
-    return wide.dropna(how="all").astype(float)
+    names = ["r", "r, corrected for attenuation"]
+    names += ["r, within methods", "r, within methods, corrected for attenuation"]
+    columns = [*names, tradeoffs.RELIABILITY]
+    return wide.dropna(how="all").astype(float).reindex(columns=columns)
