@@ -2,6 +2,7 @@
 figures.
 """
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -12,32 +13,70 @@ from typing import Any
 import pandas as pd
 
 from driftbook.study.files import OUTPUTS
-from driftbook.study.methods import STUDIED
+from driftbook.study.methods import PEFT_METHODS, STUDIED
 from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
 
-LENGTH, BATCH, MOST = (
-    4_096,
-    8,
-    1_024,
-    # nothing is cut; TRL's own batch; examples longer than TRL's own limit are left out on both
-    # sides
-)
+LENGTH = 4_096  # tokens: nothing is cut
+BATCH = 8  # TRL's own
+MOST = 1_024  # tokens: examples longer than TRL's own limit are left out on both sides
+# other than PEFT's defaults, as the study of real text has them
 SETTINGS = {
-    "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "ia3": {
-        "target_modules": ["k_proj", "v_proj", "down_proj"],
-        "feedforward_modules": ["down_proj"],
-    },
-    "prompt_tuning": {"num_virtual_tokens": 20, "init": "vocabulary"},
-    "p_tuning": {"num_virtual_tokens": 20, "encoder_hidden_size": 64},
-    "dora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    "rslora": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
-    "bitfit": {"target_modules": ["v_proj"]},
-    "ln_tuning": {},
-    "prefix_tuning": {"num_virtual_tokens": 20},
+    "lora": {"lora_alpha": 16},
+    "prompt_tuning": {"init": "vocabulary"},
+    "p_tuning": {"encoder_hidden_size": 64},
 }
 RATES = {"lora": 1e-3, "ia3": 1e-2, "prompt_tuning": 1e-2, "p_tuning": 1e-3}
+VIRTUAL_TOKENS = 20
+FOLDER = OUTPUTS / "bench"
+COLUMNS = ["figure", "setting", "ours", "peer", "unit", "value", "goal", "met"]
+# about 5 M parameters each: Llama's vocabulary with small layers, and a small vocabulary with
+# larger ones
+SHAPES = {
+    "vocabulary of 32,000": {
+        "vocab_size": 32_000,
+        "hidden_size": 128,
+        "intermediate_size": 341,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "vocabulary of 8,192": {
+        "vocab_size": 8_192,
+        "hidden_size": 256,
+        "intermediate_size": 682,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    },
+}
+LLAMA_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4_096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500_000.0,
+}
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    """A method's settings for a Llama: PEFT's own, where it has any for the modules of a Llama or
+    where a default is missing, and those of SETTINGS.
+    """
+    import peft
+    from peft.utils import constants
+
+    config = getattr(peft, PEFT_METHODS[method].config)
+    fields = {field.name for field in dataclasses.fields(config)}
+    kind = config(num_virtual_tokens=1) if "num_virtual_tokens" in fields else config()
+    prefix = f"TRANSFORMERS_MODELS_TO_{kind.peft_type.name}_"
+    found = {"num_virtual_tokens": VIRTUAL_TOKENS} if "num_virtual_tokens" in fields else {}
+    for name in sorted(fields & {"target_modules", "feedforward_modules"}):
+        mapping = getattr(constants, f"{prefix}{name.upper()}_MAPPING", {})
+        if modules := mapping.get("llama"):
+            found[name] = list(modules)
+    needed = {name: ["q_proj", "v_proj"] for name in PEFT_METHODS[method].needs}
+    return needed | found | SETTINGS.get(method, {})
 
 
 def study(
@@ -60,7 +99,7 @@ def study(
     training = real.training.model_copy(
         update={"batch_size": batch, "max_length": length, "tokens_per_batch": None}
     )
-    made = {method: SETTINGS[method] for method in methods}
+    made = {method: settings_of(method) for method in methods}
     return Study(
         **{
             **real.model_dump(exclude_unset=True),
@@ -108,37 +147,6 @@ def timed(work: Callable, *given: Any) -> tuple[Any, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return found, clock() - started
-
-
-FOLDER = OUTPUTS / "bench"
-COLUMNS = ["figure", "setting", "ours", "peer", "unit", "value", "goal", "met"]
-# about 5 M parameters each: Llama's vocabulary with small layers, and a small vocabulary with
-# larger ones
-SHAPES = {
-    "vocabulary of 32,000": {
-        "vocab_size": 32_000,
-        "hidden_size": 128,
-        "intermediate_size": 341,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "vocabulary of 8,192": {
-        "vocab_size": 8_192,
-        "hidden_size": 256,
-        "intermediate_size": 682,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-    },
-}
-LLAMA_8B = {
-    "vocab_size": 128_256,
-    "hidden_size": 4_096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rope_theta": 500_000.0,
-}
 
 
 def row(

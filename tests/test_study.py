@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
 from driftbook.study import sources
+from driftbook.study.consistency import RESERVED
 from driftbook.study.files import ROOT
-from driftbook.study.study_file import RESERVED, Study, find, load
+from driftbook.study.study_file import Study, find, load
 
 
 def ids(content) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any
 
 from driftbook.batch import gpus
 from driftbook.study import code, sources
+from driftbook.study.content import ANALYSES as ANALYSES
+from driftbook.study.content import OF_REPAIRS
 from driftbook.study.files import ROOT, digest
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source
-from driftbook.study.study_file import ANALYSES as ANALYSES
-from driftbook.study.study_file import OF_REPAIRS, Study
+from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
 NOTEBOOKS = {

@@ -40,9 +40,9 @@ from driftbook.stats.terms import (
     UNSAFE,
     UNTRAINED,
 )
+from driftbook.study.consistency import REREAD
 from driftbook.study.files import replacing
 from driftbook.study.methods import METHOD_LABELS, PEFT_METHODS
-from driftbook.study.study_file import REREAD
 
 COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
 TRAINED_METHODS = tuple(PEFT_METHODS)

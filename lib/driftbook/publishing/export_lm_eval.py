@@ -21,8 +21,8 @@ from driftbook.publishing.exported import (
     masked_text,
     run_metadata,
 )
-from driftbook.study.files import ROOT, replacing_folder
-from driftbook.study.study_file import Study, finite
+from driftbook.study.files import ROOT, finite, replacing_folder
+from driftbook.study.study_file import Study
 
 # what lm_eval records and a driftbook study does not have
 UNKNOWN = ("upper_git_hash", "chat_template", "chat_template_sha", "total_evaluation_time_seconds")

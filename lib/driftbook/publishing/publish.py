@@ -9,9 +9,10 @@ from pathlib import Path
 
 from driftbook.publishing import licences
 from driftbook.stats import estimation
+from driftbook.study.consistency import REREAD
 from driftbook.study.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
 from driftbook.study.opening import OPTIONAL
-from driftbook.study.study_file import REREAD, Study, load
+from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
 
 PUBLISHED = (

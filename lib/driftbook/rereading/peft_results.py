@@ -20,7 +20,6 @@ from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import RUN as RUN_GROUP
 from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, write_json
-from driftbook.study.methods import FAMILIES
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 from driftbook.study.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
@@ -38,6 +37,7 @@ N_QUESTIONS = {
     VALIDATION: 50,
 }  # GSM8K's test part; VALID_SIZE of PEFT's data.py, drawn from GSM8K's training part
 CORRECT, ANSWER_KEY = "correct", "final number"
+FAMILIES = ("llama", "qwen2", "mistral", "gemma")  # words in the names of base models
 
 ACCURACY, FORGETTING, FACTOR = (
     "test accuracy (percent)",

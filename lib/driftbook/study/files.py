@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,9 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without an
-    error.
-    """
+    """A temporary folder beside `path` that takes its place when the block ends without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     os.chmod(folder, 0o755)
@@ -101,9 +100,7 @@ def check_safetensors(path: Path, remedy: str) -> None:
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
-    """Raise a ValueError with one sentence where `folder` cannot be written or has too little
-    room.
-    """
+    """Raise a ValueError where `folder` cannot be written or has too little room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -121,3 +118,8 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
             f"{folder} has {free / 1e9:.1f} GB free and this study needs about"
             f" {need_bytes / 1e9:.1f} GB; make room"
         )
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None where it is none or not finite: JSON has no other."""
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,20 +1,15 @@
-"""Every PEFT method and every mitigation, declared once."""
+"""Every PEFT method and every mitigation, declared once: the study file, variants, training, plan,
+calibration, labels and colours of figures follow.
+"""
 
 import dataclasses
 from typing import Any, Literal
 
-FAMILIES = (
-    "llama",
-    "qwen2",
-    "mistral",
-    "gemma",
-)  # of the miniature and of random models; a study's base model may be of any other
-
 
 @dataclasses.dataclass(frozen=True)
 class PeftMethod:
-    """A method as a study file names it: how figures write it, its class, PEFT's configuration
-    class, and what of that is fixed by the name.
+    """A method as a study file names it: its label in figures, its class, PEFT's configuration
+    class, its colour, and the settings that the name fixes.
     """
 
     label: str
@@ -27,92 +22,105 @@ class PeftMethod:
     quantized: bool = False  # trained on a base model in 4 or 8 bits
 
 
-# A method of PEFT is one entry here; figures draw them in this order, adapters in blues and prompts
-# in oranges.
+TEXT_INITS = ("task_text", "safety_text")
+INITS = ("random", "vocabulary", *TEXT_INITS)
+_RANDOM = {"inits": ("random",)}
+_TARGETS = {"needs": ("target_modules",)}
+# A method is one entry. Figures draw methods in this order: adapters in blues, prompts in oranges.
+# BitFit trains biases, which most bases lack: PEFT's BEFT adds them.
 PEFT_METHODS = {
     "lora": PeftMethod("LoRA", "adapter", "LoraConfig", "#0072B2"),
-    "ia3": PeftMethod("IA3", "adapter", "IA3Config", "#56B4E9", needs=("target_modules",)),
+    "ia3": PeftMethod("IA3", "adapter", "IA3Config", "#56B4E9", **_TARGETS),
     "prompt_tuning": PeftMethod(
-        "Prompt-Tuning",
-        "prompt",
-        "PromptTuningConfig",
-        "#D55E00",
-        inits=("random", "vocabulary", "task_text", "safety_text"),
+        "Prompt-Tuning", "prompt", "PromptTuningConfig", "#D55E00", inits=INITS
     ),
-    "p_tuning": PeftMethod(
-        "P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", inits=("random",)
-    ),
+    "p_tuning": PeftMethod("P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", **_RANDOM),
     "qlora": PeftMethod("QLoRA", "adapter", "LoraConfig", "#003D73", quantized=True),
     "dora": PeftMethod("DoRA", "adapter", "LoraConfig", "#009E9E", {"use_dora": True}),
     "rslora": PeftMethod("rsLoRA", "adapter", "LoraConfig", "#6A8FD8", {"use_rslora": True}),
-    "bitfit": PeftMethod(
-        "bias tuning", "adapter", "BeftConfig", "#4B4BA8", needs=("target_modules",)
-    ),  # BitFit where the base has no biases: PEFT's BEFT adds them
+    "bitfit": PeftMethod("bias tuning", "adapter", "BeftConfig", "#4B4BA8", **_TARGETS),
     "ln_tuning": PeftMethod("LayerNorm tuning", "adapter", "LNTuningConfig", "#86C5B5"),
     "prefix_tuning": PeftMethod(
-        "prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", inits=("random",)
+        "prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", **_RANDOM
     ),
 }
 METHODS = ("none", *PEFT_METHODS)
 STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study
-METHOD_LABELS = {"none": "base model"} | {
-    name: method.label for name, method in PEFT_METHODS.items()
-}
-METHOD_CLASS = {"none": "base"} | {
-    name: method.method_class for name, method in PEFT_METHODS.items()
-}
-INITS = ("random", "vocabulary", "task_text", "safety_text")
+METHOD_LABELS = {"none": "base model"} | {name: one.label for name, one in PEFT_METHODS.items()}
+METHOD_CLASS = {"none": "base"} | {name: one.method_class for name, one in PEFT_METHODS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class MitigationKind:
-    """A way to repair what fine-tuning did to safety: how figures write it, when it is done, to
+    """A way to repair what fine-tuning did to safety: its label in figures, when it is done, to
     which methods, and what a study file says of it.
+
+    Of the times, `training` trains runs of their own; `after` and `test` make new variants of a
+    trained run.
     """
 
     label: str
-    when: Literal[
-        "training", "after", "test"
-    ]  # of these, `training` makes runs of their own; the others make new variants of a trained one
+    when: Literal["training", "after", "test"]
     methods: tuple[str, ...] = tuple(PEFT_METHODS)
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
-    limits: tuple[float, float] = (0.0, 1.0)  # of its values, where it has any
+    values: tuple[float, float] = (0.0, 1.0)  # least and most, where it has any
+    open_ends: tuple[float, ...] = ()  # of these ends, those at which nothing is left
+    combines_factors: bool = False  # so that the update must be a product of A and B
+    keeps_bias: bool = False  # a trained bias of LoRA's modules is repaired with them, or deleted
 
 
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
+_PLAIN = (*_LORA, "dora", "ia3")
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
-# A mitigation is one entry here and one function of its name in training/mitigations.py; those done
-# while training are in training/examples.py and training/steps.py.
+# A mitigation is one entry, and one function of its name in training/mitigations.py (of those in
+# training: in training/examples.py).
 MITIGATION_KINDS = {
     "safe_lora": MitigationKind(
-        "Safe LoRA", "after", (*_LORA, "dora", "ia3"), ("pair", "values"), _SELECTS
+        "Safe LoRA", "after", _PLAIN, ("pair", "values"), _SELECTS, keeps_bias=True
     ),
     "zero": MitigationKind(
         "modules zeroed",
         "after",
-        (*_LORA, "dora", "ia3"),
-        ("pair", "values"),
-        ("select", "pair", "values"),
+        _PLAIN,
+        needs=("pair", "values"),
+        takes=("select", "pair", "values"),
+        keeps_bias=True,
     ),
-    "rescale": MitigationKind(
-        "rescaling", "after", (*_LORA, "dora", "ia3"), ("values",), ("values",)
-    ),
+    "rescale": MitigationKind("rescaling", "after", _PLAIN, ("values",), ("values",)),
     "average": MitigationKind(
-        "weight averaging", "after", _LORA, ("values",), ("values", "snapshots")
+        "weight averaging",
+        "after",
+        _LORA,
+        needs=("values",),
+        takes=("values", "snapshots"),
+        open_ends=(0,),
+        combines_factors=True,
     ),
     "resta": MitigationKind(
-        "RESTA", "after", _LORA, ("safety", "values"), ("safety", "values"), (0.0, 10.0)
+        "RESTA",
+        "after",
+        _LORA,
+        needs=("safety", "values"),
+        takes=("safety", "values"),
+        values=(0.0, 10.0),
+        combines_factors=True,
     ),
     "safe_merge": MitigationKind(
         "SafeMERGE",
         "after",
         _LORA,
-        ("safety", "pair", "values"),
-        ("safety", "pair", "select", "weight", "values"),
+        needs=("safety", "pair", "values"),
+        takes=("safety", "pair", "select", "weight", "values"),
+        combines_factors=True,
     ),
     "reduce_intruders": MitigationKind(
-        "intruder dimensions reduced", "after", ("lora", "rslora"), ("values",), ("values",)
+        "intruder dimensions reduced",
+        "after",
+        ("lora", "rslora"),
+        needs=("values",),
+        takes=("values",),
+        combines_factors=True,
     ),
     "template": MitigationKind(
         "safety template at test time (PTST)",
@@ -121,33 +129,17 @@ MITIGATION_KINDS = {
         takes=("system_prompt",),
     ),
     "mixing": MitigationKind(
-        "safety data mixed in", "training", needs=("data", "values"), takes=("data", "values")
+        "safety data mixed in",
+        "training",
+        needs=("data", "values"),
+        takes=("data", "values"),
+        open_ends=(0, 1),
     ),
     "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
 }
-LINEAR = (
-    "average",
-    "resta",
-    "safe_merge",
-    "reduce_intruders",
-)  # repairs of LoRA that combine the factors A and B
-REWRITING = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # inits of LoRA that change the base model itself
-BESIDE_FACTORS = (
-    "bias",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-)  # settings by which an adapter trains more than these
-CONTROLS = (
-    "same norm",
-    "same modules zeroed",
-    "random modules zeroed",
-    "random subspace",
-    "noise",
-)  # of Safe LoRA
+# of Safe LoRA
+CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")
+# initialisations of LoRA that change the base model itself
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# settings by which an adapter trains more than its factors
+BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")

@@ -4,6 +4,7 @@ and reading refuse what does not fit.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,20 +28,8 @@ class Column:
     volatile: bool = False
 
 
-def _text(meaning: str, nullable: bool = False, volatile: bool = False) -> Column:
-    return Column("text", meaning, nullable, volatile)
-
-
-def _real(meaning: str, nullable: bool = True, volatile: bool = False) -> Column:
-    return Column("real", meaning, nullable, volatile)
-
-
-def _whole(meaning: str, nullable: bool = False, volatile: bool = False) -> Column:
-    return Column("whole", meaning, nullable, volatile)
-
-
-def _truth(meaning: str, nullable: bool = True) -> Column:
-    return Column("truth", meaning, nullable)
+_text, _whole = partial(Column, "text"), partial(Column, "whole")
+_real, _truth = partial(Column, "real", nullable=True), partial(Column, "truth", nullable=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,25 +54,18 @@ class Table:
         extra = [name for name in frame if name not in self.columns]
         if missing or extra:
             raise ValueError(f"{where}: missing columns {missing}, undeclared columns {extra}")
+        dtypes = {name: DTYPES[column.kind] for name, column in self.columns.items()}
         try:
-            frame = frame[list(self.columns)].astype(
-                {name: DTYPES[column.kind] for name, column in self.columns.items()}
-            )
+            frame = frame[list(self.columns)].astype(dtypes)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: a column holds values of another kind: {error}") from None
-        nulls = [
-            name
-            for name, column in self.columns.items()
-            if not column.nullable and frame[name].isna().any()
-        ]
-        if nulls:
+        full = [name for name, column in self.columns.items() if not column.nullable]
+        if nulls := [name for name in full if frame[name].isna().any()]:
             raise ValueError(f"{where}: null in {nulls}, which may not be null")
-        repeated = frame.duplicated(list(self.key))
-        if repeated.any():
-            raise ValueError(
-                f"{where}: {repeated.sum()} repeated keys {self.key}, first"
-                f" {frame.loc[repeated, list(self.key)].iloc[0].to_dict()}"
-            )
+        repeated = frame.loc[frame.duplicated(list(self.key)), list(self.key)]
+        if len(repeated):
+            first = repeated.iloc[0].to_dict()
+            raise ValueError(f"{where}: {len(repeated)} repeated keys, first {first}")
         return frame.reset_index(drop=True)
 
     def write(self, frame: pd.DataFrame, path: Path) -> Path:
@@ -91,12 +73,9 @@ class Table:
         folder that holds NAME.parquet.
         """
         path = self.path(path)
+        table = pa.Table.from_pandas(self.check(frame, str(path)), preserve_index=False)
         with replacing(path) as new:
-            pq.write_table(
-                pa.Table.from_pandas(self.check(frame, str(path)), preserve_index=False),
-                new,
-                compression="zstd",
-            )
+            pq.write_table(table, new, compression="zstd")
         return path
 
     def read(self, path: Path) -> pd.DataFrame:
@@ -107,35 +86,19 @@ class Table:
         """
         path = self.path(path)
         if not path.is_file():
-            raise ValueError(
-                f"there is no table {path}; run the notebook that writes {self.name}, or make study"
-            )
-        try:
-            frame = pq.read_table(path).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
-        return self.check(frame, str(path))
+            run = f"run the notebook that writes {self.name}, or make study"
+            raise ValueError(f"there is no table {path}; {run}")
+        return self.check(_parquet(path, path).to_pandas(), str(path))
 
     def read_all(self, paths: Sequence[Path]) -> pd.DataFrame:
         """The tables of many files below each other, checked once; a torn file raises a ValueError
         that names it.
         """
-        parts = []
-        for path in paths:
-            try:
-                parts.append(pq.read_table(path))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); delete {path.parent} and run again"
-                ) from None
-        return (
-            self.check(
-                pa.concat_tables(parts, promote_options="permissive").to_pandas(),
-                f"{self.name}, all runs",
-            )
-            if parts
-            else self.empty()
-        )
+        parts = [_parquet(path, path.parent) for path in paths]
+        if not parts:
+            return self.empty()
+        whole = pa.concat_tables(parts, promote_options="permissive")
+        return self.check(whole.to_pandas(), f"{self.name}, all runs")
 
     def path(self, path: Path) -> Path:
         """The file of this table in a folder, or the path itself if it is a file's."""
@@ -156,6 +119,13 @@ class Table:
         """All frames below each other, checked; no frames give an empty table."""
         frames = [frame for frame in frames if len(frame)]
         return self.check(pd.concat(frames, ignore_index=True)) if frames else self.empty()
+
+
+def _parquet(path: Path, what: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {what} and run again") from None
 
 
 RUN_ID = _text("readable settings and a short hash of all of them")
@@ -525,8 +495,8 @@ ESTIMATES = Table(
 )
 
 TABLES = {
-    table.name: table
-    for table in (
+    one.name: one
+    for one in (
         VARIANTS,
         RUNS,
         CURVES,

@@ -19,9 +19,10 @@ from driftbook.models import adapters
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import VariantFailure
 from driftbook.study.environment import hardware, peak_memory, versions
-from driftbook.study.files import digest, file_digest, read_json, write_json
+from driftbook.study.files import digest, file_digest, finite, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
-from driftbook.study.study_file import Study, finite
+from driftbook.study.study_file import Study
+from driftbook.study.trainer_arguments import of_objective
 from driftbook.study.variants import Variant
 from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
@@ -150,8 +151,8 @@ def _curve(variant: Variant, log: Sequence[dict]) -> pd.DataFrame:
 # ---- the trainer
 def arguments(variant: Variant, study: Study, folder: str) -> SFTConfig | DPOConfig:
     """The trainer's arguments of a variant."""
-    training = study.training
-    common = {
+    training, objective = study.training, variant.objective
+    common = of_objective(training.arguments, objective) | {
         "output_dir": folder,
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": 1,
@@ -175,7 +176,7 @@ def arguments(variant: Variant, study: Study, folder: str) -> SFTConfig | DPOCon
         "remove_unused_columns": False,
         "max_length": None,
     }
-    if variant.objective == "sft":
+    if objective == "sft":
         return SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, packing=False, **common)
     return DPOConfig(beta=training.dpo_beta, precompute_ref_log_probs=True, **common)
 
@@ -219,13 +220,14 @@ def fit(
             value.data = value.data.float()  # TRL makes those over a quantized base bf16
     trainer.train(resume_from_checkpoint=steps.last_whole(scratch))
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return _facts(trainer, log, prepared), _curve(variant, log)
+    return _facts(trainer, log, prepared, study), _curve(variant, log)
 
 
-def _facts(trainer: Any, log: list[dict], prepared: Prepared) -> dict[str, Any]:
+def _facts(trainer: Any, log: list[dict], prepared: Prepared, study: Study) -> dict[str, Any]:
     """What the trainer did, as read back from it: columns of `runs`."""
     args = trainer.args
-    said = {name: _plain(getattr(args, name)) for name in RECORDED if hasattr(args, name)}
+    names = [*RECORDED, *study.training.arguments]
+    said = {name: _plain(getattr(args, name)) for name in names if hasattr(args, name)}
     said |= {
         "tokens_per_pass": trainer.tokens_per_pass,
         "activations_computed_twice": trainer.twice,

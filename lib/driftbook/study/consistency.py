@@ -1,0 +1,274 @@
+"""What is refused where sections of a study file do not fit each other, a check each."""
+
+from collections import Counter
+
+from driftbook.study.content import Content
+from driftbook.study.methods import (
+    BESIDE_FACTORS,
+    METHOD_CLASS,
+    MITIGATION_KINDS,
+    PEFT_METHODS,
+    REWRITING,
+    TEXT_INITS,
+)
+from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitigation
+
+# folders of outputs/ that notebooks 20 and 22 write, from what others published
+REREAD = ("original_study", "peft_results")
+RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ of no study
+NOT_REPAIRED = ("parent", "base alone")  # notebook 14's names of runs that are no repairs
+# what every study asks, and in which formats; others have names of their own
+CORE = {
+    "safety": PROMPT_FORMATS,
+    "over_refusal": PROMPT_FORMATS,
+    "bbq": ITEM_FORMATS,
+    "utility": ("gsm8k", "answers", "summaries"),
+}
+
+
+def check_consistent(study: Content) -> None:
+    """Raise a ValueError with one sentence for the first thing that does not fit."""
+    _check_names(study)
+    for block in study.grid:
+        _check_settings_and_bases(study, block)
+        _check_data_of(study, block)
+    _check_mitigations(study)
+    _check_repetitions(study)
+    _check_primary(study)
+    _check_methods(study)
+    _check_benchmarks(study)
+    _check_judges(study)
+
+
+def _check_names(study: Content) -> None:
+    if study.name in RESERVED:
+        raise ValueError(f"name={study.name!r} is taken by a folder of outputs/; choose another")
+    for name in study.bases:
+        if "." in name or "/" in name:
+            why = "since it is part of run_ids and paths"
+            raise ValueError(f"base {name!r}: a name may hold neither '.' nor '/', {why}")
+    if len(study.models) < len(study.bases) + len(study.judges) + len(study.raters):
+        raise ValueError("a base model, a judge and a rater share a name; name each differently")
+    counts = Counter(block.name for block in study.grid)
+    if twice := [name for name, n in counts.items() if n > 1]:
+        raise ValueError(f"the grid has two blocks of the name {twice[0]!r}; name them differently")
+
+
+# ---- the grid
+def _check_settings_and_bases(study: Content, block: Block) -> None:
+    """Each method has settings, and base models on which it can be trained."""
+    where = f"grid block {block.name!r}"
+    for name in block.bases:
+        if name not in study.bases:
+            raise ValueError(
+                f"{where} names the base {name!r}; the study has {', '.join(study.bases)}"
+            )
+    for method in block.methods:
+        if method not in study.methods:
+            raise ValueError(f"{where} uses {method}, which has no settings under methods")
+        for name in study.bases_of(block):
+            _check_precision(study, where, method, name)
+
+
+def _check_precision(study: Content, where: str, method: str, name: str) -> None:
+    """Norms are trained in fp32, and quantized base models by QLoRA alone of LoRA's forms."""
+    base, wanted = study.bases[name], PEFT_METHODS[method].quantized
+    if method == "ln_tuning" and base.dtype != "float32":
+        small = "where small steps round to nothing; give it dtype: float32"
+        raise ValueError(f"{where} trains the norms of {name} itself, in {base.dtype}, {small}")
+    if wanted and base.quantization is None:
+        give = "give that base model quantization: nf4, or name others under bases"
+        raise ValueError(f"{where} trains {method} on {name}, which is not quantized; {give}")
+    if not wanted and base.quantization and PEFT_METHODS[method].config == "LoraConfig":
+        called = "there the method is called qlora"
+        raise ValueError(f"{where} trains {method} on {name}, which is quantized; {called}")
+
+
+def _check_data_of(study: Content, block: Block) -> None:
+    where = f"grid block {block.name!r}"
+    for objective in sorted(block.trained):
+        for name in block.data or (objective,):
+            if name == "heldout":
+                raise ValueError(f"{where} trains on the held-out answers")
+            if name not in study.data:
+                raise ValueError(f"{where} trains by {objective}, but data has no {name}")
+            if objective == "dpo" and not study.data[name].is_preference:
+                lacks = "which has no chosen and rejected answers"
+                raise ValueError(f"{where} trains by dpo on data.{name}, {lacks}")
+
+
+def _check_repetitions(study: Content) -> None:
+    drawn = any(one.samples for one in study.benchmarks.values())
+    if study.base_repetitions > 1 and not drawn:
+        none = "and no benchmark has samples; add samples, or remove it"
+        raise ValueError(f"base_repetitions repeats base models for their drawn answers, {none}")
+
+
+def _check_primary(study: Content) -> None:
+    used = {method for block in study.grid for method in block.methods}
+    if study.primary and not used:
+        nothing = "and the grid trains nothing; remove it"
+        raise ValueError(f"primary declares tests of what training does, {nothing}")
+    for name, family in study.primary.items():
+        if strange := [method for method in family.methods if method not in used]:
+            no_block = "which no block of the grid runs"
+            raise ValueError(f"primary family {name!r} tests {strange[0]}, {no_block}")
+        if family.test == "difference" and len(set(family.methods or used)) < 2:
+            one = "compares methods with each other and has only one"
+            raise ValueError(f"primary family {name!r} {one}; name two, or test its change")
+
+
+def _check_methods(study: Content) -> None:
+    for method, settings in study.methods.items():
+        known = PEFT_METHODS[method]
+        if "init" in settings and settings["init"] not in known.inits:
+            may = " or ".join(known.inits) or "none: it has no prompt"
+            raise ValueError(f"methods.{method}.init = {settings['init']!r}; expected {may}")
+        if missing := [name for name in known.needs if name not in settings]:
+            why = "PEFT's default differs by family, so name them"
+            raise ValueError(f"methods.{method} has no {missing[0]}; {why}")
+        if fixed := [name for name in known.fixed if name in settings]:
+            raise ValueError(
+                f"methods.{method}.{fixed[0]} is what makes it {known.label}; remove it"
+            )
+    chosen = {init for block in study.grid for init in block.inits}
+    chosen |= {settings.get("init") for settings in study.methods.values()}
+    if chosen & set(TEXT_INITS) and study.init_texts is None:
+        keys = "a JSON file with the keys task and safety"
+        raise ValueError(f"an init from text needs init_texts, {keys}")
+
+
+# ---- what is asked, and who judges
+def _check_benchmarks(study: Content) -> None:
+    for name, formats in CORE.items():
+        if name not in study.benchmarks:
+            every = f"a study asks all of {', '.join(CORE)}, and any others"
+            raise ValueError(f"benchmarks has no {name}; {every}")
+        if (found := study.benchmarks[name].format) not in formats:
+            may = ", ".join(formats)
+            raise ValueError(f"benchmarks.{name}.format = {found!r}; expected one of {may}")
+    if extra := [name for name in study.asked(ITEM_FORMATS) if name != "bbq"]:
+        one = "a study asks one, under the name bbq"
+        raise ValueError(f"benchmarks.{extra[0]} is a second BBQ; {one}")
+    if "heldout" not in study.data:
+        raise ValueError("data has no heldout: the dose is measured on held-out answers")
+
+
+def _check_judges(study: Content) -> None:
+    asked = study.asked(PROMPT_FORMATS)
+    first, *_ = study.judges
+    for name, judge in study.judges.items():
+        if strange := [one for one in judge.benchmarks if one not in asked]:
+            prompts = f"prompts are asked of {', '.join(asked)}"
+            raise ValueError(f"judges.{name}.benchmarks names {strange[0]!r}; {prompts}")
+        if name == first and judge.benchmarks:
+            first = "is the first judge, by whom the study is scored, and so judges all benchmarks"
+            raise ValueError(f"judges.{name} {first}; remove its benchmarks")
+        if (judge.format == "classifier") != (judge.label is not None):
+            needs = "needs label, the name of its label that counts as unsafe"
+            raise ValueError(f"judges.{name}: a classifier, and nothing else, {needs}")
+
+
+# ---- repairs
+def _check_mitigations(study: Content) -> None:
+    if "safe_lora" in study.analyses and not study.mitigations:
+        none = "and the study has no mitigations; give some, or remove it"
+        raise ValueError(f"analyses names safe_lora, {none}")
+    kinds = study.mitigations.values()
+    if len({one.snapshots for one in kinds if one.kind == "average"}) > 1:
+        same = "a training takes one number of them, so give both the same"
+        raise ValueError(f"two mitigations average over different numbers of snapshots; {same}")
+    blocks = {block.name: block for block in study.grid}
+    for name, mitigation in study.mitigations.items():
+        said = f"mitigation {name!r}"
+        _check_named(said, name, mitigation, blocks)
+        for block in (blocks[one] for one in mitigation.blocks):
+            _check_applies(said, mitigation, block)
+            if MITIGATION_KINDS[mitigation.kind].when == "after":
+                _check_repairable(study, said, mitigation, block)
+            if mitigation.data:
+                _check_mixed(study, said, mitigation.data, block)
+            for base in study.bases_of(block) if mitigation.pair else ():
+                _check_pair(study, said, mitigation.pair, base)
+
+
+def _check_named(said: str, name: str, mitigation: Mitigation, blocks: dict[str, Block]) -> None:
+    for wanted in (*mitigation.blocks, *filter(None, [mitigation.safety])):
+        if wanted not in blocks:
+            has = f"the grid has {', '.join(blocks)}"
+            raise ValueError(f"{said} names the grid block {wanted!r}; {has}")
+    if "," in name or name in NOT_REPAIRED:
+        comma = "a name may hold no comma, behind which its controls are named"
+        not_be = f"and not be {' or '.join(NOT_REPAIRED)}"
+        raise ValueError(f"{said}: {comma}, {not_be}; give another name")
+
+
+def _check_applies(said: str, mitigation: Mitigation, block: Block) -> None:
+    """The kind can be done to the block's objectives and methods."""
+    known = MITIGATION_KINDS[mitigation.kind]
+    refused = {"untrained"} | ({"dpo"} if mitigation.kind == "constrained_sft" else set())
+    if wrong := sorted(refused & set(block.objectives), reverse=True):
+        done = f"cannot be done to the block {block.name!r}, which has runs by {wrong[0]}"
+        raise ValueError(f"{said} ({known.label}) {done}; name others")
+    if wrong := [method for method in block.methods if method not in known.methods]:
+        only = f"; it applies to {', '.join(known.methods)}"
+        if METHOD_CLASS[wrong[0]] == "prompt":
+            kinds = MITIGATION_KINDS.items()
+            apply = [kind for kind, one in kinds if wrong[0] in one.methods]
+            only = f", which has no weight update; to it apply: {', '.join(apply)}"
+        done = f"{known.label} cannot be done to {wrong[0]} (block {block.name!r})"
+        raise ValueError(f"{said}: {done}{only}")
+
+
+def _check_mixed(study: Content, said: str, data: str, block: Block) -> None:
+    if data == "heldout":
+        raise ValueError(f"{said} mixes in data.heldout, the held-out answers")
+    if data not in study.data:
+        raise ValueError(f"{said} mixes in data.{data}, which the study does not have")
+    if "dpo" in block.objectives and not study.data[data].is_preference:
+        lacks = "and it has no chosen and rejected answers"
+        raise ValueError(f"{said} mixes data.{data} into a training by dpo, {lacks}")
+
+
+def _check_pair(study: Content, said: str, name: str, base: str) -> None:
+    """The base model has the pair, and its two checkpoints differ."""
+    if name not in study.bases[base].pairs:
+        give = f"give it under pairs: {{{name}: {{unaligned: {{source: ...}}}}}}"
+        raise ValueError(
+            f"{said} needs the pair {name!r}, and bases.{base} has no such twin; {give}"
+        )
+    pair = study.bases[base].pairs[name]
+    both = [pair.aligned or study.bases[base], pair.unaligned]
+    if len({(one.source, one.revision, one.path) for one in both}) == 1:
+        zero = "so that V is zero and no direction of alignment; give two that differ"
+        same = "has the same checkpoint as aligned and unaligned"
+        raise ValueError(f"bases.{base}.pairs.{name} {same}, {zero}")
+
+
+def _check_repairable(study: Content, said: str, mitigation: Mitigation, block: Block) -> None:
+    """A repair leaves no part of an adapter as it was trained, and can be done to what the settings
+    of each method make.
+    """
+    known = MITIGATION_KINDS[mitigation.kind]
+    if mitigation.safety == block.name:
+        safe = "give a block that was trained on safety data under safety"
+        raise ValueError(f"{said} adds the block {block.name!r} to itself; {safe}")
+    with_bias = known.keeps_bias and set(mitigation.controls) <= {"random subspace"}
+    for method in block.methods:
+        settings, where = study.methods[method], f"from methods.{method}"
+        for key in BESIDE_FACTORS:
+            value = settings.get(key)
+            of_factors = key == "lora_bias" or (key, value) == ("bias", "lora_only")
+            if value not in (None, False, "none", [], ()) and not (with_bias and of_factors):
+                part = f"of which {known.label} or a control would leave a part as it was trained"
+                raise ValueError(f"{said}: {method} trains {key}, {part}; take {key} {where}")
+        begins = str(settings.get("init_lora_weights", ""))
+        if begins.lower().startswith(REWRITING):
+            changes = "which changes the base model itself, so that BA is not its update"
+            take = f"take init_lora_weights {where}"
+            raise ValueError(f"{said}: {method} begins as {begins}, {changes}; {take}")
+        if settings.get("use_dora") and known.combines_factors:
+            update = "whose update is no product of two factors"
+            dora = "call the method dora and name other blocks"
+            done = f"{known.label} cannot be done to {method} with use_dora"
+            raise ValueError(f"{said}: {done}, {update}; {dora}")

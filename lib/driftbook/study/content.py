@@ -1,0 +1,108 @@
+"""The content of a study file: its sections by name, and what is asked of them."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from driftbook.study.files import OUTPUTS
+from driftbook.study.sections import (
+    Base,
+    Benchmark,
+    Block,
+    Count,
+    Drift,
+    Family,
+    Judge,
+    Method,
+    Mitigation,
+    Part,
+    Rater,
+    Seed,
+    Source,
+    Text,
+    Training,
+    TrainingData,
+)
+
+ANALYSES = {
+    "safety": "09_safety",
+    "fairness": "10_fairness",
+    "mixed_effects": "11_mixed_effects",
+    "tradeoffs": "12_tradeoffs",
+    "dose": "15_dose",
+    "power": "16_power",
+    "labels": "17_labels",
+    "primary": "19_primary",
+}
+OF_REPAIRS = {"safe_lora": "14_safe_lora"}  # made where a study has mitigations
+
+
+class Content(Part):
+    """What a study file says, each section checked, before they are checked against each other.
+
+    `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
+    here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
+    drawn answers differ. `primary` are families of tests, registered with their hash before any
+    answer is scored. `analyses` are made alone where given. `licences` are those of sources that
+    the register does not know, as the user states them.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    note: Text
+    seed: Seed = 0
+    bases: Annotated[dict[Text, Base], Field(min_length=1)]
+    judges: Annotated[dict[Text, Judge], Field(min_length=1)]
+    raters: dict[Text, Rater] = Field({})
+    methods: dict[Method, dict[str, Any]]
+    init_texts: Source | None = None
+    data: dict[Text, TrainingData]
+    training: Training
+    grid: tuple[Block, ...]
+    base_repetitions: Count = 1
+    benchmarks: dict[Text, Benchmark]
+    primary: dict[Text, Family] = Field({})
+    drift: Drift | None = None
+    mitigations: dict[Text, Mitigation] = Field({})
+    analyses: tuple[Literal[(*ANALYSES, *OF_REPAIRS)], ...] = ()
+    licences: dict[Text, Text] = Field({})
+
+    @property
+    def models(self) -> dict[str, Base | Judge | Rater]:
+        """Every model that the study needs: its base models, judges and raters."""
+        return {**self.bases, **self.judges, **self.raters}
+
+    @property
+    def folder(self) -> Path:
+        """outputs/<study>/"""
+        return OUTPUTS / self.name
+
+    @property
+    def miniature(self) -> bool:
+        """Whether the models are the miniature's, or random: then no number is a finding about real
+        models.
+        """
+        made = ("miniature:", "random:")
+        return any(base.source.startswith(made) for base in self.bases.values())
+
+    @property
+    def n_snapshots(self) -> int:
+        """How many snapshots are taken along a training: as many as weight averaging needs."""
+        averaged = (one for one in self.mitigations.values() if one.kind == "average")
+        return max((one.snapshots for one in averaged), default=0)
+
+    @property
+    def refusal_only(self) -> tuple[str, ...]:
+        """The benchmarks whose prompts about child abuse are asked for the probability of a
+        refusal.
+        """
+        asked = self.benchmarks.items()
+        return tuple(name for name, one in asked if one.child_abuse == "refusal probability")
+
+    def asked(self, formats: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the benchmarks of these formats."""
+        return tuple(name for name, one in self.benchmarks.items() if one.format in formats)
+
+    def bases_of(self, block: Block) -> tuple[str, ...]:
+        """The names of the base models that a block of the grid trains."""
+        return block.bases or tuple(self.bases)

@@ -1,0 +1,184 @@
+"""The variants that a study asks for: its base models, the cells of its grid, and their repairs."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from driftbook.study.content import Content
+from driftbook.study.methods import PEFT_METHODS, TEXT_INITS
+from driftbook.study.sections import Base, Block, Mitigation
+from driftbook.study.trainer_arguments import of_objective
+from driftbook.study.variants import Variant
+
+Way = tuple[str | None, float | None, int | None]  # data, learning rate and epochs
+
+
+def every_variant(study: Content) -> tuple[Variant, ...]:
+    """The base models themselves, then every cell of the grid once, then their repairs."""
+    found = {}
+    for name in study.bases:
+        every = [base_variant(study, name, n + 1) for n in range(study.base_repetitions)]
+        trained = {
+            block.name: list(_cells(study, name, block)) if name in study.bases_of(block) else []
+            for block in study.grid
+        }
+        every += itertools.chain.from_iterable(trained.values())
+        for label, mitigation in study.mitigations.items():
+            every += _repaired(study, name, label, mitigation, trained)
+        found |= {variant.run_id: variant for variant in every}
+    return tuple(found.values())
+
+
+def base_variant(study: Content, name: str, repetition: int = 1) -> Variant:
+    """The base model itself."""
+    base = study.bases[name]
+    return Variant(
+        base_model=name,
+        family=base.family,
+        method="none",
+        objective="none",
+        dataset=None,
+        n_train=None,
+        learning_rate=None,
+        epochs=None,
+        seed=None,
+        repetition=repetition,
+        init=None,
+        settings=json.dumps({"base": _of_base(base)}, sort_keys=True),
+        system_prompt=base.system_prompt,
+    )
+
+
+# ---- the grid
+def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
+    """The variants of a block on one base model."""
+    base = base_variant(study, name)
+    seeds = enumerate(block.seeds, 1)
+    cells = itertools.product(block.methods, block.objectives, block.epochs, seeds)
+    for method, objective, epochs, (repetition, seed) in cells:
+        inits = _inits(study, block, method)
+        for way, init in itertools.product(_ways(block, method, objective, epochs), inits):
+            data, rate, n_epochs = way
+            yield dataclasses.replace(
+                base,
+                method=method,
+                objective=objective,
+                dataset=data,
+                n_train=study.data[data].n if data else None,
+                learning_rate=rate,
+                epochs=n_epochs,
+                seed=seed,
+                repetition=repetition,
+                init=init,
+                settings=_settings(study, name, method, objective, data, init),
+            )
+
+
+def _ways(block: Block, method: str, objective: str, epochs: int) -> list[Way]:
+    if objective == "untrained":
+        return [(None, None, None)]
+    rates = block.learning_rates.get(method, ())
+    return [(data, rate, epochs) for data in block.data or (objective,) for rate in rates]
+
+
+def _inits(study: Content, block: Block, method: str) -> tuple[str | None, ...]:
+    if not PEFT_METHODS[method].inits:
+        return (None,)
+    return block.inits or (study.methods[method].get("init", "random"),)
+
+
+def _settings(
+    study: Content, name: str, method: str, objective: str, data: str | None, init: str | None
+) -> str:
+    """JSON of all that shapes an adapter and is not in the columns of a variant."""
+    given = study.methods[method].items()
+    settings = {
+        "base": _of_base(study.bases[name]),
+        "peft": {key: value for key, value in given if key != "init"},
+    }
+    if init in TEXT_INITS:
+        settings["init_texts"] = study.init_texts.model_dump(exclude={"path"}, mode="json")
+    if data:
+        settings |= _of_training(study, objective, data)
+    return json.dumps(settings, sort_keys=True)
+
+
+def _of_base(base: Base) -> dict[str, Any]:
+    asked = {"path", "answer_mode", "system_prompt", "pairs"}  # not part of the weights
+    return base.model_dump(exclude=asked, mode="json")
+
+
+def _of_training(study: Content, objective: str, data: str) -> dict[str, Any]:
+    """What a training depends on; a key that came later is in it only where it is used."""
+    training = study.training.model_dump(exclude={"tokens_per_batch", "arguments"}, mode="json")
+    if passed := of_objective(study.training.arguments, objective):
+        training["arguments"] = passed
+    examples = study.data[data]
+    left_out = {"path"} | (set() if examples.template else {"template"})
+    settings = {
+        "training": training,
+        "data": {"name": data, **examples.model_dump(exclude=left_out, mode="json")},
+    }
+    if study.drift and (study.drift.stop_unsafe or study.drift.stop_over_refusal):
+        settings["drift"] = study.drift.model_dump(mode="json")  # it may end the training
+    return settings
+
+
+# ---- repairs
+def _repaired(
+    study: Content, base: str, name: str, mitigation: Mitigation, trained: dict[str, list[Variant]]
+) -> Iterator[Variant]:
+    """The variants that a mitigation makes of the runs of its blocks, each run once."""
+    parents = {one.run_id: one for block in mitigation.blocks for one in trained[block]}
+    if mitigation.kind == "template" and parents:
+        itself = base_variant(study, base)  # what does the system prompt do to the base model?
+        parents = {itself.run_id: itself} | parents
+    safety = trained[mitigation.safety] if mitigation.safety else []
+    for parent in parents.values():
+        yield from _repairs(study, name, mitigation, parent, safety)
+
+
+def _repairs(
+    study: Content, name: str, mitigation: Mitigation, parent: Variant, safety: Sequence[Variant]
+) -> Iterator[Variant]:
+    """The variants that a mitigation makes of a run: one of each value, and of each of its
+    controls.
+    """
+    own = {"name": name, "kind": mitigation.kind, **mitigation.own}
+    if mitigation.pair:
+        pair, paths = study.bases[parent.base_model].pairs[mitigation.pair], {"path"}
+        hidden = {"aligned": paths, "unaligned": paths}
+        own["checkpoints"] = pair.model_dump(mode="json", exclude=hidden)
+    if mitigation.safety:
+        own["safety_run_id"] = _safety_run(name, mitigation, parent, safety).run_id
+    if mitigation.data:
+        own["examples"] = study.data[mitigation.data].model_dump(mode="json", exclude={"path"})
+    values, controls = mitigation.values or (None,), (None, *mitigation.controls)
+    for value, control in itertools.product(values, controls):
+        label = name if value is None else f"{name} {value:g}"
+        repair = {**own, "value": value, "control": control}
+        settings = json.loads(parent.settings) | {"mitigation": repair}
+        yield dataclasses.replace(
+            parent,
+            mitigation=label if control is None else f"{label}, {control}",
+            parent_run_id=parent.run_id,
+            settings=json.dumps(settings, sort_keys=True),
+            system_prompt=mitigation.system_prompt or parent.system_prompt,
+        )
+
+
+def _safety_run(
+    name: str, mitigation: Mitigation, parent: Variant, safety: Sequence[Variant]
+) -> Variant:
+    """The run of the safety block that goes with a parent: the same method and seed, else the same
+    repetition.
+    """
+    alike = [one for one in safety if one.method == parent.method]
+    for same in ("seed", "repetition"):
+        if found := [one for one in alike if getattr(one, same) == getattr(parent, same)]:
+            return found[0]
+    no_run = f"the block {mitigation.safety!r} has no run of {parent.method} on {parent.base_model}"
+    give = "give it the same methods and seeds"
+    raise ValueError(f"mitigation {name!r}: {no_run} with the seed {parent.seed}; {give}")
