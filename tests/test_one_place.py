@@ -21,7 +21,8 @@ def edited(tmp_path):
     """
     copy = tmp_path / "lib" / "driftbook"
     shutil.copytree(ROOT / "lib" / "driftbook", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "data", tmp_path / "data")
+    for name in ("data", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name)
 
     def run(code: str, *edits: tuple[str, str, str]) -> list[str]:
         for name, old, new in edits:
@@ -181,6 +182,56 @@ print(*hazards.coverage("mine", ["Malware", "other"]).iloc[0])
     )
     found = edited(code, ("benchmarks/judges.py", "JUDGES = {\n", entry), declared)
     assert found == ["[prompt] / [response] {'unsafe': 'bad'}", "Malware partly H1 Wares"]
+
+
+# ---- a PEFT method, and a mitigation: an entry each (of a mitigation, and its function)
+def test_a_peft_method(edited):
+    entry = (
+        'PEFT_METHODS = {\n    "mine": PeftMethod("My LoHa", "adapter", "LoHaConfig", "#123456"),\n'
+    )
+    code = """
+from bench import harness
+from driftbook.figures import drawing
+from driftbook.models import adapters
+from driftbook.study.methods import METHOD_CLASS, METHOD_LABELS
+
+study = harness.study(4, ["mine"])
+one = next(one for one in study.variants if one.objective == "sft")
+print(one.run_id.split(".")[1], METHOD_CLASS["mine"], METHOD_LABELS["mine"])
+print(drawing.COLOURS["mine"])
+print(type(adapters.config(one)).__name__, harness.settings_of("mine"))
+"""
+    found = edited(code, ("study/methods.py", "PEFT_METHODS = {\n", entry))
+    assert found[:2] == ["mine adapter My LoHa", "#123456"]
+    assert found[2].startswith("LoHaConfig {'target_modules': ['q_proj', 'v_proj']")
+
+
+def test_a_mitigation(edited):
+    entry = (
+        "MITIGATION_KINDS = {\n"
+        '    "mine": MitigationKind("Mine", "after", _LORA, ("values",), ("values",)),\n'
+    )
+    function = "def zero(one: Repair)"
+    code = """
+import copy
+from conftest import SMALL
+from driftbook.study.study_file import Study
+from driftbook.training import mitigations
+
+content = copy.deepcopy(SMALL)
+content["grid"][0]["methods"] = ["lora"]
+block = content["grid"][0]["name"]
+content["mitigations"] = {"again": {"kind": "mine", "blocks": [block], "values": [0.5]}}
+repaired = [one for one in Study(**content).variants if one.is_repaired]
+print(len(repaired), repaired[0].mitigation, getattr(mitigations, repaired[0].repair["kind"])(1))
+"""
+    made = f"def mine(one):\n    return one + 1\n\n\n{function}"
+    found = edited(
+        code,
+        ("study/methods.py", "MITIGATION_KINDS = {\n", entry),
+        ("training/mitigations.py", function, made),
+    )
+    assert found == ["2 again 0.5 2"]
 
 
 # ---- a base family of the miniature

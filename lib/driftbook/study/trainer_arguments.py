@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import textwrap
 from functools import cache
 from typing import Any
 
@@ -61,7 +62,7 @@ def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         try:
             config(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **given)
         except Exception as error:  # of any kind, and of many lines
-            said = str(error).strip().partition("\n")[0]
+            said = textwrap.shorten(str(error), 200)
             raise ValueError(f"TRL refuses {given}: {said}") from None
     return arguments
 
