@@ -168,7 +168,9 @@ def of_drawn(
         & every["decoding"].ne("greedy")
         & every["kind"].eq("harmful")
     ]
-    bases = variants[variants["method"].eq("none")].merge(
+    # a base model asked with a safety template is a variant of its own, not a repetition
+    plain = variants["method"].eq("none") & variants["mitigation"].isna()
+    bases = variants[plain].merge(
         arms.loc[arms["arm"].eq("base"), ["base_model", "base_run_id"]], on="base_model"
     )
     first, number = (

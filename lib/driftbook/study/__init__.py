@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "environment": ["versions"],
         "opening": ["opened"],
         "preregistration": ["deviations", "registered"],
+        "sections": ["Base"],
         "sources": ["locate"],
         "study_file": ["load"],
         "tables": ["greedy"],
