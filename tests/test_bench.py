@@ -97,7 +97,7 @@ def test_without_real_data_it_says_where_to_get_it(monkeypatch, capsys):
 def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared, monkeypatch):
     from bench import training
 
-    monkeypatch.setattr(training, "MOST", 200)  # tokens of an example
+    monkeypatch.setattr(training, "MOST", 500)  # tokens of an example
 
     shapes = {"small": harness.SHAPES["vocabulary of 8,192"]}
     table = found(training.speed(n=8, methods=("lora", "prompt_tuning"), shapes=shapes))

@@ -214,7 +214,7 @@ EDITS = {
     ("benchmarks/judging.py", "HAZARD_TOKENS"): ({"train", "judge"}, {"train", "judge"}),
     ("stats/laplace.py", "TOLERANCE"): ({"mixed_effects"}, set()),
     ("models/scoring.py", "TAIL"): (MODELS, MODELS),
-    ("study/sections.py", "COLUMNS"): (ALL, MODELS),
+    ("study/sections.py", "DATA_COLUMNS"): (ALL, MODELS),
     ("miniature/corpus.py", "REQUESTS"): ({"prepare"}, set()),  # and all else by the models' recipe
 }
 
@@ -313,7 +313,8 @@ def finished(copied):
     """A study of the copied project, of which every job has a mark of its present key."""
     text = (ROOT / "studies" / "miniature.yaml").read_text()
     path = copied / "studies" / "finished.yaml"
-    path.write_text(text.replace("name: miniature", "name: finished", 1))
+    name = f"finished{os.getpid()}"  # each process of the tests has one
+    path.write_text(text.replace("name: miniature", f"name: {name}", 1))
     study, now = load(path), time.time()
     assert plan.write(study) == ""
     order = ["prepare", *keys.STAGES, "collect", *keys.analyses(study), "report"]

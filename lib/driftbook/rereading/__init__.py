@@ -11,11 +11,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "category_model",
             "claims_sentence",
             "original_estimates",
-            "original_reading",
+            "read_original",
             "tests_sentence",
         ],
         "original_tests": ["largest_r"],
         "peft_front": ["peft_summary", "repeated"],
-        "peft_reading": ["peft_estimates", "peft_reading"],
+        "peft_reading": ["peft_estimates", "read_peft"],
     },
 )

@@ -48,7 +48,7 @@ class Reading:
         return estimates
 
 
-def original_reading(source: str = "") -> Reading:
+def read_original(source: str = "") -> Reading:
     """The study's data from a reduced folder or a checkout of its package; else from GitHub.
 
     Raises:

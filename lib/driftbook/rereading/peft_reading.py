@@ -30,7 +30,7 @@ class PeftReading:
         return {**made, "estimates": estimates, "note": peft_results.NOTE}
 
 
-def peft_reading(folder: str = "") -> PeftReading:
+def read_peft(folder: str = "") -> PeftReading:
     """The runs and curves of PEFT's result files: a local folder, else GitHub at a pinned commit.
 
     Raises:
