@@ -46,9 +46,8 @@ def edited(tmp_path):
 # ---- a benchmark format: its file, listed in formats.py, its name declared in study/sections.py
 LISTED = (
     "benchmarks/formats.py",
-    "\nFORMATS = {\n    one.name: one\n    for one in (\n",
-    "\nfrom driftbook.benchmarks.mine import MINE\n\nFORMATS = {\n    one.name: one\n"
-    "    for one in (\n        MINE,\n",
+    "\nFORMATS = {",
+    "\nfrom driftbook.benchmarks.mine import MINE\n\nFORMATS = {\n    MINE.name: MINE,",
 )
 STUDY = """
 import copy, pathlib

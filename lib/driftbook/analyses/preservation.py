@@ -50,7 +50,9 @@ class Doses:
     def rates_for(self, preset_kl: list[float]) -> pd.DataFrame:
         """The learning rates that would reach each dose, interpolated between those that ran."""
         rates = doses.rates_for_dose(self.usual, preset_kl)
-        index, columns = ["method", "objective"], ["dose", "base_model"]
+        several = rates["dataset"].nunique(dropna=False) > 1 or rates["epochs"].nunique() > 1
+        index = ["method", "objective", *(["dataset", "epochs"] if several else [])]
+        columns = ["dose", "base_model"]
         wide = rates.pivot(index=index, columns=columns, values="learning_rate").astype(float)
         return wide.map("{:.2g}".format, na_action="ignore")
 
