@@ -209,7 +209,7 @@ def test_what_depends_on_an_edit_or_on_a_changed_lost_or_torn_file_is_redone_and
     for name in ("answers", "ratings"):
         same = [table[name][table[name].run_id.isin(known - {changed})] for table in (now, was)]
         pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in same))
-    old, other = (table["answers"].query("run_id == @changed").p_a for table in (was, now))
+    old, other = ((rows := table["answers"])[rows.run_id == changed].p_a for table in (was, now))
     assert not other.reset_index(drop=True).equals(old.reset_index(drop=True))
 
 

@@ -81,7 +81,7 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
     mark = read_json(folders.folder(study, failed) / "train.done.json")
     assert "diverged" in one_sentence(mark["failure"])
     assert (
-        read_json(study.folder / "jobs/train/tiny-llama.json").keys()
+        read_json(study.folder / "jobs/train/tiny-llama.json")["runs"].keys()
         == done.index.to_frame().T.to_dict().keys()
     )
     assert jobs.failed_before(study, failed, "respond")

@@ -149,12 +149,8 @@ class Says:
     """A scorer whose answers are known."""
 
     def __init__(self, scorer, texts):
-        self.tokenizer, self.token_logprobs, self.ask, self.texts = (
-            scorer.tokenizer,
-            scorer.token_logprobs,
-            scorer.ask,
-            texts,
-        )
+        self.token_logprobs, self.texts = scorer.token_logprobs, texts
+        self.ask, self.answered = scorer.ask, scorer.answered
 
     def generate(self, prompts, most):
         return [types.SimpleNamespace(text=text) for text in self.texts]
