@@ -51,6 +51,11 @@ class MixedModels:
         own = {"notebook": "11_mixed_effects", "outcome": terms.UNSAFE, "benchmark": "safety"}
         self.names = {"study": tables.study.name, "judge": self.judge, **own}
 
+    @staticmethod
+    def converged(fit: MixedFit) -> bool:
+        """Whether a fit converged, or had nothing to converge to: no residual, so no interval."""
+        return fit.converged or any("no residual" in note for note in fit.notes)
+
     @cached_property
     def items(self) -> pd.DataFrame:
         """A row per run and harmful prompt; empty where all verdicts are alike or nothing was
