@@ -511,16 +511,19 @@ def test_drawn_answers_of_all_repetitions_stand_for_the_base_model():
     asked, arms, cells = _study_tables(0.2, 0.9)
     variants = pd.DataFrame(
         {
-            "run_id": ["b", "b2", "r1", "r2", "r3"],
+            "run_id": ["b", "b2", "asked with a template", "r1", "r2", "r3"],
             "base_model": "m",
-            "method": ["none", "none", *["lora"] * 3],
-            "repetition": [1, 2, 1, 2, 3],
+            "method": [*["none"] * 3, *["lora"] * 3],
+            "repetition": [1, 2, 1, 1, 2, 3],
+            "mitigation": [None, None, "template", None, None, None],
         }
     )
     drawn = asked.assign(decoding="temperature 1", unsafe=asked.arm.ne("base"))
-    second = drawn[drawn.run_id == "b"].assign(run_id="b2", unsafe=True)
+    own = drawn[drawn.run_id == "b"]
+    second = own.assign(run_id="b2", unsafe=True)
+    other = own.assign(run_id="asked with a template", unsafe=True)  # no repetition of the base
     found = outcomes.of_drawn(
-        pd.concat([drawn, second]), variants, arms, cells, study="s", notebook="n"
+        pd.concat([drawn, second, other]), variants, arms, cells, study="s", notebook="n"
     )
     assert set(found.benchmark) == {"safety, drawn at temperature 1"}
     assert found.query(
