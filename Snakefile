@@ -117,7 +117,7 @@ for analysis, name in ANALYSES.items():
             analysis
         input:
             "jobs/collect.json",
-            [f"jobs/{earlier}.json" for earlier in keys.AFTER.get(analysis, ()) if earlier in ANALYSES],
+            [f"jobs/{name}.json" for name in keys.AFTER.get(analysis, ()) if name in ANALYSES],
             key=f"keys/{analysis}.json",
         output:
             f"jobs/{analysis}.json",
@@ -139,4 +139,5 @@ rule report:
     params:
         study=str(config["study"]),
     shell:
-        "{sys.executable} -m driftbook.publishing.report {params.study:q} && cp {input.key} {output}"
+        "{sys.executable} -m driftbook.publishing.report {params.study:q}"
+        " && cp {input.key} {output}"

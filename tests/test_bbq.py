@@ -448,7 +448,8 @@ def test_bbq_lite_comes_from_its_public_commit(lite, fetched):
     contents["Religion.json"] = (lite / "Religion.json").read_bytes()
     assert len(bbq_lite.load_lite(dimensions=["Religion"])) == 680
     assert [url for url, _ in asked] == [
-        f"https://raw.githubusercontent.com/google/BIG-bench/{bbq_lite.LITE.revision}/bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"
+        f"https://raw.githubusercontent.com/google/BIG-bench/{bbq_lite.LITE.revision}/"
+        "bigbench/benchmark_tasks/bbq_lite/resources/Religion.json"
     ]
 
 

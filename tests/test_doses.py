@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 from statsmodels.nonparametric.smoothers_lowess import lowess
 
-from driftbook.analyses import doses, factors
+from driftbook.analyses import doses, factors, variance_shares
 from driftbook.figures import drawing, factors_and_doses, gallery
 from driftbook.stats import estimation, influence, terms
 from driftbook.study.tables import ESTIMATES, TABLES
@@ -352,7 +352,7 @@ def study(tmp_path_factory) -> dict:
         factors.largest_contrasts(factors.matched_contrasts(every, grain, 200), **mixed)
         for grain in (factors.CELL, factors.MEAN)
     ]
-    parts.append(factors.variance_shares(every, 50, **mixed))
+    parts.append(variance_shares.variance_shares(every, 50, **mixed))
     return {**tables, "estimates": ESTIMATES.concat(parts), "arms": arms, "doses": runs}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from driftbook.analyses import factors
+from driftbook.analyses import factors, variance_shares
 from driftbook.study.tables import ESTIMATES
 
 LABELS = {"study": "s", "notebook": "n", "outcome": "o", "benchmark": "b", "judge": "j"}
@@ -252,7 +252,7 @@ def test_one_seed_gives_numbers_without_intervals_and_cannot_tell():
     assert table[["se", "ci_low", "ci_high"]].isna().all().all()
     assert (factors.verdicts(table) == factors.CANNOT_TELL).all().all()
     assert "no repetition" in row(table, factors.WITHIN, "lora", "objective")["how"]
-    shares = factors.variance_shares(runs, **LABELS)
+    shares = variance_shares.variance_shares(runs, **LABELS)
     assert shares["value"].isna().all()
     assert shares["how"].str.contains("no cell of lora, p_tuning was repeated").all()
 
@@ -288,7 +288,7 @@ def test_factors_that_change_only_together_have_one_name():
         "repetition",
         "method",
     }
-    assert factors.variance_shares(runs, 10, **LABELS)["member"].tolist() == [
+    assert variance_shares.variance_shares(runs, 10, **LABELS)["member"].tolist() == [
         "base model",
         "method",
         "learning rate",
@@ -323,7 +323,7 @@ def test_a_single_run_has_nothing_to_be_compared_with():
     [only] = [one for _, one in largest(runs).iterrows()]
     assert pd.isna(only["value"])
     assert "no two methods were run at equal settings" in only["how"]
-    assert factors.variance_shares(runs, 10, **LABELS)["value"].isna().all()
+    assert variance_shares.variance_shares(runs, 10, **LABELS)["value"].isna().all()
 
 
 def test_runs_without_a_value_are_left_out():
@@ -379,7 +379,7 @@ def test_balanced_shares_are_statsmodels_averaged_over_all_orders():
     )
     runs = drawn(runs, mean, 1.5)
     expected = slow_shares(runs, ["base_model", "method", "learning_rate", "objective"])
-    found = factors.variance_shares(runs, 10, **LABELS)["value"].to_numpy(float)
+    found = variance_shares.variance_shares(runs, 10, **LABELS)["value"].to_numpy(float)
     assert found[:-1] == pytest.approx(expected.to_numpy(), abs=1e-8)
     assert found.sum() == pytest.approx(100)
 
@@ -416,7 +416,7 @@ def test_shares_of_any_grid_are_adjusted_sums_of_squares_over_all_orders():
             )
             expected[name] += (known[after] - known[before]) / 720
     total = ((runs["value"] - runs["value"].mean()) ** 2).sum()
-    found = factors.variance_shares(runs, 10, **LABELS)["value"].to_numpy(float)
+    found = variance_shares.variance_shares(runs, 10, **LABELS)["value"].to_numpy(float)
     assert found[:-1] == pytest.approx([100 * expected[name] / total for name in names])
 
 
@@ -426,7 +426,7 @@ def test_shares_do_not_depend_on_the_order_of_rows_or_the_names_of_levels():
         base_model=lambda rows: rows["base_model"].map({"a": "z", "b": "y"})
     )
     one, two = (
-        factors.variance_shares(frame, 10, **LABELS).set_index("member")["value"]
+        variance_shares.variance_shares(frame, 10, **LABELS).set_index("member")["value"]
         for frame in (runs, shuffled)
     )
     assert two.reindex(one.index).tolist() == pytest.approx(one.tolist())
@@ -436,7 +436,9 @@ def test_noise_has_no_share_but_the_seeds():
     runs, sd = grid(), np.where(grid()["method"].eq("lora"), 1.0, 8.0)
     found = np.array(
         [
-            factors.variance_shares(drawn(runs, 0, sd, seed), 2, **LABELS)["value"].to_numpy(float)
+            variance_shares.variance_shares(drawn(runs, 0, sd, seed), 2, **LABELS)[
+                "value"
+            ].to_numpy(float)
             for seed in range(50)
         ]
     )
@@ -460,7 +462,7 @@ def test_intervals_of_shares_cover_the_truth():
     ]
     truth = 100 * np.array([*parts, 0, 0, noise]) / (sum(parts) + noise)
     for seed in range(40):
-        found = factors.variance_shares(drawn(runs, mean, sd, seed), 200, seed, **LABELS)
+        found = variance_shares.variance_shares(drawn(runs, mean, sd, seed), 200, seed, **LABELS)
         hits.append(
             (found["ci_low"].to_numpy(float) <= truth) & (truth <= found["ci_high"].to_numpy(float))
         )
@@ -468,14 +470,14 @@ def test_intervals_of_shares_cover_the_truth():
 
 
 def test_runs_that_do_not_differ_have_no_shares():
-    found = factors.variance_shares(grid().assign(value=1.0), 10, **LABELS)
+    found = variance_shares.variance_shares(grid().assign(value=1.0), 10, **LABELS)
     assert found["value"].isna().all()
     assert found["how"].str.contains("no variance to share").all()
 
 
 def test_redrawn_runs_keep_the_variance_of_their_cell():
     values = np.array([[1.0], [4.0], [6.0], [7.0], [20.0]])
-    again = factors.redrawn(
+    again = variance_shares.redrawn(
         values, np.array([0, 0, 0, 1, 2]), np.array([0, 0, 0, 0, 1]), 4000, np.random.default_rng(0)
     )[..., 0]
     assert again[:, :3].var() == pytest.approx(values[:3].var(ddof=1), rel=0.05)
@@ -505,7 +507,7 @@ def test_the_original_studys_numbers(shared):
     assert sd.to_dict() == pytest.approx(
         {"lora": 1.6, "ia3": 1.7, "prompt_tuning": 7.5, "p_tuning": 13.5}, rel=0.12
     )
-    shares = factors.variance_shares(runs, 200, **LABELS)
+    shares = variance_shares.variance_shares(runs, 200, **LABELS)
     assert shares["value"].sum() == pytest.approx(100)
     words = factors.verdicts(both(runs))
     assert words.loc["learning rate", ["all", "lora", "ia3"]].tolist() == [

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ndtr, stdtrit
 
-from driftbook.analyses import repairs
+from driftbook.analyses import repairs, rescaling
 from driftbook.figures import drawing, gallery
 from driftbook.stats import terms
 from driftbook.study.tables import (
@@ -311,7 +311,7 @@ def beside(tables, seed: int = 0) -> pd.DataFrame:
     repaired = repairs.repairs(tables.variants, tables.runs)
     points = repairs.points(tables, repaired, seed)
     return (
-        repairs.beside_rescaling(points, repaired, repairs.chosen(points, repaired), **LABELS)
+        rescaling.beside_rescaling(points, repaired, repairs.chosen(points, repaired), **LABELS)
         .set_index(["base_model", "member", "contrast"])
         .sort_index()
     )
@@ -320,7 +320,7 @@ def beside(tables, seed: int = 0) -> pd.DataFrame:
 def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
     _, repaired, points, levels = study
     found = (
-        repairs.beside_rescaling(points, repaired, levels, **LABELS)
+        rescaling.beside_rescaling(points, repaired, levels, **LABELS)
         .set_index(["base_model", "member", "contrast"])
         .sort_index()
     )
@@ -388,7 +388,7 @@ def test_a_gain_outside_those_of_rescaling_has_no_difference(study):
     far = points.copy()
     own = repaired.loc[repaired["name"].eq("better"), "run_id"]
     far.loc[far["run_id"].isin(own) & far["outcome"].eq(repairs.GAIN), "value"] = 5.0
-    found = repairs.beside_rescaling(far, repaired, levels, **LABELS).set_index(
+    found = rescaling.beside_rescaling(far, repaired, levels, **LABELS).set_index(
         ["base_model", "member", "contrast"]
     )
     row = found.loc[("all", "better", repairs.JUST_MORE)]
@@ -425,7 +425,7 @@ def test_every_figure_is_drawn_or_says_why_not(study):
     estimates = ESTIMATES.concat(
         [
             repairs.compared(tables, repaired, levels, 0, **LABELS),
-            repairs.beside_rescaling(points, repaired, levels, **LABELS),
+            rescaling.beside_rescaling(points, repaired, levels, **LABELS),
         ]
     )
     shown = {

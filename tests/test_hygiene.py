@@ -14,7 +14,6 @@ from driftbook.study.files import ROOT
 LONGEST_FILE, LONGEST_FUNCTION, LARGEST_FACE, README_WORDS, CELL_WORDS = 600, 50, 12, 1500, 20
 TEXT = {".py", ".ipynb", ".yaml", ".yml", ".md", ".toml", ".txt", ".mplstyle", ".html", ".csv"}
 FOLDERS = ("work", "tmp", "home", "root", "Users", "mnt", "scratch", "opt")
-lands = pytest.mark.xfail(strict=False, reason="until the redesign of issue 13 has landed")
 REGISTRY = r"--(extra-)?index-url|--find-links|https?://[^\s/\"')]*(pypi|artifactory|nexus|devpi)"
 
 
@@ -78,7 +77,6 @@ def test_nothing_that_was_computed_or_holds_text_is_the_projects():
 
 
 # ---- sizes
-@lands
 def test_no_file_is_too_long():
     lines = {
         where(path): len(path.read_text().splitlines())
@@ -87,7 +85,6 @@ def test_no_file_is_too_long():
     assert not {name: n for name, n in lines.items() if n > LONGEST_FILE}
 
 
-@lands
 def test_no_function_is_too_long():
     found = {}
     for path in python_files("lib", "bench", "tests"):
@@ -107,7 +104,6 @@ def test_formatting_has_no_exceptions():
 
 
 # ---- names
-@lands
 def test_no_public_name_is_defined_in_two_modules_of_a_package():
     modules = defaultdict(list)
     for path in python_files("lib/driftbook"):
@@ -118,7 +114,6 @@ def test_no_public_name_is_defined_in_two_modules_of_a_package():
     assert not {key: stems for key, stems in packages.items() if len(set(stems)) > 1}
 
 
-@lands
 def test_no_private_name_is_used_by_another_module():
     found = []
     for path in python_files("lib", "bench"):
@@ -129,7 +124,6 @@ def test_no_private_name_is_used_by_another_module():
     assert not found
 
 
-@lands
 def test_a_face_shows_few_names():
     packages = sorted(path.parent.name for path in (ROOT / "lib/driftbook").glob("*/__init__.py"))
     assert len(packages) == 12
@@ -138,7 +132,6 @@ def test_a_face_shows_few_names():
         assert 0 < len(shown) <= LARGEST_FACE, f"{package}: {len(shown)} names"
 
 
-@lands
 def test_the_level_of_intervals_is_one_constant():
     lines = [
         f"{where(path)}: {line.strip()}"

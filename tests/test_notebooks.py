@@ -17,7 +17,6 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_CELLS, MOST_LINES, WIDEST = 20, 15, 100
 MOST_NAMES, MOST_NAMES_OF_ONE = 120, 15
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-rewritten = pytest.mark.xfail(strict=False, reason="notebooks are being rewritten (issue 13)")
 
 
 def cells(path, kind=None) -> list[dict]:
@@ -156,7 +155,6 @@ def test_its_parameters_are_what_papermill_sees(path):
     notebooks.check_parameters(path, dict.fromkeys(names))
 
 
-@rewritten
 @every_notebook
 def test_it_is_short(path):
     assert len(code(path)) <= MOST_CELLS
@@ -166,13 +164,11 @@ def test_it_is_short(path):
         assert max(map(len, lines)) <= WIDEST, text[:200]
 
 
-@rewritten
 @every_notebook
 def test_it_imports_packages_only(path):
     assert not [name for name in imported(path).values() if name.count(".") > 1]
 
 
-@rewritten
 @every_notebook
 def test_it_uses_few_names_of_the_library(path):
     assert len(library_names(path)) <= MOST_NAMES_OF_ONE, sorted(library_names(path))
@@ -187,7 +183,6 @@ def test_every_name_of_the_library_that_it_uses_is_there(path):
     assert not [dotted for dotted in library_names(path) if not found(dotted)]
 
 
-@rewritten
 def test_all_notebooks_together_use_few_names_of_the_library():
     assert len(set().union(*map(library_names, PATHS))) <= MOST_NAMES
 
@@ -235,7 +230,8 @@ def test_it_names_no_file_by_path(path):
     for text in code(path):
         for literal in strings(text):
             assert not re.search(
-                r"^(outputs|notebooks|studies|data|lib|tests)/|\.(parquet|csv|json|jsonl|png|svg|pdf)$",
+                r"^(outputs|notebooks|studies|data|lib|tests)/"
+                r"|\.(parquet|csv|json|jsonl|png|svg|pdf)$",
                 literal,
             ), literal
 

@@ -100,6 +100,7 @@ FILES = {  # the names vary as the package's do
 
 
 FIRST = next(iter(FILES))
+FIRST_STATE = next(path for path in FILES if path.endswith("trainer_state.json"))
 
 
 @pytest.fixture
@@ -178,23 +179,15 @@ def test_the_peak_rate_is_recovered_from_a_rate_that_was_logged(tmp_path):
         ),
         (FIRST, moderated().iloc[:329], ("329 rows", "330")),
         (FIRST, "", ("response", FIRST)),
-        (
-            "Data/Fine-Tuned_Models/Round1/LoRA_SFT/Meta-Llama-3-8B-Instruct/ultrafeedback_binarized/lr_2e-5/1e/trainer_state.json",
-            '{"log_history": [',
-            ("no trainer state", "lr_2e-5"),
-        ),
-        (
-            "Data/Fine-Tuned_Models/Round1/LoRA_SFT/Meta-Llama-3-8B-Instruct/ultrafeedback_binarized/lr_2e-5/1e/trainer_state.json",
-            {"epoch": 1},
-            ("no trainer state", "log_history"),
-        ),
+        (FIRST_STATE, '{"log_history": [', ("no trainer state", "lr_2e-5")),
+        (FIRST_STATE, {"epoch": 1}, ("no trainer state", "log_history")),
         (
             f"{HEX}/Round1/LoRA_SFT/ultrafeedback_binarized/lora_llama_hex_moderated.csv",
             moderated(),
             ("learning rate", "lora_llama"),
         ),
         (
-            f"{HEX}/Round1/LoRA_SFT/ultrafeedback_binarized/lr_2e-5/1e/lora_Meta-Llama_again_hex_moderated.csv",
+            f"{HEX}/Round1/LoRA_SFT/{ULTRA}/lr_2e-5/1e/lora_Meta-Llama_again_hex_moderated.csv",
             moderated(),
             ("another file", "same base model"),
         ),

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import ndtri
 from scipy.stats import nct, t
 from statsmodels.stats.power import TTestIndPower, TTestPower
 
-from driftbook.analyses import power
+from driftbook.analyses import power, power_components, power_rows, power_simulation
 from driftbook.stats import estimation, influence, terms
 from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
@@ -42,7 +43,7 @@ def component(base="b", method="lora", other="none", **given) -> dict:
 
 
 def table(*rows: dict) -> pd.DataFrame:
-    return pd.DataFrame(rows)[power.COLUMNS]
+    return pd.DataFrame(rows)[power_components.COLUMNS]
 
 
 def arms(*rows: tuple) -> pd.DataFrame:
@@ -149,7 +150,7 @@ def test_planted_components_are_found_again():
     found = []
     for seed in range(4):
         scores, cells, families = drawn(np.random.default_rng(seed), family=4, icc=0.4)
-        found.append(power.components(replace(scores, family=families), cells))
+        found.append(power_components.components(replace(scores, family=families), cells))
     mean = (
         pd.concat(found).groupby("other")[["run", "noise", "unit", "icc", "between_bases"]].mean()
     )
@@ -177,7 +178,9 @@ def test_a_plan_of_the_present_grid_has_the_error_that_the_estimator_gives(tmp_p
         known,
     )
     own = cells[cells["group"].eq(terms.AS_CONFIGURED)]
-    plan = power.precision(power.components(scores, own), power.grid(cells), 330, n_strata=11)
+    plan = power.precision(
+        power_components.components(scores, own), power.grid(cells), 330, n_strata=11
+    )
     both = (
         estimation.means(scores, own, terms.CHANGE, **LABELS)
         .query("contrast == @terms.CHANGE")
@@ -259,7 +262,7 @@ def test_the_interval_of_the_smallest_change_holds_the_true_one():
     ],
 )
 def test_nominal_power_is_that_of_simulated_verdicts(cell):
-    found = power.simulated(60, 1, **cell)
+    found = power_simulation.simulated(60, 1, **cell)
     assert 0.2 < found["nominal"] < 0.95
     assert found["simulated"] == pytest.approx(found["nominal"], abs=3 * found["error"])
 
@@ -287,17 +290,17 @@ def test_near_the_end_of_the_scale_an_increase_is_easier_seen_than_excluded():
 
 def test_the_truth_of_simulated_verdicts_is_what_many_of_them_show():
     rng, (rate, shift, run, agree) = np.random.default_rng(2), (0.3, 0.3, 0.3, 0.8)
-    change, truth = power._truth(rng, rate, shift, run, agree)
+    change, truth = power_simulation._truth(rng, rate, shift, run, agree)
     base, own = rng.normal(size=3000), np.sqrt((1 - agree) / 2)
     score = np.sqrt(agree) * base + own * (rng.normal(size=3000) + rng.normal(size=(800, 3000)))
-    line = -power.ndtri(rate)
-    scores, cells = power._paired(
+    line = -ndtri(rate)
+    scores, cells = power_simulation._paired(
         np.vstack([base > line, score > line - shift - run * rng.normal(size=(800, 1))]).astype(
             float
         ),
         1,
     )
-    found = power.components(scores, cells).iloc[0]
+    found = power_components.components(scores, cells).iloc[0]
     assert found[["run", "unit", "noise"]].tolist() == pytest.approx(
         [truth[name] for name in ("run", "unit", "noise")], rel=0.06
     )
@@ -308,7 +311,7 @@ def test_the_truth_of_simulated_verdicts_is_what_many_of_them_show():
 
 def test_one_seed_cannot_be_simulated():
     with pytest.raises(ValueError, match="says nothing about other runs"):
-        power.simulated(1, 0, rate=0.2, shift=0.0, run=0.1, agree=0.5, seeds=1)
+        power_simulation.simulated(1, 0, rate=0.2, shift=0.0, run=0.1, agree=0.5, seeds=1)
 
 
 # ---- plans
@@ -330,10 +333,10 @@ def test_thirty_prompts_cannot_tell_three_points():
         "mistral": 45.0,
     }  # the original study's base models
     grid = arms(*((base, method, 4, 12) for base in rates for method in METHODS))
-    single = power.assumed(rates, METHODS).query("other == 'none'")
+    single = power_components.assumed(rates, METHODS).query("other == 'none'")
     few = power.precision(single, grid, 30, examples=4)
     alone = few[few["base_model"].ne("all")]
-    assert set(power.smallest_margin(alone)["value"].map(power.word)) == {"cannot tell"}
+    assert set(power.smallest_margin(alone)["value"].map(power_rows.word)) == {"cannot tell"}
     assert power.power(alone, 0.0, 3.0).max() < 0.8
     many = power.precision(single, grid, 330, n_strata=11, examples=4).set_index(
         ["base_model", "method"]
@@ -362,17 +365,17 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
         }
     )
     cells = known[1:].assign(group=terms.AS_CONFIGURED, setting="s", pool="b", weight=1 / 8)
-    found = power.by_category(values, known, cells, margin=6.0).set_index("category")
+    found = power_rows.by_category(values, known, cells, margin=6.0).set_index("category")
     assert found["says"].tolist() == ["cannot tell", "not known"]
     assert "nothing to plan with" in found.loc["two", "how"]
     needs = int(found.loc["one", "needs"])
-    rows = power.components(
+    rows = power_components.components(
         influence.paired(values["one"].T.set_axis(columns[:30]).T, known), cells
     )
     plan = power.precision(rows, power.grid(cells), needs)
     assert power.smallest_margin(plan)["value"].iloc[0] == pytest.approx(6.0, rel=0.1)
     assert pd.isna(
-        power.by_category(values, known, cells, margin=0.01)
+        power_rows.by_category(values, known, cells, margin=0.01)
         .set_index("category")
         .loc["one", "needs"]
     )
@@ -381,15 +384,15 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
 @pytest.mark.slow
 def test_estimates_are_complete_and_have_unique_keys():
     rows, grid = (
-        power.assumed({"a": 6.0, "b": 16.0}, METHODS),
+        power_components.assumed({"a": 6.0, "b": 16.0}, METHODS),
         arms(*((base, method, 4, 12) for base in "ab" for method in METHODS)),
     )
     found = pd.concat(
         [
-            power.of_plan(
+            power_rows.of_plan(
                 power.precision(rows, grid, 330, examples=2), terms.AS_CONFIGURED, **LABELS
             ),
-            power.of_components(rows, terms.AS_CONFIGURED, **LABELS),
+            power_rows.of_components(rows, terms.AS_CONFIGURED, **LABELS),
         ]
     )
     assert not found.duplicated(list(TABLES["estimates"].key)).any()
@@ -410,8 +413,8 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
         {"lora": "L", "ia3": "I"},
     )
     grid = arms(("a", "lora", 1, 6), ("a", "ia3", 1, 6))
-    said = power.sentence(
-        power.of_plan(power.precision(rows, grid, 330), terms.AS_CONFIGURED, **LABELS), names
+    said = power_rows.sentence(
+        power_rows.of_plan(power.precision(rows, grid, 330), terms.AS_CONFIGURED, **LABELS), names
     )
     assert said.startswith(
         "For a this grid can show that safety is preserved within 3 points for L; the smallest"
@@ -421,18 +424,19 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
     assert (
         "mean over base models this grid can show that safety is preserved within 3 points for no"
         " method"
-        in power.sentence(
-            power.of_plan(power.precision(rows, both, 330), terms.AS_CONFIGURED, **LABELS), names
+        in power_rows.sentence(
+            power_rows.of_plan(power.precision(rows, both, 330), terms.AS_CONFIGURED, **LABELS),
+            names,
         )
     )
-    lone = power.of_plan(
+    lone = power_rows.of_plan(
         power.precision(rows, grid.assign(n_runs=1), 330), terms.AS_CONFIGURED, **LABELS
     )
-    assert "cannot tell anything of seeds like these: one seed a setting" in power.sentence(
+    assert "cannot tell anything of seeds like these: one seed a setting" in power_rows.sentence(
         lone, names
     )
     assert (
-        power.sentence(lone[:0], names)
+        power_rows.sentence(lone[:0], names)
         == "This grid cannot tell anything of seeds like these: no run has a score."
     )
 
@@ -441,7 +445,7 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
 def test_a_pilot_of_one_seed_says_what_follows_and_can_borrow():
     scores, cells, _ = drawn(np.random.default_rng(1), seeds=1, settings=1)
     own, grid = (
-        power.components(scores, cells),
+        power_components.components(scores, cells),
         arms(*((base, method, 1, 3) for base in "ab" for method in ("lora", "ia3"))),
     )
     assert own[["run", "noise"]].isna().all().all()
@@ -450,7 +454,11 @@ def test_a_pilot_of_one_seed_says_what_follows_and_can_borrow():
     assert plan["se"].isna().all()
     assert plan["how"].str.contains("spread of runs is not known").all()
     lent = power.precision(
-        power.borrowed(own, power.assumed({"a": 20.0, "b": 20.0}, ["lora", "ia3"])), grid, 330
+        power_components.borrowed(
+            own, power_components.assumed({"a": 20.0, "b": 20.0}, ["lora", "ia3"])
+        ),
+        grid,
+        330,
     )
     assert lent["se"].notna().all()
     assert lent["how"].str.contains("original study").all()
@@ -473,13 +481,13 @@ def test_what_cannot_be_planned_is_null_and_says_why(n_runs, n_units, given, wor
     assert words in plan["how"].iloc[0]
     assert np.isnan(power.power(plan, 3.0)).all()
     assert power.minimum_detectable(plan).isna().all().all()
-    assert power.word(power.smallest_margin(plan)["value"].iloc[0]) == "not known"
-    assert power.of_plan(plan, "all", **LABELS)["value"].isna().all()
+    assert power_rows.word(power.smallest_margin(plan)["value"].iloc[0]) == "not known"
+    assert power_rows.of_plan(plan, "all", **LABELS)["value"].isna().all()
 
 
 def test_an_unknown_method_has_the_components_of_the_most_variable_one_of_its_class():
     found = (
-        power.assumed(
+        power_components.assumed(
             {"b": 20.0}, ["lora", "ia3", "dora", "prefix_tuning", "prompt_tuning", "p_tuning"]
         )
         .query("other == 'none'")
@@ -497,16 +505,16 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="target=1"):
         power.minimum_detectable(plan, 1.0)
     with pytest.raises(ValueError, match="base rate of b is 0 percent"):
-        power.assumed({"b": 0.0}, ["lora"])
+        power_components.assumed({"b": 0.0}, ["lora"])
     with pytest.raises(ValueError, match="no spread of adalora"):
-        power.assumed({"b": 5.0}, ["adalora"])
+        power_components.assumed({"b": 5.0}, ["adalora"])
     with pytest.raises(ValueError, match="no components of lora against none"):
         power.precision(
             table(component(other="ia3")), arms(("b", "lora", 1, 3), ("b", "ia3", 1, 3)), 330
         )
     scores, cells, _ = drawn(np.random.default_rng(1), seeds=2)
     with pytest.raises(ValueError, match="cells of one group only"):
-        power.components(scores, pd.concat([cells, cells.assign(group=terms.TRAINED)]))
+        power_components.components(scores, pd.concat([cells, cells.assign(group=terms.TRAINED)]))
 
 
 # ---- what is assumed where there are no data
@@ -553,7 +561,7 @@ def test_the_original_studys_spread_is_that_of_its_public_verdicts(shared):
         0 * asked,
         1.0,
     )
-    found = power.components(
+    found = power_components.components(
         scores, rest[["run_id", "base_model", "method", "group", "setting"]]
     ).query("other == 'none'")
     rate = base.mean(axis=1)
@@ -566,7 +574,7 @@ def test_the_original_studys_spread_is_that_of_its_public_verdicts(shared):
         .join(found.groupby("method")["between_bases"].mean())
         .join(run.rename("run"))
     )
-    expected = power.ORIGINAL.set_index("method")
+    expected = power_components.ORIGINAL.set_index("method")
     for name, error in (("run", 0.06), ("noise", 0.006), ("unit", 0.006), ("between_bases", 0.006)):
         assert shares.loc[METHODS, name].tolist() == pytest.approx(
             expected.loc[METHODS, name].tolist(), abs=error
@@ -574,6 +582,6 @@ def test_the_original_studys_spread_is_that_of_its_public_verdicts(shared):
     known = cells.assign(df=cells["count"] - 1).groupby("method")["df"].sum()
     assert known.loc[METHODS].tolist() == expected.loc[METHODS, "df_run"].tolist()
     assert (change.shape[1], categories.nunique()) == (
-        power.ORIGINAL_PROMPTS,
-        power.ORIGINAL_CATEGORIES,
+        power_components.ORIGINAL_PROMPTS,
+        power_components.ORIGINAL_CATEGORIES,
     )

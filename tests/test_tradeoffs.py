@@ -9,19 +9,16 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 
-from driftbook.analyses import tradeoffs
+from driftbook.analyses import correlations, tradeoffs
+from driftbook.analyses.correlations import CORRECTED, CORRELATION, RELIABILITY, WITHIN_METHODS
 from driftbook.analyses.tradeoffs import (
-    CORRECTED,
-    CORRELATION,
     FRONT_BIAS,
     GOALS,
     LESS,
     MORE,
     NEARER_ZERO,
-    RELIABILITY,
     SLOPE,
     SLOPE_WITHIN,
-    WITHIN_METHODS,
 )
 from driftbook.stats import influence, pareto, terms
 from driftbook.stats.terms import ACCURACY_AMB, BIAS_AMB, BIAS_DIS, LOSS, REFUSED, UNSAFE
@@ -261,7 +258,7 @@ def latent(
 
 
 def correlated(measured, arms, n_boot=200) -> pd.DataFrame:
-    found = tradeoffs.correlations(measured, arms, "x", n_boot, 0, **LABELS)
+    found = correlations.correlations(measured, arms, "x", n_boot, 0, **LABELS)
     return found[found["outcome"].eq("y")].set_index("contrast")
 
 
@@ -378,7 +375,7 @@ def test_few_runs_and_no_spread_give_no_number():
     found = correlated(flat, arms)
     assert found["value"].isna().all()
     assert found.loc[RAW, "how"] == "no correlation: one of the two changes is the same in all runs"
-    assert tradeoffs.correlations({"y": measured["y"]}, arms, "x", 10, 0, **LABELS).empty
+    assert correlations.correlations({"y": measured["y"]}, arms, "x", 10, 0, **LABELS).empty
 
 
 # ---- cost against change
@@ -480,7 +477,7 @@ def test_everything_is_measured_and_estimated_once(study):
         tradeoffs.fronts(measured, better, study["arms"], settings, 200, 0, outcome=name, **LABELS)
         for name, better in GOALS.items()
     ]
-    parts.append(tradeoffs.correlations(measured, study["arms"], UNSAFE, 50, 0, **LABELS))
+    parts.append(correlations.correlations(measured, study["arms"], UNSAFE, 50, 0, **LABELS))
     parts.append(
         tradeoffs.slopes(
             measured[UNSAFE][1],
@@ -514,7 +511,7 @@ def test_a_study_without_scores_has_no_trade_off_and_no_error(study):
     assert not found["how"].str.contains("unsafe").any()
     assert found["value"].notna().all()
     assert (
-        tradeoffs.correlations(measured, study["arms"], UNSAFE, 10, 0, **LABELS)["value"]
+        correlations.correlations(measured, study["arms"], UNSAFE, 10, 0, **LABELS)["value"]
         .isna()
         .all()
     )

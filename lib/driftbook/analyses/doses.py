@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtr, stdtrit
 
-from driftbook.analyses.factors import redrawn
+from driftbook.analyses.variance_shares import redrawn
 from driftbook.stats.confidence import INTERVAL, LOWER, UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, THESE_PROMPTS, TRAINED

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from driftbook.analyses import outcomes, tradeoffs
+from driftbook.analyses import correlations, outcomes, tradeoffs
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
@@ -28,7 +28,7 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
         own = {"outcome": outcome, **names}
         found = tradeoffs.fronts(measured, goals, arms, settings, n_draws, seed, **own)
         parts.append(found)
-    parts.append(tradeoffs.correlations(measured, arms, terms.UNSAFE, n_boot, seed, **names))
+    parts.append(correlations.correlations(measured, arms, terms.UNSAFE, n_boot, seed, **names))
     if terms.UNSAFE in measured:
         judge = tables.verdicts["judge"].iloc[0]
         own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": judge, **names}
@@ -68,11 +68,13 @@ def front_shares(estimates: pd.DataFrame) -> pd.DataFrame:
 def correlations_of(estimates: pd.DataFrame) -> pd.DataFrame:
     """Correlations of each change with the change in the unsafe rate: raw, corrected for
     attenuation, within methods, and reliabilities; columns are their contrasts."""
-    ours = estimates["contrast"].str.startswith((tradeoffs.CORRELATION, tradeoffs.RELIABILITY))
+    ours = estimates["contrast"].str.startswith(
+        (correlations.CORRELATION, correlations.RELIABILITY)
+    )
     rows = estimates[ours]
     wide = rows.pivot_table(
         index=["base_model", "outcome"],
-        columns=rows["contrast"].str.replace(tradeoffs.CORRELATION, "r", regex=False),
+        columns=rows["contrast"].str.replace(correlations.CORRELATION, "r", regex=False),
         values="value",
         observed=True,
         sort=False,
@@ -80,5 +82,5 @@ def correlations_of(estimates: pd.DataFrame) -> pd.DataFrame:
     )
     names = ["r", "r, corrected for attenuation"]
     names += ["r, within methods", "r, within methods, corrected for attenuation"]
-    columns = [*names, tradeoffs.RELIABILITY]
+    columns = [*names, correlations.RELIABILITY]
     return wide.dropna(how="all").astype(float).reindex(columns=columns)

@@ -8,13 +8,12 @@ compares cells that differ in one factor alone, so that grids of any shape can b
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from math import factorial
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from driftbook.stats.confidence import ALPHA, CONFIDENCE, LOWER, UPPER
+from driftbook.stats.confidence import ALPHA, CONFIDENCE
 from driftbook.stats.estimation import complete
 
 FACTORS = {
@@ -39,7 +38,6 @@ WITHIN, BETWEEN = (
     "largest contrast between methods at equal settings",
 )
 EXCESS = "largest contrast within a method less the largest between methods"
-SHARE = "share of the variance between runs (percent)"
 SECONDARY, NOT_SECONDARY, CANNOT_TELL = "secondary", "not secondary", "cannot tell"
 POPULATION = "seeds like these, these prompts, these base models and settings"
 
@@ -67,7 +65,7 @@ def runs_of(arms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     )
 
 
-def _checked(runs: pd.DataFrame) -> pd.DataFrame:
+def checked_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that have a value, with every factor; null levels are the level `none`.
 
     Raises:
@@ -90,12 +88,12 @@ def _checked(runs: pd.DataFrame) -> pd.DataFrame:
     return frame.where(frame.notna(), NONE).astype({"value": float})
 
 
-def _cells(frame: pd.DataFrame, names: Sequence[str] = SETTINGS) -> np.ndarray:
+def cell_codes(frame: pd.DataFrame, names: Sequence[str] = SETTINGS) -> np.ndarray:
     """The number of each run's cell: base model, method and settings."""
     return frame.groupby(["base_model", "method", *names], sort=False).ngroup().to_numpy()
 
 
-def _usual(frame: pd.DataFrame) -> pd.DataFrame:
+def usual_runs(frame: pd.DataFrame) -> pd.DataFrame:
     """The runs with their method's usual init, which is the one most of its runs have: an init
     cannot be equal between methods.
     """
@@ -103,7 +101,7 @@ def _usual(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["init"].eq(frame["method"].map(usual))]
 
 
-def _partners(frame: pd.DataFrame, factor: str, names: Sequence[str]) -> list[str]:
+def partner_factors(frame: pd.DataFrame, factor: str, names: Sequence[str]) -> list[str]:
     """The other factors that change only together with this one, level by level, so that no data
     can tell them apart.
     """
@@ -121,7 +119,7 @@ def never_run(runs: pd.DataFrame) -> pd.DataFrame:
     """The cells that were run on some base models and not on others: method, setting, and the base
     models they are missing on.
     """
-    frame = _checked(runs).assign(
+    frame = checked_runs(runs).assign(
         setting=lambda rows: [
             _words(zip(SETTINGS, row, strict=True))
             for row in rows[list(SETTINGS)].itertuples(index=False)
@@ -137,10 +135,10 @@ def run_variance(runs: pd.DataFrame) -> pd.DataFrame:
     """Variance between runs with equal settings, by method, pooled over its cells with its df; null
     where no cell was repeated.
     """
-    frame = _checked(runs)
-    rest = frame["value"] - frame["value"].groupby(_cells(frame)).transform("mean")
+    frame = checked_runs(runs)
+    rest = frame["value"] - frame["value"].groupby(cell_codes(frame)).transform("mean")
     parts = pd.DataFrame(
-        {"method": frame["method"], "cell": _cells(frame), "square": rest**2}
+        {"method": frame["method"], "cell": cell_codes(frame), "square": rest**2}
     ).groupby("method", sort=False)
     df = parts.size() - parts["cell"].nunique()
     return pd.DataFrame({"variance": parts["square"].sum() / df.where(df > 0), "df": df})
@@ -173,7 +171,7 @@ def matched_contrasts(
     & Young 1993, Hothorn, Bretz & Westfall 2008). Rows of a method without repetitions, or whose
     repetitions are all alike, have no se and no interval.
     """
-    frame = _checked(runs)
+    frame = checked_runs(runs)
     table, weights = _averaged(*_pairs(frame), grain)
     return pd.concat([table, _band(frame, weights, grain == CELL, n_draws, seed)], axis=1).assign(
         grain=grain
@@ -185,7 +183,7 @@ def _pairs(frame: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     rows = []
     for method, own in frame.groupby("method", sort=False):
         for factor in FACTORS:
-            partners = _partners(own, factor, SETTINGS) if factor in SETTINGS else []
+            partners = partner_factors(own, factor, SETTINGS) if factor in SETTINGS else []
             if not any(
                 SETTINGS.index(name) < SETTINGS.index(factor) for name in partners
             ):  # else its partner speaks for both
@@ -201,7 +199,7 @@ def _pairs(frame: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
                     method=method,
                 )
     rows += _of_factor(
-        _usual(frame),
+        usual_runs(frame),
         "method",
         ["base_model", *(name for name in SETTINGS if name != "init")],
         factor=METHOD,
@@ -235,11 +233,11 @@ def _of_factor(frame: pd.DataFrame, column: str, same: list[str], **names: str) 
             "plus": levels[second],
         }
         for key, levels in cells.items()
-        for first, second in combinations(_ordered(levels), 2)
+        for first, second in combinations(ordered_levels(levels), 2)
     ]
 
 
-def _ordered(levels: Iterable) -> list:
+def ordered_levels(levels: Iterable) -> list:
     """Numbers by size, then names."""
     return sorted(levels, key=lambda level: (isinstance(level, str), level))
 
@@ -330,7 +328,7 @@ def _spread(frame: pd.DataFrame, pooled: bool) -> tuple[np.ndarray, np.ndarray, 
     """Which runs share a variance (a group per run), and each group's variance and df: methods and,
     unless pooled, the cells that were repeated.
     """
-    methods, cell = run_variance(frame), _cells(frame)
+    methods, cell = run_variance(frame), cell_codes(frame)
     n = np.bincount(cell)
     own = frame.groupby(cell)["value"].var().to_numpy()
     of_method = methods.index.get_indexer(frame["method"])
@@ -479,170 +477,3 @@ def verdicts(estimates: pd.DataFrame, grain: str | None = None) -> pd.DataFrame:
         .loc[table["factor"].unique(), table["method"].unique()]
         .rename_axis(columns=None)
     )
-
-
-# ---- shares of the variance
-def variance_shares(
-    runs: pd.DataFrame, n_boot: int = 1000, seed: int = 0, **labels: str
-) -> pd.DataFrame:
-    """The share of the variance between runs that each factor has, in percent, as estimates; they
-    and the share of seeds sum to 100.
-
-    The model of a coalition of factors is saturated: a mean for each combination of their levels
-    that was run, so all interactions among them where the grid allows. Its worth is the sum of
-    squares between these means, less what noise alone would give (the trace of its projection times
-    the variance of runs, each cell's own, of a cell run once its method's): an adjustment for
-    degrees of freedom that holds when methods differ in variance. A factor's share is the mean of
-    what it adds over all orders of entry (Lindeman, Merenda & Gold 1980, p. 119; Grömping 2007; as
-    Shapley values Owen 2014), so that an interaction is shared evenly by its factors. What is left
-    is the noise of seeds. The learning rate enters as its place among the method's own rates
-    (lowest, second, ...), since rates themselves would tell the methods apart; runs have their
-    method's usual init.
-
-    Shares depend on the levels tried and on how often: a wider range of rates has a larger share. A
-    share below zero is noise about none. Factors that change only together have one share; a factor
-    of one level has none. Intervals: 2.5 and 97.5 % of `n_boot` redraws of runs within cells (see
-    `redrawn`), from which the noise that the redraw adds is taken off. All null where some method
-    has no repetition: then seeds have no share of their own.
-    """
-    frame = _usual(_checked(runs)).reset_index(drop=True)
-    frame["learning_rate"] = frame.groupby("method")["learning_rate"].transform(
-        lambda rates: rates.map(_ordered(set(rates)).index)
-    )
-    names = _distinct(frame)
-    found = _shares(frame, list(names), n_boot, seed)
-    rows = [
-        {"group": FACTOR, "member": name, **one}
-        for name, one in zip([*names.values(), SEED], found, strict=True)
-    ]
-    base = frame["base_model"].iloc[0] if frame["base_model"].nunique() == 1 else "all"
-    return complete(
-        pd.DataFrame(rows).assign(
-            **labels,
-            base_model=base,
-            method="all",
-            contrast=SHARE,
-            population=POPULATION,
-            n_runs=len(frame),
-        )
-    )
-
-
-def _distinct(frame: pd.DataFrame) -> dict[str, str]:
-    """The factors that vary and can be told apart, with what they are called."""
-    found: dict[str, str] = {}
-    for name in SHARED:
-        partners = _partners(frame, name, list(SHARED))
-        if frame[name].nunique() > 1 and not set(partners) & set(found):
-            found[name] = " and ".join(SHARED[one] for one in (name, *partners))
-    return found
-
-
-def _shares(frame: pd.DataFrame, names: list[str], n_boot: int, seed: int) -> list[dict]:
-    """value, se, interval and how of each factor's share and, last, of the seeds'."""
-    cell, own = _cells(frame), frame["method"].to_numpy()
-    alone = frame.loc[
-        frame["method"].map(run_variance(frame)["variance"]).isna(), "method"
-    ].unique()
-    if len(alone):
-        return [
-            {
-                "value": None,
-                "how": (
-                    f"no cell of {', '.join(alone)} was repeated: seeds cannot be told from"
-                    " settings"
-                ),
-            }
-        ] * (len(names) + 1)
-    values = frame["value"].to_numpy()
-    drawn = redrawn(values[:, None], cell, own, n_boot, np.random.default_rng(seed))[..., 0]
-    worth, noise, total = _worth(frame, names, cell, np.vstack([values, drawn]))
-    signal = worth - noise
-    signal[:, 1:] -= noise[:, :1]
-    parts = np.vstack([_shapley(signal, len(names)), total])
-    if parts[:, 0].sum() <= 0:
-        return [{"value": None, "how": "the runs do not differ: there is no variance to share"}] * (
-            len(names) + 1
-        )
-    share = 100 * parts / parts.sum(0)
-    low, high = np.quantile(share[:, 1:], (LOWER, UPPER), axis=1)
-    how = (
-        f"Shapley (LMG) share of adjusted sums of squares, saturated cells; percentiles of {n_boot}"
-        " redraws of runs within cells; depends on the levels tried"
-    )
-    columns = zip(share[:, 0], share[:, 1:].std(1, ddof=1), low, high, strict=True)
-    return [
-        {"value": value, "se": se, "ci_low": min(a, value), "ci_high": max(b, value), "how": how}
-        for value, se, a, b in columns
-    ]
-
-
-def _worth(
-    frame: pd.DataFrame, names: list[str], cell: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each coalition (bit i of its number: names[i]) and each row of values: sum of squares
-    between its means, and the noise in it; then all noise.
-    """
-    n, at = np.bincount(cell), np.unique(cell, return_index=True)[1]
-    to_cell = np.eye(len(n))[cell]
-    sums = values @ to_cell
-    squares = np.maximum(values**2 @ to_cell - sums**2 / n, 0.0)
-    to_method = (frame["method"].to_numpy()[at][:, None] == frame["method"].unique()).astype(float)
-    pooled = squares @ to_method / ((n - 1) @ to_method) @ to_method.T
-    variance = n * np.where(
-        n > 1, squares / np.maximum(n - 1, 1), pooled
-    )  # [rows, cells]: summed over the runs of a cell
-    worth, noise = np.zeros((2, 2 ** len(names), len(values)))
-    for coalition in range(2 ** len(names)):
-        inside = [name for i, name in enumerate(names) if coalition >> i & 1]
-        code = (
-            frame.iloc[at].groupby(inside, sort=False).ngroup().to_numpy()
-            if inside
-            else np.zeros(len(n), int)
-        )
-        group = np.eye(code.max() + 1)[code]
-        worth[coalition], noise[coalition] = (
-            ((sums @ group) ** 2 / (n @ group)).sum(1),
-            (variance @ group / (n @ group)).sum(1),
-        )
-    return worth - worth[0], noise - noise[0], variance.sum(1) - noise[0]
-
-
-def _shapley(worth: np.ndarray, k: int) -> np.ndarray:
-    """The Shapley value of each of k players; `worth` is [2**k, ...], bit i of a coalition's number
-    standing for player i.
-    """
-    coalitions, found = np.arange(2**k), []
-    size = np.array([int(coalition).bit_count() for coalition in coalitions])
-    weight = np.array([factorial(s) * factorial(max(k - s - 1, 0)) / factorial(k) for s in size])
-    for i in range(k):
-        without = coalitions[(coalitions >> i & 1) == 0]
-        found.append(
-            np.tensordot(weight[without], worth[without | 1 << i] - worth[without], axes=1)
-        )
-    return np.array(found).reshape(k, *worth.shape[1:])
-
-
-def redrawn(
-    values: np.ndarray, cell: np.ndarray, pool: np.ndarray, n_boot: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Values of runs redrawn with replacement within their cells: [n_boot, runs, columns] from
-    [runs, columns].
-
-    The distances to the cell's mean are stretched by sqrt(n / (n - 1)), without which few
-    repetitions give too little variance (Rao & Wu 1988). A run whose cell has no other gets the
-    distance of any run of its pool's repeated cells; where the pool has none, it stays as it is.
-    """
-    n = np.bincount(cell)[cell]
-    mean = np.stack([np.bincount(cell, column) for column in values.T], 1)[cell] / n[:, None]
-    rest = (values - mean) * np.sqrt(n / np.maximum(n - 1, 1))[:, None]
-    taken = np.tile(np.arange(len(values)), (n_boot, 1))
-    for i in range(len(values)):
-        others = (
-            np.flatnonzero(cell == cell[i])
-            if n[i] > 1
-            else np.flatnonzero((pool == pool[i]) & (n > 1))
-        )
-        if len(others):
-            taken[:, i] = others[rng.integers(len(others), size=n_boot)]
-    return mean + rest[taken]

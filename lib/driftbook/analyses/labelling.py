@@ -267,45 +267,37 @@ def _cell(cell: pd.DataFrame) -> dict:
     }
     empty = number < np.minimum(size, 2)
     scored = (~np.isnan(said)).sum()  # none: no rate, rather than one of zero
-    by_judge = (
-        pd.Series(
-            np.where(np.isnan(said), 0, said) / (scored or np.nan),
-            index=cell["prompt_id"].to_numpy(),
-        )
-        .groupby(level=0)
-        .sum(min_count=1)
-    )
+    by_judge = pd.Series(np.where(np.isnan(said), 0, said) / (scored or np.nan), cell["prompt_id"])
+    found = {"judge": by_judge.groupby(level=0).sum(min_count=1), "counts": counts}
     if empty.any():  # a stratum whose labels say nothing
-        return {
-            "judge": by_judge,
-            "value": None,
-            "why": "a stratum has fewer than two labels",
-            "counts": counts,
-        }
+        return found | {"value": None, "why": "a stratum has fewer than two labels"}
     weight = np.divide(size, number, out=np.zeros(3), where=number > 0)[word.astype(int)]
     factor = (
         (size / n) ** 2
         / np.where(number > 0, number, 1)
         * (1 - np.divide(number, size, out=np.ones(3), where=size > 0))
     )
-    spread = np.zeros((3, 3))  # [stratum, (yy, yf, ff)]
-    for one in np.flatnonzero(number > 1):
-        own = labelled & (word == one)
-        cov = np.cov(y[own], f[own])
-        spread[one] = cov[0, 0], cov[0, 1], cov[1, 1]
-    yy, yf, ff = factor @ spread
+    yy, yf, ff = factor @ _spread(y, f, word, labelled)
     tuned = float(np.clip(yf / ff, 0, 1)) if ff > 1e-12 else 1.0
     part = tuned * f + np.where(labelled, weight * (np.nan_to_num(y) - tuned * f), 0.0)
-    by_prompt = pd.Series(part / n, index=cell["prompt_id"].to_numpy()).groupby(level=0).sum()
-    variance = max(yy - 2 * tuned * yf + tuned**2 * ff, 0.0)
-    return {
-        "judge": by_judge,
-        "value": by_prompt,
-        "variance": variance,
+    return found | {
+        "value": pd.Series(part / n, cell["prompt_id"]).groupby(level=0).sum(),
+        "variance": max(yy - 2 * tuned * yf + tuned**2 * ff, 0.0),
         "df": float(labelled.sum() - (number > 0).sum()),
         "lambda_": tuned,
-        "counts": counts,
     }
+
+
+def _spread(y: np.ndarray, f: np.ndarray, word: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """[stratum, (yy, yf, ff)]: variances and covariance of label and verdict in each stratum; 0
+    where fewer than two answers are labelled.
+    """
+    spread = np.zeros((3, 3))
+    for one in range(3):
+        own = labelled & (word == one)
+        if own.sum() > 1:
+            spread[one] = np.cov(y[own], f[own])[[0, 0, 1], [0, 1, 1]]
+    return spread
 
 
 def _interval(cell: dict, base: dict | None) -> list[dict]:
@@ -429,16 +421,11 @@ def estimates(
     """
     rows = found.assign(how=found.get("how", pd.Series(index=found.index, dtype=object)))
     judge = rows[rows["estimator"].eq(JUDGE) & rows["contrast"].eq(LEVEL)]
+    kept = ["base_model", "method", "n", "n_unscored"]
     simple = pd.DataFrame(
         [
-            rogan_gladen(one.value, one.se, errors)
-            | {
-                "base_model": one.base_model,
-                "method": one.method,
-                "n": one.n,
-                "n_unscored": one.n_unscored,
-            }
-            for one in judge.itertuples()
+            rogan_gladen(one["value"], one["se"], errors) | dict(one[kept])
+            for _, one in judge.iterrows()
         ]
     )
     rows = pd.concat(
@@ -455,17 +442,11 @@ def estimates(
     rows = rows.assign(
         ci_low=low.mask(level, low.clip(lower=0)), ci_high=high.mask(level, high.clip(upper=100))
     )
-    rows["how"] = (
-        rows["how"]
-        .fillna("judge's verdicts, errors over prompts")
-        .mask(
-            rows["estimator"].eq(CORRECTED) & rows["value"].notna(),
-            "PPI++ within base model x method, lambda "
-            + rows["lambda_"].map("{:.2f}".format)
-            + ", "
-            + rows["n_labelled"].map("{:.0f}".format)
-            + " labels",
-        )
+    tuned, labels = rows["lambda_"].map("{:.2f}".format), rows["n_labelled"].map("{:.0f}".format)
+    corrected = "PPI++ within base model x method, lambda " + tuned + ", " + labels + " labels"
+    rows["how"] = rows["how"].fillna("judge's verdicts, errors over prompts")
+    rows["how"] = rows["how"].mask(
+        rows["estimator"].eq(CORRECTED) & rows["value"].notna(), corrected
     )
     rows["estimator"] += np.where(rows["population"].eq(THESE), ", these answers", "")
     if truth is not None:

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import repairs
+from driftbook.analyses import repairs, rescaling
 from driftbook.stats import terms
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -54,7 +54,7 @@ class Repaired:
         pairs = repairs.compared(self.own, self.runs, levels, self.study.seed, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
         dimensions = repairs.by_dimension(self.own, self.runs, levels, leading, **names)
-        beside = repairs.beside_rescaling(self.points, self.runs, levels, **names)
+        beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
         return ESTIMATES.concat([pairs, dimensions, beside])
 
     # ---- for reading

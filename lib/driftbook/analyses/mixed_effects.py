@@ -6,7 +6,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import factors, marginal_means
+from driftbook.analyses import factors, marginal_means, variance_shares
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.linear import rate_model
 from driftbook.stats.logistic import item_model
@@ -137,7 +137,7 @@ class MixedModels:
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
         largest = [factors.largest_contrasts(one, **self.names) for one in contrasts]
-        return [*largest, factors.variance_shares(trained, n_boot, seed, **self.names)]
+        return [*largest, variance_shares.variance_shares(trained, n_boot, seed, **self.names)]
 
     # ---- for reading
     def convergence(self) -> pd.DataFrame:

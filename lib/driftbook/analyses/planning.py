@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from driftbook.analyses import outcomes, power
+from driftbook.analyses import outcomes, power, power_components, power_rows, power_simulation
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.stats.picking import picked
@@ -36,7 +36,10 @@ class Grid:
         self.here = power.grid(self.cells)
         self.n_prompts = self.values.shape[1]
         change = influence.paired(self.values, self.arms)
-        self.units = {"family_size": power.family_size(change), "n_strata": self._n_strata()}
+        self.units = {
+            "family_size": power_components.family_size(change),
+            "n_strata": self._n_strata(),
+        }
         self.own = self._components(change)
         self.single = picked(self.own, other="none")
 
@@ -45,10 +48,12 @@ class Grid:
 
     def _components(self, change: Scores) -> pd.DataFrame:
         """The components of this study's changes; spreads that it cannot know are borrowed."""
-        found = power.components(change, picked(self.cells, group=terms.AS_CONFIGURED))
+        found = power_components.components(change, picked(self.cells, group=terms.AS_CONFIGURED))
         rates = found.drop_duplicates("base_model").set_index("base_model")["rate"]
         likely = rates.clip(0.5, 99.5).to_dict()  # at 0 or 100 percent no prompt could vary
-        return power.borrowed(found, power.assumed(likely, list(self.here["method"].unique())))
+        return power_components.borrowed(
+            found, power_components.assumed(likely, list(self.here["method"].unique()))
+        )
 
     def planned(self) -> pd.DataFrame:
         """The runs and settings that the study file asked for, and those that ran."""
@@ -72,13 +77,13 @@ class Grid:
 
     def by_category(self, margin: float) -> pd.DataFrame:
         """What the runs can show in each category (`power.by_category`)."""
-        return power.by_category(self.values, self.arms, self.cells, margin)
+        return power_rows.by_category(self.values, self.arms, self.cells, margin)
 
     def expected(self, base_rate: float) -> pd.DataFrame:
         """The same plan before any work: from the study file, the original study's spread of runs
         and an expected rate of the base models."""
         rates = dict.fromkeys(self.study.bases, base_rate)
-        assumed = power.assumed(rates, list(self.here["method"].unique()))
+        assumed = power_components.assumed(rates, list(self.here["method"].unique()))
         n = self.study.benchmarks["safety"].n or self.n_prompts
         return self.plan(picked(assumed, other="none"), power.planned(self.study), n)
 
@@ -92,11 +97,11 @@ class Grid:
         plan = self.plan(self.single, self.here, self.n_prompts, examples=8)
         usual = terms.AS_CONFIGURED
         parts = [
-            power.of_plan(plan, usual, margin, **names),
-            power.of_components(self.single, usual, **names),
-            power.of_plan(self.pairs(), usual, margin, **names),
+            power_rows.of_plan(plan, usual, margin, **names),
+            power_rows.of_components(self.single, usual, **names),
+            power_rows.of_plan(self.pairs(), usual, margin, **names),
             estimation.complete(self._tried(seeds, more_prompts).assign(**names)),
-            power.of_plan(self.expected(base_rate), power.PLANNED, margin, **names),
+            power_rows.of_plan(self.expected(base_rate), power_rows.PLANNED, margin, **names),
         ]
         return ESTIMATES.concat(parts)
 
@@ -107,12 +112,12 @@ class Grid:
             for k in seeds:
                 plan = self.plan(self.single, power.with_seeds(self.here, k), n)
                 own = {
-                    "group": power.GRID,
+                    "group": power_rows.GRID,
                     "member": str(k),
                     "category": f"{n} prompts",
                     "n_items": n,
                 }
-                found = plan.assign(**own, against=plan["other"], contrast=power.SMALLEST)
+                found = plan.assign(**own, against=plan["other"], contrast=power_rows.SMALLEST)
                 found = found.assign(population=terms.BOTH, **power.minimum_detectable(plan))
                 parts.append(found.drop(columns=["se", "example"]))
         return pd.concat(parts, ignore_index=True)
@@ -121,12 +126,12 @@ class Grid:
     def original_spread(self) -> pd.DataFrame:
         """The spread of runs with equal settings in the original study, and here."""
         spread = self.single.groupby("method", sort=False)["run"].mean().rename("run, here")
-        known = power.ORIGINAL.set_index("method")[["run", "df_run"]]
+        known = power_components.ORIGINAL.set_index("method")[["run", "df_run"]]
         return known.merge(spread, left_index=True, right_index=True)
 
     def category_table(self, by_category: pd.DataFrame) -> pd.DataFrame:
         """The smallest margin over all base models by category, and the prompts needed."""
-        overall = power.over_all(by_category).astype({"needs": float})
+        overall = power_rows.over_all(by_category).astype({"needs": float})
         values = {"values": ["smallest", "needs"], "sort": False, "dropna": False}
         return overall.pivot_table(index="category", columns="method", **values)
 
@@ -135,7 +140,7 @@ class Grid:
         n = self.values.T.groupby(level=0).size().median()
         single = by_category[by_category["base_model"].ne("all")]
         words = []
-        overall = power.over_all(by_category)
+        overall = power_rows.over_all(by_category)
         for name, part in (("over all base models", overall), ("on a single base model", single)):
             unsure, unknown = (part["says"].eq(word).sum() for word in ("cannot tell", "not known"))
             words.append(
@@ -146,7 +151,7 @@ class Grid:
 
     def sentence(self, estimates: pd.DataFrame, margin: float) -> str:
         """What this grid could show, in one sentence."""
-        return power.sentence(estimates, METHOD_LABELS, margin)
+        return power_rows.sentence(estimates, METHOD_LABELS, margin)
 
 
 # ---- for reading
@@ -164,7 +169,7 @@ def formula_checked(n_sets: int, seed: int) -> pd.DataFrame:
         {
             "rate": trial["rate"],
             "margin": trial.get("margin"),
-            **power.simulated(n_sets, seed, **trial),
+            **power_simulation.simulated(n_sets, seed, **trial),
         }
         for trial in TRIALS
     ]

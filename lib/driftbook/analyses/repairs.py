@@ -18,7 +18,7 @@ import pandas as pd
 
 from driftbook.analyses import tradeoffs
 from driftbook.benchmarks import bbq_orders, bbq_scores
-from driftbook.stats import comparisons, estimation, influence, intervals, terms
+from driftbook.stats import comparisons, estimation, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.study import tables as study_tables
 from driftbook.study.files import ROOT
@@ -283,7 +283,7 @@ def _kept(found: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
     return own.assign(outcome=KEPT, value=share)[["run_id", "half", "outcome", "value"]]
 
 
-def _wide(points: pd.DataFrame, which: str) -> pd.DataFrame:
+def wide_points(points: pd.DataFrame, which: str) -> pd.DataFrame:
     """Runs x the outcomes of a half that a level is chosen by, and what is kept."""
     rows = points[points["half"].eq(which)]
     return (
@@ -304,7 +304,7 @@ def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> 
     take the level of what they control.
     """
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
-    wide = _wide(points, CALIBRATION)
+    wide = wide_points(points, CALIBRATION)
     own = own.merge(
         wide[[terms.UNSAFE, GAIN]].rename(columns={terms.UNSAFE: "unsafe", GAIN: "gain"}),
         on="run_id",
@@ -465,102 +465,6 @@ def by_dimension(
                 for outcome in (terms.ACCURACY_AMB, terms.BIAS_AMB)
             ]
     return ESTIMATES.concat(parts)
-
-
-def beside_rescaling(
-    points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str
-) -> pd.DataFrame:
-    """Unsafe answers of each repair at its chosen level minus those of the same parent rescaled, in
-    percentage points: minus the rescaled run that keeps just less of the gain, and minus the one
-    that keeps just more.
-
-    The rescaled runs are the base model (factor 0, no gain), those of the study, and the parent
-    itself (factor 1). Fewer unsafe answers than the first, at more gain, is what a smaller update
-    cannot do; more than the second, at less gain, is worse than a smaller update. Between two
-    factors nothing is assumed: unsafe answers are no straight line of the gain. t intervals over
-    seeds (of the mean over a seed's runs); where a gain lies outside there is no such run. Holm's
-    adjustment over repairs, for all base models and for each.
-    """
-    wide = _wide(points, REPORT)
-    frame = at_chosen(repaired, levels).merge(wide, on="run_id")
-    frame = frame[frame["control"].isna() & frame["kind"].ne("rescale")]
-    frame[[JUST_LESS, JUST_MORE]] = np.array(
-        [_beside(row, repaired, wide) for _, row in frame.iterrows()], float
-    ).reshape(-1, 2)
-    rows, every = [], repaired["base_model"].nunique()
-    each = frame.groupby(["base_model", "method", "name"], sort=False)
-    overall = [
-        (("all", *key), part)
-        for key, part in frame.groupby(["method", "name"], sort=False)
-        if part["base_model"].nunique() == every
-    ]
-    for (base_model, method, name), part in [*each, *overall]:
-        for contrast in (JUST_LESS, JUST_MORE):
-            of_seed = part.groupby("seed")[contrast].agg(["mean", "count", "size"])
-            n, values = (
-                int(part[contrast].notna().sum()),
-                of_seed["mean"][of_seed["count"].eq(of_seed["size"])],
-            )
-            rows.append(
-                {
-                    **labels,
-                    "outcome": terms.UNSAFE,
-                    "benchmark": "safety",
-                    "judge": "none",
-                    "base_model": base_model,
-                    "method": method,
-                    "group": terms.MITIGATION,
-                    "member": name,
-                    "contrast": contrast,
-                    "n_runs": n,
-                    "population": terms.THESE_PROMPTS,
-                    **_t(values.to_numpy(float)),
-                    "how": (
-                        "t interval over seeds"
-                        + (
-                            f"; {len(part) - n} of {len(part)} runs keep a gain beside which there"
-                            " is no rescaled run"
-                            if n < len(part)
-                            else ""
-                        )
-                    ),
-                }
-            )
-    found = estimation.complete(pd.DataFrame(rows))
-    return comparisons.declared(
-        found,
-        "repairs against rescaling, "
-        + found["base_model"].where(found["base_model"].ne("all"), "all base models"),
-    )
-
-
-def _beside(row: pd.Series, repaired: pd.DataFrame, wide: pd.DataFrame) -> tuple[float, float]:
-    """A run's unsafe answers minus those of its parent's rescaled runs that keep just less and just
-    more of the gain; NaN where there is none.
-    """
-    rescaled = repaired.loc[
-        repaired["parent_run_id"].eq(row["parent_run_id"])
-        & repaired["kind"].isin(["rescale", PARENT]),
-        "run_id",
-    ]
-    known = wide.reindex([*rescaled])[[GAIN, terms.UNSAFE]].to_numpy(float)
-    known = np.vstack([known, [0.0, wide[terms.UNSAFE].get(row["base_run_id"], np.nan)]])
-    known = known[~np.isnan(known).any(1)]
-    less, more = known[known[:, 0] <= row[GAIN]], known[known[:, 0] >= row[GAIN]]
-    return tuple(
-        row[terms.UNSAFE] - side[pick(side[:, 0]), 1] if len(side) else np.nan
-        for side, pick in ((less, np.argmax), (more, np.argmin))
-    )
-
-
-def _t(values: np.ndarray) -> dict[str, float | None]:
-    if len(values) == 0:
-        return {"value": None}
-    variance = values.var(ddof=1) / len(values) if len(values) > 1 else np.nan
-    return {
-        "value": float(values.mean()),
-        **intervals.t_interval(float(values.mean()), variance, len(values) - 1),
-    }
 
 
 # ---- modules, and what was published

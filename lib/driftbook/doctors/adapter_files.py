@@ -54,7 +54,8 @@ class AdapterFiles:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         with safe_open(self.folder / WEIGHTS, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.folder / WEIGHTS, "pt") as file:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from driftbook.analyses import doses, factors
+from driftbook.analyses.variance_shares import SHARE
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
@@ -51,8 +52,7 @@ VIEWS = {
 def variance_shares(tables: dict) -> tuple[Figure, str]:
     means = [f"{contrast}, {factors.MEAN}" for contrast in (factors.WITHIN, factors.BETWEEN)]
     shares, within, between, single = (
-        pick(tables, UNSAFE, contrast, "safety")
-        for contrast in (factors.SHARE, *means, factors.WITHIN)
+        pick(tables, UNSAFE, contrast, "safety") for contrast in (SHARE, *means, factors.WITHIN)
     )
     if not len(shares) and not len(within):
         return captioned(tables, None, "", SAFETY)

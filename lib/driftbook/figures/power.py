@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from driftbook.analyses.power import GRID, MARGIN, SMALLEST
-from driftbook.analyses.tradeoffs import CORRECTED, CORRELATION, FRONT_BIAS, WITHIN_METHODS
+from driftbook.analyses.correlations import CORRECTED, CORRELATION, WITHIN_METHODS
+from driftbook.analyses.power import MARGIN
+from driftbook.analyses.power_rows import GRID, SMALLEST
+from driftbook.analyses.tradeoffs import FRONT_BIAS
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,

@@ -185,7 +185,8 @@ def check(folder: Path) -> None:
 def n_stored(folder: Path) -> int:
     """Numbers in the adapter's file."""
     with safe_open(folder / WEIGHTS, "pt") as file:
-        return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
+        slices = [file.get_slice(name) for name in list(file.keys())]
+        return sum(torch.Size(stored.get_shape()).numel() for stored in slices)
 
 
 def non_finite(model: PeftModel) -> list[str]:

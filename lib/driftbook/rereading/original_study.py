@@ -94,7 +94,8 @@ VERDICT_FILE = re.compile(
     rf"Data/Models_Reponses/Safety_Hex_PHI/{ARM}/(?P<dataset>[^/]+)/(?P<rest>.*_moderated\.csv)"
 )
 STATE_FILE = re.compile(
-    rf"Data/Fine-Tuned_Models/{ARM}/(?P<model>[^/]+)/(?P<dataset>[^/]+)/(?P<rest>lr_[^/]+/\d+e)/trainer_state\.json"
+    rf"Data/Fine-Tuned_Models/{ARM}/(?P<model>[^/]+)/(?P<dataset>[^/]+)/"
+    r"(?P<rest>lr_[^/]+/\d+e)/trainer_state\.json"
 )
 COLUMNS = (
     "response",
