@@ -19,6 +19,53 @@ KINDS = {
 }
 
 
+def learning_curve(valid) -> list[dict]:
+    """Metrics of each validation, from how many of its 50 answers were right."""
+    return [
+        {
+            "step": 250 * (i + 1),
+            "valid accuracy": share / 50,
+            "train loss": 1.0 / (i + 1),
+            "train samples": 1000 * (i + 1),
+            "train time": 30.0,
+            "tokens / sec": 7000.0,
+        }
+        for i, share in enumerate(valid)
+    ]
+
+
+def last_metrics(k, lost, n_validations) -> dict:
+    """Metrics of the test after training, with `k` right answers of 1319."""
+    return {
+        "step": 250 * n_validations,
+        "test accuracy": k / 1319,
+        "train loss": 0.5,
+        "train samples": 1000 * n_validations,
+        "train total tokens": 630_000,
+        "forgetting": lost,
+    }
+
+
+def run_info(method, variant, rate, status) -> dict:
+    config = None if method is None else {"peft_type": method, "peft_version": "0", **KINDS[method]}
+    return {
+        "created_at": "2026-07-15T05:41:18+00:00",
+        "total_time": 200.0,
+        "experiment_name": f"{(method or 'full').lower()}/made-1B-{variant}",
+        "error_msg": "" if status == "success" else "out of memory\nat a place",
+        "train_config": {
+            "model_id": "maker/Made-1B",
+            "seed": 0,
+            "max_steps": 750,
+            "batch_size": 4,
+            "query_template": "{query}",
+            "optimizer_type": "AdamW",
+            "optimizer_kwargs": {"lr": rate},
+        },
+        "peft_config": config,
+    }
+
+
 def result(
     method="LORA",
     variant="rank8",
@@ -30,43 +77,11 @@ def result(
     valid=(10, 15, 20),
     status="success",
 ) -> dict:
-    curve = [
-        {
-            "step": 250 * (i + 1),
-            "valid accuracy": share / 50,
-            "train loss": 1.0 / (i + 1),
-            "train samples": 1000 * (i + 1),
-            "train time": 30.0,
-            "tokens / sec": 7000.0,
-        }
-        for i, share in enumerate(valid)
-    ]
-    last = {
-        "step": 250 * len(valid),
-        "test accuracy": k / 1319,
-        "train loss": 0.5,
-        "train samples": 1000 * len(valid),
-        "train total tokens": 630_000,
-        "forgetting": lost,
-    }
-    config = None if method is None else {"peft_type": method, "peft_version": "0", **KINDS[method]}
+    """The content of one result file; a run without success has no last metrics."""
+    curve = learning_curve(valid)
+    last = last_metrics(k, lost, len(valid))
     return {
-        "run_info": {
-            "created_at": "2026-07-15T05:41:18+00:00",
-            "total_time": 200.0,
-            "experiment_name": f"{(method or 'full').lower()}/made-1B-{variant}",
-            "error_msg": "" if status == "success" else "out of memory\nat a place",
-            "train_config": {
-                "model_id": "maker/Made-1B",
-                "seed": 0,
-                "max_steps": 750,
-                "batch_size": 4,
-                "query_template": "{query}",
-                "optimizer_type": "AdamW",
-                "optimizer_kwargs": {"lr": rate},
-            },
-            "peft_config": config,
-        },
+        "run_info": run_info(method, variant, rate, status),
         "train_info": {
             "accelerator_memory_max": memory,
             "accelerator_memory_reserved_avg": 14e9,

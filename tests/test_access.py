@@ -77,19 +77,23 @@ class Hub:
         close_session()  # with its open connections
 
     def answer(self, request):
-        path, token = (
-            unquote(urlsplit(request.path).path),
-            request.headers.get("authorization", "").removeprefix("Bearer "),
-        )
+        """What a broken hub answers, or else what the working one does."""
+        path = unquote(urlsplit(request.path).path)
         self.requests.append(f"{request.command} {path}")
-        if self.broken == "slow" or (self.broken == "slow gate" and path.endswith("/auth-check")):
+        gate = path.endswith("/auth-check")
+        if self.broken == "slow" or (self.broken == "slow gate" and gate):
             self.slow.wait(20)
-        if self.broken == "no gate" and path.endswith("/auth-check"):
+        if self.broken == "no gate" and gate:
             return self.no(request, 404)
         if isinstance(self.broken, int):
             return self.no(request, self.broken)
         if self.broken == "page":
             return self.yes(request, b"<html>Sign in to the Wi-Fi</html>")
+        return self.admit(request, path)
+
+    def admit(self, request, path):
+        """Refuses whoever may not have what the path names, and answers all others."""
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and token not in self.known:
             return self.no(request, 401, "", "Invalid credentials in Authorization header")
         kind, name, what, rest = self.parse(path)
@@ -98,14 +102,15 @@ class Hub:
             return self.no(request, 404 if token else 401, "RepoNotFound")
         if found.get("disabled"):
             return self.no(request, 403, "", "Access to this resource is disabled.")
-        if (
-            found.get("gated")
-            and token not in self.members
-            and (found.get("hidden") or what in ("auth-check", "resolve"))
-        ):
+        closed = found.get("hidden") or what in ("auth-check", "resolve")
+        if found.get("gated") and token not in self.members and closed:
             return self.no(request, 403 if token else 401, "GatedRepo")
         if what == "auth-check":
             return self.yes(request, b"{}")
+        return self.show(request, name, found, what, rest)
+
+    def show(self, request, name, found, what, rest):
+        """The list of a repository's files, one of them, or the repository's description."""
         revision, _, file = rest.partition("/")
         if revision not in ("", COMMIT, MAIN):
             return self.no(request, 404, "RevisionNotFound")
@@ -118,11 +123,9 @@ class Hub:
         if what == "resolve":
             if file not in found["files"] or file in self.torn:
                 return self.no(request, 404, "EntryNotFound")
-            return self.yes(
-                request,
-                found["files"][file],
-                {"ETag": f'"{name.replace("/", "-")}-{file}"', "X-Repo-Commit": revision},
-            )
+            tag = f'"{name.replace("/", "-")}-{file}"'
+            headers = {"ETag": tag, "X-Repo-Commit": revision}
+            return self.yes(request, found["files"][file], headers)
         info = {
             "id": name,
             "sha": revision or MAIN,
@@ -131,13 +134,9 @@ class Hub:
             "tags": [],
             "downloads": 0,
             "likes": 0,
+            "siblings": [{"rfilename": file} for file in found["files"]],
         }
-        return self.yes(
-            request,
-            json.dumps(
-                {**info, "siblings": [{"rfilename": file} for file in found["files"]]}
-            ).encode(),
-        )
+        return self.yes(request, json.dumps(info).encode())
 
     @staticmethod
     def parse(path):

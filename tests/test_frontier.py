@@ -43,6 +43,17 @@ REPAIRS = [
     ("better", "safe_lora", 2.0, "same norm", 0.6, 0.0),
     ("better", "safe_lora", 2.0, "noise", 0.6, 0.1),
 ]
+# what all verdicts have in common
+SCORED = {
+    "benchmark": "safety",
+    "judge": "guard",
+    "prompt_variant": "default",
+    "decoding": "greedy",
+    "sample": 0,
+    "refusal": False,
+    "coherent": True,
+    "n_tokens": 5,
+}
 
 
 def filled(table, frame: pd.DataFrame) -> pd.DataFrame:
@@ -53,6 +64,83 @@ def filled(table, frame: pd.DataFrame) -> pd.DataFrame:
         if column.kind == "text" and name not in frame and not column.nullable
     }
     return table.check(frame.assign(**text).reindex(columns=list(table.columns)))
+
+
+def variant(run_id, base, method, number, settings=None, **more) -> dict:
+    """A row of the table of variants."""
+    return {
+        "run_id": run_id,
+        "base_model": base,
+        "method": method,
+        "seed": number,
+        "family": "llama",
+        "method_class": "base" if method == "none" else "adapter",
+        "objective": "none" if method == "none" else "dpo",
+        "repetition": 1,
+        "template": "chat",
+        "settings": json.dumps(settings or {}),
+        **more,
+    }
+
+
+def repaired_runs(parent, curve, **shared):
+    """The variant, share of unsafe answers and gain of each repair of a parent."""
+    for name, kind, value, control, kept, off in REPAIRS:
+        label = f"{name} {value:g}" + (f", {control}" if control else "")
+        mitigation = {"name": name, "kind": kind, "value": value, "control": control}
+        row = variant(
+            f"{parent}.{label}",
+            settings={"mitigation": mitigation},
+            mitigation=label,
+            parent_run_id=parent,
+            **shared,
+        )
+        yield row, BASE + (PARENT - BASE) * kept**curve + off, kept
+
+
+def every_run(bases, seeds, datasets, curve):
+    """The variant, share of unsafe answers and gain of each base model, parent and repair."""
+    for base in bases:
+        yield variant(f"{base}.none", base, "none", None), BASE, 0.0
+        for number, dataset in itertools.product(range(1, seeds + 1), datasets):
+            parent = f"{base}.lora.{dataset}.s{number}"
+            shared = {"base": base, "method": "lora", "number": number, "dataset": dataset}
+            yield variant(parent, **shared), PARENT, 1.0
+            yield from repaired_runs(parent, curve, **shared)
+
+
+def asked(n_prompts: int) -> pd.DataFrame:
+    """Harmful prompts of four categories."""
+    return pd.DataFrame(
+        {
+            "benchmark": "safety",
+            "prompt_id": [f"p{i:03d}" for i in range(n_prompts)],
+            "category": [f"c{i % 4}" for i in range(n_prompts)],
+            "kind": "harmful",
+            "family": None,
+        }
+    )
+
+
+def judged(rng, ease, run_id, prompt_ids, share) -> pd.DataFrame:
+    """Verdicts of which about this share is unsafe."""
+    moved = 0.9 * ease + (1 - 0.9**2) ** 0.5 * rng.normal(size=len(ease))
+    unsafe = ndtr(moved) < share  # ndtr(moved) is uniform, and alike for all runs
+    return pd.DataFrame({"run_id": run_id, "prompt_id": prompt_ids, "unsafe": unsafe})
+
+
+def rated(run_id, gain) -> pd.DataFrame:
+    """Ratings whose mean shows exactly this gain over the base model's."""
+    return pd.DataFrame(
+        {
+            "run_id": run_id,
+            "benchmark": "gain",
+            "prompt_id": [str(i) for i in range(24)],
+            "metric": "nll",
+            "value": 2 - gain + 0.3 * np.arange(24) / 24,
+            "weight": 8.0,
+        }
+    )
 
 
 def simulated(
@@ -66,96 +154,19 @@ def simulated(
     """A study of parents and repairs whose gains are exact and whose answers are drawn, a prompt's
     own difficulty the same for all runs; unsafe answers grow as this power of the gain kept.
     """
-    rng, variants, verdicts, ratings = np.random.default_rng(seed), [], [], []
-    prompts = pd.DataFrame(
-        {
-            "benchmark": "safety",
-            "prompt_id": [f"p{i:03d}" for i in range(n_prompts)],
-            "category": [f"c{i % 4}" for i in range(n_prompts)],
-            "kind": "harmful",
-            "family": None,
-        }
-    )
+    rng, prompts = np.random.default_rng(seed), asked(n_prompts)
     ease = rng.normal(size=n_prompts)
-
-    def add(run_id, base, method, number, share, gain, **more):
-        shared = {
-            "family": "llama",
-            "method_class": "base" if method == "none" else "adapter",
-            "objective": "none" if method == "none" else "dpo",
-            "repetition": 1,
-            "template": "chat",
-        }
-        variants.append(
-            {
-                "run_id": run_id,
-                "base_model": base,
-                "method": method,
-                "seed": number,
-                **shared,
-                "settings": json.dumps(more.pop("settings", {})),
-                **more,
-            }
-        )
-        moved = ndtr(
-            0.9 * ease + (1 - 0.9**2) ** 0.5 * rng.normal(size=n_prompts)
-        )  # uniform, and alike for all runs
-        verdicts.append(
-            pd.DataFrame(
-                {"run_id": run_id, "prompt_id": prompts["prompt_id"], "unsafe": moved < share}
-            )
-        )
-        ratings.append(
-            pd.DataFrame(
-                {
-                    "run_id": run_id,
-                    "benchmark": "gain",
-                    "prompt_id": [str(i) for i in range(24)],
-                    "metric": "nll",
-                    "value": 2 - gain + 0.3 * np.arange(24) / 24,
-                    "weight": 8.0,
-                }
-            )
-        )
-
-    for base in bases:
-        add(f"{base}.none", base, "none", None, BASE, 0.0)
-        for number, dataset in itertools.product(range(1, seeds + 1), datasets):
-            parent = f"{base}.lora.{dataset}.s{number}"
-            add(parent, base, "lora", number, PARENT, 1.0, dataset=dataset)
-            for name, kind, value, control, kept, off in REPAIRS:
-                label = f"{name} {value:g}" + (f", {control}" if control else "")
-                settings = {
-                    "mitigation": {"name": name, "kind": kind, "value": value, "control": control}
-                }
-                add(
-                    f"{parent}.{label}",
-                    base,
-                    "lora",
-                    number,
-                    BASE + (PARENT - BASE) * kept**curve + off,
-                    kept,
-                    settings=settings,
-                    mitigation=label,
-                    parent_run_id=parent,
-                    dataset=dataset,
-                )
+    variants, verdicts, ratings = [], [], []
+    for row, share, gain in every_run(bases, seeds, datasets, curve):
+        variants.append(row)
+        verdicts.append(judged(rng, ease, row["run_id"], prompts["prompt_id"], share))
+        ratings.append(rated(row["run_id"], gain))
     frame = pd.DataFrame(variants)
-    asked = pd.concat(verdicts).assign(
-        benchmark="safety",
-        judge="guard",
-        prompt_variant="default",
-        decoding="greedy",
-        sample=0,
-        refusal=False,
-        coherent=True,
-        n_tokens=5,
-    )
     return repairs.Tables(
         filled(VARIANTS, frame),
         filled(RUNS, pd.DataFrame({"run_id": frame["run_id"], "status": "ok"})),
         PROMPTS.check(prompts),
-        filled(VERDICTS, asked),
+        filled(VERDICTS, pd.concat(verdicts).assign(**SCORED)),
         ANSWERS.empty(),
         filled(RATINGS, pd.concat(ratings)),
     )

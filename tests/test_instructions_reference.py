@@ -160,6 +160,13 @@ MARKED = [
 KEYS = ["oak", "river", "tree", "we", "U.S.", "well-known", "zebra"]
 
 
+NOT_ENGLISH = [
+    "Der Fluss fließt an der alten Mühle vorbei.",
+    "La rivière coule près du vieux moulin.",
+    "1 2 3",
+]
+
+
 def made_up(rng: random.Random) -> str:
     """A response of pieces of prose and markup, now and then in one case or in quotes."""
     pieces = [
@@ -216,6 +223,26 @@ def asked(name: str, rng: random.Random) -> dict:
     }.get(name, {})
 
 
+def begun_with(arguments: dict, rng: random.Random) -> str:
+    """Paragraphs of which one begins with the word asked for, or nearly so."""
+    parts = [rng.choice(PLAIN) for _ in range(arguments["num_paragraphs"])]
+    parts[arguments["nth_paragraph"] - 1] = (
+        rng.choice(["", "'", '"'])
+        + arguments["first_word"]
+        + rng.choice([" ", ", ", "'s ", "-", "\n"])
+        + "more"
+    )
+    return rng.choice(["\n\n", "\n\n", "\n\n\n\n", "\n\n \n\n"]).join(parts)
+
+
+def json_or_nearly(rng: random.Random) -> str:
+    return (
+        rng.choice(["", "```json\n", "```JSON", "```\n"])
+        + rng.choice(['{"a": [1, 2]}', "[1]", "{a: 1}", '"a"', "NaN"])
+        + rng.choice(["", "\n```", "```"])
+    )
+
+
 def shaped(name: str, arguments: dict, rng: random.Random) -> str:
     """A made-up response, half of the time bent toward what the instruction asks for."""
     text = made_up(rng)
@@ -223,14 +250,7 @@ def shaped(name: str, arguments: dict, rng: random.Random) -> str:
         return text
     match name:
         case "length_constraints:nth_paragraph_first_word":
-            parts = [rng.choice(PLAIN) for _ in range(arguments["num_paragraphs"])]
-            parts[arguments["nth_paragraph"] - 1] = (
-                rng.choice(["", "'", '"'])
-                + arguments["first_word"]
-                + rng.choice([" ", ", ", "'s ", "-", "\n"])
-                + "more"
-            )
-            return rng.choice(["\n\n", "\n\n", "\n\n\n\n", "\n\n \n\n"]).join(parts)
+            return begun_with(arguments, rng)
         case "length_constraints:number_paragraphs":
             return rng.choice(["\n***\n", " *** ", "***"]).join(
                 rng.choice([*PLAIN, ""]) for _ in range(rng.randint(1, 4))
@@ -258,23 +278,13 @@ def shaped(name: str, arguments: dict, rng: random.Random) -> str:
         case "startend:quotation":
             return rng.choice(['"', ' "']) + text + rng.choice(['"', '"\n', ""])
         case "detectable_format:json_format":
-            return (
-                rng.choice(["", "```json\n", "```JSON", "```\n"])
-                + rng.choice(['{"a": [1, 2]}', "[1]", "{a: 1}", '"a"', "NaN"])
-                + rng.choice(["", "\n```", "```"])
-            )
+            return json_or_nearly(rng)
         case "change_case:english_capital":
             return text.upper()
         case "change_case:english_lowercase":
             return text.lower()
         case "language:response_language":
-            return rng.choice(
-                [
-                    "Der Fluss fließt an der alten Mühle vorbei.",
-                    "La rivière coule près du vieux moulin.",
-                    "1 2 3",
-                ]
-            )
+            return rng.choice(NOT_ENGLISH)
     return "\n".join(rng.choice(MARKED) for _ in range(rng.randint(1, 8)))
 
 

@@ -3,6 +3,7 @@ errors, simulated verdicts and the original study's data.
 """
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,12 @@ def arms(*rows: tuple) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["base_model", "method", "n_settings", "n_runs"])
 
 
+def effects(rng, families, unit, icc):
+    """Effects on each unit, of which the share `icc` of the variance is its family's."""
+    whole = np.sqrt(icc) * rng.normal(size=families.max() + 1)[families]
+    return unit * (whole + np.sqrt(1 - icc) * rng.normal(size=len(families)))
+
+
 def drawn(
     rng,
     run=5.0,
@@ -67,32 +74,17 @@ def drawn(
     """Scores of runs x units with known components, and their cells."""
     rows, cells = [], []
     families = np.arange(n_units) // family
-
-    def effects():
-        whole = np.sqrt(icc) * rng.normal(size=families.max() + 1)[families] + np.sqrt(
-            1 - icc
-        ) * rng.normal(size=n_units)
-        return unit * whole
-
     for method in methods:
-        common = effects()
+        common = effects(rng, families, unit, icc)
         for base in bases:
-            mean = np.sqrt(together) * common + np.sqrt(1 - together) * effects()
-            for setting in range(settings):
-                for seed in range(seeds):
-                    rows.append(
-                        3 * setting + run * rng.normal() + mean + noise * rng.normal(size=n_units)
-                    )
-                    cells.append(
-                        (
-                            f"{base}-{method}-{setting}-{seed}",
-                            base,
-                            method,
-                            terms.AS_CONFIGURED,
-                            str(setting),
-                            base,
-                        )
-                    )
+            own = effects(rng, families, unit, icc)
+            mean = np.sqrt(together) * common + np.sqrt(1 - together) * own
+            for setting, seed in product(range(settings), range(seeds)):
+                rows.append(
+                    3 * setting + run * rng.normal() + mean + noise * rng.normal(size=n_units)
+                )
+                run_id = f"{base}-{method}-{setting}-{seed}"
+                cells.append((run_id, base, method, terms.AS_CONFIGURED, str(setting), base))
     change, cells = (
         np.array(rows),
         pd.DataFrame(cells, columns=["run_id", "base_model", "method", "group", "setting", "pool"]),
@@ -518,51 +510,50 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
 
 
 # ---- what is assumed where there are no data
+def settings_run_again(runs: pd.DataFrame) -> pd.DataFrame:
+    """The variance and number of runs of each setting that has several."""
+    return (
+        runs.groupby(["base_model", "method", "setting"])["safe_pct"]
+        .agg(["var", "count"])
+        .query("count > 1")
+        .reset_index()
+    )
+
+
+def changes_from(base: pd.DataFrame, runs: pd.DataFrame, unsafe: pd.DataFrame) -> np.ndarray:
+    """What each run's answers differ from its base model's, 0 where one has no verdict."""
+    return np.nan_to_num(
+        unsafe.loc[runs["run"]].to_numpy() - base.loc[runs["base_model"]].to_numpy()
+    )
+
+
+def scores_of(change: np.ndarray, run_ids: pd.Series, categories: pd.Series):
+    asked = np.full(len(change), change.shape[1])
+    runs = pd.Index(run_ids, dtype=object)
+    return influence.ratio(change, np.ones(change.shape), runs, categories, asked, 0 * asked, 1.0)
+
+
 def test_the_original_studys_spread_is_that_of_its_public_verdicts(shared):
     folder = shared / "original_study"
     runs, verdicts = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "verdicts.csv.gz")
     unsafe = 100 * verdicts.assign(
         unsafe=verdicts["verdict"].map({"safe": 0.0, "unsafe": 1.0})
     ).pivot(index="run", columns="prompt", values="unsafe")
-    runs["setting"] = (
-        runs[["objective", "dataset", "learning_rate_true", "epochs"]]
-        .astype(str)
-        .agg(" ".join, axis=1)
-    )
-    cells = (
-        runs.groupby(["base_model", "method", "setting"])["safe_pct"]
-        .agg(["var", "count"])
-        .query("count > 1")
-        .reset_index()
-    )
+    settings = runs[["objective", "dataset", "learning_rate_true", "epochs"]].astype(str)
+    runs = runs.assign(group=terms.AS_CONFIGURED, setting=settings.agg(" ".join, axis=1))
+    cells = settings_run_again(runs)
     run = np.sqrt(cells.groupby("method")["var"].mean())
     idle = (
         runs["method"].eq("ia3") & runs["objective"].eq("sft") & runs["learning_rate_true"].eq(2e-5)
     )
-    base = (
-        unsafe.loc[runs.loc[idle, "run"]]
-        .groupby(runs.loc[idle].set_index("run")["base_model"])
-        .mean()
-    )
-    rest = runs[~idle].assign(
-        group=terms.AS_CONFIGURED, run_id=lambda frame: frame["run"].astype(str)
-    )
-    change = np.nan_to_num(
-        unsafe.loc[rest["run"]].to_numpy() - base.loc[rest["base_model"]].to_numpy()
-    )
+    models = runs[idle].set_index("run")["base_model"]
+    base = unsafe.loc[models.index].groupby(models).mean()
+    rest = runs[~idle].assign(run_id=lambda frame: frame["run"].astype(str))
+    change = changes_from(base, rest, unsafe)
     categories = verdicts.drop_duplicates("prompt").sort_values("prompt")["category"].astype(str)
-    asked = np.full(len(change), change.shape[1])
-    scores = influence.ratio(
-        change,
-        np.ones(change.shape),
-        pd.Index(rest["run_id"], dtype=object),
-        categories,
-        asked,
-        0 * asked,
-        1.0,
-    )
     found = power_components.components(
-        scores, rest[["run_id", "base_model", "method", "group", "setting"]]
+        scores_of(change, rest["run_id"], categories),
+        rest[["run_id", "base_model", "method", "group", "setting"]],
     ).query("other == 'none'")
     rate = base.mean(axis=1)
     scale = found["base_model"].map(np.sqrt(rate * (100 - rate)))

@@ -28,6 +28,9 @@ from safe_lora_cases import dense, lora_folder, one_shape, tiny, written
 pytest_plugins = ["safe_lora_cases"]
 
 
+A, B = np.ones((4, 48)), np.ones((48, 4))  # factors that fit the case's modules
+
+
 # ---- real adapters of PEFT, by name
 LORAS = {
     "grouped queries, patterns": (
@@ -203,134 +206,134 @@ def test_what_peft_cannot_convert_is_refused(tmp_path):
 
 
 # ---- what is refused
+# A change is a function of the case and of a folder to write in; it gives the arguments that
+# differ from the case's.
+def given(**arguments):
+    return lambda case, folder: arguments
+
+
+def the_cases(**names):
+    """An argument that is another folder of the case."""
+    return lambda case, folder: {name: case[other] for name, other in names.items()}
+
+
+def unaligned(change, **dtype):
+    """The unaligned checkpoint with its tensors changed."""
+
+    def made(case, folder):
+        tensors = change(load_file(case["unaligned"] / "model.safetensors"))
+        return {"unaligned": written(folder / "other", tensors, **dtype)}
+
+    return made
+
+
+def every_tensor(change, **dtype):
+    return unaligned(
+        lambda tensors: {name: change(value) for name, value in tensors.items()}, **dtype
+    )
+
+
+def pickled(case, folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "pytorch_model.bin").write_bytes(b"x")
+    return {"unaligned": folder / "other"}
+
+
+def torn(case, folder):
+    shutil.copytree(case["unaligned"], folder / "other")
+    (folder / "other" / "model.safetensors").write_bytes(b"\x00" * 20)
+    return {"unaligned": folder / "other"}
+
+
+def adapter(a=A, b=B, **config):
+    """An adapter of one module with these factors."""
+    return lambda case, folder: {
+        "adapter": lora_folder(folder / "other", {"model.layers.0.q": (a, b)}, **config)
+    }
+
+
+def stored(change):
+    """An adapter whose file of weights holds other tensors."""
+
+    def made(case, folder):
+        arguments = adapter()(case, folder)
+        weights = arguments["adapter"] / adapters.WEIGHTS
+        save_file(change(load_file(weights)), weights)
+        return arguments
+
+    return made
+
+
+# what is wrong: the change, and a part of the sentence that refuses it
+BAD = {
+    "no folder": (
+        lambda case, folder: {"unaligned": folder / "nowhere"},
+        "no unaligned checkpoint",
+    ),
+    "no name": (given(unaligned="./nowhere"), "no unaligned checkpoint"),
+    "the same twice": (the_cases(unaligned="aligned"), "V is zero"),
+    "shorter": (every_tensor(lambda value: value[:-1]), "48 x 48 in the aligned and 47 x 48"),
+    "renamed": (
+        unaligned(
+            lambda tensors: {f"transformer.{name}.x": value for name, value in tensors.items()}
+        ),
+        "has no weight of the module",
+    ),
+    "packed": (
+        unaligned(lambda tensors: {**tensors, "model.layers.0.q.weight.absmax": torch.ones(1)}),
+        "quantised",
+    ),
+    "integers": (every_tensor(lambda value: value.to(torch.int8), dtype=torch.int8), "quantised"),
+    "broken": (every_tensor(lambda value: value * float("nan")), "NaN"),
+    "pickled": (pickled, "pickles"),
+    "torn": (torn, "torn"),
+    "smaller": (adapter(np.ones((4, 40)), np.ones((40, 4))), "another base model"),
+    "idle": (adapter(b=0 * B), "never trained"),
+    "soft": (adapter(peft_type="PROMPT_TUNING"), "no weight update"),
+    "pissa": (adapter(init_lora_weights="pissa_niter_4"), "changes the base model itself"),
+    "a merged model": (the_cases(adapter="aligned"), "merged model and no adapter"),
+    "no adapter": (lambda case, folder: {"adapter": folder / "nothing"}, "there is no adapter"),
+    "out exists": (the_cases(out="adapter"), "is there already"),
+    "operator": (given(operator="safe"), "operator='safe'"),
+    "select": (given(select="best"), "select='best'"),
+    "half a module": (given(select="top", value=0.5), "number of modules"),
+    "more modules": (given(select="top", value=3), "the adapter has 2"),
+    "endless modules": (given(select="top", value=float("inf")), "number of modules"),
+    "a threshold": (given(value=1.5), "between 0 and 1"),
+    "rank missing": (given(operator="subspace"), "needs rank"),
+    "rank given": (given(rank=3), "takes no rank"),
+    "rank too high": (given(operator="subspace", rank=49), "at most 48"),
+    "rank negative": (given(operator="subspace", rank=-1), "whole number from 1"),
+    "fan_in_fan_out": (adapter(fan_in_fan_out=True), "fan_in_fan_out"),
+    "kasa": (adapter(kasa_config={"r": 4}), "kasa_config"),
+    "parameters": (adapter(target_parameters=["x"]), "target_parameters"),
+    "uneven": (adapter(b=np.ones((48, 3))), "ranks 4 and 3"),
+    "nan": (adapter(a=np.nan * A), "not finite"),
+    "unnamed": (
+        stored(
+            lambda tensors: {
+                key.removeprefix(updates.PREFIX): value for key, value in tensors.items()
+            }
+        ),
+        "does not begin with",
+    ),
+    "half": (
+        stored(lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key}),
+        "lora_B.weight",
+    ),
+}
+
+
 @one_shape
-def test_bad_input_is_one_sentence_and_nothing_is_written(case, tmp_path):
-    def said(match: str, **changes):
-        arguments = {
-            name: case[name] for name in ("adapter", "aligned", "unaligned", "out")
-        } | changes
-        before = set(tmp_path.rglob("*"))
-        with pytest.raises(ValueError) as error:
-            safe_lora.project(**arguments)
-        assert match in one_sentence(error.value)
-        assert set(tmp_path.rglob("*")) == before
-
-    def other(name: str, change) -> object:
-        tensors = load_file(case["unaligned"] / "model.safetensors")
-        return written(tmp_path / name, change(tensors))
-
-    shorter = other(
-        "shorter", lambda tensors: {name: value[:-1] for name, value in tensors.items()}
-    )
-    renamed = other(
-        "renamed",
-        lambda tensors: {f"transformer.{name}.x": value for name, value in tensors.items()},
-    )
-    packed = other(
-        "packed", lambda tensors: {**tensors, "model.layers.0.q.weight.absmax": torch.ones(1)}
-    )
-    broken = other(
-        "broken", lambda tensors: {name: value * float("nan") for name, value in tensors.items()}
-    )
-    integers = written(
-        tmp_path / "integers",
-        {
-            name: value.to(torch.int8)
-            for name, value in load_file(case["unaligned"] / "model.safetensors").items()
-        },
-        dtype=torch.int8,
-    )
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "pytorch_model.bin").write_bytes(b"x")
-    torn = tmp_path / "torn"
-    shutil.copytree(case["unaligned"], torn)
-    (torn / "model.safetensors").write_bytes(b"\x00" * 20)
-    smaller = lora_folder(
-        tmp_path / "smaller", {"model.layers.0.q": (np.ones((4, 40)), np.ones((40, 4)))}
-    )
-    idle = lora_folder(
-        tmp_path / "idle", {"model.layers.0.q": (np.ones((4, 48)), np.zeros((48, 4)))}
-    )
-    soft = lora_folder(
-        tmp_path / "soft",
-        {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))},
-        peft_type="PROMPT_TUNING",
-    )
-    pissa = lora_folder(
-        tmp_path / "pissa",
-        {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))},
-        init_lora_weights="pissa_niter_4",
-    )
-    said("no unaligned checkpoint", unaligned=tmp_path / "nowhere")
-    said("no unaligned checkpoint", unaligned="./nowhere")
-    said("V is zero", unaligned=case["aligned"])
-    said("48 x 48 in the aligned and 47 x 48", unaligned=shorter)
-    said("has no weight of the module", unaligned=renamed)
-    said("quantised", unaligned=packed)
-    said("quantised", unaligned=integers)
-    said("NaN", unaligned=broken)
-    said("pickles", unaligned=pickled)
-    said("torn", unaligned=torn)
-    said("another base model", adapter=smaller)
-    said("never trained", adapter=idle)
-    said("no weight update", adapter=soft)
-    said("changes the base model itself", adapter=pissa)
-    said("merged model and no adapter", adapter=case["aligned"])
-    said("there is no adapter", adapter=tmp_path / "nothing")
-    said("is there already", out=case["adapter"])
-    said("operator='safe'", operator="safe")
-    said("select='best'", select="best")
-    said("number of modules", select="top", value=0.5)
-    said("the adapter has 2", select="top", value=3)
-    said("between 0 and 1", value=1.5)
-    said("needs rank", operator="subspace")
-    said("takes no rank", rank=3)
-    said("at most 48", operator="subspace", rank=49)
-    said("whole number from 1", operator="subspace", rank=-1)
-    said("number of modules", select="top", value=float("inf"))
-    for key, value in {
-        "fan_in_fan_out": True,
-        "kasa_config": {"r": 4},
-        "target_parameters": ["x"],
-    }.items():
-        said(
-            key,
-            adapter=lora_folder(
-                tmp_path / key,
-                {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))},
-                **{key: value},
-            ),
-        )
-    said(
-        "ranks 4 and 3",
-        adapter=lora_folder(
-            tmp_path / "uneven", {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 3)))}
-        ),
-    )
-    said(
-        "not finite",
-        adapter=lora_folder(
-            tmp_path / "nan", {"model.layers.0.q": (np.full((4, 48), np.nan), np.ones((48, 4)))}
-        ),
-    )
-    bare = lora_folder(
-        tmp_path / "bare", {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))}
-    )
-    whole = load_file(bare / adapters.WEIGHTS)
-    for name, tensors, word in (
-        (
-            "unnamed",
-            {key.removeprefix(updates.PREFIX): value for key, value in whole.items()},
-            "does not begin with",
-        ),
-        ("half", {key: value for key, value in whole.items() if "lora_A" in key}, "lora_B.weight"),
-    ):
-        torn_one = lora_folder(
-            tmp_path / name, {"model.layers.0.q": (np.ones((4, 48)), np.ones((48, 4)))}
-        )
-        save_file(tensors, torn_one / adapters.WEIGHTS)
-        said(word, adapter=torn_one)
+@pytest.mark.parametrize(("change", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_written(case, tmp_path, change, sentence):
+    usual = {name: case[name] for name in ("adapter", "aligned", "unaligned", "out")}
+    arguments = usual | change(case, tmp_path)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError) as error:
+        safe_lora.project(**arguments)
+    assert sentence in one_sentence(error.value)
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_soft_prompt_of_peft_is_refused(tmp_path):

@@ -204,10 +204,9 @@ def test_a_common_prefix_is_the_longest(a, b):
     assert n == min(len(a), len(b)) or a[n] != b[n]
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
-    """Mistral slides in every layer, Qwen2 in those that its config names; transformers' own
-    forward of one sequence is the oracle.
+def sliding(family):
+    """A model whose attention slides over 9 tokens: Mistral in every layer, Qwen2 in those that its
+    config names.
     """
     torch.manual_seed(1)
     shape = {
@@ -228,7 +227,25 @@ def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
         if family == "mistral"
         else transformers.Qwen2Config(**shape, use_sliding_window=True, max_window_layers=1)
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def greedy_ids(model, context, n):
+    """transformers' own greedy continuation of one unpadded context."""
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=torch.tensor([context]),
+            attention_mask=torch.ones(1, len(context), dtype=torch.long),
+            max_new_tokens=n,
+            do_sample=False,
+        )
+    return tokens[0, len(context) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
+    """transformers' own forward of one sequence is the oracle."""
+    model = sliding(family)
     tokenizer = types.SimpleNamespace(
         eos_token_id=1, decode=lambda ids, **_: " ".join(map(str, ids))
     )
@@ -252,16 +269,8 @@ def test_a_sliding_window_is_the_models_own_in_trees_and_after_padding(family):
     for context, answer in zip(
         contexts, Scorer(model, tokenizer).generate(contexts, 8), strict=True
     ):
-        with torch.inference_mode():
-            tokens = model.generate(
-                input_ids=torch.tensor([context]),
-                attention_mask=torch.ones(1, len(context), dtype=torch.long),
-                max_new_tokens=8,
-                do_sample=False,
-            )
-        assert answer.text.split() == [
-            str(token) for token in tokens[0, len(context) :].tolist() if token != 1
-        ]
+        own = [str(token) for token in greedy_ids(model, context, 8) if token != 1]
+        assert answer.text.split() == own
 
 
 # ---- sampling

@@ -47,14 +47,8 @@ def test_divergence_is_the_variants_failure_and_the_base_is_clean(
     assert trained("ia3", again="after the poison", n=16).record["status"] == "ok"
 
 
-def test_a_failed_variant_is_recorded_and_the_job_goes_on(
-    bases, content, tmp_path, data_folder, poisoned
-):
-    content["name"] = "failing"
-    content["grid"][0] |= {"objectives": ["sft"], "methods": ["lora", "ia3"]}
-    content["data"]["sft"]["n"] = 16
-    study = load(write_study(tmp_path, content))
-    base, prepared = bases["llama"], examples.prepare("sft", bases["llama"], study)
+def training(study, base, prepared):
+    """The work of a job that trains the study's variants."""
 
     def work(variant, folder):
         done = (
@@ -67,13 +61,25 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
             *folders.adapter_files(study, variant),
         ]
 
-    content["bases"]["tiny-llama"]["path"] = content["data"]["sft"][
-        "path"
-    ]  # any file: its bytes are the base's identity here
+    return work
+
+
+def run_job(stage, study, work):
+    return jobs.run(stage, study, "tiny-llama", study.variants, lambda variant: [], work)
+
+
+def test_a_failed_variant_is_recorded_and_the_job_goes_on(
+    bases, content, tmp_path, data_folder, poisoned
+):
+    content["name"] = "failing"
+    content["grid"][0] |= {"objectives": ["sft"], "methods": ["lora", "ia3"]}
+    content["data"]["sft"]["n"] = 16
+    prepared = examples.prepare("sft", bases["llama"], load(write_study(tmp_path, content)))
+    # any file: its bytes are the base's identity here
+    content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]
     study = load(write_study(tmp_path, content))
-    done = jobs.run(
-        "train", study, "tiny-llama", study.variants, lambda variant: [], work
-    ).set_index("run_id")
+    work = training(study, bases["llama"], prepared)
+    done = run_job("train", study, work).set_index("run_id")
     failed = next(variant for variant in study.variants if variant.method == "lora")
     assert done.status.to_dict() == {
         variant.run_id: "failed" if variant is failed else "ok" for variant in study.variants
@@ -85,20 +91,11 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
         == done.index.to_frame().T.to_dict().keys()
     )
     assert jobs.failed_before(study, failed, "respond")
-    again = jobs.run(
-        "respond",
-        study,
-        "tiny-llama",
-        study.variants,
-        lambda variant: [],
-        lambda variant, folder: [],
-    )
+    again = run_job("respond", study, lambda variant, folder: [])
     assert failed.run_id not in set(again.run_id), (
         "a later stage must not score what has no adapter"
     )
-    assert jobs.run(
-        "train", study, "tiny-llama", study.variants, lambda variant: [], work
-    ).reused.all()
+    assert run_job("train", study, work).reused.all()
 
 
 @pytest.mark.parametrize(
