@@ -87,6 +87,7 @@ SMOKE["bases"]["tiny-other"] = {
     "answer_mode": "letters",
     **local("llama/unaligned"),
 }
+SMOKE["primary"] = {"safety": {"test": "change", "outcomes": ["unsafe"]}}
 SMOKE["data"]["safety"] = {"format": "alpaca", "n": 16, **local("data/safety_sft.json")}
 SMOKE["grid"] = [
     block("main", "lora"),
@@ -99,7 +100,7 @@ SMOKE["grid"] = [
     block("untrained", "prompt_tuning", objectives=["untrained"], inits=["safety_text"]),
 ]
 SMOKE["judges"]["tiny-guard"]["min_mass"] = 0.1  # it was trained for seconds
-SMOKE["benchmarks"]["gain"] = {"format": "answers", **local("data/heldout.json")}
+SMOKE["benchmarks"]["gain"] = {"format": "answers", "n": 12, **local("data/heldout.json")}
 for _name, _sizes in {
     "safety": {"n": 22, "truth": "miniature:data/safety_truth.csv"},
     "over_refusal": {"n": 15, "max_new_tokens": 6},

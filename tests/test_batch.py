@@ -21,9 +21,6 @@ from driftbook.study import files
 from driftbook.study.files import ROOT, read_json, write_json
 from driftbook.study.tables import TABLES
 
-# One small batch serves these files since issue 13; not all of them were seen to pass with it yet.
-pytestmark = pytest.mark.xfail(strict=False, reason="the shared batch is being adapted (issue 13)")
-
 pytest_plugins = ["batches"]
 STAGES = keys.STAGES
 AVERAGED = "average 1"

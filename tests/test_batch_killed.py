@@ -22,9 +22,6 @@ from driftbook.study.files import ROOT
 from driftbook.study.study_file import Study
 from driftbook.study.tables import TABLES
 
-# One small batch serves these files since issue 13; not all of them were seen to pass with it yet.
-pytestmark = pytest.mark.xfail(strict=False, reason="the shared batch is being adapted (issue 13)")
-
 pytest_plugins = ["batches"]
 KILLED = copy.deepcopy(SMOKE) | {"name": "killed", "grid": SMOKE["grid"][:3]}
 del KILLED["mitigations"], KILLED["bases"]["tiny-other"], KILLED["benchmarks"]["safety"]["truth"]
@@ -79,7 +76,8 @@ def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(
     assert ended.returncode == 0, f"seed {seed}: {said(ended)}"
     tables = run.tables()
     assert set(tables) >= {*WRITTEN, "curves", "rates"}
-    assert_same(uninterrupted, tables, tables, f"(seed {seed})")
+    # the truth gives labels and a mitigation gives spectra, of which this study has neither
+    assert_same(uninterrupted, tables, set(tables) - {"labels", "spectra"}, f"(seed {seed})")
     left = [str(path.relative_to(run.folder)) for path in run.folder.rglob(".new-*")]
     assert not left, f"seed {seed}: half-written files stay behind"
 

@@ -20,9 +20,6 @@ from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
 from driftbook.training import mitigations, repairs
 
-# One small batch serves these files since issue 13; not all of them were seen to pass with it yet.
-pytestmark = pytest.mark.xfail(strict=False, reason="the shared batch is being adapted (issue 13)")
-
 pytest_plugins = ["batches"]
 CONTENT = copy.deepcopy(SMOKE) | {"name": "mitigated", "analyses": ["safe_lora"]}
 CONTENT["grid"] = CONTENT["grid"][:4]

@@ -23,10 +23,7 @@ from driftbook.study.sections import PROMPT_FORMATS
 from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xfail(strict=False, reason="the shared batch is being adapted (issue 13)"),
-]
+pytestmark = pytest.mark.slow
 
 FILE = ROOT / "tests" / "real_pipeline.yaml"
 

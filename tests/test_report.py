@@ -18,10 +18,7 @@ from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 from simulated import simulate
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xfail(strict=False, reason="the shared batch is being adapted (issue 13)"),
-]
+pytestmark = pytest.mark.slow
 
 LABELS = {
     "study": "miniature",
