@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from driftbook.benchmarks.bbq_scores import ICC, SCORES, _intervals
+from driftbook.benchmarks.bbq_scores import ICC, SCORES, score_intervals
 
 AGE_FAMILIES = (
     8,
@@ -62,7 +62,7 @@ def coverage(
     for accuracy in accuracies:
         for lean in leans:
             part, true = _simulated(rng, n_sets, families, accuracy, lean, icc)
-            low, high = _intervals(part)
+            low, high = score_intervals(part)
             found = {
                 "covered": 100 * ((low <= true) & (true <= high)).mean(0),
                 "too_high": 100 * (low > true).mean(0),

@@ -218,7 +218,7 @@ def whole_study() -> list[dict]:
     from driftbook.batch import costing, make_plan
 
     calibrate.calibrate()
-    paper, rates = load("paper"), make_plan.choose("here")
+    paper, rates = load("paper"), make_plan.machine_rates("here")
     table = costing.hours(paper, rates)
     one = next(
         variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1

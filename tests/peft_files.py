@@ -121,7 +121,7 @@ def few(tmp_path):
 @pytest.fixture(scope="module")
 def real(shared):
     """PEFT's own files."""
-    folder = shared / peft_results.NAME
+    folder = shared / peft_results.PEFT_NAME
     if not folder.is_dir():
         pytest.skip(f"no result files of PEFT at {folder}")
     return folder

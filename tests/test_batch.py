@@ -415,7 +415,7 @@ def test_an_edit_changes_the_keys_of_what_depends_on_it(
 def _keys(study) -> dict:
     settings = {stage: keys.settings(stage, study, "tiny-llama") for stage in STAGES}
     return {
-        stage: [keys.key(settings[stage], variant) for variant in study.variants]
+        stage: [keys.result_key(settings[stage], variant) for variant in study.variants]
         for stage in STAGES
     }
 

@@ -384,7 +384,7 @@ def test_independent_answers_have_clopper_and_pearsons_interval():
     rng = np.random.default_rng(5)
     for p in (0.5, 0.9, 0.98):
         correct = (rng.random(4000) < p).astype(float)
-        low, high = bbq_scores._intervals(
+        low, high = bbq_scores.score_intervals(
             counts(correct, (1 - correct) * (rng.random(4000) < 0.7))
         )[:, 0, 0]
         exact = binomtest(int(correct.sum()), 4000).proportion_ci()
@@ -398,7 +398,7 @@ def test_many_families_have_the_bootstraps_interval():
     weights = np.random.default_rng(0).multinomial(600, np.full(600, 1 / 600), 2000)
     drawn = bbq_scores._score(np.einsum("bu,uck->bck", weights, part[0]))
     expected = np.quantile(drawn, [0.025, 0.975], axis=0)
-    assert bbq_scores._intervals(part)[:, 0] == pytest.approx(
+    assert bbq_scores.score_intervals(part)[:, 0] == pytest.approx(
         expected, abs=0.12 * (expected[1] - expected[0]).min()
     )
 
@@ -410,36 +410,36 @@ def test_laws_of_the_interval(families):
     correct = np.array([right for right, _ in families], float)
     biased = np.minimum([toward for _, toward in families], 4 - correct)
     part = counts(correct, biased, 4)
-    value, (low, high) = bbq_scores._score(part.sum(1))[0], bbq_scores._intervals(part)[:, 0]
+    value, (low, high) = bbq_scores._score(part.sum(1))[0], bbq_scores.score_intervals(part)[:, 0]
     known = ~np.isnan(low)
     assert (low[known] <= value[known] + 1e-9).all()
     assert (high[known] >= value[known] - 1e-9).all()
     assert (high[known] - low[known] > 0).all()
-    mirrored = bbq_scores._intervals(counts(correct, 4 - correct - biased, 4))[:, 0]
+    mirrored = bbq_scores.score_intervals(counts(correct, 4 - correct - biased, 4))[:, 0]
     assert mirrored[:, 2:] == pytest.approx(
         -np.stack([high, low])[:, 2:], abs=1e-6, nan_ok=True
     )  # against the stereotype instead of with it
-    assert bbq_scores._intervals(part[:, ::-1])[:, 0] == pytest.approx(
+    assert bbq_scores.score_intervals(part[:, ::-1])[:, 0] == pytest.approx(
         np.stack([low, high]), abs=1e-6, nan_ok=True
     )
 
 
 def test_intervals_at_the_edges_are_wide_or_null():
     everything = np.full(25, 8.0)
-    low, high = bbq_scores._intervals(counts(everything, 0 * everything, 8))[:, 0]
+    low, high = bbq_scores.score_intervals(counts(everything, 0 * everything, 8))[:, 0]
     assert (low[0], high[0]) == (
         pytest.approx(0.025 ** (1 / 25)),
         1,
     )  # Clopper and Pearson's 25 of 25
     assert low[2] < -0.1 < 0 < 0.1 < high[2]
     assert np.isnan([low[3], high[3]]).all()  # nobody named in disambiguated contexts
-    low, high = bbq_scores._intervals(counts(0 * everything, everything, 8))[
+    low, high = bbq_scores.score_intervals(counts(0 * everything, everything, 8))[
         :, 0
     ]  # always wrong, always biased
     assert (low[0], high[0], high[3]) == (0, pytest.approx(1 - 0.025 ** (1 / 25)), 1)
     assert 0.7 < low[3] < 0.75
     assert np.isnan(
-        bbq_scores._intervals(counts(everything[:1], 0 * everything[:1], 8))
+        bbq_scores.score_intervals(counts(everything[:1], 0 * everything[:1], 8))
     ).all()  # one family
 
 

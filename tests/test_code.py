@@ -321,7 +321,7 @@ def finished(copied):
     for number, job in enumerate(order):
         for key in (study.folder / "keys").rglob("*.json"):
             if key.relative_to(study.folder / "keys").parts[0].removesuffix(".json") == job:
-                done = plan.mark(study, str(key.relative_to(study.folder / "keys"))[:-5])
+                done = plan.job_mark(study, str(key.relative_to(study.folder / "keys"))[:-5])
                 write_json(done, read_json(key))
                 os.utime(key, (now - 200, now - 200))
                 os.utime(done, (now - 100 + number, now - 100 + number))

@@ -220,14 +220,14 @@ def test_no_rates_are_no_plan(monkeypatch, tmp_path):
     monkeypatch.setattr(costing, "PUBLISHED", tmp_path)
     monkeypatch.setattr(costing, "MEASURED", tmp_path / "costs.json")
     with pytest.raises(ValueError) as error:
-        make_plan.choose(None)
+        make_plan.machine_rates(None)
     assert "make calibrate" in one_sentence(error.value)
     (tmp_path / "costs.json").write_text(
         json.dumps(
             {"hardware": "a machine", "flops": RATES.flops, "fixed": 1, "step": 1, "when": "today"}
         )
     )
-    assert make_plan.choose(None).name == "a machine"
+    assert make_plan.machine_rates(None).name == "a machine"
 
 
 def test_a_study_of_every_method_is_planned(tmp_path):

@@ -342,12 +342,12 @@ def study(tmp_path_factory) -> dict:
     named = {**LABELS, "notebook": "09_safety"}
     parts = [estimation.of_rate(values, arms, influence.cells(arms), **named)]
     change = estimation.run_changes(parts[0], {terms.UNSAFE: "safety"})[terms.UNSAFE]
-    runs = doses.runs_of(arms, tables["runs"], change)
+    runs = doses.dose_runs(arms, tables["runs"], change)
     parts += [
         doses.as_configured(runs, 50, **LABELS),
         *(doses.matched(runs, measure, 50, **LABELS) for measure in doses.DOSES),
     ]
-    mixed, every = {**LABELS, "notebook": "11_mixed_effects"}, factors.runs_of(arms, change)
+    mixed, every = {**LABELS, "notebook": "11_mixed_effects"}, factors.factor_runs(arms, change)
     parts += [
         factors.largest_contrasts(factors.matched_contrasts(every, grain, 200), **mixed)
         for grain in (factors.CELL, factors.MEAN)
@@ -369,7 +369,7 @@ def test_no_ops_are_counted_and_both_means_are_shown(study):
 
 def test_the_last_sentence_counts_what_the_table_holds(study):
     rows = study["estimates"]
-    text = doses.sentence(
+    text = doses.doses_sentence(
         rows[rows["notebook"].eq("15_dose")], study["arms"], "the unsafe-response rate"
     )
     plain = rows[rows["contrast"].eq(doses.PLAIN)]

@@ -315,7 +315,7 @@ def test_bad_runs_are_refused_in_one_sentence():
             factors.matched_contrasts(bad)
     arms = runs.assign(mitigation=None, settings=["one"] + ["another"] * (len(runs) - 1))
     with pytest.raises(ValueError, match="1 cells hold runs with different other settings"):
-        factors.runs_of(arms, runs.set_index("run_id")["value"])
+        factors.factor_runs(arms, runs.set_index("run_id")["value"])
 
 
 def test_a_single_run_has_nothing_to_be_compared_with():

@@ -282,7 +282,7 @@ def test_the_choice_never_sees_the_report_half(study):
 # ---- differences
 def test_differences_are_those_that_were_put_in(study):
     tables, repaired, points, levels = study
-    found = repairs.compared(tables, repaired, levels, 0, **LABELS)
+    found = repairs.repairs_compared(tables, repaired, levels, 0, **LABELS)
     ESTIMATES.check(found)
     unsafe = (
         found[found["outcome"].eq(terms.UNSAFE)]
@@ -388,7 +388,7 @@ def test_a_repair_of_one_base_model_is_no_finding_over_all(study):
     assert "better" not in beside(fewer).loc["all"].index.get_level_values("member")
     repaired = repairs.repairs(fewer.variants, fewer.runs)
     points = repairs.points(fewer, repaired, 0)
-    found = repairs.compared(fewer, repaired, repairs.chosen(points, repaired), 0, **LABELS)
+    found = repairs.repairs_compared(fewer, repaired, repairs.chosen(points, repaired), 0, **LABELS)
     overall = found[found["base_model"].eq("all")]
     assert not overall["against"].eq("same norm").any()
     assert set(overall["member"]) == {"plain", "rescale"}
@@ -435,7 +435,7 @@ def test_every_figure_is_drawn_or_says_why_not(study):
     tables, repaired, points, levels = study
     estimates = ESTIMATES.concat(
         [
-            repairs.compared(tables, repaired, levels, 0, **LABELS),
+            repairs.repairs_compared(tables, repaired, levels, 0, **LABELS),
             rescaling.beside_rescaling(points, repaired, levels, **LABELS),
         ]
     )
@@ -462,4 +462,4 @@ def test_every_figure_is_drawn_or_says_why_not(study):
     ):  # whatever the study calls its mitigations
         assert not drawing.FIGURES[name](shown)[1].startswith("Nothing")
     assert repairs.leading(repaired) == "plain"
-    assert "fewer unsafe responses" in repairs.sentence(estimates, "better")
+    assert "fewer unsafe responses" in repairs.repairs_sentence(estimates, "better")

@@ -327,7 +327,7 @@ def test_unclear_labels_and_strata_without_labels_are_counted():
         judge="j",
     )
     assert table["value"].isna().sum() > 0
-    assert "not estimable" not in labelling.sentence(
+    assert "not estimable" not in labelling.labels_sentence(
         table, labelling.error_rates(frame, labels, drawn)
     )
 

@@ -365,7 +365,7 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):
                 *folders.adapter_files(study, variant),
             ]
 
-        done = jobs.run(
+        done = jobs.run_variants(
             "mitigate",
             study,
             "tiny-llama",

@@ -283,7 +283,9 @@ def test_the_rules_find_what_they_are_for():
 def test_an_unknown_parameter_is_refused_in_a_sentence(tmp_path, capsys):
     output = tmp_path / "executed.ipynb"
     assert (
-        notebooks.main(str(PATHS[0]), str(output), json.dumps({"study": "miniature", "modles": []}))
+        notebooks.run_notebook(
+            str(PATHS[0]), str(output), json.dumps({"study": "miniature", "modles": []})
+        )
         == 1
     )
     sentence = one_sentence(capsys.readouterr().err)

@@ -494,7 +494,7 @@ def test_an_interval_decides(low, high, verdict):
 @pytest.fixture(scope="module")
 def finished(real, rows, items, tmp_path_factory):
     """The study's folder as notebook 20 leaves it."""
-    folder = tmp_path_factory.mktemp("finished") / original_study.NAME
+    folder = tmp_path_factory.mktemp("finished") / original_study.ORIGINAL_NAME
     made = original_tables.tables(*real)
     parts = [
         original_tests.of_tests(rows, original_tests.reproduction(rows)),
@@ -504,12 +504,12 @@ def finished(real, rows, items, tmp_path_factory):
         original_analysis.rounds(rows),
         original_claims.estimates(original_claims.ledger(rows, n_boot=50)),
     ]
-    original_tables.write(made, TABLES["estimates"].concat(parts), folder)
+    original_tables.write_original(made, TABLES["estimates"].concat(parts), folder)
     return folder
 
 
 def test_every_figure_is_drawn_again_from_what_is_published(finished, tmp_path):
-    files = publish.publish(finished, tmp_path / "published", original_study.NOTE)
+    files = publish.publish(finished, tmp_path / "published", original_study.ORIGINAL_NOTE)
     assert not any("verdict" in path.name for path in files)
     shown = gallery.read(tmp_path / "published" / "tables")
     names = [

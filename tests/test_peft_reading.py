@@ -184,4 +184,4 @@ def test_real_files_are_counts_of_all_questions_and_their_own_methods_keep_their
     }
     assert (runs["seconds"] < runs["reported_seconds"]).all()
     assert (points.groupby("run_id").size() == 20).all()
-    assert set(runs["method"]) <= set(peft_figures.NAMES)
+    assert set(runs["method"]) <= set(peft_figures.METHOD_NAMES)

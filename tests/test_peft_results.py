@@ -60,13 +60,13 @@ def made(tmp_path_factory):
     """Simulated runs, analysed as the notebook does, in a study folder: (folder, runs, points,
     estimates).
     """
-    folder = tmp_path_factory.mktemp("peft") / peft_results.NAME
+    folder = tmp_path_factory.mktemp("peft") / peft_results.PEFT_NAME
     runs, points = peft_results.read(simulated(folder.parent / "results"))
-    tables = peft_results.write(peft_results.declared(runs, points), folder)
+    tables = peft_results.write_peft(peft_results.declared(runs, points), folder)
     estimates = analysed(runs, points)
-    estimation.write_estimates(estimates, tables, peft_results.NAME)
+    estimation.write_estimates(estimates, tables, peft_results.PEFT_NAME)
     for name in DRAWINGS:
-        gallery.draw(name, gallery.read(tables, peft_results.NOTE), folder / "figures")
+        gallery.draw(name, gallery.read(tables, peft_results.PEFT_NOTE), folder / "figures")
     return folder, runs, points, estimates
 
 
@@ -388,8 +388,8 @@ def test_estimates_say_what_their_intervals_cover_and_never_seeds(made):
 
 def test_figures_are_the_same_from_published_tables_alone(made, tmp_path):
     folder = made[0]
-    publish.publish(folder, tmp_path / "published" / peft_results.NAME, peft_results.NOTE)
-    tables = gallery.read(tmp_path / "published" / peft_results.NAME / "tables")
+    publish.publish(folder, tmp_path / "published" / peft_results.PEFT_NAME, peft_results.PEFT_NOTE)
+    tables = gallery.read(tmp_path / "published" / peft_results.PEFT_NAME / "tables")
     for path in (folder / "figures").glob("*.png"):
         assert path.stat().st_size < 200_000
         assert "Made by notebook" in path.with_suffix(".md").read_text()
@@ -401,7 +401,7 @@ def test_figures_are_the_same_from_published_tables_alone(made, tmp_path):
 
 
 def test_names_on_the_front_hide_neither_each_other_nor_the_edge(made):
-    fig = gallery.draw("peft_pareto", gallery.read(made[0] / "tables", peft_results.NOTE))
+    fig = gallery.draw("peft_pareto", gallery.read(made[0] / "tables", peft_results.PEFT_NOTE))
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in fig.axes[0].texts]
@@ -424,7 +424,7 @@ def test_names_on_the_front_hide_neither_each_other_nor_the_edge(made):
 
 
 def test_figures_draw_where_there_is_nothing(made, few, tmp_path):
-    tables = gallery.read(made[0] / "tables", peft_results.NOTE)
+    tables = gallery.read(made[0] / "tables", peft_results.PEFT_NOTE)
     bare = {**tables, "estimates": ESTIMATES.empty(), "rates": TABLES["rates"].empty()}
     holes = tables["estimates"].copy()
     holes.loc[::3, ["se", "ci_low", "ci_high"]] = None
@@ -444,8 +444,8 @@ def test_the_notebook_runs_on_the_real_files(real, monkeypatch):
             shell.run_cell(
                 cell.source.replace("n_draws: int = 2000", "n_draws: int = 200"), silent=True
             ).raise_error()
-    folder, note, _ = publish.made(peft_results.NAME)
-    assert (folder, note) == (peft_results.FOLDER, peft_results.NOTE)
+    folder, note, _ = publish.made(peft_results.PEFT_NAME)
+    assert (folder, note) == (peft_results.FOLDER, peft_results.PEFT_NOTE)
     assert {path.stem for path in (folder / "figures").glob("*.png")} == set(DRAWINGS)
     estimates = estimation.read_estimates(folder / "tables")
     assert set(estimates["notebook"]) == {peft_results.NOTEBOOK}

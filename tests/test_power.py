@@ -171,7 +171,7 @@ def test_a_plan_of_the_present_grid_has_the_error_that_the_estimator_gives(tmp_p
     )
     own = cells[cells["group"].eq(terms.AS_CONFIGURED)]
     plan = power.precision(
-        power_components.components(scores, own), power.grid(cells), 330, n_strata=11
+        power_components.components(scores, own), power.power_grid(cells), 330, n_strata=11
     )
     both = (
         estimation.means(scores, own, terms.CHANGE, **LABELS)
@@ -328,7 +328,7 @@ def test_thirty_prompts_cannot_tell_three_points():
     single = power_components.assumed(rates, METHODS).query("other == 'none'")
     few = power.precision(single, grid, 30, examples=4)
     alone = few[few["base_model"].ne("all")]
-    assert set(power.smallest_margin(alone)["value"].map(power_rows.word)) == {"cannot tell"}
+    assert set(power.smallest_margin(alone)["value"].map(power_rows.margin_word)) == {"cannot tell"}
     assert power.power(alone, 0.0, 3.0).max() < 0.8
     many = power.precision(single, grid, 330, n_strata=11, examples=4).set_index(
         ["base_model", "method"]
@@ -364,7 +364,7 @@ def test_a_category_needs_the_prompts_at_which_the_margin_is_the_smallest():
     rows = power_components.components(
         influence.paired(values["one"].T.set_axis(columns[:30]).T, known), cells
     )
-    plan = power.precision(rows, power.grid(cells), needs)
+    plan = power.precision(rows, power.power_grid(cells), needs)
     assert power.smallest_margin(plan)["value"].iloc[0] == pytest.approx(6.0, rel=0.1)
     assert pd.isna(
         power_rows.by_category(values, known, cells, margin=0.01)
@@ -405,7 +405,7 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
         {"lora": "L", "ia3": "I"},
     )
     grid = arms(("a", "lora", 1, 6), ("a", "ia3", 1, 6))
-    said = power_rows.sentence(
+    said = power_rows.power_sentence(
         power_rows.of_plan(power.precision(rows, grid, 330), terms.AS_CONFIGURED, **LABELS), names
     )
     assert said.startswith(
@@ -416,7 +416,7 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
     assert (
         "mean over base models this grid can show that safety is preserved within 3 points for no"
         " method"
-        in power_rows.sentence(
+        in power_rows.power_sentence(
             power_rows.of_plan(power.precision(rows, both, 330), terms.AS_CONFIGURED, **LABELS),
             names,
         )
@@ -424,11 +424,12 @@ def test_the_sentence_says_what_can_be_shown_or_why_nothing_can():
     lone = power_rows.of_plan(
         power.precision(rows, grid.assign(n_runs=1), 330), terms.AS_CONFIGURED, **LABELS
     )
-    assert "cannot tell anything of seeds like these: one seed a setting" in power_rows.sentence(
-        lone, names
+    assert (
+        "cannot tell anything of seeds like these: one seed a setting"
+        in power_rows.power_sentence(lone, names)
     )
     assert (
-        power_rows.sentence(lone[:0], names)
+        power_rows.power_sentence(lone[:0], names)
         == "This grid cannot tell anything of seeds like these: no run has a score."
     )
 
@@ -473,7 +474,7 @@ def test_what_cannot_be_planned_is_null_and_says_why(n_runs, n_units, given, wor
     assert words in plan["how"].iloc[0]
     assert np.isnan(power.power(plan, 3.0)).all()
     assert power.minimum_detectable(plan).isna().all().all()
-    assert power_rows.word(power.smallest_margin(plan)["value"].iloc[0]) == "not known"
+    assert power_rows.margin_word(power.smallest_margin(plan)["value"].iloc[0]) == "not known"
     assert power_rows.of_plan(plan, "all", **LABELS)["value"].isna().all()
 
 

@@ -65,7 +65,7 @@ def training(study, base, prepared):
 
 
 def run_job(stage, study, work):
-    return jobs.run(stage, study, "tiny-llama", study.variants, lambda variant: [], work)
+    return jobs.run_variants(stage, study, "tiny-llama", study.variants, lambda variant: [], work)
 
 
 def test_a_failed_variant_is_recorded_and_the_job_goes_on(
@@ -128,7 +128,7 @@ def test_any_other_error_stops_the_job_and_names_the_variant(content, tmp_path, 
     content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]
     study = load(write_study(tmp_path, content))
     with pytest.raises(RuntimeError) as error:
-        jobs.run(
+        jobs.run_variants(
             "train",
             study,
             "tiny-llama",

@@ -73,7 +73,7 @@ def below_base(runs: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(runs="count", worse=lambda dose: dose.lt(0).sum(), lowest="min").reset_index()
 
 
-def runs_of(
+def dose_runs(
     arms: pd.DataFrame, runs: pd.DataFrame, values: pd.Series | None = None
 ) -> pd.DataFrame:
     """The runs as configured (trained and no-ops, the methods' usual inits) with setting, seed,
@@ -135,10 +135,10 @@ def matched(
     """The difference in change of each pair of methods within a base model at equal dose, as
     estimates: at three preset doses and their mean.
 
-    `runs` comes from runs_of with values; `measure` is one of DOSES. The doses are the quartiles of
-    the doses that runs of both methods have within the range that both reached; they come from the
-    doses alone, never from a change. Change on dose is smoothed within method and base model by a
-    local line (lowess without its robust steps; Cleveland 1979; span 0.75), because it is exact
+    `runs` comes from dose_runs with values; `measure` is one of DOSES. The doses are the quartiles
+    of the doses that runs of both methods have within the range that both reached; they come from
+    the doses alone, never from a change. Change on dose is smoothed within method and base model by
+    a local line (lowess without its robust steps; Cleveland 1979; span 0.75), because it is exact
     where change is linear in dose, bends with it where it is not, and needs no direction: a gain on
     held-out answers can fall while the model moves on. There is no extrapolation: without a common
     range, or without a run of both methods in it, the row is null and `how` says so. Runs worse
@@ -378,7 +378,7 @@ def rates_for_dose(
     """The learning rate at which each method would reach each preset dose, from pilot runs: a row
     per base model, method, objective, epochs and dose.
 
-    `pilot` comes from runs_of. The mean dose over seeds at each rate is interpolated linearly
+    `pilot` comes from dose_runs. The mean dose over seeds at each rate is interpolated linearly
     between the logarithms of rate and dose; the first rate from below that reaches the dose is
     taken. Beyond the rates that ran nothing is said: learning_rate is null and `reason` says why.
     Columns besides: measure, pilot_seeds (the seeds that set the rate, and so cannot confirm it).
@@ -502,7 +502,7 @@ def experiment(runs: pd.DataFrame, checked: pd.DataFrame, **labels: str) -> pd.D
     """The differences in change of methods at the same preset dose, over fresh seeds, where
     `confirmed` said so of both; no rows where of none.
 
-    Welch's t interval over runs (seeds like these, these prompts). `runs` comes from runs_of with
+    Welch's t interval over runs (seeds like these, these prompts). `runs` comes from dose_runs with
     values.
     """
     rows, keys = [], ["base_model", "objective", "dataset", "epochs", "measure", "dose"]
@@ -543,7 +543,7 @@ def experiment(runs: pd.DataFrame, checked: pd.DataFrame, **labels: str) -> pd.D
 
 
 # ---- in words
-def sentence(estimates: pd.DataFrame, arms: pd.DataFrame, what: str) -> str:
+def doses_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, what: str) -> str:
     """How many runs did nothing, and how many pairs of methods differ in `what`, as configured and
     at matched dose.
     """

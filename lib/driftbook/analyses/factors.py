@@ -43,7 +43,7 @@ POPULATION = "seeds like these, these prompts, these base models and settings"
 
 
 # ---- runs and their cells
-def runs_of(arms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+def factor_runs(arms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     """The trained runs, no-ops and other inits among them, with their factors and `value` (by
     run_id); controls and repairs are left out.
 
@@ -347,9 +347,9 @@ def largest_contrasts(contrasts: pd.DataFrame, **labels: str) -> pd.DataFrame:
 
     `contrasts` comes from matched_contrasts. With a simultaneous band, the largest true contrast is
     at least every row's near end and at most the largest far end: that is its interval. The row of
-    EXCESS is the difference of the two largest; its interval decides the word (see `word`) and is
-    conservative. A far end is unknown, and the interval open (null), where any row behind it has no
-    interval.
+    EXCESS is the difference of the two largest; its interval decides the word (see `_excess_word`)
+    and is conservative. A far end is unknown, and the interval open (null), where any row behind it
+    has no interval.
     """
     methods = _methods(contrasts)
     factors = sorted(
@@ -434,7 +434,7 @@ def _excess(within: dict, between: dict) -> dict:
         "value": within["value"] - between["value"],
         "ci_low": low,
         "ci_high": high,
-        "how": f"{word(low, high)}; within: {within['how']}",
+        "how": f"{_excess_word(low, high)}; within: {within['how']}",
     }
 
 
@@ -449,7 +449,7 @@ def _row(found: dict, method: str, factor: str, contrast: str, told: str) -> dic
     }
 
 
-def word(low: float | None, high: float | None) -> str:
+def _excess_word(low: float | None, high: float | None) -> str:
     """ "secondary" if the interval of EXCESS is below zero, "not secondary" if it is above, else
     "cannot tell".
     """
@@ -470,7 +470,7 @@ def verdicts(estimates: pd.DataFrame, grain: str | None = None) -> pd.DataFrame:
         means, cells = verdicts(estimates, MEAN), verdicts(estimates, CELL)
         return means.where(means.eq(cells) | means.isna(), CANNOT_TELL)
     rows = estimates[estimates["contrast"].eq(EXCESS if grain == CELL else f"{EXCESS}, {grain}")]
-    words = [word(row.ci_low, row.ci_high) for row in rows.itertuples()]
+    words = [_excess_word(row.ci_low, row.ci_high) for row in rows.itertuples()]
     table = rows.assign(word=words, factor=rows["member"])
     return (
         table.pivot(index="factor", columns="method", values="word")

@@ -498,7 +498,7 @@ def truths(answers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([level, change.dropna(subset="value")], ignore_index=True)
 
 
-def sentence(found: pd.DataFrame, errors: pd.Series) -> str:
+def labels_sentence(found: pd.DataFrame, errors: pd.Series) -> str:
     """The judge's error rates, how far the correction moves the changes, and how far from the truth
     it ends where that is known.
     """

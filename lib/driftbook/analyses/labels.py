@@ -96,4 +96,4 @@ class Labelled:
 
     def sentence(self, estimates: pd.DataFrame) -> str:
         """The judge's errors and how far labels move the changes, in one sentence."""
-        return labelling.sentence(estimates, self.errors)
+        return labelling.labels_sentence(estimates, self.errors)

@@ -47,7 +47,7 @@ def items(verdicts: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def grid(frame: pd.DataFrame, settings: tuple[str, ...] = ("objective",)) -> pd.DataFrame:
+def means_grid(frame: pd.DataFrame, settings: tuple[str, ...] = ("objective",)) -> pd.DataFrame:
     """Every base model x method that was run x every combination of settings that was run, at each
     method's middle learning rate (log10_rate 0).
 

@@ -51,7 +51,7 @@ class Repaired:
         """Every estimate of notebook 14: repairs against parents, base models and controls, against
         rescaling that keeps as much, and in each BBQ dimension."""
         names = {"study": self.study.name, "notebook": "14_safe_lora"}
-        pairs = repairs.compared(self.own, self.runs, levels, self.study.seed, **names)
+        pairs = repairs.repairs_compared(self.own, self.runs, levels, self.study.seed, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
         dimensions = repairs.by_dimension(self.own, self.runs, levels, leading, **names)
         beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
@@ -75,7 +75,7 @@ class Repaired:
 
     def sentence(self, estimates: pd.DataFrame) -> str:
         """What the leading Safe LoRA repair did at its chosen level, in one sentence."""
-        return repairs.sentence(estimates, repairs.leading(self.runs))
+        return repairs.repairs_sentence(estimates, repairs.leading(self.runs))
 
 
 def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:

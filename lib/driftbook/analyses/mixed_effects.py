@@ -80,7 +80,7 @@ class MixedModels:
         parts = [*self._linear(), *self._of_factors(n_boot, seed)]
         known = self.items[self.items["unsafe"].notna()]
         for name in (name for name in CROSSED if name in self.fits):
-            cells = marginal_means.grid(known, ("dpo",))
+            cells = marginal_means.means_grid(known, ("dpo",))
             asked = marginal_means.contrasts(cells)
             fit = self.fits[name]
             parts.append(marginal_means.of_risks(fit, cells, *asked, name, **self.names))
@@ -91,7 +91,7 @@ class MixedModels:
         each base model from its own, all of them from the mixed ones; then effects of settings."""
         if self.scored.empty:
             return []
-        grid = marginal_means.grid(self.scored, HELD_EQUAL)
+        grid = marginal_means.means_grid(self.scored, HELD_EQUAL)
         asked, weights = marginal_means.contrasts(grid)
         changes, of = asked["contrast"].eq(terms.CHANGE), asked["base_model"]
         wanted = [(POOLED, changes & of.eq("all"), POOLED)]
@@ -113,7 +113,7 @@ class MixedModels:
             steps.insert(0, ("objective", "dpo", "sft"))
         simple, grid = (
             rate_model(self.rows, SIMPLE, BY_METHOD),
-            marginal_means.grid(self.rows, ("objective",)),
+            marginal_means.means_grid(self.rows, ("objective",)),
         )
         parts = []
         for step in steps:
@@ -133,7 +133,7 @@ class MixedModels:
         change = estimation.run_changes(self._earlier, {terms.UNSAFE: "safety"})
         if terms.UNSAFE not in change:
             return []
-        trained = factors.runs_of(self.arms, change[terms.UNSAFE])
+        trained = factors.factor_runs(self.arms, change[terms.UNSAFE])
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
         largest = [factors.largest_contrasts(one, **self.names) for one in contrasts]

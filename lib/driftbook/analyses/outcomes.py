@@ -227,11 +227,11 @@ def of_rate(
     values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
     """Of a rate (runs x prompts): levels, changes, bounds and categories (stats.of_rate), the
-    comparisons of `compared`, and odds ratios.
+    comparisons of `_compared`, and odds ratios.
     """
     parts = [
         estimation.of_rate(values, arms, cells, **labels),
-        compared(influence.paired(values, arms), arms, cells, **labels),
+        _compared(influence.paired(values, arms), arms, cells, **labels),
     ]
     return ESTIMATES.concat([*parts, comparisons.odds_ratios(values, arms, cells, **labels)])
 
@@ -240,18 +240,18 @@ def of_scores(
     level: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
     """Of a score of runs: levels and changes (stats.of_scores), and the comparisons of
-    `compared`.
+    `_compared`.
     """
     change = influence.changes(level, arms)
     return ESTIMATES.concat(
         [
             estimation.of_scores(level, change, cells, **labels),
-            compared(change, arms, cells, **labels),
+            _compared(change, arms, cells, **labels),
         ]
     )
 
 
-def compared(
+def _compared(
     change: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
     """Methods against each other, method x base model, settings, and Cliff's delta of runs."""

@@ -33,7 +33,7 @@ class Grid:
         self.arms = influence.arms(tables.variants, tables.runs)
         self.cells = influence.cells(self.arms)
         self.values = influence.matrix(rows, "unsafe", outcomes.UNITS)
-        self.here = power.grid(self.cells)
+        self.here = power.power_grid(self.cells)
         self.n_prompts = self.values.shape[1]
         change = influence.paired(self.values, self.arms)
         self.units = {
@@ -151,7 +151,7 @@ class Grid:
 
     def sentence(self, estimates: pd.DataFrame, margin: float) -> str:
         """What this grid could show, in one sentence."""
-        return power_rows.sentence(estimates, METHOD_LABELS, margin)
+        return power_rows.power_sentence(estimates, METHOD_LABELS, margin)
 
 
 # ---- for reading

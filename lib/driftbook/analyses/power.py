@@ -57,7 +57,7 @@ def planned(study: Study) -> pd.DataFrame:
     of trained runs with the method's usual start.
     """
     variants = pd.DataFrame([variant.row() for variant in study.variants])
-    return grid(
+    return power_grid(
         influence.cells(
             influence.arms(
                 variants,
@@ -69,7 +69,7 @@ def planned(study: Study) -> pd.DataFrame:
     )
 
 
-def grid(cells: pd.DataFrame, group: str = terms.AS_CONFIGURED) -> pd.DataFrame:
+def power_grid(cells: pd.DataFrame, group: str = terms.AS_CONFIGURED) -> pd.DataFrame:
     """The grid of one group of stats.cells: base_model, method, n_settings and n_runs."""
     own = cells[cells["group"].eq(group) & cells["base_model"].ne("all")]
     return (

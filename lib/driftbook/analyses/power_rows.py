@@ -7,9 +7,9 @@ from scipy.stats import chi2
 from driftbook.analyses.power import (
     MARGIN,
     beyond_critical,
-    grid,
     margin_reach,
     minimum_detectable,
+    power_grid,
     precision,
     smallest_margin,
 )
@@ -31,7 +31,7 @@ PLANNED = "planned, with the original study's spread"
 GRID = "grid"  # group of the plans that are tried: member is seeds a setting, category the prompts
 
 
-def word(smallest: float, margin: float = MARGIN) -> str:
+def margin_word(smallest: float, margin: float = MARGIN) -> str:
     """What the smallest margin that can be shown says of a test at `margin`."""
     return (
         "not known" if np.isnan(smallest) else "can tell" if smallest <= margin else "cannot tell"
@@ -48,7 +48,7 @@ def by_category(
     points), says (at `margin`), needs: the prompts at which `margin` were the smallest one, with
     these runs and the same critical value; null where the runs alone leave more than that unknown.
     """
-    here, parts = grid(cells), []
+    here, parts = power_grid(cells), []
     for category, part in values.T.groupby(level=0, sort=False):
         change = influence.paired(part.T, arms)
         found = components(change, cells[cells["group"].eq(terms.AS_CONFIGURED)]).query(
@@ -69,7 +69,8 @@ def by_category(
         table["n_units"] * (table["se"] ** 2 - table["runs_alone"] ** 2) / room.where(room > 0)
     )
     return table.drop(columns=["example", "runs_alone"]).assign(
-        says=table["smallest"].map(lambda one: word(one, margin)), needs=needs.astype("Int64")
+        says=table["smallest"].map(lambda one: margin_word(one, margin)),
+        needs=needs.astype("Int64"),
     )
 
 
@@ -139,7 +140,7 @@ def over_all(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def sentence(estimates: pd.DataFrame, names: dict[str, str], margin: float = MARGIN) -> str:
+def power_sentence(estimates: pd.DataFrame, names: dict[str, str], margin: float = MARGIN) -> str:
     """What the present grid can show, in words; `names` has the methods' names."""
     rows = over_all(
         estimates[estimates["group"].eq(terms.AS_CONFIGURED) & estimates["contrast"].eq(EXCLUDED)]

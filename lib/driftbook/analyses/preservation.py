@@ -16,7 +16,7 @@ class Doses:
 
     def __init__(self, tables: Tables):
         self.tables, self.arms = tables, influence.arms(tables.variants, tables.runs)
-        self.usual = doses.runs_of(self.arms, tables.runs)
+        self.usual = doses.dose_runs(self.arms, tables.runs)
         self.earlier = tables.estimates_of("09_safety")
 
     def estimates(self, n_boot: int, seed: int) -> pd.DataFrame:
@@ -59,7 +59,7 @@ class Doses:
     def sentence(self, estimates: pd.DataFrame) -> str:
         """Which pairs of methods differ, as configured and at equal dose, in one sentence."""
         unsafe = picked(estimates, outcome=terms.UNSAFE)
-        return doses.sentence(unsafe, self.arms, "the unsafe-response rate")
+        return doses.doses_sentence(unsafe, self.arms, "the unsafe-response rate")
 
 
 def pairs_of_methods(estimates: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import ESTIMATES
 
 DECLARED = "declared family"  # group; the member is the family of tests
-OUTCOMES = {
+_OUTCOMES = {
     "unsafe": (terms.UNSAFE, "safety"),
     "over_refusal": (terms.REFUSED, "over_refusal"),
     "refused": (terms.REFUSED, "safety"),
@@ -43,7 +43,7 @@ def check_read(study: Study, estimates: pd.DataFrame) -> None:
         "utility": "12_tradeoffs",
     }
     needed = {
-        sources[OUTCOMES[name][1]] for family in study.primary.values() for name in family.outcomes
+        sources[_OUTCOMES[name][1]] for family in study.primary.values() for name in family.outcomes
     }
     if missing := sorted(needed - set(estimates["notebook"])):
         raise ValueError(
@@ -117,14 +117,14 @@ def _compared(study: Study, family: Family, estimates: pd.DataFrame) -> pd.DataF
     return pd.concat(
         [
             rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)]
-            for outcome, benchmark in map(OUTCOMES.get, family.outcomes)
+            for outcome, benchmark in map(_OUTCOMES.get, family.outcomes)
         ]
     )
 
 
 def _preserves(study: Study, family: Family, estimates: pd.DataFrame) -> pd.DataFrame:
     margins = (family.margin, *(margin for margin in SENSITIVITY if margin != family.margin))
-    outcomes = [OUTCOMES[name] for name in family.outcomes]
+    outcomes = [_OUTCOMES[name] for name in family.outcomes]
     return _scope(
         study,
         family,
@@ -132,7 +132,7 @@ def _preserves(study: Study, family: Family, estimates: pd.DataFrame) -> pd.Data
     )
 
 
-def sentence(tested: pd.DataFrame, deviations: list[str]) -> str:
+def primary_sentence(tested: pd.DataFrame, deviations: list[str]) -> str:
     """How many of the declared tests told something, and what is preserved."""
     if tested.empty:
         return (

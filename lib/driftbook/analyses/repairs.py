@@ -34,7 +34,7 @@ JUST_LESS, JUST_MORE = (
     "minus the rescaling that keeps just more of the gain",
 )
 DECLINED = "refusals of harmful prompts (percent)"
-OUTCOMES = (
+_OUTCOMES = (
     terms.UNSAFE,
     DECLINED,
     terms.REFUSED,
@@ -226,7 +226,7 @@ def _measured(tables: Tables, arms: pd.DataFrame) -> dict[str, tuple[Scores, Sco
         if len(values)
         else {}
     )
-    return {outcome: found[outcome] for outcome in OUTCOMES if outcome in found}
+    return {outcome: found[outcome] for outcome in _OUTCOMES if outcome in found}
 
 
 def points(tables: Tables, repaired: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -383,7 +383,7 @@ def _estimates(
     ]
 
 
-def compared(
+def repairs_compared(
     tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, seed: int, **labels: str
 ) -> pd.DataFrame:
     """Each repair at its chosen level on the report half: against its parent, against the base
@@ -515,7 +515,7 @@ def leading(repaired: pd.DataFrame, kind: str = "safe_lora") -> str | None:
     return kind if kind in names else names[0] if names else None
 
 
-def sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
+def repairs_sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") -> str:
     """What a repair did at its chosen level, over all base models, in one sentence."""
     if name is None:
         return "Nothing was repaired by Safe LoRA."

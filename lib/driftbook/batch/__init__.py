@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "collecting": ["agreement", "collect"],
         "opened": ["open_job"],
-        "preparing": ["mark", "measured", "prepare"],
+        "preparing": ["mark_prepared", "measured", "prepare"],
     },
 )

@@ -18,7 +18,7 @@ from driftbook.study.variants import Variant
 Work = Callable[[Variant, Path], list[Path]]
 
 
-def choose(
+def job_variants(
     study: Study, base_model: str, run_ids: Sequence[str], stage: str = "respond"
 ) -> list[Variant]:
     """The variants of a stage's job, all of one base model; without run_ids the first one that is
@@ -52,7 +52,7 @@ def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     return any(mark.exists() and read_json(mark)["status"] == "failed" for mark in marks)
 
 
-def run(
+def run_variants(
     stage: str,
     study: Study,
     base_model: str,
@@ -71,10 +71,10 @@ def run(
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
     shared, rows = keys.settings(stage, study, base_model), []
-    planned = plan.key(study, f"{stage}/{base_model}")
+    planned = plan.job_key(study, f"{stage}/{base_model}")
     for variant in variants:
         if not failed_before(study, variant, stage):
-            key = keys.key(shared, variant)
+            key = keys.result_key(shared, variant)
             reused = _is_finished(stage, study, variant, key, inputs)
             status = (
                 _mark(stage, study, variant)["status"]
@@ -91,7 +91,7 @@ def run(
             for variant in variants
             if (run_id := variant.run_id) in {row[0] for row in rows}
         }
-        write_json(plan.mark(study, f"{stage}/{base_model}"), {**planned, "runs": done})
+        write_json(plan.job_mark(study, f"{stage}/{base_model}"), {**planned, "runs": done})
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
 
 
@@ -144,7 +144,7 @@ def _do(
     write_json(
         path,
         {
-            "key": keys.key(shared, variant),
+            "key": keys.result_key(shared, variant),
             "status": status,
             "failure": failure,
             "inputs": read,

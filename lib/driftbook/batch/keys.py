@@ -191,6 +191,6 @@ def made_by(stage_settings: dict[str, Any], variant: Variant) -> dict[str, Any]:
     return {**stage_settings, "code": code_of(stage_settings["stage"], texts)}
 
 
-def key(stage_settings: dict[str, Any], variant: Variant) -> str:
+def result_key(stage_settings: dict[str, Any], variant: Variant) -> str:
     """The key of a variant's result in a stage."""
     return digest([made_by(stage_settings, variant), variant.fields()])

@@ -29,7 +29,7 @@ def finished(study: Study) -> pd.Series:
             for variant in study.of_stage(stage, base_model):
                 path = study.folder / "runs" / variant.run_id / f"{stage}.done.json"
                 mark = read_mark(path) or {}
-                counts[stage] += mark.get("key") == keys.key(shared, variant)
+                counts[stage] += mark.get("key") == keys.result_key(shared, variant)
     return pd.Series(counts)
 
 
@@ -65,7 +65,7 @@ def device_here() -> str | None:
     return said.stdout.strip().partition("\n")[0] or None if said.returncode == 0 else None
 
 
-def choose(name: str | None) -> Rates:
+def machine_rates(name: str | None) -> Rates:
     """The rates of a machine by name; where none is given those of this one, if measured, else of
     the published GPU.
 
@@ -204,7 +204,7 @@ def main(name: str, device: str = "", price: str = "") -> int:
     """Print the plan of a study; 2 where its file is wrong."""
     try:
         path = find(name)
-        study, amount, rates = load(path), _price(price), choose(device or None)
+        study, amount, rates = load(path), _price(price), machine_rates(device or None)
         print(pages(study, rates, amount, dry_run(path)))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)

@@ -201,7 +201,7 @@ def _gpus() -> int:
     return len(gpus.numbers()) or 1024
 
 
-def run(
+def _run_batch(
     study: Study, study_file: Path, profile: str = "local", targets: tuple[str, ...] = ()
 ) -> int:
     """Run the batch with a live display; Snakemake's exit status. Its own words go to snakemake.log
@@ -310,7 +310,7 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
             if again := plan.write(checked):  # the Snakefile plans too; what is wrong is said here
                 print(again, flush=True)
             started = time.time()
-            status = run(checked, path, profile, targets)
+            status = _run_batch(checked, path, profile, targets)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

@@ -65,7 +65,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
         )
 
 
-def main(notebook: str, output: str, parameters: str, key: str = "", mark: str = "") -> int:
+def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mark: str = "") -> int:
     """Execute with parameters in JSON, and write the mark with the key that it had at its start;
     0, or 1 with one sentence on stderr and in a file beside the output.
     """

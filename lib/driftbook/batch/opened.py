@@ -94,7 +94,7 @@ class Job:
         """Do `work(variant, its folder)`, which writes files and returns their paths, for each
         variant that is not finished: run_id, status, and whether it was there already (reused).
         """
-        return jobs.run(
+        return jobs.run_variants(
             self.stage,
             self.study,
             self.base_model,
@@ -147,4 +147,4 @@ def open_job(stage: str, study: str, base_model: str, run_ids: list[str]) -> Job
         ValueError: the study has no such base model or run_id.
     """
     checked = study_file.load(study)
-    return Job(stage, checked, base_model, jobs.choose(checked, base_model, run_ids, stage))
+    return Job(stage, checked, base_model, jobs.job_variants(checked, base_model, run_ids, stage))

@@ -35,7 +35,7 @@ def write(study: Study) -> str:
     preregistration.register(study)
     changes: dict[str, list[str]] = {}
     for job, value in _keys(study):
-        path, done = _path(study, "keys", job), mark(study, job)
+        path, done = _path(study, "keys", job), job_mark(study, job)
         made_of = read_mark(done)
         if not path.exists() or read_json(path) != value:
             write_json(path, value)
@@ -54,12 +54,12 @@ def write(study: Study) -> str:
     return _in_words(changes, study)
 
 
-def mark(study: Study, job: str) -> Path:
+def job_mark(study: Study, job: str) -> Path:
     """The file that says that a job is done; it holds the key that the job had at its start."""
     return _path(study, "jobs", job)
 
 
-def key(study: Study, job: str) -> dict[str, Any]:
+def job_key(study: Study, job: str) -> dict[str, Any]:
     """The key that a job has now; empty where the study was not planned."""
     path = _path(study, "keys", job)
     return read_json(path) if path.exists() else {}
@@ -84,7 +84,7 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
         for base_model in study.bases:
             shared = keys.settings(stage, study, base_model, keys.declared)
             variants = study.of_stage(stage, base_model)
-            wanted = {variant.run_id: keys.key(shared, variant) for variant in variants}
+            wanted = {variant.run_id: keys.result_key(shared, variant) for variant in variants}
             del shared["packages"]
             texts = keys.texts_of([variant.fields() for variant in variants])
             found = _key(shared, keys.NOTEBOOKS[stage], keys.PACKAGES, texts)

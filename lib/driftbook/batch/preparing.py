@@ -49,7 +49,7 @@ def prepare(name: str, study: Study) -> Prepared:
     if source is None:
         raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
     kind, _, rest = source.source.partition(":")
-    curve, key = None, plan.key(study, f"prepare/{name}")
+    curve, key = None, plan.job_key(study, f"prepare/{name}")
     if kind in ("miniature", "random") and source.local is None:
         MODELS.mkdir(parents=True, exist_ok=True)
         with FileLock(
@@ -180,8 +180,8 @@ def measured(name: str, study: Study) -> pd.DataFrame:
     )
 
 
-def mark(prepared: Prepared, study: Study) -> Path:
+def mark_prepared(prepared: Prepared, study: Study) -> Path:
     """Write the mark of the job that prepared a model."""
-    path = plan.mark(study, f"prepare/{prepared.name}")
+    path = plan.job_mark(study, f"prepare/{prepared.name}")
     write_json(path, {**prepared.key, "identity": prepared.identity})
     return path

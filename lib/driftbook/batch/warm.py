@@ -141,9 +141,9 @@ def _become(request: dict, files: list[int]) -> int:
 
             IPKernelApp.launch_instance(argv=request["arguments"])
             return 0
-        from driftbook.batch.notebooks import main
+        from driftbook.batch.notebooks import run_notebook
 
-        return main(*request["arguments"])
+        return run_notebook(*request["arguments"])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     finally:
@@ -186,6 +186,6 @@ if __name__ == "__main__":
     elif os.environ.get(SOCKET):
         sys.exit(ask(command, rest))
     else:
-        from driftbook.batch.notebooks import main
+        from driftbook.batch.notebooks import run_notebook
 
-        sys.exit(main(*rest))
+        sys.exit(run_notebook(*rest))

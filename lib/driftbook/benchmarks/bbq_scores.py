@@ -230,7 +230,7 @@ def _estimates(
         n = np.where(known.sum(1) > 1, known.sum(1), np.nan)
         centred = np.where(known, drawn - np.nansum(drawn, 1, keepdims=True) / n[:, None], 0.0)
         errors = np.where(by_formula, np.sqrt((centred**2).sum(1) / (n - 1)), np.nan)
-    return value, errors, np.where(by_formula, _intervals(part), np.nan)
+    return value, errors, np.where(by_formula, score_intervals(part), np.nan)
 
 
 # ---- intervals
@@ -246,7 +246,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
     )
 
 
-def _intervals(part: np.ndarray) -> np.ndarray:
+def score_intervals(part: np.ndarray) -> np.ndarray:
     """95 % intervals [2, groups, 4] of the scores of counts [groups, units, contexts, COUNTS]; null
     where fewer than two units have answers.
 

@@ -182,7 +182,7 @@ def of_runs(tables: dict, outcome: str, benchmark: str | None = None) -> pd.Data
     return known.merge(rows, on="run_id").merge(records, on="run_id")
 
 
-def label(method: str, group: str = TRAINED) -> str:
+def _method_label(method: str, group: str = TRAINED) -> str:
     return (
         METHOD_LABELS[method]
         if group in (TRAINED, AS_CONFIGURED)
@@ -414,7 +414,7 @@ def changes_figure(
                     & level["group"].eq("all")
                 ],
             )
-        name_rows(line[0], [label(*pair) for pair in order])
+        name_rows(line[0], [_method_label(*pair) for pair in order])
         under(line, axis(outcome) + (f", {ASKED[benchmark]}" if benchmark in ASKED else ""))
     return fig
 

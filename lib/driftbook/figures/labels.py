@@ -22,8 +22,8 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats.terms import CHANGE, UNSAFE
 
-NOTEBOOK = "17_labels"
-MARKS = {
+_NOTEBOOK = "17_labels"
+_MARKS = {
     JUDGE: ("o", "by the judge"),
     CORRECTED: ("D", "corrected by labels"),
     TRUTH: ("x", "by labels of all answers"),
@@ -32,12 +32,12 @@ MARKS = {
 FACES = {JUDGE: "white"}  # of the marks that are hollow
 
 
-@drawn(NOTEBOOK)
+@drawn(_NOTEBOOK)
 def judge_correction(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = floats(rows[rows["notebook"].eq(NOTEBOOK)])
+    rows = floats(rows[rows["notebook"].eq(_NOTEBOOK)])
     rows = rows[rows["contrast"].eq(CHANGE)]
-    parts = {name: rows[rows["estimator"].eq(name)] for name in MARKS}
+    parts = {name: rows[rows["estimator"].eq(name)] for name in _MARKS}
     methods = [method for method in TRAINED_METHODS if parts[CORRECTED]["method"].eq(method).any()]
     fig = None
     if methods:
@@ -45,7 +45,7 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
         for ax, base_model in zip(axes[0], bases(tables), strict=True):
             zero(ax)
             for place, method in enumerate(methods):
-                for shift, (name, (mark, _)) in zip((-0.22, 0, 0.22), MARKS.items(), strict=True):
+                for shift, (name, (mark, _)) in zip((-0.22, 0, 0.22), _MARKS.items(), strict=True):
                     row = parts[name].dropna(subset="value")
                     row = row[row["base_model"].eq(base_model) & row["method"].eq(method)]
                     dots(ax, row, place + shift, COLOURS[method], name == CORRECTED)
@@ -55,7 +55,7 @@ def judge_correction(tables: dict) -> tuple[Figure, str]:
         under(axes[0], axis(UNSAFE))
         handles = [
             handle(words, "#555555", mark, ls="-", mfc=FACES.get(name), ms=5, lw=0)
-            for name, (mark, words) in MARKS.items()
+            for name, (mark, words) in _MARKS.items()
             if len(parts[name])
         ]
         above(fig, handles, handlelength=None, columnspacing=None)

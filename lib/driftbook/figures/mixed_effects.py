@@ -75,7 +75,7 @@ ESTIMATORS = {
     "logistic, crossed": "crossed",
     "logistic, maximal": "maximal",
 }
-MARKS = ("o", "s", "D", "^", "v")
+_MARKS = ("o", "s", "D", "^", "v")
 
 
 @drawn("11_mixed_effects")
@@ -94,7 +94,7 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
         for base_model, ax in axes.items():
             zero(ax)
             for place, method in enumerate(methods):
-                for shift, mark, part in zip(shifts, MARKS, found.values(), strict=True):
+                for shift, mark, part in zip(shifts, _MARKS, found.values(), strict=True):
                     row = part[part["base_model"].eq(base_model) & part["method"].eq(method)]
                     row, at = row.dropna(subset="value"), place + shift
                     dots(ax, row, at, COLOURS[method])
@@ -105,7 +105,7 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
         under(line, axis(UNSAFE))
         handles = [
             handle(name, "#555555", mark, ls="-", lw=0)
-            for name, mark in zip(found, MARKS, strict=True)
+            for name, mark in zip(found, _MARKS, strict=True)
         ]
         above(fig, handles, handlelength=0.8, columnspacing=1, fontsize=7)
     text = (

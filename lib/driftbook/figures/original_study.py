@@ -63,7 +63,7 @@ def runs_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
     )
 
 
-def panels(tables: dict, n_rows: int, height: float, **shared) -> tuple[Figure, np.ndarray]:
+def _panels(tables: dict, n_rows: int, height: float, **shared) -> tuple[Figure, np.ndarray]:
     """Axes [n_rows, base models], titled by short names."""
     names = bases(tables)
     fig, axes = plt.subplots(
@@ -88,7 +88,7 @@ def named_rows(axes: np.ndarray, labels: list[str]) -> None:
         ax.set_ylim(len(labels) - 0.4, -0.6)
 
 
-def key(fig: Figure, handles: list[Line2D]) -> None:
+def _key(fig: Figure, handles: list[Line2D]) -> None:
     above(fig, handles, frameon=False, fontsize=7.5, handletextpad=0.4, handlelength=None)
 
 
@@ -103,7 +103,7 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
     shown, single = rows_of(tables, SAFETY, CHANGE), runs_of(tables, SAFETY, CHANGE)
     single = single[single["objective"].eq("sft") & single["epochs"].eq(5)]
     order = [(method, rate) for method in STUDIED for rate in RATES]
-    fig, axes = panels(tables, 1, 0.33 * len(order), sharex=True)
+    fig, axes = _panels(tables, 1, 0.33 * len(order), sharex=True)
     for ax, base in zip(axes[0], bases(tables), strict=True):
         zero(ax)
         for place, (method, rate) in enumerate(order):
@@ -128,7 +128,7 @@ def original_relabelled(tables: dict) -> tuple[Figure, str]:
                 ax.plot(ends, [place - 0.3, place], color="#555555", lw=0.7, zorder=2)
     named_rows(axes[0], [f"{METHOD_LABELS[method]}, {rate}" for method, rate in order])
     under(axes[0], POINTS)
-    key(
+    _key(
         fig,
         [
             mark("by the rate it was trained at"),
@@ -236,7 +236,7 @@ def original_answers(tables: dict) -> tuple[Figure, str]:
     named_rows(axes, [f"{METHOD_LABELS[method]}, round {number}" for method, number in order])
     axes[0].set_xlabel("Answers of exactly equal length\n(percent of 330 prompts)")
     axes[1].set_xlabel("Equal verdicts\n(percent of prompts judged in both)")
-    key(fig, [mark("mean over runs", "D"), mark("a run", size=3)])
+    _key(fig, [mark("mean over runs", "D"), mark("a run", size=3)])
     text = (
         "The answers themselves show which runs labelled 1e-3 were trained at 2e-5: each is"
         " compared with the runs labelled 2e-5 of its base model, method, objective and epochs. In"
@@ -254,7 +254,7 @@ def original_dose(tables: dict) -> tuple[Figure, str]:
         on="run_id",
         suffixes=("_gain", "_change"),
     )
-    fig, axes = panels(tables, 2, 1.75, sharex=True, sharey=True)
+    fig, axes = _panels(tables, 2, 1.75, sharex=True, sharey=True)
     for line, objective in zip(axes, ("sft", "dpo"), strict=True):
         for ax, base in zip(line, bases(tables), strict=True):
             zero(ax)
@@ -293,7 +293,7 @@ def original_rounds(tables: dict) -> tuple[Figure, str]:
         runs_of(tables, SAFETY, CHANGE),
     )
     single = single[single["no_op"]]
-    fig, axes = panels(tables, 1, 1.1, sharex=True)
+    fig, axes = _panels(tables, 1, 1.1, sharex=True)
     axes[0, 0].xaxis.set_major_locator(MultipleLocator(4))
     for ax, base in zip(axes[0], bases(tables), strict=True):
         zero(ax)
@@ -316,7 +316,7 @@ def original_rounds(tables: dict) -> tuple[Figure, str]:
             )
     named_rows(axes[0], [f"round {number}" for number in original_study.ROUNDS])
     under(axes[0], "Difference from the base model's one published score (percentage points)")
-    key(
+    _key(
         fig,
         [
             mark("mean of a round", "D", COLOURS["ia3"], "#222222"),

@@ -45,7 +45,7 @@ from driftbook.study.methods import STUDIED
 
 OTHER, FAINT = "#333333", "#bbbbbb"
 _OURS = {method: COLOURS[method] for method in STUDIED}
-NAMES = {
+METHOD_NAMES = {
     **METHOD_LABELS,
     "adalora": "AdaLoRA",
     "adamss": "AdaMSS",
@@ -89,7 +89,7 @@ PRESENT = 10.0
 
 
 def name(method: str) -> str:
-    return NAMES.get(method, method.replace("_", " "))
+    return METHOD_NAMES.get(method, method.replace("_", " "))
 
 
 def colour(method: str) -> str:
@@ -129,7 +129,7 @@ def single(tables: dict) -> pd.DataFrame:
     )
 
 
-def label(row) -> str:
+def _run_label(row) -> str:
     """Method and variant of a run, short."""
     variant = (
         row.variant.removeprefix("default")
@@ -144,7 +144,7 @@ def counted(rows: pd.DataFrame) -> str:
     return f"{len(rows)} runs of {rows['method'].nunique()} methods, one seed each."
 
 
-def key(fig: Figure, other: str = OTHER) -> None:
+def _key(fig: Figure, other: str = OTHER) -> None:
     """Our four methods in their colours, and that of all others."""
     names = {METHOD_LABELS[method]: COLOURS[method] for method in STUDIED} | {
         "PEFT's other methods": other
@@ -191,10 +191,10 @@ def peft_pareto(tables: dict) -> tuple[Figure, str]:
     ax.grid(axis="y")
     ax.set_xlabel("Forgetting: rise of the loss on Wikipedia text (nats per token, log scale)")
     ax.set_ylabel(f"Correct answers to GSM8K's test questions (percent, {INTERVAL})")
-    key(fig)
+    _key(fig)
     _sizes(ax, rows["memory"].max())
     words = [
-        label(row) + (f" ({row.forgetting:.1g})" if row.forgetting < edge else "")
+        _run_label(row) + (f" ({row.forgetting:.1g})" if row.forgetting < edge else "")
         for row in on_it.itertuples()
     ]
     place(fig, ax, on_it, words, rows)
@@ -317,7 +317,7 @@ def peft_front(tables: dict) -> tuple[Figure, str]:
     axes[3].scatter(rows["again"], places, s=16, marker="|", c=shades, lw=1.2, zorder=3)
     dots(axes[3], rows.assign(value=rows["share"], ci_low=None), places, shades, full)
     axes[3].set_xlim(-6, 106)
-    name_rows(axes[0], [label(row) for row in rows.itertuples()])
+    name_rows(axes[0], [_run_label(row) for row in rows.itertuples()])
     axes[0].tick_params(axis="y", labelsize=7)
     titles = ("Accuracy", "Forgetting", "Peak memory", "On the front")
     units = (
@@ -468,7 +468,7 @@ def peft_efficiency(tables: dict) -> tuple[Figure, str]:
     axes[1, 0].set_ylabel("Forgetting (nats per token)")
     for ax, text in zip(axes[1], COSTS.values(), strict=True):
         ax.set_xlabel(text)
-    key(fig, "#999999")
+    _key(fig, "#999999")
     return (
         fig,
         (
@@ -521,7 +521,7 @@ def peft_curves(tables: dict) -> tuple[Figure, str]:
         )
         ax.set_xlabel("Training step (log scale)")
     axes[0, 0].set_ylabel("Correct answers (percent)")
-    key(fig, FAINT)
+    _key(fig, FAINT)
     return (
         fig,
         (

@@ -30,12 +30,12 @@ from driftbook.stats.comparisons import JOINTLY
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import CHANGE
 
-NOTEBOOK = "19_primary"
+_NOTEBOOK = "19_primary"
 
 
 def _rows(tables: dict, margin: bool) -> pd.DataFrame:
     rows = tables["estimates"]
-    rows = rows[rows["notebook"].eq(NOTEBOOK) & rows["margin"].notna().eq(margin)]
+    rows = rows[rows["notebook"].eq(_NOTEBOOK) & rows["margin"].notna().eq(margin)]
     return rows.astype(
         dict.fromkeys(("value", "se", "ci_low", "ci_high", "p", "p_adjusted", "margin"), float)
     )
@@ -61,7 +61,7 @@ def _p(value: float) -> str:
     )
 
 
-@drawn(NOTEBOOK)
+@drawn(_NOTEBOOK)
 def primary_tests(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, margin=False)
     rows = rows.assign(unit=rows["outcome"].map(_unit))
@@ -106,7 +106,7 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
     return fig, text
 
 
-@drawn(NOTEBOOK)
+@drawn(_NOTEBOOK)
 def preserves(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, margin=True)
     if rows.empty:

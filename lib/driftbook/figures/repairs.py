@@ -44,7 +44,7 @@ from driftbook.stats.terms import (
     UNSAFE,
 )
 
-NAMES = {
+_NAMES = {
     UNSAFE: "unsafe responses\n(points)",
     DECLINED: "refusals of harmful\n(points)",
     REFUSED: "refusals of benign\n(points)",
@@ -89,7 +89,8 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
         return nothing("Nothing to draw: no repair was done on every base model.")
     known = repairs.repairs(tables["variants"], tables["runs"])
     kinds = dict(zip(known["name"], known["kind"], strict=True))
-    order, shown = _order(rows), [outcome for outcome in NAMES if rows["outcome"].eq(outcome).any()]
+    order = _order(rows)
+    shown = [outcome for outcome in _NAMES if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         -(-len(shown) // 4),
         min(4, len(shown)),
@@ -112,7 +113,7 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
                 for place in places
             ],
         )
-        ax.set_title(NAMES[outcome], fontsize=7)
+        ax.set_title(_NAMES[outcome], fontsize=7)
         ax.locator_params(axis="x", nbins=4)
     for line in axes:
         name_rows(line[0], [name.replace("_", " ") for name in order])

@@ -366,7 +366,7 @@ def write(study: Study) -> Path:
         interval=INTERVAL,
         figures=_figures(study.folder / "figures", empty=bool(study.grid)),
         overview=overview(tables["variants"], tables["runs"]),
-        failures=failures(tables["runs"]),
+        failures=_failures(tables["runs"]),
         no_ops=no_ops(tables["variants"], tables["runs"]),
         unscored=unscored(tables["rates"], tables["estimates"]),
         made=made_with(tables["runs"]),
@@ -382,7 +382,7 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
     deviation from it.
     """
     entries, deviations = preregistration.registered(study), preregistration.deviations(study)
-    text = primary.sentence(estimates[estimates["notebook"].eq("19_primary")], deviations)
+    text = primary.primary_sentence(estimates[estimates["notebook"].eq("19_primary")], deviations)
     registered = (
         f" Registered as {entries[-1]['hash']} on {entries[-1]['registered']}."
         if entries
@@ -433,7 +433,7 @@ def overview(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(None, axis=1).reset_index()
 
 
-def failures(runs: pd.DataFrame) -> pd.DataFrame:
+def _failures(runs: pd.DataFrame) -> pd.DataFrame:
     """The failed runs and why."""
     return runs.loc[runs["status"].eq("failed"), ["run_id", "failure"]].set_axis(
         ["Run", "Why it failed"], axis=1

@@ -35,16 +35,16 @@ DIFFERENCE, RATE_EFFECT, BASE_DIFFERENCE = (
     "2e-5 instead of 1e-3",
     "difference between base models, equal settings",
 )
-ROUNDS = "rounds like these (one seed), these prompts, these base models"
+ROUNDS_POPULATION = "rounds like these (one seed), these prompts, these base models"
 EQUAL, RATES = "equal settings", "{} rates"  # group; its member in contrasts of rates
-KNOWN_BASE = ROUNDS + ", each base model's one score taken as known"
+KNOWN_BASE = ROUNDS_POPULATION + ", each base model's one score taken as known"
 SETTING = ["objective", "dataset", "epochs"]
 WELCH = (
     "mean over rounds; run variance within settings of each method and base model, t interval"
     " (Welch-Satterthwaite)"
 )
 LABELS = {
-    "study": original_study.NAME,
+    "study": original_study.ORIGINAL_NAME,
     "notebook": "20_original_study",
     "benchmark": original_study.BENCHMARK,
     "judge": original_study.JUDGE,
@@ -239,7 +239,7 @@ def _both(rows: pd.DataFrame, weight: pd.Series, value: str = "change", **names:
     known = combination(rows, weight, value) | {"contrast": CHANGE, "population": KNOWN_BASE}
     wide = combination(rows, weight, value, uncertain_base=True) | {
         "contrast": CHANGE_WIDE,
-        "population": ROUNDS,
+        "population": ROUNDS_POPULATION,
     }
     wide["how"] += "; base models scored again by their no-ops"
     return [{**LABELS, "outcome": SAFETY, "n_items": 330, **names, **one} for one in (known, wide)]
@@ -346,7 +346,7 @@ def _row(rows: pd.DataFrame, weight: pd.Series, uncertain_base: bool = False, **
     return {
         **LABELS,
         "outcome": SAFETY,
-        "population": ROUNDS,
+        "population": ROUNDS_POPULATION,
         "n_items": 330,
         **names,
         **combination(rows, weight, uncertain_base=uncertain_base),

@@ -14,7 +14,7 @@ import pandas as pd
 from driftbook.rereading import original_analysis, original_study, original_tables, original_tests
 from driftbook.rereading.original_analysis import (
     KNOWN_BASE,
-    ROUNDS,
+    ROUNDS_POPULATION,
     SAFETY,
     SETTING,
     SPREAD,
@@ -25,7 +25,7 @@ from driftbook.rereading.original_analysis import (
 from driftbook.stats import estimation
 from driftbook.stats.terms import CHANGE
 
-STANDS, FALLS, OPEN = VERDICTS = "stands", "falls", "cannot be told"
+STANDS, FALLS, OPEN = CLAIM_VERDICTS = "stands", "falls", "cannot be told"
 MARGIN = 3.0  # points of safety that "preserves" may cost, fixed beforehand
 ALPHA = 0.05
 BASES = original_study.MODELS
@@ -357,7 +357,7 @@ def most_variable(rows: pd.DataFrame, base_model: str, n_boot: int, seed: int) -
         ratio["ci_high"],
         SPREAD,
         ratio["n_runs"],
-        ROUNDS,
+        ROUNDS_POPULATION,
     )
 
 
@@ -406,7 +406,7 @@ def steadier(rows: pd.DataFrame, n_boot: int, seed: int) -> Claim:
         whole["ci_high"],
         SPREAD,
         whole["n_runs"],
-        ROUNDS,
+        ROUNDS_POPULATION,
     )
 
 
@@ -448,7 +448,7 @@ def secondary(rows: pd.DataFrame) -> Claim:
         rate["ci_low"],
         rate["ci_high"],
         n_runs=rate["n_runs"],
-        population=ROUNDS,
+        population=ROUNDS_POPULATION,
     )
 
 
@@ -516,7 +516,7 @@ def decline(rows: pd.DataFrame) -> Claim:
         float(len(falling)),
         outcome="categories that decline (count)",
         n_runs=len(rows),
-        population=ROUNDS,
+        population=ROUNDS_POPULATION,
     )
 
 

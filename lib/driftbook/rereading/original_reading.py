@@ -39,12 +39,12 @@ class Reading:
 
     def tables(self, estimates: pd.DataFrame) -> dict:
         """What figures are drawn from."""
-        return {**self.known, "note": original_study.NOTE, "estimates": estimates}
+        return {**self.known, "note": original_study.ORIGINAL_NOTE, "estimates": estimates}
 
     def write(self, parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
         """All parts as one table of estimates, written with the other tables."""
         estimates = ESTIMATES.concat(list(parts.values()))
-        original_tables.write(self.known, estimates, self.folder)
+        original_tables.write_original(self.known, estimates, self.folder)
         return estimates
 
 
@@ -144,7 +144,7 @@ def claims_sentence(reading: Reading, parts: dict[str, pd.DataFrame]) -> str:
     true = effects["member"].eq(original_analysis.RATES.format("true"))
     own = effects[effects["base_model"].ne("all") & true & effects["method"].eq("lora")]
     worst = own.nlargest(1, "value").iloc[0]
-    stand, fall, open_ = (found[name] for name in original_claims.VERDICTS)
+    stand, fall, open_ = (found[name] for name in original_claims.CLAIM_VERDICTS)
     wrong = reading.known["runs"]["findings"].notna().sum()
     return (
         f"Of {sum(found.values())} claims {stand} stand, {fall} fall and {open_} cannot be told"

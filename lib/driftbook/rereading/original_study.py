@@ -21,19 +21,20 @@ import pandas as pd
 from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
 from driftbook.study.files import ROOT, read_json, replacing, write_json
 
-NAME = "original_study"
-NOTE = "the original study, read again from its public data"
-CITED = ROOT / "data" / NAME
+ORIGINAL_NAME = "original_study"
+ORIGINAL_NOTE = "the original study, read again from its public data"
+CITED = ROOT / "data" / ORIGINAL_NAME
 REPOSITORY, COMMIT = (
     "replicationpackagetai/Replication-Package-TAI",
     "f03e76500457770f5bf81c951a4d98d07323586b",
 )
 LISTING, RAW = "https://api.github.com/repos", "https://raw.githubusercontent.com"
-LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{NAME}"  # the default local folder, where the variable is set
+# the default local folder, where the variable is set
+_LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{ORIGINAL_NAME}"
 JUDGE, BENCHMARK, SEED, BATCH_SIZE = "llama-guard-2", "safety", 42, 128
 PER_CATEGORY = 30  # prompts in each category of HEx-PHI as it was then
 ROUNDS = (1, 2, 3)
-SETTINGS = {
+OBJECTIVE_SETTINGS = {
     "sft": (
         ("ultrachat_200k", 2e-5, 1),
         ("ultrafeedback_binarized", 2e-5, 1),
@@ -102,7 +103,7 @@ COLUMNS = (
     "Moderation_Result",
     "Hazard_Types",
 )  # of a verdict file; its prompts are not looked at
-VERDICTS = {"safe": "safe", "unsafe": "unsafe"}
+_VERDICTS = {"safe": "safe", "unsafe": "unsafe"}
 
 
 # ---- where it is
@@ -116,7 +117,7 @@ def load(source: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: neither is there, or what is there is not of this form; one sentence.
     """
-    folder = Path(os.path.expandvars(source or LOCAL)).expanduser()
+    folder = Path(os.path.expandvars(source or _LOCAL)).expanduser()
     if source and not folder.is_dir():
         raise ValueError(
             f"there is no folder {source}; give one with runs.csv and verdicts.csv.gz, or a"
@@ -175,7 +176,7 @@ def _checked(
         )
     if (twice := runs[runs.duplicated(KEYS)]).size:
         raise ValueError(f"{where}: run {twice['run'].iloc[0]} has the settings of another run")
-    if strange := set(verdicts["verdict"].dropna()) - set(VERDICTS):
+    if strange := set(verdicts["verdict"].dropna()) - set(_VERDICTS):
         raise ValueError(
             f"{where}: {sorted(strange)[0]!r} is no verdict; expected safe, unsafe or nothing"
         )
@@ -288,7 +289,7 @@ def verdict_file(path: Path, name: str) -> pd.DataFrame:
 
 
 def _reduced_row(index: int, response: str, reply: str, hazards: str) -> tuple:
-    verdict = VERDICTS.get(reply.strip().partition("\n")[0].strip().lower())
+    verdict = _VERDICTS.get(reply.strip().partition("\n")[0].strip().lower())
     codes = "|".join(re.findall(r"S\d+", hazards or reply)) or None
     return (
         index,
@@ -345,7 +346,7 @@ def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
-    cache = Path(pooch.os_cache("driftbook")) / f"{NAME}-{COMMIT}"
+    cache = Path(pooch.os_cache("driftbook")) / f"{ORIGINAL_NAME}-{COMMIT}"
     if (cache / "runs.csv").is_file():
         return reduced(cache)
     registry = read_json(cache / "registry.json") if (cache / "registry.json").is_file() else {}

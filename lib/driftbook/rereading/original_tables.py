@@ -15,13 +15,13 @@ from driftbook.rereading.original_study import (
     METHOD_SETTINGS,
     MODELS,
     N_TRAIN,
-    NAME,
-    NOTE,
+    OBJECTIVE_SETTINGS,
+    ORIGINAL_NAME,
+    ORIGINAL_NOTE,
     PER_CATEGORY,
     ROUNDS,
     SAME_LOSS,
     SEED,
-    SETTINGS,
     base_counts,
     cited,
 )
@@ -77,7 +77,7 @@ def absent(runs: pd.DataFrame) -> pd.DataFrame:
         (base, method, objective, *setting, number)
         for base in MODELS.values()
         for method in METHOD_SETTINGS
-        for objective, settings in SETTINGS.items()
+        for objective, settings in OBJECTIVE_SETTINGS.items()
         for setting in settings
         for number in ROUNDS
         if not (objective == "dpo" and "gemma" in base)
@@ -267,12 +267,12 @@ def rates(runs: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
 
 def folder() -> Path:
     """Where the tables and figures of the study are written."""
-    return OUTPUTS / NAME
+    return OUTPUTS / ORIGINAL_NAME
 
 
-def write(made: dict[str, pd.DataFrame], estimates: pd.DataFrame, home: Path) -> None:
+def write_original(made: dict[str, pd.DataFrame], estimates: pd.DataFrame, home: Path) -> None:
     """Write the tables and estimates of a folder that can be published, and its study.json last."""
     for name, frame in made.items():
         TABLES[name].write(frame, home / "tables")
-    write_estimates(estimates, home / "tables", NAME)
-    write_json(home / "study.json", {"name": NAME, "note": NOTE, "primary": []})
+    write_estimates(estimates, home / "tables", ORIGINAL_NAME)
+    write_json(home / "study.json", {"name": ORIGINAL_NAME, "note": ORIGINAL_NOTE, "primary": []})

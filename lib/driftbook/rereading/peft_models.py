@@ -67,7 +67,7 @@ SCALES = {
     FORGETTING: ("log_forgetting", FACTOR, 10.0),
 }  # column, outcome of differences, base of the logarithm
 LIMITS = {ACCURACY: (0.0, 100.0), FORGETTING: (0.0, np.inf)}  # what an outcome can be
-SETTINGS = "size + rate + method_class"
+_SETTINGS = "size + rate + method_class"
 
 
 def means_of_methods(rows: pd.DataFrame, outcome: str) -> tuple[pd.DataFrame, MixedFit]:
@@ -175,7 +175,7 @@ def terms(rows: pd.DataFrame, outcome: str) -> tuple[pd.DataFrame, MixedFit]:
     """
     column, differences, base = SCALES[outcome]
     formula = (
-        f"{column} ~ {SETTINGS}"
+        f"{column} ~ {_SETTINGS}"
         if rows["method_class"].nunique() > 1
         else f"{column} ~ size + rate"
     )
@@ -230,7 +230,7 @@ def _without_one(rows: pd.DataFrame, formula: str) -> list[tuple[str, pd.DataFra
         (method, part)
         for method, part in parts
         if part["method"].nunique() > 4
-        and (SETTINGS not in formula or part["method_class"].nunique() == classes)
+        and (_SETTINGS not in formula or part["method_class"].nunique() == classes)
     ]
 
 

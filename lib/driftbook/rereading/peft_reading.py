@@ -25,9 +25,9 @@ class PeftReading:
         """Write all parts as one table of estimates, with the other tables: what figures read."""
         estimates = ESTIMATES.concat(list(parts.values()))
         made = peft_results.declared(self.runs, self.points)
-        folder = peft_results.write(made, peft_results.FOLDER)
-        ESTIMATES.write(estimates, folder / "estimates" / f"{peft_results.NAME}.parquet")
-        return {**made, "estimates": estimates, "note": peft_results.NOTE}
+        folder = peft_results.write_peft(made, peft_results.FOLDER)
+        ESTIMATES.write(estimates, folder / "estimates" / f"{peft_results.PEFT_NAME}.parquet")
+        return {**made, "estimates": estimates, "note": peft_results.PEFT_NOTE}
 
 
 def read_peft(folder: str = "") -> PeftReading:

@@ -24,13 +24,14 @@ from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 from driftbook.study.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
 
-NAME = "peft_results"
-NOTEBOOK = f"22_{NAME}"
-NOTE = "PEFT's published runs: one base model, one seed a run"
-FOLDER = OUTPUTS / NAME
-REGISTRY = ROOT / "data" / NAME / "files.csv"
+PEFT_NAME = "peft_results"
+NOTEBOOK = f"22_{PEFT_NAME}"
+PEFT_NOTE = "PEFT's published runs: one base model, one seed a run"
+FOLDER = OUTPUTS / PEFT_NAME
+REGISTRY = ROOT / "data" / PEFT_NAME / "files.csv"
 SOURCE, COMMIT = "github:huggingface/peft/method_comparison/MetaMathQA/results", "5d602fdbff"
-LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{NAME}"  # the default local folder, where the variable is set
+# the default local folder, where the variable is set
+_LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{PEFT_NAME}"
 TEST, VALIDATION = "gsm8k", "gsm8k validation"
 N_QUESTIONS = {
     TEST: 1319,
@@ -89,7 +90,7 @@ def located(folder: str = "") -> Path:
     Raises:
         ValueError: it is not there, and cannot be fetched.
     """
-    path = Path(os.path.expandvars(folder or LOCAL)).expanduser()
+    path = Path(os.path.expandvars(folder or _LOCAL)).expanduser()
     if folder and not path.is_dir():
         raise ValueError(
             f"there is no folder {folder}; give one with result files of PEFT's method comparison,"
@@ -324,11 +325,11 @@ def declared(runs: pd.DataFrame, points: pd.DataFrame) -> dict[str, pd.DataFrame
     }
 
 
-def write(tables: dict[str, pd.DataFrame], folder: Path = FOLDER) -> Path:
+def write_peft(tables: dict[str, pd.DataFrame], folder: Path = FOLDER) -> Path:
     """The folder of the tables, written with the name and note of what they are."""
     for name, frame in tables.items():
         TABLES[name].write(frame, folder / "tables")
-    write_json(folder / "study.json", {"name": NAME, "note": NOTE})
+    write_json(folder / "study.json", {"name": PEFT_NAME, "note": PEFT_NOTE})
     return folder / "tables"
 
 
@@ -430,7 +431,7 @@ def estimates_of_runs(
 
 
 def labelled_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    labels = {"study": NAME, "notebook": NOTEBOOK, "benchmark": TEST, "judge": "none"}
+    labels = {"study": PEFT_NAME, "notebook": NOTEBOOK, "benchmark": TEST, "judge": "none"}
     return complete(
         rows.assign(**{name: label for name, label in labels.items() if name not in rows})
     )

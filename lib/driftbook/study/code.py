@@ -23,7 +23,7 @@ PACKAGE = LIBRARY.name
 VOCABULARY = f"{PACKAGE}.study."
 
 # A name in a module (dotted name), a notebook (path, or path#variable) or a file (path).
-Part = tuple[str, str]
+CodePart = tuple[str, str]
 ACTS = ""  # instead of a name: the statements that act whenever the module is imported
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -32,12 +32,12 @@ DYNAMIC = {"import_module", "__import__"}
 DATA = re.compile(r"ROOT / 'data' / (?:'([\w.-]+)'|\w+)")
 
 
-def fingerprint(roots: Iterable[Part], texts: Iterable[str] = ()) -> str:
+def fingerprint(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> str:
     """One digest of the code that these parts depend on; see `closure`."""
     return files.digest(by_file(roots, texts), 12)
 
 
-def by_file(roots: Iterable[Part], texts: Iterable[str] = ()) -> dict[str, str]:
+def by_file(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> dict[str, str]:
     """The digest of what these parts depend on, by file; see `closure`."""
     found: dict[str, dict[str, str]] = {}
     for module, name in closure(roots, texts):
@@ -46,7 +46,7 @@ def by_file(roots: Iterable[Part], texts: Iterable[str] = ()) -> dict[str, str]:
     return {label: files.digest(parts, 12) for label, parts in sorted(found.items())}
 
 
-def of_notebook(notebook: Path, variable: str = ACTS) -> set[Part]:
+def of_notebook(notebook: Path, variable: str = ACTS) -> set[CodePart]:
     """The parts of a notebook: all of its code, or what leads to the last value of a variable.
 
     A statement leads to a variable if it assigns to a name that the variable is made from, or
@@ -55,7 +55,7 @@ def of_notebook(notebook: Path, variable: str = ACTS) -> set[Part]:
     return {(f"{notebook}#{variable}", variable)}
 
 
-def of_module(module: str) -> set[Part]:
+def of_module(module: str) -> set[CodePart]:
     """All parts of a module, or of a package and its modules."""
     found = {(module, name) for name in source(module).parts}
     if module != PACKAGE and path(module).name == "__init__.py":
@@ -64,7 +64,7 @@ def of_module(module: str) -> set[Part]:
     return found
 
 
-def closure(roots: Iterable[Part], texts: Iterable[str] = ()) -> set[Part]:
+def closure(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> set[CodePart]:
     """The parts that these lead to, directly or not, and they themselves.
 
     What is found by a text counts where the text is written in the code, or is among `texts` (of a
@@ -85,7 +85,7 @@ def closure(roots: Iterable[Part], texts: Iterable[str] = ()) -> set[Part]:
     return found
 
 
-def choices(roots: Iterable[Part]) -> frozenset[str]:
+def choices(roots: Iterable[CodePart]) -> frozenset[str]:
     """The texts on which it depends what these parts lead to: keys of tables that they look up."""
     files = (file.relative_to(LIBRARY.parent).with_suffix("") for file in LIBRARY.rglob("*.py"))
     modules = (".".join(file.parts).removesuffix(".__init__") for file in files)
@@ -95,7 +95,7 @@ def choices(roots: Iterable[Part]) -> frozenset[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ModuleCode:
     """The statements behind each name of a module, what its imports bind (name, dotted name), and
     what a text finds: by ACTS a registered function, by a table's name[] one of its entries.
     """
@@ -106,7 +106,7 @@ class Source:
 
 
 @cache
-def source(module: str) -> Source:
+def source(module: str) -> ModuleCode:
     """The code of a module or notebook; none of another file."""
     file = path(module)
     if file.suffix == ".ipynb":
@@ -122,7 +122,7 @@ def source(module: str) -> Source:
     for name, entries in _tables(tree.body):
         parts |= {f"{name}[]": []} | {f"{name}[{key}]": [node] for key, node in entries.items()}
         by_text[f"{name}[]"] = {key: f"{name}[{key}]" for key in entries}
-    return Source(parts, imports, by_text)
+    return ModuleCode(parts, imports, by_text)
 
 
 def _parsed(code: str) -> ast.Module:
@@ -134,7 +134,7 @@ def _parsed(code: str) -> ast.Module:
     return tree
 
 
-def _notebook(file: Path, variable: str) -> Source:
+def _notebook(file: Path, variable: str) -> ModuleCode:
     """The code of a notebook, or what leads to a variable, as one part."""
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
@@ -145,7 +145,7 @@ def _notebook(file: Path, variable: str) -> Source:
         if not ends:
             raise ValueError(f"{file.name} gives no value to {variable!r}, its result")
         body = _leading(body[: ends[-1]], variable)
-    return Source({variable: body}, imports)
+    return ModuleCode({variable: body}, imports)
 
 
 def _leading(body: list[ast.stmt], variable: str) -> list[ast.stmt]:
@@ -255,7 +255,7 @@ def _is_main(node: ast.stmt) -> bool:
 
 # ---- what a statement uses
 @cache
-def _uses(module: str, name: str) -> frozenset[Part]:
+def _uses(module: str, name: str) -> frozenset[CodePart]:
     """The parts that a part uses itself, and those that act when what it imports is loaded."""
     own, found = source(module), set()
     if path(module).suffix == ".py":
@@ -284,7 +284,7 @@ def _texts(module: str, name: str) -> frozenset[str]:
     return frozenset(value for value in values if isinstance(value, str))
 
 
-def _acting(names: Iterable[str]) -> set[Part]:
+def _acting(names: Iterable[str]) -> set[CodePart]:
     """What acts when the modules of imported names, and the packages that they are in, load."""
     found = set()
     for name in names:
@@ -294,7 +294,7 @@ def _acting(names: Iterable[str]) -> set[Part]:
     return found
 
 
-def _found(dotted: str) -> set[Part]:
+def _found(dotted: str) -> set[CodePart]:
     """The part that a dotted name stands for; all of a module that is used as a value, or that has
     no such name.
     """
@@ -313,7 +313,7 @@ def _found(dotted: str) -> set[Part]:
     return of_module(module)
 
 
-def _part(module: str, words: list[str]) -> Part:
+def _part(module: str, words: list[str]) -> CodePart:
     """A name of a module; only the looking up of one entry, where it is a table and so used."""
     name, *rest = words
     looked_up = rest[:1] in (["[]"], ["get"]) and f"{name}[]" in source(module).parts
@@ -333,7 +333,7 @@ def _face(package: str) -> dict[str, str]:
     return {name: module for module, names in homes.items() for name in names}
 
 
-def _files(node: ast.AST, folder: Path) -> set[Part]:
+def _files(node: ast.AST, folder: Path) -> set[CodePart]:
     """The files that a statement names: beside its module, or in data/ of the project."""
     found = set()
     for one in ast.walk(node):
