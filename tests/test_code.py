@@ -206,7 +206,7 @@ ALL = {"prepare", *MODELS, "collect", *keys.ANALYSES, "report"}
 EDITS = {
     ("batch/collecting.py", "REFUSALS"): ({"collect"}, set()),
     ("publishing/report.py", "TITLES"): ({"report"}, set()),
-    ("figures/labels.py", "MARKS"): ({"labels"}, set()),
+    ("figures/labels.py", "_MARKS"): ({"labels"}, set()),
     ("training/fit.py", "RECORDED"): ({"train"}, {"train"}),
     ("analyses/doses.py", "QUARTILES"): ({"dose"}, set()),
     ("rereading/original_claims.py", "MARGIN"): (set(), set()),

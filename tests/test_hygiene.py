@@ -54,7 +54,12 @@ def public_names(tree: ast.Module) -> list[str]:
             found.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found += [one.id for one in targets if isinstance(one, ast.Name)]
+            bound = (one for target in targets for one in ast.walk(target))
+            found += [
+                one.id
+                for one in bound
+                if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+            ]
     return [name for name in found if not name.startswith("_")]
 
 

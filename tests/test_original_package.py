@@ -280,7 +280,7 @@ def github(package, tmp_path, monkeypatch):
     """
     root = tmp_path / "served"
     (root / "raw").mkdir(parents=True)
-    target = root / "raw" / original_study.REPOSITORY / original_study.COMMIT
+    target = root / "raw" / original_study.REPOSITORY / original_study.ORIGINAL_COMMIT
     target.parent.mkdir(parents=True)
     (package / "Data").rename(target.with_name("Data"))
     target.mkdir()
@@ -290,7 +290,9 @@ def github(package, tmp_path, monkeypatch):
         for path in target.rglob("*")
         if path.is_file()
     ]
-    listing = root / "api" / original_study.REPOSITORY / "git" / "trees" / original_study.COMMIT
+    listing = (
+        root / "api" / original_study.REPOSITORY / "git" / "trees" / original_study.ORIGINAL_COMMIT
+    )
     write_json(listing, {"tree": tree, "truncated": False})
     quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(root)))
@@ -328,7 +330,7 @@ def test_the_package_is_fetched_once_checked_and_only_its_numbers_are_kept(
     assert not any(word.encode() in text for word in WORDS)
     registry = json.loads(files["registry.json"])
     assert len(registry) == 8, "four verdict files, three trainer states, the listing"
-    served = github / "raw" / original_study.REPOSITORY / original_study.COMMIT / FIRST
+    served = github / "raw" / original_study.REPOSITORY / original_study.ORIGINAL_COMMIT / FIRST
     assert registry[FIRST] == hashlib.sha256(served.read_bytes()).hexdigest()
     monkeypatch.setattr(original_study, "RAW", "http://127.0.0.1:9")
     again = original_study.load()
@@ -336,7 +338,7 @@ def test_the_package_is_fetched_once_checked_and_only_its_numbers_are_kept(
 
 
 def test_a_file_that_is_not_the_commits_is_refused_and_nothing_is_kept(github, tmp_path):
-    served = github / "raw" / original_study.REPOSITORY / original_study.COMMIT / FIRST
+    served = github / "raw" / original_study.REPOSITORY / original_study.ORIGINAL_COMMIT / FIRST
     served.write_text(moderated(unsafe=(1,)).to_csv(index=False))
     refused(original_study.load, "git hash differs", FIRST)
     assert not kept(tmp_path)
@@ -352,7 +354,7 @@ def test_a_file_that_differs_from_the_registry_is_refused(github, tmp_path):
 
 
 def test_an_incomplete_listing_and_no_network_are_said(github, tmp_path, monkeypatch):
-    [listing] = (github / "api").rglob(original_study.COMMIT)
+    [listing] = (github / "api").rglob(original_study.ORIGINAL_COMMIT)
     write_json(listing, {"tree": [], "truncated": True})
     refused(original_study.load, "not complete", "clone")
     monkeypatch.setattr(original_study, "LISTING", "http://127.0.0.1:9")

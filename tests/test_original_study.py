@@ -209,7 +209,7 @@ def test_true_rates_have_opposite_effects(rows):
     found = (
         found[
             found["base_model"].eq("all")
-            & found["member"].eq(original_analysis.RATES.format("true"))
+            & found["member"].eq(original_analysis.RATES_MEMBER.format("true"))
         ]
         .set_index("method")["value"]
         .astype(float)
@@ -229,7 +229,9 @@ def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rat
     )
     values = [
         original_analysis.rate_effects(part)
-        .query("member == @original_analysis.RATES.format('true') and method == 'lora'")["value"]
+        .query("member == @original_analysis.RATES_MEMBER.format('true') and method == 'lora'")[
+            "value"
+        ]
         .astype(float)
         for part in (hidden, dropped)
     ]

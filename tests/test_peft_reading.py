@@ -148,7 +148,7 @@ def test_without_files_and_network_the_sentence_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError) as error:
         peft_results.located()
     assert "DRIFTBOOK_SHARED" in one_sentence(error.value)
-    assert f"/{peft_results.COMMIT}/method_comparison/MetaMathQA/results/" in asked[0]
+    assert f"/{peft_results.PEFT_COMMIT}/method_comparison/MetaMathQA/results/" in asked[0]
 
 
 def test_the_local_files_are_those_of_the_commit(real):
@@ -157,7 +157,7 @@ def test_the_local_files_are_those_of_the_commit(real):
     assert (
         peft_results.provenance(real)
         == f"{len(known)} of {len(known)} files are those of huggingface/peft at"
-        f" {peft_results.COMMIT}, byte for byte."
+        f" {peft_results.PEFT_COMMIT}, byte for byte."
     )
 
 

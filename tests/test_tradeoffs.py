@@ -10,7 +10,7 @@ import pytest
 import statsmodels.api as sm
 
 from driftbook.analyses import correlations, tradeoffs
-from driftbook.analyses.correlations import CORRECTED, CORRELATION, RELIABILITY, WITHIN_METHODS
+from driftbook.analyses.correlations import CORRELATION, RELIABILITY, UNATTENUATED, WITHIN_METHODS
 from driftbook.analyses.tradeoffs import (
     FRONT_BIAS,
     GOALS,
@@ -275,9 +275,9 @@ def test_the_corrected_correlation_is_the_latent_one_and_its_interval_holds_it()
         1 - (1 - reliability) * 39 / 37, abs=0.03
     )  # the mean of a ratio over 40 runs
     assert values[RAW] == pytest.approx(0.6 * reliability, abs=0.04)
-    assert values[RAW + CORRECTED] == pytest.approx(0.6, abs=0.05)
+    assert values[RAW + UNATTENUATED] == pytest.approx(0.6, abs=0.05)
     ends = (
-        pd.DataFrame([row.loc[RAW + CORRECTED, ["ci_low", "ci_high"]] for row in rows])
+        pd.DataFrame([row.loc[RAW + UNATTENUATED, ["ci_low", "ci_high"]] for row in rows])
         .dropna()
         .astype(float)
     )
@@ -309,7 +309,7 @@ def test_raw_correlations_are_numpys_and_within_methods_those_of_residuals():
         for name, pair in measured.items()
     }
     by_hand = found.loc[RAW, "value"] / np.sqrt(reliable["x"] * reliable["y"])
-    assert found.loc[RAW + CORRECTED, "value"] == pytest.approx(by_hand, rel=1e-6)
+    assert found.loc[RAW + UNATTENUATED, "value"] == pytest.approx(by_hand, rel=1e-6)
     low, high = np.tanh(
         np.arctanh(found.loc[RAW, "value"]) + np.array([-1, 1]) * 1.959964 / np.sqrt(37)
     )
@@ -325,7 +325,7 @@ def test_noise_that_two_scores_share_is_no_correlation():
         ]
     ).mean()
     assert values[RAW] > 0.35
-    assert values[RAW + CORRECTED] == pytest.approx(0, abs=0.08)
+    assert values[RAW + UNATTENUATED] == pytest.approx(0, abs=0.08)
 
 
 def test_what_the_base_model_adds_to_all_runs_is_no_noise():
@@ -344,11 +344,12 @@ def test_what_the_base_model_adds_to_all_runs_is_no_noise():
 def test_what_cannot_be_corrected_says_so_and_is_never_cut():
     noisy = correlated(*latent(np.random.default_rng(5), noise=(60.0, 9.0)))
     assert noisy.loc[[RAW, RAW + WITHIN_METHODS], "value"].notna().all()
-    assert noisy.loc[RAW + CORRECTED, "how"].startswith("cannot be corrected: reliabilities")
-    assert pd.isna(noisy.loc[RAW + CORRECTED, "value"])
+    assert noisy.loc[RAW + UNATTENUATED, "how"].startswith("cannot be corrected: reliabilities")
+    assert pd.isna(noisy.loc[RAW + UNATTENUATED, "value"])
     rng = np.random.default_rng(6)
     rows = [
-        correlated(*latent(rng, r=0.99, noise=(11.0, 11.0))).loc[RAW + CORRECTED] for _ in range(12)
+        correlated(*latent(rng, r=0.99, noise=(11.0, 11.0))).loc[RAW + UNATTENUATED]
+        for _ in range(12)
     ]
     assert any("gives 1." in row["how"] and "beyond 1" in row["how"] for row in rows)
     assert all(
@@ -356,7 +357,9 @@ def test_what_cannot_be_corrected_says_so_and_is_never_cut():
     )
     ends = [row for row in rows if row["ci_high"] is not pd.NA and row["ci_high"] == 1]
     assert all("where it is cut" in row["how"] for row in ends)
-    uncertain = [correlated(*latent(rng, noise=(16.0, 9.0))).loc[RAW + CORRECTED] for _ in range(8)]
+    uncertain = [
+        correlated(*latent(rng, noise=(16.0, 9.0))).loc[RAW + UNATTENUATED] for _ in range(8)
+    ]
     assert any(
         "no interval: in" in row["how"] and pd.isna(row["ci_low"]) and pd.notna(row["value"])
         for row in uncertain

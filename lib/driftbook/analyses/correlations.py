@@ -10,13 +10,13 @@ from driftbook.stats.estimation import complete
 from driftbook.stats.influence import Scores
 from driftbook.stats.terms import TRAINED
 
-CORRELATION, WITHIN_METHODS, CORRECTED = (
+CORRELATION, WITHIN_METHODS, UNATTENUATED = (
     "correlation of changes",
     ", within methods",
     ", corrected for attenuation",
 )
 RELIABILITY = "reliability over runs"
-FEWEST, LEAST_RELIABLE = (
+_FEWEST, LEAST_RELIABLE = (
     4,
     0.2,
 )  # runs for a correlation; below such a reliability the correction is made of noise
@@ -111,12 +111,12 @@ def _within_groups(products: np.ndarray, counts: np.ndarray, group: np.ndarray) 
 
 
 def _reliability(scores: Scores, runs: pd.DataFrame, counts: np.ndarray) -> list[dict]:
-    if len(runs) < FEWEST:
+    if len(runs) < _FEWEST:
         return [
             {
                 "contrast": RELIABILITY,
                 "value": None,
-                "how": f"{len(runs)} runs: a reliability needs {FEWEST}",
+                "how": f"{len(runs)} runs: a reliability needs {_FEWEST}",
             }
         ]
     seen, noise = _moments(scores, scores, runs, counts, np.zeros(len(runs), int))
@@ -149,7 +149,7 @@ def _correlated(
     contrast = CORRELATION
     for words, group in (("", np.zeros_like(method)), (WITHIN_METHODS, method)):
         spare = len(runs) - group.max(initial=0)  # as many as there would be without groups
-        if spare < FEWEST:
+        if spare < _FEWEST:
             how = (
                 f"{len(runs)} runs"
                 + (f" of {group.max() + 1} methods" if words and len(runs) else "")
@@ -157,7 +157,7 @@ def _correlated(
             )
             rows += [
                 {"contrast": contrast + words + more, "value": None, "how": how}
-                for more in ("", CORRECTED)
+                for more in ("", UNATTENUATED)
             ]
             continue
         seen, noise = zip(
@@ -174,7 +174,7 @@ def _correlated(
         rows.append({"contrast": contrast + words, **_raw(raw[0], spare)})
         rows.append(
             {
-                "contrast": contrast + words + CORRECTED,
+                "contrast": contrast + words + UNATTENUATED,
                 **_corrected(raw[0], corrected, np.stack(reliable)),
             }
         )

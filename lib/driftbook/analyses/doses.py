@@ -32,7 +32,7 @@ DOSE, PRESET = "dose", "preset dose"  # groups; the member is which dose
 MEAN_DOSE = "mean of the three"
 QUARTILES = {"lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75}
 DESCRIPTIVE = "descriptive, dose comes after treatment: " + THESE_PROMPTS
-SPAN, FEWEST = (
+SPAN, _FEWEST = (
     0.75,
     4,
 )  # share of a method's runs that a local line is fitted to; runs that it needs
@@ -299,8 +299,8 @@ def preset_doses(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str]:
     inside = [side[(side >= low) & (side <= high)] for side in (a, b)]
     if low >= high or not min(map(len, inside)):
         return np.array([]), "no common dose"
-    if min(len(a), len(b)) < FEWEST:
-        return np.array([]), f"fewer than {FEWEST} runs of a method: too few for a line"
+    if min(len(a), len(b)) < _FEWEST:
+        return np.array([]), f"fewer than {_FEWEST} runs of a method: too few for a line"
     return np.quantile(np.concatenate(inside), list(QUARTILES.values())), ""
 
 

@@ -181,7 +181,7 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
             ax.plot([row["ci_low"], row["ci_high"]], [place] * 2, color=edge, lw=1.2, zorder=3)
             ax.plot(row["value"], place, marker, mfc=face, mec=edge, ms=6, mew=1, zorder=4)
         elif pd.notna(row["value"]):
-            is_ratio = row["outcome"] == original_analysis.SPREAD
+            is_ratio = row["outcome"] == original_analysis.SPREAD_RATIO
             words = "ratio of SDs" if is_ratio else "categories decline"
             ax.text(0.02, place, f"{claims.number(row)} {words}", **aside)
         else:

@@ -43,7 +43,7 @@ from driftbook.stats import terms
 from driftbook.stats.confidence import INTERVAL
 from driftbook.study.methods import STUDIED
 
-OTHER, FAINT = "#333333", "#bbbbbb"
+_OTHER, FAINT = "#333333", "#bbbbbb"
 _OURS = {method: COLOURS[method] for method in STUDIED}
 METHOD_NAMES = {
     **METHOD_LABELS,
@@ -93,7 +93,7 @@ def name(method: str) -> str:
 
 
 def colour(method: str) -> str:
-    return _OURS.get(method, OTHER)
+    return _OURS.get(method, _OTHER)
 
 
 def single(tables: dict) -> pd.DataFrame:
@@ -144,7 +144,7 @@ def counted(rows: pd.DataFrame) -> str:
     return f"{len(rows)} runs of {rows['method'].nunique()} methods, one seed each."
 
 
-def _key(fig: Figure, other: str = OTHER) -> None:
+def _key(fig: Figure, other: str = _OTHER) -> None:
     """Our four methods in their colours, and that of all others."""
     names = {METHOD_LABELS[method]: COLOURS[method] for method in STUDIED} | {
         "PEFT's other methods": other
@@ -369,12 +369,12 @@ def peft_pooling(tables: dict) -> tuple[Figure, str]:
     axes[0].set_title("Accuracy")
     axes[1].set_title("Forgetting")
     marks = {
-        "mixed": ("o", 4.5, OTHER),
+        "mixed": ("o", 4.5, _OTHER),
         "by method": ("o", 5.5, "none"),
         "pooled": ("|", 9, "#999999"),
     }
     handles = [
-        handle(text, OTHER if text != "pooled" else face, mark, ls="-", ms=size, mfc=face, lw=0)
+        handle(text, _OTHER if text != "pooled" else face, mark, ls="-", ms=size, mfc=face, lw=0)
         for text, (mark, size, face) in marks.items()
     ]
     above(fig, handles, 3, handlelength=1, columnspacing=1.2)
@@ -502,7 +502,7 @@ def peft_curves(tables: dict) -> tuple[Figure, str]:
     for ax, (text, part) in zip(axes[0], rows.groupby("panel"), strict=True):
         for (method, kind, _), run in part.groupby(["method", "method_class", "run_id"]):
             ours, full = method in _OURS, kind == "full"
-            shade = OTHER if full else _OURS.get(method, FAINT)
+            shade = _OTHER if full else _OURS.get(method, FAINT)
             ax.plot(
                 run["step"],
                 run["percent"],

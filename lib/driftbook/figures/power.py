@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from driftbook.analyses.correlations import CORRECTED, CORRELATION, WITHIN_METHODS
+from driftbook.analyses.correlations import CORRELATION, UNATTENUATED, WITHIN_METHODS
 from driftbook.analyses.power import MARGIN
 from driftbook.analyses.power_rows import GRID, SMALLEST
 from driftbook.analyses.tradeoffs import FRONT_BIAS
@@ -144,7 +144,7 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
     kinds = [
         (words + more, colour, bool(more))
         for words, colour in (("", ALL_RUNS), (WITHIN_METHODS, WITHIN))
-        for more in ("", CORRECTED)
+        for more in ("", UNATTENUATED)
     ]
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
         zero(ax)

@@ -25,7 +25,7 @@ SAME_LENGTH, SAME_VERDICT = (
     "answers of equal length (percent of prompts)",
     "equal verdicts (percent of prompts)",
 )
-SPREAD = "ratio of standard deviations of the change in safety"
+SPREAD_RATIO = "ratio of standard deviations of the change in safety"
 ODDS = "odds of a safe answer (log)"
 LEARNED = "learned: held-out loss below the base model's"
 CHANGE_WIDE = "change against the base model, its own score uncertain"
@@ -36,7 +36,7 @@ DIFFERENCE, RATE_EFFECT, BASE_DIFFERENCE = (
     "difference between base models, equal settings",
 )
 ROUNDS_POPULATION = "rounds like these (one seed), these prompts, these base models"
-EQUAL, RATES = "equal settings", "{} rates"  # group; its member in contrasts of rates
+EQUAL, RATES_MEMBER = "equal settings", "{} rates"  # group; its member in contrasts of rates
 KNOWN_BASE = ROUNDS_POPULATION + ", each base model's one score taken as known"
 SETTING = ["objective", "dataset", "epochs"]
 WELCH = (
@@ -308,7 +308,7 @@ def rate_effects(rows: pd.DataFrame) -> pd.DataFrame:
                             base_model=base,
                             method=method,
                             group=EQUAL,
-                            member=RATES.format(kind),
+                            member=RATES_MEMBER.format(kind),
                             contrast=RATE_EFFECT,
                         )
                     )

@@ -17,7 +17,7 @@ from driftbook.rereading.original_analysis import (
     ROUNDS_POPULATION,
     SAFETY,
     SETTING,
-    SPREAD,
+    SPREAD_RATIO,
     combination,
     matched_weight,
     mean_weight,
@@ -127,12 +127,12 @@ def number(row) -> str:
         return "none"
     text = (
         f"{row.value:.2f}"
-        if row.outcome == SPREAD
+        if row.outcome == SPREAD_RATIO
         else f"{row.value:.0f}"
         if pd.isna(row.ci_low)
         else f"{row.value:+.1f}"
     )
-    digits = ".2f" if row.outcome == SPREAD else "+.1f"
+    digits = ".2f" if row.outcome == SPREAD_RATIO else "+.1f"
     return (
         text if pd.isna(row.ci_low) else f"{text} ({row.ci_low:{digits}} to {row.ci_high:{digits}})"
     )
@@ -355,7 +355,7 @@ def most_variable(rows: pd.DataFrame, base_model: str, n_boot: int, seed: int) -
         ratio["value"],
         ratio["ci_low"],
         ratio["ci_high"],
-        SPREAD,
+        SPREAD_RATIO,
         ratio["n_runs"],
         ROUNDS_POPULATION,
     )
@@ -404,7 +404,7 @@ def steadier(rows: pd.DataFrame, n_boot: int, seed: int) -> Claim:
         whole["value"],
         whole["ci_low"],
         whole["ci_high"],
-        SPREAD,
+        SPREAD_RATIO,
         whole["n_runs"],
         ROUNDS_POPULATION,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.rereading import original_study
-from driftbook.rereading.original_analysis import EQUAL, LABELS, RATES, SAFETY, SETTING
+from driftbook.rereading.original_analysis import EQUAL, LABELS, RATES_MEMBER, SAFETY, SETTING
 from driftbook.stats import estimation
 
 
@@ -111,4 +111,4 @@ def effect_of_rate(
     own = at.drop_duplicates("method")
     return fit.at(own.assign(**{column: low})) - fit.at(own.assign(**{column: high})), own[
         ["method"]
-    ].assign(base_model="all", member=RATES.format("true"))
+    ].assign(base_model="all", member=RATES_MEMBER.format("true"))

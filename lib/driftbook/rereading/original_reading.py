@@ -16,7 +16,7 @@ from driftbook.rereading import (
 from driftbook.stats import linear, logistic, mixed
 from driftbook.study.tables import ESTIMATES
 
-RATES = (2e-5, 1e-3)
+_RATES = (2e-5, 1e-3)
 OF_CATEGORIES = (
     "difference ~ base_model * method + method:objective + method:log10_rate + method:epochs"
     " + dataset + round"
@@ -89,7 +89,7 @@ def category_model(rows: pd.DataFrame) -> tuple[mixed.MixedFit, pd.DataFrame]:
     frame = original_models.category_rows(rows)
     fit = linear.rate_model(frame, OF_CATEGORIES)
     low, high = (
-        frame.loc[frame["rate"].eq(rate)].groupby("method")["log10_rate"].first() for rate in RATES
+        frame.loc[frame["rate"].eq(rate)].groupby("method")["log10_rate"].first() for rate in _RATES
     )
     column = "log10_rate", low["lora"], high["lora"]
     return fit, _contrasts(fit, rows, column, original_analysis.SAFETY, "run x category")
@@ -141,7 +141,7 @@ def tests_sentence(reading: Reading) -> str:
 def claims_sentence(reading: Reading, parts: dict[str, pd.DataFrame]) -> str:
     """How many claims stand, how many labels are wrong, and what the true rate does to LoRA."""
     found, effects = original_claims.counts(parts["claims"]), parts["rate effects"]
-    true = effects["member"].eq(original_analysis.RATES.format("true"))
+    true = effects["member"].eq(original_analysis.RATES_MEMBER.format("true"))
     own = effects[effects["base_model"].ne("all") & true & effects["method"].eq("lora")]
     worst = own.nlargest(1, "value").iloc[0]
     stand, fall, open_ = (found[name] for name in original_claims.CLAIM_VERDICTS)

@@ -24,7 +24,7 @@ from driftbook.study.files import ROOT, read_json, replacing, write_json
 ORIGINAL_NAME = "original_study"
 ORIGINAL_NOTE = "the original study, read again from its public data"
 CITED = ROOT / "data" / ORIGINAL_NAME
-REPOSITORY, COMMIT = (
+REPOSITORY, ORIGINAL_COMMIT = (
     "replicationpackagetai/Replication-Package-TAI",
     "f03e76500457770f5bf81c951a4d98d07323586b",
 )
@@ -346,7 +346,7 @@ def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
-    cache = Path(pooch.os_cache("driftbook")) / f"{ORIGINAL_NAME}-{COMMIT}"
+    cache = Path(pooch.os_cache("driftbook")) / f"{ORIGINAL_NAME}-{ORIGINAL_COMMIT}"
     if (cache / "runs.csv").is_file():
         return reduced(cache)
     registry = read_json(cache / "registry.json") if (cache / "registry.json").is_file() else {}
@@ -354,15 +354,15 @@ def fetched() -> tuple[pd.DataFrame, pd.DataFrame]:
         listed = json.loads(
             _retrieve(
                 "listing",
-                f"{LISTING}/{REPOSITORY}/git/trees/{COMMIT}?recursive=1",
+                f"{LISTING}/{REPOSITORY}/git/trees/{ORIGINAL_COMMIT}?recursive=1",
                 registry,
                 Path(scratch),
             ).read_text()
         )
         if listed.get("truncated"):
             raise ValueError(
-                f"GitHub's listing of {REPOSITORY} is not complete; clone it at {COMMIT} and give"
-                " the folder as source"
+                f"GitHub's listing of {REPOSITORY} is not complete; clone it at {ORIGINAL_COMMIT}"
+                " and give the folder as source"
             )
         blobs = {entry["path"]: entry["sha"] for entry in listed["tree"] if wanted(entry["path"])}
         runs, verdicts = _joined(_downloads(blobs, registry, Path(scratch)))
@@ -379,11 +379,12 @@ def _downloads(
 ) -> Iterator[tuple[str, Path]]:
     """Each file by name, deleted before the next one is fetched."""
     for name, blob in blobs.items():
-        path = _retrieve(name, f"{RAW}/{REPOSITORY}/{COMMIT}/{name}", registry, scratch)
+        path = _retrieve(name, f"{RAW}/{REPOSITORY}/{ORIGINAL_COMMIT}/{name}", registry, scratch)
         content = path.read_bytes()
         if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob:
             raise ValueError(
-                f"{name} is not the file of commit {COMMIT[:7]} (its git hash differs); fetch again"
+                f"{name} is not the file of commit {ORIGINAL_COMMIT[:7]} (its git hash differs);"
+                " fetch again"
             )
         yield name, path
         path.unlink()

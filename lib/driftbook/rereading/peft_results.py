@@ -29,7 +29,7 @@ NOTEBOOK = f"22_{PEFT_NAME}"
 PEFT_NOTE = "PEFT's published runs: one base model, one seed a run"
 FOLDER = OUTPUTS / PEFT_NAME
 REGISTRY = ROOT / "data" / PEFT_NAME / "files.csv"
-SOURCE, COMMIT = "github:huggingface/peft/method_comparison/MetaMathQA/results", "5d602fdbff"
+SOURCE, PEFT_COMMIT = "github:huggingface/peft/method_comparison/MetaMathQA/results", "5d602fdbff"
 # the default local folder, where the variable is set
 _LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{PEFT_NAME}"
 TEST, VALIDATION = "gsm8k", "gsm8k validation"
@@ -103,7 +103,10 @@ def located(folder: str = "") -> Path:
         return Path(
             locate(
                 Source(
-                    source=SOURCE, revision=COMMIT, files=tuple(known.index), sha256=known.to_dict()
+                    source=SOURCE,
+                    revision=PEFT_COMMIT,
+                    files=tuple(known.index),
+                    sha256=known.to_dict(),
                 ),
                 None,
             )
@@ -132,7 +135,8 @@ def provenance(folder: Path) -> str:
     }
     same = sum(known.get(name) == sha256 for name, sha256 in found.items())
     missing = len(set(known.index) - set(found))
-    words = f"{same} of {len(found)} files are those of huggingface/peft at {COMMIT}, byte for byte"
+    words = f"{same} of {len(found)} files are those of huggingface/peft at {PEFT_COMMIT}"
+    words += ", byte for byte"
     return words + (f"; {missing} files of that commit are missing" if missing else "") + "."
 
 

@@ -41,14 +41,14 @@ HARMS = {  # which way is harm
     (terms.CORRECT, "utility"): -1,
 }
 GROUPS = (AS_CONFIGURED, TRAINED)
-RUN = ["run_id", "base_model", "method", "setting"]  # what a contrast needs to know of a run
+_RUN_COLUMNS = ["run_id", "base_model", "method", "setting"]  # what a contrast knows of a run
 SAME = ["study", "notebook", "outcome", "benchmark", "judge"]
 
 
 # ---- contrasts of runs
 def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
-    """The estimate of sum(weight * score) over the rows of `frame` (RUN and weight); None where no
-    run has a score.
+    """The estimate of sum(weight * score) over the rows of `frame` (_RUN_COLUMNS and weight); None
+    where no run has a score.
     """
     at = scores.at(frame["run_id"])
     if (at < 0).any() or len(frame) == 0:
@@ -61,13 +61,13 @@ def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
 def _of(cells: pd.DataFrame, base_model: str, method: str, group: str) -> pd.DataFrame:
     """The runs of a cell, under their own base model, with their weights."""
     own = cells["base_model"].eq(base_model) & cells["method"].eq(method) & cells["group"].eq(group)
-    return cells[own].assign(base_model=cells["pool"])[[*RUN, "weight"]]
+    return cells[own].assign(base_model=cells["pool"])[[*_RUN_COLUMNS, "weight"]]
 
 
 def _minus(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """The runs of both with the weights of the difference; a run of both sides has one row."""
     both = pd.concat([one, other.assign(weight=-other["weight"])], ignore_index=True)
-    return both.groupby(RUN, sort=False, as_index=False)["weight"].sum()
+    return both.groupby(_RUN_COLUMNS, sort=False, as_index=False)["weight"].sum()
 
 
 def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
@@ -161,7 +161,7 @@ def _matched(runs: pd.DataFrame, name: str, equal: list[str]) -> pd.DataFrame:
         for level, sign in ((levels[-1], 1), (levels[0], -1)) if len(levels) > 1 else ():
             at = own[own[name].eq(level)]
             parts.append(at.assign(weight=sign / len(at)))
-    found = pd.concat(parts)[[*RUN, "weight"]]
+    found = pd.concat(parts)[[*_RUN_COLUMNS, "weight"]]
     return found.assign(weight=found["weight"] / max((len(parts) - 1) / 2, 1))
 
 

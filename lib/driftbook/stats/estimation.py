@@ -257,7 +257,15 @@ def run_changes(estimates: pd.DataFrame, outcomes: dict[str, str]) -> pd.DataFra
 
 
 # ---- for mixed models
-SETTINGS = ["run_id", "base_model", "method", "objective", "dataset", "epochs", "repetition"]
+_SETTING_COLUMNS = [
+    "run_id",
+    "base_model",
+    "method",
+    "objective",
+    "dataset",
+    "epochs",
+    "repetition",
+]
 
 
 def differences(rates: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
@@ -284,4 +292,4 @@ def differences(rates: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
     for name in ("dataset", "epochs", "repetition"):
         frame[name] = frame[name].astype("string").fillna("none").astype(object)
     more = ["setting", "arm", "log10_rate", "category", "difference", "n_scored", "n"]
-    return frame[[*SETTINGS, *more]]
+    return frame[[*_SETTING_COLUMNS, *more]]
