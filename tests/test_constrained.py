@@ -59,9 +59,7 @@ def gradients(model, loss) -> dict:
 
 def ours(case, examples, trainer):
     rows = [training_steps.plain([one]) for one in examples]
-    return trainer._loss(
-        None, training_steps.Forward(case.model, case.base.tokenizer).logprobs(rows), rows, examples
-    )
+    return trainer._loss(None, training_steps.Forward(case.model).logprobs(rows), rows, examples)
 
 
 @pytest.mark.parametrize("moved", ["lora", "ia3", "prompt_tuning", "p_tuning"], indirect=True)

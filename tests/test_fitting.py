@@ -390,9 +390,7 @@ def test_autocast_changes_the_arithmetic_of_lora_and_not_that_of_ia3(half, a_stu
                         value.data.fill_(scale)
                 for autocast in (False, True):
                     found[method, scale, autocast] = torch.cat(
-                        steps.Forward(model, half.tokenizer, autocast).logprobs(
-                            [steps.plain(made)]
-                        )[0]
+                        steps.Forward(model, autocast).logprobs([steps.plain(made)])[0]
                     ).detach()
         finally:
             adapters.detach(model)

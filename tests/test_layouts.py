@@ -93,7 +93,7 @@ def test_logprobs_are_those_of_pefts_own_forward_in_every_layout(
         )  # two that begin alike, and one that another begins with
         made[5] = Conversation(made[4].ids + made[5].ids[2:], made[5].counted)
         expected = [own_logprobs(model, one) for one in made]
-        forward = steps.Forward(model, base.tokenizer)
+        forward = steps.Forward(model)
         for name, layout in LAYOUTS.items():
             if name == "packed" and forward.prompt_based:
                 continue
@@ -117,7 +117,7 @@ def test_the_gradient_of_a_packed_document_is_that_of_the_document_alone(bases, 
     base, study = windowed(bases, "mistral", window) if window else bases["llama"], a_study("lora")
     model = randomised(base, study)
     try:
-        forward = steps.Forward(model, base.tokenizer)
+        forward = steps.Forward(model)
         trained = [value for value in model.parameters() if value.requires_grad]
 
         @settings(max_examples=8)
@@ -146,7 +146,7 @@ def test_the_gradient_of_a_pair_in_a_tree_is_that_of_its_answers_alone(bases, a_
     base, study = bases["gemma"], a_study("prefix_tuning")
     model = randomised(base, study)
     try:
-        forward = steps.Forward(model, base.tokenizer)
+        forward = steps.Forward(model)
         trained = [value for value in model.parameters() if value.requires_grad]
         one, other = conversations([20, 13])
         other = Conversation(one.ids[:10] + other.ids[10:], other.counted)
@@ -170,7 +170,7 @@ def test_two_answers_that_are_alike_or_begin_alike_are_both_counted(bases, a_stu
     short = Conversation(one.ids[:8], np.array([5, 6, 7]))
     long = Conversation(one.ids, np.arange(5, 12))
     try:
-        forward = steps.Forward(model, base.tokenizer)
+        forward = steps.Forward(model)
         for pair in ([long, long], [long, short], [short, long]):
             row = steps.branching(pair)
             assert len(row.tokens) == 12
@@ -184,10 +184,7 @@ def test_logits_in_parts_are_those_at_once(bases, a_study, monkeypatch):
     base = bases["llama"]
     model = randomised(base, a_study("lora"))
     try:
-        forward, rows = (
-            steps.Forward(model, base.tokenizer),
-            [steps.plain(conversations([20, 11, 30]))],
-        )
+        forward, rows = (steps.Forward(model), [steps.plain(conversations([20, 11, 30]))])
         trained, found = [value for value in model.parameters() if value.requires_grad], []
         weight = base.model.get_output_embeddings().weight
         for at_once, linear in (

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import FAMILIES, OTHER_METHODS, PEFT_METHODS, one_sentence
 from driftbook.models import adapters, trees
+from driftbook.models.engine import Engine
 from driftbook.models.sampling import Sampling, VariantFailure, next_tokens
 from driftbook.models.scoring import Scorer
 from scored import LENGTHS, TOLERANCE, every_case, every_family, pairs_of, some_cases
@@ -82,15 +83,15 @@ def test_sharing_beginnings_changes_nothing(attached, monkeypatch):
     base, model = attached
     pairs = branching(base, seed=8)
     computed = []
-    run = Scorer.run
+    scorer, run = Scorer(model, base.tokenizer), Engine.run
     monkeypatch.setattr(
-        Scorer,
+        Engine,
         "run",
-        lambda self, embedded, *rest: (
-            computed.append(embedded.shape[:2].numel()) or run(self, embedded, *rest)
+        lambda self, inputs, *rest: (
+            computed.append(int(np.prod(inputs.shape[:2]))) or run(self, inputs, *rest)
         ),
     )
-    together = Scorer(model, base.tokenizer).token_logprobs(pairs)
+    together = scorer.token_logprobs(pairs)
     assert sum(computed) < sum(len(a) + len(b) for a, b in pairs) / 3, "nothing was shared"
     for pair, scores in zip(pairs, together, strict=True):
         logprobs = peft_logits(model, [*pair[0], *pair[1]]).log_softmax(1)
@@ -323,7 +324,7 @@ def test_impossible_sampling_is_refused():
 def test_without_memory_a_batch_is_halved_and_a_tree_is_cut_and_the_results_are_the_same(
     bases, monkeypatch, limit
 ):
-    base, forward = bases["llama"], Scorer._forward
+    base, forward = bases["llama"], Engine.trees
     pairs = pairs_of(base, LENGTHS) + branching(base, seed=7)
     expected = Scorer(base.model, base.tokenizer).token_logprobs(pairs)
 
@@ -332,7 +333,7 @@ def test_without_memory_a_batch_is_halved_and_a_tree_is_cut_and_the_results_are_
             raise torch.OutOfMemoryError("pretended")
         return forward(self, members, *rest)
 
-    monkeypatch.setattr(Scorer, "_forward", poor)
+    monkeypatch.setattr(Engine, "trees", poor)
     for one, other in zip(
         Scorer(base.model, base.tokenizer).token_logprobs(pairs), expected, strict=True
     ):

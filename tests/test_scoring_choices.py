@@ -11,6 +11,7 @@ import transformers
 
 from conftest import one_sentence
 from driftbook.models import loading
+from driftbook.models.engine import Engine
 from driftbook.models.sampling import Sampling, VariantFailure
 from driftbook.models.scoring import Scorer
 from scored import LENGTHS, TOLERANCE, every_family, pairs_of, some_cases
@@ -155,7 +156,7 @@ def test_options_must_be_as_many_everywhere_and_not_empty(bases):
 def test_a_model_whose_probabilities_are_no_numbers_fails_and_answers_nothing(bases, monkeypatch):
     base = bases["llama"]
     monkeypatch.setattr(
-        Scorer,
+        Engine,
         "head",
         lambda self, hidden: torch.full((len(hidden), len(base.tokenizer)), torch.nan),
     )
@@ -164,7 +165,7 @@ def test_a_model_whose_probabilities_are_no_numbers_fails_and_answers_nothing(ba
             Scorer(base.model, base.tokenizer).generate([[20, 21]], 3, sampling)
 
 
-def test_a_model_that_scales_its_logits_is_refused():
+def test_a_model_that_scales_its_logits_is_scored_by_its_own_scale():
     shape = {
         "vocab_size": 60,
         "hidden_size": 32,
@@ -181,9 +182,11 @@ def test_a_model_that_scales_its_logits_is_refused():
         pad_token_id=2,
         initializer_range=0.5,
     )
-    with pytest.raises(ValueError) as error:
-        Scorer(transformers.GraniteForCausalLM(config).eval(), None)
-    assert "scales its logits" in one_sentence(error.value)
+    model = transformers.GraniteForCausalLM(config).eval()
+    context, said = [7, 8, 9, 10], [11, 12]
+    (found,) = Scorer(model, None).token_logprobs([(context, said)])
+    own = model(input_ids=torch.tensor([context + said])).logits[0].log_softmax(1)
+    np.testing.assert_allclose(found, [float(own[3, 11]), float(own[4, 12])], atol=1e-4)
 
 
 def test_in_half_precision_two_letters_are_told_apart_as_in_fp32(bases):

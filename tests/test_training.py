@@ -271,10 +271,10 @@ def test_an_init_from_the_vocabulary_is_embeddings_of_tokens_and_a_random_one_is
 def test_an_untrained_variant_is_saved_as_it_was_initialised(bases, trained, method):
     base, one = bases["llama"], trained(method, "untrained")
     model = adapters.create(one.variant, base.model, base.tokenizer)
-    initial = scoring.Scorer(model, base.tokenizer).soft_prompt
+    initial = scoring.Scorer(model, base.tokenizer).engine.soft_prompt
     adapters.detach(model)
     with adapters.attached(base.model, one.folder) as model:
-        assert torch.equal(scoring.Scorer(model, base.tokenizer).soft_prompt, initial)
+        assert torch.equal(scoring.Scorer(model, base.tokenizer).engine.soft_prompt, initial)
     assert (one.record["steps"], one.record["trained_learning_rate"], one.record["no_op"]) == (
         None,
         None,

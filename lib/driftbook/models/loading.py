@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -312,5 +313,10 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that the model reads."""
-    return int(model.config.get_text_config().max_position_embeddings)
+    """The most tokens that the model reads; as many as there is memory for where its configuration
+    names no number (recurrent models, and those whose attention only looks at distances).
+    """
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    known = [getattr(config, name, None) for name in names]
+    return next((int(one) for one in known if one), sys.maxsize)

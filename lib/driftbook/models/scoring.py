@@ -1,14 +1,9 @@
-"""One scoring engine for a base model and for any PEFT adapter on it: log-probabilities, options,
-and generation.
+"""Scoring by a base model and by any adapter on it: log-probabilities, options and generation.
 
-Every row is laid out by explicit positions and an explicit mask: a prefix that all prompts share (a
-soft prompt, the key/values of prefix tuning, a judge's taxonomy) is computed once and its
-key/values serve every row; sequences that share more stand in one row as a tree. PEFT itself puts
-the soft prompt before the padding and loses the positions, which moves the logits by several nats.
+What is faster than the model's own forward, one sequence at a time, is tried when a model is first
+asked (models.probe); where it is not the model's own, each sequence has a row of its own.
 """
 
-import inspect
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,12 +11,15 @@ from functools import lru_cache
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from driftbook.models.layout import GrowingLayer, KeyValues, causal, expanded, padded
+from driftbook.models.engine import Engine, Ids
+from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
 from driftbook.models.loading import ask, context_length, conversation_ids
+from driftbook.models.probe import found_ways, longer_ways
 from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
-from driftbook.models.trees import LEAST_SHARED, common_prefix, groups, tree
+from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
+from driftbook.models.ways import adapter_kind, say
 
 # tokens of one forward pass: on a CPU more only leave its cache
 TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 16_384}
@@ -29,8 +27,6 @@ TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 16_384}
 CACHED_TOKENS = 32_768
 TAIL = 16  # tokens of a context that are tokenised again together with what follows it
 LOGITS_AT_ONCE = 2**27  # numbers: half a gigabyte in fp32
-
-Ids = list[int]
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,16 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int | None = None,
     ):
-        self.tokenizer = tokenizer
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.tokenizer, self.kind = tokenizer, adapter_kind(model)
+        self.engine = engine_of(model)
+        self.model = self.engine.model
         self.model.eval()
-        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
-            raise ValueError(
-                f"{type(self.model).__name__} takes no position_ids, so its rows cannot be padded"
-                " or shared exactly; use a model with rotary positions"
-            )
-        self.soft_prompt, self.virtual_cache = _virtual(model)
-        self.n_virtual = 0 if self.soft_prompt is None else len(self.soft_prompt)
-        if self.virtual_cache is not None:
-            self.n_virtual = self.virtual_cache[0][0].shape[2]
         usual = TOKENS_PER_BATCH.get(self.model.device.type, 16_384)
+        if self.engine.ways.scale is None:  # then a batch has logits in place of hidden states
+            usual = min(usual, LOGITS_AT_ONCE // self.model.get_input_embeddings().weight.shape[0])
         self.tokens_per_batch = tokens_per_batch or usual
         self.cached_tokens = tokens_per_batch or _cached_tokens(self.model)
-        self.context_length = context_length(self.model) - self.n_virtual
-        _check_head(self.model, self.head)
-        config = self.model.config.get_text_config()
-        self.layer_types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-        self.window = getattr(config, "sliding_window", None)
+        self.context_length = context_length(self.model) - self.engine.n_virtual
 
     # ---- scoring
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -111,7 +97,7 @@ class Scorer:
         results: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
 
         def read(_, hidden: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.head(hidden).log_softmax(1), where
+            return self.engine.head(hidden).log_softmax(1), where
 
         for batch, (logprobs, where) in self._states(pairs, read):
             for i, part in zip(batch, where.split([len(pairs[i][1]) for i in batch]), strict=True):
@@ -176,109 +162,76 @@ class Scorer:
         """Batches of pair numbers, with what `read` makes of them, of hidden states [distinct
         places, width] and, for all tokens of their continuations, the place [tokens] whose state
         predicts it."""
-        self._check_lengths([len(a) for a, _ in pairs], [len(a) + len(b) for a, b in pairs])
+        lengths = [len(a) + len(b) for a, b in pairs]
+        self._check_lengths([len(a) for a, _ in pairs], lengths)
         rows = [[*a, *b][:-1] for a, b in pairs]
-        if not rows:
+        starts = [len(a) for a, _ in pairs]
+        together = [i for i, length in enumerate(lengths) if self._shares(length)]
+        if alone := sorted(set(range(len(pairs))) - set(together)):
+            yield from self._plain_states(rows, starts, alone, read)
+        if not together:
             return
-        shared = self._shared(rows, min(len(a) for a, _ in pairs) - 1)
-        prefix = self._prefix(rows[0][:shared])
-        for batch in self._batches(groups(rows, shared), self.tokens_per_batch):
+        shared = self._common([rows[i] for i in together], min(starts[i] for i in together) - 1)
+        prefix = self.engine.prefix(rows[together[0]][:shared])
+        trees = [
+            ([together[i] for i in numbers], length)
+            for numbers, length in groups([rows[i] for i in together], shared)
+        ]
+        for batch in self._batches(trees, self.tokens_per_batch):
 
             def work(part: list[list[int]]) -> object:
                 members = [[rows[i] for i in one] for one in part]
-                starts = [[len(pairs[i][0]) for i in one] for one in part]
-                found = self._forward(members, starts, shared, prefix)
+                begins = [[starts[i] for i in one] for one in part]
+                found = self.engine.trees(members, begins, shared, prefix)
                 return read([i for one in part for i in one], *found)
 
             for part, found in self._halving(batch, work):
                 yield [i for one in part for i in one], found
 
-    def _forward(
-        self,
-        members: list[list[Ids]],
-        starts: list[list[int]],
-        shared: int,
-        prefix: KeyValues | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Trees, one a row, padded on the right: hidden states where a token of a continuation is
-        predicted; see `_states`.
+    def _plain_states(
+        self, rows: list[Ids], starts: list[int], numbers: list[int], read: Callable
+    ) -> Iterator[tuple[list[int], object]]:
+        """`_states` where nothing is shared: each sequence in a row of its own, and in a forward
+        pass of its own where the model's rows are not independent.
         """
-        trees = [tree(sequences, shared) for sequences in members]
-        width = max(len(one.tokens) for one in trees)
-        tokens, positions, ends = (
-            padded([getattr(one, name) for one in trees], width)
-            for name in ("tokens", "positions", "ends")
+        self._say_plain([rows[i] for i in numbers])
+        budget = self.tokens_per_batch if self.engine.ways.rows else 0
+        for batch in self._batches([([i], len(rows[i])) for i in numbers], budget):
+
+            def work(part: list[list[int]]) -> object:
+                chosen = [i for (i,) in part]
+                hidden = self.engine.plain([rows[i] for i in chosen], self.engine.soft_prompt)
+                width = hidden.shape[1]
+                where = [
+                    row * width + np.arange(starts[i] - 1, len(rows[i]))
+                    for row, i in enumerate(chosen)
+                ]
+                return read(chosen, hidden.flatten(0, 1), self.engine.tensor(np.concatenate(where)))
+
+            for part, found in self._halving(batch, work):
+                yield [i for (i,) in part], found
+
+    def _shares(self, length: int) -> bool:
+        """Whether a sequence may share what it begins with; a window is tried when it is needed."""
+        engine = self.engine
+        if not engine.ways.shared:
+            return False
+        if engine.ways.limit is not None and length > engine.ways.limit:
+            engine.ways = longer_ways(self.model, self.kind, engine.ways)
+        return engine.ways.limit is None or length <= engine.ways.limit
+
+    def _say_plain(self, rows: list[Ids]) -> None:
+        ways, name = self.engine.ways, type(self.model).__name__
+        computed = sum(map(len, rows))
+        once = sum(size for _, size in groups(rows))
+        side = "" if ways.rows else ", and a forward pass"
+        why = ways.reason or f"no layout was tried beyond {ways.limit} tokens"
+        say(
+            self.model,
+            f"each sequence has a row{side} of its own with {name}: what is faster does not give"
+            f" its own probabilities ({why}); {computed / max(once, 1):.1f} times the tokens of"
+            " rows that share what they begin with",
         )
-        allowed = None
-        if prefix is not None or any(len(one.paths) > 1 for one in trees):
-            below = np.arange(width)[:, None] < ends[:, None, :]
-            allowed = causal(width) & below | np.eye(width, dtype=bool)
-        cache = None if prefix is None else expanded(prefix, len(trees))
-        hidden = self.run(self.embed(tokens), positions, allowed, cache)
-        wanted = [
-            row * width + path[start - 1 - shared :]
-            for row, (one, begins) in enumerate(zip(trees, starts, strict=True))
-            for path, start in zip(one.paths, begins, strict=True)
-        ]
-        places, where = np.unique(np.concatenate(wanted), return_inverse=True)
-        return hidden.flatten(0, 1)[self.tensor(places)], self.tensor(where)
-
-    def run(
-        self,
-        embedded: torch.Tensor,
-        distances: np.ndarray,
-        allowed: np.ndarray | None,
-        cache: Cache | None,
-    ) -> torch.Tensor:
-        """Last hidden states [rows, new, width] of the newest tokens.
-
-        Keys are what the cache shares between the rows, then `distances` [rows, keys] behind it; a
-        new token attends to what is shared and to those keys that `allowed` [rows, new, keys]
-        names; to all before itself where it is None.
-        """
-        new = embedded.shape[1]
-        shared = 0 if cache is None else cache.get_seq_length() + new - distances.shape[1]
-        first = np.broadcast_to(np.arange(shared), (len(distances), shared))
-        seen = self.tensor(np.hstack([first, shared + distances]))
-        positions, mask = seen[:, -new:], None
-        if allowed is not None or not self._fits_window(positions):
-            allowed = causal(new)[None] if allowed is None else allowed
-            open_ = np.concatenate([np.ones((*allowed.shape[:2], shared), bool), allowed], 2)
-            mask = self._mask(torch.from_numpy(open_).to(embedded.device), positions, seen)
-        found = self.model.base_model(
-            inputs_embeds=embedded,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        return found.last_hidden_state
-
-    def _fits_window(self, positions: torch.Tensor) -> bool:
-        return self.window is None or int(positions.max()) < self.window
-
-    def _mask(
-        self, allowed: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What is added to the attention scores, [rows, 1, queries, keys]; by kind of layer where a
-        model mixes full and sliding ones.
-        """
-        if self.window is None:
-            return self._additive(allowed)
-        sliding = self._additive(allowed & (positions[:, :, None] - seen[:, None, :] < self.window))
-        full = self._additive(allowed)
-        match self.layer_types:
-            case ("full_attention",):
-                return full
-            case () | ("sliding_attention",):
-                return sliding
-            case _:
-                return {"full_attention": full, "sliding_attention": sliding}
-
-    def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        dtype = self.model.dtype
-        added = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return added.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
 
     def _logprobs(
         self, hidden: torch.Tensor, where: torch.Tensor, targets: torch.Tensor
@@ -287,62 +240,20 @@ class Scorer:
         vocabulary's logits at a time.
         """
         values = torch.empty(len(targets), device=hidden.device)
-        step = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        step = max(1, LOGITS_AT_ONCE // self.model.get_input_embeddings().weight.shape[0])
         for first in range(0, len(hidden), step):
-            logits = self.head(hidden[first : first + step])
+            part = hidden[first : first + step]
+            logits = self.engine.head(part)
             mine = (where >= first) & (where < first + step)
             rows = where[mine] - first
-            own = self._exact(logits, hidden[first + rows], rows, targets[mine])
+            own = self.engine.logits_of(logits, part, rows, targets[mine])
             values[mine] = own - logits.logsumexp(1)[rows]
         return values
 
-    def _exact(
-        self, logits: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """The logits of target tokens; where the head computes in half precision once more in fp32,
-        since rounding ties letters that are .1 nats apart.
-        """
-        head = self.model.get_output_embeddings()
-        if head.weight.dtype == torch.float32 or type(head) is not torch.nn.Linear:
-            return logits[rows, targets]
-        exact = (hidden.float() * head.weight[targets].float()).sum(1)
-        return self._capped(exact if head.bias is None else exact + head.bias[targets].float())
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits in fp32 from hidden states, with the family's soft cap where it has one."""
-        return self._capped(self.model.get_output_embeddings()(hidden).float())
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def embed(self, ids: np.ndarray) -> torch.Tensor:
-        return self.model.get_input_embeddings()(self.tensor(ids))
-
-    def tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.model.device)
-
-    # ---- what all rows share
-    def _shared(self, rows: Sequence[Ids], most: int) -> int:
+    def _common(self, rows: Sequence[Ids], most: int) -> int:
         """How many first tokens of all rows are computed once; none where that would not pay."""
         shared = min(most, common_prefix(min(rows), max(rows)))
         return shared if shared >= LEAST_SHARED and len(rows) > 1 else 0
-
-    @torch.inference_mode()
-    def _prefix(self, ids: Ids) -> KeyValues | None:
-        """Key/values of the virtual tokens and of ids after them; None where there are neither."""
-        if self.virtual_cache is None and self.soft_prompt is None and not ids:
-            return None
-        embedded = self.embed(np.array([ids])) if ids else None
-        if self.soft_prompt is not None:
-            soft = self.soft_prompt.to(self.model.dtype)[None]
-            embedded = soft if embedded is None else torch.cat([soft, embedded], 1)
-        if embedded is None:
-            return self.virtual_cache
-        cache = expanded(self.virtual_cache or [], 1)
-        length = embedded.shape[1]
-        self.run(embedded, np.arange(length)[None], causal(length)[None], cache)
-        return [(layer.keys, layer.values) for layer in cache.layers]
 
     # ---- generation
     @torch.inference_mode()
@@ -355,14 +266,20 @@ class Scorer:
         results: list[Answer] = [Answer("", 0, "length")] * len(contexts)
         if not contexts:
             return results
-        shared = self._shared(contexts, min(map(len, contexts)) - 1)
-        prefix = self._prefix(contexts[0][:shared])
+        together = [i for i, length in enumerate(lengths) if self._shares(length)]
+        for i in sorted(set(range(len(contexts))) - set(together)):
+            results[i] = self._answer(self._alone(contexts[i], max_new_tokens, sampling))
+        if not together:
+            return results
+        asked = [contexts[i] for i in together]
+        shared = self._common(asked, min(map(len, asked)) - 1)
+        prefix = self.engine.prefix(asked[0][:shared])
 
         def work(part: list[list[int]]) -> list[Ids]:
-            asked = [contexts[i] for (i,) in part]
-            return self._continued(asked, shared, prefix, max_new_tokens, sampling)
+            chosen = [contexts[i] for (i,) in part]
+            return self._continued(chosen, shared, prefix, max_new_tokens, sampling)
 
-        rows = [([i], length) for i, length in enumerate(lengths)]
+        rows = [([i], lengths[i]) for i in together]
         for batch in self._batches(rows, self.cached_tokens):
             for part, tokens in self._halving(batch, work):
                 for (i,), row in zip(part, tokens, strict=True):
@@ -387,7 +304,7 @@ class Scorer:
         found: list[Ids] = [[] for _ in contexts]
         alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
         for step in range(max_new_tokens):
-            logits = self._step(tokens, padding, width + step, cache)
+            logits = self.engine.step(tokens, padding, width + step, cache)
             chosen = next_tokens(logits, sampling, None if draws is None else draws[alive, step])
             for row, token in zip(alive, chosen, strict=True):
                 found[row].append(int(token))
@@ -396,22 +313,32 @@ class Scorer:
                 break
             if len(stays) < len(alive):
                 alive, chosen, padding = alive[stays], chosen[stays], padding[stays]
-                cache.batch_select_indices(self.tensor(stays))
+                cache.batch_select_indices(self.engine.tensor(stays))
             tokens = chosen[:, None]
         return found
 
-    def _step(
-        self, tokens: np.ndarray, padding: np.ndarray, total: int, cache: Cache
-    ) -> torch.Tensor:
-        """Logits [rows, vocabulary] after the newest tokens [rows, new] of rows that begin with
-        padding and are `total` long by now.
-        """
-        places = np.arange(total)
-        new = places[total - tokens.shape[1] :, None]
-        # padding sees itself: attention to nothing is NaN
-        allowed = (places <= new) & (places >= padding[:, None, None]) | (places == new)
-        distances = np.maximum(places - padding[:, None], 0)
-        return self.head(self.run(self.embed(tokens), distances, allowed, cache)[:, -1])
+    def _alone(self, context: Ids, max_new_tokens: int, sampling: Sampling | None) -> Ids:
+        """The same of one context by itself, by the model's own cache or without one."""
+        ways, name = self.engine.ways, type(self.model).__name__
+        how = "" if ways.cached else ", and computes its whole text again for each token"
+        say(
+            self.model,
+            f"one answer at a time{how} with {name}: what is faster does not give its own"
+            f" probabilities ({ways.reason or f'more than {ways.limit} tokens'})",
+        )
+        draws = None if sampling is None else uniforms([context], sampling, max_new_tokens)
+        ends, sequence, cache = _end_tokens(self.model, self.tokenizer), list(context), None
+        for step in range(max_new_tokens):
+            new = 1 if step else len(context)
+            try:
+                logits, cache = self.engine.following(sequence, new, cache)
+            except torch.OutOfMemoryError:
+                raise VariantFailure("out of memory with a single prompt") from None
+            chosen = next_tokens(logits, sampling, None if draws is None else draws[:, step])
+            sequence.append(int(chosen[0]))
+            if chosen[0] in ends:
+                break
+        return sequence[len(context) :]
 
     def _answer(self, tokens: Ids) -> Answer:
         stopped = bool(tokens) and tokens[-1] in _end_tokens(self.model, self.tokenizer)
@@ -444,7 +371,7 @@ class Scorer:
         """
         rows = sorted(rows, key=lambda row: -row[1])
         while rows:
-            size = max(1, budget // (rows[0][1] + self.n_virtual))
+            size = max(1, budget // (rows[0][1] + self.engine.n_virtual))
             yield [numbers for numbers, _ in rows[:size]]
             rows = rows[size:]
 
@@ -482,17 +409,26 @@ class Scorer:
         ]
 
 
-@torch.inference_mode()
-def _virtual(model: PreTrainedModel | PeftModel) -> tuple[torch.Tensor | None, KeyValues | None]:
-    """The virtual tokens [n, width] of a prompt-based adapter, or the key/values of prefix tuning;
-    None for all else.
+def engine_of(model: PreTrainedModel | PeftModel) -> Engine:
+    """The engine of a model in the ways that were found to be its own.
+
+    Raises:
+        ValueError: the model's own forward cannot be reproduced with this adapter.
     """
-    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
-        return None, None
-    prompt = model.get_prompt(batch_size=1)
-    if isinstance(prompt, torch.Tensor):
-        return prompt[0].detach().clone(), None
-    return None, [(layer.keys, layer.values) for layer in prompt.layers]
+    ways = found_ways(model)
+    engine = Engine(model, ways)
+    name = type(engine.model).__name__
+    if engine.virtual_cache is not None and not ways.shared:
+        raise ValueError(
+            f"key/values of prefix tuning cannot be put before what {name} reads ({ways.reason});"
+            " use another method or another base model"
+        )
+    if engine.soft_prompt is not None and not ways.embeddings:
+        raise ValueError(
+            f"a soft prompt cannot be put before what {name} reads: it computes more from token ids"
+            " than their embeddings; use another method or another base model"
+        )
+    return engine
 
 
 @lru_cache(maxsize=4_096)  # where only letters are asked for, all contexts end alike
@@ -523,28 +459,6 @@ def _joined(
             " written; use another template"
         )
     return back, begun[kept:shared], [one[shared:] for one in whole]
-
-
-_CHECKED: weakref.WeakSet = weakref.WeakSet()  # models whose head is known
-
-
-@torch.inference_mode()
-def _check_head(model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Raise a ValueError where a model does more to its logits than `head` knows of (some families
-    scale them); tried once a model.
-    """
-    if model in _CHECKED:
-        return
-    ids = torch.arange(2, device=model.device)[None]
-    own = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
-    found = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    atol = 0.02 if model.dtype == torch.float32 else 0.2
-    if torch.isfinite(own).all() and not torch.allclose(found, own, rtol=0.02, atol=atol):
-        raise ValueError(
-            f"{type(model).__name__} scales its logits in a way that is not known here, so its"
-            " probabilities would be wrong; use another model"
-        )
-    _CHECKED.add(model)
 
 
 def _cached_tokens(model: PreTrainedModel) -> int:

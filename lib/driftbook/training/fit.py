@@ -209,7 +209,7 @@ def fit(
         train_dataset=Dataset.from_dict({"members": prepared.packs, "labels": prepared.packs}),
         processing_class=base.tokenizer,
         callbacks=callbacks,
-        forward=steps.Forward(model, base.tokenizer, study.training.autocast),
+        forward=steps.Forward(model, study.training.autocast),
         examples=prepared.examples,
         tokens_per_pass=study.training.tokens_per_batch,
     )

@@ -9,6 +9,7 @@ another (block-diagonal attention, positions of their own). With a soft prompt t
 mask of its own, and PEFT has none: these are padded, examples of like lengths together.
 - DPO: a pair is one row in which the prompt stands once, and each answer sees the prompt and itself
 (packing.tree), for every method.
+- Where a model's own forward allows neither (models.probe), each sequence is a row of its own.
 - The head is computed where the loss counts, with its gradient at once, so that no row of logits
 outlives its part (as Liger's fused linear
   cross-entropy does: Hsu et al. 2024, arXiv 2410.10989).
@@ -38,8 +39,9 @@ from trl import DPOTrainer, SFTTrainer
 from driftbook.models import adapters
 from driftbook.models.layout import causal, expanded, padded
 from driftbook.models.sampling import VariantFailure
-from driftbook.models.scoring import LOGITS_AT_ONCE, Scorer
+from driftbook.models.scoring import LOGITS_AT_ONCE, engine_of
 from driftbook.models.trees import tree
+from driftbook.models.ways import say
 from driftbook.study.files import read_json, write_json
 
 TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved where there is no memory
@@ -65,8 +67,8 @@ class Conversation:
 class Row:
     """One row of a forward pass: tokens [T], positions [T], where the subtree of each ends [T]
     (None: a token sees all before it in its own sequence), and for each of the row's sequences the
-    places [n] that predict its counted tokens, and these tokens [n]. Of a preference also the
-    reference's log-probabilities of its two answers, else the conversations themselves."""
+    places [n] that predict its counted tokens, and these tokens [n]; the conversations themselves,
+    and of a preference the reference's log-probabilities of its two answers."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -93,7 +95,8 @@ def branching(sequences: Sequence[Conversation]) -> Row:
     made = tree([sequences[i].ids for i in order])
     path = dict(zip(order, made.paths, strict=True))
     places = [path[i][one.counted - 1] for i, one in enumerate(sequences)]
-    return Row(made.tokens, made.positions, made.ends, places, _targets(sequences))
+    ends, targets = made.ends, _targets(sequences)
+    return Row(made.tokens, made.positions, ends, places, targets, conversations=tuple(sequences))
 
 
 def _targets(sequences: Sequence[Conversation]) -> list[np.ndarray]:
@@ -150,47 +153,60 @@ class _Targets(torch.autograd.Function):
 
 
 class Forward:
-    """Log-probabilities with gradients, by scoring.Scorer's forward pass, of any PEFT method."""
+    """Log-probabilities with gradients, by the forward pass that scores, of any PEFT method."""
 
-    def __init__(self, model: PeftModel, tokenizer: Any, autocast: bool = False):
-        self.model, self.scorer, self.autocast = model, Scorer(model, tokenizer), autocast
+    def __init__(self, model: PeftModel, autocast: bool = False):
+        self.model, self.engine, self.autocast = model, engine_of(model), autocast
         self.prompt_based = model.active_peft_config.is_prompt_learning
-        self.n_virtual = self.scorer.n_virtual
-        self.device = self.scorer.model.device
-        head, config = self.scorer.model.get_output_embeddings(), self.scorer.model.config
-        capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
-        plain_head = type(head) is torch.nn.Linear and head.bias is None
-        self.linear_head = plain_head and not capped and not head.weight.requires_grad
+        self.n_virtual = self.engine.n_virtual
+        self.device = self.engine.model.device
+        head, ways = self.engine.model.get_output_embeddings(), self.engine.ways
+        plain_head = type(head) is torch.nn.Linear and head.bias is None and ways.scale == 1
+        self.linear_head = plain_head and not self.engine.softcap and not head.weight.requires_grad
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
         """By row and sequence the log-probability [n] of its counted tokens, in nats."""
-        said = [target for row in rows for target in row.targets]
+        longest = max(len(row.tokens) for row in rows) + self.n_virtual
+        ways = self.engine.ways
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden, soft = self._hidden(rows)
-            width = hidden.shape[1]
-            where = [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
-            chosen = hidden.flatten(0, 1)[self.scorer.tensor(np.concatenate(where))]
-            found = self._head(chosen, self.scorer.tensor(np.concatenate(said)))
+            if ways.shared and (ways.limit is None or longest <= ways.limit):
+                return self._together(rows)
+            say(self.engine.model, f"each text is trained on in a pass of its own: {ways.reason}")
+            return [[self._alone(one) for one in row.conversations] for row in rows]
+
+    def _together(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
+        said = [target for row in rows for target in row.targets]
+        hidden, soft = self._hidden(rows)
+        width = hidden.shape[1]
+        where = [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
+        chosen = hidden.flatten(0, 1)[self.engine.tensor(np.concatenate(where))]
+        found = self._head(chosen, self.engine.tensor(np.concatenate(said)))
         parts = iter(found.split(list(map(len, said))))
         return [[next(parts) for _ in row.targets] for row in rows]
+
+    def _alone(self, one: Conversation) -> torch.Tensor:
+        prompt = self.model.get_prompt(batch_size=1)[0] if self.prompt_based else None
+        hidden = self.engine.plain([one.ids], prompt)[0]
+        targets = np.asarray(one.ids)[one.counted]
+        return self._head(hidden[self.engine.tensor(one.counted - 1)], self.engine.tensor(targets))
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
         """Last hidden states [rows, soft prompt + longest row, width], and the tokens of the soft
         prompt; rows are padded on the right, where nothing sees the padding.
         """
         width = max(len(row.tokens) for row in rows)
-        tokens = padded([row.tokens for row in rows], width)
+        inputs = padded([row.tokens for row in rows], width)
         positions, allowed = self._layout(rows, width)
-        embedded, cache, soft = self.scorer.embed(tokens), None, 0
+        cache, soft = None, 0
         prompt = self.model.get_prompt(batch_size=1) if self.prompt_based else None
         if isinstance(prompt, torch.Tensor):
-            soft, n = prompt.shape[1], len(rows)
-            embedded = torch.cat([prompt.to(embedded.dtype).expand(n, -1, -1), embedded], 1)
+            soft, n, inputs = prompt.shape[1], len(rows), self.engine.embed(inputs)
+            inputs = torch.cat([prompt.to(inputs.dtype).expand(n, -1, -1), inputs], 1)
             positions = np.hstack([np.broadcast_to(np.arange(soft), (n, soft)), soft + positions])
             allowed = None if allowed is None else _behind(allowed, soft)
         elif prompt is not None:
             cache = expanded([(layer.keys, layer.values) for layer in prompt.layers], len(rows))
-        return self.scorer.run(embedded, positions, allowed, cache), soft
+        return self.engine.run(inputs, positions, allowed, cache), soft
 
     def _layout(self, rows: Sequence[Row], width: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Positions [rows, width], and which tokens each may see [rows, width, width]: None where
@@ -203,22 +219,18 @@ class Forward:
             return positions, below | np.eye(width, dtype=bool)
         if all(len(row.places) == 1 for row in rows):  # padding goes on counting: no mask is needed
             return np.broadcast_to(np.arange(width), positions.shape), None
-        window = self.scorer.window
-        if window is None or positions.max() < window:
-            return positions, None
-        document = np.cumsum(positions == 0, 1)
-        return positions, causal(width) & (document[:, :, None] == document[:, None, :])
+        return positions, self.engine.documents(positions)
 
     def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.linear_head:
-            weight = self.scorer.model.get_output_embeddings().weight
+            weight = self.engine.model.get_output_embeddings().weight
             return _Targets.apply(hidden.to(weight.dtype), weight, targets)
-        step = max(1, LOGITS_AT_ONCE // self.scorer.model.get_output_embeddings().weight.shape[0])
+        step = max(1, LOGITS_AT_ONCE // self.engine.model.get_input_embeddings().weight.shape[0])
         parts = zip(hidden.split(step), targets.split(step), strict=True)
         return torch.cat([checkpoint(self._generic, *part, use_reentrant=False) for part in parts])
 
     def _generic(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.scorer.head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
+        return self.engine.head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
 def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
@@ -278,7 +290,7 @@ class _Steps:
         torch.cuda.empty_cache()
         if self.tokens_per_pass > max(lengths):
             self.tokens_per_pass //= 2
-        elif not self.twice and self.forward.scorer.virtual_cache is None:
+        elif not self.twice and self.forward.engine.virtual_cache is None:
             self._compute_twice()
         else:
             raise VariantFailure(
@@ -287,7 +299,7 @@ class _Steps:
             )
 
     def _compute_twice(self) -> None:
-        self.twice, base = True, self.forward.scorer.model
+        self.twice, base = True, self.forward.engine.model
         base.gradient_checkpointing_enable({"use_reentrant": False})
         # the hook on its embedding, which would stay; without re-entrance no input needs a gradient
         base.disable_input_require_grads()
@@ -349,11 +361,9 @@ def dpo_loss(found: list[list[torch.Tensor]], rows: list[Row], beta: float) -> t
 
 
 @torch.no_grad()
-def example_loss(
-    example: "Conversation | Pair", model: PeftModel, tokenizer: Any, beta: float
-) -> float:
+def example_loss(example: "Conversation | Pair", model: PeftModel, beta: float) -> float:
     """The loss of a step that holds this one example: of SFT, or of DPO for a pair."""
-    forward = Forward(model, tokenizer)
+    forward = Forward(model)
     if isinstance(example, Pair):
         row = pair_row(example)
         return float(dpo_loss(forward.logprobs([row]), [row], beta))
@@ -364,7 +374,7 @@ class Sft(_Steps, SFTTrainer):
     """Examples are `Conversation`s; the loss is the mean over the step's counted tokens."""
 
     def _rows(self, chosen: Sequence[Conversation]) -> list[Row]:
-        if self.forward.prompt_based:
+        if self.forward.prompt_based or not self.forward.engine.ways.packed:
             return [plain([one]) for one in chosen]
         width = max(self.tokens_per_pass // PACKS_PER_PASS, max(len(one.ids) for one in chosen))
         packs = bins([len(one.ids) for one in chosen], width)
