@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from driftbook.benchmarks.format import PROMPT_TOKENS
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import sources
 from driftbook.study.files import OUTPUTS, ROOT, read_json
+from driftbook.study.gguf_files import TABLE, Header, read_header
 from driftbook.study.methods import PEFT_METHODS
 from driftbook.study.sections import Base, Benchmark, Judge, Rater, Source, TrainingData
 from driftbook.study.study_file import Study
@@ -78,18 +80,33 @@ def size_of(config: dict) -> Size:
     return Size(body, vocabulary * width * (1.0 if tied else 2.0), layers, width, kv, vocabulary)
 
 
+def size_of_gguf(header: Header) -> Size:
+    """The size of a model from its GGUF file's header, all its weights counted."""
+    rows, width = header.tensors[TABLE][0]
+    heads = header.own("attention.head_count", 1)
+    kv_heads = header.own("attention.head_count_kv", heads)
+    kv_heads = max(kv_heads) if isinstance(kv_heads, list) else kv_heads
+    kv = kv_heads * header.own("attention.key_length", width // heads)
+    tables = [TABLE, *({"output.weight"} & set(header.tensors))]
+    embeddings = sum(prod(header.tensors[name][0]) for name in tables)
+    body, layers = header.n_weights - embeddings, header.own("block_count", 1)
+    return Size(float(body), float(embeddings), layers, width, kv, rows)
+
+
 def is_made_here(source: Source) -> bool:
     """Whether notebook 01 makes a model."""
     return source.local is None and source.source.partition(":")[0] in ("miniature", "random")
 
 
 def size(source: Base | Judge | Rater, study: Study) -> Size:
-    """The size of a model: from its configuration where it is here or cached; else from the
-    billions in its name, as a Llama of that size.
+    """The size of a model: from its configuration or GGUF file where it is here or cached; else
+    from the billions in its name, as a Llama of that size.
     """
     from huggingface_hub import try_to_load_from_cache
 
     try:
+        if file := sources.gguf_file(source, fetch=False):
+            return size_of_gguf(read_header(file))
         if source.local is not None or is_made_here(source):
             found = Path(sources.locate(source, study), "config.json")
         else:
@@ -375,4 +392,7 @@ def disk(study: Study) -> dict[str, float]:
     # what is scored is kept in the cache as well
     runs = len(study.variants) * (BYTES["run"] + adapter + 2 * rows)
     downloads = 2 * sum(own.weights for own in fetched)
-    return {"models to download": downloads / 1e9, "runs, tables and cache": runs / 1e9}
+    made = sum(_weight_bytes(one, study) for one in study.models.values() if sources.is_gguf(one))
+    found = {"models to download": downloads, "runs, tables and cache": runs}
+    found |= {"dequantised models": made} if made else {}
+    return {what: size / 1e9 for what, size in found.items()}

@@ -127,6 +127,8 @@ def declared(source: Source, study: Study) -> str:
         return f"{sources.made_folder(study, kind).name}/{source.source}"
     if source.local is None and kind == "github":
         return f"{source.source}@{source.revision} {' '.join(source.files)}"
+    if source.local is None and kind == "package":
+        return f"{source.source}@{source.revision}"
     return sources.identity(source, study)
 
 

@@ -173,7 +173,7 @@ def _sources(study: Study) -> tuple[list[str], list[str]]:
     if lost:
         end = f"{lost} of {len(found)} models and sets cannot be had: see NO above"
     if unsure:
-        end += f"; {unsure} from GitHub are fetched at their commit when used (??)"
+        end += f"; {unsure} from GitHub or a package registry are fetched when used (??)"
     return rows, [end]
 
 

@@ -56,8 +56,18 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     where, options = _place(source, study)
     with _explained(f"cannot load {name} from", source):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = kind.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, **options, **_quantized(source)
+        model, found = kind.from_pretrained(
+            where,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **_quantized(source),
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise ValueError(
+            f"{name}: {source.source} holds no {missing[0]}, one of {len(missing)} weights that"
+            f" {type(model).__name__} needs; give the checkpoint of the whole model"
         )
     if not _classifies(source):
         check_fit(name, model, tokenizer)

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "opening": ["opened"],
         "preregistration": ["deviations", "registered"],
         "sections": ["Base"],
-        "sources": ["locate"],
+        "sources": ["origin"],
         "study_file": ["load"],
         "tables": ["greedy"],
     },

