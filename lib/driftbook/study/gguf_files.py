@@ -120,7 +120,9 @@ def _read(path: Path, size: int, changed: int) -> Header:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header, begin = _header(path, data)
         except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError):
-            raise ValueError(f"{path} is cut off or damaged in its header; fetch it again") from None
+            raise ValueError(
+                f"{path} is cut off or damaged in its header; fetch it again"
+            ) from None
     missing = begin + _end(header) - size
     if missing > 0:
         raise ValueError(
@@ -211,8 +213,9 @@ def _misread(header: Header) -> str | None:
             OR_FOLDER
         )
     if factors := next((name for name in header.tensors if name.startswith("rope_f")), None):
-        return f"holds {factors} (scaled rotary positions), which transformers does not read from" + (
-            f" GGUF: its numbers would be wrong; {OR_FOLDER}"
+        return (
+            f"holds {factors} (scaled rotary positions), which transformers does not read from"
+            + (f" GGUF: its numbers would be wrong; {OR_FOLDER}")
         )
     scaling = header.own("rope.scaling.type", "none")
     if scaling != "none" and arch not in (*GGUF_CONFIG_ARCHS, "gpt-oss"):

@@ -5,10 +5,11 @@ takes over the weights. What was saved is then loaded and compared with what was
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 from filelock import FileLock
 
 from driftbook.study import code
-from driftbook.study.files import check_writable, digest, replacing_folder
-from driftbook.study.gguf_files import OR_FOLDER, Header, check_readable
+from driftbook.study.files import check_writable, digest, read_json, replacing_folder
+from driftbook.study.gguf_files import INSTALL, OR_FOLDER, TOKENS, Header, check_readable
 
 BYTES = {"float32": 4, "bfloat16": 2}
 PROBE = 16  # tokens on which the saved model is compared with the one that was read
@@ -40,11 +41,13 @@ SAID_ELSEWHERE = (
     "tensor_data_layout",
     "use_parallel_residual",
 )
+EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")
 NAMES = {  # of a setting in transformers, where it is not the same word
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
-    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon"),
+    "attention.layer_norm_rms_epsilon": EPSILONS,
+    "attention.layer_norm_epsilon": EPSILONS,
+    "ssm.inner_size": ("intermediate_size",),
     "expert_used_count": ("num_experts_per_tok",),
 }
 
@@ -83,19 +86,25 @@ def _sha256(file: Path, size: int, changed: int) -> str:
 @cache
 def _recipe() -> str:
     """Eight hex digits that change with this code and with the packages that read GGUF."""
-    versions = {name: version(name) for name in ("transformers", "tokenizers", "gguf")}
+    try:
+        versions = {name: version(name) for name in ("transformers", "tokenizers", "gguf")}
+    except PackageNotFoundError:
+        raise ValueError(f"{INSTALL}, or {OR_FOLDER}") from None
     return digest([code.fingerprint(code.of_module(__name__)), versions], 8)
 
 
 def _write(header: Header, dtype: str, scratch: Path) -> None:
     """Write the model and the tokenizer of a GGUF file, and check what was written."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
     kind = getattr(torch, dtype)
     where = {"pretrained_model_name_or_path": header.path.parent, "gguf_file": header.path.name}
     disable_progress_bar()  # bars of loading and saving are noise in a notebook
+    with _in_one_sentence(header.path):
+        config = AutoConfig.from_pretrained(**where)
+    _check_settings(header, config)
     with _in_one_sentence(header.path):
         read, loading = AutoModelForCausalLM.from_pretrained(
             **where,
@@ -106,7 +115,6 @@ def _write(header: Header, dtype: str, scratch: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     read.eval()
     _check_taken(header, read, loading)
-    _check_settings(header, read.config)
     config = read.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(name, None)
@@ -118,7 +126,28 @@ def _write(header: Header, dtype: str, scratch: Path) -> None:
     fresh.generation_config.eos_token_id = _end_tokens(header)
     fresh.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    _without_added(header.settings[TOKENS], scratch)
     _check_saved(header, read, tokenizer, scratch)
+
+
+def _without_added(n_tokens: int, folder: Path) -> None:
+    """Take out of a saved tokenizer the tokens that the file does not have: transformers' classes
+    add their own (`<mask>`, `<|endoftext|>`), which have no row in the model's table.
+    """
+    path, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    saved, settings = read_json(path), read_json(about)
+    added = {one["content"] for one in saved["added_tokens"] if one["id"] >= n_tokens}
+    if not added:
+        return
+    kept = [one for one in saved["added_tokens"] if one["content"] not in added]
+    path.write_text(json.dumps({**saved, "added_tokens": kept}, ensure_ascii=False))
+    for name, value in list(settings.items()):
+        if isinstance(value, list):
+            settings[name] = [one for one in value if one not in added]
+        elif isinstance(value, str) and value in added:
+            del settings[name]
+    settings["tokenizer_class"] = "TokenizersBackend"  # the one that adds nothing
+    about.write_text(json.dumps(settings, indent=1))
 
 
 def _end_tokens(header: Header) -> int | list[int] | None:
@@ -172,17 +201,18 @@ def _check_settings(header: Header, config: Any) -> None:
         if setting == name or setting in SAID_ELSEWHERE or setting.startswith("rope.scaling."):
             continue
         values = _values(config, setting)
-        if not any(_same(value, one) for one in values):
+        if value and not any(_same(value, one) for one in values):
             has = f"{values[0]!r}" if values else "nothing"
             raise ValueError(
-                f"{header.path} says {name} = {value!r}, of which transformers makes {has}: its"
-                f" numbers would be wrong; {OR_FOLDER}"
+                f"{header.path} says {name} = {value!r}, and the model that transformers makes of"
+                f" it has {has}: it is not read as it is meant; {OR_FOLDER}"
             )
 
 
 def _values(config: Any, setting: str) -> list:
     """What the model's configuration says of a setting."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a Mamba has none
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
     of_windows = rope.get("sliding_attention", rope)
     rope = rope.get("full_attention", rope)
@@ -215,10 +245,15 @@ def _check_saved(header: Header, read: Any, tokenizer: Any, folder: Path) -> Non
     ids = torch.arange(PROBE)[None] * (read.config.vocab_size // PROBE)
     with torch.no_grad():
         apart = (saved(ids).logits - read(ids).logits).abs().max().item()
-    again = AutoTokenizer.from_pretrained(folder)
+    again, n_tokens = AutoTokenizer.from_pretrained(folder), header.settings[TOKENS]
     texts = [text for words in WORDS for text in (words, words[1:])]
     same = all(tokenizer(text).input_ids == again(text).input_ids for text in texts)
-    if not apart <= 1e-5 or not same or tokenizer.chat_template != again.chat_template:
+    if (
+        not apart <= 1e-5
+        or not same
+        or len(again) > n_tokens
+        or tokenizer.chat_template != again.chat_template
+    ):
         what = "tokenizer" if apart <= 1e-5 else f"model (logits differ by {apart:g})"
         raise ValueError(
             f"{header.path}: transformers does not save the {what} as it read it; {OR_FOLDER}"

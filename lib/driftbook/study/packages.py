@@ -22,7 +22,7 @@ from driftbook.study.gguf_files import read_header
 PREFIX = "package:"
 FORM = "package:NAME==VERSION/FILE.gguf, where it has parts with ` + ` between their packages"
 LOCAL_FILE = "or give a local GGUF file with path:"
-PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+PINNED = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 # what pip says where no registry answers, in whatever words the system has for it
 UNREACHED = re.compile(
     r"Retrying \(|Max retries|NewConnectionError|NameResolution|timed out|ProxyError|SSLError"
@@ -56,7 +56,7 @@ def shipped(source: str) -> Shipped:
         ValueError: it is not of the form of such a source.
     """
     packages, slash, file = source.removeprefix(PREFIX).partition("/")
-    named = [PACKAGE.fullmatch(one.strip()) for one in re.split(r"\s\+\s", packages)]
+    named = [PINNED.fullmatch(one.strip()) for one in re.split(r"\s\+\s", packages)]
     file = file.strip()
     if not slash or None in named or not file.lower().endswith(".gguf") or ".." in file:
         raise ValueError(f"{source} is no file of a package; write {FORM}")

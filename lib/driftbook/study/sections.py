@@ -92,7 +92,6 @@ class Source(Part):
         path = os.path.expandvars(path)
         return None if "$" in path else (ROOT / Path(path).expanduser()).resolve()
 
-
     @property
     def _own_path(self) -> str | None:
         """The source itself where it is a path: no name on the hub begins so, or ends so."""

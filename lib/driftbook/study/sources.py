@@ -124,12 +124,12 @@ def _check_local(source: Source) -> None:
             f"{source.source}: the path {source.path or source.source} does not exist ({path});"
             " correct or remove it"
         )
-    if isinstance(source, Base | Judge | Rater) and not (path / "config.json").exists():
-        if files := sorted(one.name for one in path.glob("*.gguf")):
-            raise ValueError(
-                f"{source.source}: the folder {path} holds GGUF files; name one of them:"
-                f" {', '.join(files)}"
-            )
+    files = sorted(one.name for one in path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
+        raise ValueError(
+            f"{source.source}: the folder {path} holds GGUF files; name one of them:"
+            f" {', '.join(files)}"
+        )
 
 
 def _from_github(source: Source, name: str) -> Path:
