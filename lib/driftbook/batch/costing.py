@@ -392,7 +392,9 @@ def disk(study: Study) -> dict[str, float]:
     # what is scored is kept in the cache as well
     runs = len(study.variants) * (BYTES["run"] + adapter + 2 * rows)
     downloads = 2 * sum(own.weights for own in fetched)
-    made = sum(_weight_bytes(one, study) for one in study.models.values() if sources.is_gguf(one))
+    files = [one for one in study.models.values() if sources.is_gguf(one)]
+    once = {(one.source, one.local, one.dtype): size(one, study).weights for one in files}
+    made = sum(n * WEIGHT_BYTES[None][dtype] for (*_, dtype), n in once.items())
     found = {"models to download": downloads, "runs, tables and cache": runs}
     found |= {"dequantised models": made} if made else {}
     return {what: size / 1e9 for what, size in found.items()}

