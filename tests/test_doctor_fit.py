@@ -214,7 +214,7 @@ def test_an_embedding_table_of_its_own_is_written_over_the_bases(edited, folders
 @pytest.mark.parametrize(
     ("settings", "severity", "word"),
     [
-        ({"task_type": "SEQ_CLS"}, "error", "SEQ_CLS"),
+        ({"task_type": "SEQ_CLS"}, "warning", "SEQ_CLS"),
         ({"trust_remote_code": True}, "warning", "remote code"),
         ({"init_lora_weights": "pissa_niter_4"}, "warning", "pissa"),
         ({"alora_invocation_tokens": [5]}, "warning", "invocation"),

@@ -189,10 +189,17 @@ def test_private_and_undeclared_tables_are_refused(study, tmp_path):
 def test_paths_of_this_machine_are_not_published(study, tmp_path):
     folder = simulate(tmp_path / "leaky", bases=["mini-llama"], seeds=[1])
     runs = TABLES["runs"].read(folder / "tables")
-    TABLES["runs"].write(
-        runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}'), folder / "tables"
+    named = runs.assign(trainer_arguments=f'{{"output_dir": "{ROOT}/outputs"}}')
+    named.to_parquet(folder / "tables" / "runs.parquet")  # as an earlier version wrote it
+    publish.publish(folder, tmp_path / "out", f"made in {ROOT}/outputs")
+    found = TABLES["runs"].read(tmp_path / "out" / "tables")
+    assert set(found.trainer_arguments) == {'{"output_dir": "outputs"}'}
+    assert str(ROOT) not in (tmp_path / "out" / "study.json").read_text()
+    prompts = TABLES["prompts"].read(folder / "tables")
+    TABLES["prompts"].write(
+        prompts.assign(prompt_id=f"{ROOT}/" + prompts.prompt_id), folder / "tables"
     )
-    with pytest.raises(ValueError, match="trainer_arguments names a folder"):
+    with pytest.raises(ValueError, match="prompt_id names a folder"):
         publish.publish(folder, tmp_path / "out", study.note)
 
 

@@ -50,7 +50,8 @@ def prepare(name: str, study: Study) -> Prepared:
         raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
     kind, _, rest = source.source.partition(":")
     curve, key = None, plan.job_key(study, f"prepare/{name}")
-    if kind in ("miniature", "random") and source.local is None:
+    made_here = kind in ("miniature", "random") and source.local is None
+    if made_here:
         MODELS.mkdir(parents=True, exist_ok=True)
         with FileLock(
             MODELS / f"{made_folder(study, kind).name}-{rest.partition('/')[0]}.lock"
@@ -65,7 +66,8 @@ def prepare(name: str, study: Study) -> Prepared:
         training_examples(data, study)
     path = locate(source, study)
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
-        check_safetensors(file, "fetch it again, or delete its folder where notebook 01 makes it")
+        made_again = f"delete {file.parent.name} in {MODELS}, and notebook 01 makes it again"
+        check_safetensors(file, made_again if made_here else "fetch it again")
     _check(name, source, study)
     _check_twins(source, study)
     return Prepared(name, identity(source, study), curve, key)

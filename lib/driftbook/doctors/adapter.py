@@ -6,6 +6,7 @@ adapter. A **warning** means that it can be scored, and that the scores may not 
 to. A **note** is a number measured, or what could not be looked at.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +18,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
-from driftbook.doctors.adapter_files import (
-    CONFIG,
-    AdapterFiles,
-    BaseFiles,
-    module_of,
-    open_base,
-    reason_of,
-)
+from driftbook.doctors.adapter_files import AdapterFiles, BaseFiles, module_of, open_base, reason_of
 from driftbook.doctors.adapter_fit import (
     base_match,
     config_settings,
@@ -34,12 +28,22 @@ from driftbook.doctors.adapter_fit import (
     vocabulary,
 )
 from driftbook.doctors.adapter_weights import ia3_scales, lora_updates, soft_prompt
-from driftbook.doctors.findings import Finding, error, named, note
+from driftbook.doctors.findings import Finding, error, named, note, plain_sentence
+from driftbook.models.adapter_forms import CONFIG, foreign_form, nested_adapters
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.loading import Loaded
 from driftbook.study.files import check_safetensors, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TRAINERS = {  # files of trainers by stem
+    "training_args": "the trainer's arguments",
+    "optimizer": "the optimiser's state",
+    "scheduler": "the schedule's state",
+    "rng_state": "the random numbers' state",
+    "scaler": "the loss scale's state",
+    "adapter_model": "weights, of which the safetensors are read",
+    "value_head": "a reward or value head",
+}
 WAYS = {  # prefix tuning's tensors are keys and values, no token embeddings
     "LORA": lora_updates,
     "IA3": ia3_scales,
@@ -56,7 +60,8 @@ def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
     """One row per finding about an adapter's folder: finding, severity (error, warning, note),
     sentence, module (null for the whole).
 
-    In order: files (pickle, config, peft_type, weights), numbers (non_finite), fit (base, shapes,
+    In order: files (form, which is all where it is no adapter of PEFT; pickle, config, peft_type,
+    weights), numbers (non_finite), fit (base, shapes,
     vocabulary, tokenizer, chat_template, settings), and what the weights do (untrained, exploded,
     no_op, distance, soft_prompt); not_examined is what could not be looked at.
 
@@ -86,19 +91,22 @@ def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
             without it only the adapter's own files are examined.
 
     Raises:
-        ValueError: there is no such folder. A sick adapter never raises.
+        ValueError: there is no such folder, or it is a file. A sick adapter never raises.
     """
-    if not adapter.is_dir():
+    if not adapter.exists():
         raise ValueError(
             f"the adapter folder {adapter} does not exist; give the folder that holds {CONFIG}"
         )
-    found = [*_pickles(adapter), *_configuration(adapter), *_weights(adapter)]
-    if not any(f.severity == "error" and f.finding != "pickle" for f in found):
+    form = foreign_form(adapter)
+    if form and adapter.is_file():
+        raise ValueError(f"the adapter {adapter}: {form}")
+    found = [error("form", form)] if form else [*_beside(adapter), *_own_files(adapter)]
+    if not any(f.severity == "error" for f in found):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's; the findings have sentences about these
             found += _readable(AdapterFiles(adapter), base)
     rows = [  # "; " separates the sentences of finding_summary
-        (f.finding, f.severity, " ".join(f.sentence.split()).replace("; ", ", "), f.module)
+        (f.finding, f.severity, plain_sentence(f.sentence).replace("; ", ", "), f.module)
         for f in found
     ]
     return DataFrame(rows, columns=["finding", "severity", "sentence", "module"], dtype=object)
@@ -110,12 +118,30 @@ def finding_summary(findings: DataFrame) -> str | None:
 
 
 # ---- files
-def _pickles(folder: Path) -> Iterator[Finding]:
+def _beside(folder: Path) -> Iterator[Finding]:
+    """What stands beside an adapter's own two files and is not looked at."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if names:
-        text = f"""it holds {named(names, 1)}, a pickle, which can run code when opened and is
-            never loaded, so save the weights as safetensors and delete it"""
-        yield error("pickle", text)
+        told = [
+            f"{name} ({TRAINERS[key]})" if (key := _stem(name)) in TRAINERS else name
+            for name in names
+        ]
+        text = f"""beside its weights it holds pickles, which nothing here needs or opens:
+            {named(told, 8)}"""
+        yield note("pickle", text)
+    if nested := nested_adapters(folder):
+        text = f"it holds adapters of their own, which were not looked at: {named(nested)}"
+        yield note("form", text)
+
+
+def _stem(name: str) -> str:
+    """A file's name without its ending and the number of a process."""
+    return re.sub(r"(_\d+)?\.\w+$", "", name)
+
+
+def _own_files(folder: Path) -> Iterator[Finding]:
+    yield from _configuration(folder)
+    yield from _weights(folder)
 
 
 def _configuration(folder: Path) -> Iterator[Finding]:

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models.adapter_forms import CONFIG
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.loading import Loaded
 from driftbook.study.files import read_json
 
-CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of a module's name in an adapter's file
 PARTS = r"\.(lora_|ia3_|base_layer|modules_to_save|token_adapter|weight$|bias$).*"
 

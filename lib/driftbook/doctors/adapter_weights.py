@@ -26,7 +26,7 @@ OUTLIER_RATIO = 10.0  # and times the median: a small spread makes small differe
 SOFT_PROMPT_RATIO = 10.0
 TABLE_ROWS = 8_192  # of an embedding table, compared at once
 PART = re.compile(
-    r"base_model\.model\.(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?$"
+    r"base_model\.model\.(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
 
 
@@ -58,7 +58,10 @@ def lora_updates(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Find
             parts.setdefault(match[1], {})[match[2]] = name
     ill = [module for module, part in parts.items() if not _is_pair(adapter, module, part)]
     if not parts:
-        yield error("shapes", "it holds no lora_A and lora_B")
+        first = (
+            f"base_model.model.(...).lora_A.weight, and the first is {next(iter(adapter.shapes))}"
+        )
+        yield error("shapes", f"none of its tensors is named as PEFT names a LoRA's, {first}")
         return
     if ill:
         text = f"{len(ill)} of its modules lack a lora_A and lora_B of the configured rank"

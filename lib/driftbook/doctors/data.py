@@ -27,6 +27,7 @@ from driftbook.doctors.data_words import (
     texts_in,
     words_of,
 )
+from driftbook.doctors.findings import plain_sentence
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.intervals import wilson
 
@@ -69,6 +70,13 @@ KINDS = {
         " turn may stand first)",
         "chat templates fail on them or merge turns; put the turns in order or remove these rows",
         FATAL,
+    ),
+    "equal_answers": DataKind(
+        "have a chosen and a rejected answer that are the same, white space at the ends apart",
+        "they teach nothing, since equal answers have no gradient, so DPO leaves them out; give"
+        " pairs whose answers differ",
+        BAD,
+        "preferences",
     ),
     "one_word": DataKind(
         "have an answer of at most one word",
@@ -221,7 +229,7 @@ def _finding(name: str, n: int, total: int, benchmark: str | None = None) -> dic
         interval = (
             "" if np.isnan(low) else f", {100 * CONFIDENCE:g} % interval {low:.2%} to {high:.2%}"
         )
-    what = kind.what.format(benchmark=" ".join(str(benchmark).split()))
+    what = kind.what.format(benchmark=plain_sentence(str(benchmark)))
     text = f"{n:,} of {total:,} {kind.of} ({share:.2%}{interval}) {what}: {kind.then}"
     return dict(
         zip(
@@ -305,6 +313,13 @@ def _is_empty(example: dict) -> bool:
     return not example["prompt"] or not all(text.strip() for text in texts_in(example))
 
 
+def equal_answers(example: dict) -> bool:
+    """Whether an example is a preference whose two answers are the same, white space at the ends
+    apart.
+    """
+    return "chosen" in example and example["chosen"].strip() == example["rejected"].strip()
+
+
 def _is_out_of_order(example: dict) -> bool:
     roles = [turn["role"] for turn in example["prompt"]]
     roles = roles[1:] if roles[:1] == ["system"] else roles
@@ -341,6 +356,7 @@ def _has_unknown_of_three(text: str) -> bool:
 OF_ONE_ROW = {
     "empty": _is_empty,
     "turn_order": _is_out_of_order,
+    "equal_answers": equal_answers,
     "one_word": _is_one_word,
     "repeated_prompt": _repeats_prompt,
     "multiple_choice": _is_multiple_choice,

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from driftbook.study.nameless import nameless
+
 STUDY_COLUMNS = ["finding", "severity", "where", "sentence", "statistic", "p", "p_adjusted"]
 
 
@@ -18,6 +20,11 @@ class Finding:
 
 
 error, warning, note = (partial(Finding, name) for name in ("error", "warning", "note"))
+
+
+def plain_sentence(text: str) -> str:
+    """A sentence on one line, without users' names and folders: findings are published."""
+    return nameless(" ".join(text.split()))
 
 
 def named(names: Iterable, most: int = 3) -> str:
@@ -41,9 +48,11 @@ def finding_row(
     p: float | None = None,
     adjusted: float | None = None,
 ) -> dict:
-    """A row of the study check; `where` is a name or several; the sentence is put on one line."""
+    """A row of the study check; `where` is a name or several; the sentence is put on one line,
+    nameless.
+    """
     where = where if isinstance(where, str) else ", ".join(map(str, where))
-    values = (finding, severity, where, " ".join(sentence.split()), statistic, p, adjusted)
+    values = (finding, severity, where, plain_sentence(sentence), statistic, p, adjusted)
     return dict(zip(STUDY_COLUMNS, values, strict=True))
 
 

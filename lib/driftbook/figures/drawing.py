@@ -43,6 +43,7 @@ from driftbook.stats.terms import (
 from driftbook.study.consistency import REREAD
 from driftbook.study.files import replacing
 from driftbook.study.methods import METHOD_LABELS, PEFT_METHODS
+from driftbook.study.nameless import nameless
 
 COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
 TRAINED_METHODS = tuple(PEFT_METHODS)
@@ -116,7 +117,7 @@ def save_figure(fig: Figure, folder: Path, name: str, caption: str, source: str)
             new, format="png", optimize=True, dpi=(150, 150)
         )
     with replacing(folder / f"{name}.md") as new:
-        new.write_text(f"{caption}\n\nMade by {source}.\n")
+        new.write_text(nameless(f"{caption}\n\nMade by {source}.\n"))
     return folder / f"{name}.png"
 
 

@@ -22,6 +22,7 @@ from driftbook.publishing.exported import (
     run_metadata,
 )
 from driftbook.study.files import ROOT, finite, replacing_folder
+from driftbook.study.nameless import model_name
 from driftbook.study.study_file import Study
 
 # what lm_eval records and a driftbook study does not have
@@ -174,7 +175,11 @@ def _evaluation(study: Study, run: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.utils import hash_string, sanitize_model_name
 
     base, system = study.bases[run["base_model"]], run["system_prompt"]
-    model_args = {"pretrained": base.source, "revision": base.revision, "dtype": base.dtype}
+    model_args = {
+        "pretrained": model_name(base.source),
+        "revision": base.revision,
+        "dtype": base.dtype,
+    }
     if run["method"] != "none":
         model_args["peft"] = run["run_id"]
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")

@@ -17,6 +17,7 @@ import yaml
 from driftbook.benchmarks.format import FACTS, Licence
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study.files import ROOT
+from driftbook.study.nameless import nameless
 from driftbook.study.sections import PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import Study
 
@@ -206,7 +207,7 @@ def notice(study: Study) -> str:
         f"{title}\n" + "\n".join(f"- {line}" for line in lines or ["none"])
         for title, lines in sections.items()
     ]
-    return "\n\n".join([head, *body]) + "\n"
+    return nameless("\n\n".join([head, *body]) + "\n")
 
 
 def _by_source(study: Study, parts: Iterable[Source]) -> dict[str, Licence | None]:

@@ -11,6 +11,7 @@ from driftbook.publishing import licences
 from driftbook.stats import estimation
 from driftbook.study.consistency import REREAD
 from driftbook.study.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
+from driftbook.study.nameless import nameless
 from driftbook.study.opening import OPTIONAL
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
@@ -57,22 +58,23 @@ def publish(
         for name, frame in checked.items():
             TABLES[name].write(frame, new / "tables")
         for path in parts:
-            part = TABLES["estimates"].read(path)
+            part = TABLES["estimates"].nameless(TABLES["estimates"].read(path))
             _check_paths(part, f"estimates/{path.name}")
             estimation.write_estimates(part, new / "tables", path.stem)
         (new / "figures").mkdir()
         for path in sorted((study_folder / "figures").glob("*.png")):
             for file in (path, path.with_suffix(".md")):
-                if file.is_file():
+                if file.is_file() and file.suffix == ".md":
+                    (new / "figures" / file.name).write_text(nameless(file.read_text()))
+                elif file.is_file():
                     shutil.copyfile(file, new / "figures" / file.name)
         if study is not None and not study.miniature:
             (new / "NOTICE").write_text(licences.notice(study))
         families = (
             read_json(register) if (register := study_folder / "primary.json").is_file() else []
         )
-        write_json(
-            new / "study.json", {"name": study_folder.name, "note": note, "primary": families}
-        )
+        facts = {"name": study_folder.name, "note": nameless(note), "primary": families}
+        write_json(new / "study.json", facts)
     return sorted(path for path in destination.rglob("*") if path.is_file())
 
 
@@ -94,11 +96,16 @@ def published(name: str = "") -> list[Path]:
 
 
 def text_free(folder: Path, name: str):
+    """A study's table that may be published, its texts nameless.
+
+    Raises:
+        ValueError: it is private, undeclared or missing, or a key names a folder of this machine.
+    """
     if name not in TABLES:
         raise ValueError(f"{name} is no declared table; known: {', '.join(TABLES)}")
     if TABLES[name].private:
         raise ValueError(f"{name} holds text of prompts or responses and is never published")
-    frame = TABLES[name].read(folder)
+    frame = TABLES[name].nameless(TABLES[name].read(folder))
     _check_paths(frame, name)
     return frame
 

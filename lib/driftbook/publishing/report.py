@@ -13,6 +13,8 @@ import pandas as pd
 from driftbook.analyses import primary
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, SHORT, UNITS
+from driftbook.publishing import publish
+from driftbook.publishing.pages import notebook_pages
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.picking import plain, with_minus
@@ -34,6 +36,7 @@ from driftbook.stats.terms import (
 from driftbook.study import environment, preregistration
 from driftbook.study.files import replacing
 from driftbook.study.methods import METHOD_LABELS, METHODS
+from driftbook.study.nameless import nameless
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
 
@@ -345,7 +348,7 @@ def _no_ops(arms: pd.DataFrame) -> str:
 def write(study: Study) -> Path:
     """Write outputs/<study>/report.html, and the executed notebooks as pages beside it."""
     folder = study.folder / "tables"
-    tables = {name: TABLES[name].read(folder) for name in ("variants", "runs", "rates")} | {
+    tables = {name: publish.text_free(folder, name) for name in ("variants", "runs", "rates")} | {
         "estimates": estimation.read_estimates(folder)
     }
     pages = jinja2.Environment(
@@ -356,7 +359,7 @@ def write(study: Study) -> Path:
     )
     page = pages.get_template("report.html").render(
         name=study.name,
-        note=study.note,
+        note=nameless(study.note),
         miniature=study.miniature,
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
@@ -533,38 +536,6 @@ def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
 
 def _caption(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def notebook_pages(folder: Path) -> list[dict[str, str]]:
-    """The executed notebooks as pages (converted where the page is missing or older), with their
-    titles and relative links.
-    """
-    found = []
-    for path in sorted(folder.rglob("*.ipynb")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        page = path.with_suffix(".html")
-        if not page.is_file() or page.stat().st_mtime < path.stat().st_mtime:
-            _convert(path, page)
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        found.append({"name": name, "link": f"notebooks/{name}.html"})
-    return found
-
-
-_EXPORTERS: list = []  # made once: it takes a second
-
-
-def _convert(path: Path, page: Path) -> None:
-    """Write a notebook as a page without scripts from elsewhere."""
-    if not _EXPORTERS:
-        from nbconvert import HTMLExporter  # a second to import, and only pages need it
-
-        _EXPORTERS.append(
-            HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
-        )
-    body, _ = _EXPORTERS[0].from_filename(str(path))
-    with replacing(page) as new:
-        new.write_text(body, encoding="utf-8")
 
 
 if __name__ == "__main__":

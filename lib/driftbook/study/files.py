@@ -58,7 +58,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from None
+        why = not_the_file(path) or f"it is damaged ({error}); fetch or write it again"
+        raise ValueError(f"{path}: {why}") from None
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -86,10 +87,36 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
     return digest({str(path.relative_to(folder)): file_digest(path) for path in files}, 32)
 
 
+def first_bytes(path: Path, n: int = 512) -> bytes:
+    """The first n bytes of a file; none where it is no file or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(n)
+    except OSError:
+        return b""
+
+
+def not_the_file(path: Path) -> str | None:
+    """What stands in a file's place, with the way out: a pointer of git-lfs, or a web page."""
+    head = first_bytes(path).lstrip()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return (
+            f"{path.name} is a pointer of git-lfs and not the file itself; fetch the file with git"
+            " lfs pull"
+        )
+    if head[:15].lower().startswith((b"<!doctype html", b"<html")):
+        return (
+            f"{path.name} is a web page and not the file; download it again, logged in if need be"
+        )
+    return None
+
+
 def check_safetensors(path: Path, remedy: str) -> None:
-    """Raise a ValueError where a file of weights is torn: its header cannot be read, or names more
-    bytes than there are.
+    """Raise a ValueError where a file of weights is another file than it should be, or is torn: its
+    header cannot be read, or names more bytes than there are.
     """
+    if why := not_the_file(path):
+        raise ValueError(f"{path}: {why}")
     from safetensors import SafetensorError, safe_open
 
     try:

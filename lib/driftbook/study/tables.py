@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from driftbook.study.files import replacing
+from driftbook.study.nameless import nameless_column
 
 DTYPES = {"text": "string", "real": "Float64", "whole": "Int64", "truth": "boolean"}
 
@@ -70,13 +71,24 @@ class Table:
 
     def write(self, frame: pd.DataFrame, path: Path) -> Path:
         """Write the checked frame as parquet, whole or not at all; `path` is the file, or the
-        folder that holds NAME.parquet.
+        folder that holds NAME.parquet. Texts of a table that may be published are nameless.
         """
         path = self.path(path)
-        table = pa.Table.from_pandas(self.check(frame, str(path)), preserve_index=False)
+        checked = self.nameless(self.check(frame, str(path)))
+        table = pa.Table.from_pandas(checked, preserve_index=False)
         with replacing(path) as new:
             pq.write_table(table, new, compression="zstd")
         return path
+
+    def nameless(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The checked frame without users' names and folders in its texts, keys apart; of a private
+        table as it is.
+        """
+        if self.private:
+            return frame
+        texts = [name for name, column in self.columns.items() if column.kind == "text"]
+        free = {name: nameless_column(frame[name]) for name in texts if name not in self.key}
+        return frame.assign(**free)
 
     def read(self, path: Path) -> pd.DataFrame:
         """The table at `path` (a file or the folder that holds NAME.parquet), checked.

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks.data import for_sft, prompts, training_examples
-from driftbook.doctors.data import examine_data
+from driftbook.doctors.data import equal_answers, examine_data
 from driftbook.models.loading import Loaded, chat_ids, context_length, conversation_ids, counted_ids
 from driftbook.models.scoring import Ids, Scorer
 from driftbook.study.files import digest, read_json
@@ -68,10 +68,11 @@ def prepare(
     log-probabilities of all counted tokens go with them.
 
     Examples longer than training.max_length lose their end, those whose prompt alone fills it are
-    left out; the note says how many.
+    left out, and so are preferences whose two answers are the same, before or after the cut, since
+    their gradient is zero; the note says how many.
 
     Raises:
-        ValueError: no example fits, or the template refuses the turns of one.
+        ValueError: no example fits or can teach, or the template refuses the turns of one.
     """
     name, limit, sft = data or objective, longest(base, study), objective == "sft"
     examples = training_examples(name, study)
@@ -84,12 +85,19 @@ def prepare(
     lengths = [max(len(one.ids) for one in row) for row in made]
     cut = [[_cut(one, limit) for one in row] for row in made]
     fits = [all(len(one.counted) for one in row) for row in cut]
-    kept = [row for row, whole in zip(cut, fits, strict=True) if whole]
-    if not kept:
+    if not any(fits):
         raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
-    n_cut, note = sum(n > limit and whole for n, whole in zip(lengths, fits, strict=True)), None
-    if n_cut or len(kept) < len(made):
-        note = f"{len(made) - len(kept)} examples left out, {n_cut} cut, at {limit} tokens"
+    ties = [equal_answers(one) or _are_equal(row) for one, row in zip(examples, cut, strict=True)]
+    tied = [whole and tie and not sft for whole, tie in zip(fits, ties, strict=True)]
+    kept = [row for row, whole, tie in zip(cut, fits, tied, strict=True) if whole and not tie]
+    if not kept:
+        raise ValueError(f"data.{name}: {NONE_DIFFERS}")
+    n_cut = sum(n > limit and whole for n, whole in zip(lengths, fits, strict=True))
+    notes = [f"{len(made) - sum(fits)} examples left out, {n_cut} cut, at {limit} tokens"]
+    notes = notes if n_cut or not all(fits) else []
+    if any(tied):
+        notes.append(f"{sum(tied)} of {len(made)} preferences left out, {EQUAL}")
+    note = "; ".join(notes) or None
     rows = [row[0] for row in kept] if sft else _with_reference(kept, base)
     rows = _constrained(rows, betas, base) if betas else rows
     packs = [[i] for i in range(len(rows))]
@@ -100,6 +108,11 @@ def prepare(
 
 
 NONE_FITS = "no example fits training.max_length={} tokens; raise it"
+EQUAL = "their two answers being the same up to max_length or to white space at the ends"
+NONE_DIFFERS = (
+    f"no preference can teach anything, {EQUAL}; give preferences whose answers differ, or raise"
+    " training.max_length"
+)
 
 
 def _mixed_in(name: str, share: float, n: int, study: Study) -> list[dict]:
@@ -144,6 +157,11 @@ def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) ->
 
 def _cut(one: Conversation, limit: int) -> Conversation:
     return Conversation(one.ids[:limit], one.counted[one.counted < limit])
+
+
+def _are_equal(row: list[Conversation]) -> bool:
+    """Whether the two answers of a preference are the same tokens."""
+    return len(row) == 2 and row[0].ids == row[1].ids
 
 
 def _split(one: Conversation) -> tuple[Ids, Ids]:
