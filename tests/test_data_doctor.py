@@ -116,6 +116,11 @@ RNG = random.Random(7)
 TEXT, OTHER, LONG = made_up(RNG, 14), made_up(RNG, 14), made_up(RNG, 120)
 PLANTED = {
     "empty": [sft("", TEXT), sft(TEXT, " \n"), {"prompt": [], "answer": OTHER}],
+    "equal_answers": [
+        preference(TEXT, TEXT),
+        preference(OTHER, f" {OTHER}\n"),
+        preference(REFUSAL, REFUSAL),
+    ],
     "turn_order": [
         messages("assistant"),
         messages("user", "user"),

@@ -366,7 +366,7 @@ def test_the_first_loss_of_dpo_is_log_two_because_reference_and_model_are_the_sa
     assert trained(method, "dpo").record["loss_first"] == pytest.approx(np.log(2), abs=1e-4)
 
 
-def test_rows_that_are_too_long_are_cut_or_left_out_and_counted(bases, tmp_path):
+def test_rows_that_are_too_long_are_cut_or_left_out_and_counted(bases, data_folder, tmp_path):
     base, study = bases["llama"], study_of(tmp_path, max_length=128)
     lengths = sorted(len(one.ids) for one in examples.prepare("sft", base, study).examples)
     assert examples.prepare("sft", base, study).note is None
@@ -378,6 +378,43 @@ def test_rows_that_are_too_long_are_cut_or_left_out_and_counted(bases, tmp_path)
     with pytest.raises(ValueError) as error:
         examples.prepare("sft", base, study_of(tmp_path, max_length=2))
     assert "max_length" in one_sentence(error.value)
+
+
+def written_pairs(monkeypatch, made: list[dict]) -> None:
+    """These preferences in the place of the study's."""
+    known = data.training_examples
+    monkeypatch.setattr(
+        examples, "training_examples", lambda name, of: made if name == "dpo" else known(name, of)
+    )
+
+
+def test_preferences_that_can_teach_nothing_are_left_out(bases, data_folder, tmp_path, monkeypatch):
+    base, study = bases["llama"], study_of(tmp_path, max_length=128)
+    whole = data.training_examples("dpo", study)[:4]
+    tied = [
+        one | {"rejected": one["chosen"] + end}
+        for one, end in zip(whole[:2], ("", " \n"), strict=True)
+    ]
+    long = [one | {"chosen": f"{'a ' * 200}b", "rejected": f"{'a ' * 200}c"} for one in whole[:1]]
+    written_pairs(monkeypatch, [*whole, *tied, *long])
+    prepared = examples.prepare("dpo", base, study)
+    assert len(prepared.examples) == len(whole)
+    assert "3 of 7 preferences left out" in prepared.note
+    assert prepared.note.count("; ") == 1  # and what was cut
+    written_pairs(monkeypatch, whole)
+    kept = examples.prepare("dpo", base, study)
+    assert [one.reference for one in kept.examples] == [one.reference for one in prepared.examples]
+    assert kept.note is None
+
+
+def test_a_set_without_a_difference_is_refused(bases, data_folder, tmp_path, monkeypatch):
+    base, study = bases["llama"], study_of(tmp_path)
+    pairs = data.training_examples("dpo", study)
+    written_pairs(monkeypatch, [one | {"rejected": one["chosen"]} for one in pairs])
+    with pytest.raises(ValueError, match="no preference can teach") as error:
+        examples.prepare("dpo", base, study)
+    one_sentence(error.value)
+    assert len(examples.prepare("sft", base, study, data="dpo").examples) == len(pairs)
 
 
 # ---- dose

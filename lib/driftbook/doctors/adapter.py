@@ -105,6 +105,10 @@ def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's; the findings have sentences about these
             found += _readable(AdapterFiles(adapter), base)
+    return _table(found)
+
+
+def _table(found: list[Finding]) -> DataFrame:
     rows = [  # "; " separates the sentences of finding_summary
         (f.finding, f.severity, plain_sentence(f.sentence).replace("; ", ", "), f.module)
         for f in found

@@ -23,7 +23,7 @@ _PART_WITH_SPACES = (  # before a backslash, where nothing else is meant
 _REMOTE = r"(?:[\w.+-]+@[\w.-]+:)?"
 _WINDOWS = rf"""(?:
     (?:file:[/\\]+)?[A-Za-z]:{SEPARATOR}
-    | \\\\+(?:\?\\+(?:UNC\\+|[A-Za-z]:\\+))?
+    | \\\\+(?:\?\\+(?:UNC\\+[\w.$-]+|[A-Za-z]:)|[\w.$-]+)\\+
     | (?:~[\w.-]*|%\w+%)\\+
     | (?:\.\.?\\+)+
 )"""
@@ -34,7 +34,7 @@ _LAST = r"[^\s/\\\"'`<>|:*?,;)\]}]*"
 _PATH = re.compile(
     rf"""
     (?P<kept> data:[\w/+.-]+;base64,[\w+/=]+
-        | (?!file:)[A-Za-z][\w+.-]*://(?P<login>[^\s/@]+@)?[^\s\"'`<>,;]* )
+        | (?<![\w+.-])(?!file:)[A-Za-z][\w+.-]*://(?P<login>[^\s/@]+@)?[^\s\"'`<>,;]* )
     | (?P<quote>["'`])(?P<quoted>(?:{_WINDOWS}|{_POSIX})[^"'`\r\n]*)(?=(?P=quote))
     | (?:(?<![\w)\]}}.~%*+/\\@#&$-]) | (?<=\\[nrt])) (?P<plain>
         {_WINDOWS}(?:(?:{_NAME_WITH_SPACES}|{_PART_WITH_SPACES}|{_PART}(?=[/\\])){SEPARATOR})*+{_LAST}

@@ -93,11 +93,7 @@ def prepare(
     if not kept:
         raise ValueError(f"data.{name}: {NONE_DIFFERS}")
     n_cut = sum(n > limit and whole for n, whole in zip(lengths, fits, strict=True))
-    notes = [f"{len(made) - sum(fits)} examples left out, {n_cut} cut, at {limit} tokens"]
-    notes = notes if n_cut or not all(fits) else []
-    if any(tied):
-        notes.append(f"{sum(tied)} of {len(made)} preferences left out, {EQUAL}")
-    note = "; ".join(notes) or None
+    note = _note(len(made), fits.count(False), n_cut, sum(tied), limit)
     rows = [row[0] for row in kept] if sft else _with_reference(kept, base)
     rows = _constrained(rows, betas, base) if betas else rows
     packs = [[i] for i in range(len(rows))]
@@ -157,6 +153,13 @@ def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) ->
 
 def _cut(one: Conversation, limit: int) -> Conversation:
     return Conversation(one.ids[:limit], one.counted[one.counted < limit])
+
+
+def _note(n: int, n_lost: int, n_cut: int, n_tied: int, limit: int) -> str | None:
+    """What was left out and cut, in words."""
+    notes = [f"{n_lost} examples left out, {n_cut} cut, at {limit} tokens"] * bool(n_lost or n_cut)
+    notes += [f"{n_tied} of {n} preferences left out, {EQUAL}"] * bool(n_tied)
+    return "; ".join(notes) or None
 
 
 def _are_equal(row: list[Conversation]) -> bool:
