@@ -1,12 +1,15 @@
 """Adapters in the forms in which trainers write them pass; what is something else is called so."""
 
+import copy
 import json
 import shutil
+import warnings
 import zipfile
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,10 +17,11 @@ from conftest import one_sentence
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapter_forms, adapters
 from driftbook.models.loading import Loaded
-from examined import CONFIG, WEIGHTS, complaints, said
+from examined import CONFIG, WEIGHTS, complaints, make, said
 
 pytest_plugins = ["examined"]
 
+TARGETS = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 STATES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 123456\n".format("0" * 64)
 TRAINER = {"trainer_state.json": "{}", "README.md": "# card", **dict.fromkeys(STATES, "x")}
@@ -97,8 +101,6 @@ def test_torchtunes_form(edited, llama):
 
 
 def test_the_form_of_transformers_own_adapters(llama, tmp_path):
-    import copy
-
     model = copy.deepcopy(llama.model)
     model.add_adapter(
         LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -108,14 +110,12 @@ def test_the_form_of_transformers_own_adapters(llama, tmp_path):
 
 
 # ---- what PEFT attaches, asked of PEFT itself
+@torch.no_grad()
 def attached_logits(base, folder):
-    ids = torch.arange(5, 15).unsqueeze(0)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *_, **__: None)
-        import copy
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-        return model(ids).logits
+    return model(torch.arange(5, 15).unsqueeze(0)).logits
 
 
 def test_names_with_the_adapters_own_name_are_loaded(edited, folders, llama):
@@ -176,6 +176,29 @@ def test_experts_saved_before_transformers_5_fit(mixtral, tmp_path):
     assert not table.severity.eq("error").any()
 
 
+MORE = {  # settings of LoRA, and methods, that put other tensors into the file
+    "whole": LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"], **TARGETS),
+    "tokens": LoraConfig(r=2, trainable_token_indices=[1, 2], **TARGETS),
+    "a bias of its own": LoraConfig(r=2, lora_bias=True, **TARGETS),
+    "layers": LoraConfig(r=2, layers_to_transform=[1], layers_pattern="layers", **TARGETS),
+    "a parameter": LoraConfig(
+        r=2, target_modules=[], target_parameters=["q_proj.weight"], task_type="CAUSAL_LM"
+    ),
+    "vera": peft.VeraConfig(r=2, save_projection=False, **TARGETS),
+    "vblora": peft.VBLoRAConfig(r=2, vector_length=16, num_vectors=4, topk=2, **TARGETS),
+    "shira": peft.ShiraConfig(r=2, **TARGETS),
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_what_peft_itself_saved_is_no_error(llama, tmp_path, kind):
+    folder = make(llama, MORE[kind], tmp_path / "adapter")
+    assert torch.isfinite(attached_logits(llama.model, folder)).all()
+    assert "error" not in complaints(folder, llama).values()
+    if kind == "shira":
+        assert "not compared" in said(folder, "not_examined", llama)
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"])
 def test_another_task_is_attached_all_the_same(edited, folders, llama, task):
     folder = edited("lora", settings={"task_type": task})
@@ -183,17 +206,6 @@ def test_another_task_is_attached_all_the_same(edited, folders, llama, task):
         attached_logits(llama.model, folder), attached_logits(llama.model, folders["lora"])
     )
     assert complaints(folder, llama) == {"settings": "warning"}
-
-
-def test_a_method_that_needs_weights_to_be_laid_out_is_no_error(llama, tmp_path):
-    import copy
-
-    from peft import ShiraConfig
-
-    config = ShiraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(copy.deepcopy(llama.model), config).save_pretrained(tmp_path)
-    assert "error" not in complaints(tmp_path, llama).values()
-    assert "not compared" in said(tmp_path, "not_examined", llama)
 
 
 # ---- what is something else

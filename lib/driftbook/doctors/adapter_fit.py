@@ -52,7 +52,7 @@ def tensor_shapes(adapter: AdapterFiles, base: BaseFiles) -> Iterator[Finding]:
         expected, found = _expected(adapter, base.skeleton)
     except Exception as failure:  # PEFT raises a dozen kinds where a configuration does not fit
         why = reason_of(failure, adapter.folder)
-        if isinstance(failure, NotImplementedError | RuntimeError) and "meta" in why:
+        if isinstance(failure, NotImplementedError | RuntimeError) and "meta" in why.lower():
             text = "its method is made from weights, so its names and shapes were not compared"
             yield note("not_examined", text)
         else:
@@ -186,6 +186,7 @@ def config_settings(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[F
     task, of = settings.get("task_type"), type(base.skeleton).__name__ if base else None
     trained_on = (settings.get("auto_mapping") or {}).get("base_model_class")
     biases = [name for name in adapter.shapes if name.endswith(".bias") and ".lora_" not in name]
+    biases = biases if settings.get("bias") not in (None, "none") else []  # a method's own
     whole, not_ours = settings.get("modules_to_save") or [], ("trust_remote_code", "auto_map")
     unknown = sorted(k for k, v in settings.items() if v and not hasattr(config, k))
     unknown = [key for key in unknown if key not in not_ours]
