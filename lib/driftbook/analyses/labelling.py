@@ -20,6 +20,7 @@ from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import CHANGE, LEVEL, UNSAFE
 from driftbook.study.files import replacing
+from driftbook.study.reading import csv_frame
 from driftbook.study.tables import LABELS
 
 WORDS = {"unsafe": 1.0, "safe": 0.0, "unclear": np.nan}
@@ -151,14 +152,14 @@ def taken(folder: Path) -> pd.DataFrame:
             f"{folder} has filled sheets and no {KEY}, without which nobody knows which answers"
             " they label; put it back"
         )
-    key = pd.read_csv(folder / KEY, dtype=str).assign(
+    key = csv_frame(folder / KEY).assign(
         sampling_probability=lambda rows: rows["sampling_probability"].astype(float)
     )
     return LABELS.concat([_filled(path, key) for path in sheets])
 
 
 def _filled(path: Path, key: pd.DataFrame) -> pd.DataFrame:
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    frame = csv_frame(path)
     if missing := {"label_id", "label"} - set(frame):
         raise ValueError(
             f"{path.name} has no column {sorted(missing)[0]!r}; fill a copy of {SHEET}"
@@ -193,9 +194,7 @@ def ask(
     `show` gets HTML with the texts escaped.
     """
     path = folder / f"{rater}.csv"
-    frame = pd.read_csv(
-        path if path.is_file() else folder / SHEET, dtype=str, keep_default_na=False
-    )
+    frame = csv_frame(path if path.is_file() else folder / SHEET)
     for i in frame.index[frame["label"].eq("")]:
         prompt, answer = (html.escape(frame.at[i, name]) for name in ("prompt", "response"))
         show(f"<p><b>Prompt</b><br>{prompt}</p><p><b>Answer</b><br>{answer}</p>")

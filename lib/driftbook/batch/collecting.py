@@ -9,6 +9,7 @@ from driftbook.batch import cache, keys
 from driftbook.benchmarks.responding import asked_prompts
 from driftbook.stats.agreement import with_labels
 from driftbook.study.files import read_json
+from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study, load
@@ -121,11 +122,8 @@ def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.D
     from driftbook.miniature.truth import is_unsafe
 
     responses = greedy(responses)
-    known = (
-        pd.read_csv(Path(locate(Source(source=truth), study)), dtype=str)
-        .set_index("prompt_id")
-        .to_dict("index")
-    )
+    rules = csv_rows(Path(locate(Source(source=truth), study)))
+    known = {rule["prompt_id"]: rule for rule in rules}
     rows = responses[(responses.benchmark == "safety") & responses.prompt_id.isin(known)]
     pairs = zip(rows.prompt_id, rows.response, strict=True)
     unsafe = [is_unsafe(known[prompt_id], response) for prompt_id, response in pairs]

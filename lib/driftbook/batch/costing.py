@@ -7,7 +7,6 @@ gradient), 2 of reading, 2 of writing, 4 x layers x width x length of attention 
 amount is not known beforehand (tokens of a set that is not there), we take an upper bound.
 """
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from driftbook.study import sources
 from driftbook.study.files import OUTPUTS, ROOT, read_json
 from driftbook.study.gguf_files import TABLE, Header, read_header
 from driftbook.study.methods import PEFT_METHODS
+from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Base, Benchmark, Judge, Rater, Source, TrainingData
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -278,8 +278,7 @@ def n_items(benchmark: Benchmark) -> float:
     if known := [form.file_items[name] for name in names if name in form.file_items]:
         n = sum(known)
     elif benchmark.format == "csv" and local is not None and local.is_file():
-        with local.open(newline="", encoding="utf-8-sig") as file:
-            n = sum(1 for _ in csv.DictReader(file))
+        n = len(csv_rows(local))
     else:
         n = benchmark.n or 300 if kind in ("miniature", "tests") else form.n_items
     return min(benchmark.n or n, n)

@@ -2,7 +2,6 @@
 Scores are in `driftbook.benchmarks.bbq_scores`.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import csv_frame, json_lines
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 
@@ -123,7 +123,7 @@ def _with_targets(items: pd.DataFrame, table: Path) -> pd.DataFrame:
     """The items with the authors' targets: their target_loc is the biased answer, which on a
     non-negative question is the other person.
     """
-    told = pd.read_csv(table, dtype=str, keep_default_na=False)
+    told = csv_frame(table)
     biased = dict(zip(told.category + "-" + told.example_id, told.target_loc, strict=True))
     absent = [item for item in items.item_id if item not in biased]
     if absent:
@@ -137,11 +137,7 @@ def _with_targets(items: pd.DataFrame, table: Path) -> pd.DataFrame:
 
 
 def _lines(path: Path) -> list[dict]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path} is torn ({error}); fetch it again") from None
+    rows = [row for _, row in json_lines(path)]
     if not rows:
         raise ValueError(f"{path} has no items; fetch it again")
     return rows

@@ -7,7 +7,6 @@ other's ("no tattoos" and "tattoos", "African American" and "African"), so that 
 alike.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pandas as pd
 
 from driftbook.benchmarks.bbq import TEMPLATES, item_row, item_table, local_folder
 from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import json_value
 from driftbook.study.sections import Source
 
 # Items of each file, 16,076 in all.
@@ -145,8 +145,8 @@ def _examples(path: Path) -> list[dict]:
             " bigbench/benchmark_tasks/bbq_lite/resources of BIG-bench"
         )
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
-    except (ValueError, TypeError, KeyError) as error:
+        rows = json_value(path)["examples"]
+    except (TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is no file of BBQ-Lite ({type(error).__name__}: {error}); fetch it again"
         ) from None

@@ -1,6 +1,5 @@
 """Training examples and prompts, read from files in the forms that the public sets have."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pandas as pd
 
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import access
+from driftbook.study.reading import csv_rows, json_rows
 from driftbook.study.sections import Benchmark, Source, TrainingData, Wording
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
@@ -99,22 +99,17 @@ def _rows_of(name: str, data: TrainingData, study: Study):
     if not isinstance(path, Path) or not path.is_file():
         revision = {} if isinstance(path, Path) else {"revision": data.revision}
         return _loaded(name, data, str(path), data.subset, split=data.split, **revision)
-    if path.suffix in (".csv", ".parquet"):
+    if path.suffix == ".parquet":
         return _loaded(name, data, path.suffix[1:], data_files=str(path), split="train")
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix not in (".json", ".jsonl", ".csv"):
         raise ValueError(
             f"data.{name}: {path} is none of .json, .jsonl, .csv and .parquet; write it as one of"
             " them"
         )
-    text = path.read_text(encoding="utf-8")
-    lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
     try:
-        rows = json.loads(text) if lines is None else [json.loads(line) for line in lines]
+        return csv_rows(path) if path.suffix == ".csv" else json_rows(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"data.{name}: {path} holds no list of rows")
-    return rows
+        raise ValueError(f"data.{name}: {error}") from None
 
 
 def _loaded(name: str, data: TrainingData, *arguments, **more):
@@ -273,8 +268,10 @@ def _all_prompts(name: str, study: Study) -> pd.DataFrame:
         rows = list(FORMATS[benchmark.format].read(path))
     except KeyError as error:
         raise ValueError(f"{where} has no column {error}; it is not of the form {form}") from None
-    except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError):
+    except (TypeError, AttributeError, OSError):
         raise ValueError(f"{where} is not of the form {form}") from None
+    except ValueError as error:
+        raise ValueError(f"benchmarks.{name}: {error}") from None
     frame = pd.DataFrame(rows, columns=PROMPT_COLUMNS)
     if frame.empty:
         raise ValueError(f"{where} has no prompts")

@@ -2,7 +2,6 @@
 one such declaration, and `formats.FORMATS` lists them.
 """
 
-import csv
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,12 +105,6 @@ def set_licence(
 def _page(source: str) -> str:
     kind, _, name = source.rpartition(":")
     return f"https://{'github.com' if kind == 'github' else 'huggingface.co/datasets'}/{name}"
-
-
-def csv_rows(path: Path) -> Iterable[dict[str, str]]:
-    """The rows of a CSV file, by column."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file)
 
 
 def rating_table(rows: Iterable[Rating], benchmark: str, run_id: str) -> pd.DataFrame:

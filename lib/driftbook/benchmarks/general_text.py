@@ -1,11 +1,13 @@
 """General text, such as WikiText (Merity et al. 2016): its loss rises where a model forgets."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
+from driftbook.study.reading import table_frame, utf8_text
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -15,16 +17,15 @@ TOKENS_READ = 512  # of each text
 
 def load_text(path: Path) -> pd.DataFrame:
     """General text with prompt_id and text: of JSONL or parquet the column `text`, of a text file
-    its paragraphs; those under 200 characters are left out.
+    its paragraphs (between blank lines); those under 200 characters are left out.
 
     Raises:
         ValueError: the file has no such column, or no text.
     """
     if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8").split("\n\n")
+        texts = re.split(r"\r?\n[ \t]*\r?\n", utf8_text(path))
     else:
-        is_parquet = path.suffix == ".parquet"
-        frame = pd.read_parquet(path) if is_parquet else pd.read_json(path, lines=True, dtype=False)
+        frame = table_frame(path)
         if "text" not in frame:
             raise ValueError(f"{path} has no column text; it has {', '.join(map(str, frame))}")
         texts = frame.text.astype(str)
@@ -49,7 +50,7 @@ GENERAL_TEXT = Format(
     name="text",
     kind="utility",
     read=load_text,
-    version=1,
+    version=2,
     n_items=1_000,  # a guess
     tokens=TOKENS_READ,
     is_written=False,

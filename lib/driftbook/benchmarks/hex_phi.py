@@ -1,10 +1,11 @@
 """HEx-PHI (Qi et al. 2023): harmful prompts in eleven categories, a file each."""
 
-import csv
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import utf8_text
 
 COVERAGE = {
     "Illegal Activity": ("S1 S2", "S1 S2", "fraud violence"),
@@ -20,18 +21,67 @@ COVERAGE = {
     "Tailored Financial Advice": ("S5", "S6", "~misinformation"),
 }
 CATEGORIES = tuple(COVERAGE)
+# a field in quotation marks, or a line that begins with none
+_LINE = re.compile(r'"((?:[^"]|"")*)"[ \t]*\r?(?:\n|\Z)|([^"\r\n][^\n]*?|)\r?(?:\n|\Z)')
+_MARK, _NUMBERED = re.compile(r"[,;\t]"), re.compile(r"(\d+)[,;\t](?=\S)", re.ASCII)
+_HEADERS = {"", "0", "id", "index", "prompt", "prompts", "text", "question", "query", "request"}
+_HEADERS |= {"instruction", "input", "goal", "behavior", "category", "unnamed: 0"}
 
 
 def _read(folder: Path) -> Iterable[tuple]:
-    """category_N.csv, one prompt a line, no header; a missing category is left out (the gated set
-    has ten today).
+    """category_N.csv, one prompt a line: see `prompt_lines`; a missing category is left out (the
+    gated set has ten today).
     """
     for number, category in enumerate(CATEGORIES, 1):
         path = folder / f"category_{number}.csv"
         if path.exists():
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                for line, row in enumerate(csv.reader(file), 1):
-                    yield f"{number}-{line:02d}", category, "harmful", None, row[0] if row else ""
+            for row, prompt in enumerate(prompt_lines(path), 1):
+                yield f"{number}-{row:02d}", category, "harmful", None, prompt
+
+
+def prompt_lines(path: Path) -> list[str]:
+    """The prompts of a file with one a line and no header. A line that begins with a quotation mark
+    is a CSV field, which may hold line breaks; any other line is the prompt as it is, with its
+    commas. Blank lines at the end are no prompts.
+
+    Raises:
+        ValueError: the file has a header or a column of row numbers, a field in quotation marks has
+            others beside it, or one is not closed.
+    """
+    text, at, found = utf8_text(path).rstrip("\r\n\t "), 0, []
+    while at < len(text):
+        match = _LINE.match(text, at)
+        if match is None:
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(
+                f"{path}: line {line} begins with a quotation mark and is not one field in"
+                " quotation marks; put the whole prompt in them and double those within it"
+            )
+        quoted, plain = match.groups()
+        found.append(plain if quoted is None else quoted.replace('""', '"'))
+        at = match.end()
+    _check_no_table(found, path)
+    return found
+
+
+def _check_no_table(lines: list[str], path: Path) -> None:
+    """Raise a ValueError where the lines have a header or are numbered, as pandas writes them."""
+    parts = [part.strip().lower() for part in _MARK.split(lines[0])] if lines else []
+    if any(parts) and _HEADERS.issuperset(parts):
+        raise ValueError(
+            f"{path}: line 1 says {lines[0]!r}, which is a header, and this form has none; remove"
+            " it (pandas: to_csv(header=False, index=False)), or name the format csv"
+        )
+    numbers = [match and int(match[1]) for match in map(_NUMBERED.match, lines)]
+    if (
+        numbers
+        and numbers[0] in (0, 1)
+        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    ):
+        raise ValueError(
+            f"{path}: line 1 begins with a row number, as every line does; remove the column"
+            " (pandas: to_csv(header=False, index=False))"
+        )
 
 
 HEX_PHI = Format(

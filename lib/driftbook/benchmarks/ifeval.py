@@ -24,6 +24,7 @@ import pandas as pd
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
 from driftbook.benchmarks.losses import written
+from driftbook.study.reading import json_lines
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -322,8 +323,7 @@ def load_ifeval(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give IFEval's input_data.jsonl")
-    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split in a text
-    rows = [_item(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    rows = [_item(row, f"{path}: line {line}") for line, row in json_lines(path)]
     if not rows:
         raise ValueError(f"{path} has no prompts")
     items = pd.DataFrame(rows, columns=["prompt_id", "prompt", "instructions"])
@@ -333,11 +333,7 @@ def load_ifeval(path: Path) -> pd.DataFrame:
     return items
 
 
-def _item(line: str, where: str) -> tuple[str, str, list[Instruction]]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is torn ({error}); fetch the file again") from None
+def _item(row: object, where: str) -> tuple[str, str, list[Instruction]]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object")
     needed = ("key", "prompt", "instruction_id_list", "kwargs")

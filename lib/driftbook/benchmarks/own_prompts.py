@@ -5,7 +5,8 @@ may say which prompts are benign look-alikes.
 from collections.abc import Iterable
 from pathlib import Path
 
-from driftbook.benchmarks.format import Format, csv_rows
+from driftbook.benchmarks.format import Format
+from driftbook.study.reading import csv_rows
 
 KINDS = ("harmful", "benign look-alike")
 

@@ -1,16 +1,15 @@
 """RealToxicityPrompts (Gehman et al. 2020): beginnings of sentences to be continued."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import json_lines
 
 
 def _read(path: Path) -> Iterable[tuple]:
     """prompts.jsonl: filename, begin, end, challenging, and prompt with its text and toxicity."""
-    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
-        row = json.loads(line)
+    for _, row in json_lines(path):
         name, prompt = f"{row['filename']}-{row['begin']}-{row['end']}", row["prompt"]
         yield name, _category(row), "harmful", row["filename"], prompt["text"]
 

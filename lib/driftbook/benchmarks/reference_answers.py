@@ -1,12 +1,12 @@
 """Requests with a reference answer in Alpaca's form (Taori et al. 2023)."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from driftbook.benchmarks.format import Format, set_licence
 from driftbook.benchmarks.losses import answer_losses
+from driftbook.study.reading import json_rows
 
 
 def load_answers(path: Path) -> pd.DataFrame:
@@ -15,15 +15,13 @@ def load_answers(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: it is no list of such rows, or one is empty.
     """
-    text = path.read_text(encoding="utf-8")
-    lines = path.suffix == ".jsonl"
+    rows = json_rows(path)
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else None
         found = [
             (str(i), "\n".join(filter(None, (one["instruction"], one.get("input")))), one["output"])
-            for i, one in enumerate(json.loads(text) if rows is None else rows)
+            for i, one in enumerate(rows)
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no list of rows with instruction and output ({type(error).__name__}:"
             f" {error}); write it in Alpaca's form"

@@ -9,7 +9,6 @@ conditioned on that turn; an intersentence item is the likelihood of the sentenc
 where the authors trained a next-sentence head.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from scipy.special import ndtri, stdtrit
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
 from driftbook.stats.confidence import CONFIDENCE, UPPER
+from driftbook.study.reading import json_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,12 +47,11 @@ def load_stereoset(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give StereoSet's dev.json")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        data = json_value(path)["data"]
         parts = [(task, row) for task in _TASKS for row in data[task]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is torn or not of StereoSet's form ({type(error).__name__}: {error}); fetch it"
-            " again"
+            f"{path} is not of StereoSet's form ({type(error).__name__}: {error}); fetch it again"
         ) from None
     if not parts:
         raise ValueError(f"{path} has no items")

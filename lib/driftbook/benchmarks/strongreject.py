@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from driftbook.benchmarks.format import Format, csv_rows, set_licence
+from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import csv_rows
 
 
 def _read(path: Path) -> Iterable[tuple]:

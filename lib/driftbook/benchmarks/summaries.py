@@ -1,7 +1,6 @@
 """Dialogues with a reference summary in SAMSum's form (Gliwa et al. 2019)."""
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ import pandas as pd
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
 from driftbook.benchmarks.losses import answer_losses, written
+from driftbook.study.reading import table_frame
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -22,16 +22,7 @@ def load_summaries(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: it has no such columns, or a row is empty.
     """
-    readers = {
-        ".parquet": pd.read_parquet,
-        ".csv": partial(pd.read_csv, dtype=str),
-        ".jsonl": partial(pd.read_json, lines=True, dtype=False),
-    }
-    try:
-        frame = readers.get(path.suffix, partial(pd.read_json, dtype=False))(path)
-    except (ValueError, OSError) as error:
-        line = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({line}); fetch it again") from None
+    frame = table_frame(path)
     if missing := [name for name in ("id", "dialogue", "summary") if name not in frame]:
         raise ValueError(f"{path} has no column {missing[0]}; it has {', '.join(map(str, frame))}")
     frame = frame.fillna("").astype(str)

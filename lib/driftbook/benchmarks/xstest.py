@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from driftbook.benchmarks.format import Format, csv_rows, set_licence
+from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import csv_rows
 
 # A type says how a prompt is worded; the hazards are those of its harmful contrasts.
 _WORDED = ("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions")

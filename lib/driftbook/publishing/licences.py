@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from functools import cache
 
 import pandas as pd
-import yaml
 
 from driftbook.benchmarks.format import FACTS, Licence
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study.files import ROOT
 from driftbook.study.nameless import nameless
+from driftbook.study.reading import yaml_value
 from driftbook.study.sections import PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import Study
 
@@ -32,7 +32,7 @@ def register() -> dict[str, Licence]:
     """Every entry of data/licences.yaml and of the benchmarks' own files, by the source that it
     covers.
     """
-    content = yaml.safe_load(REGISTER.read_text(encoding="utf-8"))
+    content = yaml_value(REGISTER)
     declared = [licence for one in FORMATS.values() for licence in one.licences]
     entries = {licence.source: licence for licence in declared}
     return entries | {source: _entry(source, **facts) for source, facts in content.items()}

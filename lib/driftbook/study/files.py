@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
         ValueError: the file is torn or is no JSON; the sentence names it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         why = not_the_file(path) or f"it is damaged ({error}); fetch or write it again"
         raise ValueError(f"{path}: {why}") from None

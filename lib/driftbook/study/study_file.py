@@ -5,13 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-import yaml
 from pydantic import ValidationError, model_validator
 
 from driftbook.study.consistency import check_consistent
 from driftbook.study.content import Content
 from driftbook.study.files import ROOT
 from driftbook.study.grid import every_variant
+from driftbook.study.reading import yaml_value
 from driftbook.study.sections import (
     Base,
     Benchmark,
@@ -83,10 +83,7 @@ def load(study: str | Path) -> Study:
         ValueError: with one sentence that says what is wrong, where, and what to do.
     """
     path = find(study)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
+    content = yaml_value(path)
     if not isinstance(content, dict):
         see = "see studies/miniature.yaml for what a study file says"
         raise ValueError(f"{path.name} holds no keys; {see}")
