@@ -20,8 +20,11 @@ workdir: STUDY.folder
 
 STAGES, ANALYSES = keys.stages(STUDY), keys.analyses(STUDY)
 MAKING = STAGES[:-4]  # the stages that make adapters
-RUN = f"{sys.executable} -m driftbook.batch.warm notebook"
-JOB = "{RUN} {params.notebook} {log} {params.parameters:q}"  # the notebook writes the mark itself
+# the notebook writes the mark itself; :q quotes what a shell would read in a path
+JOB = (
+    "{sys.executable:q} -m driftbook.batch.warm notebook"
+    " {params.notebook:q} {log:q} {params.parameters:q}"
+)
 NEEDED = {"judge": STUDY.judges, "utility": STUDY.raters}
 
 
@@ -107,7 +110,7 @@ rule collect:
         notebook=notebook("08_collect"),
         parameters=lambda wildcards: parameters(wildcards),
     shell:
-        JOB + " {input.key} {output}"
+        JOB + " {input.key:q} {output:q}"
 
 
 for analysis, name in ANALYSES.items():
@@ -127,7 +130,7 @@ for analysis, name in ANALYSES.items():
             notebook=notebook(name),
             parameters=lambda wildcards: parameters(wildcards),
         shell:
-            JOB + " {input.key} {output}"
+            JOB + " {input.key:q} {output:q}"
 
 
 rule report:
@@ -139,5 +142,5 @@ rule report:
     params:
         study=str(config["study"]),
     shell:
-        "{sys.executable} -m driftbook.publishing.report {params.study:q}"
-        " && cp {input.key} {output}"
+        "{sys.executable:q} -m driftbook.publishing.report {params.study:q}"
+        " && cp {input.key:q} {output:q}"

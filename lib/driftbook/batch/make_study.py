@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from driftbook.batch import gpus, keys, plan
-from driftbook.study.files import OUTPUTS, ROOT, check_writable
+from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
 from driftbook.study.study_file import Study, find, load
 
 # Seconds of one core for one unit of each kind of work, measured on the miniature; only the
@@ -186,7 +186,8 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
         "--profile",
         str(ROOT / "profiles" / profile),
         "--config",
-        f"study={study_file}",
+        # Snakemake strips quotation marks at the ends, and then reads the value as YAML
+        f"study= {json.dumps(str(study_file), ensure_ascii=False)} ",
         "--resources",
         f"gpu={_gpus()}",
         "--",
@@ -298,6 +299,9 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
     """Run a study; 0, 1 where a variant or a notebook failed, 2 where the study could not begin."""
     try:
         path = find(study)
+        named = {"the checkout": ROOT, "the folder of outputs": OUTPUTS, "the study file": path}
+        for what, one in named.items():
+            check_path(one, what)
         checked = load(path)
         if not (ROOT / "profiles" / profile).is_dir():
             raise ValueError(

@@ -35,8 +35,8 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     with replacing(output) as new:
         try:
             papermill.execute_notebook(
-                str(notebook),
-                str(new),
+                _as_written(notebook),
+                _as_written(new),
                 parameters=parameters,
                 kernel_name=os.environ.get(KERNEL, "python3"),
                 progress_bar=False,
@@ -57,12 +57,17 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
     """Raise a ValueError where a notebook has no such parameter."""
     from papermill import inspect_notebook
 
-    known = inspect_notebook(str(notebook))
+    known = inspect_notebook(_as_written(notebook))
     unknown = [name for name in parameters if name not in known]
     if unknown:
         raise ValueError(
             f"{notebook.stem} has no parameter {unknown[0]!r}; it takes {', '.join(known)}"
         )
+
+
+def _as_written(path: Path) -> str:
+    """The path for papermill, which would fill in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mark: str = "") -> int:
@@ -72,7 +77,7 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
     trace = Path(output).with_suffix(".error.txt")
     trace.unlink(missing_ok=True)
     try:
-        made_of = Path(key).read_text() if key else ""
+        made_of = Path(key).read_text(encoding="utf-8") if key else ""
         with gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext():
             execute(Path(notebook), Path(output), json.loads(parameters))
         if mark:

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
-from driftbook.study.files import ROOT, read_json, replacing, write_json
+from driftbook.study.files import ROOT, expanded, read_json, replacing, write_json
 
 ORIGINAL_NAME = "original_study"
 ORIGINAL_NOTE = "the original study, read again from its public data"
@@ -117,7 +116,7 @@ def load(source: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises:
         ValueError: neither is there, or what is there is not of this form; one sentence.
     """
-    folder = Path(os.path.expandvars(source or _LOCAL)).expanduser()
+    folder = Path(expanded(source or _LOCAL) or _LOCAL).expanduser()
     if source and not folder.is_dir():
         raise ValueError(
             f"there is no folder {source}; give one with runs.csv and verdicts.csv.gz, or a"

@@ -9,7 +9,6 @@ over training steps here.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pandas as pd
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import RUN as RUN_GROUP
-from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, write_json
+from driftbook.study.files import OUTPUTS, ROOT, digest, expanded, read_json, write_json
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
 from driftbook.study.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
@@ -90,7 +89,7 @@ def located(folder: str = "") -> Path:
     Raises:
         ValueError: it is not there, and cannot be fetched.
     """
-    path = Path(os.path.expandvars(folder or _LOCAL)).expanduser()
+    path = Path(expanded(folder or _LOCAL) or _LOCAL).expanduser()
     if folder and not path.is_dir():
         raise ValueError(
             f"there is no folder {folder}; give one with result files of PEFT's method comparison,"

@@ -110,7 +110,7 @@ def source(module: str) -> ModuleCode:
     """The code of a module or notebook; none of another file."""
     file = path(module)
     if file.suffix == ".ipynb":
-        return _notebook(file, module.partition("#")[2])
+        return _notebook(file, module.removeprefix(f"{file}#"))
     tree = _parsed(file.read_text(encoding="utf-8") if file.suffix == ".py" else "")
     imports, parts = _imports(tree.body), {ACTS: []}
     for node in tree.body:
@@ -171,7 +171,7 @@ def path(module: str) -> Path | None:
     or another file its path.
     """
     if "/" in module:
-        return Path(module.partition("#")[0])
+        return Path(re.sub(r"(?<=\.ipynb)#\w*$", "", module))  # a folder may have a # in its name
     stem = LIBRARY.parent / module.replace(".", "/")
     files = (stem.with_suffix(".py"), stem / "__init__.py")
     return next((file for file in files if file.is_file()), None)

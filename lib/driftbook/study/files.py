@@ -4,14 +4,17 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]))
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 
@@ -124,6 +127,28 @@ def check_safetensors(path: Path, remedy: str) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is torn ({error}); {remedy}") from None
+
+
+def check_path(path: Path, what: str) -> None:
+    """Raise a ValueError where a path has a character that Snakemake or a log cannot carry; spaces,
+    quotation marks, $ and letters of any script are fine.
+    """
+    if (mark := strange_mark(str(path))) is not None:
+        raise ValueError(f"{what} {str(path)!r} has the character {mark!r}; rename it")
+
+
+def strange_mark(name: str) -> str | None:
+    """The first brace, control character, line break or undecodable byte in a name, else None."""
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    return next((one for one in name if one in "{}" or unicodedata.category(one) in kinds), None)
+
+
+def expanded(path: str) -> str | None:
+    """A path with every ${NAME} replaced by that environment variable; None where one is not set or
+    empty. Any other $ is part of the path.
+    """
+    values = [os.environ.get(name) for name in VARIABLE.findall(path)]
+    return VARIABLE.sub(lambda _: values.pop(0), path) if all(values) else None
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:

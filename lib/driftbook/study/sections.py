@@ -1,6 +1,5 @@
 """The sections of a study file: what each key means, and what is refused as it is read."""
 
-import os
 import re
 import string
 from functools import cached_property
@@ -10,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from driftbook.study import packages
-from driftbook.study.files import ROOT
+from driftbook.study.files import ROOT, expanded
 from driftbook.study.methods import CONTROLS, INITS, METHODS, MITIGATION_KINDS, PEFT_METHODS
 from driftbook.study.trainer_arguments import check_arguments
 
@@ -56,7 +55,8 @@ class Source(Part):
 
     `source` is `miniature:NAME` (made by notebook 01), `random:FAMILY` (random weights, made by
     notebook 01), `github:OWNER/REPO/FOLDER`, or a name on the Hugging Face hub. `revision` is a
-    whole commit. A `path` may hold environment variables; it is ignored where one is not set.
+    whole commit. A `path` may hold environment variables, as ${NAME}; it is ignored where one is
+    not set.
 
     Of a model, `path` is a folder of safetensors or a GGUF file, and `source` may be such a path
     too, or a GGUF file that a package ships: `package:NAME==VERSION/FILE.gguf`, and with ` + `
@@ -87,10 +87,9 @@ class Source(Part):
         """The local path of the source, or that overrides it; None where there is none or its
         environment variable is not set.
         """
-        if (path := self.path or self._own_path) is None:
-            return None
-        path = os.path.expandvars(path)
-        return None if "$" in path else (ROOT / Path(path).expanduser()).resolve()
+        path = self.path or self._own_path
+        path = None if path is None else expanded(path)
+        return None if path is None else (ROOT / Path(path).expanduser()).resolve()
 
     @property
     def _own_path(self) -> str | None:
