@@ -2,20 +2,28 @@
 SHELL := /bin/bash
 STUDY ?= miniature
 PROFILE ?= local
+# what the caller says reaches the commands as it is, whatever signs are in it: no shell and no make reads it
+override STUDY := $(value STUDY)
+override PROFILE := $(value PROFILE)
+override DEVICE := $(value DEVICE)
+override PRICE := $(value PRICE)
+export STUDY PROFILE DEVICE PRICE
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name) >/dev/null 2>&1 && \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(name))))
-VENV := $(CURDIR)/.venv
-PY := $(VENV)/bin/python
-READY := $(VENV)/.installed
+# relative, since a target of make may hold no space; the tools are run as modules, since a script's first line cannot hold every path
+PY := .venv/bin/python
+READY := .venv/.installed
 # real public data for studies/real_data.yaml and the tests: where this folder is there, it is used instead of a download
-DRIFTBOOK_SHARED ?= $(wildcard $(CURDIR)/../shared)
-ifneq ($(DRIFTBOOK_SHARED),)
-export DRIFTBOOK_SHARED
+ifndef DRIFTBOOK_SHARED
+ifneq ($(wildcard ../shared),)
+export DRIFTBOOK_SHARED := $(CURDIR)/../shared
 endif
-export VIRTUAL_ENV := $(VENV)
-export PATH := $(VENV)/bin:$(PATH)
+endif
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
-CHECK := $(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/ruff check --quiet . && $(VENV)/bin/lint-imports --no-cache
+LINT_IMPORTS := $(PY) -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
+CHECK := $(PY) -m ruff format --check --quiet . && $(PY) -m ruff check --quiet . && $(LINT_IMPORTS) --no-cache
 .PHONY: help study plan calibrate check test bench report reread export figures publish lab lint purge
 
 help: ## this list
@@ -23,7 +31,7 @@ help: ## this list
 
 $(READY): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "driftbook needs Python 3.11 or newer; install it, or say make PYTHON=/path/to/python"; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(PY) || "$(PYTHON)" -m venv .venv
 	@echo "installing the packages of requirements.txt into .venv (once)"
 	@if command -v uv >/dev/null 2>&1; then \
 		export UV_FIND_LINKS="$$($(PY) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)"; \
@@ -32,14 +40,14 @@ $(READY): requirements.txt pyproject.toml
 	else \
 		$(PY) -m pip install -qq --disable-pip-version-check -r requirements.txt -e .; \
 	fi
-	@git config diff.ipynb.textconv "$(VENV)/bin/jupytext --to py:percent --output - --from ipynb" 2>/dev/null || true
+	@git config diff.ipynb.textconv "$(PY) -m jupytext --to py:percent --output - --from ipynb" 2>/dev/null || true
 	@touch $@
 
 study: $(READY) ## run a study from training to report; STUDY=miniature, or a file
-	@$(PY) -m driftbook.batch.make_study "$(STUDY)" "$(PROFILE)"
+	@$(PY) -m driftbook.batch.make_study "$$STUDY" "$$PROFILE"
 
 plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
-	@$(PY) -m driftbook.batch.make_plan "$(STUDY)" "$(DEVICE)" "$(PRICE)"
+	@$(PY) -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"
 
 calibrate: $(READY) ## measure this machine for make plan; writes outputs/costs.json
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m bench.calibrate
@@ -54,10 +62,10 @@ bench: $(READY) ## measure scoring against lm-evaluation-harness and our goals; 
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench
 
 export: $(READY) ## write a finished study as lm-evaluation-harness results and inspect_ai logs
-	@$(PY) -m driftbook.publishing.export "$(STUDY)"
+	@$(PY) -m driftbook.publishing.export "$$STUDY"
 
 report: $(READY) ## write report.html of a finished study again
-	@$(PY) -m driftbook.publishing.report "$(STUDY)"
+	@$(PY) -m driftbook.publishing.report "$$STUDY"
 
 reread: $(READY) ## analyse the original study and PEFT's published runs again (notebooks 20 and 22)
 	@for name in 20_original_study 22_peft_results; do \
@@ -65,17 +73,17 @@ reread: $(READY) ## analyse the original study and PEFT's published runs again (
 			&& echo "analysed again: outputs/$${name#*_}" || { cat outputs/$${name#*_}/$$name.error.txt; exit 1; }; done
 
 publish: $(READY) ## copy a finished study's text-free tables and figures to outputs/published
-	@$(PY) -m driftbook.publishing.publish "$(STUDY)"
+	@$(PY) -m driftbook.publishing.publish "$$STUDY"
 
 figures: $(READY) ## redraw every published figure from the committed tables
 	@$(PY) -m driftbook.batch.warm notebook notebooks/18_figures.ipynb outputs/figures.ipynb '{}' 2>/dev/null \
 		&& echo "redrawn: outputs/published/*/figures" || { cat outputs/figures.error.txt; exit 1; }
 
 lab: $(READY) ## open JupyterLab with the notebooks
-	@$(VENV)/bin/jupyter lab notebooks
+	@$(PY) -m jupyterlab notebooks
 
 lint: $(READY) ## check style and strip the notebooks' outputs
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+	@$(PY) -m ruff check . && $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 purge: $(READY) ## delete the responses of a study (the only table with text)
-	@$(PY) -m driftbook.batch.collecting "$(STUDY)"
+	@$(PY) -m driftbook.batch.collecting "$$STUDY"
