@@ -80,6 +80,7 @@ def load(source: str | Path | Source, dimensions: Sequence[str] | None = None) -
         ValueError: no such file, an item without one of BBQ's fields, or an option whose tag and
             text disagree on being UNKNOWN.
     """
+    dimensions = [dimensions] if isinstance(dimensions, str) else dimensions
     names = [f"{name}.jsonl" for name in dimensions or DIMENSIONS]
     folder = local_folder(source, names)
     data = folder / "data" if (folder / "data").is_dir() else folder
@@ -247,11 +248,17 @@ def answers(
     of the options' texts after the stem; the answer is the most probable of the three.
     Probabilities are normalised over the three and stand in the file's order; option_mass keeps
     what they had together. `template` and `stem` are wordings with the item's fields; a space
-    between stem and option is the stem's.
+    between stem and option is the stem's. The items have the columns of `load`; without
+    question_family it is null in the answers.
+
+    Raises:
+        ValueError: an unknown mode or order, no items, or a wording with a field that no item has.
     """
+    if mode not in TEMPLATES:
+        raise ValueError(f"mode={mode!r}; expected {' or '.join(TEMPLATES)}")
     fields, contexts = _asked(items, scorer, template or TEMPLATES[mode], system_prompt, order)
     options = [list("ABC") if mode == "letters" else _options(row) for row in fields]
-    logprobs = scorer.choices(contexts, options, [stem.format(**row) for row in fields])
+    logprobs = scorer.choices(contexts, options, _filled(stem, fields))
     in_file_order = logprobs[:, np.argsort(places(order))]
     return from_logprobs(items, in_file_order).assign(
         run_id=run_id, answer_mode=mode, prompt_variant="default", option_order=order
@@ -272,7 +279,7 @@ def generated(
     """
     fields, contexts = _asked(items, scorer, template or TEMPLATES["letters"], system_prompt, "ABC")
     if stem:
-        stems = [stem.format(**row) for row in fields]
+        stems = _filled(stem, fields)
         contexts = [
             scorer.joined(*one)[0] for one in zip(contexts, [[""]] * len(items), stems, strict=True)
         ]
@@ -366,10 +373,23 @@ def _asked(
     """Each item's fields with its options as they are shown, and the token ids up to where the
     answer begins.
     """
+    if items.empty:
+        raise ValueError("there are no items to ask")
     shown = {f"ans{i}": items[f"ans{place}"] for i, place in enumerate(places(order))}
     fields = items[["passage", "question"]].rename(columns={"passage": "context"})
     fields = fields.assign(**shown).to_dict("records")
-    return fields, scorer.ask([template.format(**row) for row in fields], system_prompt)
+    return fields, scorer.ask(_filled(template, fields), system_prompt)
+
+
+def _filled(wording: str, fields: list[dict]) -> list[str]:
+    """The wording with the fields of each item."""
+    try:
+        return [wording.format(**row) for row in fields]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"the wording {wording!r} names a field that no item has ({error}); known are"
+            f" {', '.join(fields[0])}"
+        ) from None
 
 
 def from_logprobs(
@@ -389,7 +409,7 @@ def from_logprobs(
     biased = (chosen == target) == (items.polarity == "negative").to_numpy()
     kept = ["item_id", "dimension", "context", "polarity", "question_family"]
     return (
-        items[kept]
+        items.reindex(columns=kept)
         .reset_index(drop=True)
         .assign(
             p_a=p[:, 0],

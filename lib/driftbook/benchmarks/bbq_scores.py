@@ -50,6 +50,7 @@ OUTCOMES = dict(zip(SCORES, (ACCURACY_AMB, ACCURACY_DIS, BIAS_AMB, BIAS_DIS), st
 ICC = 0.3
 # named: answered with a person that counts for the bias
 COUNTS = ("asked", "read", "scored", "correct", "named", "biased")
+NEEDED = ("context", "answer", "correct", "unknown", "biased")
 HOW = "jackknife over {}; Korn-Graubard interval"
 
 
@@ -63,24 +64,26 @@ def scores(
     """A row per group: accuracy and bias, ambiguous and disambiguated apart, each with _low and
     _high (95 %) and _se; n_amb and n_dis items asked.
 
-    `by` names any columns of `answers`; none of them gives one row over everything. The interval is
+    `answers` has a row per answer: context (ambiguous, disambiguated), answer (null where it cannot
+    be read), correct, unknown and biased (null without a defined target), and question_family or
+    item_id. `by` names any columns; none of them gives one row over everything. The interval is
     the one of `_intervals` over question families; _se is the standard deviation of `n_boot`
     resamples of families, the same draws in all groups with the same families. Items stand in for
-    families where one is missing, and the column `resampled` says which. Both are null for a group
-    with one family and for a score that is what the convention says and not what the formula gives;
-    so is the interval of a bias from a single family's answers.
+    families where one (or the column) is missing, and the column `resampled` says which. Both are
+    null for a group with one family and for a score that is what the convention says and not what
+    the formula gives; so is the interval of a bias from a single family's answers.
 
     Raises:
-        ValueError: an unknown convention, or `by` names a column that the answers lack.
+        ValueError: an unknown convention, no answers, or a column that the answers lack.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r}; expected one of {CONVENTIONS}")
-    by, unit = list(by), _unit(answers)
-    _check_one_way(answers, by)
+    by, unit = [by] if isinstance(by, str) else list(by), _unit(answers)
     if absent := [name for name in by if name not in answers]:
         raise ValueError(
             f"by={absent[0]!r}: the answers have no such column; join it to them first"
         )
+    _check_one_way(answers, by)
     frame, counts = _counts(answers, by, convention, unit)
     rows, rng = [], np.random.default_rng(seed)
     for members in _same_units(frame):
@@ -93,7 +96,13 @@ def scores(
 
 def _unit(answers: pd.DataFrame) -> str:
     """What is resampled: question families, or items where one has none."""
-    return "item_id" if answers["question_family"].isna().any() else "question_family"
+    known = "question_family" in answers and answers["question_family"].notna().all()
+    unit = "question_family" if known else "item_id"
+    if absent := [name for name in (*NEEDED, unit) if name not in answers]:
+        raise ValueError(f"the answers have no column {absent[0]!r}; bbq.answers writes it")
+    if answers.empty:
+        raise ValueError("there are no answers to score")
+    return unit
 
 
 def _check_one_way(answers: pd.DataFrame, by: list[str]) -> None:

@@ -56,7 +56,7 @@ OTHER_UPDATES = """
 """.split()  # LoRA whose update is not scale B A of one matrix
 
 
-def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
+def examine(adapter: Path | str, base: Loaded | Path | str | None = None) -> DataFrame:
     """One row per finding about an adapter's folder: finding, severity (error, warning, note),
     sentence, module (null for the whole).
 
@@ -93,6 +93,7 @@ def examine(adapter: Path, base: Loaded | Path | None = None) -> DataFrame:
     Raises:
         ValueError: there is no such folder, or it is a file. A sick adapter never raises.
     """
+    adapter, base = Path(adapter), Path(base) if isinstance(base, str) else base
     if not adapter.exists():
         raise ValueError(
             f"the adapter folder {adapter} does not exist; give the folder that holds {CONFIG}"

@@ -163,7 +163,7 @@ def matrix(frame: pd.DataFrame, column: str, units: list[str]) -> pd.DataFrame:
 
     Raises:
         ValueError: an answer stands twice (same run and unit, and same sample, judge, variant and
-            so on, as far as the frame has them).
+            so on, as far as the frame has them); not where it has neither sample nor metric.
     """
     if frame.empty:
         columns = pd.MultiIndex.from_arrays([[]] * len(units), names=units)

@@ -24,9 +24,12 @@ def rate_model(
     single "days | subject" is an intercept and a slope, correlated. Rows with a null in the formula
     are left out and counted in the notes, as are terms that are constant or aliased, and cells that
     were never run.
+
+    Raises:
+        ValueError: there is no row with a value, or no column that the formula or a group names.
     """
     started, groups = time.process_time(), (groups,) if isinstance(groups, str) else tuple(groups)
-    rates, y, right, notes = framed(rates, formula)
+    rates, y, right, notes = framed(rates, formula, groups)
     slope = _slope(rates, groups) if "|" in "".join(groups) else None
     kept, null, lost = estimable(right.to_numpy(), right.columns)
     notes += lost + never_run(rates, formula)

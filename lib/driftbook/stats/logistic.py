@@ -17,7 +17,7 @@ from driftbook.stats.mixed import Design, MixedFit, estimable, fitted, framed, n
 def item_model(
     items: pd.DataFrame,
     formula: str,
-    groups: tuple[str, ...] = ("run_id", "prompt_id"),
+    groups: str | tuple[str, ...] = ("run_id", "prompt_id"),
     trials: str | None = None,
 ) -> MixedFit:
     """A logistic mixed model of verdicts with crossed random intercepts, by Laplace's approximation
@@ -34,10 +34,10 @@ def item_model(
 
     Raises:
         ValueError: no verdict; all verdicts alike; an answer stands twice; a group that does not
-            begin with the prompts.
+            begin with the prompts; no column that the formula or a group names.
     """
-    started = time.process_time()
-    items, y, right, notes = framed(items, formula)
+    started, groups = time.process_time(), (groups,) if isinstance(groups, str) else tuple(groups)
+    items, y, right, notes = framed(items, formula, groups)
     notes += never_run(items, formula)
     n = None if trials is None else items[trials].to_numpy(float)
     grid = _grid(items, y, right.to_numpy(), groups, n)

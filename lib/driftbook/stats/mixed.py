@@ -4,6 +4,7 @@ The terms are patsy's; what the data cannot tell is dropped by name, and contras
 null.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,19 +143,31 @@ def reported(
 
 
 def framed(
-    rows: pd.DataFrame, formula: str
+    rows: pd.DataFrame, formula: str, groups: tuple[str, ...]
 ) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame, list[str]]:
     """The rows with a value for all of the formula, the response, the design, and a note on the
     rows that were left out.
+
+    Raises:
+        ValueError: there is no row, or no column that the formula or a group names.
     """
     import patsy  # here, since few notebooks fit models and statsmodels takes a second to import
 
+    if rows.empty:
+        raise ValueError(f"there is no row to fit {formula!r} to")
+    named = [part.strip() for group in groups for part in re.split(r" by |[|:]", group)]
+    if absent := [name for name in named if name not in rows]:
+        raise ValueError(f"groups={groups!r}: there is no column {absent[0]!r}")
     rows, response = rows.reset_index(drop=True), formula.partition("~")[0].strip()
     if response in rows:  # true, false and null, which patsy does not know
         known = rows[response].astype("Float64").to_numpy(float, na_value=np.nan)
         rows = rows.assign(**{response: known})
     missing = patsy.NAAction(NA_types=["None", "NaN"])
-    left, right = patsy.dmatrices(formula, rows, NA_action=missing, return_type="dataframe")
+    try:
+        left, right = patsy.dmatrices(formula, rows, NA_action=missing, return_type="dataframe")
+    except patsy.PatsyError as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"formula={formula!r} does not fit the columns ({said})") from None
     if right.empty:
         raise ValueError(f"no row has a value for {formula!r}: nothing to fit")
     notes = [f"{len(rows) - len(right)} rows left out: no value"] if len(right) < len(rows) else []
