@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 # Before driftbook or torch is imported: xdist's workers inherit what their controller sets here,
-# and so share one folder.
+# and so share one folder. Its odd name is a test: models, data, studies and jobs all lie in it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["DRIFTBOOK_OUTPUTS"] = tempfile.mkdtemp(prefix="driftbook-tests-")
+    os.environ["DRIFTBOOK_OUTPUTS"] = tempfile.mkdtemp(prefix="driftbook's tests, ü $x #")
     atexit.register(shutil.rmtree, os.environ["DRIFTBOOK_OUTPUTS"], ignore_errors=True)
 os.environ.update(
     OMP_NUM_THREADS="1",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import one_sentence
 from driftbook.batch import make_study, notebooks
@@ -142,13 +143,19 @@ def test_a_name_that_is_no_name_of_a_file_is_refused(content, section, name):
 
 
 def test_a_study_and_its_files_may_have_any_name(content, tmp_path, data_folder):
-    import yaml
+    from driftbook.benchmarks import data
 
     folder = tmp_path / ODD
     folder.mkdir()
     shutil.copy(data_folder / "sft.json", folder / "a $y's.json")
     content["data"]["sft"]["path"] = str(folder / "a $y's.json")
     (folder / "ü #1.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-    from driftbook.benchmarks import data
-
     assert len(data.training_examples("sft", load(folder / "ü #1.yaml"))) == 32
+    for mark in ("*", "?", "[", "::"):  # datasets would read other folders too
+        content["data"]["sft"]["path"] = str(tmp_path / f"a{mark}b")
+        (tmp_path / f"a{mark}b").mkdir()
+        with pytest.raises(ValueError) as error:
+            data.training_examples("sft", Study(**content))
+        assert f"{mark!r}, which the package datasets reads as a pattern" in one_sentence(
+            error.value
+        )

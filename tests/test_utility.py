@@ -27,7 +27,7 @@ from driftbook.study.tables import RATINGS
         ("1234", "1,234", True),
         ("$-5", "-5", True),
         ("5", "-5", False),
-        ("3.50", "3.5", False),
+        ("3.50", "3.5", True),
         ("", "42", False),
         ("no number", "42", False),
         ("142", "42", False),

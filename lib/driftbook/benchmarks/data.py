@@ -96,6 +96,8 @@ def _is_empty(example: dict) -> bool:
 def _rows_of(name: str, data: TrainingData, study: Study):
     """The rows, by number: a list, or a set of `datasets`, which reads those that are asked for."""
     path = locate(data, study)
+    if isinstance(path, Path) and (path.is_dir() or path.suffix == ".parquet"):
+        _check_pattern(name, path)
     if not isinstance(path, Path) or not path.is_file():
         revision = {} if isinstance(path, Path) else {"revision": data.revision}
         return _loaded(name, data, str(path), data.subset, split=data.split, **revision)
@@ -110,6 +112,15 @@ def _rows_of(name: str, data: TrainingData, study: Study):
         return csv_rows(path) if path.suffix == ".csv" else json_rows(path)
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
+
+
+def _check_pattern(name: str, path: Path) -> None:
+    """Raise a ValueError where `datasets` would take a path for a pattern, and read other files."""
+    if mark := next((mark for mark in ("*", "?", "[", "::") if mark in str(path)), None):
+        raise ValueError(
+            f"data.{name}: the path {path} has {mark!r}, which the package datasets reads as a"
+            " pattern; rename it"
+        )
 
 
 def _loaded(name: str, data: TrainingData, *arguments, **more):
