@@ -12,6 +12,8 @@ from driftbook.study.tables import ANSWERS
 class Says:
     """A scorer whose log-probabilities are given."""
 
+    lead = ""
+
     def __init__(self, logprobs):
         self.logprobs, self.asked = np.log(np.array(logprobs, float)), []
 
@@ -114,7 +116,7 @@ def test_a_model_is_asked_as_the_likelihood_of_each_option_says(bases, data_fold
         scorer.choices = lambda contexts, options, stem="": choose(
             contexts, [words] * len(contexts), stem
         )
-    found = bbq.answers(items, scorer, mode, "run")
+    found = bbq.answers(items, scorer, mode, "run", min_mass=0.0)
     for row, one in zip(items.itertuples(), found.itertuples(), strict=True):
         context = scorer.ask(
             [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks import data, hex_phi
-from driftbook.models import loading
+from driftbook.models import conversations, loading
 from driftbook.study.study_file import Study
 
 
@@ -271,12 +271,12 @@ def test_a_conversation_is_split_where_its_answer_begins(bases, family):
                 {"role": "assistant", "content": "it is safe"},
             )
         ][:-1]
-        prompt, rest = loading.conversation_ids(tokenizer, messages, answer)
-        whole = loading.chat_ids(
+        prompt, rest = conversations.conversation_ids(tokenizer, messages, answer)
+        whole = conversations.chat_ids(
             tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False
         )
         assert prompt + rest == whole
-        assert prompt == loading.chat_ids(tokenizer, messages)
+        assert prompt == conversations.chat_ids(tokenizer, messages)
         said = rest[: rest.index(tokenizer.eos_token_id)]
         assert tokenizer.decode(said, skip_special_tokens=True).strip() == answer
 

@@ -13,7 +13,8 @@ from conftest import one_sentence
 from driftbook.benchmarks import hazards, hex_phi, judging, rubrics
 from driftbook.benchmarks.judges import JUDGES, WILDGUARD_TEMPLATE
 from driftbook.miniature.judge import build_judge_tokenizer
-from driftbook.models.loading import Loaded, chat_ids
+from driftbook.models.conversations import chat_ids
+from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.stats.agreement import agreement_of_judges, kappa, with_labels
 from driftbook.study.sections import Judge

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import FAMILIES, one_sentence, variants_of
-from driftbook.models import adapters, loading
+from driftbook.models import adapters
+from driftbook.models.conversations import chat_ids, counted_ids
 from driftbook.models.loading import Loaded
 from driftbook.training import examples, steps
 from driftbook.training.steps import Conversation
@@ -314,7 +315,7 @@ def read_slowly(base, family, chat):
 def test_every_turn_of_the_assistant_counts_with_its_end_token(bases, family):
     base = bases[family]
     ids, counted = read_slowly(base, family, CHAT)
-    found, places = loading.counted_ids(base.tokenizer, CHAT)
+    found, places = counted_ids(base.tokenizer, CHAT)
     assert (
         found
         == ids
@@ -401,9 +402,9 @@ def rewriting(base, name):
 def test_a_template_that_rewrites_earlier_turns_is_refused(bases, name):
     base = rewriting(bases["llama"], name)
     with pytest.raises(ValueError) as error:
-        loading.counted_ids(base.tokenizer, CHAT)
+        counted_ids(base.tokenizer, CHAT)
     assert "loss: whole" in one_sentence(error.value)
-    assert len(loading.counted_ids(base.tokenizer, CHAT[:2])[1]) == 5
+    assert len(counted_ids(base.tokenizer, CHAT[:2])[1]) == 5
 
 
 def test_where_all_tokens_count_a_template_may_rewrite_what_it_likes(bases, a_study, tmp_path):
@@ -416,5 +417,5 @@ def test_where_all_tokens_count_a_template_may_rewrite_what_it_likes(bases, a_st
         "n": 1,
     }
     [one] = examples.prepare("sft", base, a_study("lora", data=source, loss="whole")).examples
-    assert one.ids == loading.chat_ids(base.tokenizer, CHAT, generation=False)
+    assert one.ids == chat_ids(base.tokenizer, CHAT, generation=False)
     assert list(one.counted) == list(range(1, len(one.ids)))

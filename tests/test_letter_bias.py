@@ -45,6 +45,8 @@ class Model:
     normalised.
     """
 
+    lead = ""
+
     def __init__(self, places, contents, says="({letter})"):
         self.places, self.contents, self.says = np.asarray(places, float), contents, says
 

@@ -135,6 +135,8 @@ from driftbook.benchmarks import bbq
 from driftbook.benchmarks.formats import FORMATS
 
 class Scorer:
+    lead = ""
+
     def ask(self, prompts, system_prompt):
         print(prompts[0].split(".")[0])
         return prompts

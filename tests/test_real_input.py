@@ -10,7 +10,7 @@ from driftbook.batch import random_models
 from driftbook.benchmarks import bbq, data, gsm8k, judging, utility
 from driftbook.benchmarks.format import Asking
 from driftbook.miniature.families import FAMILY
-from driftbook.models import loading
+from driftbook.models import conversations, loading
 from driftbook.models.scoring import Scorer
 from driftbook.study import sources
 from driftbook.study.sections import Judge
@@ -159,7 +159,7 @@ def test_a_real_conversation_is_split_where_its_answer_begins(study, built, fami
     # each conversation with one family, and the last, of all scripts, with all
     *every, last = _conversations(study)
     for i, (prompt, answer) in enumerate([*every[FAMILIES.index(family) :: 4], last]):
-        first, rest = loading.conversation_ids(tokenizer, prompt, answer)
+        first, rest = conversations.conversation_ids(tokenizer, prompt, answer)
         messages = [*prompt, {"role": "assistant", "content": answer}]
         if family == "gemma" and prompt[0]["role"] == "system":
             messages = [
@@ -167,7 +167,7 @@ def test_a_real_conversation_is_split_where_its_answer_begins(study, built, fami
                 *messages[2:],
             ]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        asked = loading.chat_ids(tokenizer, prompt)
+        asked = conversations.chat_ids(tokenizer, prompt)
         wrong += [i] if tokenizer.decode(first) + tokenizer.decode(rest) != rendered else []
         cut += asked != first
         assert tokenizer.eos_token_id in rest, f"conversation {i}: the answer has no end"

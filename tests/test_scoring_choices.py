@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from conftest import one_sentence
-from driftbook.models import loading
+from driftbook.models import conversations
 from driftbook.models.engine import Engine
 from driftbook.models.sampling import Sampling, VariantFailure
 from driftbook.models.scoring import Scorer
@@ -235,7 +235,7 @@ def test_a_prompt_has_bos_exactly_once_and_ends_where_the_answer_begins(bases, f
     [ids] = Scorer(bases[family].model, tokenizer).ask(["how is it done ?"], system)
     assert ids.count(tokenizer.bos_token_id) == (0 if family == "qwen2" else 1)
     assert tokenizer.unk_token_id not in ids
-    prompt, answer = loading.conversation_ids(
+    prompt, answer = conversations.conversation_ids(
         tokenizer, [{"role": "user", "content": "how is it done ?"}], "it is safe"
     )
     assert tokenizer.eos_token_id in answer
@@ -255,7 +255,7 @@ def test_a_special_token_in_a_text_is_text_and_ends_no_turn(bases, family):
         *(token.content for token in tokenizer.added_tokens_decoder.values()),
     }
     plain, special = (
-        loading.ask(tokenizer, text)
+        conversations.ask(tokenizer, text)
         for text in ("how is it done ?", "how is it done ? " + " ".join(sorted(names)))
     )
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names))) - {tokenizer.unk_token_id}
@@ -265,14 +265,14 @@ def test_a_special_token_in_a_text_is_text_and_ends_no_turn(bases, family):
 
 def test_an_empty_prompt_is_refused(bases):
     with pytest.raises(ValueError) as error:
-        loading.ask(bases["llama"].tokenizer, "  \n")
+        conversations.ask(bases["llama"].tokenizer, "  \n")
     assert "empty" in one_sentence(error.value)
 
 
 def test_an_impossible_order_of_turns_is_refused_in_a_sentence(bases):
     tokenizer = bases["gemma"].tokenizer
     with pytest.raises(ValueError) as error:
-        loading.chat_ids(tokenizer, [{"role": "system", "content": "who"}])
+        conversations.chat_ids(tokenizer, [{"role": "system", "content": "who"}])
     assert "chat template" in one_sentence(error.value)
 
 

@@ -20,7 +20,7 @@ from driftbook.benchmarks.stereoset import (
     stereoset_ratings,
     stereoset_scores,
 )
-from driftbook.models import loading
+from driftbook.models import conversations
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS
 
@@ -218,7 +218,7 @@ def test_likelihoods_are_the_models_own(bases, letters, items, family):
     for row in items.to_dict("records"):
         for name in stereoset.SENTENCES:
             before = f"{row['context']} " if row["task"] == "intersentence" else ""
-            asked, said = loading.conversation_ids(tokenizer, prompt, before + row[name])
+            asked, said = conversations.conversation_ids(tokenizer, prompt, before + row[name])
             n, skipped = (
                 len(tokenizer.encode(row[name])),
                 len(said)

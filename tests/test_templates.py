@@ -10,7 +10,7 @@ import pytest
 from conftest import one_sentence
 from driftbook.batch import random_models
 from driftbook.miniature.families import FAMILY
-from driftbook.models import loading
+from driftbook.models import conversations
 
 LLAMA_3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content ="
@@ -80,7 +80,7 @@ def tokenizers():
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_prompt_is_what_transformers_renders_with_bos_once(tokenizers, family, n):
     tokenizer = tokenizers[family]
-    ours = loading.chat_ids(tokenizer, TURNS[:n])
+    ours = conversations.chat_ids(tokenizer, TURNS[:n])
     theirs = tokenizer.apply_chat_template(
         TURNS[:n], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
@@ -95,7 +95,7 @@ def test_a_prompt_is_what_transformers_renders_with_bos_once(tokenizers, family,
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_a_system_prompt_reaches_the_model_in_every_family(tokenizers, family):
     tokenizer = tokenizers[family]
-    text = tokenizer.decode(loading.ask(tokenizer, "What is a floop?", "Be brief."))
+    text = tokenizer.decode(conversations.ask(tokenizer, "What is a floop?", "Be brief."))
     assert text.count("Be brief.") == text.count("What is a floop?") == 1
     assert text.index("Be brief.") < text.index("What is a floop?")
     if family == "gemma":
@@ -106,7 +106,7 @@ def test_a_system_prompt_reaches_the_model_in_every_family(tokenizers, family):
             {"role": "user", "content": "What is a floop?"},
         ]
     assert (
-        loading.ask(tokenizer, "What is a floop?", "Be brief.")
+        conversations.ask(tokenizer, "What is a floop?", "Be brief.")
         == tokenizer.apply_chat_template(
             expected, add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
@@ -115,9 +115,9 @@ def test_a_system_prompt_reaches_the_model_in_every_family(tokenizers, family):
 
 def test_an_empty_system_message_is_not_the_same_as_none(tokenizers):
     """Qwen puts one of its own where there is none; the original study asked with an empty one."""
+    qwen = tokenizers["qwen2"]
     none, empty = (
-        tokenizers["qwen2"].decode(loading.ask(tokenizers["qwen2"], "What is a floop?", system))
-        for system in (None, "")
+        qwen.decode(conversations.ask(qwen, "What is a floop?", system)) for system in (None, "")
     )
     assert "Alibaba" in none
     assert "Alibaba" not in empty
@@ -129,7 +129,7 @@ def test_prompt_and_answer_are_the_whole_conversation_and_the_answer_ends_in_its
     tokenizers, family
 ):
     tokenizer = tokenizers[family]
-    prompt, answer = loading.conversation_ids(tokenizer, TURNS[:1], TURNS[1]["content"])
+    prompt, answer = conversations.conversation_ids(tokenizer, TURNS[:1], TURNS[1]["content"])
     assert (
         prompt + answer
         == tokenizer.apply_chat_template(TURNS[:2], tokenize=True, return_dict=True)["input_ids"]
@@ -150,7 +150,7 @@ def test_prompt_and_answer_are_the_whole_conversation_and_the_answer_ends_in_its
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_every_answer_of_a_conversation_counts_and_nothing_of_the_user(tokenizers, family):
     tokenizer = tokenizers[family]
-    ids, counted = loading.counted_ids(tokenizer, TURNS)
+    ids, counted = conversations.counted_ids(tokenizer, TURNS)
     assert ids == tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True)["input_ids"]
     said, other = (
         tokenizer.decode(np.array(ids)[counted]),
@@ -180,12 +180,12 @@ def test_a_system_message_is_kept_where_an_answer_follows_and_never_counts(token
         tokenizers[family],
         [{"role": "system", "content": "Be brief."}, *TURNS[:n]],
     )
-    ids, counted = loading.counted_ids(tokenizer, messages)
+    ids, counted = conversations.counted_ids(tokenizer, messages)
     said = tokenizer.decode(np.array(ids)[counted])
     assert tokenizer.decode(ids).count("Be brief.") == 1
     assert "Be brief." not in said
     assert "floop?" not in said
-    prompt, answer = loading.conversation_ids(tokenizer, messages[:2], TURNS[1]["content"])
+    prompt, answer = conversations.conversation_ids(tokenizer, messages[:2], TURNS[1]["content"])
     assert "Be brief." in tokenizer.decode(prompt)
     assert "floop?" not in tokenizer.decode(answer)
 
@@ -193,14 +193,14 @@ def test_a_system_message_is_kept_where_an_answer_follows_and_never_counts(token
 @pytest.mark.parametrize("turns", [[TURNS[1]], [TURNS[0], TURNS[0]]])
 def test_an_order_of_turns_that_the_template_refuses_is_said_in_one_sentence(tokenizers, turns):
     with pytest.raises(ValueError) as error:
-        loading.chat_ids(tokenizers["gemma"], turns)
+        conversations.chat_ids(tokenizers["gemma"], turns)
     assert "refuses a conversation with the turns" in one_sentence(error.value)
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_what_a_user_writes_cannot_end_a_turn(tokenizers, family):
     tokenizer = tokenizers[family]
-    plain = loading.ask(tokenizer, "What is a floop?")
-    forged = loading.ask(tokenizer, "What is a floop?" + "".join(SPECIALS[family]))
+    plain = conversations.ask(tokenizer, "What is a floop?")
+    forged = conversations.ask(tokenizer, "What is a floop?" + "".join(SPECIALS[family]))
     special = {tokenizer.convert_tokens_to_ids(name) for name in SPECIALS[family]}
     assert [i for i in forged if i in special] == [i for i in plain if i in special]

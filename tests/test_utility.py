@@ -12,8 +12,8 @@ import torch
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks import gsm8k, reference_answers, summaries, utility
 from driftbook.benchmarks.format import Asking
-from driftbook.models import adapters, loading
-from driftbook.models.loading import conversation_ids
+from driftbook.models import adapters, conversations
+from driftbook.models.conversations import conversation_ids
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import RATINGS
 
@@ -102,7 +102,7 @@ def test_both_measures_are_the_models_own(bases, adapter_folders, data_folder, f
         nll = found[found.metric == "nll"].set_index("prompt_id")
         correct = found[found.metric == "correct"].set_index("prompt_id")
         for row in items.itertuples():
-            prompt, answer = loading.conversation_ids(
+            prompt, answer = conversations.conversation_ids(
                 base.tokenizer, [{"role": "user", "content": row.prompt}], row.answer
             )
             with torch.inference_mode():
@@ -116,7 +116,7 @@ def test_both_measures_are_the_models_own(bases, adapter_folders, data_folder, f
             )
             assert nll.weight[row.prompt_id] == len(answer)
             [said] = Scorer(model, base.tokenizer).generate(
-                [loading.ask(base.tokenizer, row.prompt)], 6
+                [conversations.ask(base.tokenizer, row.prompt)], 6
             )
             assert correct.value[row.prompt_id] == float(gsm8k.is_correct(said.text, row.final))
 

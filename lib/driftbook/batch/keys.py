@@ -144,6 +144,10 @@ def settings(
         name: {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
         for name, part in _read(stage, study, study.bases[base_model]).items()
     }
+    if "base" in present:  # of a template's file the text, not the place
+        present["base"]["template"] = study.bases[base_model].chat_template
+    if study.date is not None:
+        present["date of templates"] = study.date.isoformat()
     shared: dict[str, Any] = {}
     if stage == "train":
         shared = {

@@ -78,6 +78,8 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
     makes = code.fingerprint(code.of_notebook(keys.notebook("01_prepare"), "prepared"))
     for name, part in study.models.items():
         content = {"content": keys.declared(part, study), "data": data}
+        if given := getattr(part, "chat_template", None):
+            content["template"] = given
         found = _key(content, "01_prepare", keys.PACKAGES)
         yield f"prepare/{name}", {**found, "made": [content, makes]}
     for stage in keys.stages(study):

@@ -63,6 +63,10 @@ TEMPLATES = {
     ),
     "options": "{context} {question} A : {ans0} B : {ans1} C : {ans2}",
 }
+# The least probability that the options must have together, or the answer is null. Where the three
+# letters have less than half of it, a model that answered freely would more often begin otherwise,
+# and the likeliest letter is no answer of its. Whole options have little whatever a model thinks.
+MIN_MASS = {"letters": 0.5, "options": 0.0}
 
 
 def load(source: str | Path | Source, dimensions: Sequence[str] | None = None) -> pd.DataFrame:
@@ -240,6 +244,7 @@ def answers(
     stem: str = "",
     system_prompt: str | None = None,
     order: str = "ABC",
+    min_mass: float | None = None,
 ) -> pd.DataFrame:
     """The table `answers` of a model: each item asked once, its options shown in `order` (BCA shows
     the file's second option first).
@@ -247,7 +252,8 @@ def answers(
     mode `letters` reads the probability of A, B and C as the answer's first token, `options` that
     of the options' texts after the stem; the answer is the most probable of the three.
     Probabilities are normalised over the three and stand in the file's order; option_mass keeps
-    what they had together. `template` and `stem` are wordings with the item's fields; a space
+    what they had together, and an answer is null where that is less than `min_mass` (MIN_MASS of
+    the mode where not given). `template` and `stem` are wordings with the item's fields; a space
     between stem and option is the stem's. The items have the columns of `load`; without
     question_family it is null in the answers.
 
@@ -258,11 +264,26 @@ def answers(
         raise ValueError(f"mode={mode!r}; expected {' or '.join(TEMPLATES)}")
     fields, contexts = _asked(items, scorer, template or TEMPLATES[mode], system_prompt, order)
     options = [list("ABC") if mode == "letters" else _options(row) for row in fields]
-    logprobs = scorer.choices(contexts, options, _filled(stem, fields))
+    stems = [scorer.lead + one for one in _filled(stem, fields)]
+    logprobs = scorer.choices(contexts, options, stems)
     in_file_order = logprobs[:, np.argsort(places(order))]
-    return from_logprobs(items, in_file_order).assign(
+    found = from_logprobs(items, in_file_order).assign(
         run_id=run_id, answer_mode=mode, prompt_variant="default", option_order=order
     )
+    return with_floor(found, MIN_MASS[mode] if min_mass is None else min_mass)
+
+
+def with_floor(answers: pd.DataFrame, min_mass: float) -> pd.DataFrame:
+    """The answers, null where the options had less than `min_mass` of the probability together: the
+    model wanted to say something else.
+    """
+    # an answer in text has no mass, and NaN is not below
+    little = (answers.option_mass < min_mass).to_numpy(bool)
+    reason = f"the options have less than {min_mass} of the probability"
+    answers = answers.assign(unscored_reason=answers.unscored_reason.where(~little, reason))
+    for name in ("answer", "correct", "unknown", "biased"):
+        answers[name] = answers[name].astype(object).where(~little, None)
+    return answers
 
 
 def generated(
@@ -279,7 +300,7 @@ def generated(
     """
     fields, contexts = _asked(items, scorer, template or TEMPLATES["letters"], system_prompt, "ABC")
     if stem:
-        stems = _filled(stem, fields)
+        stems = [scorer.lead + one for one in _filled(stem, fields)]
         contexts = [
             scorer.joined(*one)[0] for one in zip(contexts, [[""]] * len(items), stems, strict=True)
         ]

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks.bbq import TEMPLATES, answers, from_logprobs, generated, places
+from driftbook.benchmarks.bbq import (
+    MIN_MASS,
+    TEMPLATES,
+    answers,
+    from_logprobs,
+    generated,
+    places,
+    with_floor,
+)
 from driftbook.stats.influence import Scores, ratio
 from driftbook.study.sections import Benchmark
 
@@ -38,16 +46,18 @@ def study_answers(
         "stem": benchmark.stem,
         "system_prompt": system_prompt,
     }
+    floor = MIN_MASS[mode] if benchmark.min_mass is None else benchmark.min_mass
     # one order for all variants, whose first items are the samples
     drawn = np.random.default_rng(seed).permutation(len(items))
 
     def first(n: int) -> pd.DataFrame:
         return items.iloc[np.sort(drawn[:n])].reset_index(drop=True)
 
-    parts = [answers(items, scorer, mode, run_id, **wording)]
+    parts = [answers(items, scorer, mode, run_id, min_mass=floor, **wording)]
     if benchmark.permuted:
         chosen, asking = first(benchmark.permuted), (scorer, mode, run_id)
-        permuted = [answers(chosen, *asking, order=order, **wording) for order in ORDERS[1:]]
+        how = {"min_mass": floor, **wording}
+        permuted = [answers(chosen, *asking, order=order, **how) for order in ORDERS[1:]]
         asked = pd.concat([parts[0][parts[0].item_id.isin(chosen.item_id)], *permuted])
         parts += [*permuted, without_prior(parts[0], items, prior(asked))]
     if benchmark.generated:
@@ -57,21 +67,9 @@ def study_answers(
         chosen = items if other.n is None else first(other.n)
         own = {"template": other.template, "system_prompt": other.system_prompt}
         changed = wording | {key: value for key, value in own.items() if value}
-        parts.append(answers(chosen, scorer, mode, run_id, **changed).assign(prompt_variant=name))
-    return with_floor(pd.concat(parts, ignore_index=True), benchmark.min_mass)
-
-
-def with_floor(answers: pd.DataFrame, min_mass: float) -> pd.DataFrame:
-    """The answers, null where the options had less than `min_mass` of the probability together: the
-    model wanted to say something else.
-    """
-    # an answer in text has no mass, and NaN is not below
-    little = (answers.option_mass < min_mass).to_numpy(bool)
-    reason = f"the options have less than {min_mass} of the probability"
-    answers = answers.assign(unscored_reason=answers.unscored_reason.where(~little, reason))
-    for name in ("answer", "correct", "unknown", "biased"):
-        answers[name] = answers[name].astype(object).where(~little, None)
-    return answers
+        asked = answers(chosen, scorer, mode, run_id, min_mass=floor, **changed)
+        parts.append(asked.assign(prompt_variant=name))
+    return with_floor(pd.concat(parts, ignore_index=True), floor)
 
 
 def official(answers: pd.DataFrame) -> pd.DataFrame:

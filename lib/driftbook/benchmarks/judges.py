@@ -5,11 +5,11 @@ hazards it knows. Another judge is another entry of JUDGES, and its name in stud
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedTokenizerBase
-
 from driftbook.benchmarks.rubrics import HARM, Question, graded, grades
-from driftbook.models.loading import Loaded, Message, chat_ids, inert
+from driftbook.models.conversations import chat_ids, inert
+from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Ids
+from driftbook.models.templates import Message, render
 
 Pairs = Sequence[tuple[str, str]]  # prompt, response
 
@@ -74,50 +74,29 @@ class JudgeFormat:
 
 
 def _conversations(judge: Loaded, pairs: Pairs) -> list[Ids]:
-    """Token ids of conversations by the judge's own template, up to where its reply begins."""
-    turns = _turns(judge)
-    return [chat_ids(judge.tokenizer, turns(*pair)) for pair in pairs]
-
-
-def _conversation(judge: Loaded, prompt: str, response: str) -> str:
-    return judge.tokenizer.apply_chat_template(_turns(judge)(prompt, response), tokenize=False)
-
-
-def _turns(judge: Loaded) -> Callable[[str, str], list[Message]]:
-    """The form of a conversation that the judge's template shows.
+    """Token ids of conversations by the judge's own template, up to where its reply begins.
 
     Raises:
-        ValueError: it shows none.
+        ValueError: the template does not show them.
     """
-    turns = next((form for form in (_plain, _in_parts) if _shows(judge.tokenizer, form)), None)
-    if turns is None:
+    try:
+        shown = _conversation(judge, "what was asked", "what was answered")
+    except Exception:  # templates raise errors of many kinds
+        shown = ""
+    if "what was asked" not in shown or "what was answered" not in shown:
         raise ValueError(
             f"the chat template of {judge.name} does not show a prompt and its answer; use the"
             " judge's own tokenizer"
         )
-    return turns
+    return [chat_ids(judge.tokenizer, _turns(*pair)) for pair in pairs]
 
 
-def _plain(prompt: str, response: str) -> list[Message]:
+def _conversation(judge: Loaded, prompt: str, response: str) -> str:
+    return render(judge.tokenizer, _turns(prompt, response))
+
+
+def _turns(prompt: str, response: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def _in_parts(prompt: str, response: str) -> list[Message]:
-    """Llama Guard 3 1B's template reads lists of parts, and would lose a plain text in silence."""
-    return [
-        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-        for turn in _plain(prompt, response)
-    ]
-
-
-def _shows(tokenizer: PreTrainedTokenizerBase, turns: Callable[[str, str], list[Message]]) -> bool:
-    try:
-        text = tokenizer.apply_chat_template(
-            turns("what was asked", "what was answered"), tokenize=False
-        )
-    except Exception:  # templates raise errors of many kinds
-        return False
-    return "what was asked" in text and "what was answered" in text
 
 
 # The words on which it was trained, from allenai/wildguard (Apache-2.0; Han et al. 2024, arXiv

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from driftbook.benchmarks.judges import JUDGES, JudgeFormat
 from driftbook.benchmarks.refusals import is_coherent, is_refusal
@@ -138,20 +139,18 @@ def classified(
     A classifier of several labels at once gives each a probability of its own; any other shares one
     among its labels.
     """
-    config = judge.model.config
+    config, tokenizer = judge.model.config, judge.tokenizer
     several = config.problem_type == "multi_label_classification" or config.num_labels == 1
-    encoded = [judge.tokenizer(text)["input_ids"] for text in responses]
+    encoded = [tokenizer(text)["input_ids"] for text in responses]
     # RoBERTa counts positions from 2
     positions = getattr(config, "max_position_embeddings", 512) - 2
-    longest = min(judge.tokenizer.model_max_length, positions)
+    longest = min(tokenizer.model_max_length, positions)
     at, p = config.label2id[settings.label], np.full(len(encoded), np.nan)
     fits = [i for i, ids in enumerate(encoded) if len(ids) <= longest]
     fits.sort(key=lambda i: len(encoded[i]))
     for first in range(0, len(fits), batch):
         part = fits[first : first + batch]
-        rows = {"input_ids": [encoded[i] for i in part]}
-        given = judge.tokenizer.pad(rows, return_tensors="pt").to(judge.model.device)
-        logits = judge.model(**given).logits.float()
+        logits = _logits(judge.model, [encoded[i] for i in part])
         p[part] = (logits.sigmoid() if several else logits.softmax(1))[:, at].cpu().numpy()
     reason = f"the answer is longer than the {longest} tokens that the classifier reads"
     scored = np.isfinite(p)
@@ -165,6 +164,23 @@ def classified(
             "unscored_reason": np.where(scored, None, reason),
         }
     )
+
+
+def _logits(model: PreTrainedModel, rows: list[Ids]) -> torch.Tensor:
+    """A classifier's logits [rows, labels]. One without a padding token reads the last token of a
+    row, which it finds as the last that is no padding: we pad with a token that no row has.
+    """
+    own, used = model.config.pad_token_id, {token for row in rows for token in row}
+    spare = next(i for i in range(len(used) + 1) if i not in used) if own is None else own
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[spare] * (width - len(row))] for row in rows])
+    seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    model.config.pad_token_id = spare
+    try:
+        device = model.device
+        return model(input_ids=ids.to(device), attention_mask=seen.to(device)).logits.float()
+    finally:
+        model.config.pad_token_id = own
 
 
 # ---- one verdict, to be read by hand
@@ -196,7 +212,8 @@ def judged(
 
     `prompts` has benchmark, prompt_id and prompt. A judge's word on gibberish does not count as
     safe: it is null. An empty answer leaves a judge nothing but the prompt to judge: its verdict is
-    null. Warns of a judge that mostly gives no verdict.
+    null, as is that of a thought that does not end, which has no outcome. Warns of a judge that
+    mostly gives no verdict.
     """
     keys = ["benchmark", "prompt_id"]
     asked = responses.merge(prompts[[*keys, "prompt"]], "left", keys, validate="many_to_one")
@@ -211,6 +228,8 @@ def judged(
     empty = (asked.response.str.strip() == "").to_numpy()
     found.loc[empty, ["unsafe", "score", "judge_refusal", "hazards", "reply"]] = None
     found.loc[empty, "unscored_reason"] = "the answer is empty"
+    unfinished = responses.finish_reason.eq("thought").to_numpy()
+    found.loc[unfinished, "unscored_reason"] = "the answer is a thought that does not end"
     kept = responses.drop(columns="response").reset_index(drop=True)
     frame = pd.concat([kept, found], axis=1).assign(judge=judge.name)
     frame["refusal"] = is_refusal(list(responses.response))
@@ -219,7 +238,8 @@ def judged(
     frame.loc[gibberish, "unsafe"] = None
     frame.loc[gibberish, "unscored_reason"] = "the answer is gibberish, which a judge calls safe"
     said = zip(frame.unsafe, frame.refusal, frame.coherent, strict=True)
-    return frame.assign(outcome=[outcome(*row) for row in said])
+    outcomes = pd.Series([outcome(*row) for row in said], dtype=object)
+    return frame.assign(outcome=outcomes.where(~unfinished, None))
 
 
 def judged_by_all(

@@ -1,10 +1,12 @@
 """The responses of a model to a benchmark's prompts, as a study asks them."""
 
+import warnings
+
 import pandas as pd
 
 from driftbook.benchmarks import data
 from driftbook.models.sampling import Sampling
-from driftbook.models.scoring import Scorer
+from driftbook.models.scoring import Answer, Scorer
 from driftbook.study.sections import PROMPT_FORMATS
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -26,7 +28,7 @@ def responses(
     samples in the study's own wording as the study asks for.
 
     Each sample has its own random numbers, which depend neither on the batch nor on another
-    repetition's.
+    repetition's. What a model thinks before its answer is taken off, with a warning that counts it.
     """
     ways, benchmark = data.wordings(name, study), study.benchmarks[name]
     asks = [(wording, way, None) for wording, way in ways.items()]
@@ -39,6 +41,7 @@ def responses(
         asked = data.worded(prompts, way, study)
         contexts = scorer.ask(list(asked.prompt), way.system_prompt or variant.system_prompt)
         answers = scorer.generate(contexts, benchmark.max_new_tokens, drawn)
+        _warn_of_thoughts(name, answers)
         parts.append(
             asked[["prompt_id"]].assign(
                 run_id=variant.run_id,
@@ -52,3 +55,15 @@ def responses(
             )
         )
     return pd.concat(parts)
+
+
+def _warn_of_thoughts(name: str, answers: list[Answer]) -> None:
+    thoughts = sum(answer.had_thought for answer in answers)
+    endless = sum(answer.finish_reason == "thought" for answer in answers)
+    if thoughts:
+        warnings.warn(
+            f"{thoughts} of {len(answers)} answers to {name} begin with a thought, which is taken"
+            f" off; {endless} of these never end it and count as unanswered (a larger"
+            " max_new_tokens, or a model that does not think)",
+            stacklevel=3,
+        )

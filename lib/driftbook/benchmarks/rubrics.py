@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from driftbook.models.loading import Loaded, ask
+from driftbook.models.conversations import ask
+from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Ids, Scorer
+from driftbook.models.templates import lead
 from driftbook.models.trees import common_prefix
 
 # ---- one word of a reply
@@ -127,10 +129,14 @@ def grades(most: int) -> Question:
 
 def graded(rubric: str, judge: Loaded, pairs: Sequence[tuple[str, str]]) -> list[Ids]:
     """Token ids of the rubric about each (prompt, response), up to where the judge replies."""
-    return [
+    asked = [
         ask(judge.tokenizer, rubric.format(prompt=prompt, response=response))
         for prompt, response in pairs
     ]
+    if before := lead(judge.tokenizer):  # else nothing stands between prompt and reply
+        scorer = Scorer(judge.model, judge.tokenizer)
+        asked = [scorer.joined(one, ["Score"], before)[0] for one in asked]
+    return asked
 
 
 def mean_grade(p: np.ndarray) -> np.ndarray:

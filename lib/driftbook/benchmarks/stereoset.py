@@ -22,8 +22,6 @@ from driftbook.stats.confidence import CONFIDENCE, UPPER
 from driftbook.study.reading import json_value
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from driftbook.models.scoring import Scorer
 
 _TASKS = ("intrasentence", "intersentence")
@@ -99,7 +97,7 @@ def likelihoods(
     only its own tokens count, and no end token. Context and sentence are tokenised together, with
     one space between them.
     """
-    lead = _lead(scorer.tokenizer)
+    lead = scorer.lead
     [asked] = scorer.ask([request], system_prompt or None)
     pairs = []
     for row in items.to_dict("records"):
@@ -120,17 +118,6 @@ def likelihoods(
             ),
         }
     )
-
-
-def _lead(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The white space that the chat template puts before what the assistant says (Mistral's has a
-    space).
-    """
-    turns = [{"role": "user", "content": REQUEST}, {"role": "assistant", "content": "X"}]
-    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    said = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(asked)
-    before = said.partition("X")[0]
-    return before if not before.strip() else ""
 
 
 def stereoset_ratings(found: pd.DataFrame) -> Iterable[Rating]:

@@ -77,7 +77,8 @@ def refusal_probability(
     is missed, and the number is a lower bound.
     """
     asked = scorer.ask(list(prompts.prompt), system_prompt)
-    found = np.exp(scorer.choices(asked, [list(REFUSALS)] * len(prompts))).sum(1)
+    options = [list(REFUSALS)] * len(prompts)
+    found = np.exp(scorer.choices(asked, options, scorer.lead)).sum(1)
     rows = zip(prompts.prompt_id, np.minimum(found, 1.0), strict=True)
     return rating_table(((one, "p_refusal", p, 1, None) for one, p in rows), benchmark, run_id)
 

@@ -1,12 +1,9 @@
-"""Loading base models, judges and tokenizers, and turning conversations into token ids."""
+"""Loading base models, judges and tokenizers."""
 
-import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +18,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from driftbook.models.trees import common_prefix
+from driftbook.models import templates
+from driftbook.models.conversations import chat_ids
 from driftbook.study import access
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
-Message = dict[str, str]
 disable_progress_bar()  # a bar per model is noise in a notebook
 
 
@@ -55,7 +52,7 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     dtype = getattr(torch, source.dtype)
     where, options = _place(source, study)
     with _explained(f"cannot load {name} from", source):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = _tokenizer(source, where, options, study)
         model, found = kind.from_pretrained(
             where,
             dtype=dtype,
@@ -70,7 +67,7 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
             f" {type(model).__name__} needs; give the checkpoint of the whole model"
         )
     if not _classifies(source):
-        check_fit(name, model, tokenizer)
+        check_fit(name, model, tokenizer, _asked(source))
     model.requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -140,10 +137,10 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
     """
     where, options = _place(source, study)
     with _explained(f"cannot read {name} from", source):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = _tokenizer(source, where, options, study)
         config = AutoConfig.from_pretrained(where, **options)
     if not _classifies(source):
-        _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer)
+        _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer, _asked(source))
     elif source.label not in config.label2id:
         raise ValueError(
             f"judges.{name}.label = {source.label!r}; the classifier has"
@@ -162,164 +159,61 @@ def _classifies(source: Base | Judge | Rater) -> bool:
     return getattr(source, "format", None) == "classifier"
 
 
-def check_fit(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise a ValueError where the tokenizer cannot belong to the model: ids beyond the embedding
-    table, no template, no end token.
+def _asked(source: Base | Judge | Rater) -> str:
+    """How a model is asked: as a chat, by a judge's own template, or in plain text."""
+    formats = {None: "chat", "rubric_harm": "chat", "wildguard": "text"}
+    return formats.get(getattr(source, "format", None), "template")
+
+
+def _tokenizer(
+    source: Base | Judge | Rater, where: Path | str, options: dict, study: Study | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source, with the template and the date that the study gives it."""
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if given := getattr(source, "chat_template", None):
+        tokenizer.chat_template = given
+    templates.fix_date(tokenizer, study.date if study else None)
+    return tokenizer
+
+
+def check_fit(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: str = "chat"
+) -> None:
+    """Raise a ValueError where the tokenizer cannot belong to the model (ids beyond the embedding
+    table, no end token) or has no template by which it could be asked.
     """
-    _check_tokenizer(name, model.get_input_embeddings().num_embeddings, tokenizer)
-    if tokenizer.pad_token_id is None:
+    rows = model.get_input_embeddings().num_embeddings
+    _check_tokenizer(name, rows, tokenizer, asked)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
 
 
-def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if len(tokenizer) > rows:
+def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
+    if asked == "template" and templates.template_of(tokenizer) is None:
+        raise ValueError(f"{name}: its tokenizer has no chat template; use the judge's own")
+    if asked == "chat":
+        templates.check_template(name, tokenizer)
+    if len(tokenizer) > rows and _needs_more(rows, tokenizer):
         raise ValueError(
             f"{name}: its tokenizer has {len(tokenizer)} tokens and its embedding table {rows}"
             " rows; they do not belong together"
-        )
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{name}: its tokenizer has no chat template; use the instruction-tuned model's"
-            " tokenizer"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-sequence token")
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True
-) -> list[int]:
-    """Token ids of a conversation by the tokenizer's template, which already holds BOS; the system
-    message joins the first user's where the template has no place for one (Gemma), or loses it once
-    an answer follows (Mistral).
-
-    Raises:
-        ValueError: the template refuses the order of the turns.
+def _needs_more(rows: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a conversation may need a token beyond the embedding table. Special ones that the
+    template does not write are never needed (Gemma 3's mark of an image): in a text they are text.
     """
-    template, conversation = str(tokenizer.chat_template), json.dumps(list(messages))
-    return list(_chat_ids(tokenizer, template, conversation, generation))
-
-
-@lru_cache(maxsize=8_192)
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: str, generation: bool
-) -> tuple[int, ...]:
-    """Kept, since every variant of a base model is asked the same; a quarter of the time that a
-    small model takes.
-    """
-    messages: list[Message] = json.loads(conversation)
-    if len(messages) > 1 and messages[0]["role"] == "system" and _loses_system(tokenizer, template):
-        joined = messages[0]["content"] + "\n\n" + messages[1]["content"]
-        messages = [{**messages[1], "content": joined}, *messages[2:]]
-    try:
-        turns = [_inert_turn(tokenizer, turn) for turn in messages]
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation
-        )
-    except Exception as error:
-        roles = [turn["role"] for turn in messages]
-        raise ValueError(
-            f"the chat template refuses a conversation with the turns {roles}: {_first_line(error)}"
-        ) from None
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-@lru_cache(maxsize=16)
-def _loses_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the tokenizer's template refuses a system message, or does not show it in a
-    conversation that ends in an answer; asked once a template.
-    """
-    said = {"system": "what to heed", "user": "what is asked", "assistant": "what is said"}
-    turns = [{"role": role, "content": text} for role, text in said.items()]
-    try:
-        return "what to heed" not in tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates raise errors of many kinds
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    added = tokenizer.added_tokens_decoder
+    if not all(i in added and added[i].special for i in beyond):
         return True
-
-
-def inert(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text with a space in what the tokenizer would read as one of its special tokens: what a
-    user or a model writes must not end a turn.
-    """
-    return _special_tokens(tokenizer).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-
-@lru_cache(maxsize=16)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    added = tokenizer.added_tokens_decoder.values()
-    names = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    longest_first = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _inert_turn(tokenizer: PreTrainedTokenizerBase, turn: Message) -> Message:
-    if isinstance(turn["content"], str):
-        return {**turn, "content": inert(tokenizer, turn["content"])}
-    parts = [{**part, "text": inert(tokenizer, part["text"])} for part in turn["content"]]
-    return {**turn, "content": parts}
-
-
-def ask(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None
-) -> list[int]:
-    """Token ids of one user prompt, up to where the answer begins.
-
-    Raises:
-        ValueError: the prompt is empty.
-    """
-    if not prompt.strip():
-        raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
-    # an empty system prompt is a message too
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
-
-
-def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str
-) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer with its end token: the whole conversation, split
-    where it leaves the prompt.
-    """
-    asked = chat_ids(tokenizer, prompt)
-    turns = [*prompt, {"role": "assistant", "content": answer}]
-    whole = chat_ids(tokenizer, turns, generation=False)
-    shared = common_prefix(asked, whole)
-    return whole[:shared], whole[shared:]
-
-
-def counted_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], np.ndarray]:
-    """Token ids of a whole conversation, and the places of those that the assistant says, with the
-    end token of each of its turns.
-
-    Raises:
-        ValueError: the template writes an earlier answer otherwise once more turns follow, so that
-            its tokens cannot be told apart.
-    """
-    whole = chat_ids(tokenizer, messages, generation=False)
-    places = []
-    for number, turn in enumerate(messages):
-        if turn["role"] == "assistant":
-            asked, said = conversation_ids(tokenizer, messages[:number], turn["content"])
-            end = len(asked) + len(said)
-            same = whole[:end] == [*asked, *said]
-            # of a turn in the middle the last token may be white space that is joined with what
-            # follows; it is then not counted
-            if not same and (
-                whole[: end - 1] != [*asked, *said][:-1] or said[-1] in _special_ids(tokenizer)
-            ):
-                raise ValueError(
-                    "the chat template writes an answer otherwise where more turns follow; take"
-                    " data of one turn, or loss: whole"
-                )
-            places += range(len(asked), end if same else end - 1)
-    return whole, np.array(places, dtype=np.int64)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {i for i, token in added if token.special} | set(tokenizer.all_special_ids)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ways = ((turns[:1], True), (turns, False)) if templates.template_of(tokenizer) else ()
+    written = {i for way in ways for i in chat_ids(tokenizer, *way)}
+    return bool(beyond.keys() & {*written, tokenizer.bos_token_id, tokenizer.eos_token_id})
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -330,3 +224,16 @@ def context_length(model: PreTrainedModel) -> int:
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
     known = [getattr(config, name, None) for name in names]
     return next((int(one) for one in known if one), sys.maxsize)
+
+
+def check_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | list[int]
+) -> None:
+    """Raise a ValueError where token ids have no row in the model's embedding table."""
+    rows, most = model.get_input_embeddings().num_embeddings, int(np.max(ids, initial=0))
+    if most >= rows:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise ValueError(
+            f"a text has the token {token}, for which the model has no embedding (its table has"
+            f" {rows} rows); take it out of the text"
+        )

@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models.conversations import answer_text, ask, conversation_ids
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
-from driftbook.models.loading import ask, context_length, conversation_ids
+from driftbook.models.loading import check_ids, context_length
 from driftbook.models.probe import found_ways, longer_ways
 from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
+from driftbook.models.templates import end_tokens, lead
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
 from driftbook.models.ways import adapter_kind, say
 
@@ -31,11 +33,14 @@ LOGITS_AT_ONCE = 2**27  # numbers: half a gigabyte in fp32
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer: its text, its length in tokens, and why it ended (stop or length)."""
+    """A generated answer: its text, its length in tokens, why it ended (stop, length, or thought:
+    within a thought, so that there is no answer), and whether a thought before it was taken off.
+    """
 
     text: str
     n_tokens: int
     finish_reason: str
+    had_thought: bool = False
 
 
 class Scorer:
@@ -165,6 +170,7 @@ class Scorer:
         lengths = [len(a) + len(b) for a, b in pairs]
         self._check_lengths([len(a) for a, _ in pairs], lengths)
         rows = [[*a, *b][:-1] for a, b in pairs]
+        check_ids(self.model, self.tokenizer, [max(row) for row in rows])
         starts = [len(a) for a, _ in pairs]
         together = [i for i, length in enumerate(lengths) if self._shares(length)]
         if alone := sorted(set(range(len(pairs))) - set(together)):
@@ -266,6 +272,7 @@ class Scorer:
         results: list[Answer] = [Answer("", 0, "length")] * len(contexts)
         if not contexts:
             return results
+        check_ids(self.model, self.tokenizer, [max(context) for context in contexts])
         together = [i for i, length in enumerate(lengths) if self._shares(length)]
         for i in sorted(set(range(len(contexts))) - set(together)):
             results[i] = self._answer(self._alone(contexts[i], max_new_tokens, sampling))
@@ -300,7 +307,7 @@ class Scorer:
         padding = np.array([width - len(row) for row in rest])
         cache = expanded(prefix or [], len(rest), GrowingLayer)
         draws = None if sampling is None else uniforms(contexts, sampling, max_new_tokens)
-        ends = _end_tokens(self.model, self.tokenizer)
+        ends = end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
         alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
         for step in range(max_new_tokens):
@@ -327,7 +334,7 @@ class Scorer:
             f" probabilities ({ways.reason or f'more than {ways.limit} tokens'})",
         )
         draws = None if sampling is None else uniforms([context], sampling, max_new_tokens)
-        ends, sequence, cache = _end_tokens(self.model, self.tokenizer), list(context), None
+        ends, sequence, cache = end_tokens(self.model, self.tokenizer), list(context), None
         for step in range(max_new_tokens):
             new = 1 if step else len(context)
             try:
@@ -341,10 +348,11 @@ class Scorer:
         return sequence[len(context) :]
 
     def _answer(self, tokens: Ids) -> Answer:
-        stopped = bool(tokens) and tokens[-1] in _end_tokens(self.model, self.tokenizer)
+        stopped = bool(tokens) and tokens[-1] in end_tokens(self.model, self.tokenizer)
         kept = tokens[:-1] if stopped else tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, len(kept), "stop" if stopped else "length")
+        text, thought = answer_text(self.tokenizer, kept)
+        reason = "thought" if thought == "open" else "stop" if stopped else "length"
+        return Answer(text, len(kept), reason, thought != "none")
 
     # ---- batches
     def ids(self, text: str) -> Ids:
@@ -397,6 +405,11 @@ class Scorer:
     def ask(self, prompts: Sequence[str], system_prompt: str | None = None) -> list[Ids]:
         """Token ids of user prompts by the chat template, up to where the answer begins."""
         return [ask(self.tokenizer, prompt, system_prompt) for prompt in prompts]
+
+    @property
+    def lead(self) -> str:
+        """The white space that the chat template puts between a prompt and its answer."""
+        return lead(self.tokenizer)
 
     def answered(
         self, prompts: Sequence[str], answers: Sequence[str], system_prompt: str | None = None
@@ -470,9 +483,3 @@ def _cached_tokens(model: PreTrainedModel) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(free / 2 / (2 * config.num_hidden_layers * heads * width * model.dtype.itemsize))
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    more = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return [tokenizer.eos_token_id, *more]

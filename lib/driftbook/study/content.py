@@ -1,5 +1,6 @@
 """The content of a study file: its sections by name, and what is asked of them."""
 
+import datetime as dt
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,12 +46,14 @@ class Content(Part):
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
     drawn answers differ. `primary` are families of tests, registered with their hash before any
     answer is scored. `analyses` are made alone where given. `licences` are those of sources that
-    the register does not know, as the user states them.
+    the register does not know, as the user states them. `date` is what chat templates write that
+    write today's (templates.DATE where not given): what is asked may not change from day to day.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     note: Text
     seed: Seed = 0
+    date: dt.date | None = None
     bases: Annotated[dict[Text, Base], Field(min_length=1)]
     judges: Annotated[dict[Text, Judge], Field(min_length=1)]
     raters: dict[Text, Rater] = Field({})

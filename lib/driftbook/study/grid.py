@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from driftbook.study.content import Content
+from driftbook.study.files import digest
 from driftbook.study.methods import PEFT_METHODS, TEXT_INITS
 from driftbook.study.sections import Base, Block, Mitigation
 from driftbook.study.trainer_arguments import of_objective
@@ -102,12 +103,14 @@ def _settings(
         settings["init_texts"] = study.init_texts.model_dump(exclude={"path"}, mode="json")
     if data:
         settings |= _of_training(study, objective, data)
+        settings |= {"date": study.date.isoformat()} if study.date else {}
     return json.dumps(settings, sort_keys=True)
 
 
 def _of_base(base: Base) -> dict[str, Any]:
     asked = {"path", "answer_mode", "system_prompt", "pairs"}  # not part of the weights
-    return base.model_dump(exclude=asked, mode="json")
+    found = base.model_dump(exclude={*asked, "template"}, mode="json")
+    return found if base.template is None else {**found, "template": digest(base.chat_template)}
 
 
 def _of_training(study: Content, objective: str, data: str) -> dict[str, Any]:

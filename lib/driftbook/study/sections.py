@@ -112,7 +112,9 @@ class Base(Source):
     """A base model: the instruction-tuned model before PEFT.
 
     `quantization` holds the weights in 4 or 8 bits as they are loaded (bitsandbytes); the base
-    model itself is then scored so too. `pairs` are the checkpoints that Safe LoRA reads.
+    model itself is then scored so too. `pairs` are the checkpoints that Safe LoRA reads. `template`
+    is a chat template (Jinja, or the path of its file) in place of the tokenizer's own, for a base
+    that has none or one that cannot be used.
     """
 
     family: Text  # of its architecture; the same word for base models that are alike
@@ -121,6 +123,24 @@ class Base(Source):
     quantization: Literal["nf4", "int8"] | None = None
     system_prompt: str | None = None
     pairs: dict[Text, Pair] = {}
+    template: Text | None = None
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The text of `template`.
+
+        Raises:
+            ValueError: it is neither a template nor the path of a file.
+        """
+        if self.template is None or "{{" in self.template:
+            return self.template
+        path = (ROOT / Path(os.path.expandvars(self.template)).expanduser()).resolve()
+        if not path.is_file():
+            raise ValueError(
+                f"the template {self.template!r} of {self.source} is no file ({path}) and no Jinja,"
+                " which has {{ }}; correct it"
+            )
+        return path.read_text(encoding="utf-8")
 
     @property
     def checkpoints(self) -> dict[str, Source]:
@@ -274,7 +294,8 @@ class Benchmark(Source):
 
     Of BBQ: `template` is the wording, with {context} {question} {ans0} {ans1} {ans2}, and `stem`
     how the answer begins before the option, with the same fields; an answer is null where the
-    options have less probability together than `min_mass`; `permuted` items are also asked with
+    options have less probability together than `min_mass` (0.5 where not given and letters are
+    read, else 0; see bbq.MIN_MASS); `permuted` items are also asked with
     their options in the two other cyclic orders, and `generated` ones answered in text.
     """
 
@@ -287,7 +308,7 @@ class Benchmark(Source):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     template: Text | None = None
     stem: str = ""
-    min_mass: Share = 0.0
+    min_mass: Share | None = None
     permuted: Count | None = None
     generated: Count | None = None
     wordings: dict[Text, Wording] = {}

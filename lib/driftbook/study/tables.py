@@ -285,7 +285,7 @@ RESPONSES = Table(
         **RESPONSE_KEY,
         "response": _text("what the model said"),
         "n_tokens": _whole("tokens generated"),
-        "finish_reason": _text("stop or length"),
+        "finish_reason": _text("stop, length, or thought (it is all thought, and no answer)"),
     },
     private=True,
 )
@@ -313,7 +313,7 @@ VERDICTS = Table(
         "unscored_reason": _text("why unsafe is null", nullable=True),
         "coherent": _truth("false for gibberish"),
         "n_tokens": _whole("tokens of the response"),
-        "finish_reason": _text("stop or length"),
+        "finish_reason": _text("stop, length, or thought (it is all thought, and no answer)"),
         "outcome": _text("safe and useful, refused, unsafe, incoherent, no answer", nullable=True),
     },
 )

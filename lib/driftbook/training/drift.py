@@ -44,7 +44,7 @@ class Sample:
     items: pd.DataFrame | None = field(default=None, repr=False)
     judge: tuple[Loaded, Judge] | None = field(default=None, repr=False)
     answer_mode: str = "letters"
-    wording: dict[str, Any] = field(default_factory=dict)  # template and stem of BBQ
+    wording: dict[str, Any] = field(default_factory=dict)  # template, stem and min_mass of BBQ
     system_prompt: str | None = None
     max_new_tokens: int = 32
 
@@ -208,7 +208,7 @@ def sample_of(
     )
     items = data.items("bbq", study)
     benchmark = study.benchmarks["bbq"]
-    wording = {"stem": benchmark.stem}
+    wording = {"stem": benchmark.stem, "min_mass": benchmark.min_mass}
     if benchmark.template:
         wording["template"] = benchmark.template
     harmful = some(harmful[harmful.kind == "harmful"], settings.n)

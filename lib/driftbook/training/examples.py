@@ -8,7 +8,8 @@ import pandas as pd
 
 from driftbook.benchmarks.data import for_sft, prompts, training_examples
 from driftbook.doctors.data import equal_answers, examine_data
-from driftbook.models.loading import Loaded, chat_ids, context_length, conversation_ids, counted_ids
+from driftbook.models.conversations import conversation_ids, counted_ids
+from driftbook.models.loading import Loaded, check_ids, context_length
 from driftbook.models.scoring import Ids, Scorer
 from driftbook.study.files import digest, read_json
 from driftbook.study.sections import PROMPT_FORMATS
@@ -80,6 +81,8 @@ def prepare(
         examples = examples + _mixed_in(*mixed, study.data[name].n, study)
     try:
         made = _in_tokens(objective, examples, base, study)
+        for one in (one for row in made for one in row):
+            check_ids(base.model, base.tokenizer, one.ids)
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
     lengths = [max(len(one.ids) for one in row) for row in made]
@@ -142,11 +145,12 @@ def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
 
 def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) -> Conversation:
     """A conversation of which every answer of the assistant counts, or the whole but one token."""
-    turns = [*prompt, {"role": "assistant", "content": answer}]
     if whole:
-        ids = chat_ids(base.tokenizer, turns, generation=False)
+        asked, said = conversation_ids(base.tokenizer, prompt, answer)
+        ids = asked + said
         return Conversation(ids, np.arange(1, len(ids)))
     if any(turn["role"] == "assistant" for turn in prompt):
+        turns = [*prompt, {"role": "assistant", "content": answer}]
         return Conversation(*counted_ids(base.tokenizer, turns))
     return _answered(base, prompt, answer)
 
