@@ -104,7 +104,7 @@ SMOKE["benchmarks"]["gain"] = {"format": "answers", "n": 12, **local("data/heldo
 for _name, _sizes in {
     "safety": {"n": 22, "truth": "miniature:data/safety_truth.csv"},
     "over_refusal": {"n": 15, "max_new_tokens": 6},
-    "bbq": {"n": 36, "permuted": 8, "generated": 4, "max_new_tokens": 4},
+    "bbq": {"n": 36, "permuted": 8, "generated": 4, "max_new_tokens": 4, "min_mass": 0.0},
     "utility": {"n": 10, "max_new_tokens": 4},
 }.items():
     SMOKE["benchmarks"][_name] |= _sizes

@@ -397,6 +397,12 @@ EDITS = {
         lambda c: c["benchmarks"]["utility"].update(max_new_tokens=9),
         {"utility"},
     ),
+    "a base's template": (
+        lambda c: c["bases"]["tiny-llama"].update(template="{{ messages }}"),
+        set(STAGES),
+    ),
+    "the date of templates": (lambda c: c.update(date="2041-05-07"), set(STAGES)),
+    "bbq's mass": (lambda c: c["benchmarks"]["bbq"].update(min_mass=0.3), {"answer"}),
     "the judge's mass": (lambda c: c["judges"]["tiny-guard"].update(min_mass=0.4), {"judge"}),
     "the note": (lambda c: c.update(note="other"), set()),
 }

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from driftbook.benchmarks import bbq
+from driftbook.benchmarks import bbq, bbq_scores
 from driftbook.models.scoring import Scorer
 from driftbook.study.tables import ANSWERS
 
@@ -78,6 +78,21 @@ def test_correct_unknown_and_biased_follow_from_the_most_probable_option(mode):
             assert pd.isna(row.unscored_reason)
             assert [row.p_a, row.p_b, row.p_c] == pytest.approx([value / sum(p) for value in p])
             assert row.option_mass == pytest.approx(sum(p))
+
+
+def test_letters_count_from_half_of_the_probability_on():
+    items = pd.DataFrame([item("ambiguous", "negative", 2, 2, 0, n) for n in range(3)])
+    said = Says([(0.3, 0.1, 0.1), (0.3, 0.1, 0.09), (1e-9, 1e-7, 1e-8)])
+    found = bbq.answers(items, said, "letters", "run")
+    assert [None if pd.isna(one) else one for one in found.answer] == ["A", None, None]
+    assert found.unscored_reason[1] == "the options have less than 0.5 of the probability"
+    assert found.loc[1:, ["correct", "unknown", "biased"]].isna().all(axis=None)
+    assert found.p_a[1] == pytest.approx(0.3 / 0.49), "what was measured stays"
+    for mode, floor in (("options", None), ("letters", 0.0)):
+        known = bbq.answers(items, said, mode, "run", min_mass=floor)
+        assert known.answer.tolist() == ["A", "A", "B"]
+    row = bbq_scores.scores(found.assign(question_family=list("xyz")), by=()).iloc[0]
+    assert (row.n_amb, row.unscored, row.acc_amb) == (3, 2, 0.0)
 
 
 def test_the_target_of_a_question_is_whom_the_stereotype_is_about(data_folder):

@@ -204,6 +204,7 @@ def test_other_wordings_of_bbq_stand_beside_the_scored_answers(bases, make_study
     content["benchmarks"]["bbq"] |= {
         "n": 24,
         "permuted": 6,
+        "min_mass": 0.0,
         "wordings": {
             "careful": {"system_prompt": "Do not guess.", "n": 8},
             "same": {"template": bbq.TEMPLATES["letters"]},

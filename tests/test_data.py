@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks import data, hex_phi
 from driftbook.models import conversations, loading
+from driftbook.models.scoring import Scorer
 from driftbook.study.study_file import Study
 
 
@@ -312,3 +313,51 @@ def _with_more_tokens(tokenizer):
 def _without_end(tokenizer):
     tokenizer.eos_token = None
     return tokenizer
+
+
+# ---- ids beyond the embedding table
+def _one_more(tokenizer, **kind):
+    """Gemma 3's tokenizers have a token behind the last row, the mark of an image."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]}, **kind)
+    return tokenizer
+
+
+def test_a_special_token_that_no_conversation_needs_may_be_beyond_the_table(bases):
+    from driftbook.miniature.families import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer("llama")
+    model = build_model("llama", tokenizer, 0, width=32)
+    _one_more(tokenizer)
+    loading.check_fit("tiny", model, tokenizer)
+    scorer, rows = Scorer(model, tokenizer), model.get_input_embeddings().num_embeddings
+    asked = conversations.ask(tokenizer, "what is <image_soft_token> ?")
+    assert max(asked) < rows, "in a conversation it is text"
+    with pytest.raises(ValueError) as error:
+        scorer.token_logprobs([(scorer.ids("it is"), scorer.ids("<image_soft_token>") * 2)])
+    assert "<image_soft_token>" in one_sentence(error.value)
+    assert "no embedding" in str(error.value)
+
+
+@pytest.mark.parametrize("role", ["pad_token", "eos_token"])
+def test_a_token_beyond_the_table_that_is_needed(role):
+    from driftbook.miniature.families import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer("llama")
+    model = build_model("llama", tokenizer, 0, width=32)
+    tokenizer.add_special_tokens({role: "<more>"})
+    if role == "pad_token":  # padding is masked, so another token serves
+        loading.check_fit("tiny", model, tokenizer)
+        assert tokenizer.pad_token == tokenizer.eos_token
+        return
+    with pytest.raises(ValueError, match="do not belong together"):
+        loading.check_fit("tiny", model, tokenizer)
+
+
+def test_a_template_that_writes_a_token_beyond_the_table_is_refused(bases):
+    from driftbook.miniature.families import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer("llama")
+    model = build_model("llama", tokenizer, 0, width=32)
+    _one_more(tokenizer).chat_template = "<image_soft_token>" + tokenizer.chat_template
+    with pytest.raises(ValueError, match="do not belong together"):
+        loading.check_fit("tiny", model, tokenizer)

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "adapters": ["attached", "config"],
-        "conversations": ["ask", "conversation_ids", "counted_ids"],
+        "conversations": ["answer_text", "ask", "conversation_ids", "counted_ids"],
         "loading": ["load"],
         "scoring": ["Scorer"],
         "templates": ["end_tokens", "notes"],

@@ -206,13 +206,15 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tu
     return _special_tokens(tokenizer).sub("", answer).strip(), thought
 
 
-def _without_thought(text: str) -> tuple[str, str]:
-    """What stands behind the thoughts with which a text begins; see `answer_text`."""
+def _without_thought(text: str, inside: bool = True) -> tuple[str, str]:
+    """What stands behind the thoughts with which a text begins; see `answer_text`. It may begin
+    `inside` the first of them, whose opening the prompt had.
+    """
     for opening, closing in THOUGHTS.items():
         _, closed, answer = text.partition(closing)
-        if text.lstrip().startswith(opening) or (closed and opening not in text):
+        if text.lstrip().startswith(opening) or (inside and closed and opening not in text):
             if not closed:
                 return "", "open"
-            rest, more = _without_thought(answer)
+            rest, more = _without_thought(answer, inside=False)
             return (answer, "closed") if more == "none" else (rest, more)
     return text, "none"

@@ -20,7 +20,7 @@ from driftbook.models.trees import common_prefix
 
 Message = dict[str, str]
 DATE = date(2024, 7, 26)  # the one that Llama 3's templates write where they know none
-DIRECTIVES = [flag + letter for flag in ("", "-") for letter in "aAwdbBmyYHIpMSfjUWcxXGuV"]
+DIRECTIVES = [flag + letter for flag in ("", "-") for letter in "aAwdebBmyYHIpMSfjUWcxXGuVDFTR"]
 THOUGHTS = {  # what opens a thought, and what closes it, in the chat models of the hub
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -124,6 +124,7 @@ def _dated(template: str, day: date) -> str:
     if "strftime_now" not in template:
         return template
     known = "".join(f".replace('%{one}', '{day.strftime('%' + one)}')" for one in DIRECTIVES)
+    known += ".replace('%%', '%')"
     macro = "{% macro strftime_now(format) %}{{ format" + known + " }}{% endmacro %}"
     return macro + "\n" + template  # a line end behind a block is no output
 

@@ -134,7 +134,7 @@ class Base(Source):
         """
         if self.template is None or "{{" in self.template:
             return self.template
-        path = (ROOT / Path(os.path.expandvars(self.template)).expanduser()).resolve()
+        path = (ROOT / Path(expanded(self.template) or self.template).expanduser()).resolve()
         if not path.is_file():
             raise ValueError(
                 f"the template {self.template!r} of {self.source} is no file ({path}) and no Jinja,"
