@@ -223,7 +223,20 @@ def context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
     known = [getattr(config, name, None) for name in names]
-    return next((int(one) for one in known if one), sys.maxsize)
+    # beyond its original length dynamic rope depends on what was asked before
+    found = [*original_lengths(model, "dynamic"), *(int(one) for one in known if one)]
+    return next(iter(found), sys.maxsize)
+
+
+def original_lengths(model: PreTrainedModel, kind: str) -> list[int]:
+    """The lengths up to which rotary positions of this kind are what they were trained as."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    every = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    own = [one for one in every if one.get("rope_type") == kind]
+    usual = getattr(config, "original_max_position_embeddings", None)
+    usual = usual or config.max_position_embeddings if own else None
+    return [int(one.get("original_max_position_embeddings") or usual) for one in own]
 
 
 def check_ids(

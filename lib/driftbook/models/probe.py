@@ -3,26 +3,35 @@ model's own forward one at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from driftbook.models.engine import Engine, Ids
+from driftbook.models.fingerprint import model_hash
 from driftbook.models.layout import GrowingLayer, expanded, padded
+from driftbook.models.loading import original_lengths
 from driftbook.models.ways import Ways, adapter_kind, apart, keep, known, tolerance
+from driftbook.study.files import OUTPUTS, digest, file_digest, read_json, write_json
 
 SHARED = 12  # tokens that the probe's sequences begin with alike
 LENGTHS = (21, 17, 26, 9)  # tokens of its sequences; the last one shares nothing
 # a window is tried by a sequence that is longer; beyond this it is tried once a prompt is
 LONGEST = {"cpu": 1_024, "cuda": 8_192}
+CODE = ("engine", "layout", "probe", "trees", "ways")  # modules that a way depends on
 NEXT = 3  # tokens that are fed one by one
 
 
 def found_ways(model: PreTrainedModel | PeftModel) -> Ways:
-    """What may be relied on with this model and the kind of adapter on it, tried once.
+    """What may be relied on with this model and the kind of adapter on it, tried once: what was
+    found of a base model is kept by its hash in outputs/models, for the versions of torch and
+    transformers and the code of the engine.
 
     Raises:
         ValueError: the model gives no log-probabilities of a text by its token ids alone, or looks
@@ -32,14 +41,28 @@ def found_ways(model: PreTrainedModel | PeftModel) -> Ways:
     if base is not model:
         kind = adapter_kind(model)
     ways = known(base, kind)
-    if ways is None:
-        training = base.training
-        base.eval()
-        ways, finite = _Probe(base).found()
-        base.train(training)
-        if finite:  # of an adapter that diverged nothing can be learnt
-            keep(base, kind, ways)
-    return ways
+    if ways is not None:
+        return ways
+    file = _file(base) if kind == "base" else None
+    if file is not None and file.is_file():
+        with suppress(ValueError, TypeError):  # torn, or of another form
+            return keep(base, kind, Ways(**read_json(file)))
+    training = base.training
+    base.eval()
+    ways, finite = _Probe(base).found()
+    base.train(training)
+    if not finite:  # of an adapter that diverged nothing can be learnt
+        return ways
+    if file is not None:
+        write_json(file, asdict(ways))
+    return keep(base, kind, ways)
+
+
+def _file(model: PreTrainedModel) -> Path:
+    """Where what was found of a model is kept, by all that it may depend on."""
+    code = [file_digest(Path(__file__).with_name(f"{name}.py")) for name in CODE]
+    made_with = [torch.__version__, transformers.__version__, model.device.type]
+    return OUTPUTS / "models" / f"ways-{digest([model_hash(model), made_with, code])}.json"
 
 
 def longer_ways(model: PreTrainedModel, kind: str, ways: Ways) -> Ways:
@@ -269,12 +292,7 @@ def _limit(model: PreTrainedModel) -> int | None:
     found = []
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         found.append(getattr(config, "attention_chunk_size", None))
-    rope = getattr(config, "rope_parameters", None) or {}
-    for one in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if one.get("rope_type") in ("dynamic", "longrope"):
-            original = one.get("original_max_position_embeddings")
-            original = original or getattr(config, "original_max_position_embeddings", None)
-            found.append(original or config.max_position_embeddings)
+    found += original_lengths(model, "longrope")
     return min(filter(None, found), default=None)
 
 
