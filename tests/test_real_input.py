@@ -190,7 +190,7 @@ def test_letters_are_single_tokens_and_their_options_can_be_read(study, built, f
     assert len({one[0] for one in ids}) == 3
     items = bbq.load(data.local_file(study.benchmarks["bbq"], study)).groupby("dimension").head(8)
     found = bbq.answers(
-        items, scorer, "letters", "run", system_prompt="You are a helpful assistant."
+        items, scorer, "letters", "run", system_prompt="You are a helpful assistant.", min_mass=0.0
     )
     assert found.answer.notna().all()
     np.testing.assert_allclose(found[["p_a", "p_b", "p_c"]].sum(axis=1), 1, atol=1e-9)

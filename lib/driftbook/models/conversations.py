@@ -32,32 +32,29 @@ def chat_ids(
     Raises:
         ValueError: the template refuses the order of the turns.
     """
+    return list(_chat(tokenizer, messages, generation)[1])
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool
+) -> tuple[str, tuple[int, ...]]:
+    """The text of `chat_ids`, in which no message holds a special token, and its token ids."""
     template, conversation = str(template_of(tokenizer)), json.dumps(list(messages))
-    return list(_chat_ids(tokenizer, template, day_of(tokenizer), conversation, generation))
+    return _kept(tokenizer, template, day_of(tokenizer), conversation, generation)
 
 
 @lru_cache(maxsize=8_192)
-def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    day: date,
-    conversation: str,
-    generation: bool,
-) -> tuple[int, ...]:
+def _kept(
+    tokenizer: PreTrainedTokenizerBase, _template: str, _day: date, conversation: str, asked: bool
+) -> tuple[str, tuple[int, ...]]:
     """Kept, since every variant of a base model is asked the same; a quarter of the time that a
     small model takes.
     """
-    text = chat_text(tokenizer, json.loads(conversation), generation)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def chat_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True
-) -> str:
-    """The text of `chat_ids`, in which no message holds a special token."""
-    text = _conversation(tokenizer, messages, generation)
-    to_answer = generation and messages[-1]["role"] == "user"
-    return changed(text, place_of(tokenizer).asked) if to_answer else text
+    messages: list[Message] = json.loads(conversation)
+    text = _conversation(tokenizer, messages, asked)
+    if asked and messages[-1]["role"] == "user":
+        text = changed(text, place_of(tokenizer).asked)
+    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _conversation(
@@ -130,7 +127,7 @@ def conversation_ids(
         ValueError: the template or the tokenizer writes the prompt otherwise once this answer
             follows.
     """
-    place, asked = place_of(tokenizer), chat_text(tokenizer, prompt)
+    place, (asked, ids) = place_of(tokenizer), _chat(tokenizer, prompt, True)
     turns = [*prompt, {"role": "assistant", "content": answer}]
     whole = _conversation(tokenizer, turns, False).removesuffix(place.behind)
     before = asked
@@ -143,7 +140,7 @@ def conversation_ids(
             f" {asked[at : at + 30]!r}, so that a model would be trained on another prompt than it"
             " is asked; take thoughts out of the answers, or use another template"
         )
-    first, said = chat_ids(tokenizer, prompt), whole[len(before) :] + place.closed_by
+    first, said = list(ids), whole[len(before) :] + place.closed_by
     both = tokenizer.encode(asked + said, add_special_tokens=False)
     if both[: len(first)] == first:
         return first, both[len(first) :]

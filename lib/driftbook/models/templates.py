@@ -306,7 +306,8 @@ def _behind(tokenizer: PreTrainedTokenizerBase, after: str, following: str, end:
     last, other = (tokenizer.encode(text, add_special_tokens=False) for text in (after, following))
     shared = last[: common_prefix(last, other)]
     text = tokenizer.decode(shared, skip_special_tokens=False)
-    return after.removeprefix(text) if end in shared and after.startswith(text) else ""
+    rest = after.removeprefix(text) if end in shared else ""
+    return rest if rest.strip() and after.startswith(text) else ""
 
 
 def lead(tokenizer: PreTrainedTokenizerBase | None) -> str:
