@@ -87,8 +87,7 @@ def examine(adapter: Path | str, base: Loaded | Path | str | None = None) -> Dat
 
     Args:
         adapter: the folder with adapter_config.json and adapter_model.safetensors.
-        base: the base model, loaded, or the local folder of one (read by name, tensor by tensor);
-            without it only the adapter's own files are examined.
+        base: the base model, loaded, or its local folder; without it only the adapter is examined.
 
     Raises:
         ValueError: there is no such folder, or it is a file. A sick adapter never raises.
