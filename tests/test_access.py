@@ -229,7 +229,7 @@ def test_what_is_not_on_the_hub_needs_no_request(hub, tmp_path):
         "made here": source("miniature:data/sft.json", None),
         "not checked": source("github:lab/repository/folder"),
         "wrong revision": source("github:lab/repository/folder", None),
-        "unknown": source("tests:data", path="$NOT_SET_ANYWHERE/data"),
+        "unknown": source("tests:data", path="${NOT_SET_ANYWHERE}/data"),
     }
     assert {state: states(access.check(each, "dataset")) for state, each in found.items()} == {
         state: state for state in found
