@@ -174,6 +174,7 @@ def _adapter(model, method: str, seed: int, folder: Path) -> Path:
     from peft import IA3Config, LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
     from driftbook.models import adapters
+    from driftbook.models.base_state import BaseState
 
     configs = {
         "lora": lambda: LoraConfig(
@@ -195,10 +196,9 @@ def _adapter(model, method: str, seed: int, folder: Path) -> Path:
         ),
     }
     torch.manual_seed(seed)
-    made = get_peft_model(model, configs[method]())
-    adapters.save(made, folder)
-    adapters.detach(made)
-    model.requires_grad_(False)
+    before = BaseState(model)
+    adapters.save(get_peft_model(model, configs[method]()), folder)
+    before.restore("an adapter")
     return folder
 
 

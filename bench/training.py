@@ -120,6 +120,7 @@ def _peer(
 
     from driftbook.benchmarks.data import training_examples
     from driftbook.models import adapters
+    from driftbook.models.base_state import BaseState
 
     def said(text: str) -> list[dict]:
         return [{"role": "assistant", "content": text}]
@@ -144,6 +145,7 @@ def _peer(
             use_cpu=base.model.device.type == "cpu",
             **(QUIET | (other or {})),
         )
+        before = BaseState(base.model)
         trainer = (SFTTrainer if sft else DPOTrainer)(
             model=base.model,
             args=config,
@@ -154,8 +156,7 @@ def _peer(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        base.model.gradient_checkpointing_disable()
-        adapters.detach(trainer.model)
+        before.restore("TRL")
     return np.array(losses, float)
 
 

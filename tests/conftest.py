@@ -256,6 +256,7 @@ def adapter_folders(bases, tmp_path_factory) -> dict:
     from peft import get_peft_model
 
     from driftbook.models import adapters
+    from driftbook.models.base_state import BaseState
     from driftbook.study.study_file import Study
 
     study, folders = (
@@ -268,6 +269,7 @@ def adapter_folders(bases, tmp_path_factory) -> dict:
         } | _other_configs()
         for method, config in configs.items():
             torch.manual_seed(FAMILIES.index(family))
+            before = BaseState(bases[family].model)
             model = get_peft_model(bases[family].model, config)
             generator = torch.Generator().manual_seed(FAMILIES.index(family))
             for name, value in model.named_parameters():
@@ -275,7 +277,7 @@ def adapter_folders(bases, tmp_path_factory) -> dict:
                     _randomise(name, value.data, generator)
             folders[family, method] = tmp_path_factory.mktemp("adapters") / f"{family}-{method}"
             adapters.save(model.eval(), folders[family, method])
-            adapters.detach(model)
+            before.restore("an adapter")
     return folders
 
 

@@ -216,8 +216,8 @@ def test_an_embedding_table_of_its_own_is_written_over_the_bases(edited, folders
     [
         ({"task_type": "SEQ_CLS"}, "warning", "SEQ_CLS"),
         ({"trust_remote_code": True}, "warning", "remote code"),
-        ({"init_lora_weights": "pissa_niter_4"}, "warning", "pissa"),
-        ({"alora_invocation_tokens": [5]}, "warning", "invocation"),
+        ({"init_lora_weights": "pissa_niter_4"}, "error", "random numbers"),
+        ({"alora_invocation_tokens": [5]}, "error", "acts only behind"),
         ({"a_new_setting": 3}, "warning", "a_new_setting"),
         (
             {
@@ -237,11 +237,12 @@ def test_odd_settings(edited, llama, settings, severity, word):
     assert word in said(folder, "settings", llama)
 
 
-def test_trained_biases_stay_when_the_adapter_is_taken_off(bases, tmp_path):
+def test_trained_biases_stay_when_peft_takes_the_adapter_off(bases, tmp_path):
     base = bases["qwen2"]  # whose q, k and v have biases
     config = LoraConfig(r=4, bias="lora_only", target_modules=["q_proj"], task_type="CAUSAL_LM")
     folder = make(base, config, tmp_path / "biased")
-    assert complaints(folder, base) == {"settings": "warning"}
+    assert complaints(folder, base) == {}
+    assert "PEFT's unload does not undo" in said(folder, "settings", base)
     model = copy.deepcopy(base.model)
     before = model.get_submodule("model.layers.0.self_attn.q_proj").bias.clone()
     off = PeftModel.from_pretrained(model, folder).unload()

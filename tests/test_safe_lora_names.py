@@ -13,6 +13,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    PeftModel,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -123,10 +124,8 @@ def test_the_loaded_adapter_adds_what_the_dense_form_says(kind, config, tmp_path
         select="top",
         value=1,
     )
-    with adapters.attached(tiny(kind), tmp_path / "out") as loaded:
-        after = {
-            name: value.double() for name, value in loaded.merge_and_unload().state_dict().items()
-        }
+    loaded = PeftModel.from_pretrained(tiny(kind), tmp_path / "out").merge_and_unload()
+    after = {name: value.double() for name, value in loaded.state_dict().items()}
     touched = set(rows.module[rows.projected])
     for name, start in before.items():
         module = name.rpartition(".")[0]
@@ -138,6 +137,35 @@ def test_the_loaded_adapter_adds_what_the_dense_form_says(kind, config, tmp_path
             after[name], start + change, atol=2e-5 * (1 + float(change.abs().max()))
         ), name
     assert touched
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_is_the_embedding_table_is_projected_with_the_table(tmp_path):
+    """A tied checkpoint stores no lm_head.weight."""
+    first, second = (tiny("llama", seed) for seed in (0, 1))
+    for model in (first, second):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    first.save_pretrained(tmp_path / "aligned")
+    second.save_pretrained(tmp_path / "unaligned")
+    assert "lm_head.weight" not in load_file(tmp_path / "aligned" / "model.safetensors")
+    v = first.lm_head.weight.double().detach() - second.lm_head.weight.double().detach()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], init_lora_weights=False)
+    made = get_peft_model(first, config)
+    change = made.base_model.model.lm_head.get_delta_weight("default").double().detach()
+    adapters.save(made, tmp_path / "adapter")
+    safe_lora.project(
+        tmp_path / "adapter",
+        tmp_path / "aligned",
+        tmp_path / "unaligned",
+        tmp_path / "out",
+        select="top",
+        value=1,
+    )
+    [update] = updates.read(tmp_path / "out")
+    found = update.scale * update.b.double() @ update.a.double()
+    wanted = torch.as_tensor(dense("approximate", v.numpy()) @ change.numpy())
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 TARGETS = {"target_modules": ["q_proj", "k_proj", "down_proj"]}
@@ -239,6 +267,13 @@ def pickled(case, folder):
     return {"unaligned": folder / "other"}
 
 
+def pointer(case, folder):
+    shutil.copytree(case["unaligned"], folder / "other")
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    (folder / "other" / "model.safetensors").write_text(text)
+    return {"unaligned": folder / "other"}
+
+
 def torn(case, folder):
     shutil.copytree(case["unaligned"], folder / "other")
     (folder / "other" / "model.safetensors").write_bytes(b"\x00" * 20)
@@ -264,8 +299,17 @@ def stored(change):
     return made
 
 
+def orphan(tensors: dict) -> dict:
+    """A factor B whose A is under another adapter's name, as in a state that PEFT did not save."""
+    first = next(name for name in tensors if "lora_A" in name)
+    other = first.replace("layers.0", "layers.1").replace("lora_A", "lora_B.default")
+    return {**tensors, other: tensors[first].T.contiguous()}
+
+
 # what is wrong: the change, and a part of the sentence that refuses it
 BAD = {
+    "a factor by itself": (stored(orphan), "is no tensor of an update"),
+    "git-lfs": (pointer, "git lfs pull"),
     "no folder": (
         lambda case, folder: {"unaligned": folder / "nowhere"},
         "no unaligned checkpoint",

@@ -2,6 +2,7 @@
 work for all of them.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from driftbook.batch import jobs
 from driftbook.models import adapters, loading
+from driftbook.models.base_state import SpoiledBase
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.study import folders, study_file
@@ -82,9 +84,21 @@ class Job:
 
     @contextmanager
     def attached(self, variant: Variant) -> Iterator[PreTrainedModel]:
-        """The base model with the variant's adapter on it, as long as the block lasts."""
-        with adapters.attached(self.base.model, folders.adapter(self.study, variant)) as model:
-            yield model
+        """The base model with the variant's adapter on it, as long as the block lasts.
+
+        A base model that an adapter left changed is loaded anew for the next variant, with a
+        warning that says what had changed.
+        """
+        finished = False
+        try:
+            with adapters.attached(self.base.model, folders.adapter(self.study, variant)) as model:
+                yield model
+                finished = True
+        except SpoiledBase as error:
+            self.__dict__.pop("base", None)
+            if not finished:
+                raise
+            warnings.warn(f"{error}. It is loaded anew for the next variant", stacklevel=3)
 
     def run(
         self,

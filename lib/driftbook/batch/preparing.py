@@ -15,6 +15,7 @@ from driftbook.study.files import (
     OUTPUTS,
     check_safetensors,
     check_writable,
+    remedy_of,
     replacing_folder,
     write_json,
 )
@@ -66,8 +67,7 @@ def prepare(name: str, study: Study) -> Prepared:
         training_examples(data, study)
     path = locate(source, study)
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
-        made_again = f"delete {file.parent.name} in {MODELS}, and notebook 01 makes it again"
-        check_safetensors(file, made_again if made_here else "fetch it again")
+        check_safetensors(file, remedy_of(file.parent))
     _check(name, source, study)
     _check_twins(source, study)
     return Prepared(name, identity(source, study), curve, key)

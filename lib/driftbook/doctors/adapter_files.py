@@ -127,13 +127,19 @@ def _from_folder(folder: Path) -> BaseFiles:
         with safe_open(path, "pt") as file:
             index |= dict.fromkeys(file.keys(), path)
     snapshot = folder.name if folder.parent.name == "snapshots" else None  # the hub's cache
-    weight = partial(_stored, index, f"{skeleton.base_model_prefix}.")
+    first = {id(value): name for name, value in skeleton.named_parameters()}
+    tied = skeleton.named_parameters(remove_duplicate=False)
+    names = {name: first[id(value)] for name, value in tied}  # of a tied head, its table's
+    weight = partial(_stored, index, names, f"{skeleton.base_model_prefix}.")
     return BaseFiles((str(folder),), snapshot, skeleton, config.dtype, words_in(folder), weight)
 
 
-def _stored(index: dict[str, Path], prefix: str, module: str) -> Tensor | None:
+def _stored(
+    index: dict[str, Path], names: dict[str, str], prefix: str, module: str
+) -> Tensor | None:
     """A module's weight; some checkpoints leave out the prefix of the model without its head."""
     name = f"{module}.weight"
+    name = name if name in index else names.get(name, name)
     name = name if name in index else name.removeprefix(prefix)
     if name not in index:
         return None

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from driftbook.doctors.adapter_files import AdapterFiles, BaseFiles, module_of, reason_of, words_in
 from driftbook.doctors.findings import Finding, error, named, note, times, warning
 from driftbook.models.adapter_forms import CONFIG
+from driftbook.models.adapters import unscored_reason
 from driftbook.study.methods import REWRITING
 from driftbook.study.nameless import model_name
 
@@ -121,18 +122,23 @@ def _is_embedding(tensor: str) -> bool:
 def vocabulary(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Finding]:
     """Embedding tables that the adapter stores: resized, or different from the base model's."""
     whole = adapter.settings.get("modules_to_save") or []
+    if whole and adapter.settings.get("ensure_weight_tying"):
+        whole = EMBEDDING_LAYER_NAMES  # what is tied to one of them is stored with it
     for name in filter(_is_embedding, adapter.shapes):
         module, rows = str(module_of(name)), adapter.shapes[name][0]
         if base is None:
             text = f"it stores all {rows} rows of {module}, so its vocabulary may have been resized"
             yield note("vocabulary", text, module)
+        elif module not in base.modules:
+            text = f"the base model has no place for its {module}, which PEFT ignores in silence"
+            yield error("vocabulary", text, module)
         elif rows != (known := base.embedding[1].num_embeddings):
             text = f"""its vocabulary was resized: it stores {rows} rows of {module} and the
                 base model has {known}, so it cannot be attached before the base is resized too"""
             yield error("vocabulary", text, module)
         elif module.rpartition(".")[2] not in whole and _differs(base, adapter, module, name):
             text = f"""it stores its own {module}, which differs from the base model's and
-                is written over it when attached, for good"""
+                is written over it while it is attached"""
             yield warning("vocabulary", text, module)
 
 
@@ -180,6 +186,21 @@ def rewrites_base(adapter: AdapterFiles) -> bool:
     return str(adapter.settings.get("init_lora_weights")).lower().startswith(REWRITING)
 
 
+def _left_by_peft(adapter: AdapterFiles, biases: list[str]) -> Iterator[Finding]:
+    """What an adapter does to its base that PEFT's own unload does not undo (it is undone here)."""
+    stays = "which PEFT's unload does not undo, so load the base again where you use it elsewhere"
+    if rewrites_base(adapter):
+        init = adapter.settings.get("init_lora_weights")
+        text = f"its init_lora_weights is {init}: attaching it rewrites the base model's weights"
+        yield note("settings", f"{text}, {stays}")
+    if biases:
+        text = f"it trained {len(biases)} biases of the base model"
+        text = f"{text} (bias = {adapter.settings.get('bias')}), {stays}"
+        yield note("settings", text, module_of(biases[0]))
+    if adapter.settings.get("layer_replication"):
+        yield note("settings", f"it replicates layers of the base model, {stays}")
+
+
 def config_settings(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Finding]:
     """Settings that change what is scored, or what stays on the base model afterwards."""
     settings, config = adapter.settings, adapter.config
@@ -200,22 +221,16 @@ def config_settings(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[F
         f"it was trained on the class {trained_on}, and the base model given is a {of}": (
             trained_on and base and trained_on != of
         ),
-        f"its init_lora_weights is {settings.get('init_lora_weights')}: attaching it rewrites the"
-        " base model's weights, and taking it off does not bring them back, so load the base again"
-        " or convert it to plain LoRA": rewrites_base(adapter),
-        f"it trained {len(biases)} biases of the base model (bias = {settings.get('bias')}), which"
-        " stay changed when it is taken off": biases,
-        "it is an activated LoRA, which does nothing before its invocation tokens appear in the"
-        " text": settings.get("alora_invocation_tokens"),
-        "it replicates layers of the base model (layer_replication), so taking it off does not"
-        " bring the base back": settings.get("layer_replication"),
         f"its {CONFIG} sets {named(unknown, 1)}, unknown to the installed PEFT, which ignores it": (
             unknown
         ),
     }
     for text, so in doubts.items():
         if so:
-            yield warning("settings", text, module_of(biases[0]) if so is biases else None)
+            yield warning("settings", text)
+    if why := unscored_reason(config):
+        yield error("settings", f"it {why}, so it cannot be scored here")
+    yield from _left_by_peft(adapter, biases)
     if whole:
         yield note("settings", f"it replaces whole modules (modules_to_save): {', '.join(whole)}")
     if settings.get("inference_mode") is False:

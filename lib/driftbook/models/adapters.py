@@ -2,23 +2,50 @@
 resident.
 """
 
+import copy
 import json
+import re
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from driftbook.study.files import check_safetensors
-from driftbook.study.methods import PEFT_METHODS
+from driftbook.models.base_state import BaseState, refuse_spoiled
+from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
+from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, unscored_setting
 from driftbook.study.variants import Variant
 
 WEIGHTS = "adapter_model.safetensors"
+ANOTHER_BASE = (
+    "it was trained on another base model, or through another class of it, whose modules have other"
+    " names"
+)
+UNSCORED_METHODS = {
+    "MULTITASK_PROMPT_TUNING": "whose answers depend on a task that every prompt would have to name"
+    " (task_ids)",
+    "POLY": "whose answers depend on a task that every prompt would have to name (task_ids)",
+    "LILY": "which mixes its experts by a mean over all tokens of a batch, later ones too, so that"
+    " no text has a score of its own",
+    "SHADOW": "which runs a second model beside the base, and changes what its layers are given",
+    "XLORA": "which mixes other adapters, which its folder does not hold",
+}
+_BASES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what an adapter was put on
 
 
 def config(variant: Variant) -> PeftConfig:
@@ -53,15 +80,20 @@ def create(
     """
     made = config(variant)
     check_targets(variant.method, made, base)
-    torch.manual_seed(variant.seed)
+    kept = BaseState(base)
     try:
+        _keep_rewritten(base, made, kept)
+        torch.manual_seed(variant.seed)
         model = get_peft_model(base, made)
-    # what PEFT says of settings of the wrong kind
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        _strip(base)
+        if init_text is not None:
+            _start_from_text(model, tokenizer, init_text)
+    except Exception as error:  # PEFT raises many kinds for settings of the wrong kind
+        kept.restore(f"methods.{variant.method}, which was refused,")
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"methods.{variant.method}: {_first_line(error)}") from None
-    if init_text is not None:
-        _start_from_text(model, tokenizer, init_text)
+    kept.copy(value for value in model.parameters() if value.requires_grad)
+    _BASES[model] = kept
     return model
 
 
@@ -118,54 +150,170 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 def detach(model: PeftModel) -> None:
-    """Take the adapter off, so that the base model is as it was before; TRL leaves a patched
-    forward on it, which goes too.
+    """Take off an adapter that `create` put on: the base model is then what it was before, also
+    where biases, whole modules or embeddings were trained, or where TRL left a patched forward.
+
+    Raises:
+        SpoiledBase: something of the base changed that could not be put back.
+        ValueError: the adapter was not made by `create`.
     """
-    base = model.get_base_model()
-    if not model.active_peft_config.is_prompt_learning:
-        base = model.unload()
-    base.__dict__.pop("forward", None)
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(name, None)
+    if model not in _BASES:
+        raise ValueError(
+            "this adapter was not put on by adapters.create, which alone knows its base"
+        )
+    _BASES.pop(model).restore("training an adapter on it")
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _strip(base: PreTrainedModel) -> None:
-    """Take off what PEFT had put on the base before it found that the adapter does not fit."""
-    for name, module in list(base.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            base.set_submodule(name, module.get_base_layer())
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        base.__dict__.pop(name, None)
-
-
+# ---- attach
 @contextmanager
 def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
     """The base with the adapter of a folder on it, taken off when the block ends; the base itself
     where there is no folder.
 
+    The base is afterwards what it was before, to the bit, whatever the adapter does to it, and also
+    where it was refused.
+
     Raises:
-        ValueError: the adapter is missing, torn, in another format than safetensors, or of another
-            base model.
+        ValueError: the adapter is missing, torn, in another format than safetensors, of a method
+            that cannot be scored, or of another base model: a tensor of its file has no place on
+            this base, or a module that it trained got none.
+        SpoiledBase: the base was changed and could not be put back.
     """
+    refuse_spoiled(base)
     if folder is None:
         yield base
         return
     check(folder)
+    configuration = _read_config(folder)
+    kept = BaseState(base)
     try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        _strip(base)
+        model = _attach(base, folder, configuration, kept)
+    except torch.OutOfMemoryError:
+        kept.restore(f"the adapter {folder}")
+        raise
+    except Exception as error:  # PEFT raises a dozen kinds where files do not fit
+        kept.restore(f"the adapter {folder}, which was refused,")
         raise ValueError(
-            f"the adapter {folder} does not fit this base model: {_first_line(error)}"
+            f"the adapter {folder} does not fit this base model: {_reason(error)}"
         ) from None
     try:
-        yield model.eval()
+        yield model
     finally:
-        detach(model)
+        kept.restore(f"the adapter {folder}")
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    """The configuration of an adapter that can be attached to a base and scored."""
+    try:
+        made = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # an unknown peft_type or key, a torn file
+        raise ValueError(
+            f"the configuration of the adapter {folder} cannot be used: {_first_line(error)}"
+        ) from None
+    if why := unscored_reason(made):
+        raise ValueError(f"the adapter {folder} {why}; it cannot be scored here")
+    made.inference_mode = True
+    return made
+
+
+def unscored_reason(configuration: PeftConfig) -> str | None:
+    """Why adapters of a configuration cannot be scored, as a predicate; None where they can."""
+    kind = getattr(configuration.peft_type, "value", configuration.peft_type)
+    if kind in UNSCORED_METHODS:
+        return f"is of the method {kind}, {UNSCORED_METHODS[kind]}"
+    why = unscored_setting(vars(configuration))
+    return why and f"has {why}"
+
+
+def _attach(
+    base: PreTrainedModel, folder: Path, configuration: PeftConfig, kept: BaseState
+) -> PeftModel:
+    """The base with an adapter's modules, and in them the tensors of its file."""
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(configuration.task_type, PeftModel)
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng():  # of what is an error
+        _keep_rewritten(base, configuration, kept)
+        torch.manual_seed(0)
+        model = kind(base, configuration, "default")
+        names = _stored_names(folder)
+        kept.copy(_written_over(model, names))
+        mapping = None if configuration.is_prompt_learning else _renaming(base)
+        placed = model.load_adapter(str(folder), "default", key_mapping=mapping)
+        check_placed(model, names, placed)
+    return model.eval()
+
+
+def _keep_rewritten(base: PreTrainedModel, configuration: PeftConfig, kept: BaseState) -> None:
+    """Keep the weights that an initialisation writes over in place: which, is found by putting the
+    adapter on with a plain one.
+    """
+    begins = str(getattr(configuration, "init_lora_weights", "")).lower()
+    if not begins.startswith(REWRITING_IN_PLACE):
+        return
+    plain = copy.deepcopy(configuration)
+    plain.init_lora_weights = False
+    with torch.random.fork_rng():
+        layers = get_peft_model(base, plain).modules()
+        found = [one.get_base_layer() for one in layers if isinstance(one, BaseTunerLayer)]
+    kept.undo()
+    kept.copy(layer.weight for layer in found)
+
+
+def _renaming(base: PreTrainedModel) -> dict[str, str]:
+    """How transformers renamed an architecture's modules since (as from_pretrained asks it)."""
+    return getattr(base, "_checkpoint_conversion_mapping", {})
+
+
+def _stored_names(folder: Path) -> list[str]:
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return list(file.keys())
+
+
+def _written_over(model: PeftModel, names: list[str]) -> list[torch.Tensor]:
+    """Tensors of the model that an adapter's file names as they are: biases, embedding tables."""
+    plain = {name.replace(".base_layer.", ".") for name in names}
+    named = model.state_dict(keep_vars=True).items()
+    return [value for name, value in named if name.replace(".base_layer.", ".") in plain]
+
+
+def check_placed(model: PeftModel, names: list[str], placed: Any) -> None:
+    """Raise a ValueError where a tensor of an adapter's file went to no module, or a module of the
+    adapter got none. `placed` is what PEFT says of loading: missing_keys, unexpected_keys.
+    """
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    strange = [name for name in placed.unexpected_keys if name not in wanted]
+    if strange:
+        raise ValueError(f"{_some(strange, len(names), 'tensors')} found no module; {ANOTHER_BASE}")
+    own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    renamed = [one for one in names if one not in wanted and one not in own]
+    absent = placed.missing_keys if renamed else [one for one in wanted if one not in names]
+    if absent:
+        raise ValueError(
+            f"{_some(list(absent), len(wanted), 'tensors that its configuration asks for')} are not"
+            f" in its file, so that these modules would stay at their init; {ANOTHER_BASE}"
+        )
+
+
+def _some(names: list[str], of: int, what: str) -> str:
+    return f"{len(names)} of its {of} {what} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+SIZES = re.compile(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)")
+
+
+def _reason(error: Exception) -> str:
+    """What PEFT says of a file that does not fit, in one line; of sizes that differ, which."""
+    sizes = SIZES.findall(str(error))
+    if sizes:
+        name, stored, wanted = sizes[0]
+        more = f", and {len(sizes) - 1} more" if len(sizes) > 1 else ""
+        return f"sizes differ: {name} is {stored} in its file and {wanted} on this base{more}"
+    if isinstance(error, KeyError):
+        return f"its file has no {error.args[0]}"
+    return _first_line(error) or type(error).__name__
 
 
 def check(folder: Path) -> None:
@@ -177,9 +325,11 @@ def check(folder: Path) -> None:
             f"it has {pickled[0]}, a pickle, which is never loaded; save it as safetensors"
             if pickled
             else "train the variant again"
+            if folder.resolve().is_relative_to(OUTPUTS)
+            else "give the folder that holds it"
         )
         raise ValueError(f"the adapter {folder} has no {WEIGHTS}: {hint}")
-    check_safetensors(path, f"delete {folder.parent} and run again")
+    check_safetensors(path, remedy_of(folder.parent))
 
 
 def n_stored(folder: Path) -> int:

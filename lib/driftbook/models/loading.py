@@ -243,7 +243,7 @@ def check_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray | list[int]
 ) -> None:
     """Raise a ValueError where token ids have no row in the model's embedding table."""
-    rows, most = model.get_input_embeddings().num_embeddings, int(np.max(ids, initial=0))
+    rows, most = model.get_input_embeddings().weight.shape[0], int(np.max(ids, initial=0))
     if most >= rows:
         token = tokenizer.convert_ids_to_tokens(most)
         raise ValueError(

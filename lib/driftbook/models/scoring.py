@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models.base_state import refuse_spoiled
 from driftbook.models.conversations import answer_text, ask, conversation_ids
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
@@ -428,6 +429,7 @@ def engine_of(model: PreTrainedModel | PeftModel) -> Engine:
     Raises:
         ValueError: the model's own forward cannot be reproduced with this adapter.
     """
+    refuse_spoiled(model.get_base_model() if isinstance(model, PeftModel) else model)
     ways = found_ways(model)
     engine = Engine(model, ways)
     name = type(engine.model).__name__

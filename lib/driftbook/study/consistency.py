@@ -1,16 +1,19 @@
 """What is refused where sections of a study file do not fit each other, a check each."""
 
 from collections import Counter
+from typing import Any
 
 from driftbook.study.content import Content
 from driftbook.study.files import strange_mark
 from driftbook.study.methods import (
     BESIDE_FACTORS,
+    FROM_DATA,
     METHOD_CLASS,
     MITIGATION_KINDS,
     PEFT_METHODS,
     REWRITING,
     TEXT_INITS,
+    unscored_setting,
 )
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitigation
 
@@ -136,6 +139,7 @@ def _check_methods(study: Content) -> None:
         if missing := [name for name in known.needs if name not in settings]:
             why = "PEFT's default differs by family, so name them"
             raise ValueError(f"methods.{method} has no {missing[0]}; {why}")
+        _check_init(method, settings)
         if fixed := [name for name in known.fixed if name in settings]:
             raise ValueError(
                 f"methods.{method}.{fixed[0]} is what makes it {known.label}; remove it"
@@ -145,6 +149,18 @@ def _check_methods(study: Content) -> None:
     if chosen & set(TEXT_INITS) and study.init_texts is None:
         keys = "a JSON file with the keys task and safety"
         raise ValueError(f"an init from text needs init_texts, {keys}")
+
+
+def _check_init(method: str, settings: dict[str, Any]) -> None:
+    """Raise a ValueError where an adapter could not be trained or scored as its settings say."""
+    if why := unscored_setting(settings):
+        raise ValueError(f"methods.{method} has {why}")
+    begins = str(settings.get("init_lora_weights", "")).lower()
+    if begins in FROM_DATA:
+        raise ValueError(
+            f"methods.{method}.init_lora_weights = {begins}: PEFT computes it from data in a step"
+            " that is not done here, and begins otherwise without it; take another"
+        )
 
 
 # ---- what is asked, and who judges

@@ -20,16 +20,19 @@ OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error."""
+    """A temporary file that takes the place of `path` when the block ends without an error; in a
+    folder of its own, so that who lists files of that kind meanwhile does not see it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-", suffix=path.suffix)
-    os.close(handle)
-    os.chmod(name, 0o644)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
+    new = folder / path.name
     try:
-        yield Path(name)
-        os.replace(name, path)
+        new.touch()
+        new.chmod(0o644)
+        yield new
+        os.replace(new, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -61,7 +64,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        why = not_the_file(path) or f"it is damaged ({error}); fetch or write it again"
+        why = not_the_file(path) or f"it is damaged ({error}); {remedy_of(path)}"
         raise ValueError(f"{path}: {why}") from None
 
 
@@ -88,6 +91,12 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
     if not files:
         raise ValueError(f"{folder} has no files; it is empty or does not exist")
     return digest({str(path.relative_to(folder)): file_digest(path) for path in files}, 32)
+
+
+def remedy_of(path: Path) -> str:
+    """What to do about a damaged file: only what is made here is deleted, never a user's own."""
+    made_here = path.resolve().is_relative_to(OUTPUTS)
+    return f"delete {path} and run again" if made_here else "copy or fetch the file again"
 
 
 def first_bytes(path: Path, n: int = 512) -> bytes:

@@ -141,5 +141,33 @@ MITIGATION_KINDS = {
 CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")
 # initialisations of LoRA that change the base model itself
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# of these, the one that writes over the base's weights in place
+REWRITING_IN_PLACE = ("olora",)
+# initialisations of LoRA that a step of PEFT's own computes from data, which is not done here
+FROM_DATA = ("eva", "corda", "lora_ga")
+# settings of LoRA with which an adapter cannot be scored as it was trained, and why
+UNSCORED_SETTINGS = {
+    "alora_invocation_tokens": "by which it acts only behind these tokens, and only in PEFT's own"
+    " forward",
+    "arrow_config": "by which it mixes other adapters, which its folder does not hold",
+}
+RANDOM_RESIDUAL = "pissa_niter"
 # settings by which an adapter trains more than its factors
 BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+
+
+def unscored_setting(settings: dict[str, Any]) -> str | None:
+    """The setting of PEFT with which an adapter could not be scored as it was trained, and why;
+    None where there is none.
+    """
+    for key, why in UNSCORED_SETTINGS.items():
+        if settings.get(key):
+            return f"{key}, {why}"
+    init = str(settings.get("init_lora_weights", "")).lower()
+    if init.startswith(RANDOM_RESIDUAL):
+        return (
+            f"init_lora_weights = {init}, by which it belongs to a base that random numbers made"
+            " and no file holds; take pissa, or save it with PEFT's"
+            " path_initial_model_for_weight_conversion"
+        )
+    return None

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from driftbook.study import code, gguf_models, packages
-from driftbook.study.files import OUTPUTS, digest, folder_digest
+from driftbook.study.files import OUTPUTS, digest, folder_digest, not_the_file
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.study_file import Study
 
@@ -77,7 +77,7 @@ def origin(source: Source, study: Study | None) -> Path | str:
     name on the hub.
 
     Raises:
-        ValueError: it is not there; the sentence says what to do.
+        ValueError: it is not there, or is a pointer of git-lfs; the sentence says what to do.
     """
     return gguf_file(source) or _found(source, study)
 
@@ -124,6 +124,9 @@ def _check_local(source: Source) -> None:
             f"{source.source}: the path {source.path or source.source} does not exist ({path});"
             " correct or remove it"
         )
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file() and (why := not_the_file(file)):
+            raise ValueError(f"{source.source}: {why}")
     files = sorted(one.name for one in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():
         raise ValueError(

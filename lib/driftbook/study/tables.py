@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from driftbook.study.files import replacing
+from driftbook.study.files import remedy_of, replacing
 from driftbook.study.nameless import nameless_column
 
 DTYPES = {"text": "string", "real": "Float64", "whole": "Int64", "truth": "boolean"}
@@ -137,7 +137,7 @@ def _parquet(path: Path, what: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {what} and run again") from None
+        raise ValueError(f"{path} is damaged ({error}); {remedy_of(what)}") from None
 
 
 RUN_ID = _text("readable settings and a short hash of all of them")

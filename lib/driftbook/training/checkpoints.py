@@ -3,10 +3,12 @@ built.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from driftbook.study.files import check_safetensors
 
@@ -58,13 +60,31 @@ class Checkpoint:
 
     def name(self, wanted: str) -> str | None:
         """The stored name of a tensor: its own, or the only one that ends in it or that it ends in
-        (some files lack `model.`, some have more before it).
+        (some files lack `model.`, some have more before it), or that of what it is tied to.
         """
         if wanted in self.files:
             return wanted
         ends = [one for one in self.files if one.endswith(f".{wanted}")]
         ends += [one for one in self.files if wanted.endswith(f".{one}")]
+        if not ends and wanted in self.tied:
+            return self.name(self.tied[wanted])
         return ends[0] if len(ends) == 1 else None
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """The stored name of each tensor that the model's configuration ties to another and that is
+        not stored itself, as the head that is the embedding table.
+        """
+        try:
+            options = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(self.folder, **options)
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception:  # transformers raises a dozen kinds; without a model nothing is tied
+            return {}
+        first = {id(value): name for name, value in shell.named_parameters()}
+        named = shell.named_parameters(remove_duplicate=False)
+        return {name: first[id(value)] for name, value in named if first[id(value)] != name}
 
 
 def open_checkpoint(where: Path | str, what: str) -> Checkpoint:

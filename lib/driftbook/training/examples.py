@@ -81,8 +81,6 @@ def prepare(
         examples = examples + _mixed_in(*mixed, study.data[name].n, study)
     try:
         made = _in_tokens(objective, examples, base, study)
-        for one in (one for row in made for one in row):
-            check_ids(base.model, base.tokenizer, one.ids)
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
     lengths = [max(len(one.ids) for one in row) for row in made]
@@ -128,13 +126,21 @@ def _mixed_in(name: str, share: float, n: int, study: Study) -> list[dict]:
 def _in_tokens(
     objective: str, examples: list[dict], base: Loaded, study: Study
 ) -> list[list[Conversation]]:
-    """The conversations of each example: one, or the two of a preference."""
+    """The conversations of each example: one, or the two of a preference.
+
+    Raises:
+        ValueError: the template refuses one, or the model has no embedding for a token of it.
+    """
     if objective == "sft":
         whole = study.training.loss == "whole"
         asked = [(one["prompt"], one["answer"]) for one in for_sft(examples)]
-        return [[_conversation(base, *one, whole)] for one in asked]
-    keys = ("chosen", "rejected")
-    return [[_answered(base, one["prompt"], one[key]) for key in keys] for one in examples]
+        made = [[_conversation(base, *one, whole)] for one in asked]
+    else:
+        keys = ("chosen", "rejected")
+        made = [[_answered(base, one["prompt"], one[key]) for key in keys] for one in examples]
+    for one in (one for row in made for one in row):
+        check_ids(base.model, base.tokenizer, one.ids)
+    return made
 
 
 def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:

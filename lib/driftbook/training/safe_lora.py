@@ -212,6 +212,7 @@ def check_adapter(adapter: Path) -> dict:
         )
     if odd := [key for key in UNREADABLE if config.get(key)]:
         raise ValueError(f"{name} has {odd[0]}, {UNREADABLE[odd[0]]}; it cannot be projected")
+    updates.check_tensors(adapter)
     return config
 
 

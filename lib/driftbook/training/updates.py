@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -153,6 +154,7 @@ def read(folder: Path) -> Adapter:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"the adapter {folder} is of the type {kind}, and not LoRA")
+    check_tensors(folder)
     return Adapter(folder, config)
 
 
@@ -179,6 +181,28 @@ def modules(folder: Path) -> tuple[str, ...]:
     ends = (".lora_A.weight", ".ia3_l")
     found = [(name.removeprefix(PREFIX), end) for name in names for end in ends]
     return tuple(sorted({name.removesuffix(end) for name, end in found if name.endswith(end)}))
+
+
+def check_tensors(folder: Path) -> None:
+    """Raise a ValueError where an adapter's file holds a tensor that is no factor of a module with
+    both, and no bias, whole module or embedding either: it would be lost in silence.
+    """
+    known, whole = set(modules(folder)), read_json(folder / CONFIG).get("modules_to_save") or ()
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        ends = [end for end in FACTORS if name.endswith(end)]
+        if ends:
+            there = name.removeprefix(PREFIX).removesuffix(max(ends, key=len)) in known
+        else:
+            parts = name.removesuffix(".weight").removesuffix(".base_layer").split(".")
+            there = name.endswith(".bias") or not {*whole, "token_adapter"}.isdisjoint(parts)
+            there = there or parts[-1] in EMBEDDING_LAYER_NAMES
+        if not there:
+            raise ValueError(
+                f"the adapter {folder} holds {name}, which is no tensor of an update as PEFT names"
+                " them; save it with PEFT's save_pretrained"
+            )
 
 
 def biases(folder: Path, module: str) -> dict[str, Tensor]:
