@@ -282,7 +282,7 @@ def _all_prompts(name: str, study: Study) -> pd.DataFrame:
     except (TypeError, AttributeError, OSError):
         raise ValueError(f"{where} is not of the form {form}") from None
     except ValueError as error:
-        raise ValueError(f"benchmarks.{name}: {error}") from None
+        raise ValueError(f"benchmarks.{name} of the form {form}: {error}") from None
     frame = pd.DataFrame(rows, columns=PROMPT_COLUMNS)
     if frame.empty:
         raise ValueError(f"{where} has no prompts")
