@@ -443,7 +443,8 @@ def test_one_changed_byte_of_an_input_changes_the_keys_of_what_reads_it(
 ):
     copied = tmp_path / "inputs"
     shutil.copytree(standins, copied)
-    moved = json.loads(json.dumps(content).replace(str(standins), str(copied)))
+    text = json.dumps(content, ensure_ascii=False)
+    moved = json.loads(text.replace(str(standins), str(copied)))
     before = _keys(make_study(moved))
     assert before == _keys(make_study(content)), (
         "where an input is does not matter, only what it is"
