@@ -23,7 +23,7 @@ source = open(spec.origin).read()
 assert source.count("CONFIDENCE = 0.95") == 1
 exec(source.replace("CONFIDENCE = 0.95", f"CONFIDENCE = {sys.argv[1]}"), vars(module))
 
-from driftbook.analyses import doses, power, tradeoffs
+from driftbook.analyses import correlations, doses, power
 from driftbook.figures import drawing
 from driftbook.rereading import original_analysis
 from driftbook.stats import agreement, comparisons, intervals, linear
@@ -42,7 +42,7 @@ found = {
     "kappa": agreement.kappa(20, 5, 5, 20)[1:],
     "delta": [comparisons.two_samples(x[:9], y[:9])[name] for name in ("ci_low", "ci_high")],
     "welch": [doses._welch([1, 0], [1, 1], [5, 5])[name] for name in ("ci_low", "ci_high")],
-    "fisher": [tradeoffs._raw(0.5, 40)[name] for name in ("ci_low", "ci_high")],
+    "fisher": [correlations._raw(0.5, 40)[name] for name in ("ci_low", "ci_high")],
     "mixed": linear.rate_model(rows, "y ~ 1", "run_id").contrast([[1.0]])[["ci_low", "ci_high"]],
     "spread": power._with_interval(plan, pd.Series([1.0]))[["ci_low", "ci_high"]],
     "original": [

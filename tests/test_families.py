@@ -194,7 +194,8 @@ def options(rng: np.random.Generator) -> list[tuple[list[int], list[int]]]:
 def check_training(model, rng: np.random.Generator) -> None:
     """Packed conversations, and a preference, with an adapter on the model."""
     linear = {n.rpartition(".")[2] for n, one in model.named_modules() if isinstance(one, WEIGHTS)}
-    config = LoraConfig(r=2, target_modules=sorted(linear & TARGETS), init_lora_weights=False)
+    targets = sorted(linear & TARGETS) or "all-linear"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(1)
     adapted = get_peft_model(model, config).eval()
     begin = random_ids(rng, 9)

@@ -129,7 +129,7 @@ def limited(patch, limit, spared=lambda forward: False):
 
 
 def checkpointing(forward):
-    return forward.scorer.model.is_gradient_checkpointing
+    return forward.engine.model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
