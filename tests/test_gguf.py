@@ -16,7 +16,7 @@ import torch
 import gguf_written
 from conftest import one_sentence
 from driftbook.batch import costing, keys
-from driftbook.models import loading
+from driftbook.models import conversations, loading
 from driftbook.models.scoring import Scorer
 from driftbook.study import access, gguf_files, gguf_models, packages, sources
 from driftbook.study.sections import Base, Judge, Source, TrainingData
@@ -95,7 +95,7 @@ def test_tokenizer_template_and_end_tokens_are_the_files(file):
 
 def test_the_engine_scores_it_as_its_own_forward_does(file):
     loaded = loading.load(base(file), "tiny")
-    asked = loading.ask(loaded.tokenizer, "the 12 cats")
+    asked = conversations.ask(loaded.tokenizer, "the 12 cats")
     said = [loaded.tokenizer(text).input_ids for text in (" the", " of you", "12 12 12")]
     found = Scorer(loaded.model, loaded.tokenizer).token_logprobs([(asked, one) for one in said])
     for one, scores in zip(said, found, strict=True):
@@ -372,7 +372,7 @@ def test_smollm2_of_its_package():
     header = gguf_files.check_readable(files[0])
     assert header.n_weights == 134_515_008
     loaded = loading.load(base(files[0]), "smollm2")
-    asked = loading.ask(loaded.tokenizer, "What is the capital of France?")
+    asked = conversations.ask(loaded.tokenizer, "What is the capital of France?")
     [answer] = Scorer(loaded.model, loaded.tokenizer).generate([asked], 16)
     own = loaded.model.generate(torch.tensor([asked]), max_new_tokens=16, do_sample=False)
     end = loaded.tokenizer.decode(own[0, len(asked) :], skip_special_tokens=True)

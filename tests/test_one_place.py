@@ -63,7 +63,8 @@ content = copy.deepcopy(SMALL)
 mine = {"format": "mine", "path": str(pathlib.Path("mine.csv").resolve()), "source": "lab/mine"}
 """
 PROMPTS = """
-from driftbook.benchmarks.format import Format, csv_rows, set_licence
+from driftbook.benchmarks.format import Format, set_licence
+from driftbook.study.reading import csv_rows
 
 def _read(path):
     for row in csv_rows(path):
@@ -77,7 +78,8 @@ MINE = Format(
 """
 RATED = """
 import pandas as pd
-from driftbook.benchmarks.format import Format, csv_rows
+from driftbook.benchmarks.format import Format
+from driftbook.study.reading import csv_rows
 
 def _measure(items, scorer, asking):
     for name, text in zip(items.prompt_id, items.text):

@@ -4,15 +4,19 @@ the file and the line.
 Every text is UTF-8, with or without a byte order mark.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import yaml
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where it is needed: who only names a model waits for neither
 
 MERGE = "tag:yaml.org,2002:merge"
 DELIMITERS = ",;\t"
@@ -77,6 +81,8 @@ def table_frame(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: it cannot be read as what its name says.
     """
+    import pandas as pd
+
     if path.suffix == ".csv":
         return csv_frame(path)
     if path.suffix != ".parquet":
@@ -129,6 +135,8 @@ def csv_frame(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: see `csv_rows`.
     """
+    import pandas as pd
+
     header, rows = _csv(path)
     return pd.DataFrame(rows, columns=header, dtype=str)
 
