@@ -388,8 +388,8 @@ def test_what_cannot_be_fitted_says_why():
         )
     with pytest.raises(ValueError, match="all 960 verdicts are alike"):
         item_model(rows.assign(unsafe=False), "unsafe ~ method")
+    nested = rows.assign(category="one")
     with pytest.raises(ValueError, match="does not begin with 'prompt_id'"):
-        nested = rows.assign(category="one")
         item_model(nested, "unsafe ~ method", ("run_id", "prompt_id", "category"))
     with pytest.raises(ValueError, match="must be the only group"):
         rate_model(rows.assign(rate=1.0, day=2.0), "rate ~ method", ("day | run_id", "prompt_id"))
