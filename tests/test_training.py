@@ -3,6 +3,7 @@ failures, and that the base stays as it is.
 """
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -64,9 +65,10 @@ def test_the_seed_reaches_the_order_of_the_data(trained, objective):
 
 @pytest.mark.slow
 def test_the_seed_reaches_dropout(trained, monkeypatch):
-    def same_init(variant, base, tokenizer, init_text=None):
-        torch.manual_seed(0)
-        model = adapters.get_peft_model(base, adapters.config(variant))
+    create = adapters.create
+
+    def same_init(variant, *rest):
+        model = create(dataclasses.replace(variant, seed=0), *rest)
         torch.manual_seed(variant.seed)
         return model
 
