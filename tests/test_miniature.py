@@ -11,9 +11,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from driftbook import miniature
+from driftbook import figures, miniature
 from driftbook.miniature import corpus, truth, words
 from driftbook.study import sources
 
@@ -465,6 +466,8 @@ def test_a_short_training_gives_the_same_bytes_and_loads_by_the_ordinary_classes
 
     curves = [miniature.build_family(family, tmp_path / str(k), settings=tiny) for k in range(2)]
     assert curves[0].drop(columns="cpu_seconds").equals(curves[1].drop(columns="cpu_seconds"))
+    drawn = figures.draw_learning(pd.concat([curves[0], curves[1].assign(family="other")]), "note")
+    assert {axis.get_ylabel() for axis in drawn.axes} == {family, "other", ""}
     for stage in ("stage0", "unaligned", "aligned"):
         one, other = (
             (tmp_path / str(k) / family / stage / "model.safetensors").read_bytes()

@@ -24,7 +24,7 @@ def draw_learning(curves: pd.DataFrame, note: str) -> Figure:
     """
     style()
     curves = curves[curves["ci_low"].notna()]
-    families = dict(curves.groupby("family", sort=False))
+    families = dict(iter(curves.groupby("family", sort=False)))  # a group is no mapping
     widest = max(rows["metric"].nunique() for rows in families.values())
     fig, axes = plt.subplots(
         len(families),
