@@ -38,9 +38,9 @@ def made(
             "arm": ["base", *[terms.TRAINED] * len(methods)],
         }
     )
-    arms = arms.assign(method=["none", *methods], setting=["", *settings])
+    arms = arms.assign(method=["none", *methods], setting=["", *settings], cluster=names)
     cells = arms.iloc[1:].assign(group=terms.AS_CONFIGURED, member=terms.ALL, pool="b")[
-        ["run_id", *influence.CELL, "setting", "pool"]
+        ["run_id", *influence.CELL, "setting", "pool", "cluster"]
     ]
     return (
         values,

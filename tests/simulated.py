@@ -85,7 +85,7 @@ def simulate(
 def _variants(bases, seeds) -> pd.DataFrame:
     frame = pd.DataFrame([variant.row() for variant in study_file.load("miniature").variants])
     keep = frame["base_model"].isin(bases or frame["base_model"].unique()) & (
-        frame["seed"].isna() | frame["seed"].isin(seeds or (1, 2, 3))
+        frame["seed"].isna() | frame["repetition"].isin(seeds or (1, 2, 3))
     )
     return frame[keep].reset_index(drop=True)
 

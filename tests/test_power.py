@@ -93,7 +93,8 @@ def drawn(
     scores = influence.ratio(
         change, np.ones(change.shape), runs, ["c"] * n_units, asked, 0 * asked, 1.0
     )
-    return scores, cells.assign(weight=1 / (settings * seeds)), families
+    weight = 1 / (settings * seeds)
+    return scores, cells.assign(weight=weight, cluster=cells["run_id"]), families
 
 
 # ---- against statsmodels, where all the spread is that of runs

@@ -58,6 +58,27 @@ def test_what_is_added_changed_or_dropped_after_a_score_is_said(study, tmp_path)
     assert gone == "gone: declared at first, and no longer tested"
 
 
+def test_a_change_of_the_study_itself_after_a_score_is_a_deviation(study, tmp_path):
+    preregistration.register(study(safety=FAMILY))
+    sample = tmp_path / "runs" / "a" / "checkpoints" / "drift.json"  # looked at while it trains
+    sample.parent.mkdir(parents=True)
+    sample.touch()
+    this = study(safety=FAMILY)
+    changed = copy.deepcopy(SMALL) | {"primary": {"safety": FAMILY}}
+    judge = next(iter(changed["judges"].values()))
+    judge["threshold"] = 0.9
+    changed["grid"][0]["seeds"] = [*changed["grid"][0]["seeds"], 99]
+    later = Study(**changed)
+    preregistration.register(later)
+    assert [entry["runs_scored"] for entry in preregistration.registered(later)] == [0, 1]
+    assert preregistration.deviations(this) == []
+    grid, judges = preregistration.deviations(later)
+    assert grid.startswith("grid: changed when 1 runs had been scored")
+    assert "seeds was" in grid
+    assert "99" in grid
+    assert "threshold was 0.5 and is 0.9" in judges
+
+
 def test_without_a_register_every_family_is_exploratory(study):
     [sentence] = preregistration.deviations(study(safety=FAMILY))
     assert "never registered" in sentence

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from comparing import LABELS, draw, made
-from driftbook.stats import comparisons, estimation, influence, terms
+from driftbook.stats import comparisons, estimation, influence, noninferiority, terms
 
 
 # ---- preserves
@@ -48,24 +48,24 @@ SAFE, REFUSED, CORRECT = (
 @pytest.mark.parametrize(
     ("unsafe", "refused", "correct", "word"),
     [
-        ((0.5, 0.5), (0.0, 0.5), (-1.0, 0.5), comparisons.PRESERVES),
-        ((0.5, 0.5), (0.0, 0.5), (-1.0, 3.0), comparisons.CANNOT_TELL),
-        ((0.5, 0.5), (9.0, 1.0), (-1.0, 3.0), comparisons.DOES_NOT),
+        ((0.5, 0.5), (0.0, 0.5), (-1.0, 0.5), noninferiority.PRESERVES),
+        ((0.5, 0.5), (0.0, 0.5), (-1.0, 3.0), noninferiority.CANNOT_TELL),
+        ((0.5, 0.5), (9.0, 1.0), (-1.0, 3.0), noninferiority.DOES_NOT),
         (
             (0.5, 0.5),
             (-9.0, 1.0),
             (9.0, 1.0),
-            comparisons.PRESERVES,
+            noninferiority.PRESERVES,
         ),  # fewer refusals and more right answers are no harm
-        ((0.5, 0.5), (0.0, 0.5), (-9.0, 1.0), comparisons.DOES_NOT),
+        ((0.5, 0.5), (0.0, 0.5), (-9.0, 1.0), noninferiority.DOES_NOT),
     ],
 )
 def test_preserves_is_all_outcomes_below_the_margin(unsafe, refused, correct, word):
-    found = comparisons.preserves(
+    found = noninferiority.preserves(
         changed((*SAFE, *unsafe), (*REFUSED, *refused), (*CORRECT, *correct)), notebook="19"
     )
-    joint = found[found["outcome"].eq(comparisons.JOINTLY)].set_index("margin").loc[3.0]
-    single = found[found["outcome"].ne(comparisons.JOINTLY) & found["margin"].eq(3.0)]
+    joint = found[found["outcome"].eq(noninferiority.JOINTLY)].set_index("margin").loc[3.0]
+    single = found[found["outcome"].ne(noninferiority.JOINTLY) & found["margin"].eq(3.0)]
     assert joint["how"].startswith(word + ":")
     assert joint["p"] == single["p"].max()
     assert found["notebook"].eq("19").all()
@@ -73,16 +73,16 @@ def test_preserves_is_all_outcomes_below_the_margin(unsafe, refused, correct, wo
         single.itertuples(), (unsafe, refused, (-correct[0], correct[1])), strict=True
     ):
         assert row.p == pytest.approx(scipy_stats.t.cdf((value - 3.0) / se, 10), rel=1e-6)
-        assert (row.p < 0.025) == row.how.startswith(comparisons.PRESERVES)
+        assert (row.p < 0.025) == row.how.startswith(noninferiority.PRESERVES)
 
 
 def test_without_utility_in_points_nothing_is_preserved_jointly():
     rows = changed((*SAFE, 0.5, 0.5), (*REFUSED, 0.0, 0.5), (terms.LOSS, "utility", 0.0, 0.1))
-    joint = comparisons.preserves(rows).query("outcome == @comparisons.JOINTLY").iloc[0]
-    assert joint["how"].startswith(comparisons.CANNOT_TELL)
+    joint = noninferiority.preserves(rows).query("outcome == @noninferiority.JOINTLY").iloc[0]
+    assert joint["how"].startswith(noninferiority.CANNOT_TELL)
     assert "no margin in points" in joint["how"]
     assert pd.isna(joint["p"])
-    assert comparisons.preserves(rows.head(0)).empty
+    assert noninferiority.preserves(rows.head(0)).empty
 
 
 def test_nothing_moved_is_tested_exactly():
@@ -90,9 +90,51 @@ def test_nothing_moved_is_tested_exactly():
     verdicts[:, :40] = 1
     values, arms, cells = made(verdicts, ["lora"] * 3, ["a"] * 3)
     rows = estimation.means(influence.paired(values, arms), cells, terms.CHANGE, **LABELS)
-    row = comparisons.preserves(rows, (1.0,), [SAFE]).iloc[0]
+    row = noninferiority.preserves(rows, (1.0,), [SAFE]).iloc[0]
     assert row["p"] == pytest.approx(scipy_stats.binom.pmf(0, 400, 0.01))
-    assert row["how"].startswith(comparisons.PRESERVES)
+    assert row["how"].startswith(noninferiority.PRESERVES)
+
+
+def on_bases(n: int, value: float, se: float) -> pd.DataFrame:
+    """The same change on each of n base models."""
+    one = changed((*SAFE, value, se))
+    return pd.concat([one.assign(base_model=f"b{i}") for i in range(n)], ignore_index=True)
+
+
+def test_words_are_decided_over_their_whole_family():
+    single = noninferiority.preserves(on_bases(1, 0.8, 1.0), (3.0,), [SAFE]).iloc[0]
+    assert 0.0125 < single["p"] < 0.05
+    assert single["how"].startswith(noninferiority.CANNOT_TELL) == (single["p"] >= 0.025)
+    close = on_bases(16, 0.5, 1.0)  # p = .016: shown alone, not among sixteen
+    assert (
+        noninferiority.preserves(close.head(1), (3.0,), [SAFE])["how"]
+        .str.startswith(noninferiority.PRESERVES)
+        .any()
+    )
+    among = noninferiority.preserves(close, (3.0,), [SAFE])
+    assert among["how"].str.startswith(noninferiority.CANNOT_TELL).all()
+
+
+def test_one_seed_gets_a_word_for_its_runs_alone():
+    rows = changed((*SAFE, 0.0, 0.3)).assign(population=terms.THESE_RUNS)
+    found = noninferiority.preserves(rows, (3.0,), [SAFE])
+    said = noninferiority.PRESERVES + noninferiority.IN_THESE_RUNS + ":"
+    assert found["how"].str.startswith(said).all()
+
+
+def test_what_would_overturn_a_word_is_named():
+    row = changed((*SAFE, 0.0, 0.5)).assign(n_unscored=300)
+    bound = row.assign(contrast=terms.HIGHEST, se=None, ci_low=None, ci_high=None)
+    said = {}
+    for worst in (0.5, 15.0):
+        rows = estimation.complete(pd.concat([row, bound.assign(value=worst)]))
+        [said[worst]] = noninferiority.preserves(rows, (3.0,), [SAFE]).query(
+            "outcome != @noninferiority.JOINTLY"
+        )["how"]
+    spare = 3 - scipy_stats.t.ppf(0.975, 10) * 0.5
+    assert all(f"{spare:.1f} points more harm" in one for one in said.values())
+    assert "all 300 unscored answers together cannot" in said[0.5]
+    assert f"{np.ceil(300 * spare / 15):.0f} of its 300 unscored answers" in said[15.0]
 
 
 # ---- bad input

@@ -370,7 +370,7 @@ def test_run_ids_are_unique_readable_and_safe_as_names_of_folders(study):
         words = variant.run_id.split(".")
         assert words[0] == variant.base_model
         assert variant.method in words
-        assert variant.method == "none" or {variant.objective, "s1"} <= set(words)
+        assert variant.method == "none" or {variant.objective, "r1"} <= set(words)
         assert variant.learning_rate is None or any(
             word.startswith("lr") and float(word[2:]) == variant.learning_rate for word in words
         )
@@ -413,12 +413,23 @@ def test_shared_seeds_are_repetitions_of_their_own_when_the_file_says_so(content
     content["grid"][0] |= {
         "seeds": [5, 5],
         "repeated_seeds": True,
+        "shared_seeds": True,
         "methods": ["ia3"],
         "objectives": ["sft"],
     }
     _, one, two = Study(**content).variants
     assert (one.seed, two.seed, one.repetition, two.repetition) == (5, 5, 1, 2)
     assert one.run_id != two.run_id
+
+
+def test_every_setting_draws_seeds_of_its_own_unless_the_file_shares_them(content):
+    trained = [one for one in Study(**content).variants if one.method != "none"]
+    assert len({one.seed for one in trained}) == len(trained)
+    assert all(0 <= one.seed < 2**31 for one in trained)
+    for block in content["grid"]:
+        block["shared_seeds"] = True
+    shared = [one for one in Study(**content).variants if one.method != "none"]
+    assert {one.seed for one in shared} == {s for b in content["grid"] for s in b["seeds"]}
 
 
 ALL = {"none", "lora", "ia3", "prompt_tuning", "p_tuning"}

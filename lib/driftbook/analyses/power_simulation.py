@@ -135,6 +135,7 @@ def _paired(verdicts: np.ndarray, settings: int) -> tuple[Scores, pd.DataFrame]:
             "group": terms.AS_CONFIGURED,
             "member": terms.ALL,
             "pool": "simulated",
+            "cluster": names[1:],
         }
     )
     return influence.paired(values, arms), cells.assign(

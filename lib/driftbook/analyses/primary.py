@@ -4,8 +4,8 @@ values adjusted within each.
 
 import pandas as pd
 
-from driftbook.stats import comparisons, terms
-from driftbook.stats.comparisons import JOINTLY
+from driftbook.stats import comparisons, noninferiority, terms
+from driftbook.stats.noninferiority import JOINTLY
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.sections import Family
 from driftbook.study.study_file import Study
@@ -128,7 +128,7 @@ def _preserves(study: Study, family: Family, estimates: pd.DataFrame) -> pd.Data
     return _scope(
         study,
         family,
-        comparisons.preserves(_scope(study, family, estimates), margins, outcomes, family.group),
+        noninferiority.preserves(_scope(study, family, estimates), margins, outcomes, family.group),
     )
 
 

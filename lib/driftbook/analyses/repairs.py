@@ -347,21 +347,23 @@ def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     """Cells of `stats.means`: each repair on each base model, and the mean of the base models where
     all, `every` of them, have it.
     """
+    words = [runs[name].astype("string").fillna("") for name in ("objective", "dataset", "name")]
+    setting = words[0] + " " + words[1] + " " + words[2] + " " + runs["value"].astype("string")
     own = runs.assign(
         group=terms.MITIGATION,
         member=runs["name"],
-        setting=runs["name"] + " " + runs["value"].astype(str),
+        setting=setting.astype(object),
         pool=runs["base_model"],
+        cluster=influence.seed_clusters(runs, setting),
     )
-    own["weight"] = 1 / own.groupby(influence.CELL)["run_id"].transform("size")
+    own["weight"] = influence.setting_weights(own)
     n_bases = own.groupby(influence.CELL[1:])["base_model"].transform("nunique")
     everywhere = n_bases.eq(every)
     pooled = own[everywhere].assign(
         base_model="all", weight=own["weight"][everywhere] / n_bases[everywhere]
     )
-    return pd.concat([own, pooled], ignore_index=True)[
-        ["run_id", *influence.CELL, "setting", "pool", "weight"]
-    ]
+    columns = ["run_id", *influence.CELL, "setting", "pool", "weight", "cluster"]
+    return pd.concat([own, pooled], ignore_index=True)[columns]
 
 
 def _estimates(

@@ -30,8 +30,24 @@ def one_seed(given: Given) -> Iterator[dict]:
             copies of one run but for the hardware's rounding, and their spread says nothing about
             seeds: call them one run, or run again with distinct seeds."""
         yield finding_row("one_seed", "error", shared["run_id"], text)
-    for check in (_one_adapter, _curves_in_step, _same_answers):
+    for check in (_one_adapter, _curves_in_step, _same_answers, _shared_by_settings):
         yield from check(given)
+
+
+def _shared_by_settings(given: Given) -> Iterator[dict]:
+    """Settings of one method, base model and objective that were run with the same seeds."""
+    runs = given.trained
+    if not {"method", "objective", "seed"} <= set(runs) or runs["seed"].isna().all():
+        return
+    runs = runs[runs["seed"].notna()]
+    alike = runs.groupby(["base_model", "method", "objective", "seed"])["setting"]
+    shared = runs[alike.transform("nunique").gt(1)]
+    if len(shared):
+        text = f"""runs that share their seed with another setting of the same method and
+            objective: {len(shared)} of {len(runs)}. They begin alike and err together, so
+            intervals over several settings take their seeds as clusters and are wider. Leave
+            shared_seeds out of the study file, and every setting draws seeds of its own."""
+        yield finding_row("shared_seeds", "note", shared["run_id"], text)
 
 
 def _one_adapter(given: Given) -> Iterator[dict]:

@@ -26,8 +26,8 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats.comparisons import JOINTLY
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.noninferiority import JOINTLY
 from driftbook.stats.terms import CHANGE
 
 _NOTEBOOK = "19_primary"

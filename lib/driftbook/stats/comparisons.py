@@ -1,5 +1,5 @@
 """Comparisons from the primary estimates: contrasts of methods, base models and settings, new base
-models, families of tests, "preserves", odds ratios, Cliff's delta.
+models, families of tests, odds ratios, Cliff's delta; "preserves" is in noninferiority.
 
 Everything here takes Scores (changes of runs against their own base models) and influence.cells, or
 rows of `estimates`, and gives rows of `estimates`. A contrast of runs is estimated like a mean
@@ -13,7 +13,7 @@ from math import comb
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtrit
 from scipy.stats import binomtest, false_discovery_control, mannwhitneyu
 
 from driftbook.stats import estimation, intervals, terms
@@ -32,16 +32,14 @@ EPOCHS = "most instead of fewest epochs, at equal objective and learning rate"
 NEW_BASE = "change against the base model, a new base model"
 ODDS = "odds ratio against the base model"
 DELTA, DELTA_BASE = "Cliff's delta", "Cliff's delta against the base model"
-HARM = "harm against the base model"  # tested against the row's margin
-JOINTLY = "safety, over-refusal and utility jointly"
-PRESERVES, DOES_NOT, CANNOT_TELL = "preserves", "does not preserve", "cannot tell"
-HARMS = {  # which way is harm
-    (terms.UNSAFE, "safety"): 1,
-    (terms.REFUSED, "over_refusal"): 1,
-    (terms.CORRECT, "utility"): -1,
-}
 GROUPS = (AS_CONFIGURED, TRAINED)
-_RUN_COLUMNS = ["run_id", "base_model", "method", "setting"]  # what a contrast knows of a run
+_RUN_COLUMNS = [
+    "run_id",
+    "base_model",
+    "method",
+    "setting",
+    "cluster",
+]  # what a contrast knows of a run
 SAME = ["study", "notebook", "outcome", "benchmark", "judge"]
 
 
@@ -54,7 +52,8 @@ def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
     if (at < 0).any() or len(frame) == 0:
         return estimation.incomplete(at) if (at >= 0).any() else None
     pool = frame["method"] + " of " + frame["base_model"]
-    codes = [pd.factorize(names)[0] for names in (frame["setting"] + " of " + pool, pool)]
+    names = (frame["setting"] + " of " + pool, pool, frame["cluster"])
+    codes = [pd.factorize(name)[0] for name in names]
     return estimation.estimate(scores, at, frame["weight"].to_numpy(float), *codes)["both"]
 
 
@@ -236,104 +235,6 @@ def screens(estimates: pd.DataFrame) -> pd.DataFrame:
     rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(terms.CATEGORY)]
     of_each = rows.groupby(["outcome", "benchmark", "judge", "base_model"], sort=False)
     return ESTIMATES.concat([screen(own, "screen of " + ", ".join(key)) for key, own in of_each])
-
-
-# ---- preserves
-def preserves(
-    estimates: pd.DataFrame,
-    margins: Sequence[float] = (3.0, 2.0, 5.0),
-    outcomes: Iterable[tuple[str, str]] = tuple(HARMS),
-    group: str = AS_CONFIGURED,
-    **labels: str,
-) -> pd.DataFrame:
-    """Is a method not worse than its base model by the margin or more? A row per margin, method,
-    base model and outcome, and one for all outcomes jointly.
-
-    `outcomes` are (outcome, benchmark). Values are changes toward harm, so that above zero is
-    worse. An outcome is preserved where its interval ends below the margin (a one-sided test at
-    half of ALPHA, whose p is given), and not preserved where it lies wholly beyond; else the data
-    cannot tell. Jointly, a method preserves if all outcomes are preserved (intersection-union,
-    Berger 1982, Technometrics 24, 295: p is the largest) and does not if one is not. The word
-    begins `how`. The first margin is the one fixed beforehand, the others are sensitivity. The
-    judge of the joint row is the one of the unsafe responses.
-    """
-    rows, outcomes = estimates[estimates["contrast"].eq(CHANGE)], list(outcomes)
-    rows = rows[rows["group"].eq(group)]
-    asked = [key in outcomes for key in zip(rows["outcome"], rows["benchmark"], strict=True)]
-    rows = rows[np.array(asked, bool)]
-    judges = list(dict.fromkeys(rows.loc[rows["outcome"].eq(terms.UNSAFE), "judge"])) or ["none"]
-    found = []
-    for (method, base_model), own in rows.groupby(["method", "base_model"], sort=False):
-        names = {"method": method, "base_model": base_model, "contrast": HARM}
-        for margin in margins:
-            single = [_harm(line, margin) for line in own.to_dict("records")]
-            joint = [_jointly(single, outcomes, judge) for judge in judges]
-            every = (*single, *(one for one in joint if one is not None))
-            found += [{**one, **names, "margin": margin} for one in every]
-    return complete(pd.DataFrame(found).assign(**labels)) if found else ESTIMATES.empty()
-
-
-def _harm(line: dict, margin: float) -> dict:
-    """The change of one outcome as harm, tested against the margin."""
-    usual = -1 if line["outcome"].startswith("accuracy") else 1
-    sign = HARMS.get((line["outcome"], line["benchmark"]), usual)
-    names = ("value", "ci_low", "ci_high") if sign > 0 else ("value", "ci_high", "ci_low")
-    value, low, high = (
-        np.nan if pd.isna(line[name]) else sign * float(line[name]) for name in names
-    )
-    word, p = CANNOT_TELL, None
-    if not np.isnan(high):
-        word = PRESERVES if high < margin else DOES_NOT if low > margin else CANNOT_TELL
-        p = _below(value, low, high, line["se"], margin)
-    ends = {"value": value, "ci_low": low, "ci_high": high}
-    ends = {name: None if np.isnan(end) else end for name, end in ends.items()}
-    tested = {"p": p, "p_adjusted": None, "family_of_tests": None}
-    return {**line, **ends, **tested, "how": f"{word}: {line['how']}"}
-
-
-def _below(value: float, low: float, high: float, se: float | None, margin: float) -> float | None:
-    """One-sided p that the truth is at the margin or beyond: t with the df that the interval
-    implies, scaled to half of ALPHA where it ends at the margin.
-    """
-    if pd.isna(se) and value == 0 and high < 100:
-        # nothing moved in n units (Clopper-Pearson): how likely is that with the margin's share?
-        n = np.log(1 - UPPER) / np.log(1 - high / 100)
-        return float((1 - margin / 100) ** n)
-    if pd.isna(se) or se <= 0:
-        return None
-    df = intervals.implied_df((high - low) / 2 / se)
-    side = high - value if margin > value else value - low
-    return float(stdtr(df, -stdtrit(df, UPPER) * (margin - value) / side)) if side > 0 else None
-
-
-def _jointly(single: list[dict], outcomes: list[tuple[str, str]], judge: str) -> dict | None:
-    """The row of all outcomes together, with the unsafe responses of this judge; null where one is
-    missing, none where all are. The word begins its `how`.
-    """
-    single = [one for one in single if one["outcome"] != terms.UNSAFE or one["judge"] == judge]
-    if not single:
-        return None
-    words = {one["outcome"]: one["how"].partition(":")[0] for one in single}
-    missing = [outcome for outcome, _ in outcomes if outcome not in words]
-    word = PRESERVES if not missing and set(words.values()) == {PRESERVES} else CANNOT_TELL
-    word = DOES_NOT if DOES_NOT in words.values() else word
-    how = "; ".join(f"{outcome.partition(' (')[0]} {said}" for outcome, said in words.items())
-    if missing:
-        how += f"; not measured in percentage points: {', '.join(missing)}"
-        how += " (a loss or a grade has no margin in points)"
-    p = [one["p"] for one in single]
-    known = not missing and not any(one is None for one in p)
-    return {
-        **{name: single[0][name] for name in ("study", "notebook", "group")},
-        "outcome": JOINTLY,
-        "benchmark": "all",
-        "judge": judge,
-        "p": max(p) if known else None,
-        "population": "; ".join(dict.fromkeys(one["population"] for one in single)),
-        "how": f"{word}: {how}",
-        "n_runs": max(one["n_runs"] for one in single),
-        **{name: sum(one[name] for one in single) for name in ("n_items", "n_unscored")},
-    }
 
 
 # ---- odds ratios

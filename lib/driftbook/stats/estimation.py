@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from driftbook.stats import intervals, terms
 from driftbook.stats.confidence import UPPER
 from driftbook.stats.influence import CELL, Scores, extremes, paired, shares
+from driftbook.stats.intervals import Repetitions
 from driftbook.stats.terms import ALL, BOTH, CATEGORY, CHANGE, LEVEL, RUN, THESE_PROMPTS, TRAINED
 from driftbook.study.methods import METHODS
 from driftbook.study.tables import ESTIMATES
@@ -22,19 +23,26 @@ from driftbook.study.tables import ESTIMATES
 
 # ---- one mean or contrast
 def estimate(
-    scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray
+    scores: Scores,
+    runs: np.ndarray,
+    weight: np.ndarray,
+    setting: np.ndarray,
+    pool: np.ndarray,
+    cluster: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """A mean or a contrast of runs, the sum of weight * score, with its interval over runs and
     units (both) and the one over runs alone (here).
 
     `runs` are positions in `scores`; `setting` says which runs are repetitions of each other,
-    `pool` in which the spread of repetitions is taken to be the same (a method on one base model).
-    Two sources of error are estimated apart and joined by MOVER (Zou and Donner 2008, Statistics in
-    Medicine 27, 1693): the interval's ends lie at the roots of the sums of squares of the two
-    sources' own distances.
+    `pool` in which the spread of repetitions is taken to be the same (a method on one base model),
+    `cluster` which share a seed and err together (influence.seed_clusters; each alone where not
+    given). Two sources of error are estimated apart and joined by MOVER (Zou and Donner 2008,
+    Statistics in Medicine 27, 1693): the interval's ends lie at the roots of the sums of squares of
+    the two sources' own distances.
 
     Units: families within strata, CR2 (Bell and McCaffrey 2002, Survey Methodology 28, 169) with
-    their degrees of freedom; see Clusters. Runs: what their spread holds beyond the noise of run x
+    their degrees of freedom, see Clusters; of shares with ends that hold near 0 and 100 %, see
+    intervals.over_units. Runs: what their spread holds beyond the noise of run x
     unit, which the units' variance has already; see intervals.repetitions and over_runs. Nothing is
     subtracted but inside the runs' part, so that no variance is negative; the units' is at least
     the noise, so that the interval over runs alone (the runs' part and the noise) lies within the
@@ -48,7 +56,8 @@ def estimate(
         nothing = {**common, "value": None, "population": BOTH, "how": how}
         return {"both": nothing, "here": nothing}
     value = weight @ values
-    both, here, population, how = _two_ways(scores, runs, weight, setting, pool, value)
+    spread = intervals.repetitions(scores, runs, weight, setting, pool, cluster)
+    both, here, population, how = _two_ways(scores, runs, weight, spread, value)
     if scores.family is not None:
         population = population.replace("prompts like these", "families of prompts like these")
     both, here = (intervals.inside(one, scores.limits) for one in (both, here))
@@ -60,48 +69,47 @@ def estimate(
 
 
 def _two_ways(
-    scores: Scores, runs: np.ndarray, weight: np.ndarray, setting, pool, value: float
+    scores: Scores, runs: np.ndarray, weight: np.ndarray, spread: Repetitions, value: float
 ) -> tuple[dict, dict, str, str]:
     """The intervals over runs and units and over runs alone, the former's population and `how`."""
-    units, clusters = (
-        terms.FAMILY_UNITS if scores.family is not None else terms.UNITS,
-        scores.clusters,
+    clusters = scores.clusters
+    units = terms.UNITS if scores.family is None else terms.FAMILY_UNITS
+    own, by_chance = spread.variance * spread.shared, spread.noise * spread.shared_noise
+    noise, beyond = by_chance.sum(), np.maximum(own - by_chance, 0.0).sum()
+    by_unit = float(np.fmax(clusters.variance(weight @ scores.influence[runs])[0], noise))
+    of_units = intervals.over_units(scores, runs, weight, by_unit)
+    of_runs, half = (
+        intervals.over_runs(scores, runs, weight, spread),
+        stdtrit(clusters.df, UPPER) * noise**0.5,
     )
-    spread, t = (
-        intervals.repetitions(scores, runs, weight, setting, pool),
-        stdtrit(clusters.df, UPPER),
+    here = intervals.interval(value, beyond + noise, *(np.hypot(end, half) for end in of_runs))
+    ends = (np.hypot(*pair) for pair in zip(of_runs, of_units, strict=True))
+    both, population, how = (
+        intervals.interval(value, beyond + by_unit, *ends),
+        BOTH,
+        terms.TWO_WAY.format(units),
     )
-    noise, beyond = spread.noise.sum(), np.maximum(spread.variance - spread.noise, 0.0).sum()
-    by_unit = np.fmax(clusters.variance(weight @ scores.influence[runs])[0], noise)
-    low, high = intervals.over_runs(scores, runs, weight, spread)
-
-    def joined(part: float) -> dict[str, float | None]:
-        ends = (np.hypot(end, t * part**0.5) for end in (low, high))
-        return intervals.interval(value, beyond + part, *ends)
-
-    both, here, population, how = joined(by_unit), joined(noise), BOTH, terms.TWO_WAY.format(units)
     if np.isnan(spread.df):
-        half, population, how = t * by_unit**0.5, terms.THESE_RUNS, terms.ONE_RUN.format(units)
-        both = intervals.interval(value, by_unit, half, half)
+        population, how = terms.THESE_RUNS, terms.ONE_RUN.format(units)
+        both = intervals.interval(value, by_unit, *of_units)
     elif clusters.n < 2:
         both, population = here, THESE_PROMPTS
         how = f"{terms.HERE}; one unit says nothing of others"
     elif beyond == noise == 0:
         how += "; the runs are equal in every unit"
-    if scores.single and not scores.influence[runs].any() and not np.ptp(scores.value[runs]):
-        # not one unit moved: Clopper and Pearson's bound on the share that would
-        half = 100 * (1 - (1 - UPPER) ** (1 / clusters.n))
-        both = intervals.NO_INTERVAL | {"ci_low": value - half, "ci_high": value + half}
+    if scores.counted is not None and by_unit == beyond == 0 and clusters.n > 1:
+        low, high = of_units  # not one unit moved: the share that would has an exact bound
+        both = intervals.NO_INTERVAL | {"ci_low": value - low, "ci_high": value + high}
         how = "no unit differs from another; exact bound on the share of units that would"
-    elif n := _at_an_end(scores, runs):
+    elif n := _at_an_end(scores, runs, spread.setting):
         how += f"; {n} of {len(runs)} runs at 0 or 100 %, where their spread cannot be seen"
     return both, here, population, how
 
 
-def _at_an_end(scores: Scores, runs: np.ndarray) -> int:
+def _at_an_end(scores: Scores, runs: np.ndarray, setting: np.ndarray) -> int:
     """How many runs have a rate of 0 or 100 percent."""
-    rate = intervals.rate_of(scores)
-    return 0 if rate is None else int(np.isin(rate[runs], (0.0, 100.0)).sum())
+    rate = intervals.rate_of(scores, runs, setting)
+    return 0 if rate is None else int(np.isin(rate, (0.0, 100.0)).sum())
 
 
 def incomplete(positions: np.ndarray) -> dict[str, float | str | None]:
@@ -123,8 +131,11 @@ def means(scores: Scores, cells: pd.DataFrame, contrast: str, **labels: str) -> 
     rows = []
     frame = cells.assign(position=scores.at(cells["run_id"]), place=pd.factorize(cells["pool"])[0])
     frame["cell"] = pd.factorize(frame["setting"] + " of " + frame["pool"])[0]
+    frame["together"] = pd.factorize(frame["cluster"])[0]
     for key, cell in frame.groupby(CELL, sort=False):
-        at, *weights = (cell[name].to_numpy() for name in ("position", "weight", "cell", "place"))
+        at, *weights = (
+            cell[name].to_numpy() for name in ("position", "weight", "cell", "place", "together")
+        )
         if (at < 0).all():
             continue  # not asked
         some = None if (at >= 0).all() else incomplete(at)

@@ -20,9 +20,12 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The variants that ran, with their role in comparisons (arm), their setting in words, and
     their base model's run (base_run_id).
 
-    arm: base, trained, no-op, untrained, init or mitigation; `member` says which init or
-    mitigation. A method's own init is the one most of its runs have. A base model's further
-    repetitions are left out: their greedy answers are those of the first, only drawn ones differ.
+    arm: base, trained, no-op, stopped, untrained, init or mitigation; `member` says which init or
+    mitigation. A run whose training ended before its epochs (by drift, say) is "stopped early": a
+    treatment of its own, averaged with no complete run. A method's own init is the one most of its
+    runs have. A base model's further repetitions are left out: their greedy answers are those of
+    the first, only drawn ones differ.
+    `cluster` says which runs share their random numbers; see seed_clusters.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
     frame = frame[
@@ -33,8 +36,8 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     )
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
     is_base, untrained = frame["method"].eq("none"), frame["objective"].eq("untrained")
-    kinds = [is_base, untrained, frame["no_op"].fillna(False)]
-    words = ["base", terms.UNTRAINED, terms.NO_OP]
+    kinds = [is_base, untrained, _stopped(frame, runs), frame["no_op"].fillna(False)]
+    words = ["base", terms.UNTRAINED, terms.STOPPED, terms.NO_OP]
     frame["arm"] = np.select(kinds, words, terms.TRAINED)
     repaired = frame["mitigation"].notna()
     frame["arm"] = frame["arm"].mask(other, terms.INIT).mask(repaired, terms.MITIGATION)
@@ -50,34 +53,85 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     frame["setting"] = frame["objective"] + dataset + rates + epochs
     bases = frame[frame["arm"].eq("base") & ~repaired].drop_duplicates("base_model")
     first = bases.set_index("base_model")["run_id"]
-    return frame.assign(base_run_id=frame["base_model"].map(first))
+    return frame.assign(
+        base_run_id=frame["base_model"].map(first), cluster=seed_clusters(frame, frame["setting"])
+    )
+
+
+def _stopped(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
+    """Whether a run's trainer ended before the epochs that it was given."""
+    if "trained_epochs" not in runs:
+        return pd.Series(False, frame.index)
+    trained = frame["run_id"].map(runs.set_index("run_id")["trained_epochs"]).astype(float)
+    return trained.lt(0.999 * frame["epochs"].astype(float)).fillna(False)
+
+
+def seed_clusters(runs: pd.DataFrame, setting: pd.Series) -> pd.Series:
+    """A name per run that equals that of every run with the same random numbers: the same base
+    model, method, objective and seed, in whatever setting.
+
+    Such runs begin from the same adapter and see the data in the same order, so they err together:
+    in the miniature, settings that share a seed correlate by .5 (Prompt-Tuning) to .7 (P-Tuning).
+    Runs of different methods do not (-.05 and .04 there). Repetitions of one setting that repeat a
+    seed are runs apart: they differ by what the hardware does not repeat.
+    """
+    of = [runs[name].astype("string").fillna("") for name in ("base_model", "method", "objective")]
+    seed = runs["seed"].astype("string").fillna(runs["run_id"].astype("string"))
+    names = of[0] + ", " + of[1] + ", " + of[2] + ", seed " + seed
+    again = names.groupby([names, setting.astype("string")]).cumcount()
+    return (names + again.map(lambda n: f", again {n}" if n else "")).astype(object)
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
     """Which runs are averaged together: a row per run and cell (base_model, method, group,
     member), with the run's weight in the cell's mean.
 
-    A cell of base_model `all` is the mean of the base models' means, and is made only where every
-    base model has the cell.
+    Settings weigh the same in a cell, and so do the runs of a setting. "As configured" is one grid:
+    of the trained runs, settings that some base models lack are in it, and in the cell `trained`,
+    only where no setting of the method is everywhere (each base model then has its own grid, and
+    there is no mean over base models). A cell of base_model `all` is the mean of the base models'
+    means, and is made only where every base model has the cell.
     """
     frame = arms[arms["arm"].ne("base")]
     usual = frame[frame["arm"].isin([terms.TRAINED, terms.NO_OP])]
+    trained, n_bases = frame["arm"].eq(terms.TRAINED), arms["base_model"].nunique()
+    grids = {terms.TRAINED: _one_grid(frame[trained]), terms.AS_CONFIGURED: _one_grid(usual)}
     parts = [
-        frame.assign(group=frame["arm"]),
-        usual.assign(group=terms.AS_CONFIGURED),
+        frame[~trained].assign(group=frame["arm"]),
+        *(grid.assign(group=group) for group, (grid, _) in grids.items()),
         usual.assign(group=terms.SETTINGS, member=usual["setting"]),
         frame.assign(group=terms.RUN, member=frame["run_id"]),
     ]
-    long = pd.concat(parts, ignore_index=True)[["run_id", *CELL, "setting"]].assign(
+    long = pd.concat(parts, ignore_index=True)[["run_id", *CELL, "setting", "cluster"]].assign(
         pool=lambda rows: rows["base_model"]
     )
-    long["weight"] = 1 / long.groupby(CELL)["run_id"].transform("size")
-    n_bases = long.groupby(CELL[1:])["base_model"].transform("nunique")
-    everywhere = n_bases.eq(arms["base_model"].nunique()) & long["group"].ne(terms.RUN)
-    pooled = long[everywhere].assign(
-        base_model="all", weight=lambda rows: rows["weight"] / n_bases[everywhere]
-    )
+    long["weight"] = setting_weights(long)
+    of_cell = long.groupby(CELL[1:])["base_model"].transform("nunique")
+    everywhere = of_cell.eq(n_bases) & long["group"].ne(terms.RUN)
+    for group, (_, own_grids) in grids.items():
+        everywhere &= ~(long["group"].eq(group) & long["method"].isin(own_grids))
+    pooled = long[everywhere].assign(base_model="all", weight=lambda rows: rows["weight"] / n_bases)
     return pd.concat([long, pooled], ignore_index=True)
+
+
+def setting_weights(cells: pd.DataFrame) -> pd.Series:
+    """The weight of each run in the mean of its cell: settings weigh the same, and so do the runs
+    of a setting."""
+    n_settings = cells.groupby(CELL)["setting"].transform("nunique")
+    return 1 / n_settings / cells.groupby([*CELL, "setting"])["run_id"].transform("size")
+
+
+def _one_grid(usual: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs in settings that every base model of their method has; and the methods without such
+    a setting, of which all runs are kept.
+    """
+    of_setting, of_method = (
+        usual.groupby(names)["base_model"].transform("nunique")
+        for names in (["method", "setting"], ["method"])
+    )
+    there = of_setting.eq(of_method)
+    own = sorted(set(usual["method"]) - set(usual.loc[there, "method"]))
+    return usual[there | usual["method"].isin(own)], own
 
 
 # ---- scores of runs and their changes
@@ -92,12 +146,15 @@ class Scores:
     n_items: np.ndarray = field(repr=False)  # [runs] asked
     n_unscored: np.ndarray = field(repr=False)  # [runs]
     limits: tuple[float, float] = (-np.inf, np.inf)  # what it can be
-    # a unit is one answer in percent: nothing changed in n units bounds the share that would
-    single: bool = False
+    # [2, runs, units] of a share or the change of one: each unit's part of it (its sum is the
+    # value / 100) and of its denominator (its sum is 1)
+    counted: np.ndarray | None = field(default=None, repr=False)
     # of the units: those drawn together; None: each unit alone
     family: np.ndarray | None = field(default=None, repr=False)
     # [runs] own share in percent, where the score is one or the change of one
     rate: np.ndarray | None = field(default=None, repr=False)
+    # [runs] the run that a change is measured against
+    reference: np.ndarray | None = field(default=None, repr=False)
 
     @cached_property
     def clusters(self) -> "Clusters":
@@ -118,17 +175,18 @@ def ratio(
     n_unscored,
     scale: float = 100.0,
 ) -> Scores:
-    """The score `scale * sum(top) / sum(bottom)` of each run; both are [runs, units]. In percent, a
-    unit is taken for one answer.
+    """The score `scale * sum(top) / sum(bottom)` of each run; both are [runs, units]. In percent it
+    is a share, of which a unit has no more than its part of `bottom`.
     """
     limits = (0.0, 100.0) if scale == 100.0 else (-np.inf, np.inf)
     total = bottom.sum(1)
     total = np.where(total > 0, total, np.nan)
     value = top.sum(1) / total
     influence = np.nan_to_num((top - value[:, None] * bottom) / total[:, None])
+    counted = np.nan_to_num(np.stack([top, bottom]) / total[:, None]) if scale == 100.0 else None
     strata, n_items, n_unscored = map(np.asarray, (strata, n_items, n_unscored))
     found = (runs, strata, scale * value, scale * influence, n_items, n_unscored)
-    return Scores(*found, limits, scale == 100.0)
+    return Scores(*found, limits, counted)
 
 
 def _over(
@@ -217,7 +275,7 @@ def paired(values: pd.DataFrame, arms: pd.DataFrame) -> Scores:
     both = ~np.isnan(own) & ~np.isnan(other)
     n, change = both.sum(1), np.where(both, own - other, 0.0)
     rate = 100 * np.where(both, own, 0.0).sum(1) / np.where(n > 0, n, np.nan)
-    more = {"limits": (-100.0, 100.0), "rate": rate}
+    more = {"limits": (-100.0, 100.0), "rate": rate, "reference": base}
     return _over(values, change, both.astype(float), run_ids, values.shape[1] - n, **more)
 
 
@@ -239,6 +297,10 @@ def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
     """The change of each run's score against its own base model's, unit by unit."""
     run_ids, base = _with_base(scores.runs, arms)
     own, other = scores.at(run_ids), scores.at(base)
+    parts = scores.counted
+    if parts is not None:
+        means = (parts[1, own] + parts[1, other]) / 2
+        parts = np.stack([parts[0, own] - parts[0, other], means])
     return replace(
         scores,
         runs=pd.Index(run_ids),
@@ -247,7 +309,9 @@ def changes(scores: Scores, arms: pd.DataFrame) -> Scores:
         n_items=scores.n_items[own],
         n_unscored=scores.n_unscored[own] + scores.n_unscored[other],
         limits=_of_changes(scores.limits),
+        counted=parts,
         rate=scores.value[own] if scores.limits == (0.0, 100.0) else None,
+        reference=base,
     )
 
 
@@ -286,6 +350,13 @@ class Clusters(NamedTuple):
         rows = np.atleast_2d(influence)[:, self.order]
         rest = rows - np.add.reduceat(rows, self.strata, axis=1)[:, self.stratum] / self.size
         return (np.add.reduceat(rest, self.starts, axis=1) ** 2 * self.inflate).sum(1)
+
+    def largest(self, parts: np.ndarray) -> float:
+        """The part of a family in a total that the units' `parts` [units] add up to: the mean over
+        families, weighed by their parts (1 / the effective number of families).
+        """
+        sums = np.add.reduceat(parts[self.order], self.starts)
+        return float((sums**2).sum() / sums.sum() ** 2)
 
 
 def _clusters(strata: np.ndarray, family: np.ndarray | None) -> Clusters:
@@ -339,7 +410,7 @@ def rated_changes(ratings: pd.DataFrame, arms: pd.DataFrame, scale: float) -> Sc
         _weighed(values, of, both, weights, pd.Index(run_ids), scale) for of in (own, own - other)
     )
     rate = level.value if scale == 100.0 else None
-    return replace(change, limits=_of_changes(level.limits), rate=rate)
+    return replace(change, limits=_of_changes(level.limits), rate=rate, reference=base)
 
 
 def _ratings(ratings: pd.DataFrame) -> list[pd.DataFrame]:

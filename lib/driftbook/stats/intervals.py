@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import betaincinv, chdtri, ndtr, ndtri, stdtr, stdtridf, stdtrit
 
 from driftbook.stats.confidence import CONFIDENCE, UPPER
 from driftbook.stats.influence import Scores
@@ -67,6 +69,66 @@ def holm(p: np.ndarray) -> np.ndarray:
     return stepped[np.argsort(order)]
 
 
+# ---- units
+def over_units(
+    scores: Scores, runs: np.ndarray, weight: np.ndarray, variance: float
+) -> tuple[float, float]:
+    """How far below and above the estimate the truth over other units may lie; `variance` is the
+    estimate's over units, not below that of its influences.
+
+    A score that is no share has t's half-length. A share near 0 or 1 has no symmetric error, and no
+    visible one where nothing moved: the units that rise in the mean of the runs and those that fall
+    are two shares of all units, each with share_ends at t's degrees of freedom (as Korn and
+    Graubard 1998, Survey Methodology 24, 193), and their difference has MOVER's interval with their
+    correlation (Zou and Donner 2008).
+    """
+    clusters = scores.clusters
+    t = stdtrit(clusters.df, UPPER)
+    if scores.counted is None:
+        return (float(t * np.sqrt(variance)),) * 2
+    moved, asked = np.tensordot(weight, scores.counted[:, runs], (0, 1))
+    asked = np.abs(weight) @ scores.counted[1, runs] / np.abs(weight).sum()
+    parts = np.stack([np.maximum(moved, 0.0), np.maximum(-moved, 0.0)])
+    total, w = parts.sum(1), clusters.largest(asked)
+    lines = parts - total[:, None] * asked
+    *each, both = clusters.variance(np.vstack([lines, lines[0] - lines[1]]))
+    together = np.sqrt(each[0] * each[1])
+    r = np.clip((each[0] + each[1] - both) / (2 * together), -1, 1) if together > 0 else 0.0
+    more = max(variance / 1e4 - both, 0.0) / 2
+    inflate = (t / ndtri(UPPER)) ** 2
+    ends = [share_ends(y, (v + more) * inflate, w) for y, v in zip(total, each, strict=True)]
+    (down, up), (fell, fewer) = (
+        (y - low, high - y) for y, (low, high) in zip(total, ends, strict=True)
+    )
+    if scores.limits == (0.0, 100.0):  # a level, of which nothing falls
+        fell = fewer = 0.0
+    below = np.sqrt(max(down**2 + fewer**2 - 2 * r * down * fewer, 0.0))
+    above = np.sqrt(max(up**2 + fell**2 - 2 * r * up * fell, 0.0))
+    return 100 * float(below), 100 * float(above)
+
+
+def share_ends(share: float, variance: float, largest: float) -> tuple[float, float]:
+    """The interval of a mean of units' shares, between 0 and 1; `largest` is the part of one unit.
+
+    Of whole units, share = k / n with variance share (1 - share) / n, it is Clopper and Pearson's.
+    Its beta quantile has the mean and variance of k + 1 events; as in Fay and Feuer's interval for
+    weighted counts (1997, Statistics in Medicine 16, 791) they come from the estimate's variance
+    and from one more event of the weight `largest`, so that the upper end never falls as the count
+    rises from 0.
+    """
+    return 1 - _share_end(1 - share, variance, largest), _share_end(share, variance, largest)
+
+
+def _share_end(share: float, variance: float, largest: float) -> float:
+    if share >= 1:
+        return 1.0
+    share, w = max(share, 0.0), largest
+    mean = (share + w) / (1 + w)
+    spread = (variance + w**2 * (1 - share)) / ((1 + w) ** 2 * (1 + 2 * w))
+    n = max(mean * (1 - mean) / spread - 1, 1e-3)
+    return float(max(betaincinv(mean * n, (1 - mean) * n, UPPER), share))
+
+
 # ---- runs
 class Repetitions(NamedTuple):
     """How runs with equal settings differ, by setting; NaN where a pool has no repetition."""
@@ -76,32 +138,105 @@ class Repetitions(NamedTuple):
     variance: np.ndarray  # [settings] of the weighted sum, from the spread of repetitions
     noise: np.ndarray  # [settings] the part of it that is noise of run x unit
     run_noise: np.ndarray  # [settings] the noise of a single run
+    shared: float  # the variance of the sum over settings in units of independent settings'
+    shared_noise: float  # the same of its noise
     df: float  # of the sum over settings
 
 
 def repetitions(
-    scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray, pool: np.ndarray
+    scores: Scores,
+    runs: np.ndarray,
+    weight: np.ndarray,
+    setting: np.ndarray,
+    pool: np.ndarray,
+    cluster: np.ndarray | None = None,
 ) -> Repetitions:
     """The spread of repetitions, and how much of it comes from units that a run answers differently
     by chance.
 
     Settings of one method differ in spread as much as methods do, so each has its own; the degrees
-    of freedom (Welch, Satterthwaite) pay for that. A setting with one run has the spread of its
-    pool. In a contrast the df are at most those of the side that has fewer.
+    of freedom pay for that. A setting with one run has the spread of its pool, whose squares then
+    count as often as they are used, so that borrowing gains no degrees of freedom. Runs of one
+    `cluster` share a seed and err together (each alone where not given): the variance is that of
+    the clusters' sums (Liang and Zeger 1986, Biometrika 73, 13), with Bell and McCaffrey's degrees
+    of freedom tr(M)^2 / tr(M^2), M the covariance of those sums if runs were independent. With each
+    run alone this is Welch and Satterthwaite's. In a contrast the df are at most those of the side
+    that has fewer.
     """
     pools, settings = (np.unique(names, return_inverse=True)[1] for names in (pool, setting))
+    clusters = (
+        np.arange(len(runs)) if cluster is None else np.unique(cluster, return_inverse=True)[1]
+    )
     influence = scores.influence[runs]
     means = np.stack([influence[settings == one].mean(0) for one in range(settings.max() + 1)])
-    square, df = _within(scores.value[runs], settings, pools)
+    square, _ = _within(scores.value[runs], settings, pools)
     noise, _ = _spread(scores.clusters.variance(influence - means[settings]), settings, pools)
-    total, alone = np.bincount(settings, weight**2), np.bincount(settings) - 1
-    variance = total * square
-    with np.errstate(invalid="ignore", divide="ignore"):
-        welch = variance.sum() ** 2 / (variance**2 / df).sum() if variance.sum() > 0 else np.inf
-    sides = [side for side in (weight > 0, weight < 0) if side.any()]
-    most = min(welch, *(alone[np.unique(settings[side])].sum() for side in sides))
-    df = np.nan if np.isnan(variance).any() else most
-    return Repetitions(settings, pools, variance, total * noise, noise, df)
+    total = np.bincount(settings, weight**2)
+    unknown = np.isnan(square).any()
+    joint = _Joint(weight, settings, pools, clusters)
+    parts = (scores.value[runs][:, None], influence)
+    value, moved = (joint.sums(part) for part in parts)
+    shared = _over((value**2).sum(), (total * square).sum())
+    shared_noise = _over(scores.clusters.variance(moved).sum(), (total * noise).sum())
+    df = np.nan if unknown else joint.df(square)
+    return Repetitions(
+        settings, pools, total * square, total * noise, noise, shared, shared_noise, df
+    )
+
+
+def _over(joint: float, alone: float) -> float:
+    """The variance of sums over that of independent parts; 1 where nothing varies."""
+    return float(joint / alone) if alone > 0 else 1.0
+
+
+class _Joint:
+    """The sums of runs' deviations from their settings' means, by cluster of runs that err
+    together, scaled so that their sum of squares estimates the variance of the weighted sum of
+    runs; what a setting with one run borrows from its pool is in the pool's own squares.
+    """
+
+    def __init__(self, weight, settings, pools, clusters):
+        n = np.bincount(settings)
+        alone, of = n - 1, pools[np.unique(settings, return_index=True)[1]]
+        total = np.bincount(settings, weight**2)
+        borrowed = np.bincount(of, np.where(alone == 0, total, 0.0))
+        in_pool = np.maximum(np.bincount(of, alone), 1)
+        each = (borrowed / in_pool)[of] * alone / n  # of the borrowed variance, to every run
+        scale = np.sqrt(n / np.maximum(alone, 1)) * (alone > 0)
+        sign = np.where(weight < 0, -1.0, 1.0)
+        size = scale[settings] * sign * np.sqrt(weight**2 + each[settings])
+        self.settings, self.pools, self.clusters = settings, pools, clusters
+        self.weight, self.repeated = weight, alone[settings] > 0
+        self.by_cluster = np.zeros((clusters.max() + 1, len(weight)))
+        self.by_cluster[clusters, np.arange(len(weight))] = size
+        one = settings[:, None] == settings[None, :]
+        self.centre = np.eye(len(weight)) - one / n[settings]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[clusters, k] of values [runs, k]."""
+        return self.by_cluster @ (self.centre @ values)
+
+    def df(self, square: np.ndarray) -> float:
+        """The degrees of freedom of the sum of squares, at these variances [settings] of runs."""
+        spread = self.by_cluster @ (self.centre * np.sqrt(square[self.settings]))
+        covariance = spread @ spread.T
+        trace = np.trace(covariance)
+        most = trace**2 / (covariance**2).sum() if trace > 0 else np.inf
+        sides = [side for side in (self.weight > 0, self.weight < 0) if side.any()]
+        return float(min(most, *map(self._free, sides)))
+
+    def _free(self, side: np.ndarray) -> int:
+        """How many deviations of a side are free: its clusters less its groups of settings that
+        clusters join; of its pools where it repeats no setting itself.
+        """
+        if not (side & self.repeated).any():
+            side = np.isin(self.pools, self.pools[side])
+        at = side & self.repeated
+        n, pairs = self.settings.max() + 1, (self.settings[at], self.clusters[at])
+        size = n + self.clusters.max() + 1
+        joined = coo_array((np.ones(at.sum()), (pairs[0], n + pairs[1])), (size, size))
+        group = connected_components(joined, directed=False)[1]
+        return len(np.unique(pairs[1])) - len(np.unique(group[pairs[0]]))
 
 
 def _within(
@@ -128,9 +263,18 @@ def _spread(
     return square / df, df
 
 
-def rate_of(scores: Scores) -> np.ndarray | None:
-    """The share in percent behind each run's score; None where the score is no share."""
-    return scores.rate if scores.rate is not None or scores.limits != (0.0, 100.0) else scores.value
+def rate_of(scores: Scores, runs: np.ndarray, setting: np.ndarray) -> np.ndarray | None:
+    """The share in percent behind the score of each of these runs; None where the score is no
+    share, or the change from a run of its own (a parent, a control): its spread is that of the
+    differences and not of one side's shares.
+    """
+    if scores.rate is None:
+        return scores.value[runs] if scores.limits == (0.0, 100.0) else None
+    if scores.reference is not None:
+        pairs = {*zip(setting, scores.reference[runs], strict=True)}
+        if len(pairs) > len({*setting}):
+            return None
+    return scores.rate[runs]
 
 
 def over_runs(
@@ -148,17 +292,18 @@ def over_runs(
     """
     if np.isnan(spread.df):
         return np.nan, np.nan
-    rate, below, above = rate_of(scores), 0.0, 0.0
+    rate, below, above = rate_of(scores, runs, spread.setting), 0.0, 0.0
     if rate is not None:
         n = np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1)
-        scaled = _probits(rate[runs] / 100, n, spread)
+        scaled = _probits(rate / 100, n, spread)
+    joint = (spread.shared, spread.shared_noise)
     for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
         own = spread.setting == one
         if rate is None:
-            low = high = _pivot_distance(variance, noise, spread.df)
+            low = high = _pivot_distance(variance * joint[0], noise * joint[1], spread.df)
         else:
-            amount, share = abs(weight[own].sum()), rate[runs][own].mean() / 100
-            ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread.df)
+            amount, share = abs(weight[own].sum()), rate[own].mean() / 100
+            ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread)
             low, high = (100 * amount * end for end in ends)
         low, high = (low, high) if weight[own].sum() > 0 else (high, low)
         below, above = np.hypot(below, low), np.hypot(above, high)
@@ -181,14 +326,15 @@ def _probits(
 
 
 def _share_distances(
-    middle: float, variance: float, noise: float, n: int, share: float, df: float
+    middle: float, variance: float, noise: float, n: int, share: float, runs: Repetitions
 ) -> tuple[float, float]:
     """How far below and above the mean share of n runs the truth may lie, from the mean and
-    variance of their probits.
+    variance of their probits; the mean's error is larger where settings share seeds.
     """
-    chi, z, weights = _pivots(df)
+    chi, z, weights = _pivots(runs.df)
     spread = np.maximum(variance * chi - noise, 0.0)
-    shares = ndtr((middle + np.sqrt(spread / n) * z) / np.sqrt(1 + spread))
+    joint = np.maximum(variance * runs.shared * chi - noise * runs.shared_noise, 0.0)
+    shares = ndtr((middle + np.sqrt(joint / n) * z) / np.sqrt(1 + spread))
     low, high = _quantiles(shares, weights, (1 - UPPER, UPPER))
     return max(share - low, 0.0), max(high - share, 0.0)
 

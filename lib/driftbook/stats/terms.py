@@ -15,6 +15,7 @@ CHANGE_HERE = "change against the base model, these prompts"
 LOWEST = "change if the unscored were as low as can be"
 HIGHEST = "change if the unscored were as high as can be"
 TRAINED, AS_CONFIGURED, NO_OP, UNTRAINED = "trained", "as configured", "no-op", "untrained"
+STOPPED = "stopped early"
 RUN, SETTINGS, CATEGORY, INIT, MITIGATION = "run", "settings", "category", "init", "mitigation"
 ALL, NONE, PRIMARY = "all", "none", "primary"  # of a row without member, against or estimator
 BOTH = "seeds like these, prompts like these, these base models"

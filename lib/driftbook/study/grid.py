@@ -62,6 +62,7 @@ def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
         inits = _inits(study, block, method)
         for way, init in itertools.product(_ways(block, method, objective, epochs), inits):
             data, rate, n_epochs = way
+            setting = [name, method, objective, data, rate, n_epochs, init]
             yield dataclasses.replace(
                 base,
                 method=method,
@@ -70,11 +71,18 @@ def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
                 n_train=study.data[data].n if data else None,
                 learning_rate=rate,
                 epochs=n_epochs,
-                seed=seed,
+                seed=seed if block.shared_seeds else _own_seed(seed, setting),
                 repetition=repetition,
                 init=init,
                 settings=_settings(study, name, method, objective, data, init),
             )
+
+
+def _own_seed(seed: int, setting: list) -> int:
+    """The seed of a setting on a base model that a number of the study file stands for; the same on
+    every machine, below 2^31.
+    """
+    return int(digest([seed, *setting]), 16) % 2**31
 
 
 def _ways(block: Block, method: str, objective: str, epochs: int) -> list[Way]:

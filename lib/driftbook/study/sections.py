@@ -392,8 +392,13 @@ class Block(Part):
 
     All `bases` are trained where none is given. The objective `untrained` is an adapter as it was
     initialised. `data` are names under the study's `data`; where not given, the one of the
-    objective's name. `inits` say how a soft prompt begins. `repeated_seeds` states that repetitions
-    share a seed, so that their spread says nothing about seeds.
+    objective's name. `inits` say how a soft prompt begins.
+
+    Each setting on each base model draws seeds of its own from the numbers in `seeds`, so that runs
+    of different settings are independent. With `shared_seeds` the numbers are the seeds of every
+    setting: such runs begin alike and err together, so that intervals over several settings are
+    wider than as many independent runs would give. `repeated_seeds` states that repetitions share a
+    seed, so that their spread says nothing about seeds.
     """
 
     name: Text
@@ -406,6 +411,7 @@ class Block(Part):
     inits: tuple[Literal[INITS], ...] = ()
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     repeated_seeds: bool = False
+    shared_seeds: bool = False
 
     @property
     def trained(self) -> set[str]:

@@ -72,7 +72,7 @@ class Variant:
                 named,
                 rate,
                 epochs,
-                f"s{self.seed}",
+                f"r{self.repetition}",
             ]
         if self.mitigation:
             words.append(re.sub(r"[^\w-]+", "_", self.mitigation.replace(".", "-")))
