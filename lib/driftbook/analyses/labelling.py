@@ -290,12 +290,19 @@ def _cell(cell: pd.DataFrame) -> dict:
 def _spread(y: np.ndarray, f: np.ndarray, word: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """[stratum, (yy, yf, ff)]: variances and covariance of label and verdict in each stratum; 0
     where fewer than two answers are labelled.
+
+    A stratum whose labels all agree has a sample variance of zero, and its answers are not all
+    alike for that: the labels' variance is at least e (1 - e), e the stratum's share of the rarer
+    label with half a label more of each (Jeffreys 1946).
     """
     spread = np.zeros((3, 3))
     for one in range(3):
         own = labelled & (word == one)
-        if own.sum() > 1:
+        n = own.sum()
+        if n > 1:
             spread[one] = np.cov(y[own], f[own])[[0, 0, 1], [0, 1, 1]]
+            rarer = (min(y[own].sum(), n - y[own].sum()) + 0.5) / (n + 1)
+            spread[one, 0] = max(spread[one, 0], rarer * (1 - rarer))
     return spread
 
 
