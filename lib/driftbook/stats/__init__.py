@@ -11,5 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "linear": ["rate_model"],
         "logistic": ["item_model"],
         "picking": ["in_words", "picked"],
+        "sequential": ["monitor"],
     },
 )
