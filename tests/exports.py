@@ -1,5 +1,6 @@
 """A study of a few runs with all that a table can hold, for tests of what is exported."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,47 @@ def everything():
     }.items():
         TABLES[name].write(frame, tables)
     return study
+
+
+def lm_eval_run(folder: Path) -> Path:
+    """The folder that lm_eval itself writes for a model of random numbers on a task of four
+    questions.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.api.metrics import mean  # noqa: F401  # registers the metrics
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"q": f"{n} + 1 =", "a": n % 2}) + "\n" for n in range(4))
+    )
+    task = {
+        "task": "toy",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "rows.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a",
+        "doc_to_choice": ["1", "2"],
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 1.0},
+    }
+    tracker = EvaluationTracker(output_path=str(folder / "out"))
+    (folder / "tasks").mkdir()
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    found = simple_evaluate(
+        model="dummy",
+        model_args={"pretrained": "toy"},
+        tasks=[task],
+        task_manager=manager,
+        evaluation_tracker=tracker,
+        bootstrap_iters=10,
+    )
+    samples = found.pop("samples")
+    tracker.save_results_aggregated(results=found, samples=samples)
+    tracker.save_results_samples(task_name="toy", samples=samples["toy"])
+    return folder / "out"

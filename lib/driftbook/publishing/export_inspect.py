@@ -92,7 +92,7 @@ def _logs(run: dict[str, Any], parts: list[Part]) -> Iterator[Any]:
         ):
             samples = _eval_samples(part.task, scores)
             rates = [
-                _eval_score(row, scores["epoch"].max())
+                _eval_score(row, scores["epoch"].max(), part.task)
                 for row in results[tuple(way.values())].to_dict("records")
             ]
             ids = list(scores["item"].unique())
@@ -191,8 +191,8 @@ def _score(row: dict[str, Any]) -> Any:
     return Score(value=row["value"], answer=row["answer"], metadata=weighted)
 
 
-def _eval_score(row: dict[str, Any], epochs: int) -> Any:
-    """The EvalScore of a result; NaN where inspect_ai has no null."""
+def _eval_score(row: dict[str, Any], epochs: int, task: Task) -> Any:
+    """The EvalScore of a result, and which way is better; NaN where inspect_ai has no null."""
     from inspect_ai.log import EvalMetric, EvalScore
 
     metrics = {
@@ -209,4 +209,5 @@ def _eval_score(row: dict[str, Any], epochs: int) -> Any:
         scored_samples=int(row["n_scored"]),
         unscored_samples=int(row["n"] - row["n_scored"]),
         metrics=metrics,
+        metadata={"higher_is_better": task.metrics[row["metric"]]},
     )

@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "logistic": ["item_model"],
         "picking": ["in_words", "picked"],
         "sequential": ["monitor"],
+        "two_models": ["compare"],
     },
 )

@@ -1,0 +1,227 @@
+"""Is a candidate model better, worse or as good as its base on the same items? One call for logs of
+lm-evaluation-harness and inspect_ai, and for tables.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from driftbook.stats import comparisons, estimation, influence, intervals, picking, terms
+from driftbook.stats.comparisons import CANNOT_TELL, PRESERVES
+from driftbook.stats.confidence import ALPHA, INTERVAL, UPPER
+from driftbook.stats.lm_eval_logs import HIGHER, LOWER, NEITHER, UNKNOWN
+from driftbook.stats.paired_logs import SIDES, PairedTable, Source, by_run, paired_tables
+from driftbook.stats.sequential import BETTER, WORSE
+from driftbook.stats.terms import AS_CONFIGURED, CHANGE
+
+# preserves() takes a fall for harm where an outcome is an accuracy, else a rise
+OUTCOMES = {HIGHER: "accuracy (percent)", LOWER: "rate of failures (percent)"}
+FAMILY = "tasks compared"
+_LABELS = {"study": "compare", "notebook": "compare", "judge": "none"}
+_LABELS |= {"base_model": SIDES[0], "method": SIDES[1], "group": AS_CONFIGURED, "contrast": CHANGE}
+
+
+def compare(
+    base: Source,
+    candidate: Source,
+    margin: float = 3.0,
+    cluster: str | None = None,
+    metric: str | Mapping[str, str] | None = None,
+    stratum: str | None = None,
+    higher_is_better: bool | None = None,
+) -> pd.DataFrame:
+    """The candidate's change against its base on the items of both: a row per task.
+
+    A side is a folder or file of lm-eval (results_*.json, samples_*.jsonl) or of inspect_ai (.eval,
+    .json), a list of them if they are repetitions with other seeds, or a table with a row per
+    answer: item, score (0 to 1, true or false, null if unscored), and task, seed, sample (a further
+    answer of the same run), cluster and stratum where there are any. One base run serves every
+    candidate run; equal seeds on both sides are paired.
+
+    `metric` names one where a task has several, `acc` or with its filter
+    `exact_match,strict-match`; a mapping names it by task, and compares these tasks only. `cluster`
+    and `stratum` name a column, or a field of lm-eval's documents or inspect_ai's metadata: items
+    drawn together, and groups of items that were fixed. `margin` is in percentage points.
+    `higher_is_better` decides where the logs do not say.
+
+    Columns: task, metric, n_items (scored by both), n_unpaired (asked of one side only), n_unscored
+    (no score on one side or on both), n_base_runs, n_candidate_runs; base_rate, candidate_rate in
+    percent, difference, ci_low, ci_high in points; p (no difference), p_adjusted (Holm over tasks)
+    and p_margin (a loss of the margin or more; one-sided, Holm); margin, word, population, how and
+    sentence.
+
+    The word is one of: better (p_adjusted below ALPHA, toward better), preserves (a loss of the
+    margin is excluded at half of ALPHA; a smaller loss may be there), worse (p_adjusted below
+    ALPHA), cannot tell. So over all tasks a false "better" or "worse" comes in at most ALPHA of
+    such calls, and a false "preserves" in half of that. A word that the unscored answers could
+    overturn, taken at their worst, is not said.
+
+    Raises:
+        ValueError: a log that cannot be read or paired: other tasks, items, documents or prompts,
+            several metrics or filters, answers that stand twice, scores that are not from 0 to 1.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin={margin!r}: give percentage points above 0, such as 3.0")
+    tables = paired_tables(base, candidate, metric, cluster, stratum)
+    directions = [_direction(table, higher_is_better) for table in tables]
+    as_scored = _words(tables, directions, margin)
+    at_ends = [as_scored] * 2
+    if any(side.isna().any(axis=None) for one in tables for side in (one.base, one.candidate)):
+        at_ends = [_at_end(tables, directions, margin, end) for end in (WORSE, BETTER)]
+    rows = []
+    for table, better, found, *ends in zip(tables, directions, as_scored, *at_ends, strict=True):
+        word = _robust(found["word"], *(end["word"] for end in ends))
+        own = {**found, "word": word, "overturned": word != found["word"]}
+        assumed = table.better == UNKNOWN and higher_is_better is None
+        sentence = _sentence(own, better, assumed, len(tables))
+        rows.append({**own, "sentence": sentence})
+    return pd.DataFrame(rows).drop(columns="overturned")
+
+
+def _direction(table: PairedTable, higher_is_better: bool | None) -> str:
+    """Which is better; where nobody says, higher is."""
+    if higher_is_better is not None:
+        return HIGHER if higher_is_better else LOWER
+    if table.better == NEITHER:
+        raise ValueError(
+            f"{table.task}: its log says that neither more nor less of {table.metric} is better;"
+            " say higher_is_better=True or False"
+        )
+    return HIGHER if table.better == UNKNOWN else table.better
+
+
+# ---- numbers
+def _estimated(table: PairedTable) -> dict:
+    """The row of numbers of one task, and its estimate as `estimates` has it."""
+    values = pd.concat([table.base, table.candidate])
+    pairs = list(by_run(table))
+    change, weight, setting, rates = _paired(values, pairs) if pairs else _apart(values, table)
+    pool = np.zeros(len(weight), int)
+    found = estimation.estimate(change, np.arange(len(weight)), weight, setting, pool)["both"]
+    there = values.notna().to_numpy().all(0)
+    return {
+        "task": table.task,
+        "metric": table.metric,
+        "n_items": int(there.sum()),
+        "n_unpaired": table.n_unpaired,
+        "n_unscored": int((~there).sum()) + table.n_neither,
+        "n_base_runs": len(table.base),
+        "n_candidate_runs": len(table.candidate),
+        "base_rate": rates[0],
+        "candidate_rate": rates[1],
+        "estimate": found,
+    }
+
+
+def _paired(values: pd.DataFrame, pairs: list[tuple[str, str]]) -> tuple:
+    """The changes of the candidate's runs against their own base runs, their weights and settings,
+    and both mean rates on the items that the two of a pair have scored.
+    """
+    frame = pd.DataFrame(pairs, columns=["base_run_id", "run_id"]).assign(arm=terms.TRAINED)
+    change = influence.paired(values, frame)
+    own = float(np.mean(change.rate))
+    if frame["base_run_id"].nunique() > 1:  # the spread of the changes is not that of the rates
+        change = replace(change, rate=None)
+    n = len(change.runs)
+    return change, np.full(n, 1 / n), np.zeros(n, int), (own - float(np.mean(change.value)), own)
+
+
+def _apart(values: pd.DataFrame, table: PairedTable) -> tuple:
+    """As _paired, where the sides' seeds differ: runs are independent, items that all scored are
+    paired.
+    """
+    level = influence.shares(values.loc[:, values.notna().all()])
+    change = replace(level, limits=(-100.0, 100.0), rate=level.value)
+    sides = np.repeat([0, 1], [len(table.base), len(table.candidate)])
+    weight = np.where(sides, 1.0, -1.0) / np.bincount(sides)[sides]
+    rates = (float(level.value[sides == side].mean()) for side in (0, 1))
+    return change, weight, sides, tuple(rates)
+
+
+# ---- words
+def _words(tables: list[PairedTable], directions: list[str], margin: float) -> list[dict]:
+    """The numbers and the word of each task, from tests adjusted over all of them."""
+    found = [_estimated(table) for table in tables]
+    names = [
+        {**_LABELS, "outcome": OUTCOMES[better], "benchmark": one["task"]}
+        for one, better in zip(found, directions, strict=True)
+    ]
+    rows = [{**label, **one.pop("estimate")} for label, one in zip(names, found, strict=True)]
+    estimates = comparisons.declared(estimation.complete(pd.DataFrame(rows)), FAMILY)
+    kept, below = _preserved(estimates, margin)
+    numbers = estimates[["value", "ci_low", "ci_high", "p", "p_adjusted"]].astype(float)
+    numbers = numbers.rename(columns={"value": "difference"}).to_dict("records")
+    how = estimates[["population", "how"]].to_dict("records")
+    for place, (one, better) in enumerate(zip(found, directions, strict=True)):
+        one |= numbers[place] | {"p_margin": below[place], "margin": margin} | how[place]
+        gain = one["difference"] if better == HIGHER else -one["difference"]
+        differs = one["p_adjusted"] < ALPHA  # never where it is null
+        fails = WORSE if differs and gain < 0 else CANNOT_TELL
+        one["word"] = BETTER if differs and gain > 0 else PRESERVES if kept[place] else fails
+    return found
+
+
+def _preserved(estimates: pd.DataFrame, margin: float) -> tuple[list[bool], np.ndarray]:
+    """Whether each task's loss is below the margin, by comparisons.preserves and Holm's step over
+    the tasks, and the adjusted p.
+    """
+    outcomes = list(zip(estimates["outcome"], estimates["benchmark"], strict=True))
+    harms = comparisons.preserves(estimates, (margin,), outcomes, AS_CONFIGURED)
+    harms = harms[harms["outcome"].ne(comparisons.JOINTLY)]
+    harms = harms.set_index(["outcome", "benchmark"]).loc[outcomes]
+    below = intervals.holm(harms["p"].astype(float).fillna(1.0).to_numpy())
+    said = harms["how"].str.partition(":")[0].eq(PRESERVES).to_numpy()
+    return list(said & (below <= 1 - UPPER)), below
+
+
+def _at_end(
+    tables: list[PairedTable], directions: list[str], margin: float, end: str
+) -> list[dict]:
+    """What would be said if every missing score were the worst, or the best, for the candidate."""
+    filled = []
+    for table, better in zip(tables, directions, strict=True):
+        own = float((end == BETTER) == (better == HIGHER))
+        sides = {"base": table.base.fillna(1 - own), "candidate": table.candidate.fillna(own)}
+        filled.append(replace(table, **sides))
+    return _words(filled, directions, margin)
+
+
+def _robust(word: str, worst: str, best: str) -> str:
+    """The word that holds whatever the unscored answers are."""
+    if word == WORSE:
+        return WORSE if best == WORSE else CANNOT_TELL
+    if CANNOT_TELL in (word, worst) or worst == WORSE:
+        return CANNOT_TELL
+    return PRESERVES if PRESERVES in (word, worst) else BETTER
+
+
+def _sentence(row: dict, better: str, assumed: bool, n_tasks: int) -> str:
+    """The row in words."""
+    name = row["task"] if row["metric"] == "score" else f"{row['task']} ({row['metric']})"
+    ends = ""
+    if not pd.isna(row["ci_low"]):
+        ends = f" ({INTERVAL} {row['ci_low']:.1f} to {row['ci_high']:.1f})"
+    change = picking.with_minus(f"{row['difference']:+.1f} points{ends}")
+    text = (
+        f"{name}: the candidate has {row['candidate_rate']:.1f} %, the base"
+        f" {row['base_rate']:.1f} %, {change} on {row['n_items']:,} items of both"
+    )
+    said = {
+        PRESERVES: f"preserves at the margin of {row['margin']:g} points",
+        CANNOT_TELL: f"cannot tell at the margin of {row['margin']:g} points",
+    }
+    text += f": {said.get(row['word'], row['word'])}"
+    text += f", tests adjusted over {n_tasks} tasks" if n_tasks > 1 else ""
+    notes = [f"for {row['population']}"]
+    if assumed:
+        notes.append("nothing says which is better, so higher is taken to be")
+    elif better == LOWER:
+        notes.append("lower is better")
+    if row["n_unpaired"]:
+        notes.append(f"{row['n_unpaired']:,} items were asked of one side only and are left out")
+    if row["n_unscored"]:
+        more = ", which could overturn the word" if row["overturned"] else ""
+        notes.append(f"{row['n_unscored']:,} items lack a score{more}")
+    return f"{text}; {'; '.join(notes)}."
