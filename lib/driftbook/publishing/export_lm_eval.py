@@ -87,8 +87,8 @@ def _filter(task: Task, row: dict[str, Any]) -> str:
 
 
 def _samples(task: Task, scores: pd.DataFrame) -> list[dict]:
-    """The task's samples (lm_eval's SampleResult): one per item and filter, with all metrics of the
-    task, null where there is none.
+    """The task's samples (lm_eval's SampleResult): one per item and filter, with the metrics that
+    apply to it, null where there is none.
     """
     from lm_eval.utils import hash_string
 
@@ -119,11 +119,10 @@ def _samples(task: Task, scores: pd.DataFrame) -> list[dict]:
                 "prompt_hash": hash_string(prompt),
                 "target_hash": hash_string(MASKED),
                 "unscored_reason": None,
-                **dict.fromkeys(task.metrics),
             },
         )
         if np.isnan(row["value"]):
-            sample["unscored_reason"] = row["reason"]
+            sample["unscored_reason"], sample[row["metric"]] = row["reason"], None
             continue
         sample["metrics"].append(row["metric"])
         # a weighted metric is (sum, weight) in lm_eval's samples: what its weighted_mean takes

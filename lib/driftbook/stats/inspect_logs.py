@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 
 import pandas as pd
 
-from driftbook.stats.lm_eval_logs import DIRECTIONS, HIGHER, LOG_COLUMNS, UNKNOWN
+from driftbook.stats.lm_eval_logs import DIRECTIONS, HIGHER_BETTER, LOG_COLUMNS, UNKNOWN
 from driftbook.study.files import digest
 
 # inspect_ai's words for a score, as its own accuracy counts them (value_to_float)
@@ -24,8 +24,9 @@ def inspect_rows(path: Path, cluster: str | None, stratum: str | None) -> pd.Dat
 
     Epochs are repeated answers to one item. A metric is a scorer's name, with the key where its
     value is a table. C, P, I and N count as in inspect_ai's accuracy: 1, 0.5, 0, 0. NaN, and a
-    sample that ended in an error, were not scored. `cluster` and `stratum` name fields of a
-    sample's metadata. A task that was given arguments is named with those that differ.
+    sample that ended in an error, were not scored; a score that a sample lacks does not apply to
+    it. `cluster` and `stratum` name fields of a sample's metadata. A task that was given arguments
+    is named with them where the folder has several of its name.
 
     Raises:
         ValueError: the log cannot be read, is not of a finished evaluation, or a field is missing.
@@ -51,7 +52,7 @@ def _log_rows(path: Path, log: Any, cluster: str | None, stratum: str | None) ->
             continue
         for metric, value in _scores(sample).items():
             if value in ("C", "I"):
-                better[metric] = HIGHER
+                better[metric] = HIGHER_BETTER
             rows.append(common | {"metric": metric, "score": _number(value)})
     metrics = dict.fromkeys(row["metric"] for row in rows)
     rows += [one | {"metric": metric, "score": None} for one in lost for metric in metrics]

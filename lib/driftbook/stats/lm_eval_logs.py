@@ -14,8 +14,13 @@ import pandas as pd
 from driftbook.study.reading import json_lines, json_value
 
 SAMPLES, RESULTS = "samples_*.jsonl", "results_*.json"
-HIGHER, LOWER, NEITHER, UNKNOWN = "higher", "lower", "neither", "unknown"  # which is better
-DIRECTIONS = {True: HIGHER, False: LOWER, None: NEITHER}
+HIGHER_BETTER, LOWER_BETTER, NEITHER_BETTER, UNKNOWN = (
+    "higher",
+    "lower",
+    "neither",
+    "unknown",
+)  # which is better
+DIRECTIONS = {True: HIGHER_BETTER, False: LOWER_BETTER, None: NEITHER_BETTER}
 # columns of every log that is read, of this format or another
 LOG_COLUMNS = ["task", "metric", "item", "sample", "score", "cluster", "stratum", "document"]
 LOG_COLUMNS += ["prompt", "better"]
@@ -28,7 +33,8 @@ def lm_eval_rows(path: Path, cluster: str | None, stratum: str | None) -> pd.Dat
     run of each task, as LOG_COLUMNS.
 
     A metric is named as in lm-eval's results, `acc,none` or `exact_match,strict-match`: an item has
-    a row per filter. A null score was not scored. `cluster` and `stratum` name fields of the
+    a row per filter. A metric that is null was not scored; one that a sample lacks does not apply
+    to it. `cluster` and `stratum` name fields of the
     document.
 
     Raises:
@@ -46,6 +52,8 @@ def lm_eval_rows(path: Path, cluster: str | None, stratum: str | None) -> pd.Dat
             where = f"{file}: line {number}"
             common = _described(sample, where, cluster, stratum) | {"task": task, "sample": 0}
             for name in names[_filter(sample)]:
+                if name not in sample:
+                    continue  # it does not apply to this item
                 direction = DIRECTIONS.get(own[name], UNKNOWN) if name in own else UNKNOWN
                 metric = f"{name},{_filter(sample)}"
                 score = {"metric": metric, "score": sample.get(name), "better": direction}

@@ -17,7 +17,7 @@ from driftbook.study.reading import json_value
 
 Source = str | Path | pd.DataFrame | list[str | Path]
 SIDES = ("base", "candidate")
-UNITS = ["stratum", "prompt_id"]
+_UNITS = ["stratum", "prompt_id"]
 _OPTIONAL = {"task": "the table", "metric": "score", "seed": "1", "sample": 0, "better": UNKNOWN}
 _OPTIONAL |= dict.fromkeys(("cluster", "stratum", "document", "prompt"))
 
@@ -36,7 +36,6 @@ class PairedTable:
     base: pd.DataFrame
     candidate: pd.DataFrame
     n_unpaired: int  # items that only one of the two was asked
-    n_neither: int  # items without a score on either side, in no run; left out
 
 
 def paired_tables(
@@ -207,15 +206,13 @@ def _paired(task: str, sides: list[pd.DataFrame], wanted: str | None) -> PairedT
     there = [side.notna().any().to_numpy() for side in values]
     if not (there[0] & there[1]).any():
         raise ValueError(f"{where}: no item has a score on both sides")
-    kept = there[0] | there[1]
     better = [one for one in every["better"].unique() if one != UNKNOWN]
     return PairedTable(
         task,
         _shown(metric),
         better[0] if len(better) == 1 else UNKNOWN,
-        *(side.loc[:, kept] for side in values),
+        *values,
         sum(map(len, items)) - 2 * len(both),
-        int((~kept).sum()),
     )
 
 
@@ -269,7 +266,7 @@ def _values(side: pd.DataFrame, name: str, described: pd.DataFrame) -> pd.DataFr
     rows = side[side["item"].isin(described.index)].rename(columns={"item": "prompt_id"})
     stratum = described["stratum"].astype(object).where(described["stratum"].notna(), "all")
     clustered = described["cluster"].notna().any()
-    units = ["stratum", "family", "prompt_id"] if clustered else UNITS
+    units = ["stratum", "family", "prompt_id"] if clustered else _UNITS
     at = rows["prompt_id"]
     rows = rows.assign(
         run_id=f"{name} " + rows["seed"],

@@ -1,5 +1,18 @@
 """Is a candidate model better, worse or as good as its base on the same items? One call for logs of
 lm-evaluation-harness and inspect_ai, and for tables.
+
+Columns of the answer: task, metric, n_items (scored by both), n_unpaired (asked of one side only),
+n_unscored (no score on one side or on both), n_base_runs, n_candidate_runs; base_rate and
+candidate_rate in percent, difference, ci_low and ci_high in points; p (no difference), p_adjusted
+(Holm over the tasks) and p_margin (a loss of the margin or more; one-sided, Holm); margin, word,
+population, how and sentence.
+
+The word is one of: better (p_adjusted below ALPHA, toward better), preserves (a loss of the margin
+is excluded at half of ALPHA; a smaller loss may be there), worse (p_adjusted below ALPHA, toward
+worse), cannot tell. So over all tasks of a call a false "better" or "worse" has probability ALPHA
+at most, and a false "preserves" half of that. A word that the unscored answers could overturn,
+taken at their worst, is not said. Intervals are those of driftbook.stats.estimation, and the
+margin's test that of driftbook.stats.comparisons.preserves.
 """
 
 from collections.abc import Mapping
@@ -11,13 +24,13 @@ import pandas as pd
 from driftbook.stats import comparisons, estimation, influence, intervals, picking, terms
 from driftbook.stats.comparisons import CANNOT_TELL, PRESERVES
 from driftbook.stats.confidence import ALPHA, INTERVAL, UPPER
-from driftbook.stats.lm_eval_logs import HIGHER, LOWER, NEITHER, UNKNOWN
+from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER, NEITHER_BETTER, UNKNOWN
 from driftbook.stats.paired_logs import SIDES, PairedTable, Source, by_run, paired_tables
 from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE
 
 # preserves() takes a fall for harm where an outcome is an accuracy, else a rise
-OUTCOMES = {HIGHER: "accuracy (percent)", LOWER: "rate of failures (percent)"}
+OUTCOMES = {HIGHER_BETTER: "accuracy (percent)", LOWER_BETTER: "rate of failures (percent)"}
 FAMILY = "tasks compared"
 _LABELS = {"study": "compare", "notebook": "compare", "judge": "none"}
 _LABELS |= {"base_model": SIDES[0], "method": SIDES[1], "group": AS_CONFIGURED, "contrast": CHANGE}
@@ -46,17 +59,7 @@ def compare(
     drawn together, and groups of items that were fixed. `margin` is in percentage points.
     `higher_is_better` decides where the logs do not say.
 
-    Columns: task, metric, n_items (scored by both), n_unpaired (asked of one side only), n_unscored
-    (no score on one side or on both), n_base_runs, n_candidate_runs; base_rate, candidate_rate in
-    percent, difference, ci_low, ci_high in points; p (no difference), p_adjusted (Holm over tasks)
-    and p_margin (a loss of the margin or more; one-sided, Holm); margin, word, population, how and
-    sentence.
-
-    The word is one of: better (p_adjusted below ALPHA, toward better), preserves (a loss of the
-    margin is excluded at half of ALPHA; a smaller loss may be there), worse (p_adjusted below
-    ALPHA), cannot tell. So over all tasks a false "better" or "worse" comes in at most ALPHA of
-    such calls, and a false "preserves" in half of that. A word that the unscored answers could
-    overturn, taken at their worst, is not said.
+    The columns and the words are those of this module's docstring.
 
     Raises:
         ValueError: a log that cannot be read or paired: other tasks, items, documents or prompts,
@@ -83,13 +86,13 @@ def compare(
 def _direction(table: PairedTable, higher_is_better: bool | None) -> str:
     """Which is better; where nobody says, higher is."""
     if higher_is_better is not None:
-        return HIGHER if higher_is_better else LOWER
-    if table.better == NEITHER:
+        return HIGHER_BETTER if higher_is_better else LOWER_BETTER
+    if table.better == NEITHER_BETTER:
         raise ValueError(
             f"{table.task}: its log says that neither more nor less of {table.metric} is better;"
             " say higher_is_better=True or False"
         )
-    return HIGHER if table.better == UNKNOWN else table.better
+    return HIGHER_BETTER if table.better == UNKNOWN else table.better
 
 
 # ---- numbers
@@ -106,7 +109,7 @@ def _estimated(table: PairedTable) -> dict:
         "metric": table.metric,
         "n_items": int(there.sum()),
         "n_unpaired": table.n_unpaired,
-        "n_unscored": int((~there).sum()) + table.n_neither,
+        "n_unscored": int((~there).sum()),
         "n_base_runs": len(table.base),
         "n_candidate_runs": len(table.candidate),
         "base_rate": rates[0],
@@ -156,7 +159,7 @@ def _words(tables: list[PairedTable], directions: list[str], margin: float) -> l
     how = estimates[["population", "how"]].to_dict("records")
     for place, (one, better) in enumerate(zip(found, directions, strict=True)):
         one |= numbers[place] | {"p_margin": below[place], "margin": margin} | how[place]
-        gain = one["difference"] if better == HIGHER else -one["difference"]
+        gain = one["difference"] if better == HIGHER_BETTER else -one["difference"]
         differs = one["p_adjusted"] < ALPHA  # never where it is null
         fails = WORSE if differs and gain < 0 else CANNOT_TELL
         one["word"] = BETTER if differs and gain > 0 else PRESERVES if kept[place] else fails
@@ -182,7 +185,7 @@ def _at_end(
     """What would be said if every missing score were the worst, or the best, for the candidate."""
     filled = []
     for table, better in zip(tables, directions, strict=True):
-        own = float((end == BETTER) == (better == HIGHER))
+        own = float((end == BETTER) == (better == HIGHER_BETTER))
         sides = {"base": table.base.fillna(1 - own), "candidate": table.candidate.fillna(own)}
         filled.append(replace(table, **sides))
     return _words(filled, directions, margin)
@@ -217,7 +220,7 @@ def _sentence(row: dict, better: str, assumed: bool, n_tasks: int) -> str:
     notes = [f"for {row['population']}"]
     if assumed:
         notes.append("nothing says which is better, so higher is taken to be")
-    elif better == LOWER:
+    elif better == LOWER_BETTER:
         notes.append("lower is better")
     if row["n_unpaired"]:
         notes.append(f"{row['n_unpaired']:,} items were asked of one side only and are left out")
