@@ -89,18 +89,20 @@ def test_ways_of_asking_are_tasks_of_their_own(exported):
     answers = TABLES["answers"].read(study.folder / "tables")
     base = next((folder / "inspect").glob("*.none.*"))
     other = next(one for one in answers["run_id"].unique() if one != base.name)
-    names = [
-        f"driftbook_bbq (answer_mode=options, option_order={order}, prompt_variant=default)"
-        for order in sorted(answers["option_order"].unique())
-    ]
-    found = stats.compare(base, folder / "inspect" / other, metric=dict.fromkeys(names, "acc_dis"))
-    assert found["task"].tolist() == names
-    right = answers[answers["context"].eq("disambiguated")].groupby(["option_order", "run_id"])
-    rates = 100 * right["correct"].mean().astype(float)
-    orders = found.set_index(sorted(answers["option_order"].unique()))
-    for order, row in orders.iterrows():
-        if not row["n_unscored"]:
-            assert row["base_rate"] == pytest.approx(rates[order, base.name])
+    task = "driftbook_bbq (answer_mode=options, option_order={}, prompt_variant=default)"
+    orders = {task.format(order): order for order in answers["option_order"].unique()}
+    found = stats.compare(base, folder / "inspect" / other, metric=dict.fromkeys(orders, "acc_dis"))
+    assert set(found["task"]) == set(orders)
+    assert len(orders) > 1
+    clear = answers[answers["context"].eq("disambiguated")].assign(
+        correct=lambda rows: rows["correct"].astype("Float64").to_numpy(float, na_value=np.nan)
+    )
+    sides = clear.pivot(index="item_id", columns=["option_order", "run_id"], values="correct")
+    for row in found.to_dict("records"):
+        own = sides[orders[row["task"]]][[base.name, other]].dropna()
+        assert row["n_items"] == len(own)
+        rates = [row["base_rate"], row["candidate_rate"]]
+        assert rates == pytest.approx((100 * own.mean()).to_list())
     assert "metric=" in said(base, folder / "inspect" / other)
 
 

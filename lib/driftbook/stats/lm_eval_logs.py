@@ -14,18 +14,16 @@ import pandas as pd
 from driftbook.study.reading import json_lines, json_value
 
 SAMPLES, RESULTS = "samples_*.jsonl", "results_*.json"
-HIGHER_BETTER, LOWER_BETTER, NEITHER_BETTER, UNKNOWN = (
-    "higher",
-    "lower",
-    "neither",
-    "unknown",
-)  # which is better
+# which is better
+HIGHER_BETTER, LOWER_BETTER = "higher", "lower"
+NEITHER_BETTER, UNKNOWN = "neither", "unknown"
 DIRECTIONS = {True: HIGHER_BETTER, False: LOWER_BETTER, None: NEITHER_BETTER}
 # columns of every log that is read, of this format or another
 LOG_COLUMNS = ["task", "metric", "item", "sample", "score", "cluster", "stratum", "document"]
 LOG_COLUMNS += ["prompt", "better"]
-_NO_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter"}
-_NO_METRICS |= {"metrics", "doc_hash", "prompt_hash", "target_hash", "unscored_reason"}
+_TEXTS = {"target", "arguments", "resps", "filtered_resps"}
+_NO_METRICS = {"doc_id", "doc", "filter", "metrics", "doc_hash", "prompt_hash", "target_hash"}
+_NO_METRICS |= {"unscored_reason"}
 
 
 def lm_eval_rows(path: Path, cluster: str | None, stratum: str | None) -> pd.DataFrame:
@@ -34,8 +32,7 @@ def lm_eval_rows(path: Path, cluster: str | None, stratum: str | None) -> pd.Dat
 
     A metric is named as in lm-eval's results, `acc,none` or `exact_match,strict-match`: an item has
     a row per filter. A metric that is null was not scored; one that a sample lacks does not apply
-    to it. `cluster` and `stratum` name fields of the
-    document.
+    to it. `cluster` and `stratum` name fields of the document.
 
     Raises:
         ValueError: no samples were logged, a task was run twice, a line is no sample, a field is
@@ -66,12 +63,13 @@ def _filter(sample: dict[str, Any]) -> str:
 
 
 def _sample(path: Path, number: int, line: Any) -> dict[str, Any]:
+    """A line without its texts, which may be large."""
     if not isinstance(line, dict) or "doc_id" not in line:
         raise ValueError(
             f"{path}: line {number} is no sample of lm-eval (it has no doc_id); give a file"
             " samples_TASK_DATE.jsonl that lm-eval wrote with --log_samples"
         )
-    return line
+    return {name: value for name, value in line.items() if name not in _TEXTS}
 
 
 def _metric_names(samples: list[dict[str, Any]]) -> dict[str, list[str]]:
