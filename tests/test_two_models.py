@@ -39,19 +39,26 @@ def said(*arguments, **more) -> str:
 
 
 # ---- numbers
+def assert_near_t(row: pd.Series, expected) -> None:
+    """The interval is the t interval, made wider for shares by up to one item (Clopper-Pearson)."""
+    ends = expected.confidence_interval()
+    assert row["ci_low"] <= ends.low + 1e-9
+    assert row["ci_high"] >= ends.high - 1e-9
+    assert row["ci_high"] - row["ci_low"] <= ends.high - ends.low + 2 * 100 / row["n_items"]
+    assert row["p"] == pytest.approx(expected.pvalue, abs=0.06)
+    assert row["p"] >= expected.pvalue - 1e-9
+
+
 def test_one_run_each_is_the_paired_t_test():
     base, candidate = RIGHT["base"][0].astype(float), RIGHT["candidate"][0].astype(float)
     row = stats.compare(table(base), table(candidate)).iloc[0]
-    expected = ttest_rel(100 * candidate, 100 * base)
-    ends = expected.confidence_interval()
-    assert row["p"] == pytest.approx(expected.pvalue)
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx((ends.low, ends.high))
+    assert_near_t(row, ttest_rel(100 * candidate, 100 * base))
     assert row["base_rate"] == pytest.approx(100 * base.mean())
     assert row["candidate_rate"] == pytest.approx(100 * candidate.mean())
     assert row["difference"] == pytest.approx(row["candidate_rate"] - row["base_rate"])
     counts = pd.crosstab(base, candidate)
     assert row["p"] == pytest.approx(
-        mcnemar(counts, exact=False, correction=False).pvalue, abs=0.01
+        mcnemar(counts, exact=False, correction=False).pvalue, abs=0.02
     )
     assert row["population"].startswith("these runs")
     assert (row["n_items"], row["n_unpaired"], row["n_unscored"]) == (120, 0, 0)
@@ -64,9 +71,7 @@ def test_clusters_of_equal_size_are_a_t_test_on_their_means():
         table(base, topic=topics), table(candidate, topic=topics), cluster="topic"
     ).iloc[0]
     expected = ttest_1samp(100 * (candidate - base).reshape(24, 5).mean(1), 0)
-    ends = expected.confidence_interval()
-    assert row["p"] == pytest.approx(expected.pvalue)
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx((ends.low, ends.high))
+    assert_near_t(row.replace(120, 24), expected)  # the units are the topics
     assert "families of prompts" in row["population"]
     named = [table(one, cluster=topics) for one in (base, candidate)]
     assert stats.compare(*named).iloc[0]["p"] == row["p"]
@@ -76,8 +81,7 @@ def test_bounded_scores_and_further_answers_are_means_of_items():
     base, candidate = RNG.random((2, 2, 50))
     drawn = [of(side, [1, 1]).assign(sample=np.repeat([0, 1], 50)) for side in (base, candidate)]
     row = stats.compare(*drawn).iloc[0]
-    expected = ttest_rel(100 * candidate.mean(0), 100 * base.mean(0))
-    assert row["p"] == pytest.approx(expected.pvalue)
+    assert_near_t(row, ttest_rel(100 * candidate.mean(0), 100 * base.mean(0)))
     assert row["n_candidate_runs"] == 1
 
 
@@ -176,7 +180,7 @@ def test_a_word_that_the_unscored_could_overturn_is_not_said():
 def test_the_sentence_has_the_numbers():
     row = stats.compare(*counted(2000, 200, 20)).iloc[0]
     assert row["sentence"].startswith(
-        "the table: the candidate has 90.0 %, the base 99.0 %, −9.0 points (95% interval −10.4 to"
+        "the table: the candidate has 90.0 %, the base 99.0 %, −9.0 points (95% interval −10.5 to"
         " −7.6) on 2,000 items of both: worse; for these runs"
     )
     assert "nothing says which is better" in row["sentence"]

@@ -97,7 +97,7 @@ def _two_ways(
         how = f"{terms.HERE}; one unit says nothing of others"
     elif beyond == noise == 0:
         how += "; the runs are equal in every unit"
-    if scores.counted is not None and by_unit == beyond == 0 and clusters.n > 1:
+    if scores.counted is not None and by_unit == 0 and not beyond > 0 and clusters.n > 1:
         low, high = of_units  # not one unit moved: the share that would has an exact bound
         both = intervals.NO_INTERVAL | {"ci_low": value - low, "ci_high": value + high}
         how = "no unit differs from another; exact bound on the share of units that would"

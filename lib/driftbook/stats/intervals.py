@@ -111,10 +111,11 @@ def share_ends(share: float, variance: float, largest: float) -> tuple[float, fl
     """The interval of a mean of units' shares, between 0 and 1; `largest` is the part of one unit.
 
     Of whole units, share = k / n with variance share (1 - share) / n, it is Clopper and Pearson's.
-    Its beta quantile has the mean and variance of k + 1 events; as in Fay and Feuer's interval for
+    Its beta quantile has the mean and variance of k + 1 events. As in Fay and Feuer's interval for
     weighted counts (1997, Statistics in Medicine 16, 791) they come from the estimate's variance
-    and from one more event of the weight `largest`, so that the upper end never falls as the count
-    rises from 0.
+    and from one more event, so that the upper end never falls as the count rises from 0. The event
+    has the weight `largest` where none was seen, and the more were seen, the more it has the mean
+    weight of those, variance / share.
     """
     return 1 - _share_end(1 - share, variance, largest), _share_end(share, variance, largest)
 
@@ -122,7 +123,8 @@ def share_ends(share: float, variance: float, largest: float) -> tuple[float, fl
 def _share_end(share: float, variance: float, largest: float) -> float:
     if share >= 1:
         return 1.0
-    share, w = max(share, 0.0), largest
+    share = max(share, 0.0)
+    w = min(largest, (variance / (1 - share) + largest**2) / (share + largest))
     mean = (share + w) / (1 + w)
     spread = (variance + w**2 * (1 - share)) / ((1 + w) ** 2 * (1 + 2 * w))
     n = max(mean * (1 - mean) / spread - 1, 1e-3)

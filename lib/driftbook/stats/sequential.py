@@ -36,8 +36,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaln
 
-from driftbook.stats.comparisons import CANNOT_TELL, PRESERVES
 from driftbook.stats.confidence import ALPHA
+from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
 
 BETTER, WORSE = "better", "worse"
 SCALE, BET_LIMIT = 100.0, 0.5  # percentage points; c of Waudby-Smith and Ramdas

@@ -12,7 +12,7 @@ is excluded at half of ALPHA; a smaller loss may be there), worse (p_adjusted be
 worse), cannot tell. So over all tasks of a call a false "better" or "worse" has probability ALPHA
 at most, and a false "preserves" half of that. A word that the unscored answers could overturn,
 taken at their worst, is not said. Intervals are those of driftbook.stats.estimation, and the
-margin's test that of driftbook.stats.comparisons.preserves.
+margin's test that of driftbook.stats.noninferiority.preserves.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,18 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from driftbook.stats import comparisons, estimation, influence, intervals, picking, terms
-from driftbook.stats.comparisons import CANNOT_TELL, PRESERVES
+from driftbook.stats import (
+    comparisons,
+    estimation,
+    influence,
+    intervals,
+    noninferiority,
+    picking,
+    terms,
+)
 from driftbook.stats.confidence import ALPHA, INTERVAL, UPPER
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER, NEITHER_BETTER, UNKNOWN
+from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
 from driftbook.stats.paired_logs import SIDES, PairedTable, Source, by_run, paired_tables
 from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE
@@ -125,8 +133,6 @@ def _paired(values: pd.DataFrame, pairs: list[tuple[str, str]]) -> tuple:
     frame = pd.DataFrame(pairs, columns=["base_run_id", "run_id"]).assign(arm=terms.TRAINED)
     change = influence.paired(values, frame)
     own = float(np.mean(change.rate))
-    if frame["base_run_id"].nunique() > 1:  # the spread of the changes is not that of the rates
-        change = replace(change, rate=None)
     n = len(change.runs)
     return change, np.full(n, 1 / n), np.zeros(n, int), (own - float(np.mean(change.value)), own)
 
@@ -167,15 +173,15 @@ def _words(tables: list[PairedTable], directions: list[str], margin: float) -> l
 
 
 def _preserved(estimates: pd.DataFrame, margin: float) -> tuple[list[bool], np.ndarray]:
-    """Whether each task's loss is below the margin, by comparisons.preserves and Holm's step over
+    """Whether each task's loss is below the margin, by `preserves` and Holm's step over
     the tasks, and the adjusted p.
     """
     outcomes = list(zip(estimates["outcome"], estimates["benchmark"], strict=True))
-    harms = comparisons.preserves(estimates, (margin,), outcomes, AS_CONFIGURED)
-    harms = harms[harms["outcome"].ne(comparisons.JOINTLY)]
+    harms = noninferiority.preserves(estimates, (margin,), outcomes, AS_CONFIGURED)
+    harms = harms[harms["outcome"].ne(noninferiority.JOINTLY)]
     harms = harms.set_index(["outcome", "benchmark"]).loc[outcomes]
     below = intervals.holm(harms["p"].astype(float).fillna(1.0).to_numpy())
-    said = harms["how"].str.partition(":")[0].eq(PRESERVES).to_numpy()
+    said = harms["how"].str.startswith(PRESERVES).to_numpy()
     return list(said & (below <= 1 - UPPER)), below
 
 

@@ -21,7 +21,7 @@ SEEN = (
 )
 FAMILIES = "primary"
 # what the tests are made from, and the rule that ends a training early
-SECTIONS = {
+STUDY_PARTS = {
     "seed",
     "date",
     "bases",
@@ -44,7 +44,7 @@ def declared(study: Study) -> dict[str, Any]:
     their results depend on: grid and seeds, benchmarks with their sizes, judges with their
     thresholds, and the rule that stops a training.
     """
-    found = study.model_dump(mode="json", include={FAMILIES, *SECTIONS})
+    found = study.model_dump(mode="json", include={FAMILIES, *STUDY_PARTS})
     return {name: _without_paths(section) for name, section in found.items()}
 
 
@@ -91,7 +91,7 @@ def deviations(study: Study) -> list[str]:
     return found + [
         f"{name}: changed when {last}, so the tests are not those declared: "
         + _changes(first[name], now[name])
-        for name in sorted(SECTIONS)
+        for name in sorted(STUDY_PARTS)
         if before and first[name] != now[name]
     ]
 
