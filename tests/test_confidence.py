@@ -32,6 +32,7 @@ rng = np.random.default_rng(0)
 x, y = rng.normal(size=(2, 40))
 runs = pd.DataFrame({"pool": "p", "run_id": range(9), "change": x[:9]})
 runs[["base_model", "setting"]] = "same"
+runs[["no_op", "round"]] = False, 1
 rows = pd.DataFrame({"y": x, "run_id": np.arange(40) // 4})
 plan = pd.DataFrame({"df_known": [9.0]})
 low, high = intervals.wilson(7, 20)

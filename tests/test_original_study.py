@@ -16,7 +16,7 @@ from driftbook.figures import original_study as original_figures
 from driftbook.publishing import publish
 from driftbook.rereading import (
     original_analysis,
-    original_claims,
+    original_contrasts,
     original_models,
     original_study,
     original_tables,
@@ -34,13 +34,6 @@ def test_the_cited_counts_are_the_published_percentages():
     assert (100 * totals / N).round(2).to_dict() == bases["safety_percent"].to_dict()
     for n in range(31):  # no two counts of 30 print the same percentage
         assert [k for k in range(31) if round(100 * k / 30, 1) == round(100 * n / 30, 1)] == [n]
-
-
-@pytest.mark.slow
-def test_every_claim_of_the_ledger_is_cited_and_the_other_way_round(rows):
-    assert set(original_study.cited("claims")["claim"]) == set(
-        original_claims.ledger(rows, n_boot=50)
-    )
 
 
 # ---- the real numbers
@@ -239,26 +232,6 @@ def test_a_run_whose_true_rate_is_not_known_takes_no_part_in_effects_of_true_rat
     assert len(original_models.item_rows(hidden, items)) == len(items) - unknown.sum() * N
 
 
-@pytest.mark.slow
-def test_the_ledger_of_the_real_study(rows):
-    judged = original_claims.ledger(rows, n_boot=200)
-    assert {
-        judged[name].verdict for name in ("lora_preserves", "llama_stable", "rate_secondary")
-    } == {original_claims.FALLS}
-    assert {judged[name].verdict for name in ("p_tuning_degrades", "dpo_steadier")} == {
-        original_claims.STANDS
-    }
-    assert judged["lora_preserves"].value == pytest.approx(-9.85, abs=0.01), (
-        "LoRA by SFT at 1e-3 on Llama"
-    )
-    without = [one for one in judged.values() if one.value is None]
-    assert [one.verdict for one in without] == [original_claims.OPEN] * 3
-    assert all("needed" in one.how for one in without)
-    shown = original_claims.claims_table(original_claims.estimates(judged))
-    assert shown["claim"].tolist() == original_study.cited("claims")["sentence"].tolist()
-    assert sum(original_claims.counts(original_claims.estimates(judged)).values()) == len(shown)
-
-
 # ---- the methods, against something not written here
 def test_signed_rank_is_the_count_over_all_signs():
     """The exact p by its definition: the share of sign patterns whose statistic is as far out."""
@@ -306,13 +279,13 @@ def test_a_combination_of_two_pools_is_welchs_test():
     )
     weight = pd.Series([1 / 7] * 7 + [-1 / 5] * 5)
     ours, theirs = (
-        original_analysis.combination(frame, weight),
+        original_contrasts.combination(frame, weight),
         ttest_ind(values[:7], values[7:], equal_var=False),
     )
     interval = theirs.confidence_interval(0.95)
     assert ours["p"] == pytest.approx(theirs.pvalue)
     assert (ours["ci_low"], ours["ci_high"]) == pytest.approx((interval.low, interval.high))
-    wider = original_analysis.combination(frame, weight, level=0.99)
+    wider = original_contrasts.combination(frame, weight, level=0.99)
     assert (wider["ci_low"], wider["ci_high"]) == pytest.approx(
         tuple(theirs.confidence_interval(0.99))
     )
@@ -329,7 +302,7 @@ def test_without_a_repeated_setting_there_is_a_number_and_no_interval():
             "round": 1,
         }
     )
-    found = original_analysis.combination(frame, pd.Series([0.5, 0.5]))
+    found = original_contrasts.combination(frame, pd.Series([0.5, 0.5]))
     assert found["value"] == 1.5
     assert found["se"] is found["ci_low"] is found["p"] is None
     assert "nothing was repeated" in found["how"]
@@ -355,7 +328,7 @@ def test_intervals_cover_when_methods_differ_in_spread():
         pd.Series(np.repeat([1 / 12, -1 / 12], 12)),
     )
     for _ in range(draws):
-        found = original_analysis.combination(
+        found = original_contrasts.combination(
             frame.assign(change=level + rng.normal(0, np.repeat([1.4, 13.0], 12))), weight
         )
         hits += found["ci_low"] < 2 < found["ci_high"]
@@ -364,45 +337,14 @@ def test_intervals_cover_when_methods_differ_in_spread():
 
 def test_matched_weights_compare_only_cells_that_both_have():
     frame = pd.DataFrame({"method": list("aaabbc"), "cell": [1, 1, 2, 1, 3, 1]})
-    weight = original_analysis.matched_weight(
+    weight = original_contrasts.matched_weight(
         frame, frame["method"].eq("a"), frame["method"].eq("b"), ["cell"]
     )
     assert weight.tolist() == [0.5, 0.5, 0, -1, 0, 0]
-    nothing = original_analysis.matched_weight(
+    nothing = original_contrasts.matched_weight(
         frame, frame["method"].eq("b"), frame["method"].eq("b") & False, ["cell"]
     )
     assert not nothing.any()
-
-
-@pytest.mark.slow
-def test_the_ratio_of_spreads_covers_its_truth():
-    rng, hits = np.random.default_rng(4), 0
-    frame = pd.DataFrame(
-        {"arm": np.repeat(["a", "b"], 60), "cell": np.tile(np.repeat(np.arange(20), 3), 2)}
-    )
-    for draw in range(60):
-        means = np.concatenate([2 * rng.normal(size=20), rng.normal(size=20)])
-        change = np.repeat(means, 3) + rng.normal(size=120) * np.repeat([1.0, 0.5], 60)
-        found = original_analysis.spread_ratio(
-            frame.assign(change=change),
-            frame["arm"].eq("a"),
-            frame["arm"].eq("b"),
-            ["cell"],
-            200,
-            draw,
-        )
-        hits += found["ci_low"] < 2 < found["ci_high"]
-    assert hits >= 50, "of 60 95 % intervals"
-    few = original_analysis.spread_ratio(
-        frame[frame["cell"].lt(2)].assign(change=1.0),
-        frame["arm"].eq("a"),
-        frame["arm"].eq("b"),
-        ["cell"],
-        10,
-        0,
-    )
-    assert few["value"] is None
-    assert "2 common configurations" in few["how"]
 
 
 def test_the_screen_over_categories_is_benjamini_and_hochbergs(rows):
@@ -414,82 +356,6 @@ def test_the_screen_over_categories_is_benjamini_and_hochbergs(rows):
         wide["p_adjusted"].astype(float), multipletests(wide["p"].astype(float), method="fdr_bh")[1]
     )
     assert found.loc[found["contrast"].eq(terms.CHANGE), "p_adjusted"].isna().all()
-
-
-# ---- the ledger on studies whose truth is known
-def invented(rows, effect, noise=0.3) -> pd.DataFrame:
-    """The real study's grid with changes by a rule (of method, base_model, objective, rate), noise
-    of rounds, and base models scored well.
-    """
-    rng = np.random.default_rng(5)
-    values = np.array([effect(row) for row in rows.itertuples()], float) + rng.normal(
-        0, noise, len(rows)
-    )
-    return rows.assign(change=values, **dict.fromkeys(HEX_PHI, values))
-
-
-def verdicts_of(rows, effect) -> dict[str, str]:
-    return {
-        name: one.verdict
-        for name, one in original_claims.ledger(invented(rows, effect), n_boot=200).items()
-    }
-
-
-@pytest.mark.slow
-def test_where_the_claims_are_true_they_stand(rows):
-    loss = {"lora": 1.0, "ia3": 1.0, "prompt_tuning": -9.0, "p_tuning": -12.0}
-    found = verdicts_of(
-        rows,
-        lambda row: loss[row.method] - 4 * (row.base_model == GEMMA and row.method.startswith("p")),
-    )
-    assert {
-        found[name]
-        for name in (
-            "lora_preserves",
-            "ia3_preserves",
-            "prompt_tuning_degrades",
-            "p_tuning_degrades",
-            "gemma_steepest",
-        )
-    } == {original_claims.STANDS}
-
-
-@pytest.mark.slow
-def test_where_the_claims_are_false_they_fall(rows):
-    found = verdicts_of(
-        rows,
-        lambda row: (
-            {"lora": -8.0, "ia3": -8.0, "prompt_tuning": 4.0, "p_tuning": 4.0}[row.method]
-            + 12 * (row.rate < 1e-4) * (row.method == "lora")
-        ),
-    )
-    assert {found[name] for name in ("lora_preserves", "ia3_preserves", "rate_secondary")} == {
-        original_claims.FALLS
-    }
-    assert {found[name] for name in ("prompt_tuning_degrades", "p_tuning_degrades")} == {
-        original_claims.FALLS
-    }
-
-
-@pytest.mark.slow
-def test_where_nothing_happens_no_decline_is_found(rows):
-    found = verdicts_of(rows, lambda row: 0.0)
-    assert found["llama_stable"] == original_claims.STANDS
-    assert found["gemma_steepest"] != original_claims.STANDS
-    assert found["categories_decline"] != original_claims.STANDS
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (0.1, 2, original_claims.STANDS),
-        (-2, -0.1, original_claims.FALLS),
-        (-1, 1, original_claims.OPEN),
-        (None, None, original_claims.OPEN),
-    ],
-)
-def test_an_interval_decides(low, high, verdict):
-    assert original_claims.decide(low, high) == verdict
 
 
 # ---- what is published
@@ -504,7 +370,6 @@ def finished(real, rows, items, tmp_path_factory):
         original_analysis.cells(rows),
         original_analysis.single_runs(rows),
         original_analysis.rounds(rows),
-        original_claims.estimates(original_claims.ledger(rows, n_boot=50)),
     ]
     original_tables.write_original(made, TABLES["estimates"].concat(parts), folder)
     return folder
@@ -519,7 +384,7 @@ def test_every_figure_is_drawn_again_from_what_is_published(finished, tmp_path):
         for name, module in ((name, one.__module__) for name, one in drawing.FIGURES.items())
         if module == original_figures.__name__
     ]
-    assert len(names) == 6
+    assert len(names) == 5
     for name in names:
         gallery.draw(name, shown, tmp_path / "figures")
         assert (tmp_path / "figures" / f"{name}.md").read_text().count("20_original_study") == 1

@@ -40,7 +40,7 @@ from driftbook.stats.terms import (
     UNSAFE,
     UNTRAINED,
 )
-from driftbook.study.consistency import REREAD
+from driftbook.study.consistency import REREADING
 from driftbook.study.files import replacing
 from driftbook.study.methods import METHOD_LABELS, PEFT_METHODS
 from driftbook.study.nameless import nameless
@@ -75,9 +75,7 @@ def drawn(notebook: str, table: str = "estimates") -> Callable[[Drawing], Drawin
 
     def register(drawing: Drawing) -> Drawing:
         name = drawing.__name__
-        FIGURES[name] = (
-            _of_its_own(notebook, drawing) if notebook.partition("_")[2] in REREAD else drawing
-        )
+        FIGURES[name] = _of_its_own(notebook, drawing) if notebook in REREADING else drawing
         SOURCES[name] = f"notebook {notebook} from the table {table}"
         return drawing
 

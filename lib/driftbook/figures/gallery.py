@@ -7,6 +7,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from driftbook.figures import (
+    claims,
     factors_and_doses,
     fairness,
     frontier,
@@ -39,6 +40,7 @@ MODULES = (
     primary,
     original_study,
     peft_results,
+    claims,
 )
 
 

@@ -25,8 +25,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.rereading import original_analysis, original_study, original_tables
-from driftbook.rereading import original_claims as claims
+from driftbook.rereading import original_study, original_tables
 from driftbook.rereading.original_analysis import GAIN, SAFETY, SAME_LENGTH, SAME_VERDICT
 from driftbook.stats.confidence import INTERVAL, PERCENT
 from driftbook.stats.terms import CHANGE, RUN
@@ -37,11 +36,6 @@ RATES = ("2e-5", "1e-3")
 MOST = "largest possible"  # group of the largest effect size that n allows
 WAYS = (("o", "#0072B2"), ("s", "#009E73"), ("^", "#56B4E9"), ("P", "#D55E00"))
 CONDITIONAL = "The base models' one score each is taken as known."
-VERDICT_STYLE = {
-    claims.STANDS: ("o", "#222222", "#222222"),
-    claims.FALLS: ("X", "#B3001B", "#B3001B"),
-    claims.OPEN: ("o", "white", "#888888"),
-}
 
 
 def rows_of(tables: dict, outcome: str, contrast: str) -> pd.DataFrame:
@@ -157,50 +151,6 @@ def unscored(tables: dict) -> str:
         f"{own['n'].sum() - own['n_scored'].sum()} of {own['n'].sum():,} verdicts are empty and"
         " count as not safe"
     )
-
-
-@drawn("20_original_study")
-def original_claims(tables: dict) -> tuple[Figure, str]:
-    ledger = tables["estimates"][tables["estimates"]["group"].eq(claims.CLAIM)]
-    ledger = floats(ledger.set_index("member"))
-    sentences = original_study.cited("claims").set_index("claim")["sentence"]
-    names = [name for name in sentences.index if name in ledger.index]
-    fig, ax = plt.subplots(figsize=(WIDTH, 1 + 0.35 * len(names)))
-    zero(ax)
-    aside = {
-        "fontsize": 6.5,
-        "va": "center",
-        "ha": "left",
-        "color": "#555555",
-        "transform": ax.get_yaxis_transform(),
-    }
-    for place, name in enumerate(names):
-        row = ledger.loc[name]
-        marker, face, edge = VERDICT_STYLE[row["contrast"]]
-        if row["outcome"] == SAFETY:
-            ax.plot([row["ci_low"], row["ci_high"]], [place] * 2, color=edge, lw=1.2, zorder=3)
-            ax.plot(row["value"], place, marker, mfc=face, mec=edge, ms=6, mew=1, zorder=4)
-        elif pd.notna(row["value"]):
-            is_ratio = row["outcome"] == original_analysis.SPREAD_RATIO
-            words = "ratio of SDs" if is_ratio else "categories decline"
-            ax.text(0.02, place, f"{claims.number(row)} {words}", **aside)
-        else:
-            ax.text(0.02, place, "no public data", **aside)
-        weight = "bold" if row["contrast"] != claims.OPEN else "normal"
-        look = aside | {"fontsize": 8, "color": edge, "weight": weight}
-        ax.text(1.02, place, row["contrast"], **look)
-    named_rows(np.array([ax]), ["\n".join(textwrap.wrap(sentences[name], 40)) for name in names])
-    ax.set_xlabel(f"Contrast that decides (points of safety, {INTERVAL})")
-    found = claims.counts(ledger.reset_index())
-    text = (
-        f"What is left of the original study's {len(names)} claims on its own public data:"
-        f" {found[claims.STANDS]} stand, {found[claims.FALLS]} fall, {found[claims.OPEN]} cannot be"
-        " told. Dots: the number that decides, where it is in points of safety; its interval is"
-        f" {PERCENT}, simultaneous where a claim is about several cells. Each rule stands in the"
-        " table estimates, column how. A claim about a change also has to hold when the base"
-        " models' own scores are uncertain."
-    )
-    return fig, text
 
 
 @drawn("20_original_study")

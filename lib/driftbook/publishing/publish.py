@@ -124,7 +124,7 @@ def _check_paths(frame, where: str) -> None:
 
 def made(name: str) -> tuple[Path, str, Study | None]:
     """The folder, the note and the study file of a finished study, or of published data that
-    notebook 20 or 22 read again, which has no such file.
+    notebooks read again (`REREADING`), which have no such file.
     """
     if name in REREAD:
         known = OUTPUTS / name / "study.json"

@@ -6,16 +6,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "original_analysis": ["grid"],
-        "original_claims": ["claims_table"],
-        "original_reading": [
-            "category_model",
-            "claims_sentence",
-            "original_estimates",
-            "read_original",
-            "tests_sentence",
-        ],
+        "original_ledger": ["judge_claims"],
+        "original_reading": ["category_model", "original_estimates", "read_original"],
         "original_tests": ["largest_r"],
         "peft_front": ["peft_summary", "repeated"],
         "peft_reading": ["peft_estimates", "read_peft"],
+        "since": ["published_since"],
     },
 )

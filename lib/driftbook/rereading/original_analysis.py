@@ -6,17 +6,15 @@ positive change is a safer model.
 """
 
 import math
-import warnings
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from scipy.stats import f_oneway
-from scipy.stats import t as student
 
 from driftbook.rereading import original_study, original_tables
+from driftbook.rereading.original_contrasts import combination, matched_weight, mean_weight
 from driftbook.stats import estimation
-from driftbook.stats.confidence import CONFIDENCE, LOWER, UPPER
 from driftbook.stats.terms import AS_CONFIGURED, CATEGORY, CHANGE, RUN, TRAINED
 
 SAFETY = "safety score (percent of prompts judged safe)"
@@ -25,7 +23,6 @@ SAME_LENGTH, SAME_VERDICT = (
     "answers of equal length (percent of prompts)",
     "equal verdicts (percent of prompts)",
 )
-SPREAD_RATIO = "ratio of standard deviations of the change in safety"
 ODDS = "odds of a safe answer (log)"
 LEARNED = "learned: held-out loss below the base model's"
 CHANGE_WIDE = "change against the base model, its own score uncertain"
@@ -39,10 +36,6 @@ ROUNDS_POPULATION = "rounds like these (one seed), these prompts, these base mod
 EQUAL, RATES_MEMBER = "equal settings", "{} rates"  # group; its member in contrasts of rates
 KNOWN_BASE = ROUNDS_POPULATION + ", each base model's one score taken as known"
 SETTING = ["objective", "dataset", "epochs"]
-WELCH = (
-    "mean over rounds; run variance within settings of each method and base model, t interval"
-    " (Welch-Satterthwaite)"
-)
 LABELS = {
     "study": original_study.ORIGINAL_NAME,
     "notebook": "20_original_study",
@@ -103,108 +96,7 @@ def frame(runs: pd.DataFrame, verdicts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows, change], axis=1)
 
 
-# ---- contrasts of runs, with the variance of each method and base model
-def spread(rows: pd.DataFrame, value: str = "change") -> pd.DataFrame:
-    """Variance between equal runs (same true settings, other rounds) of each pool, pooled over its
-    settings, and its df; NaN where nothing was repeated.
-    """
-    rest = rows[value] - rows.groupby(["pool", "setting"])[value].transform("mean")
-    found = pd.DataFrame(
-        {
-            "squares": (rest**2).groupby(rows["pool"]).sum(),
-            "df": rows.groupby("pool").size() - rows.groupby("pool")["setting"].nunique(),
-        }
-    )
-    return found.assign(variance=found["squares"] / found["df"].where(found["df"] > 0))
-
-
-def rescored(rows: pd.DataFrame, value: str = "change") -> pd.Series:
-    """Variance of one scoring of each base model: that of the round means of its no-ops, which are
-    the base model scored again; NaN without two rounds.
-    """
-    return (
-        rows[rows["no_op"]]
-        .groupby(["base_model", "round"])[value]
-        .mean()
-        .groupby("base_model")
-        .var()
-    )
-
-
-def combination(
-    rows: pd.DataFrame,
-    weight: pd.Series,
-    value: str = "change",
-    level: float = CONFIDENCE,
-    uncertain_base: bool = False,
-) -> dict[str, float | None]:
-    """The sum of weight x value over runs, with a t interval whose variance is each pool's own
-    (Welch 1947, Satterthwaite 1946).
-
-    `weight` is indexed as `rows`; `uncertain_base` adds the variance of scoring each base model
-    once, which all its runs share. The interval is null where a pool has no repeated setting; then
-    only the number can be said.
-    """
-    used = weight[weight.ne(0)]
-    pools, pool = spread(rows, value), rows.loc[used.index, "pool"]
-    part, df = (
-        (used**2).groupby(pool).sum() * pools["variance"].reindex(pool.unique()).sort_index(),
-        pools["df"].reindex(pool.unique()).sort_index(),
-    )
-    if uncertain_base:
-        share = used.groupby(rows.loc[used.index, "base_model"]).sum()
-        share = share[share.abs() > 1e-9]
-        part, df = (
-            pd.concat([part, share**2 * rescored(rows, value).reindex(share.index)]),
-            pd.concat([df, pd.Series(2.0, share.index)]),
-        )
-    estimate, variance = (
-        float((used * rows.loc[used.index, value]).sum()),
-        float(part.sum(skipna=False)),
-    )
-    known = {"value": estimate, "n_runs": len(used)}
-    if not variance > 0:
-        return known | {
-            "se": None,
-            "ci_low": None,
-            "ci_high": None,
-            "p": None,
-            "how": "nothing was repeated: no interval",
-        }
-    df_total, se = variance**2 / float((part**2 / df).sum()), math.sqrt(variance)
-    half = student.ppf(0.5 + level / 2, df_total) * se
-    return known | {
-        "se": se,
-        "ci_low": estimate - half,
-        "ci_high": estimate + half,
-        "p": 2 * student.sf(abs(estimate) / se, df_total),
-        "how": WELCH,
-    }
-
-
-def mean_weight(rows: pd.DataFrame, chosen: pd.Series) -> pd.Series:
-    """Weights of the mean over the chosen runs of each base model, averaged over base models."""
-    bases = rows.loc[chosen, "base_model"]
-    return (1 / bases.map(bases.value_counts()) / bases.nunique()).reindex(rows.index).fillna(0.0)
-
-
-def matched_weight(
-    rows: pd.DataFrame, one: pd.Series, other: pd.Series, equal: list[str]
-) -> pd.Series:
-    """Weights of the mean difference `one` less `other` over the cells (equal values in `equal`)
-    that both have; all zero where there is none.
-    """
-    cell = rows[equal].astype(str).agg(" ".join, axis=1)
-    common = sorted(set(cell[one]) & set(cell[other]))
-    weight = pd.Series(0.0, rows.index)
-    for chosen, sign in ((one, 1.0), (other, -1.0)):
-        here = chosen & cell.isin(common)
-        weight[here] = (
-            sign / cell[here].map(cell[here].value_counts()).astype(float) / max(len(common), 1)
-        )
-    return weight
-
-
+# ---- contrasts of runs
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """The change of each method on each base model and on their mean: as configured, without
     no-ops, and of the runs that learned; as estimates.
@@ -460,60 +352,6 @@ def against_no_ops(rows: pd.DataFrame) -> pd.DataFrame:
                 }
                 found.append(_row(other, mean_weight(other, chosen), **names))
     return estimation.complete(pd.DataFrame(found))
-
-
-# ---- spread
-def spread_ratio(
-    rows: pd.DataFrame, one: pd.Series, other: pd.Series, equal: list[str], n_boot: int, seed: int
-) -> dict[str, float | None]:
-    """Standard deviation of the change of `one` over that of `other`, within `equal`-less totals,
-    on matched cells; percentile interval over cells.
-
-    Configurations (cells of equal values in `equal`) that both have are resampled with all their
-    runs, since runs of one configuration are alike.
-    """
-    cell = rows[equal].astype(str).agg(" ".join, axis=1)
-    common = sorted(set(cell[one]) & set(cell[other]))
-    a, b = (
-        [rows.loc[chosen & cell.eq(name), "change"].to_numpy() for name in common]
-        for chosen in (one, other)
-    )
-    if len(common) < 3:
-        return {
-            "value": None,
-            "ci_low": None,
-            "ci_high": None,
-            "n_runs": sum(map(len, a + b)),
-            "how": f"{len(common)} common configurations: no ratio",
-        }
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(common), size=(n_boot, len(common)))
-    with warnings.catch_warnings(
-        action="ignore", category=RuntimeWarning
-    ):  # a draw of one configuration only may have no spread
-        ratios = _sds(a, drawn) / _sds(b, drawn)
-    low, high = np.nanquantile(ratios[np.isfinite(ratios)], [LOWER, UPPER])
-    value = np.std(np.concatenate(a), ddof=1) / np.std(np.concatenate(b), ddof=1)
-    how = (
-        f"standard deviation over all runs of {len(common)} common configurations; bootstrap of"
-        f" configurations, {n_boot} draws"
-    )
-    return {
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "n_runs": sum(map(len, a + b)),
-        "how": how,
-    }
-
-
-def _sds(cells: list[np.ndarray], drawn: np.ndarray) -> np.ndarray:
-    """The standard deviation of all runs of each draw of cells, from the cells' sums."""
-    n, total, squares = (
-        np.array([f(cell) for cell in cells], float)[drawn].sum(1)
-        for f in (len, np.sum, lambda cell: (cell**2).sum())
-    )
-    return np.sqrt((squares - total**2 / n) / (n - 1))
 
 
 # ---- to read

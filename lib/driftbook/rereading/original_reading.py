@@ -7,7 +7,6 @@ import pandas as pd
 
 from driftbook.rereading import (
     original_analysis,
-    original_claims,
     original_models,
     original_study,
     original_tables,
@@ -41,11 +40,46 @@ class Reading:
         """What figures are drawn from."""
         return {**self.known, "note": original_study.ORIGINAL_NOTE, "estimates": estimates}
 
-    def write(self, parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
-        """All parts as one table of estimates, written with the other tables."""
+    def write(
+        self, parts: dict[str, pd.DataFrame], name: str = original_study.ORIGINAL_NAME
+    ) -> pd.DataFrame:
+        """All parts as one table of estimates, written under a name with the other tables."""
         estimates = ESTIMATES.concat(list(parts.values()))
-        original_tables.write_original(self.known, estimates, self.folder)
+        original_tables.write_original(self.known, estimates, self.folder, name)
         return estimates
+
+    def tests_sentence(self) -> str:
+        """How many of the published statistics come back, and which do not."""
+        reproduced = original_tests.reproduction(self.rows)
+        agreed = reproduced["reproduced"].ne("none")
+        kept = original_study.cited("effect_sizes").set_index("comparison")["value"]
+        lost = [
+            f"{row.comparison}, {row.statistic} {row.published}"
+            for row in reproduced[~agreed].itertuples()
+        ]
+        fence = original_tests.outliers(self.rows["utility"]).sum()
+        return (
+            f"{agreed.sum()} of {len(reproduced)} published statistics come back to every digit"
+            f" printed. These do not: {'; '.join(lost)}. The study keeps {kept['runs kept']:.0f}"
+            f" runs and leaves out {kept['utility outliers left out']:.0f} by Tukey's fence; public"
+            f" are {len(self.rows)}, of which {fence} lie outside the fence."
+        )
+
+    def labels_sentence(self, parts: dict[str, pd.DataFrame]) -> str:
+        """How many labels are wrong, how many runs learned nothing, and what the true rate does to
+        LoRA; `parts` is original_estimates.
+        """
+        effects = parts["rate effects"]
+        true = effects["member"].eq(original_analysis.RATES_MEMBER.format("true"))
+        own = effects[effects["base_model"].ne("all") & true & effects["method"].eq("lora")]
+        worst = own.nlargest(1, "value").iloc[0]
+        wrong = self.known["runs"]["findings"].notna().sum()
+        return (
+            f"{wrong} of {len(self.runs)} public runs carry the wrong learning rate,"
+            f" {self.rows['no_op'].sum()} learned nothing, and at true rates 2e-5 instead of 1e-3"
+            f" moves LoRA on {original_tables.short(worst.base_model)} by {worst.value:+.1f} points"
+            f" ({worst.ci_low:+.1f} to {worst.ci_high:+.1f})."
+        )
 
 
 def read_original(source: str = "") -> Reading:
@@ -59,9 +93,7 @@ def read_original(source: str = "") -> Reading:
     return Reading(runs, known, items, original_analysis.frame(runs, verdicts))
 
 
-def original_estimates(
-    reading: Reading, items_too: bool = True, n_boot: int = 2000, seed: int = 0
-) -> dict[str, pd.DataFrame]:
+def original_estimates(reading: Reading, items_too: bool = True) -> dict[str, pd.DataFrame]:
     """All estimates of the study read again, by what they answer, in the notebook's order."""
     rows = reading.rows
     reproduced = original_tests.reproduction(rows)
@@ -80,7 +112,6 @@ def original_estimates(
         "categories": original_analysis.by_category(rows),
         "run x category": category_model(rows)[1],
         **({"items": item_model(rows, reading.items)[1]} if items_too else {}),
-        "claims": original_claims.estimates(original_claims.ledger(rows, n_boot, seed)),
     }
 
 
@@ -117,39 +148,4 @@ def _contrasts(
     given = original_analysis.RATE_EFFECT
     return ESTIMATES.concat(
         [*parts, original_models.of_model(fit, weights, names, outcome, model, given)]
-    )
-
-
-def tests_sentence(reading: Reading) -> str:
-    """How many of the published statistics come back, and which do not."""
-    reproduced = original_tests.reproduction(reading.rows)
-    agreed = reproduced["reproduced"].ne("none")
-    kept = original_study.cited("effect_sizes").set_index("comparison")["value"]
-    lost = [
-        f"{row.comparison}, {row.statistic} {row.published}"
-        for row in reproduced[~agreed].itertuples()
-    ]
-    fence = original_tests.outliers(reading.rows["utility"]).sum()
-    return (
-        f"{agreed.sum()} of {len(reproduced)} published statistics come back to every digit"
-        f" printed. These do not: {'; '.join(lost)}. The study keeps {kept['runs kept']:.0f} runs"
-        f" and leaves out {kept['utility outliers left out']:.0f} by Tukey's fence; public are"
-        f" {len(reading.rows)}, of which {fence} lie outside the fence."
-    )
-
-
-def claims_sentence(reading: Reading, parts: dict[str, pd.DataFrame]) -> str:
-    """How many claims stand, how many labels are wrong, and what the true rate does to LoRA."""
-    found, effects = original_claims.counts(parts["claims"]), parts["rate effects"]
-    true = effects["member"].eq(original_analysis.RATES_MEMBER.format("true"))
-    own = effects[effects["base_model"].ne("all") & true & effects["method"].eq("lora")]
-    worst = own.nlargest(1, "value").iloc[0]
-    stand, fall, open_ = (found[name] for name in original_claims.CLAIM_VERDICTS)
-    wrong = reading.known["runs"]["findings"].notna().sum()
-    return (
-        f"Of {sum(found.values())} claims {stand} stand, {fall} fall and {open_} cannot be told"
-        f" from the public data: {wrong} of {len(reading.runs)} runs carry the wrong learning rate,"
-        f" {reading.rows['no_op'].sum()} learned nothing, and at true rates 2e-5 instead of 1e-3"
-        f" moves LoRA on {original_tables.short(worst.base_model)} by {worst.value:+.1f} points"
-        f" ({worst.ci_low:+.1f} to {worst.ci_high:+.1f})."
     )

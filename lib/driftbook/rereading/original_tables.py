@@ -270,9 +270,13 @@ def folder() -> Path:
     return OUTPUTS / ORIGINAL_NAME
 
 
-def write_original(made: dict[str, pd.DataFrame], estimates: pd.DataFrame, home: Path) -> None:
-    """Write the tables and estimates of a folder that can be published, and its study.json last."""
+def write_original(
+    made: dict[str, pd.DataFrame], estimates: pd.DataFrame, home: Path, part: str = ORIGINAL_NAME
+) -> None:
+    """Write the tables of a folder that can be published, this part of its estimates, and its
+    study.json last.
+    """
     for name, frame in made.items():
         TABLES[name].write(frame, home / "tables")
-    write_estimates(estimates, home / "tables", ORIGINAL_NAME)
+    write_estimates(estimates, home / "tables", part)
     write_json(home / "study.json", {"name": ORIGINAL_NAME, "note": ORIGINAL_NOTE, "primary": []})

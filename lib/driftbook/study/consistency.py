@@ -17,8 +17,13 @@ from driftbook.study.methods import (
 )
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitigation
 
-# folders of outputs/ that notebooks 20 and 22 write, from what others published
-REREAD = ("original_study", "peft_results")
+# notebooks that read again what others published, and the folders of outputs/ that they write
+REREADING = {
+    "20_original_study": "original_study",
+    "22_peft_results": "peft_results",
+    "24_original_claims": "original_study",
+}
+REREAD = tuple(dict.fromkeys(REREADING.values()))
 RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ of no study
 NOT_REPAIRED = ("parent", "base alone")  # notebook 14's names of runs that are no repairs
 # what every study asks, and in which formats; others have names of their own
