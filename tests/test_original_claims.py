@@ -428,7 +428,7 @@ def test_the_figure_is_drawn_again_from_what_is_published(real, ledger, tmp_path
     caption = (tmp_path / "figures" / "original_claims.md").read_text()
     assert caption.count(original_ledger.CLAIMS_NOTEBOOK) == 1
     counted = original_ledger.counts(ledger.estimates())
-    assert f"{counted[DEPENDS]} depends on the reading" in caption
+    assert f"depends on the reading: {counted[DEPENDS]}" in caption
 
 
 # ---- what others published since

@@ -57,7 +57,7 @@ def original_claims(tables: dict) -> tuple[Figure, str]:
         handlelength=None,
     )
     found = ledger.counts(claims.reset_index())
-    words = ", ".join(f"{found[word]} {word}" for word in VERDICT_STYLE)
+    words = ", ".join(f"{word}: {found[word]}" for word in VERDICT_STYLE)
     return fig, (
         f"The original study's {len(names)} claims on its own public data, each in three readings"
         f" ({words}). Left: the mean over cells with its {INTERVAL} over rounds, and the cells"
