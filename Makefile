@@ -67,8 +67,8 @@ export: $(READY) ## write a finished study as lm-evaluation-harness results and 
 report: $(READY) ## write report.html of a finished study again
 	@$(PY) -m driftbook.publishing.report "$$STUDY"
 
-reread: $(READY) ## analyse the original study and PEFT's published runs again (notebooks 20, 22 and 24)
-	@for pair in 20_original_study:original_study 22_peft_results:peft_results 24_original_claims:original_study; do \
+reread: $(READY) ## analyse what others published again (notebooks 20, 22, 23 and 24)
+	@for pair in 20_original_study:original_study 22_peft_results:peft_results 23_adaptation_study:adaptation_study 24_original_claims:original_study; do \
 		name=$${pair%:*}; made=outputs/$${pair#*:}; \
 		$(PY) -m driftbook.batch.warm notebook notebooks/$$name.ipynb $$made/$$name.ipynb '{}' 2>/dev/null \
 			&& echo "analysed again: $$made by notebook $$name" || { cat $$made/$$name.error.txt; exit 1; }; done

@@ -18,6 +18,11 @@ class PeftReading:
     source: str
 
     @property
+    def repeated(self) -> str:
+        """A sentence: how often settings were repeated, and what follows."""
+        return peft_front.repeated(self.runs)
+
+    @property
     def figures(self) -> Path:
         return peft_results.FOLDER / "figures"
 

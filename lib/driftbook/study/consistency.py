@@ -21,6 +21,7 @@ from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitiga
 REREADING = {
     "20_original_study": "original_study",
     "22_peft_results": "peft_results",
+    "23_adaptation_study": "adaptation_study",
     "24_original_claims": "original_study",
 }
 REREAD = tuple(dict.fromkeys(REREADING.values()))
