@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from driftbook.figures import (
     claims,
+    adaptation_study,
     factors_and_doses,
     fairness,
     frontier,
@@ -41,6 +42,7 @@ MODULES = (
     original_study,
     peft_results,
     claims,
+    adaptation_study,
 )
 
 

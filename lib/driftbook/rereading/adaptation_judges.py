@@ -55,6 +55,7 @@ THESE_RATES = "these runs, answers like those labelled"
 HUMANS = "human labels"
 PATTERNS = ["".join(one) for one in product("01", repeat=len(JUDGES))]
 VERDICTS_OF = np.array([[int(sign) for sign in one] for one in PATTERNS])  # [patterns, judges]
+LEAST_LABELLED = 5  # answers behind a published share
 _TURNS, _EXACT = 1000, 1e-12  # of raking
 
 
@@ -276,14 +277,16 @@ def _between(ends: tuple[float, float]) -> dict[str, float]:
 
 
 def patterns_labelled(data: AdaptationData) -> pd.DataFrame:
-    """The share of harmful answers of each pattern: of all labels, and by attack."""
+    """The share of harmful answers of each pattern: of all labels, and by attack where enough are
+    labelled alike that the share tells no single label.
+    """
     found = []
     parts = {"all": data.labels, **dict(list(data.labels.groupby("attack")))}
     for attack, labels in parts.items():
         shares = shares_of(labels)
         low, high = shares.ends()
         for i, pattern in enumerate(PATTERNS):
-            if shares.n[i] > 0:
+            if shares.n[i] >= LEAST_LABELLED:
                 found.append(
                     {
                         "outcome": OF_PATTERN,

@@ -4,7 +4,7 @@ digit printed.
 
 import numpy as np
 import pandas as pd
-from scipy.stats import friedmanchisquare, kruskal, wilcoxon
+from scipy.stats import friedmanchisquare, kruskal, rankdata, wilcoxon
 from scipy.stats import t as student
 
 from driftbook.rereading.adaptation_study import (
@@ -14,7 +14,6 @@ from driftbook.rereading.adaptation_study import (
     PLAIN,
     SEED_NAMES,
     TUNED,
-    VERDICT_COLUMNS,
     WHITE_BOX,
     AdaptationData,
     cited_figures,
@@ -24,6 +23,7 @@ from driftbook.stats.intervals import wilson
 RESTRICTED = ("gemma2", "llama31", "qwen3")  # the families of their scope `restricted3`
 _LEVEL = 0.9  # of the interval that a test of equivalence at 5 % reads
 _PRINTED_Z = 1.96  # their normal quantile, rounded, without which the last digit differs
+_FEW = 13  # differences, of which all signs can be tried
 _COUNTS = ("tp", "fp", "fn", "tn")
 
 
@@ -78,7 +78,23 @@ def equivalence_p(mean: float, se: float, df: float, margin: float) -> float:
     return float(max(student.sf((margin + mean) / se, df), student.sf((margin - mean) / se, df)))
 
 
-def _tested(difference: pd.Series, margin: float) -> dict[str, float]:
+def signed_rank_p(difference: pd.Series) -> float:
+    """The two-sided p value of Wilcoxon's signed-rank test, differences of zero left out.
+
+    Exact up to 13 differences, over all signs, so that ties do no harm; of more, scipy's, which
+    falls back to a normal approximation where there are ties.
+    """
+    if len(difference) > _FEW:
+        return float(wilcoxon(difference).pvalue)
+    values = difference[difference.ne(0)].to_numpy()
+    ranks = rankdata(np.abs(values))
+    signs = (np.arange(2 ** len(ranks))[:, None] >> np.arange(len(ranks))) & 1
+    sums, own = signs @ ranks, ranks[values > 0].sum()
+    tails = np.mean(sums >= own - 1e-9), np.mean(sums <= own + 1e-9)
+    return float(min(1.0, 2 * min(tails)))
+
+
+def _tested(difference: pd.Series) -> dict[str, float]:
     """What their tables hold of the differences of cells, as if each were a draw of its own."""
     n, mean, sd = len(difference), difference.mean(), difference.std()
     se = sd / np.sqrt(n)
@@ -88,41 +104,57 @@ def _tested(difference: pd.Series, margin: float) -> dict[str, float]:
         "mean": mean,
         "sd": sd,
         "se": se,
+        "df": n - 1,
         "ci90_lo": mean - half,
         "ci90_hi": mean + half,
         "ci_lo": mean - wide,
         "ci_hi": mean + wide,
-        "p_tost": equivalence_p(mean, se, n - 1, margin),
-        "wilcoxon_p": wilcoxon(difference).pvalue,
+        "wilcoxon_p": signed_rank_p(difference),
     }
+
+
+def _tests(table: pd.DataFrame, keys: list[str], difference) -> pd.DataFrame:
+    """The statistics of each row of a table of tests; `difference` gives the cells' differences of
+    the values of `keys`, which rows at several margins have in common.
+    """
+    known = {key: _tested(difference(*key)) for key in set(_keys(table, keys))}
+    ours = pd.DataFrame([known[key] for key in _keys(table, keys)])
+    ours["p_tost"] = [
+        equivalence_p(row.mean, row.se, row.df, margin)
+        for row, margin in zip(ours.itertuples(index=False), table["margin"], strict=True)
+    ]
+    return ours
+
+
+def _keys(table: pd.DataFrame, keys: list[str]) -> list[tuple]:
+    return list(table[keys].itertuples(index=False, name=None))
 
 
 def _tost(data: AdaptationData) -> list[dict]:
     """The tests of equivalence at one seed, by judge and scope, and those of the margins."""
-    table, found = data.raw["r6_tost_3judge"], []
-    for row in table.itertuples():
-        difference = changed(data.controlled, row.judge, *row.contrast.split("-"))
-        if row.scope == "restricted3":
-            difference = difference.loc[list(RESTRICTED)]
-        found.append(_tested(difference, row.margin))
-    ours = pd.DataFrame(found)
-    parts = [
-        equal_to("r6_tost_3judge", name, table[name], ours[name], digits)
-        for name, digits in _DIGITS.items()
-    ]
-    table, found = data.raw["tost_margin_sensitivity"], []
-    for row in table.itertuples():
-        if row.contrast == "base4bit-basefp16":
-            difference = changed(black_box(data.asr), JUDGES[0], FOUR_BIT, PLAIN)
-        else:
-            difference = changed(data.controlled, JUDGES[0], *row.contrast.split("-"))
-        found.append(_tested(difference, row.margin))
-    ours = pd.DataFrame(found)
-    return parts + [
-        equal_to("tost_margin_sensitivity", name, table[name], ours[name], digits)
-        for name, digits in _DIGITS.items()
-        if name in table
-    ]
+
+    def of_scope(judge: str, scope: str, contrast: str) -> pd.Series:
+        cells = changed(data.controlled, judge, *contrast.split("-"))
+        return cells.loc[list(RESTRICTED)] if scope == "restricted3" else cells
+
+    def of_margins(contrast: str) -> pd.Series:
+        if contrast == "base4bit-basefp16":
+            return changed(black_box(data.asr), JUDGES[0], FOUR_BIT, PLAIN)
+        return changed(data.controlled, JUDGES[0], *contrast.split("-"))
+
+    parts = []
+    for name, keys, difference in (
+        ("r6_tost_3judge", ["judge", "scope", "contrast"], of_scope),
+        ("tost_margin_sensitivity", ["contrast"], of_margins),
+    ):
+        table = data.raw[name]
+        ours = _tests(table, keys, difference)
+        parts += [
+            equal_to(name, column, table[column], ours[column], digits)
+            for column, digits in _DIGITS.items()
+            if column in table
+        ]
+    return parts
 
 
 _DIGITS = {"mean": 3, "sd": 3, "ci90_lo": 3, "ci90_hi": 3, "p_tost": 4, "wilcoxon_p": 4}
@@ -131,16 +163,13 @@ _DIGITS = {"mean": 3, "sd": 3, "ci90_lo": 3, "ci90_hi": 3, "p_tost": 4, "wilcoxo
 def _phase_five(data: AdaptationData) -> list[dict]:
     """The same tests of one judge, with normal intervals, and by family."""
     name = "phase5_tost_full_5fam_strict"
-    table, found = data.raw[name], []
-    pairs = {
-        pair: changed(data.controlled, JUDGES[0], *pair.split("-")) for pair in set(table["pair"])
-    }
-    for row in table.itertuples():
-        difference = pairs[row.pair]
-        if row.family != "ALL":
-            difference = difference.loc[[row.family]]
-        found.append(_tested(difference, row.margin))
-    ours = pd.DataFrame(found)
+    table = data.raw[name]
+
+    def of_family(family: str, pair: str) -> pd.Series:
+        cells = changed(data.controlled, JUDGES[0], *pair.split("-"))
+        return cells if family == "ALL" else cells.loc[[family]]
+
+    ours = _tests(table, ["family", "pair"], of_family)
     columns = ["mean", "sd", "se", "ci_lo", "ci_hi", "p_tost", "wilcoxon_p"]
     return [equal_to(name, column, table[column], ours[column], 4) for column in columns]
 
@@ -279,7 +308,7 @@ def _cited(data: AdaptationData) -> list[dict]:
     """Figures of the paper's text."""
     cited = cited_figures().set_index("statistic")
     changes = [changed(black_box(data.asr), JUDGES[0], name, PLAIN) for name in TUNED]
-    matrix = [confusion(data.labels, i) for i in range(len(VERDICT_COLUMNS))]
+    matrix = [confusion(data.labels, i) for i in range(len(JUDGES))]
     rubric = data.raw["strongreject_judge_per_sample"]
     harmless = rubric["truth_harmful"].eq(0)
     ours = [

@@ -19,16 +19,18 @@ from driftbook.rereading.adaptation_study import (
     JUDGES,
     MODEL_FAMILIES,
     TUNED,
+    WHITE_BOX,
     AdaptationData,
     adaptation_located,
     adaptation_provenance,
     read_tables,
     traps,
 )
+from driftbook.stats.confidence import ALPHA
 from driftbook.stats.estimation import complete, read_estimates
 from driftbook.stats.intervals import t_interval
 from driftbook.stats.mixed import MixedFit
-from driftbook.stats.terms import CHANGE, MITIGATION, PRIMARY, UNSAFE
+from driftbook.stats.terms import CHANGE, LEVEL, MITIGATION, PRIMARY, UNSAFE
 from driftbook.study.files import ROOT, write_json
 from driftbook.study.tables import ESTIMATES, TABLES, VARIANTS
 
@@ -198,8 +200,21 @@ def repair_changes(data: AdaptationData) -> pd.DataFrame:
             }
             for seed, value in change.items()
         ]
+    lora = data.repaired[data.repaired["judge"].eq(JUDGES[0]) & data.repaired["method"].eq("lora")]
+    level = {"judge": JUDGES[0], "method": "lora", "contrast": LEVEL, "group": REPAIR_OF_SEED}
+    found += [
+        {
+            **level,
+            "member": row.seed,
+            "value": row.asr,
+            "population": "this seed",
+            "how": "as the paper's text gives it",
+            "n_runs": 1,
+        }
+        for row in lora.itertuples()
+    ]
     rows = adaptation_units.of_success(found)
-    return rows.assign(base_model=MODEL_FAMILIES["llama31"], category="AutoDAN")
+    return rows.assign(base_model=MODEL_FAMILIES["llama31"], category=WHITE_BOX)
 
 
 def our_repair() -> pd.DataFrame:
@@ -238,74 +253,74 @@ def _one(rows: pd.DataFrame, **keys) -> pd.Series:
 
 def units_sentence(estimates: pd.DataFrame) -> str:
     """Whether LoRA differs from full fine-tuning, and whether it is equivalent, by unit."""
-    difference = {"method": "lora", "against": "fft", "group": "all"}
-    own = _one(
-        estimates,
-        **difference,
-        judge=JUDGES[0],
-        contrast=adaptation_units.ONE_SEED,
-        estimator=PRIMARY,
-    )
-    five = estimates[
-        estimates["contrast"].eq(adaptation_units.EQUIVALENCE)
-        & estimates["method"].eq("lora")
-        & estimates["against"].eq("fft")
-        & estimates["margin"].eq(5)
-    ]
-    counts = {
-        unit: int(part["p"].lt(0.05).sum())
-        for unit, part in five.groupby("estimator")
-        if unit in (PRIMARY, adaptation_units.CELLS)
-    }
+    pair = {"method": "lora", "against": "fft"}
+    grid = {"contrast": adaptation_units.ONE_SEED, "group": "all", "estimator": PRIMARY}
+    own = _one(estimates, **pair, **grid, judge=JUDGES[0])
+    keys = {**pair, "contrast": adaptation_units.EQUIVALENCE, "margin": 5.0}
+    rows = estimates[estimates[list(keys)].eq(keys).all(axis=1)]
+    n = rows["p"].lt(ALPHA).groupby(rows["estimator"]).sum()
+    later, three = (n[unit] for unit in (adaptation_units.LATER_RERUNS, adaptation_units.RERUNS))
     return (
         f"LoRA less full fine-tuning is {_with_ends(own)} points by {own.judge} with families as"
-        f" units; equivalence at 5 points holds for {counts[adaptation_units.CELLS]} of"
-        f" {len(JUDGES)} judges if cells are units, and for {counts[PRIMARY]} if families are."
+        f" units. Equivalence at 5 points holds by {n[adaptation_units.CELLS]} of {len(JUDGES)}"
+        f" judges if cells are units and by {n[PRIMARY]} if families are; against other seeds of"
+        f" these five families by {three} if the original run counts as a seed, and by {later} if"
+        " it does not."
+    )
+
+
+def seeds_sentence(estimates: pd.DataFrame) -> str:
+    """Whether LoRA's change is more than what another seed would bring."""
+    keys = {"outcome": adaptation_units.SUCCESS, "contrast": CHANGE, "method": "lora"}
+    keys |= {"group": "all", "judge": JUDGES[0]}
+    family, rerun = (
+        _one(estimates, **keys, estimator=unit) for unit in (PRIMARY, adaptation_units.RERUNS)
+    )
+    levels = estimates[estimates["contrast"].eq(LEVEL) & estimates["group"].eq(REPAIR_OF_SEED)]
+    gaps = estimates[
+        estimates["contrast"].eq(adaptation_units.SEED_GAP) & estimates["group"].eq("all")
+    ]
+    apart = gaps[gaps["ci_low"].gt(0) | gaps["ci_high"].lt(0)]
+    words = ", ".join(f"{row.judge} {_with_ends(row)}" for row in apart.itertuples())
+    return (
+        f"LoRA's change under black-box attacks is {_with_ends(rerun)} points by {JUDGES[0]}"
+        f" against other seeds of these five families and {_with_ends(family)} for families like"
+        f" them; under {WHITE_BOX} one family's three seeds succeed"
+        f" {' / '.join(f'{value:.1f}' for value in levels['value'])} % of the time. The two later"
+        f" seeds differ from the original in one direction by {len(apart)} of {len(gaps)} judges"
+        + (f" ({words} points), where the three are not draws of one kind." if words else ".")
     )
 
 
 def judges_sentence(estimates: pd.DataFrame) -> str:
     """How much of LoRA's change is the judge's, and what cannot be told."""
     keys = {"outcome": adaptation_judges.HARMFUL, "method": "lora", "contrast": CHANGE}
-    found = {
-        name: _one(estimates, **keys, judge=adaptation_judges.HUMANS, estimator=name)
+    raked, bounds, own = (
+        _one(estimates, **keys, judge=adaptation_judges.HUMANS, estimator=name)
         for name in (PRIMARY, adaptation_judges.BOUNDED, adaptation_judges.OWN_SHARES)
-    }
+    )
     said = [
-        f"{_one(estimates, **keys, judge=judge, estimator=adaptation_judges.SAID).value:+.1f}"
+        _one(estimates, **keys, judge=judge, estimator=adaptation_judges.SAID).value
         for judge in JUDGES
     ]
-    return (
-        f"The judges say that LoRA adds {', '.join(said)} points of harmful answers to the base"
-        f" model's ({', '.join(JUDGES)}); raked to the human labels it adds"
-        f" {_with_ends(found[PRIMARY])} if a pattern of verdicts means the same for both models,"
-        f" {_with_ends(found[adaptation_judges.OWN_SHARES])} if each model's own labels say what it"
-        " means, and the judges' rates alone allow"
-        f" {_ends(found[adaptation_judges.BOUNDED])}."
-    )
-
-
-def seeds_sentence(estimates: pd.DataFrame) -> str:
-    """Whether LoRA's change is more than what another seed would bring."""
-    rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["method"].eq("lora")]
-    rows = rows[rows["outcome"].eq(adaptation_units.SUCCESS) & rows["group"].eq("all")]
-    change = {
-        unit: _one(rows, judge=JUDGES[0], estimator=unit)
-        for unit in (PRIMARY, adaptation_units.RERUNS)
-    }
-    gaps = {
-        judge: _one(estimates, judge=judge, contrast=adaptation_units.SEED_GAP, group="all")
+    words = ", ".join(f"{judge} {value:+.1f}" for judge, value in zip(JUDGES, said, strict=True))
+    keys = {"outcome": adaptation_judges.PRECISION_OF, "method": "lora"}
+    falls = [
+        [
+            _one(estimates, **keys, judge=judge, contrast=name)
+            for name in (adaptation_judges.TIPPING, adaptation_judges.PRECISION_CHANGE)
+        ]
         for judge in JUDGES
-    }
-    apart = [name for name, gap in gaps.items() if gap.ci_low > 0 or gap.ci_high < 0]
+    ]
+    open_ = [fall.judge for fall, told in falls if told.ci_low <= fall.value]
     return (
-        f"LoRA's change of {_with_ends(change[adaptation_units.RERUNS])} points by {JUDGES[0]} is"
-        " read against the spread of runs of these five families, and is"
-        f" {_with_ends(change[PRIMARY])} for families like them; by"
-        f" {', '.join(apart) or 'no judge'} the two later seeds differ from the original in one"
-        " direction"
-        + (f" ({_with_ends(gaps[apart[0]])} points)" if apart else "")
-        + ", so that the three are not draws of one kind."
+        f"By the judges' own word LoRA adds {words} points of harmful answers. Raked to the human"
+        f" labels it adds {_with_ends(raked)} if verdicts mean the same for both models, and"
+        f" {_with_ends(own)} if each model's own labels say what they mean; the judges' rates alone"
+        f" allow {bounds.ci_low:+.1f} to {bounds.ci_high:+.1f}. A loss of precision on LoRA's"
+        f" answers large enough to make the whole change is excluded by the labels for"
+        f" {len(JUDGES) - len(open_)} of {len(JUDGES)} judges"
+        + (f", not for {', '.join(open_)}." if open_ else ".")
     )
 
 
@@ -325,7 +340,3 @@ def repair_sentence(estimates: pd.DataFrame) -> str:
 
 def _with_ends(row) -> str:
     return f"{row.value:+.1f} ({row.ci_low:+.1f} to {row.ci_high:+.1f})"
-
-
-def _ends(row) -> str:
-    return f"{row.ci_low:+.1f} to {row.ci_high:+.1f}"

@@ -42,7 +42,7 @@ CONFIGS = {
 TUNED = ("lora", "qlora", "fft")
 JUDGES = ("HB-Cls", "GPT-4o-mini", "LlamaGuard-3")
 _JUDGE_NAMES = {"Llama-2-13b-cls": "HB-Cls", "Llama-2": "HB-Cls", "LlamaGuard": "LlamaGuard-3"}
-VERDICT_COLUMNS = ["hbcls_label", "gpt4omini_label", "llamaguard3_label"]  # in the judges' order
+_VERDICT_COLUMNS = ["hbcls_label", "gpt4omini_label", "llamaguard3_label"]  # in the judges' order
 WHITE_BOX = "AutoDAN"  # the one attack that reads the model's gradients; the others are black-box
 LABELLED_BENCHMARK = "HarmBench"
 CELL_KEYS = ["attack", "dataset"]
@@ -152,7 +152,8 @@ def read_tables(folder: Path) -> AdaptationData:
         )
     except KeyError as error:
         raise ValueError(
-            f"{folder}: a table of the second study has no column {error}; it is of another version"
+            f"{folder}: a table of the second study lacks a column: {error.args[0]};"
+            " it is of another version"
         ) from None
 
 
@@ -214,7 +215,7 @@ def _labels(table: pd.DataFrame, *more: str) -> pd.DataFrame:
     """
     one, two = table["annotator_A"], table["annotator_B"]
     agreed = one.eq(two) & one.isin([0, 1])
-    pattern = table[VERDICT_COLUMNS].astype(int).astype(str).agg("".join, axis=1)
+    pattern = table[_VERDICT_COLUMNS].astype(int).astype(str).agg("".join, axis=1)
     rows = table.rename(columns={"model_family": "family", "selection_group": "group"})
     rows = rows[["sample_id", *more, "family", "config", "group"]]
     return rows.assign(pattern=pattern, consensus=one.where(agreed).astype("Float64"))
