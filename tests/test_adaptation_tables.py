@@ -180,8 +180,11 @@ def test_the_notebook_runs_on_the_real_tables(folder, published, monkeypatch):
     made, note, _ = publish.made(known.ADAPTATION_NAME)
     assert (made, note) == (known.ADAPTATION_FOLDER, known.ADAPTATION_NOTE)
     assert {one.stem for one in (made / "figures").glob("*.png")} == set(DRAWINGS)
-    again = estimation.read_estimates(made / "tables")
+    again, before = (
+        rows[rows["study"].eq(known.ADAPTATION_NAME)].reset_index(drop=True)
+        for rows in (estimation.read_estimates(made / "tables"), published["estimates"])
+    )  # our repair's rows follow what notebook 14 publishes
     numbers = ["value", "ci_low", "ci_high"]
     pd.testing.assert_frame_equal(
-        again[numbers].astype(float), published["estimates"][numbers].astype(float), atol=1e-4
+        again[numbers].astype(float), before[numbers].astype(float), atol=1e-4
     )

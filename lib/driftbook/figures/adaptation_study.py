@@ -110,7 +110,7 @@ def adaptation_units(tables: dict) -> tuple[Figure, str]:
             " benchmarks x 5 families, one run of each method and family), by what is taken as a"
             " unit; hollow: cells, as published. Small dots: the mean of each family. Grey band:"
             f" {_MARGIN:g} points; right: p of the two one-sided tests of equivalence at that"
-            " margin, bold below 0.05. Rows of families: other families; rows of runs: other seeds"
+            f" margin, bold below {ALPHA:g} (they read a 90% interval). Rows of families: other families; rows of runs: other seeds"
             " of these families, whose spread is LoRA's."
         ),
     )
@@ -141,11 +141,11 @@ def adaptation_changes(tables: dict) -> tuple[Figure, str]:
     return (
         fig,
         (
-            "Changes under the three black-box attacks in the published grid (30 cells of 5"
-            " families, one run each), as published (hollow: a cell is a draw), with families as"
-            " units, and against the spread of runs with other seeds of the same families (LoRA's"
-            " three seeds, taken for all methods). Small dots: families. In this grid method and"
-            " seed are confounded."
+            f"Changes under black-box attacks in the published grid ({row.n_items.max()} cells of"
+            f" {len(own)} families, one run each), as published (hollow: a cell is a draw), with"
+            " families as units, and against the spread of runs with other seeds of the same"
+            " families (LoRA's three seeds, taken for all methods). Small dots: families. In this"
+            " grid method and seed are confounded."
         ),
     )
 
@@ -190,8 +190,7 @@ def adaptation_seeds(tables: dict) -> tuple[Figure, str]:
         (
             "LoRA at three seeds. Above: the mean change of each seed over five families (small"
             " dots), interval over families. Below: how a run's mean over its cells varies between"
-            " seeds, pooled over families (10 and 5 degrees of freedom). Where the hollow dot is"
-            " far left of the full one, seeds 0 and 123 agree with each other and not with the"
+            " seeds, pooled over families. Where the hollow dot is far left of the full one, seeds 0 and 123 agree with each other and not with the"
             " original run: then the original differs in more than its seed. DeepInception on JBB"
             " is left out for GPT-4o-mini."
         ),
@@ -340,11 +339,12 @@ def adaptation_harmful(tables: dict) -> tuple[Figure, str]:
     return (
         fig,
         (
-            "Harmful answers under the black-box attacks on HarmBench (15 cells), as each judge"
-            " says, and corrected by human labels of answers with the same three verdicts. Full:"
-            " patterns of verdicts raked to the judges' rates; the interval is that of the labels"
-            " alone. Grey: what any shares of patterns with these rates give. Hollow round: each"
-            " side's patterns read by its own labels, under the attacks that both were labelled"
+            f"Harmful answers under the black-box attacks on HarmBench ({rows['n_items'].min()}"
+            " cells), as each judge says, and corrected by human labels of answers with the same"
+            " three verdicts. Full: patterns of verdicts raked to the judges' rates; the interval"
+            " is that of the labels alone. Grey: what any shares of patterns with these rates give."
+            " Hollow round: each side's patterns read by its own labels, under the attacks that"
+            " both were labelled"
             " under; a judge may err otherwise on a tuned model's answers. JBB was not labelled."
         ),
     )
@@ -378,14 +378,18 @@ def adaptation_repair(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0], list(JUDGES))
     names = ["all base models" if one == "all" else one for one in ours["base_model"]]
     name_rows(axes[1], names)
-    axes[0].set_title("The study: Llama-3.1-8B, AutoDAN, three seeds; attack success")
-    axes[1].set_title("Ours: the miniature, five seeds a base model; unsafe responses")
+    mean = theirs[theirs["group"].eq(MITIGATION)].iloc[0]
+    axes[0].set_title(
+        f"The study: {mean.base_model}, {mean.category}, {mean.n_runs} seeds; attack success"
+    )
+    runs = ours[ours["base_model"].ne("all")]["n_runs"]
+    axes[1].set_title(f"Ours: the miniature, {runs.min()} seeds a base model; unsafe responses")
     axes[1].set_xlabel(f"Safe LoRA less LoRA (points, {INTERVAL}); left is safer")
     return (
         fig,
         (
-            "What Safe LoRA does to the adapter that it repairs. Above: the study's three seeds"
-            " (small dots) and their mean with a t interval of two degrees of freedom. Below: our"
+            "What Safe LoRA does to the adapter that it repairs. Above: the study's seeds (small"
+            f" dots) and their mean, t interval of {mean.n_runs - 1} degrees of freedom. Below: our"
             " published estimates on the miniature, which are no finding about real models; their"
             " intervals are over seeds and families of prompts. The outcomes differ, so that only"
             " directions compare."
