@@ -110,8 +110,8 @@ def adaptation_units(tables: dict) -> tuple[Figure, str]:
             " benchmarks x 5 families, one run of each method and family), by what is taken as a"
             " unit; hollow: cells, as published. Small dots: the mean of each family. Grey band:"
             f" {_MARGIN:g} points; right: p of the two one-sided tests of equivalence at that"
-            f" margin, bold below {ALPHA:g} (they read a 90% interval). Rows of families: other families; rows of runs: other seeds"
-            " of these families, whose spread is LoRA's."
+            f" margin, bold below {ALPHA:g} (they read a 90% interval). Rows of families: other"
+            " families; rows of runs: other seeds of these families, whose spread is LoRA's."
         ),
     )
 
@@ -190,9 +190,9 @@ def adaptation_seeds(tables: dict) -> tuple[Figure, str]:
         (
             "LoRA at three seeds. Above: the mean change of each seed over five families (small"
             " dots), interval over families. Below: how a run's mean over its cells varies between"
-            " seeds, pooled over families. Where the hollow dot is far left of the full one, seeds 0 and 123 agree with each other and not with the"
-            " original run: then the original differs in more than its seed. DeepInception on JBB"
-            " is left out for GPT-4o-mini."
+            " seeds, pooled over families. Where the hollow dot is far left of the full one, seeds"
+            " 0 and 123 agree with each other and not with the original run: then the original"
+            " differs in more than its seed. DeepInception on JBB is left out for GPT-4o-mini."
         ),
     )
 
