@@ -7,8 +7,8 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from driftbook.figures import (
-    claims,
     adaptation_study,
+    claims,
     factors_and_doses,
     fairness,
     frontier,
