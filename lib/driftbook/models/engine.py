@@ -10,12 +10,14 @@ own.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel
 
+from driftbook.models.last_layer import LastLayer
 from driftbook.models.layout import KeyValues, causal, expanded, padded
 from driftbook.models.trees import tree
 from driftbook.models.ways import Ways
@@ -41,6 +43,7 @@ class Engine:
         self.window = getattr(config, "sliding_window", None)
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self._whole = ways.scale is None
+        self.last_layer = LastLayer(self.model) if ways.trimmed else None
 
     # ---- from tokens to logits
     def tensor(self, values: np.ndarray) -> torch.Tensor:
@@ -191,15 +194,22 @@ class Engine:
         if prefix is not None or any(len(one.paths) > 1 for one in trees):
             below = np.arange(width)[:, None] < ends[:, None, :]
             allowed = causal(width) & below | np.eye(width, dtype=bool)
-        cache = None if prefix is None else expanded(prefix, len(trees))
-        hidden = self.run(tokens, positions, allowed, cache)
         wanted = [
             row * width + path[start - 1 - shared :]
             for row, (one, begins) in enumerate(zip(trees, starts, strict=True))
             for path, start in zip(one.paths, begins, strict=True)
         ]
         places, where = np.unique(np.concatenate(wanted), return_inverse=True)
+        cache = None if prefix is None else expanded(prefix, len(trees))
+        with self._read_at(places, *tokens.shape):
+            hidden = self.run(tokens, positions, allowed, cache)
         return hidden.flatten(0, 1)[self.tensor(places)], self.tensor(where)
+
+    def _read_at(self, places: np.ndarray, rows: int, tokens: int) -> AbstractContextManager:
+        """A block in which the last layer is computed at these places of [rows, tokens] alone."""
+        if self.last_layer is None:
+            return nullcontext()
+        return self.last_layer.read_at(places, rows, tokens)
 
     def step(
         self, tokens: np.ndarray, padding: np.ndarray, total: int, cache: Cache
@@ -225,6 +235,24 @@ class Engine:
         before = soft.to(self.model.dtype).expand(len(rows), -1, -1)
         whole = torch.cat([before, self.embed(ids)], 1)
         return self._states(inputs_embeds=whole, use_cache=False)[0][:, len(soft) :]
+
+    def plain_at(
+        self,
+        rows: Sequence[Ids],
+        wanted: Sequence[Sequence[np.ndarray]],
+        soft: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [distinct places, width] at the tokens of each row that each of its readers
+        wants, and for all these tokens the place [tokens] of theirs.
+        """
+        width, virtual = max(map(len, rows)), 0 if soft is None else len(soft)
+        flat = [row * width + one for row, some in enumerate(wanted) for one in some]
+        places, where = np.unique(np.concatenate(flat), return_inverse=True)
+        row, token = np.divmod(places, width)
+        whole = virtual + width
+        with self._read_at(row * whole + virtual + token, len(rows), whole):
+            hidden = self.plain(rows, soft)
+        return hidden[self.tensor(row), self.tensor(token)], self.tensor(where)
 
     def following(
         self, sequence: Ids, new: int, cache: Cache | None

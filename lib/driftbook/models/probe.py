@@ -24,7 +24,7 @@ SHARED = 12  # tokens that the probe's sequences begin with alike
 LENGTHS = (21, 17, 26, 9)  # tokens of its sequences; the last one shares nothing
 # a window is tried by a sequence that is longer; beyond this it is tried once a prompt is
 LONGEST = {"cpu": 1_024, "cuda": 8_192}
-CODE = ("engine", "layout", "probe", "trees", "ways")  # modules that a way depends on
+CODE = ("engine", "last_layer", "layout", "probe", "trees", "ways")  # modules that a way depends on
 NEXT = 3  # tokens that are fed one by one
 
 
@@ -112,7 +112,8 @@ class _Probe:
         if not all(bool(torch.isfinite(one).all()) for one in own):
             return Ways(), False
         self.allowed = tolerance(own, self.model.dtype)
-        ways, reasons = replace(Ways(), scale=self._scale(), limit=_limit(self.model)), []
+        begun = Ways(trimmed=False, scale=self._scale(), limit=_limit(self.model))
+        ways, reasons = begun, []
         embeddings = not _looks_up_twice(self.model) and self._tried(
             "embeddings in place of token ids", self._embedded, ways, reasons
         )
@@ -126,7 +127,9 @@ class _Probe:
             most = LONGEST.get(self.model.device.type, 8_192)
             if window > most or not self._tried("a window", self.window_of, ways, reasons):
                 ways = replace(ways, limit=min(ways.limit or window, window))
-        return replace(ways, shared=shared, packed=packed, reason="; ".join(reasons)), True
+        ways = replace(ways, shared=shared, packed=packed, reason="; ".join(reasons))
+        trimmed = self._tried("a last layer where it is read", self._trimmed, ways, [])
+        return replace(ways, trimmed=trimmed), True
 
     def _own_forward(self) -> list[torch.Tensor]:
         name = type(self.model).__name__
@@ -237,6 +240,21 @@ class _Probe:
         yield from self._trees(engine, [[one] for one in first], SHARED - 2)
         yield from self._trees(engine, [[one] for one in self.sequences], 0)
         yield from self._side_by_side(engine)
+
+    def _trimmed(self, ways: Ways) -> Iterator:
+        engine, (first, second, third, last) = (
+            Engine(self.model, replace(ways, trimmed=True)),
+            self.sequences,
+        )
+        if ways.shared:
+            yield from self._trees(engine, [sorted((first, second, third)), [last]], 0)
+            yield from self._trees(engine, [[first], sorted((second, third))], SHARED - 2)
+        for rows in (self.sequences,) if ways.rows else ([first], [last]):
+            wanted = [[np.arange(len(one) - NEXT, len(one)), np.array([4])] for one in rows]
+            hidden, where = engine.plain_at(rows, wanted)
+            logits = engine.head(hidden)[where].split(NEXT + 1)
+            for found, one, places in zip(logits, rows, wanted, strict=True):
+                yield found, self.own(one)[np.concatenate(places)]
 
     def _trees(self, engine: Engine, members: list[list[Ids]], shared: int) -> Iterator:
         starts = [[max(4, shared + 1)] * len(one) for one in members]

@@ -198,25 +198,24 @@ class Scorer:
     def _plain_states(
         self, rows: list[Ids], starts: list[int], numbers: list[int], read: Callable
     ) -> Iterator[tuple[list[int], object]]:
-        """`_states` where nothing is shared: each sequence in a row of its own, and in a forward
-        pass of its own where the model's rows are not independent.
+        """`_states` where no beginning is shared: each distinct sequence in a row of its own, and
+        in a forward pass of its own where the model's rows are not independent.
         """
-        self._say_plain([rows[i] for i in numbers])
         budget = self.tokens_per_batch if self.engine.ways.rows else 0
-        for batch in self._batches([([i], len(rows[i])) for i in numbers], budget):
+        same: dict[tuple[int, ...], list[int]] = {}  # as of options that are single tokens
+        for i in numbers:
+            same.setdefault(tuple(rows[i]), []).append(i)
+        self._say_plain([rows[some[0]] for some in same.values()])
+        for batch in self._batches([(some, len(row)) for row, some in same.items()], budget):
 
             def work(part: list[list[int]]) -> object:
-                chosen = [i for (i,) in part]
-                hidden = self.engine.plain([rows[i] for i in chosen], self.engine.soft_prompt)
-                width = hidden.shape[1]
-                where = [
-                    row * width + np.arange(starts[i] - 1, len(rows[i]))
-                    for row, i in enumerate(chosen)
-                ]
-                return read(chosen, hidden.flatten(0, 1), self.engine.tensor(np.concatenate(where)))
+                chosen = [rows[some[0]] for some in part]
+                places = [[np.arange(starts[i] - 1, len(rows[i])) for i in some] for some in part]
+                found = self.engine.plain_at(chosen, places, self.engine.soft_prompt)
+                return read([i for some in part for i in some], *found)
 
             for part, found in self._halving(batch, work):
-                yield [i for (i,) in part], found
+                yield [i for some in part for i in some], found
 
     def _shares(self, length: int) -> bool:
         """Whether a sequence may share what it begins with; a window is tried when it is needed."""

@@ -23,10 +23,10 @@ class Ways:
     shared: sequences as trees and behind a common prefix, and answers generated side by side;
     packed: several conversations in one row (training); rows: several sequences side by side,
     padded on the right; embeddings: the embeddings of tokens in place of their ids, as a soft
-    prompt needs; cached: key/values kept from token to token; scale: logits are this many times
-    what the output embedding gives (None: the whole forward is used, head and all); limit: the
-    tokens up to which all this was tried (None: any number); reason: what differed, and by how
-    much.
+    prompt needs; cached: key/values kept from token to token; trimmed: the last layer only at the
+    tokens that are read; scale: logits are this many times what the output embedding gives (None:
+    the whole forward is used, head and all); limit: the tokens up to which all this was tried
+    (None: any number); reason: what differed, and by how much.
     """
 
     shared: bool = True
@@ -34,6 +34,7 @@ class Ways:
     rows: bool = True
     embeddings: bool = True
     cached: bool = True
+    trimmed: bool = True
     scale: float | None = 1.0
     limit: int | None = None
     reason: str = ""
