@@ -2,20 +2,26 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from bench.harness import COLUMNS, FOLDER, bbq_items
 from bench.judges import accuracy, judge_speed, taxonomy_speed
+from bench.real_model import fingerprint_cost, limit_rows, plain_speed, real_speed
 from bench.scoring import bbq_speed, generation, gpu, intervals, many_adapters
 
 from driftbook.study.files import OUTPUTS, check_writable, replacing, write_json
 
 
 # ---- all of it
-def run(n_items: int = 600) -> pd.DataFrame:
-    """Every figure, a row each."""
+def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
+    """Every figure, or those of the chosen parts, a row each.
+
+    Raises:
+        ValueError: there is no such part.
+    """
     import torch
     from bench import coverage, mixed_models, safe_lora, study_checks, training
 
@@ -23,6 +29,10 @@ def run(n_items: int = 600) -> pd.DataFrame:
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
     parts = {
         "BBQ against lm-evaluation-harness": lambda: bbq_speed(items),
+        "limit": lambda: limit_rows(items),
+        "real model": lambda: real_speed(bbq_items(24)),
+        "plain way": lambda: plain_speed(bbq_items(60)),
+        "fingerprint": lambda: fingerprint_cost(bbq_items(300), bbq_items(24)),
         "judges": lambda: [*judge_speed(), *taxonomy_speed()],
         "generation": lambda: generation(items),
         "adapters": lambda: many_adapters(items.head(300)),
@@ -38,8 +48,11 @@ def run(n_items: int = 600) -> pd.DataFrame:
     }
     if torch.cuda.is_available():
         parts["GPU"] = lambda: [*gpu(bbq_items(15_876)), *training.gpu(), *training.whole_study()]
+    if unknown := [name for name in chosen if name not in parts]:
+        raise ValueError(f"there is no part {unknown[0]!r}; there are {', '.join(parts)}")
     rows = []
-    for name, part in parts.items():
+    for name in chosen or parts:
+        part = parts[name]
         print(f"{name} ...", flush=True)
         rows += part()
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -110,11 +123,11 @@ def _plot(found: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> int:
-    """Run every benchmark, write outputs/bench, print the table and how many goals were missed; 1
-    where it cannot run.
+    """Run every benchmark, or the parts that the command line names; write outputs/bench, print the
+    table and how many goals were missed; 1 where it cannot run.
     """
     try:
-        found = run()
+        found = run(sys.argv[1:])
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 1

@@ -72,8 +72,21 @@ def _own(model, tokenizer, prompts: list[str], options: list[list[str]]) -> np.n
 def _peer(
     model, tokenizer, prompts: list[str], options: list[list[str]], batch_size: int
 ) -> np.ndarray:
-    """The same by lm-evaluation-harness's own model class (Gao et al.), which computes each context
-    once where options are single tokens.
+    """The same by lm-evaluation-harness, of prompts in the chat template."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": one}], tokenize=False, add_generation_prompt=True
+        )
+        for one in prompts
+    ]
+    return peer_scores(model, tokenizer, texts, options, batch_size)
+
+
+def peer_scores(
+    model, tokenizer, texts: list[str], options: list[list[str]], batch_size: int
+) -> np.ndarray:
+    """Log-probabilities [n, k] of k options after each text by lm-evaluation-harness's own model
+    class (Gao et al.), which computes each text once where options are single tokens.
     """
     import logging
 
@@ -88,12 +101,6 @@ def _peer(
         device=str(model.device),
         max_length=4_096,
     )
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": one}], tokenize=False, add_generation_prompt=True
-        )
-        for one in prompts
-    ]
     asked = [
         Instance(
             request_type="loglikelihood",
@@ -106,7 +113,7 @@ def _peer(
         for i, option in enumerate(row_)
     ]
     return np.array([value for value, _ in peer.loglikelihood(asked, disable_tqdm=True)]).reshape(
-        len(prompts), -1
+        len(texts), -1
     )
 
 
@@ -128,7 +135,7 @@ def generation(
     for method in STUDIED:
         with (
             tempfile.TemporaryDirectory() as scratch,
-            adapters.attached(model, _adapter(model, method, 0, Path(scratch))) as variant,
+            adapters.attached(model, saved_adapter(model, method, 0, Path(scratch))) as variant,
         ):
             scorer = Scorer(variant, tokenizer)
             contexts = scorer.ask([str(passage) for passage in items.passage[:n]])
@@ -168,7 +175,7 @@ def _answers(scorer, contexts: list[list[int]], max_new_tokens: int, size: int) 
     ]
 
 
-def _adapter(model, method: str, seed: int, folder: Path) -> Path:
+def saved_adapter(model, method: str, seed: int, folder: Path) -> Path:
     """A saved adapter with random weights."""
     import torch
     from peft import IA3Config, LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
@@ -213,7 +220,9 @@ def many_adapters(items: pd.DataFrame, n: int = 16) -> list[dict]:
     rows = []
     for method in ("lora", "prompt_tuning"):
         with tempfile.TemporaryDirectory() as scratch:
-            folders = [_adapter(model, method, seed, Path(scratch, str(seed))) for seed in range(n)]
+            folders = [
+                saved_adapter(model, method, seed, Path(scratch, str(seed))) for seed in range(n)
+            ]
             with adapters.attached(model, folders[0]) as variant:
                 one = statistics.median(
                     least_seconds(_score, variant, tokenizer, items, repeats=1)[0] for _ in range(4)

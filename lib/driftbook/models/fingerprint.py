@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from driftbook.study.files import digest
 # 64-bit words read as rows of a prime length, so that rows of a matrix that change places fall into
 # other columns, and summed in blocks of 2 MB: as fast as memory is read
 COLUMNS, BLOCK = 4_093, 64
+SMALL = 8_192  # words of a tensor that is summed together with others
 GOLDEN = -7046029254386353131  # 2^64 over the golden ratio, an odd number of mixed bits (Knuth)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # of a model's configuration: names of places and packages, which change no number
@@ -137,14 +139,43 @@ def _scales(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _checksums(tensors: list[Tensor]) -> list[str]:
-    """The checksum of each tensor in 16 hex digits; those of one device are fetched together."""
-    found = [_checksum(tensor) for tensor in tensors]
-    sums: dict[int, int] = {}
-    for device in {one.device for one in found}:
-        places = [i for i, one in enumerate(found) if one.device == device]
-        values = torch.stack([found[i] for i in places]).tolist()
-        sums |= dict(zip(places, values, strict=True))
-    return [f"{sums[i] % 2**64:016x}" for i in range(len(found))]
+    """The checksum of each tensor in 16 hex digits; those of one device are fetched together, and
+    small ones summed together: of a small model most of the time is the calls.
+    """
+    sums = dict.fromkeys(range(len(tensors)), 0)
+    for device in {one.device for one in tensors if not one.is_meta}:
+        here = [i for i, one in enumerate(tensors) if one.device == device]
+        few = [i for i in here if tensors[i].nbytes <= 8 * SMALL]
+        many = sorted(set(here) - set(few))
+        found = [_checksum(tensors[i])[None] for i in many]
+        found += [_small_checksums([tensors[i] for i in few])] if few else []
+        sums |= dict(zip([*many, *few], torch.cat(found).tolist(), strict=True))
+    return [f"{one % 2**64:016x}" for one in sums.values()]
+
+
+@torch.no_grad()
+def _small_checksums(tensors: list[Tensor]) -> Tensor:
+    """The sums [n] of the bits of small tensors of one device, each word times the factor of its
+    place.
+    """
+    words = [_words(_bits(one)) for one in tensors]
+    factors = _factors(words[0].device, SMALL)
+    weighted = torch.cat(words) * torch.cat([factors[: len(one)] for one in words])
+    ends = list(accumulate(map(len, words), initial=0))
+    total = nn.functional.pad(weighted.cumsum(0), (1, 0))[ends]
+    return total[1:] - total[:-1]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, in a row, that begin where a word may begin."""
+    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return bits.clone() if bits.storage_offset() % 8 else bits
+
+
+def _words(bits: Tensor) -> Tensor:
+    """Bytes as words of 64 bits, the last one filled up with zeros."""
+    more = -len(bits) % 8
+    return (nn.functional.pad(bits, (0, more)) if more else bits).view(torch.int64)
 
 
 @torch.no_grad()
@@ -152,14 +183,11 @@ def _checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's bits, weighted by place, as a 64-bit integer that wraps around."""
     if tensor.is_meta:
         return torch.zeros((), dtype=torch.int64)
-    bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if bits.storage_offset() % 8:
-        bits = bits.clone()
-    factors = _factors(bits.device)
+    bits = _bits(tensor)
+    factors = _factors(bits.device, COLUMNS)
     whole = len(bits) // (8 * COLUMNS) * COLUMNS
     rows = bits[: 8 * whole].view(torch.int64).view(-1, COLUMNS)
-    rest = bits[8 * whole :]
-    rest = nn.functional.pad(rest, (0, -len(rest) % 8)).view(torch.int64)
+    rest = _words(bits[8 * whole :])
     total = (rest * factors[: len(rest)]).sum()
     for number, block in enumerate(rows.split(BLOCK)):
         total = (total + number) * GOLDEN + (block.sum(0) * factors).sum()
@@ -167,9 +195,9 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _factors(device: torch.device) -> Tensor:
-    """An odd factor of mixed bits for each column."""
-    return (torch.arange(1, COLUMNS + 1, device=device) * GOLDEN) | 1
+def _factors(device: torch.device, n: int) -> Tensor:
+    """An odd factor of mixed bits for each of n columns."""
+    return (torch.arange(1, n + 1, device=device) * GOLDEN) | 1
 
 
 # ---- everything else
