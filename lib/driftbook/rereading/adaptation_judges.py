@@ -204,7 +204,7 @@ def raked_mean(cells: np.ndarray, shares: Shares) -> np.ndarray:
     return np.mean([raked(rates, start) for rates in cells], axis=0)
 
 
-def cells_of(grid: pd.DataFrame, config: str) -> np.ndarray:
+def judged_cells(grid: pd.DataFrame, config: str) -> np.ndarray:
     """[cells, judges]: the judges' rates, as shares, in the labelled benchmark's cells."""
     rows = grid[grid["dataset"].eq(LABELLED_BENCHMARK) & grid["config"].eq(config)]
     wide = rows.pivot_table(index=["attack", "family"], columns="judge", values="asr")
@@ -233,7 +233,7 @@ class Labelled:
 def harmful_answers(data: AdaptationData) -> Labelled:
     """Harmful answers under the black-box attacks; the labels are of all four attacks."""
     grid = black_box(data.asr)
-    cells = {config: cells_of(grid, config) for config in CONFIGS}
+    cells = {config: judged_cells(grid, config) for config in CONFIGS}
     return Labelled(HARMFUL, LABELLED_BENCHMARK, data.labels, cells)
 
 
@@ -308,7 +308,7 @@ def judge_errors(data: AdaptationData) -> pd.DataFrame:
     to the judges' rates over all labelled attacks, and the bounds of that.
     """
     shares, found = shares_of(data.labels), []
-    cells = np.concatenate([cells_of(data.asr, config) for config in CONFIGS])
+    cells = np.concatenate([judged_cells(data.asr, config) for config in CONFIGS])
     weights, harmful = raked_mean(cells, shares), shares.value
     for place, judge in enumerate(JUDGES):
         said, counts = VERDICTS_OF[:, place], confusion(data.labels, place)
@@ -432,7 +432,7 @@ def rates_by_attack(data: AdaptationData, n_draws: int, seed: int) -> pd.DataFra
         config: np.mean(
             [
                 draws[attack]
-                @ raked_mean(cells_of(grid[grid["attack"].eq(attack)], config), pooled)
+                @ raked_mean(judged_cells(grid[grid["attack"].eq(attack)], config), pooled)
                 for attack in attacks
             ],
             axis=0,
