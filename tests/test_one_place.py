@@ -2,13 +2,11 @@
 everything else follows: it is made in a copy of the library, which is then used.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import forked
 from driftbook.study.files import ROOT
 
 SECTIONS = "study/sections.py"  # where the names that a study file may say are declared
@@ -29,16 +27,7 @@ def edited(tmp_path):
             text = (copy / name).read_text(encoding="utf-8") if old else ""
             assert text.count(old) == 1, f"{name} has {old!r} {text.count(old)} times"
             (copy / name).write_text(text.replace(old, new) if old else new, encoding="utf-8")
-        folders = [str(tmp_path / "lib"), str(ROOT / "tests"), str(ROOT)]
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout.splitlines()
+        return forked.run(code, tmp_path, [tmp_path / "lib", ROOT / "tests", ROOT])
 
     return run
 
