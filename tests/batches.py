@@ -35,7 +35,7 @@ SAFE_LORA = {"kind": "safe_lora", "blocks": ["main"], "pair": "alignment", "sele
 MITIGATIONS = {
     "safe_lora": SAFE_LORA
     | {
-        "values": [2, 4],
+        "values": [2],
         "controls": [
             "same norm",
             "same modules zeroed",
@@ -44,6 +44,7 @@ MITIGATIONS = {
             "noise",
         ],
     },
+    "of_all": SAFE_LORA | {"values": [4], "controls": ["same modules zeroed"]},
     "of_ia3": SAFE_LORA | {"blocks": ["ia3"], "values": [2], "controls": ["same norm"]},
     "subspace": {
         "kind": "safe_lora",
@@ -52,7 +53,7 @@ MITIGATIONS = {
         "operator": "subspace",
         "rank": 8,
         "values": [0.5],
-        "controls": ["same modules zeroed", "random subspace"],
+        "controls": ["random subspace"],
     },
     "exact": {
         "kind": "safe_lora",

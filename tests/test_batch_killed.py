@@ -4,12 +4,10 @@ of one that was never killed.
 
 import contextlib
 import copy
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +16,9 @@ import pytest
 
 from batches import SMOKE, Batch, said
 from conftest import OUTPUTS
-from driftbook.study.files import ROOT
 from driftbook.study.study_file import Study
 from driftbook.study.tables import TABLES
+from executed import run_notebook
 
 pytest_plugins = ["batches"]
 KILLED = copy.deepcopy(SMOKE) | {"name": "killed", "grid": SMOKE["grid"][:3]}
@@ -104,32 +102,13 @@ def _gone(run: Batch, seconds: float) -> bool:
 
 @pytest.mark.slow
 def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(
-    uninterrupted, new_batch
+    uninterrupted, new_batch, monkeypatch
 ):
-    """The same variants again, in reverse order, in an ordinary process: no Snakemake, no warm
-    kernel.
-    """
+    """The same variants again, in reverse order, in this process: no Snakemake, no warm kernel."""
     run = new_batch(OUTPUTS / "by_hand", KILLED)
     reverse = [variant.run_id for variant in reversed(run.study().variants)]
-    parameters = {"study": str(run.file), "base_model": "tiny-llama", "run_ids": reverse}
-    command = [
-        sys.executable,
-        "-m",
-        "driftbook.batch.warm",
-        "notebook",
-        str(ROOT / "notebooks" / "02_train.ipynb"),
-        str(run.outputs / "out.ipynb"),
-        json.dumps(parameters),
-    ]
-    environment = {
-        name: value
-        for name, value in run.environment.items()
-        if name not in ("DRIFTBOOK_WARM", "DRIFTBOOK_KERNEL")
-    }
-    ended = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert ended.returncode == 0, said(ended)
+    given = {"study": str(run.file), "base_model": "tiny-llama", "run_ids": reverse}
+    run_notebook("02_train", run.folder, monkeypatch, **given)
     made = {
         name: TABLES[name].comparable(
             TABLES[name].read_all(sorted(run.folder.glob(f"runs/*/{name}.parquet")))

@@ -3,10 +3,8 @@ can turn out to be.
 """
 
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -17,7 +15,7 @@ from driftbook.figures import drawing as drawing_tools
 from driftbook.figures import gallery
 from driftbook.stats import estimation, terms
 from driftbook.study import methods
-from driftbook.study.files import ROOT
+from executed import run_notebook
 from simulated import simulate
 
 pytestmark = pytest.mark.slow
@@ -43,18 +41,6 @@ STUDIES = {
 }
 
 
-def run_notebook(stem: str, folder, monkeypatch) -> None:
-    """The code of a notebook, cell by cell, on the tables of `folder`, in this process."""
-    monkeypatch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
-    shell = InteractiveShell()
-    shell.display_pub.publish = lambda *args, **kwargs: None
-    for cell in nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", 4).cells:
-        if cell.cell_type == "code":
-            shell.run_cell(cell.source, silent=True).raise_error()
-            if "parameters" in cell.metadata.get("tags", []):
-                shell.user_ns |= {name: n for name, n in FEWER.items() if name in shell.user_ns}
-
-
 def build(name: str, tables, folder=None) -> None:
     """Draws a figure and renders nothing."""
     plt.close(drawing_tools.FIGURES[name](tables)[0])
@@ -71,7 +57,7 @@ def analysed(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "show", build)  # the face: it keeps what it first resolved
         for stem in ANALYSES:
-            run_notebook(stem, folder, patch)
+            run_notebook(stem, folder, patch, **FEWER)
     return request.param, folder
 
 

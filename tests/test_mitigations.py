@@ -46,15 +46,16 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
     main = [one for one in repaired if variants[one.parent_run_id].method == "lora"]
     assert {one.mitigation for one in main} >= {
         "safe_lora 2",
-        "safe_lora 4, same norm",
+        "safe_lora 2, same norm",
+        "of_all 4, same modules zeroed",
         "subspace 0.5, random subspace",
         "template",
         "mixing 0.2",
         "constrained",
     }
     assert (
-        sum(one.repair["name"] == "safe_lora" for one in main) == 2 * 2 * 6
-    )  # seeds, values, itself and five controls
+        sum(one.repair["name"] == "safe_lora" for one in main) == 2 * 6
+    )  # seeds, itself and five controls
     for one in repaired:
         parent = variants[one.parent_run_id]
         assert parent.mitigation is None
@@ -301,7 +302,7 @@ def test_a_repair_keeps_its_parent_and_has_a_record_of_its_own(finished):
         assert (own.share_kept[own.projected] < 1).all()
     for parent, one in of(finished, "template").items():
         assert runs.adapter_sha256[one.run_id] == runs.adapter_sha256[parent]
-    zeroed = of(finished, "safe_lora 4, same modules zeroed")
+    zeroed = of(finished, "of_all 4, same modules zeroed")
     assert (
         runs.kl_base[[one.run_id for one in zeroed.values()]].abs() < 1e-6
     ).all()  # all four modules: the base model again
@@ -392,7 +393,7 @@ def test_a_repair_that_cannot_be_done_is_a_failed_run_and_its_sentence_is_kept(f
     study = finished.study()
     base, one = (
         loading.load(study.bases["tiny-llama"], "tiny-llama", study),
-        next(iter(of(finished, "safe_lora 4").values())),
+        next(iter(of(finished, "of_all 4").values())),
     )
     settings = json.loads(one.settings)
     settings["mitigation"]["value"] = 99

@@ -107,11 +107,13 @@ def clear_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def warm_kernels(environment: dict[str, str], log: Path) -> Iterator[dict[str, str]]:
+def warm_kernels(
+    environment: dict[str, str], log: Path, finished: bool = False
+) -> Iterator[dict[str, str]]:
     """The environment in which jobs and kernels are forked from a process with the heavy imports
-    done; unchanged on a GPU machine.
+    done; unchanged on a GPU machine, and where all is finished and so nothing will be forked.
     """
-    if gpus.numbers():
+    if finished or gpus.numbers():
         yield environment
         return
     with tempfile.TemporaryDirectory(prefix="driftbook-") as scratch, log.open("w") as output:
@@ -209,10 +211,11 @@ def _run_batch(
     in the study's folder.
     """
     started, parent = time.time(), os.getppid()
+    finished = all(part.done == part.total for part in parts(study, started))
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
     with (
-        warm_kernels(environment(), study.folder / "warm.log") as surroundings,
+        warm_kernels(environment(), study.folder / "warm.log", finished) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
     ):
         process = subprocess.Popen(
