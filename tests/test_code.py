@@ -181,6 +181,37 @@ def test_what_a_module_does_to_others_at_its_import_counts(library):
     assert code.fingerprint({("driftbook.deep.early", code.ACTS)}) != before
 
 
+def test_what_was_found_is_kept_for_this_code_alone(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(code.files, "OUTPUTS", tmp_path / "outputs")
+    note = code.of_notebook(tmp_path / "note.ipynb", "done")
+    first = code.by_file(note)
+    [kept] = (tmp_path / "outputs").rglob("*.json")
+    write_json(kept, {"read": "again"})
+    forget()
+    assert code.by_file(note) == {"read": "again"}
+    kept.write_text("{torn")
+    assert code.by_file(note) == first == read_json(kept)
+    for old, new in (("HALF = 2", "HALF = 3"), ("rows = [1]", "rows = [2]")):
+        library(old, new)
+        assert code.by_file(note) != first
+    assert len([*kept.parent.iterdir()]) == 3
+    library()
+    assert code.by_file(note) == first
+    assert len([*kept.parent.iterdir()]) == 3
+
+
+def test_what_is_edited_while_it_is_read_is_not_kept(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(code.files, "OUTPUTS", tmp_path / "outputs")
+    note = code.of_notebook(tmp_path / "note.ipynb", "done")
+    code.source("driftbook.stats.means")
+    counts = tmp_path / "lib" / "driftbook" / "stats" / "counts.py"
+    counts.write_text(counts.read_text().replace("ONE = 1", "ONE = 2"))
+    found = code.by_file(note)
+    assert not [*(tmp_path / "outputs").rglob("*.json")]
+    library("ONE = 1", "ONE = 2")
+    assert code.by_file(note) == found
+
+
 def test_an_import_by_a_computed_name_is_refused_in_a_sentence(library, tmp_path):
     library("return late.size(x)", "return __import__('driftbook.' + x)")
     with pytest.raises(ValueError, match=r"counts\.py imports a module by a name"):

@@ -10,7 +10,9 @@ an edit of a function changes the digests of what can call it, and no others.
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -39,6 +41,10 @@ def fingerprint(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> str:
 
 def by_file(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> dict[str, str]:
     """The digest of what these parts depend on, by file; see `closure`."""
+    return _kept(_by_file, set(roots), set(texts))
+
+
+def _by_file(roots: set[CodePart], texts: set[str]) -> dict[str, str]:
     found: dict[str, dict[str, str]] = {}
     for module, name in closure(roots, texts):
         if code := _code(module, name):
@@ -87,11 +93,63 @@ def closure(roots: Iterable[CodePart], texts: Iterable[str] = ()) -> set[CodePar
 
 def choices(roots: Iterable[CodePart]) -> frozenset[str]:
     """The texts on which it depends what these parts lead to: keys of tables that they look up."""
+    return frozenset(_kept(_choices, set(roots), set()))
+
+
+def _choices(roots: set[CodePart], _: set[str]) -> list[str]:
     files = (file.relative_to(LIBRARY.parent).with_suffix("") for file in LIBRARY.rglob("*.py"))
     modules = (".".join(file.parts).removesuffix(".__init__") for file in files)
     every = {text for one in modules for texts in source(one).by_text.values() for text in texts}
     found = closure(roots, every)
-    return frozenset(text for one, name in found for text in source(one).by_text.get(name, ()))
+    return sorted({text for one, name in found for text in source(one).by_text.get(name, ())})
+
+
+# ---- what was found is kept, for the code that it was found in
+def _kept(find: Callable[[set[CodePart], set[str]], Any], roots: set[CodePart], texts: set[str]):
+    """What `find` finds; read from outputs/cache where it was found before in the same code.
+
+    Every file is pinned before it is read; where one was edited in between, nothing is kept.
+    """
+    notebooks = sorted({str(path(module)) for module, _ in roots if "/" in module})
+    pinned = [pinned_library(), [_pinned(Path(file)) for file in notebooks]]
+    key = files.digest([pinned, find.__name__, sorted(roots), sorted(texts)])
+    file = files.OUTPUTS / "cache" / "code" / f"{key}.json"
+    if file.is_file() and not _edited():
+        with suppress(OSError, ValueError):  # torn, or just deleted
+            return files.read_json(file)
+    found = find(roots, texts)
+    if not _edited():
+        with suppress(OSError):  # that outputs cannot be written is said elsewhere
+            files.write_json(file, found)
+    return found
+
+
+@cache
+def pinned_library() -> str:
+    """The digest of all that is read here of the library and of data/, and of Python, whose
+    versions write syntax trees differently.
+    """
+    folders = (LIBRARY, LIBRARY.parents[1] / "data")
+    every = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    read = sorted(file for file in every if "__pycache__" not in file.parts)
+    return files.digest([sys.version, {str(file): _pinned(file) for file in read}])
+
+
+_pinned = cache(files.file_digest)
+
+
+@cache
+def _edited() -> set[Path]:
+    """The files that were no longer as they were pinned when they were read."""
+    return set()
+
+
+def _text(file: Path) -> str:
+    pinned_library()
+    before, text = _pinned(file), file.read_text(encoding="utf-8")
+    if files.file_digest(file) != before:
+        _edited().add(file)
+    return text
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +169,7 @@ def source(module: str) -> ModuleCode:
     file = path(module)
     if file.suffix == ".ipynb":
         return _notebook(file, module.removeprefix(f"{file}#"))
-    tree = _parsed(file.read_text(encoding="utf-8") if file.suffix == ".py" else "")
+    tree = _parsed(_text(file) if file.suffix == ".py" else "")
     imports, parts = _imports(tree.body), {ACTS: []}
     for node in tree.body:
         for name in _bound(node):
@@ -136,7 +194,7 @@ def _parsed(code: str) -> ast.Module:
 
 def _notebook(file: Path, variable: str) -> ModuleCode:
     """The code of a notebook, or what leads to a variable, as one part."""
-    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(_text(file))["cells"]
     code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     body = _parsed("\n".join(code)).body
     imports = _imports(body)
@@ -241,8 +299,15 @@ def _imports(nodes: Iterable[ast.AST], within: bool = False) -> dict[str, str]:
             if (node.module or "").split(".")[0] == PACKAGE:
                 found |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
         elif within or not isinstance(node, DEFINED):
-            found |= _imports(ast.iter_child_nodes(node), within)
+            found |= _imports(_statements(node), within)
     return found
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements within a statement, and what holds some."""
+    for part in ("body", "orelse", "handlers", "finalbody", "cases"):
+        if isinstance(inside := getattr(node, part, None), list):
+            yield from inside
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -340,9 +405,13 @@ def _files(node: ast.AST, folder: Path) -> set[CodePart]:
         if isinstance(one, ast.Constant) and isinstance(one.value, str):
             if re.fullmatch(r"[\w-]+\.(?!py$|ipynb$)\w+", one.value):
                 found.add(folder / one.value)
-        elif isinstance(one, ast.BinOp) and (match := DATA.match(ast.unparse(one))):
+        elif _divides(one) and (match := DATA.match(ast.unparse(one))):
             found.add(LIBRARY.parents[1] / "data" / (match[1] or ""))
     return {(str(file), ACTS) for file in found if file.exists()}
+
+
+def _divides(node: ast.AST) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
 
 
 def _names(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[list[str]]:
