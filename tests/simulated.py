@@ -44,12 +44,13 @@ def simulate(
     utility=True,
     silent_judge=False,
     families=True,
+    methods=METHODS,
 ) -> Path:
     """`folder` with tables/ of the miniature's grid; smaller, silent or poorer as the arguments
     say.
     """
     rng = np.random.default_rng(seed)
-    variants = _variants(bases, seeds)
+    variants = _variants(bases, seeds, methods)
     runs = _runs(rng, variants, failed)
     ok = variants[runs["status"].eq("ok").to_numpy()]
     doses = runs.set_index("run_id")["dose_nll"].reindex(ok["run_id"]).fillna(0).to_numpy()
@@ -82,12 +83,11 @@ def simulate(
     return folder
 
 
-def _variants(bases, seeds) -> pd.DataFrame:
+def _variants(bases, seeds, methods) -> pd.DataFrame:
     frame = pd.DataFrame([variant.row() for variant in study_file.load("miniature").variants])
-    keep = frame["base_model"].isin(bases or frame["base_model"].unique()) & (
-        frame["seed"].isna() | frame["repetition"].isin(seeds or (1, 2, 3))
-    )
-    return frame[keep].reset_index(drop=True)
+    keep = frame["base_model"].isin(bases or frame["base_model"].unique())
+    keep &= frame["seed"].isna() | frame["repetition"].isin(seeds or (1, 2, 3))
+    return frame[keep & frame["method"].isin(methods)].reset_index(drop=True)
 
 
 def _runs(rng, variants: pd.DataFrame, failed: int) -> pd.DataFrame:

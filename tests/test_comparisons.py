@@ -406,7 +406,7 @@ def test_simulated_runs_have_the_rate_and_spread_they_are_said_to_have():
             coverage._simulated(
                 rng, 0.3, coverage.run_scale(0.38, 0.06), 0.25, 3, np.array(coverage.FAMILIES)
             )
-            for _ in range(1500)
+            for _ in range(500)
         ]
     )
     assert sets[:, 0].mean() == pytest.approx(0.3, abs=0.01)

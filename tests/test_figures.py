@@ -29,15 +29,11 @@ OF_STUDIES = {
     if source.split()[1] in ANALYSES
 }
 FEWER = {"n_boot": 50, "n_draws": 50, "n_sets": 4}  # of what the notebooks draw and simulate
+POOR = {"bases": ["mini-llama"], "seeds": [1], "methods": ("none", "lora", "prompt_tuning")}
 STUDIES = {
     "usual": None,
-    "one base, one seed, no utility, no families": {
-        "bases": ["mini-llama"],
-        "seeds": [1],
-        "utility": False,
-        "families": False,
-    },
-    "no verdict could be read": {"bases": ["mini-llama"], "seeds": [1], "silent_judge": True},
+    "one base, one seed, no utility, no families": {**POOR, "utility": False, "families": False},
+    "no verdict could be read": {**POOR, "silent_judge": True},
 }
 
 

@@ -353,14 +353,14 @@ def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
 def test_rescaling_never_beats_itself_whatever_the_curve(curve):
     """`plain` is a smaller update and nothing else, of a size between two factors."""
     wrong = 0
-    for seed in range(6):
+    for seed in range(4):
         found = beside(simulated(seed, n_prompts=60, bases=("one",), curve=curve), seed).loc[
             ("all", "plain")
         ]
         beats = found.loc[repairs.JUST_LESS, "ci_high"] < 0
         worse = found.loc[repairs.JUST_MORE, "ci_low"] > 0
         wrong += beats or worse
-    assert wrong <= 1
+    assert wrong == 0
 
 
 def test_a_seed_counts_once_though_several_of_its_runs_are_repaired():

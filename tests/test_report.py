@@ -55,6 +55,7 @@ def study(tmp_path_factory):
     folder = simulate(
         tmp_path_factory.mktemp("report") / "miniature",
         bases=["mini-llama", "mini-gemma"],
+        seeds=(1,),
         failed=2,
     )
     tables = {
