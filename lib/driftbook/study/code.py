@@ -106,14 +106,14 @@ def _choices(roots: set[CodePart], _: set[str]) -> list[str]:
 
 # ---- what was found is kept, for the code that it was found in
 def _kept(find: Callable[[set[CodePart], set[str]], Any], roots: set[CodePart], texts: set[str]):
-    """What `find` finds; read from outputs/cache where it was found before in the same code.
+    """What `find` finds; read from outputs/code where it was found before in the same code.
 
     Every file is pinned before it is read; where one was edited in between, nothing is kept.
     """
     notebooks = sorted({str(path(module)) for module, _ in roots if "/" in module})
     pinned = [pinned_library(), [_pinned(Path(file)) for file in notebooks]]
     key = files.digest([pinned, find.__name__, sorted(roots), sorted(texts)])
-    file = files.OUTPUTS / "cache" / "code" / f"{key}.json"
+    file = files.OUTPUTS / "code" / f"{key}.json"
     if file.is_file() and not _edited():
         with suppress(OSError, ValueError):  # torn, or just deleted
             return files.read_json(file)

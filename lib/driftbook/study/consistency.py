@@ -25,7 +25,8 @@ REREADING = {
     "24_original_claims": "original_study",
 }
 REREAD = tuple(dict.fromkeys(REREADING.values()))
-RESERVED = ("models", "published", "bench", "cache", *REREAD)  # folders of outputs/ of no study
+# folders of outputs/ of no study
+RESERVED = ("models", "published", "bench", "cache", "code", *REREAD)
 NOT_REPAIRED = ("parent", "base alone")  # notebook 14's names of runs that are no repairs
 # what every study asks, and in which formats; others have names of their own
 CORE = {
