@@ -169,7 +169,7 @@ def of_fit(
             weights @ np.nan_to_num(at),
         )
     )
-    return _rows(fit, found, names, model, RATES, "linear mixed model (MixedLM)", labels)
+    return _rows(fit, found, names, model, RATES, "linear mixed model (REML)", labels)
 
 
 def of_risks(
@@ -205,14 +205,15 @@ def _rows(
     how: str,
     labels: dict[str, str],
 ) -> pd.DataFrame:
+    kind = "run-level" if fit.degrees is None else "Satterthwaite's"
+    words = (how + ", " + found["df"].map("{:.0f} ".format) + kind + " df").fillna(how)
+    words += "" if fit.converged else "; did not converge"
     found = found.rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
     names = names.reindex(columns=["base_model", "method", "contrast", "against"])
     names = names.fillna({"contrast": CHANGE, "against": NONE})
     frame = pd.concat([names.astype(object), found], axis=1)
-    how = f"{how}, {fit.df:.0f} run-level df" + ("" if fit.converged else "; did not converge")
-    return complete(
-        frame.assign(**labels, group=AS_CONFIGURED, estimator=model, population=population, how=how)
-    )
+    more = {"group": AS_CONFIGURED, "estimator": model, "population": population}
+    return complete(frame.assign(**labels, **more, how=words))
 
 
 def side_by_side(estimates: pd.DataFrame, models: dict[str, str]) -> pd.DataFrame:

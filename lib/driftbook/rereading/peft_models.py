@@ -216,7 +216,7 @@ def _contrasts(fit: MixedFit, rows: pd.DataFrame) -> pd.DataFrame:
     found = fit.contrast(np.array(weights)).rename(columns={"estimate": "value"})[
         ["value", "se", "ci_low", "ci_high", "p"]
     ]
-    how = "linear mixed model with a random intercept of methods, REML, df of methods" + (
+    how = "linear mixed model with a random intercept of methods, REML, Satterthwaite's df" + (
         "" if fit.converged else "; did not converge"
     )
     return found.assign(contrast=list(settings), how=how)
@@ -348,7 +348,7 @@ def growth(points: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, dict
         found = fit.contrast(np.array([at[0], at[1] - at[0]])).rename(
             columns={"estimate": "value"}
         )[["value", "se", "ci_low", "ci_high", "p"]]
-        how = "linear mixed model, REML, df of methods" + (
+        how = "linear mixed model, REML, Satterthwaite's df" + (
             "" if fit.converged else "; did not converge"
         )
         parts.append(found.assign(contrast=[DOUBLING, FASTER], group=group, how=how))

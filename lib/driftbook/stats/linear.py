@@ -1,13 +1,26 @@
-"""Linear mixed models of rates with crossed random intercepts, by statsmodels' MixedLM."""
+"""Linear mixed models of rates with crossed random intercepts, or one random intercept and slope,
+by penalised least squares (penalised.py), as R's lme4; degrees of freedom as its lmerTest.
+"""
 
 import time
-import warnings
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import solve_triangular
 
-from driftbook.stats.mixed import Design, MixedFit, estimable, fitted, framed, never_run, reported
+from driftbook.stats import penalised
+from driftbook.stats.mixed import (
+    Design,
+    MixedFit,
+    Satterthwaite,
+    estimable,
+    fitted,
+    framed,
+    never_run,
+    reported,
+    small_enough,
+)
+from driftbook.stats.penalised import Crossed, Grouping, Maximum
 
 
 def rate_model(
@@ -16,24 +29,26 @@ def rate_model(
     groups: str | tuple[str, ...] = ("run_id", "category"),
     reml: bool = True,
 ) -> MixedFit:
-    """A linear mixed model of rates in percentage points with crossed random intercepts
-    (statsmodels' MixedLM), by REML or maximum likelihood.
+    """A linear mixed model of rates in percentage points with crossed random intercepts, by REML or
+    maximum likelihood; contrasts have Satterthwaite's degrees of freedom.
 
     `formula` names the response and the fixed terms. Each name in `groups` is a column, or columns
     joined by ':'; "run_id by method" gives the runs of each method a variance of their own; a
-    single "days | subject" is an intercept and a slope, correlated. Rows with a null in the formula
-    are left out and counted in the notes, as are terms that are constant or aliased, and cells that
-    were never run.
+    single "days | subject" is an intercept and a slope, correlated. A row whose group is null has
+    no effect of it. Rows with a null in the formula are left out and counted in the notes, as are
+    terms that are constant or aliased, and cells that were never run.
 
     Raises:
-        ValueError: there is no row with a value, or no column that the formula or a group names.
+        ValueError: there is no row with a value, no column that the formula or a group names, or
+            the model needs more memory than mixed.MOST_BYTES.
     """
     started, groups = time.process_time(), (groups,) if isinstance(groups, str) else tuple(groups)
     rates, y, right, notes = framed(rates, formula, groups)
-    slope = _slope(rates, groups) if "|" in "".join(groups) else None
     kept, null, lost = estimable(right.to_numpy(), right.columns)
     notes += lost + never_run(rates, formula)
     design, names = Design(right.design_info, kept, null), right.columns[kept]
+    random, dropped = _slope(rates, groups) if "|" in "".join(groups) else _random(rates, groups)
+    _small_enough(random, len(names))
     x, n_runs = right.to_numpy()[:, kept], rates[_column(groups[0])].nunique()
     df = n_runs - len(names)
     if df <= 0:
@@ -41,13 +56,37 @@ def rate_model(
     exact = np.linalg.lstsq(x, y, rcond=None)[0]
     rest = y - x @ exact
     if rest @ rest < 1e-12 * max(y @ y, 1.0):
-        random = pd.DataFrame({"group": [*groups, "residual"], "term": "intercept", "sd": 0.0})
-        notes.append("the fixed terms leave no residual: no interval")
-        report, cov = reported("none", 0, np.nan, groups, None), np.full((len(names),) * 2, np.nan)
-        return fitted(design, names, exact, cov, df, random, np.nan, False, notes, report)
-    indicators, dropped = (None, []) if slope else _indicators(rates, groups)
-    frame = pd.DataFrame(x, columns=names)
-    return _fit(frame, y, df, indicators, notes + dropped, design, reml, started, slope)
+        return _exact(design, names, exact, df, groups, notes)
+    q, r = np.linalg.qr(x)
+    model = Crossed(q, rest, list(random.values()), reml)
+    found, slope = penalised.maximum(model), "|" in groups[0]
+    spread = (
+        _slope_spread(model, found, groups[0], rates) if slope else _spread(model, found, random)
+    )
+    found_terms, loglik = _fixed(model, found, r), -model.deviance(found.at) / 2
+    if reml:
+        loglik -= np.log(np.abs(np.diag(r))).sum()
+    notes, report = _told(found, spread, notes + dropped, started)
+    estimate, cov, degrees = exact + found_terms[0], *found_terms[1:]
+    converged = found.gradient < penalised.CONVERGED
+    return fitted(
+        design, names, estimate, cov, df, spread, loglik, converged, notes, report, degrees
+    )
+
+
+def _exact(
+    design: Design,
+    names: pd.Index,
+    estimate: np.ndarray,
+    df: float,
+    groups: tuple[str, ...],
+    notes: list[str],
+) -> MixedFit:
+    """The result where the fixed terms leave no residual."""
+    random = pd.DataFrame({"group": [*groups, "residual"], "term": "intercept", "sd": 0.0})
+    notes = [*notes, "the fixed terms leave no residual: no interval"]
+    report, cov = reported("none", 0, np.nan, groups, None), np.full((len(names),) * 2, np.nan)
+    return fitted(design, names, estimate, cov, df, random, np.nan, False, notes, report)
 
 
 def _column(group: str) -> str:
@@ -57,10 +96,11 @@ def _column(group: str) -> str:
     return group.partition(" by ")[0].rpartition("|")[2].strip().split(":")[0]
 
 
-def _slope(rates: pd.DataFrame, groups: tuple[str, ...]) -> tuple[str, str, np.ndarray, np.ndarray]:
-    """Of a single group "days | subject": its names, the levels' codes and the columns of the
-    random effects.
-    """
+# ---- random effects
+def _slope(
+    rates: pd.DataFrame, groups: tuple[str, ...]
+) -> tuple[dict[tuple[str, ...], Grouping], list[str]]:
+    """The one grouping of "days | subject": an intercept and a slope for each subject."""
     name, _, subject = (part.strip() for part in groups[0].partition("|"))
     if len(groups) > 1:
         raise ValueError(
@@ -68,155 +108,152 @@ def _slope(rates: pd.DataFrame, groups: tuple[str, ...]) -> tuple[str, str, np.n
             " or fit without it"
         )
     effects = np.column_stack([np.ones(len(rates)), rates[name].to_numpy(float)])
-    return name, subject, pd.factorize(rates[subject])[0], effects
+    effects[:, 1] /= _size(rates, name)
+    level, levels = pd.factorize(rates[subject])
+    return {(subject,): Grouping(level, np.zeros(len(levels), int), effects)}, []
 
 
-def _indicators(
+def _size(rates: pd.DataFrame, name: str) -> float:
+    """The root mean square of a column, in which its slopes are sought; 1 where it is zero."""
+    return float(np.sqrt((rates[name].to_numpy(float) ** 2).mean())) or 1.0
+
+
+def _random(
     rates: pd.DataFrame, groups: tuple[str, ...]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Rows x levels for each grouping, and a note for each that cannot be told from the residual or
-    has one level.
+) -> tuple[dict[tuple[str, ...], Grouping], list[str]]:
+    """The groupings by the names of their components, and a note for each component that cannot be
+    told from the residual or another one, or has one level.
     """
-    found, notes = {}, []
+    found, notes, one = {}, [], np.ones((len(rates), 1))
     for name in groups:
         column, _, by = name.partition(" by ")
-        codes, levels = pd.factorize(rates[column.split(":")].astype(str).agg(" ".join, axis=1))
-        if len(levels) in (1, len(rates)):
-            notes.append(f"component {name} left out: {len(levels)} levels in {len(rates)} rows")
+        level, n = _levels(rates, column)
+        if n in (1, len(rates)):
+            notes.append(f"component {name} left out: {n} levels in {len(rates)} rows")
+            continue
+        if same := [of[0] for of, other in found.items() if not by and _same(level, n, other)]:
+            notes.append(f"component {name} left out: its levels are those of {same[0]}")
             continue
         if not by:
-            found[name] = np.eye(len(levels))[codes]
+            found[name,] = Grouping(level, np.zeros(n, int), one)
             continue
-        part = rates[by].astype(str).to_numpy()
-        for level in pd.unique(part):
-            own, of_level = np.unique(codes[part == level]), f"{column} of {level}"
-            if len(own) > 1:
-                found[of_level] = (codes[:, None] == own) * 1.0
-            else:
-                notes.append(f"component {of_level} left out: one level")
+        own, kept, dropped = _by(rates[by].astype(str).to_numpy(), level, column)
+        notes += dropped
+        if kept:
+            found[kept] = Grouping(*own, one)
     return found, notes
 
 
-# ---- the fit
-def _fit(
-    x: pd.DataFrame, y: np.ndarray, df: float, indicators, notes, design, reml, started, slope
-) -> MixedFit:
-    """The model with crossed components or one random slope."""
-    result, tried, gradient, told = _optimised(x, y, indicators, slope, reml)
-    if slope:
-        random = _slope_spread(result, slope)
-    else:
-        sd = np.sqrt(np.append(result.vcomp, result.scale))
-        random = pd.DataFrame({"group": [*indicators, "residual"], "term": "intercept", "sd": sd})
-    share = random["sd"] ** 2 / (random["sd"] ** 2).sum()
-    at_zero = tuple(random.loc[share.lt(1e-6) & random["group"].ne("residual"), "group"])
-    converged = bool(gradient < 1e-2 or (result.converged and at_zero))
-    notes = [*notes, *(f"component {name} is at zero" for name in at_zero)]
-    if converged:
-        notes.append(f"optimiser {tried[-1]}")
-    else:
-        notes += [*told, f"did not converge by {', '.join(tried)}"]
-    report = reported("MixedLM " + ", ".join(tried), None, gradient, at_zero, started, told)
-    cov = _covariance(x.to_numpy(), _roots(result, indicators, slope), float(result.scale))
-    found, loglik = np.asarray(result.fe_params), float(result.llf)
-    return fitted(design, x.columns, found, cov, df, random, loglik, converged, notes, report)
+def _levels(rates: pd.DataFrame, name: str) -> tuple[np.ndarray, int]:
+    """The level of each row in a column or joined ones (-1 where null), and the number of them."""
+    number = rates.groupby(name.split(":"), observed=True, sort=False).ngroup()
+    level = number.fillna(-1).to_numpy(int)
+    return level, int(level.max(initial=-1)) + 1
 
 
-def _optimised(
-    x: pd.DataFrame, y: np.ndarray, indicators: dict | None, slope: tuple | None, reml: bool
-) -> tuple[Any, list[str], float, tuple[str, ...]]:
-    """MixedLM's result of the optimiser that leaves the flattest slope, restarted by others until
-    it vanishes; the optimisers tried, the slope, and the warnings.
+def _same(level: np.ndarray, n: int, other: Grouping) -> bool:
+    """Whether two groupings part the rows alike."""
+    if n != other.n_levels or ((level < 0) != (other.level < 0)).any():
+        return False
+    return len(np.unique(np.stack([level, other.level]), axis=1).T) == n + (level < 0).any()
+
+
+def _by(
+    part: np.ndarray, level: np.ndarray, column: str
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...], list[str]]:
+    """Levels apart by what `part` says of their rows: new levels and their components; the
+    components' names; a note for each that has one level.
     """
-    from statsmodels.regression.mixed_linear_model import MixedLM
-
-    if slope:
-        model = MixedLM(y, x, slope[2], exog_re=slope[3])
-    else:
-        model = MixedLM(y, x, np.ones(len(y)), exog_vc=_components(indicators))
-    result, start, tried, flattest = None, None, [], np.inf
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for optimiser in ("lbfgs", "bfgs", "powell"):
-            found = model.fit(reml=reml, method=optimiser, start_params=start)
-            tried.append(optimiser)
-            slopes = _steepness(model, found)
-            if result is None or slopes < flattest:
-                result, start, flattest = found, found.params_object, slopes
-            if flattest < 1e-3:
-                break
-    messages = dict.fromkeys(str(one.message) for one in caught)
-    told = tuple(one for one in messages if "boundary" not in one)  # absolute; ours is relative
-    return result, tried, flattest, told
+    new, component, names, notes = np.full(len(level), -1), [], [], []
+    for value in pd.unique(part):
+        own = (part == value) & (level >= 0)
+        codes, levels = pd.factorize(level[own])
+        if len(levels) > 1:
+            new[own] = len(component) + codes
+            component += [len(names)] * len(levels)
+            names.append(f"{column} of {value}")
+        else:
+            notes.append(f"component {column} of {value} left out: one level")
+    return (new, np.array(component, int)), tuple(names), notes
 
 
-def _components(indicators: dict[str, np.ndarray]):
-    from statsmodels.regression.mixed_linear_model import VCSpec
+def _small_enough(random: dict[tuple[str, ...], Grouping], n_terms: int) -> None:
+    """Refuse a model that needs too much memory, before any is taken."""
+    sizes = {" and ".join(names): one.n_levels for names, one in random.items()}
+    largest = max(sizes, key=sizes.get, default="none")
+    others = ", ".join(f"{n:,} of {name}" for name, n in sizes.items() if name != largest)
+    small_enough(
+        f"the levels of all groups but the largest ({largest}: {sizes.get(largest, 0):,}) and"
+        f" {n_terms} fixed terms share a dense matrix ({others or 'no other group'})",
+        penalised.bytes_needed(list(random.values()), n_terms),
+    )
 
-    columns = [
-        [[f"{name}[{i}]" for i in range(part.shape[1])]] for name, part in indicators.items()
+
+# ---- what was found
+def _fixed(
+    model: Crossed, found: Maximum, r: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, Satterthwaite]:
+    """The fixed terms less their least-squares values, their covariance (X' V^-1 X)^-1 with the
+    variances found, as lme4's, and what their degrees of freedom need; `r` is X's own QR factor.
+    """
+    variance, back = found.at.rest / model.free, np.linalg.inv(r)
+    estimate = back @ solve_triangular(found.at.root, found.at.score, lower=True, trans="T")
+    cov, *sides = (
+        back @ penalised.covariance(root, variance) @ back.T
+        for root in (found.at.root, *found.around.roots)
+    )
+    moves = [
+        (high - low) / (2 * penalised.STEP)
+        for low, high in zip(sides[::2], sides[1::2], strict=True)
     ]
-    return VCSpec(list(indicators), columns, [[part] for part in indicators.values()])
+    values, vectors = np.linalg.eigh(found.around.joint)
+    kept = values > 1e-8 * values.max()  # as lmerTest, where a direction is flat
+    spread = 2 * (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
+    return estimate, cov, Satterthwaite(np.array([*moves, cov]), spread)
 
 
-def _roots(result, indicators: dict[str, np.ndarray] | None, slope: tuple | None) -> np.ndarray:
-    """Rows x random effects, each column scaled by its standard deviation, so that the response's
-    covariance is roots @ roots.T plus the residual's.
-    """
-    if not slope:
-        parts = zip(result.vcomp, indicators.values(), strict=True)
-        none = np.zeros((len(result.model.endog), 0))
-        return np.hstack([np.sqrt(variance) * part for variance, part in parts] or [none])
-    _, _, codes, columns = slope
-    values, vectors = np.linalg.eigh(np.asarray(result.cov_re))
-    effects, levels = columns @ (vectors * np.sqrt(np.maximum(values, 0))), np.eye(codes.max() + 1)
-    return np.hstack([levels[codes] * effects[:, [i]] for i in range(effects.shape[1])])
+def _spread(
+    model: Crossed, found: Maximum, random: dict[tuple[str, ...], Grouping]
+) -> pd.DataFrame:
+    """Standard deviations of the components, in the order of the groups, and of the residual."""
+    sigma, by_group = np.sqrt(found.at.rest / model.free), {}
+    start = 0
+    for names in model.in_order(random):
+        by_group[names] = sigma * found.theta[start : start + len(names)]
+        start += len(names)
+    names = [name for one in random for name in one]
+    sd = np.concatenate([*(by_group[one] for one in random), [sigma]])
+    return pd.DataFrame({"group": [*names, "residual"], "term": "intercept", "sd": sd})
 
 
-def _covariance(x: np.ndarray, roots: np.ndarray, scale: float) -> np.ndarray:
-    """Covariance of the fixed effects, (X' V^-1 X)^-1 with the variances found, as lme4's;
-    MixedLM's own comes from a joint Hessian, which unbalanced data make up to a tenth off or
-    negative.
-    """
-    w = roots / np.sqrt(scale)
-    inner = w.T @ x
-    taken = inner.T @ np.linalg.solve(np.eye(w.shape[1]) + w.T @ w, inner)
-    return scale * np.linalg.inv(x.T @ x - taken)
-
-
-def _steepness(model, result) -> float:
-    """The largest slope of the log-likelihood in the logarithm of a component's standard deviation,
-    by differences; a component at zero has none.
-    """
-    from statsmodels.regression.mixed_linear_model import MixedLMParams
-
-    fixed = result.params_object.fe_params
-    root, spread = (np.asarray(part) / result.scale for part in (result.cov_re, result.vcomp))
-
-    def value(i: int, step: float) -> float:
-        factor = np.ones(len(spread) + len(root))
-        factor[i] = np.exp(step)
-        scale, own = factor[len(spread) :], factor[: len(spread)]
-        cov_re, vcomp = scale[:, None] * root * scale, spread * own**2
-        given = MixedLMParams.from_components(fe_params=fixed, cov_re=cov_re, vcomp=vcomp)
-        return model.loglike(given, profile_fe=True)
-
-    sizes = np.append(spread, np.diag(root))
-    slopes = (abs(value(i, 1e-3) - value(i, -1e-3)) / 2e-3 for i in np.flatnonzero(sizes > 1e-8))
-    return max(slopes, default=0.0)
-
-
-def _slope_spread(result, slope: tuple) -> pd.DataFrame:
+def _slope_spread(model: Crossed, found: Maximum, group: str, rates: pd.DataFrame) -> pd.DataFrame:
     """Standard deviations of a random intercept and slope, their correlation in the row
     `correlation`.
     """
-    name, subject, *_ = slope
-    cov = np.asarray(result.cov_re)
+    name, _, subject = (part.strip() for part in group.partition("|"))
+    lower, sigma = np.zeros((2, 2)), np.sqrt(found.at.rest / model.free)
+    lower[np.tril_indices(2)] = found.theta
+    lower[1] /= _size(rates, name)
+    cov = lower @ lower.T
     sd = np.sqrt(np.diag(cov))
     rows = [
-        (subject, "intercept", sd[0]),
-        (subject, name, sd[1]),
-        (subject, "correlation", cov[0, 1] / sd.prod()),
-        ("residual", "intercept", np.sqrt(result.scale)),
+        (subject, "intercept", sigma * sd[0]),
+        (subject, name, sigma * sd[1]),
+        (subject, "correlation", cov[0, 1] / sd.prod() if sd.all() else np.nan),
+        ("residual", "intercept", sigma),
     ]
     return pd.DataFrame(rows, columns=["group", "term", "sd"])
+
+
+def _told(
+    found: Maximum, spread: pd.DataFrame, notes: list[str], started: float
+) -> tuple[list[str], dict]:
+    """The notes with those on the fit, and its report."""
+    sd = spread.loc[spread["term"].ne("correlation")]
+    share = sd["sd"] ** 2 / (sd["sd"] ** 2).sum()
+    at_zero = tuple(sd.loc[share.lt(1e-6) & sd["group"].ne("residual"), "group"])
+    notes = [*notes, *(f"component {name} is at zero" for name in at_zero)]
+    told = "optimiser " if found.gradient < penalised.CONVERGED else "did not converge by "
+    notes.append(told + found.message)
+    report = reported(found.message, found.evaluations, found.gradient, at_zero, started)
+    return notes, report

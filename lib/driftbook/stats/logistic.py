@@ -11,7 +11,18 @@ from scipy.special import gammaln
 
 from driftbook.stats import laplace
 from driftbook.stats.laplace import Grid
-from driftbook.stats.mixed import Design, MixedFit, estimable, fitted, framed, never_run, reported
+from driftbook.stats.mixed import (
+    Design,
+    MixedFit,
+    estimable,
+    fitted,
+    framed,
+    never_run,
+    reported,
+    small_enough,
+)
+
+ARRAYS, BLOCKS = 14, 5  # rows x prompts and prompts x effects x runs that are there at one time
 
 
 def item_model(
@@ -33,13 +44,14 @@ def item_model(
     1984, Biometrika 71, 1).
 
     Raises:
-        ValueError: no verdict; all verdicts alike; an answer stands twice; a group that does not
-            begin with the prompts; no column that the formula or a group names.
+        ValueError: no verdict; one that is no share; all verdicts alike; an answer stands twice; a
+            group that does not begin with the prompts; no column that the formula or a group
+            names; more memory than mixed.MOST_BYTES.
     """
     started, groups = time.process_time(), (groups,) if isinstance(groups, str) else tuple(groups)
     items, y, right, notes = framed(items, formula, groups)
     notes += never_run(items, formula)
-    n = None if trials is None else items[trials].to_numpy(float)
+    n = _trials(items, y, formula, trials)
     grid = _grid(items, y, right.to_numpy(), groups, n)
     kept, null, lost, grid = _told_apart(grid, right.columns)
     design, names = Design(right.design_info, kept, null), right.columns[kept]
@@ -59,6 +71,33 @@ def item_model(
     return fitted(
         design, names, found.beta, found.cov, df, random, loglik, converged, notes, report
     )
+
+
+def _trials(
+    items: pd.DataFrame, y: np.ndarray, formula: str, trials: str | None
+) -> np.ndarray | None:
+    """The number of trials of each row, or none; a response that cannot be a share of them is
+    refused.
+    """
+    name = formula.partition("~")[0].strip()
+    if (outside := (y < 0) | (y > 1)).any():
+        raise ValueError(
+            f"{outside.sum()} values of {name!r} lie outside 0 to 1 (the first is"
+            f" {y[outside][0]:g}); give verdicts (true or false) or shares between 0 and 1"
+        )
+    if trials is None:
+        if (between := (y > 0) & (y < 1)).any():
+            raise ValueError(
+                f"{between.sum()} values of {name!r} lie between 0 and 1 (the first is"
+                f" {y[between][0]:g}); a share needs trials=, the column of its number of trials"
+            )
+        return None
+    if trials not in items:
+        raise ValueError(f"trials={trials!r}: there is no such column")
+    n = items[trials].astype("Float64").to_numpy(float, na_value=np.nan)
+    if (strange := ~(n >= 0)).any():
+        raise ValueError(f"{strange.sum()} values of trials={trials!r} are null or below 0")
+    return n
 
 
 def _ways(grid: Grid) -> float:
@@ -89,6 +128,7 @@ def _grid(
     _, first, row = np.unique(whole, return_index=True, return_inverse=True)
     column, names = pd.factorize(items[prompt])
     shape, place = (len(first), len(names)), row * len(names) + column
+    _small_enough(shape, parts, len(np.unique(run[run >= 0])), (runs, prompt))
     count = np.bincount(place, minlength=shape[0] * shape[1])
     if trials is None and runs and (count > 1).any():
         raise ValueError(
@@ -100,6 +140,16 @@ def _grid(
     yes, asked = (np.bincount(place, one, shape[0] * shape[1]).reshape(shape) for one in (y * n, n))
     blocks = tuple(np.eye(part.max() + 1)[part[first]] for part in parts)
     return Grid(yes, asked, x[first], run[first], blocks)
+
+
+def _small_enough(
+    shape: tuple[int, int], parts: list[np.ndarray], n_runs: int, names: tuple[str | None, str]
+) -> None:
+    """Refuse a grid that needs too much memory, before any is taken."""
+    k = sum(int(part.max(initial=-1)) + 1 for part in parts)
+    needed = 8 * shape[1] * (shape[0] * (ARRAYS + k) + BLOCKS * k * (n_runs + k))
+    rows = f"{shape[0]:,} rows of {names[0] or 'one design'} x {shape[1]:,} of {names[1]}"
+    small_enough(f"the model is fitted on a grid, {rows} with {k} effects", needed)
 
 
 def _codes(items: pd.DataFrame, name: str) -> np.ndarray:

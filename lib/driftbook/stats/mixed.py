@@ -15,6 +15,8 @@ from scipy.special import expit, stdtr, stdtrit
 
 from driftbook.stats.confidence import UPPER
 
+MOST_BYTES = 2 * 2**30  # of a model's largest matrix with its copies
+MATRICES = 4  # the frame, its values, the columns kept, and the basis that finds aliased ones
 NODES = 40  # of Gauss and Hermite's rule, for the mean over random effects
 
 
@@ -35,15 +37,32 @@ class Design:
 
 
 @dataclass(frozen=True)
+class Satterthwaite:
+    """What the degrees of freedom of a linear fit's contrasts need: how the covariance of the fixed
+    terms moves with each variance parameter, and the parameters' own covariance.
+    """
+
+    moves: np.ndarray  # [parameters, terms, terms]
+    spread: np.ndarray  # [parameters, parameters]
+
+    def df(self, weights: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """2 v^2 / Var(v) for each row of weights with its variance v (Giesbrecht and Burns 1985,
+        Biometrics 41, 477; Kuznetsova et al. 2017, J. Stat. Softw. 82, 13, equation 6).
+        """
+        slope = np.einsum("ij,mjk,ik->im", weights, self.moves, weights, optimize=True)
+        return 2 * variance**2 / np.einsum("im,mn,in->i", slope, self.spread, slope)
+
+
+@dataclass(frozen=True)
 class MixedFit:
     """A mixed model, fitted. `fixed` and `random` in the units of the response (logits where it is
     logistic).
 
-    `df` counts runs less fixed terms, for both kinds: neither MixedLM nor Laplace's approximation
-    has degrees of freedom, and what repeats is a run. `report`: optimiser, evaluations,
-    gradient_norm (largest slope of the log-likelihood in a logarithm of a standard deviation;
-    logistic: per standard error of any parameter), warnings, at_zero (components), singular,
-    seconds (CPU).
+    `df` counts runs less fixed terms: Laplace's approximation has no degrees of freedom, and what
+    repeats is a run; where it is not positive nothing has an interval. A linear fit's contrasts
+    have Satterthwaite's instead (`degrees`). `report`: optimiser, evaluations,
+    gradient_norm (largest slope of the log-likelihood per standard error of a parameter), warnings,
+    at_zero (components), singular, seconds (CPU).
     """
 
     fixed: pd.DataFrame  # term, estimate, se
@@ -55,6 +74,7 @@ class MixedFit:
     notes: tuple[str, ...]
     design: Design = field(repr=False)
     report: dict[str, Any] = field(default_factory=dict, repr=False)
+    degrees: Satterthwaite | None = field(default=None, repr=False)
 
     def at(self, rows: pd.DataFrame) -> np.ndarray:
         """The fixed terms at these rows, to be averaged or subtracted and given to `contrast`; NaN
@@ -93,13 +113,17 @@ class MixedFit:
         return found
 
     def _tested(self, estimate: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
-        df, se = max(self.df, 1), np.full(len(weights), np.nan)
+        df, se = np.full(len(weights), float(self.df)), np.full(len(weights), np.nan)
         if self.df > 0:
-            se = np.sqrt(np.einsum("ij,jk,ik->i", weights, self.cov, weights))
-        half = stdtrit(df, UPPER) * se
-        p = 2 * stdtr(df, -(np.abs(estimate) / np.where(se > 0, se, np.nan)))
+            variance = np.einsum("ij,jk,ik->i", weights, self.cov, weights)
+            se = np.sqrt(variance)
+            if self.degrees is not None:
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    df = self.degrees.df(weights, variance)
+        half = stdtrit(np.maximum(df, 1), UPPER) * se
+        p = 2 * stdtr(np.maximum(df, 1), -(np.abs(estimate) / np.where(se > 0, se, np.nan)))
         ends = {"ci_low": estimate - half, "ci_high": estimate + half}
-        return pd.DataFrame({"estimate": estimate, "se": se, "df": float(self.df), **ends, "p": p})
+        return pd.DataFrame({"estimate": estimate, "se": se, "df": df, **ends, "p": p})
 
 
 # ---- for both kinds
@@ -114,12 +138,13 @@ def fitted(
     converged: bool,
     notes: list[str],
     report: dict[str, Any],
+    degrees: Satterthwaite | None = None,
 ) -> MixedFit:
     """The result, with standard errors where there are degrees of freedom."""
     se = np.sqrt(np.diag(cov)) if df > 0 else np.nan
     fixed = pd.DataFrame({"term": names, "estimate": estimate, "se": se})
     notes = tuple(dict.fromkeys(notes))
-    return MixedFit(fixed, cov, df, random, loglik, converged, notes, design, report)
+    return MixedFit(fixed, cov, df, random, loglik, converged, notes, design, report, degrees)
 
 
 def reported(
@@ -164,7 +189,9 @@ def framed(
         rows = rows.assign(**{response: known})
     missing = patsy.NAAction(NA_types=["None", "NaN"])
     try:
-        left, right = patsy.dmatrices(formula, rows, NA_action=missing, return_type="dataframe")
+        both = patsy.incr_dbuilders(formula, lambda: iter([rows]), NA_action=missing)
+        _narrow_enough(len(rows), both[1].column_names, formula)
+        left, right = patsy.build_design_matrices(both, rows, missing, return_type="dataframe")
     except patsy.PatsyError as error:
         said = str(error).partition("\n")[0]
         raise ValueError(f"formula={formula!r} does not fit the columns ({said})") from None
@@ -172,6 +199,22 @@ def framed(
         raise ValueError(f"no row has a value for {formula!r}: nothing to fit")
     notes = [f"{len(rows) - len(right)} rows left out: no value"] if len(right) < len(rows) else []
     return rows.loc[right.index], left.to_numpy()[:, -1], right, notes
+
+
+def _narrow_enough(n_rows: int, columns: list[str], formula: str) -> None:
+    """Refuse fixed terms that need more memory than there should be, before any is taken."""
+    what = f"{n_rows:,} rows and the {len(columns):,} columns of {formula!r} are a dense matrix"
+    small_enough(what, 8 * MATRICES * n_rows * len(columns))
+
+
+def small_enough(what: str, needed: int) -> None:
+    """Refuse, before any is taken, what needs more bytes of memory than MOST_BYTES."""
+    if needed > MOST_BYTES:
+        raise ValueError(
+            f"{what} of {needed / 2**30:,.1f} GB with its copies, and the limit is"
+            f" {MOST_BYTES / 2**30:.1f} GB; nothing was fitted. Leave out a group or a term,"
+            " average over one, or model a part of the rows"
+        )
 
 
 def never_run(rows: pd.DataFrame, formula: str) -> list[str]:
