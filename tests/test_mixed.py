@@ -201,18 +201,20 @@ def small(rng=None, n=12, m=8) -> laplace.Grid:
     )
 
 
-@pytest.mark.parametrize("kind", ["all", "no runs", "one block", "runs of two rows"])
+@pytest.mark.parametrize(
+    "kind", ["all", "no runs", "one block", "runs of two rows", "runs of two kinds"]
+)
 def test_the_gradient_is_that_of_differences(kind):
     grid = small()
     n = len(grid.x)
     run = {"no runs": np.full(n, -1), "runs of two rows": np.arange(n) // 2}.get(
         kind, np.append([-1, -1], np.arange(n - 2))
     )
-    grid = laplace.Grid(
-        grid.y, grid.trials, grid.x, run, grid.blocks[:1] if kind == "one block" else grid.blocks
-    )
-    n_sd = len(grid.blocks) + (kind != "no runs")
-    at = np.append([-0.3, 0.5, 0.2], np.log([0.6, 0.8, 0.4][:n_sd]))
+    blocks = grid.blocks[:1] if kind == "one block" else grid.blocks
+    kinds = np.arange(run.max() + 1) % 2 if kind == "runs of two kinds" else None
+    grid = laplace.Grid(grid.y, grid.trials, grid.x, run, blocks, kinds)
+    n_sd = len(grid.blocks) + grid.n_kinds
+    at = np.append([-0.3, 0.5, 0.2], np.log([0.6, 0.8, 0.4, 0.7][:n_sd]))
 
     def evaluated(at: np.ndarray):
         state = laplace.State(
@@ -367,6 +369,26 @@ def test_risks_are_means_over_runs_and_prompts():
     alone = fit.risk(grid, np.eye(2), alone=[True, False])["estimate"].to_numpy()
     assert alone[0] == pytest.approx(100 * expit(eta[0] + drawn[1]).mean(), abs=0.15)
     assert alone[1] == pytest.approx(found[1])
+
+
+def test_risks_have_the_spread_of_their_own_methods_runs():
+    rows = verdicts(2, n_runs=40)
+    noisy = np.random.default_rng(5).normal(0, 3, 40)[rows["run_id"].str[1:].astype(int)]
+    shifted = np.random.default_rng(6).random(len(rows)) < expit(noisy)
+    rows["unsafe"] = rows["unsafe"].where(rows["method"].eq("ia3"), shifted).astype("boolean")
+    fit = item_model(rows, "unsafe ~ method", ("run_id by method", "prompt_id"))
+    sd = fit.random.set_index("group")["sd"]
+    assert sd["run_id of lora"] > 2 * sd["run_id of ia3"]
+    grid = pd.DataFrame({"method": ["ia3", "lora"]})
+    eta = fit.at(grid) @ fit.fixed["estimate"].to_numpy()
+    total = [np.hypot(sd[f"run_id of {name}"], sd["prompt_id"]) for name in grid["method"]]
+    drawn = np.random.default_rng(0).normal(size=400_000)
+    expected = [100 * expit(one + s * drawn).mean() for one, s in zip(eta, total, strict=True)]
+    assert np.allclose(fit.risk(grid, np.eye(2))["estimate"], expected, atol=0.15)
+    alone = rows[rows["run_id"].eq("r01") | rows["method"].eq("ia3")]
+    fit = item_model(alone, "unsafe ~ method", ("run_id by method", "prompt_id"))
+    assert "component run_id of lora left out: 1 levels" in fit.notes
+    assert fit.random["group"].tolist() == ["run_id of ia3", "prompt_id"]
 
 
 def test_a_base_model_without_seeds_has_no_run_effect():

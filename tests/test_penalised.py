@@ -120,6 +120,49 @@ def test_degrees_of_freedom_are_those_of_lmertest(shared):
     assert np.allclose(fit.contrast(np.array(at))["df"], emm["df"], rtol=2e-4)
 
 
+def test_a_variance_of_runs_by_kind_is_lme4s(shared):
+    """lmer(... + (0+dummy(objective,"sft")|run) + (0+dummy(objective,"dpo")|run) + (1|category) +
+    (1|category:base)), lme4 1.1-31 and lmerTest 3.1-3.
+    """
+    data = pd.read_csv(shared / "reference" / "sim_run_category.csv").astype({"epochs": str})
+    groups = ("run by objective", "category", "category:base")
+    fit = rate_model(data, "rate ~ base * method + objective + lr + epochs", groups)
+    sd = fit.random.set_index("group")["sd"]
+    theirs = [0.058997523, 0.075767011, 0.035490329, 0.024232858, 0.067460923]
+    assert np.allclose(sd[["run of sft", "run of dpo", *groups[1:], "residual"]], theirs, rtol=5e-4)
+    assert fit.loglik == pytest.approx(2905.13536279, abs=1e-5)
+    found = fit.fixed.assign(df=fit.contrast(np.eye(len(fit.fixed)))["df"]).iloc[:4, 1:]
+    assert np.allclose(
+        found,
+        [
+            [0.8310000673, 0.0212106470, 95.47957],
+            [0.0340633219, 0.0248706693, 197.44531],
+            [-0.2384445340, 0.0277249546, 233.27830],
+            [-0.0229361287, 0.0229444175, 193.80668],
+        ],
+        rtol=3e-4,
+    )
+
+
+def test_a_logistic_models_variance_of_runs_by_kind_is_lme4s(shared):
+    """glmer with (0+dummy(objective,"sft")|run) + (0+dummy(objective,"dpo")|run) + (1|prompt)."""
+    data = pd.read_csv(shared / "reference" / "sim_small_items.csv").astype({"epochs": str})
+    formula = "safe ~ base + method + objective + lr + epochs"
+    fit = item_model(data, formula, ("run by objective", "prompt"))
+    assert fit.random["group"].tolist() == ["run of sft", "run of dpo", "prompt"]
+    assert np.allclose(fit.random["sd"], [0.29598108, 0.67159691, 0.90181444], rtol=5e-3)
+    assert fit.loglik == pytest.approx(-1242.86520825, abs=0.01)
+    assert np.allclose(
+        fit.fixed["estimate"][:4], [2.033283, 0.343534, -1.288747, 0.046464], atol=5e-3
+    )
+    assert fit.fixed["se"][1] == pytest.approx(0.22518998, rel=0.01)
+    assert fit.converged
+    one = item_model(data.assign(kind="one"), formula, ("run by kind", "prompt"))
+    same = item_model(data, formula, ("run", "prompt"))
+    assert one.random["group"].tolist() == ["run of one", "prompt"]
+    assert one.loglik == pytest.approx(same.loglik, abs=1e-8)
+
+
 def test_sleepstudys_degrees_of_freedom_are_lmertests(shared):
     data = pd.read_csv(shared / "mixed_models" / "sleepstudy.csv")
     one = rate_model(data, "Reaction ~ Days", ("Subject",)).contrast(np.eye(2))["df"]

@@ -17,6 +17,7 @@ RATES, SINGLE = (
     "runs and categories like these, these base models",
     "runs and prompts like these, these base models",
 )
+WITHOUT_BASE_ERROR = ", without the error of the base model's own score"
 OBJECTIVE, RATE = "sft instead of dpo", "ten times the learning rate"
 
 
@@ -169,7 +170,10 @@ def of_fit(
             weights @ np.nan_to_num(at),
         )
     )
-    return _rows(fit, found, names, model, RATES, "linear mixed model (REML)", labels)
+    kept = any("base_model:category" in name for name in fit.random["group"])
+    one = rows["base_model"].nunique() == 1 and fit.random["group"].eq("category").any()
+    how = "linear mixed model (REML)" + ("" if kept or one else WITHOUT_BASE_ERROR)
+    return _rows(fit, found, names, model, RATES, how, labels)
 
 
 def of_risks(

@@ -17,11 +17,13 @@ from driftbook.study.tables import ESTIMATES, greedy
 
 HELD_EQUAL = ("objective", "dataset", "epochs", "repetition")
 SIMPLE = "difference ~ base_model * method + method:objective + method:log10_rate"
-BY_METHOD = ("run_id by method", "category")
+# A base model's one score in a category is in all its runs' changes, and its error with it.
+SHARED_ERRORS = ("category", "base_model:category", "method:category")
+BY_METHOD = ("run_id by method", *SHARED_ERRORS)
 LOGISTIC = "unsafe ~ base_model * method + method:dpo + method:log10_rate"
 CROSSED = {
-    "crossed": ("run_id", "prompt_id"),
-    "maximal": ("run_id", "prompt_id", "prompt_id:base_model", "prompt_id:method"),
+    "crossed": ("run_id by method", "prompt_id"),
+    "maximal": ("run_id by method", "prompt_id", "prompt_id:base_model", "prompt_id:method"),
 }
 MIXED = ("mixed", "mixed, one run variance")
 POOLED, BY_BASE = "pooled", "by base model"

@@ -1,12 +1,12 @@
 """Laplace's approximation for a logistic model with crossed random effects on a grid of rows (runs)
 and columns (prompts).
 
-logit P(y_ij = 1) = x_i'beta + s_u v_r(i) + a_i' L w_j with v, w independent standard normal: v of
-the runs, w_j of column j, one for each column of a_i (an intercept, a base model, a method), L the
-diagonal of their standard deviations. Standard deviations multiply, so that zero is a value like
-any other (Bates et al. 2015, J. Stat. Softw. 67, section 2). Each column's few effects are
-eliminated, and what stays is one matrix over the runs: the cost is that of rows^2 x columns, not of
-(rows + columns)^3.
+logit P(y_ij = 1) = x_i'beta + s_r(i) v_r(i) + a_i' L w_j with v, w independent standard normal: v
+of the runs, whose standard deviation s can differ by kind (a method); w_j of column j, one for
+each column of a_i (an intercept, a base model, a method), L the diagonal of their standard
+deviations. Standard deviations multiply, so that zero is a value like any other (Bates et al. 2015,
+J. Stat. Softw. 67, section 2). Each column's few effects are eliminated, and what stays is one
+matrix over the runs: the cost is that of rows^2 x columns, not of (rows + columns)^3.
 """
 
 from dataclasses import dataclass, field
@@ -32,10 +32,20 @@ class Grid:
     x: np.ndarray  # [rows, terms]
     run: np.ndarray  # [rows] number of the run
     blocks: tuple[np.ndarray, ...]  # [rows, levels] each: which of a column's effects a row has
+    kind: np.ndarray | None = None  # [runs] number of the run's kind; none: runs of one kind
 
     @property
     def n_runs(self) -> int:
         return int(self.run.max(initial=-1)) + 1
+
+    @property
+    def kinds(self) -> np.ndarray:
+        """The number of each run's kind [runs]."""
+        return np.zeros(self.n_runs, int) if self.kind is None else self.kind
+
+    @property
+    def n_kinds(self) -> int:
+        return int(self.kinds.max(initial=-1)) + 1
 
     @property
     def columns(self) -> np.ndarray:
@@ -73,16 +83,16 @@ class Mode:
         return self.factor, self.inverse, self.transfer
 
 
-def _spread(grid: Grid, sd: np.ndarray) -> tuple[float, np.ndarray]:
-    """The runs' standard deviation, and that of each column effect."""
+def _spread(grid: Grid, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The standard deviation of each run, and that of each column effect."""
     sizes = [block.shape[1] for block in grid.blocks]
-    return (sd[0], np.repeat(sd[1:], sizes)) if grid.n_runs else (0.0, np.repeat(sd, sizes))
+    return sd[: grid.n_kinds][grid.kinds], np.repeat(sd[grid.n_kinds :], sizes)
 
 
 def _predictor(
-    grid: Grid, fixed: np.ndarray, su: float, a: np.ndarray, v: np.ndarray, w: np.ndarray
+    grid: Grid, fixed: np.ndarray, su: np.ndarray, a: np.ndarray, v: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    return (fixed + su * np.append(v, 0.0)[grid.run])[:, None] + a @ w.T
+    return (fixed + np.append(su * v, 0.0)[grid.run])[:, None] + a @ w.T
 
 
 def _by_run(grid: Grid, rows: np.ndarray) -> np.ndarray:
@@ -96,7 +106,7 @@ def _by_run(grid: Grid, rows: np.ndarray) -> np.ndarray:
     return found[:-1]
 
 
-def _factors(grid: Grid, weight: np.ndarray, su: float, a: np.ndarray) -> tuple:
+def _factors(grid: Grid, weight: np.ndarray, su: np.ndarray, a: np.ndarray) -> tuple:
     """Schur complement's factor, blocks' inverses, transfers, and the log-determinant of the
     negative Hessian in (v, w).
     """
@@ -191,9 +201,9 @@ def log_likelihood(
     shift = found.weight * _predictor(grid, np.zeros(len(a)), su, a, zv, zw) - pull
     in_beta = grid.x.T @ (found.rest + shift).sum(1)
     in_sd = []
-    if grid.n_runs:
-        along = su * (_by_run(grid, shift.sum(1)) @ state.v)
-        in_sd.append(state.v @ state.v - (grid.n_runs - np.trace(covered)) + along - zv @ state.v)
+    v = state.v
+    by_run = v * v - (1 - np.diag(covered)) + su * _by_run(grid, shift.sum(1)) * v - zv * v
+    in_sd += np.bincount(grid.kinds, by_run, grid.n_kinds).tolist()
     start, by_effect = 0, shift.T @ a
     traces = np.diagonal(of_w, axis1=1, axis2=2)
     for block in grid.blocks:
@@ -205,7 +215,12 @@ def log_likelihood(
 
 
 def _leverage(
-    grid: Grid, a: np.ndarray, su: float, covered: np.ndarray, moved: np.ndarray, of_w: np.ndarray
+    grid: Grid,
+    a: np.ndarray,
+    su: np.ndarray,
+    covered: np.ndarray,
+    moved: np.ndarray,
+    of_w: np.ndarray,
 ) -> np.ndarray:
     """The variance of each cell's predictor given the data [rows, columns]."""
     k = a.shape[1]
@@ -213,9 +228,10 @@ def _leverage(
     found = pairs @ of_w.reshape(len(of_w), k * k).T
     if grid.n_runs:
         own = grid.run >= 0
-        across = moved.transpose(2, 1, 0)[grid.run[own]]  # [rows, k, columns]
-        shared = 2 * su * np.einsum("ik,ikj->ij", a[own], across)
-        found[own] += su**2 * np.diag(covered)[grid.run[own], None] - shared
+        run = grid.run[own]
+        across = moved.transpose(2, 1, 0)[run]  # [rows, k, columns]
+        shared = 2 * su[run, None] * np.einsum("ik,ikj->ij", a[own], across)
+        found[own] += (su**2 * np.diag(covered))[run, None] - shared
     return found
 
 
@@ -237,8 +253,8 @@ def information(grid: Grid, found: Mode, sd: np.ndarray) -> np.ndarray:
 # ---- the fit
 @dataclass(frozen=True)
 class Fit:
-    """Laplace's maximum of the likelihood; standard deviations in logits, of the runs first where
-    the grid has runs, then of each block.
+    """Laplace's maximum of the likelihood; standard deviations in logits, of each kind of runs and
+    then of each block.
     """
 
     beta: np.ndarray
@@ -259,7 +275,7 @@ def fit(grid: Grid) -> Fit:
     included), as lme4's and glmmTMB's. A component whose maximum is at zero is taken out of the
     maximisation, and said.
     """
-    n_sd = len(grid.blocks) + (1 if grid.n_runs else 0)
+    n_sd = len(grid.blocks) + grid.n_kinds
     state = State(np.zeros(grid.n_runs), np.zeros((grid.y.shape[1], grid.columns.shape[1])))
     free, calls = np.ones(n_sd, bool), [0]
     sd = np.full(n_sd, 0.5)
@@ -310,7 +326,7 @@ def _maximum(
     """
     found, n = mode(grid, beta, sd, state), len(beta)
     root = np.linalg.inv(np.linalg.cholesky(information(grid, found, sd))).T
-    sizes = [grid.n_runs] if grid.n_runs else []
+    sizes = np.bincount(grid.kinds, minlength=grid.n_kinds).tolist()
     sizes += [block.shape[1] * grid.y.shape[1] for block in grid.blocks]
     scale = 1 / np.sqrt(2 * np.array(sizes)[free])
 

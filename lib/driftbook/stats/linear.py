@@ -70,7 +70,7 @@ def rate_model(
     estimate, cov, degrees = exact + found_terms[0], *found_terms[1:]
     converged = found.gradient < penalised.CONVERGED
     return fitted(
-        design, names, estimate, cov, df, spread, loglik, converged, notes, report, degrees
+        design, names, estimate, cov, df, spread, loglik, converged, notes, report, degrees=degrees
     )
 
 

@@ -35,10 +35,11 @@ def item_model(
     (laplace.py), as lme4's glmer and glmmTMB.
 
     The response is true or false (or a share, with the column of its number of trials). `groups`:
-    the runs, then the prompts and what is joined to them by ':' (the maximal model has prompt_id,
-    prompt_id:base_model and prompt_id:method); or one group alone, within which answers may repeat
-    and whose levels df then counts. A null run is a row without a run effect: a base model itself,
-    which was not drawn. Rows without a verdict are left out and counted. A direction in which the
+    the runs ("run_id by method" gives those of each method a variance of their own), then the
+    prompts and what is joined to them by ':' (the maximal model has prompt_id, prompt_id:base_model
+    and prompt_id:method); or one group alone, within which answers may repeat and whose levels df
+    then counts. A null run is a row without a run effect: a base model itself, which was not drawn.
+    Rows without a verdict are left out and counted. A direction in which the
     answers separate (all safe, or all unsafe, wherever it acts) has no finite estimate: its rows
     are taken out, and it is named, as are terms that are constant or aliased (Albert and Anderson
     1984, Biometrika 71, 1).
@@ -52,10 +53,10 @@ def item_model(
     items, y, right, notes = framed(items, formula, groups)
     notes += never_run(items, formula)
     n = _trials(items, y, formula, trials)
-    grid = _grid(items, y, right.to_numpy(), groups, n)
+    grid, kinds = _grid(items, y, right.to_numpy(), groups, n)
     kept, null, lost, grid = _told_apart(grid, right.columns)
     design, names = Design(right.design_info, kept, null), right.columns[kept]
-    components, grid, dropped = _worthwhile(grid, groups)
+    components, grid, dropped = _worthwhile(grid, groups, kinds)
     found = laplace.fit(grid)
     n_runs = grid.n_runs or (len(np.unique(grid.run)) if len(groups) > 1 else grid.y.shape[1])
     df = n_runs - len(names)
@@ -68,8 +69,9 @@ def item_model(
         notes.append(f"{n_runs} levels of {groups[0]} for {len(names)} fixed terms: no interval")
     report = reported(found.message, found.evaluations, found.gradient, at_zero, started)
     loglik = found.loglik + (0.0 if trials is None else _ways(grid))
+    by = groups[0].partition(" by ")[2] if len(groups) > 1 else ""
     return fitted(
-        design, names, found.beta, found.cov, df, random, loglik, converged, notes, report
+        design, names, found.beta, found.cov, df, random, loglik, converged, notes, report, by=by
     )
 
 
@@ -112,8 +114,10 @@ def _grid(
     x: np.ndarray,
     groups: tuple[str, ...],
     trials: np.ndarray | None,
-) -> Grid:
-    """The answers as a grid: a row for each run and set of fixed terms, a column a prompt."""
+) -> tuple[Grid, pd.Index]:
+    """The answers as a grid: a row for each run and set of fixed terms, a column a prompt; and the
+    names of the runs' kinds.
+    """
     runs, columns = (groups[0], groups[1:]) if len(groups) > 1 else (None, groups)
     prompt = columns[0]
     if strange := [name for name in columns if name.split(":")[0] != prompt]:
@@ -122,7 +126,7 @@ def _grid(
             " prompts alone and joined to something by ':'"
         )
     parts = [_codes(items, name) for name in columns]
-    run = pd.factorize(items[runs])[0] if runs else np.full(len(items), -1)  # -1 where null
+    run, kind, kinds = _runs(items, runs)
     key = np.ascontiguousarray(np.column_stack([x + 0.0, run, *parts]))
     whole = key.view(np.dtype((np.void, key.itemsize * key.shape[1]))).ravel()
     _, first, row = np.unique(whole, return_index=True, return_inverse=True)
@@ -139,7 +143,24 @@ def _grid(
     n = np.ones(len(y)) if trials is None else trials
     yes, asked = (np.bincount(place, one, shape[0] * shape[1]).reshape(shape) for one in (y * n, n))
     blocks = tuple(np.eye(part.max() + 1)[part[first]] for part in parts)
-    return Grid(yes, asked, x[first], run[first], blocks)
+    return Grid(yes, asked, x[first], run[first], blocks, kind), kinds
+
+
+def _runs(items: pd.DataFrame, runs: str | None) -> tuple[np.ndarray, np.ndarray, pd.Index]:
+    """The run of each item (-1 where null, or where there are no runs), the kind of each run (what
+    follows "by"), and the names of the kinds.
+    """
+    if runs is None:
+        return np.full(len(items), -1), np.zeros(0, int), pd.Index([])
+    column, _, by = runs.partition(" by ")
+    if not by:
+        run, levels = pd.factorize(items[column])
+        return run, np.zeros(len(levels), int), pd.Index([""])
+    has = items[column].notna().to_numpy()
+    pairs = pd.MultiIndex.from_frame(items.loc[has, [column, by]].astype(str))
+    run = np.full(len(items), -1)
+    run[has], levels = pd.factorize(pairs)
+    return run, *pd.factorize(levels.get_level_values(1))
 
 
 def _small_enough(
@@ -182,11 +203,17 @@ def _told_apart(grid: Grid, names: pd.Index) -> tuple[np.ndarray, np.ndarray, li
                 "the answers separate completely: every row of the design has all answers alike, so"
                 " there is nothing to model"
             )
-    runs, codes = np.unique(grid.run[stay], return_inverse=True)
-    codes = codes - (1 if len(runs) and runs[0] == -1 else 0)
+    codes, kind = _numbered(grid.run[stay], grid.kind)
     blocks = tuple(block[stay][:, block[stay].any(0)] for block in grid.blocks)
-    left = Grid(grid.y[stay], grid.trials[stay], grid.x[stay][:, kept], codes, blocks)
+    left = Grid(grid.y[stay], grid.trials[stay], grid.x[stay][:, kept], codes, blocks, kind)
     return kept, null, notes, left
+
+
+def _numbered(run: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs numbered without gaps (-1 stays), and their kinds."""
+    levels, codes = np.unique(run, return_inverse=True)
+    without = int(len(levels) > 0 and levels[0] == -1)
+    return codes - without, kind[levels[without:]]
 
 
 def _separated(x: np.ndarray, sign: np.ndarray, stay: np.ndarray) -> np.ndarray:
@@ -206,19 +233,29 @@ def _separated(x: np.ndarray, sign: np.ndarray, stay: np.ndarray) -> np.ndarray:
     return found
 
 
-def _worthwhile(grid: Grid, groups: tuple[str, ...]) -> tuple[list[str], Grid, list[str]]:
+def _worthwhile(
+    grid: Grid, groups: tuple[str, ...], kinds: pd.Index
+) -> tuple[list[str], Grid, list[str]]:
     """The components that can be told, with their names; those of one level, or with a level for
     each row of answers, are left out with a note.
     """
-    runs, columns = (groups[0], groups[1:]) if len(groups) > 1 else (None, groups)
-    names, notes, blocks, run = [runs] if runs else [], [], [], grid.run
-    if runs and grid.n_runs < 2:
-        notes.append(f"component {runs} left out: {grid.n_runs} levels")
-        names, run = [], np.full(len(run), -1)
+    runs, columns = (
+        (groups[0].partition(" by ")[0], groups[1:]) if len(groups) > 1 else ("", groups)
+    )
+    names, notes, blocks, run = [], [], [], grid.run
+    for i, one in enumerate(kinds):
+        name, n = f"{runs} of {one}" if one else runs, (grid.kind == i).sum()
+        if n > 1:
+            names.append(name)
+        else:
+            notes.append(f"component {name} left out: {n} levels")
+            run = np.where(np.append(grid.kind == i, False)[run], -1, run)
+    run, kind = _numbered(run, grid.kind)
+    kind = np.unique(kind, return_inverse=True)[1]
     for name, block in zip(columns, grid.blocks, strict=True):
         if grid.y.shape[1] > 1 and (":" not in name or block.shape[1] > 1):
             names.append(name)
             blocks.append(block)
         else:
             notes.append(f"component {name} left out: one level")
-    return names, Grid(grid.y, grid.trials, grid.x, run, tuple(blocks)), notes
+    return names, Grid(grid.y, grid.trials, grid.x, run, tuple(blocks), kind), notes

@@ -75,6 +75,7 @@ class MixedFit:
     design: Design = field(repr=False)
     report: dict[str, Any] = field(default_factory=dict, repr=False)
     degrees: Satterthwaite | None = field(default=None, repr=False)
+    by: str = ""  # the column by which a logistic fit's runs differ in their spread
 
     def at(self, rows: pd.DataFrame) -> np.ndarray:
         """The fixed terms at these rows, to be averaged or subtracted and given to `contrast`; NaN
@@ -100,11 +101,14 @@ class MixedFit:
         """
         at, weights = self.at(rows), np.atleast_2d(np.asarray(weights, float))
         sd = self.random.set_index("group")["sd"]
-        of_runs = sd.get("run_id", 0.0) * (1.0 if alone is None else ~np.asarray(alone, bool))
-        spread = np.sqrt((sd.drop("run_id", errors="ignore") ** 2).sum() + of_runs**2)
+        names = "run_id of " + rows[self.by].astype(str) if self.by else ["run_id"] * len(rows)
+        of_runs = sd.reindex(names).fillna(0.0).to_numpy()
+        of_runs = np.where(False if alone is None else alone, 0.0, of_runs)
+        others = sd[[not name.startswith("run_id") for name in sd.index]]
+        spread = np.sqrt((others**2).sum() + of_runs**2)
         nodes, share = np.polynomial.hermite_e.hermegauss(NODES)
         middle = (at @ self.fixed["estimate"].to_numpy(float))[:, None]
-        p = expit(middle + np.broadcast_to(spread, len(at))[:, None] * nodes)
+        p = expit(middle + spread[:, None] * nodes)
         mean, slope = p @ share / share.sum(), (p * (1 - p)) @ share / share.sum()
         lost = ((weights != 0) & np.isnan(mean)).any(axis=1)
         moved = np.nan_to_num(slope)[:, None] * np.nan_to_num(at)
@@ -138,13 +142,13 @@ def fitted(
     converged: bool,
     notes: list[str],
     report: dict[str, Any],
-    degrees: Satterthwaite | None = None,
+    **more: Any,
 ) -> MixedFit:
     """The result, with standard errors where there are degrees of freedom."""
     se = np.sqrt(np.diag(cov)) if df > 0 else np.nan
     fixed = pd.DataFrame({"term": names, "estimate": estimate, "se": se})
     notes = tuple(dict.fromkeys(notes))
-    return MixedFit(fixed, cov, df, random, loglik, converged, notes, design, report, degrees)
+    return MixedFit(fixed, cov, df, random, loglik, converged, notes, design, report, **more)
 
 
 def reported(
