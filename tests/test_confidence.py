@@ -43,7 +43,7 @@ found = {
     "kappa": agreement.kappa(20, 5, 5, 20)[1:],
     "delta": [comparisons.two_samples(x[:9], y[:9])[name] for name in ("ci_low", "ci_high")],
     "welch": [doses._welch([1, 0], [1, 1], [5, 5])[name] for name in ("ci_low", "ci_high")],
-    "fisher": [correlations._raw(0.5, 40)[name] for name in ("ci_low", "ci_high")],
+    "fisher": [correlations._raw(0.5, 0.5 + 0.01 * x[:9])[name] for name in ("ci_low", "ci_high")],
     "mixed": linear.rate_model(rows, "y ~ 1", "run_id").contrast([[1.0]])[["ci_low", "ci_high"]],
     "spread": power._with_interval(plan, pd.Series([1.0]))[["ci_low", "ci_high"]],
     "original": [

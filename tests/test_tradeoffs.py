@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from scipy.stats import t
 
 from driftbook.analyses import correlations, tradeoffs
 from driftbook.analyses.correlations import CORRELATION, RELIABILITY, UNATTENUATED, WITHIN_METHODS
@@ -247,9 +248,8 @@ def latent(
         for j in (0, 1)
     ]
     strata = [["c"] * n_units, ["c" if shared else "d"] * n_units]
-    arms = known(
-        n_runs, methods=list(np.array(["lora", "ia3", "prompt_tuning", "p_tuning"])[method])
-    )
+    methods = list(np.array(["lora", "ia3", "prompt_tuning", "p_tuning"])[method])
+    arms = known(n_runs, methods, settings=[f"s{i}" for i in range(n_runs)])
     measured = {
         name: (None, scores(part, strata=strata[j]))
         for j, (name, part) in enumerate(zip(("x", "y"), items, strict=True))
@@ -310,10 +310,50 @@ def test_raw_correlations_are_numpys_and_within_methods_those_of_residuals():
     }
     by_hand = found.loc[RAW, "value"] / np.sqrt(reliable["x"] * reliable["y"])
     assert found.loc[RAW + UNATTENUATED, "value"] == pytest.approx(by_hand, rel=1e-6)
-    low, high = np.tanh(
-        np.arctanh(found.loc[RAW, "value"]) + np.array([-1, 1]) * 1.959964 / np.sqrt(37)
-    )
+    left = [np.corrcoef(frame.drop(index=i).T)[0, 1] for i in range(40)]
+    half = jackknifed(left)
+    low, high = np.tanh(np.arctanh(found.loc[RAW, "value"]) + np.array([-half, half]))
     assert found.loc[RAW, ["ci_low", "ci_high"]].tolist() == pytest.approx([low, high], abs=1e-6)
+
+
+def jackknifed(left: list[float]) -> float:
+    """Half the width of an interval for Fisher's z from correlations without each unit."""
+    z = np.arctanh(left)
+    pseudo = len(z) * z.mean() - (len(z) - 1) * z  # less a constant
+    return t.ppf(0.975, len(z) - 1) * np.sqrt(pseudo.var(ddof=1) / len(z))
+
+
+def test_settings_are_the_units_of_a_correlation_and_runs_where_a_method_has_one():
+    measured, arms = latent(np.random.default_rng(11), shift=1.0)
+    values = pd.DataFrame({name: pair[1].value for name, pair in measured.items()})
+    arms["setting"] = ["", *(f"s{i // 2}" for i in range(40))]
+    found = correlated(measured, arms).loc[RAW]
+    left = [np.corrcoef(values.drop(index=[i, i + 1]).T)[0, 1] for i in range(0, 40, 2)]
+    width = np.arctanh(found["ci_high"]) - np.arctanh(found["ci_low"])
+    assert width / 2 == pytest.approx(jackknifed(left))
+    assert "jackknife over 20 settings" in found["how"]
+    one = correlated(measured, arms.assign(setting="s"))
+    assert "jackknife over 4 settings" in one.loc[RAW, "how"]
+    assert "jackknife over 40 settings" in one.loc[RAW + WITHIN_METHODS, "how"]
+    two = correlated(measured, arms[arms["run_id"].isin(["base", *(f"r{i}" for i in range(6))])])
+    assert two.loc[RAW, "how"] == "Pearson; no interval: 3 settings"
+    assert pd.isna(two.loc[RAW, "ci_low"])
+
+
+@pytest.mark.parametrize(("n_settings", "shared"), [(16, 0.8), (8, 0.8), (16, 0.0)])
+def test_intervals_hold_the_correlation_of_runs_that_repeat_settings(n_settings, shared):
+    rng, held = np.random.default_rng(12), []
+    setting = np.repeat(np.arange(n_settings), 3)
+    without = 1.0 - (np.arange(n_settings)[:, None] == setting)
+    for _ in range(1000):
+        own, again = rng.normal(size=(2, n_settings)), rng.normal(size=(2, len(setting)))
+        x, y = np.sqrt(shared) * own[:, setting] + np.sqrt(1 - shared) * again
+        products = np.outer(x, x), np.outer(y, y), np.outer(x, y)
+        group = np.zeros(len(x), int)
+        xx, yy, xy = (correlations._within_groups(one, without, group) for one in products)
+        found = correlations._raw(np.corrcoef(x, y)[0, 1], xy / np.sqrt(xx * yy))
+        held.append(found["ci_low"] <= 0 <= found["ci_high"])
+    assert 0.93 <= np.mean(held) <= 0.97
 
 
 def test_noise_that_two_scores_share_is_no_correlation():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
+from scipy.special import stdtrit
 
 from driftbook.analyses.tradeoffs import has_score, same_units, scaled
 from driftbook.stats.confidence import LOWER, UPPER
@@ -20,7 +20,7 @@ _FEWEST, LEAST_RELIABLE = (
     4,
     0.2,
 )  # runs for a correlation; below such a reliability the correction is made of noise
-RUNS = "runs like these (these settings), prompts like these, these base models"
+RUNS = "settings and runs like these, prompts like these, these base models"
 
 
 # ---- does one change follow another
@@ -53,7 +53,8 @@ def correlations(
         for outcome in measured if x in measured else ():
             one, other = measured[x][1], measured[outcome][1]
             runs = own[has_score(one, own["run_id"]) & has_score(other, own["run_id"])]
-            counts = _resampled(pd.factorize(runs["method"])[0], n_boot, rng)
+            method, setting = _settings(runs)
+            counts = _resampled(method, setting, n_boot, rng)
             found = _reliability(other, runs, counts)
             if outcome != x:
                 found += _correlated(one, other, runs, counts, x)
@@ -65,20 +66,39 @@ def correlations(
     return complete(pd.DataFrame(rows).assign(**labels, group=TRAINED, population=RUNS))
 
 
-def _resampled(method: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """The weight of each run [1 + n_boot, runs]: one in the first row, which is what was found;
-    then as chance has it within its method.
+def _settings(runs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The method of each run, and its setting within it."""
+    setting = runs["method"].astype(str) + " " + runs["setting"].astype(str)
+    return pd.factorize(runs["method"])[0], pd.factorize(setting)[0]
 
-    One run less than there are is drawn, and their weights are raised to the number there is, so
-    that few runs do not look less spread than they are (Rao & Wu 1988, Journal of the American
+
+def _units(method: np.ndarray, setting: np.ndarray) -> np.ndarray:
+    """What is drawn within a method: its settings, or its runs where it has one setting."""
+    units = setting.copy()
+    for name in np.unique(method):
+        own = np.flatnonzero(method == name)
+        if len(np.unique(setting[own])) == 1:
+            units[own] = len(setting) + own
+    return units
+
+
+def _resampled(
+    method: np.ndarray, setting: np.ndarray, n_boot: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The weight of each run [1 + n_boot, runs]: one in the first row, which is what was found;
+    then as chance has it, which draws settings within a method, or runs where it has one setting.
+
+    One unit less than there are is drawn, and their weights are raised to the number there is, so
+    that few do not look less spread than they are (Rao & Wu 1988, Journal of the American
     Statistical Association 83, 231). The one run of a method stays.
     """
-    counts = np.ones((1 + n_boot, len(method)))
+    counts, units = np.ones((1 + n_boot, len(method))), _units(method, setting)
     for name in np.unique(method):
-        if (n := (method == name).sum()) > 1:
-            counts[1:, method == name] = (
-                rng.multinomial(n - 1, np.full(n, 1 / n), n_boot) * n / (n - 1)
-            )
+        own = np.flatnonzero(method == name)
+        unit = np.unique(units[own], return_inverse=True)[1]
+        if (n := unit.max() + 1) > 1:
+            drawn = rng.multinomial(n - 1, np.full(n, 1 / n), n_boot) * n / (n - 1)
+            counts[1:, own] = drawn[:, unit]
     return counts
 
 
@@ -106,7 +126,7 @@ def _within_groups(products: np.ndarray, counts: np.ndarray, group: np.ndarray) 
     total = counts @ np.diag(products)
     for name in np.unique(group):
         own = counts * (group == name)
-        total = total - ((own @ products) * own).sum(1) / own.sum(1)
+        total = total - ((own @ products) * own).sum(1) / np.maximum(own.sum(1), 1e-300)
     return total / (counts.sum(1) - len(np.unique(group)))
 
 
@@ -145,9 +165,10 @@ def _correlated(
     """The raw and the corrected correlation, over all runs and within methods: contrast, value,
     ci_low, ci_high, how.
     """
-    rows, method = [], pd.factorize(runs["method"])[0]
+    (method, setting), rows = _settings(runs), []
     contrast = CORRELATION
-    for words, group in (("", np.zeros_like(method)), (WITHIN_METHODS, method)):
+    whole = "", np.zeros_like(method), setting
+    for words, group, unit in (whole, (WITHIN_METHODS, method, _units(method, setting))):
         spare = len(runs) - group.max(initial=0)  # as many as there would be without groups
         if spare < _FEWEST:
             how = (
@@ -160,18 +181,17 @@ def _correlated(
                 for more in ("", UNATTENUATED)
             ]
             continue
-        seen, noise = zip(
-            *(
-                _moments(a, b, runs, counts, group)
-                for a, b in ((one, one), (other, other), (one, other))
-            ),
-            strict=True,
-        )
+        pairs = (one, one), (other, other), (one, other)
+        seen, noise = zip(*(_moments(*pair, runs, counts, group) for pair in pairs), strict=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             reliable = [1 - part / whole for part, whole in zip(noise[:2], seen, strict=False)]
             raw = seen[2] / np.sqrt(seen[0] * seen[1])
             corrected = (seen[2] - noise[2]) / np.sqrt((seen[0] - noise[0]) * (seen[1] - noise[1]))
-        rows.append({"contrast": contrast + words, **_raw(raw[0], spare)})
+        without = 1.0 - (np.unique(unit)[:, None] == unit)
+        each = [_moments(*pair, runs, without, group)[0] for pair in pairs]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            left = each[2] / np.sqrt(each[0] * each[1])
+        rows.append({"contrast": contrast + words, **_raw(raw[0], left)})
         rows.append(
             {
                 "contrast": contrast + words + UNATTENUATED,
@@ -181,21 +201,26 @@ def _correlated(
     return [{**row, "against": x} for row in rows]
 
 
-def _raw(r: float, spare: int) -> dict:
+def _raw(r: float, left: np.ndarray) -> dict:
+    """A correlation with its interval; `left` holds it without each unit (a setting, or a run)
+    in turn.
+    """
     if np.isnan(r):
         return {
             "value": None,
             "how": "no correlation: one of the two changes is the same in all runs",
         }
+    k, how = len(left), "Pearson; "
     if abs(r) > 1 - 1e-12:
-        return {"value": r, "how": "Pearson; runs on one line have no interval"}
-    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * ndtri(UPPER) / np.sqrt(spare - 3))
-    return {
-        "value": r,
-        "ci_low": low,
-        "ci_high": high,
-        "how": "Pearson, Fisher's z; the noise of the prompts is in it and draws it to zero",
-    }
+        return {"value": r, "how": how + "runs on one line have no interval"}
+    if k < _FEWEST or not (np.abs(left) < 1 - 1e-12).all():
+        how += f"no interval: {k} settings" if k < _FEWEST else "no interval without one setting"
+        return {"value": r, "how": how}
+    z = np.arctanh(left)
+    half = stdtrit(k - 1, UPPER) * np.sqrt((k - 1) / k * ((z - z.mean()) ** 2).sum())
+    how += f"Fisher's z, jackknife over {k} settings; the noise of the prompts draws it to zero"
+    low, high = np.tanh(np.arctanh(r) + np.array([-1, 1]) * half)
+    return {"value": r, "ci_low": low, "ci_high": high, "how": how}
 
 
 def _corrected(raw: float, corrected: np.ndarray, reliable: np.ndarray) -> dict:
