@@ -120,7 +120,7 @@ args <- commandArgs(TRUE)
 suppressMessages(library(lme4))
 rows <- read.csv(args[1], stringsAsFactors = TRUE)
 used <- system.time(fit <- lmer(as.formula(args[2]), rows))
-cat(sum(used[1:2]), as.numeric(logLik(fit)))
+cat(sprintf("%.3f %.6f", sum(used[1:2]), as.numeric(logLik(fit))))
 """
 
 

@@ -171,7 +171,9 @@ def of_fit(
         )
     )
     kept = any("base_model:category" in name for name in fit.random["group"])
-    one = rows["base_model"].nunique() == 1 and fit.random["group"].eq("category").any()
+    asked = set(names["base_model"])
+    one = rows["base_model"].nunique() == 1 or (len(asked) == 1 and "all" not in asked)
+    one = one and fit.random["group"].eq("category").any()  # which then holds it
     how = "linear mixed model (REML)" + ("" if kept or one else WITHOUT_BASE_ERROR)
     return _rows(fit, found, names, model, RATES, how, labels)
 
@@ -188,16 +190,11 @@ def of_risks(
     percentage points.
     """
     found = fit.risk(rows, weights, rows["method"].eq("none").to_numpy())
-    return _rows(
-        fit,
-        found,
-        names,
-        model,
-        SINGLE,
-        "logistic mixed model (Laplace), population-averaged, spread of random effects taken as"
-        " known",
-        labels,
-    )
+    how = "logistic mixed model (Laplace), population-averaged"
+    how += ", spread of random effects taken as known"
+    if not fit.random["group"].eq("prompt_id:method").any():
+        how += ", without what a method does to single prompts"
+    return _rows(fit, found, names, model, SINGLE, how, labels)
 
 
 def _rows(
