@@ -137,14 +137,14 @@ def by_run(answers: pd.DataFrame) -> dict[str, Scores]:
         side, limits = i % 2, (0.0 if name.startswith("acc") else -100.0, 100.0)
         moved = 100 * np.nan_to_num(influence[..., i])
         items = (asked[:, side], (asked - read)[:, side])
-        counted = _shares(full[:, :, side]) if name.startswith("acc") else None
+        counted = _accuracy_parts(full[:, :, side]) if name.startswith("acc") else None
         found[outcome] = Scores(
             runs, strata.to_numpy(object), 100 * value[:, i], moved, *items, limits, counted
         )
     return found
 
 
-def _shares(counts: np.ndarray) -> np.ndarray:
+def _accuracy_parts(counts: np.ndarray) -> np.ndarray:
     """Each unit's part of an accuracy and of its denominator [2, runs, units]."""
     parts = np.moveaxis(counts[..., [COUNTS.index("correct"), COUNTS.index("scored")]], -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
