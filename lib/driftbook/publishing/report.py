@@ -10,14 +10,14 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from driftbook.analyses import primary
+from driftbook.analyses import estimands, primary
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, SHORT, UNITS
 from driftbook.publishing import publish
 from driftbook.publishing.pages import notebook_pages
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
-from driftbook.stats.picking import plain, with_minus
+from driftbook.stats.picking import picked, plain, with_minus
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -363,6 +363,7 @@ def write(study: Study) -> Path:
         miniature=study.miniature,
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
+        estimands=estimands.estimands(study, printed(tables["estimates"])),
         checked=checked(study),
         summary=summary(tables["estimates"]),
         compared=bool(study.grid),
@@ -385,13 +386,32 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
     deviation from it.
     """
     entries, deviations = preregistration.registered(study), preregistration.deviations(study)
-    text = primary.primary_sentence(estimates[estimates["notebook"].eq("19_primary")], deviations)
+    tested = picked(estimates, notebook="19_primary", group=primary.DECLARED)
+    text = primary.primary_sentence(tested, deviations)
     registered = (
         f" Registered as {entries[-1]['hash']} on {entries[-1]['registered']}."
         if entries
         else " Never registered."
     )
     return with_minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
+
+
+def printed(estimates: pd.DataFrame) -> pd.DataFrame:
+    """The estimates that the findings print: the summary's changes, the extremes, controls and
+    costs of unsafe responses, the declared tests; of base models alone their levels.
+    """
+    keys = zip(estimates["outcome"], estimates["benchmark"], strict=True)
+    known = pd.Series([key in FINDINGS.values() for key in keys], estimates.index, dtype=bool)
+    core = estimates["estimator"].eq(PRIMARY) & known
+    pooled, unsafe = estimates["base_model"].eq("all"), estimates["outcome"].eq(UNSAFE)
+    shown = estimates["group"].eq(TRAINED) & (pooled | unsafe)
+    shown |= estimates["group"].isin([AS_CONFIGURED, UNTRAINED]) & pooled & unsafe
+    changes = estimates[core & shown & estimates["contrast"].eq(CHANGE)]
+    if changes.empty:
+        level = core & estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none")
+        return estimates[level & estimates["group"].eq("all")]
+    tested = picked(estimates, notebook="19_primary", group=primary.DECLARED)
+    return pd.concat([changes, tested], ignore_index=True)
 
 
 def checked(study: Study) -> pd.DataFrame:
