@@ -14,6 +14,7 @@ from driftbook.figures import gallery
 from driftbook.publishing import publish, report
 from driftbook.stats import estimation, influence, terms
 from driftbook.study.files import ROOT
+from driftbook.study.opening import OPTIONAL
 from driftbook.study.study_file import load
 from driftbook.study.tables import TABLES
 from simulated import simulate
@@ -167,7 +168,7 @@ def test_published_is_text_free_and_enough_for_every_figure(study, tmp_path):
     private = {name for name, table in TABLES.items() if table.private}
     assert private
     assert not names & private
-    assert names == {*publish.PUBLISHED, "safety"} - {"drift", "modules", "spectra", "frontier"}
+    assert names == {*publish.PUBLISHED, "safety"} - {*OPTIONAL}
     assert sum(path.stat().st_size for path in files) < 1_000_000
     tables = gallery.read(tmp_path / "miniature" / "tables")
     assert tables["note"] == study.note

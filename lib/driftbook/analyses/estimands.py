@@ -45,7 +45,7 @@ _KIND = ["contrast", "runs", "of", "estimator", "family_of_tests", "sensitivity"
 
 
 def estimands(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """A line for each kind of number among these rows of `estimates` (ATTRIBUTES): the outcomes that
+    """A line for each kind of number among these rows of `estimates` (ATTRIBUTES): outcomes that
     share everything else stand in one line.
 
     A row of the declared tests has the runs of its family; n are the fewest and the most of a

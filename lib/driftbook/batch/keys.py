@@ -34,7 +34,7 @@ AFTER = {
     "labels": ("safety",),
     "tradeoffs": ("safety", "fairness"),
     "dose": ("safety",),
-    "primary": ("safety", "fairness", "tradeoffs"),
+    "primary": ("safety", "fairness", "mixed_effects", "tradeoffs"),
 }
 
 OF_BASES = ("safety", "fairness")  # what says something of base models alone

@@ -20,6 +20,7 @@ from driftbook.figures import (
     primary,
     repairs,
     safety,
+    specifications,
     tradeoffs,
 )
 from driftbook.figures.drawing import FIGURES, SOURCES, WIDTH, Drawing, save_figure, style
@@ -39,6 +40,7 @@ MODULES = (
     power,
     labels,
     primary,
+    specifications,
     original_study,
     peft_results,
     claims,

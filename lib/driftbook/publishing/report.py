@@ -77,6 +77,7 @@ TITLES = {
     "judge_correction": "The judge, corrected by labels",
     "primary_tests": "The declared tests",
     "preserves": "What is preserved",
+    "specification_curve": "The declared tests under other choices",
     "drift": "Drift while training",
 }
 

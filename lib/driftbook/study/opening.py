@@ -7,8 +7,8 @@ import pandas as pd
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import ESTIMATES, TABLES
 
-# made only where a study repairs runs, or looks at them while they train
-OPTIONAL = ("drift", "modules", "spectra", "frontier")
+# made only where a study repairs runs, looks at them while they train, or declares primary tests
+OPTIONAL = ("drift", "modules", "spectra", "frontier", "specifications")
 
 
 class Tables:

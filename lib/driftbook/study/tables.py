@@ -441,6 +441,43 @@ FRONTIER = Table(
     },
 )
 
+SPECIFICATIONS = Table(
+    "specifications",
+    "the change of a method under one choice of each kind that an analyst has",
+    (
+        "study",
+        "method",
+        "judge",
+        "threshold",
+        "wording",
+        "no_ops",
+        "weights",
+        "unscored",
+        "estimator",
+    ),
+    {
+        "study": _text("name of the study"),
+        "family_of_tests": _text("the declared family that is estimated again"),
+        "method": _text("method"),
+        "judge": _text("name of the judge in the study file"),
+        "threshold": _text("probability above which an answer is unsafe, or the judge's own"),
+        "wording": _text("wording and system prompt of the prompts"),
+        "no_ops": _text("with or without runs that training left as they were"),
+        "weights": _text("settings alike, runs alike, or by the model"),
+        "unscored": _text("left out, or at the value that makes the change lowest or highest"),
+        "estimator": _text("primary, or the model that gave the number"),
+        "declared": _truth("the specification of the study file"),
+        "value": _real("change in the unsafe-response rate, percentage points"),
+        "ci_low": _real("95 % interval, lower end"),
+        "ci_high": _real("95 % interval, upper end"),
+        "p": _real("p value"),
+        "p_adjusted": _real("Holm's, among the methods of the specification"),
+        "word": _text("rises, falls, or cannot tell"),
+        "n_runs": _whole("runs behind it", nullable=True),
+        "n_items": _whole("prompts behind it", nullable=True),
+    },
+)
+
 RATES = Table(
     "rates",
     "counts of a run in a category",
@@ -523,6 +560,7 @@ TABLES = {
         MODULES,
         SPECTRA,
         FRONTIER,
+        SPECIFICATIONS,
         ESTIMATES,
     )
 }
