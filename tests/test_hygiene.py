@@ -133,6 +133,15 @@ def test_no_private_name_is_used_by_another_module():
     assert not found
 
 
+def test_no_name_is_defined_twice_in_a_module():
+    found = []
+    for path in python_files("lib", "bench", "tests"):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        names = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds)]
+        found += [f"{where(path)} {name}" for name in {*names} if names.count(name) > 1]
+    assert not found  # the second would silently replace the first
+
+
 def test_a_face_shows_few_names():
     packages = sorted(path.parent.name for path in (ROOT / "lib/driftbook").glob("*/__init__.py"))
     assert len(packages) == 12
