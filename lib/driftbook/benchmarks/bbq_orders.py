@@ -2,7 +2,6 @@
 place, and what is left without it.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -150,8 +149,7 @@ def flip_rate(answers: pd.DataFrame) -> Scores | None:
     flipped, read, asked = (table[name].to_numpy(float) for name in values)
     n_asked, n_read = asked.sum(1).astype(int), read.sum(1).astype(int)
     strata = table["flip"].columns.get_level_values(0)
-    scores = ratio(flipped, read, table.index, strata, n_asked, n_asked - n_read)
-    return replace(scores, single=False)
+    return ratio(flipped, read, table.index, strata, n_asked, n_asked - n_read)
 
 
 def by_letter(answers: pd.DataFrame) -> pd.DataFrame:
