@@ -73,10 +73,11 @@ def estimands(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
 def _line(kind: dict, n_bases: int) -> dict[str, str]:
     """The line of one kind of number."""
     rows, of_mean = kind["rows"], kind["of"] == "mean"
-    one = " base model" + ("s" if n_bases > 1 else "")
+    n = n_bases if of_mean else rows["base_model"].nunique()
+    of = f"{n} base model" + ("s" if n > 1 else "")
     return {
         "Number": f"{kind['contrast']}: {'; '.join(_outcomes(rows))}",
-        "Of": f"mean of {n_bases}{one}" if of_mean else f"each of {n_bases}{one}",
+        "Of": f"mean of {of}" if of_mean else f"each of {of}",
         "Runs": kind["runs"],
         "Weights": _weights(kind, of_mean),
         **_population(rows["population"]),

@@ -74,9 +74,13 @@ def _levels(rows: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _name(kind: str, level: str, rows: pd.DataFrame) -> str:
     """The label of a line of the matrix; the declared choice is marked."""
-    shown = "mean over runs" if (kind, level) == ("estimator", PRIMARY) else level
     declared = rows.loc[rows["declared"], kind].eq(level).any()
-    return f"{KINDS[kind]}: {shown}" + (" *" if declared else "")
+    return _chosen(kind, level) + (" *" if declared else "")
+
+
+def _chosen(kind: str, level: str) -> str:
+    shown = "mean over runs" if (kind, level) == ("estimator", PRIMARY) else level
+    return f"{KINDS[kind]}: {shown}"
 
 
 def _values(ax: Axes, own: pd.DataFrame, colour: str) -> None:
@@ -110,7 +114,7 @@ def _choices(ax: Axes, own: pd.DataFrame, levels: list[tuple[str, str]], colour:
 
 def _caption(rows: pd.DataFrame, levels: list[tuple[str, str]]) -> str:
     varied = {kind for kind, _ in levels}
-    fixed = [f"{KINDS[kind]}: {rows[kind].iloc[0]}" for kind in KINDS if kind not in varied]
+    fixed = [_chosen(kind, rows[kind].iloc[0]) for kind in KINDS if kind not in varied]
     n = len(rows[list(KINDS)].drop_duplicates())
     text = (
         f"The declared family {rows['family_of_tests'].iloc[0]} under {n} specifications: above the"
