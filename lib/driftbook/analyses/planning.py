@@ -2,7 +2,14 @@
 
 import pandas as pd
 
-from driftbook.analyses import outcomes, power, power_components, power_rows, power_simulation
+from driftbook.analyses import (
+    outcomes,
+    power,
+    power_components,
+    power_joint,
+    power_rows,
+    power_simulation,
+)
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.stats.picking import picked
@@ -25,7 +32,7 @@ class Grid:
     """
 
     def __init__(self, tables: Tables, judge: str):
-        self.study, self.judge = tables.study, judge
+        self.study, self.judge, self.tables = tables.study, judge, tables
         rows = greedy(tables.verdicts).merge(
             tables.prompts, on=["benchmark", "prompt_id"], validate="m:1"
         )
@@ -88,10 +95,11 @@ class Grid:
         return self.plan(picked(assumed, other="none"), power.planned(self.study), n)
 
     def estimates(
-        self, margin: float, seeds: list[int], more_prompts: int, base_rate: float
+        self, margin: float, seeds: list[int], more_prompts: int, base_rate: float, seed: int = 0
     ) -> pd.DataFrame:
         """Every estimate of notebook 16: what this grid shows, its components, pairs of methods,
-        larger grids, and what was expected before it ran."""
+        larger grids, what was expected before it ran, and the power of the declared joint test
+        (drawn with `seed`)."""
         own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": self.judge}
         names = {"study": self.study.name, "notebook": "16_power", **own}
         plan = self.plan(self.single, self.here, self.n_prompts, examples=8)
@@ -102,6 +110,9 @@ class Grid:
             power_rows.of_plan(self.pairs(), usual, margin, **names),
             estimation.complete(self._tried(seeds, more_prompts).assign(**names)),
             power_rows.of_plan(self.expected(base_rate), power_rows.PLANNED, margin, **names),
+            power_joint.joint_power(
+                self.study, self.tables.estimates, seed, notebook=names["notebook"]
+            ),
         ]
         return ESTIMATES.concat(parts)
 
@@ -148,6 +159,16 @@ class Grid:
                 f" {unknown} are not known (nothing varied, or no setting was run twice)"
             )
         return f"**With {n:.0f} prompts a category, at {margin:g} points:** {'; '.join(words)}."
+
+    @staticmethod
+    def jointly(estimates: pd.DataFrame) -> pd.DataFrame:
+        """The power of the declared joint test in percent, by family, margin and method; empty
+        where none is declared or its outcomes have no estimates yet."""
+        rows = picked(estimates, contrast=power_joint.JOINT_POWER)
+        rows = rows.astype({"value": float, "margin": float})
+        rows = rows.rename(columns={"member": "family"})
+        by = ["family", "margin", "method", "base_model"]
+        return rows.set_index(by)["value"].unstack("base_model", sort=False)
 
     def sentence(self, estimates: pd.DataFrame, margin: float) -> str:
         """What this grid could show, in one sentence."""

@@ -34,6 +34,7 @@ AFTER = {
     "labels": ("safety",),
     "tradeoffs": ("safety", "fairness"),
     "dose": ("safety",),
+    "power": ("safety", "tradeoffs"),
     "primary": ("safety", "fairness", "mixed_effects", "tradeoffs"),
 }
 
