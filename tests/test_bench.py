@@ -2,9 +2,14 @@
 table must say what was missed.
 """
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
-from bench import __main__, harness, judges, scoring
+import torch
+from bench import __main__, harness, judges, real_equality, scoring
+
+from driftbook.models import scoring as scoring_models
 
 pytestmark = pytest.mark.slow
 
@@ -108,3 +113,44 @@ def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared
     large = found(training.gpu(shapes["small"], "float32", length=128, n=4, methods=("lora",)))
     assert large.value.gt(0).all()
     assert large.met.isna().all(), "the goals are of a GPU"
+
+
+@pytest.fixture
+def random_model(items, monkeypatch):
+    """A random Llama in place of the real weights; with its head tied it repeats what it reads."""
+    tokenizer = harness.tokenizer_of(harness.texts_of(items))
+    shape = harness.SHAPES["vocabulary of 8,192"] | {"vocab_size": len(tokenizer)}
+    model = harness.random_llama(shape, tokenizer)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight), False)
+    base = SimpleNamespace(model=model, tokenizer=tokenizer)
+    monkeypatch.setattr(real_equality, "real_model", lambda: base)
+    monkeypatch.setattr(real_equality, "NEW_TOKENS", 6)
+    monkeypatch.setattr(real_equality, "SPREAD", 2.0)
+
+
+def test_scoring_is_found_equal_to_transformers_own_for_every_method(random_model):
+    table = found(real_equality.rows(4, 3, 2, 600))
+    assert table.met.dropna().all()
+    assert table[table.figure.str.startswith("greedy texts")].value.eq(4).all()
+    exact = table[table.unit == "nats"]
+    assert len(exact) == 5 * 6
+    assert exact.value.gt(0).any()  # two computations, not one
+    changed = table[table.figure == "answers that the adapter changes"]
+    assert len(changed) == 4
+
+
+def test_scoring_that_is_not_transformers_own_is_found(random_model, monkeypatch):
+    right, written = scoring_models.Scorer.token_logprobs, scoring_models.Scorer.generate
+
+    def wrong(self, pairs):
+        return [values + 1e-3 for values in right(self, pairs)]
+
+    def shorter(self, contexts, most):
+        return written(self, contexts, most - 1)
+
+    monkeypatch.setattr(scoring_models.Scorer, "token_logprobs", wrong)
+    monkeypatch.setattr(scoring_models.Scorer, "generate", shorter)
+    table = found(real_equality.rows(3, 2, 2, 600, ["base"]))
+    assert not table.met[table.unit == "nats"].any()
+    assert table[table.figure.str.startswith("greedy texts")].value.eq(0).all()
