@@ -154,8 +154,9 @@ def rows(
         with adapters.attached(base.model, folder) as variant:
             scorer = Scorer(variant, base.tokenizer)
             written, lines = answer_rows(name, scorer, own, contexts)
-            first = first or written
-            if folder:
+            if folder is None:
+                first = written
+            elif first is not None:  # the base was asked too
                 changed = sum(a != b for a, b in zip(written, first, strict=True))
                 lines.append(row("answers that the adapter changes", name, changed, 1, "answers"))
             lines += choice_rows(name, scorer, own, items.iloc[_spread(len(items), n_items)])

@@ -154,3 +154,8 @@ def test_scoring_that_is_not_transformers_own_is_found(random_model, monkeypatch
     table = found(real_equality.rows(3, 2, 2, 600, ["base"]))
     assert not table.met[table.unit == "nats"].any()
     assert table[table.figure.str.startswith("greedy texts")].value.eq(0).all()
+
+
+def test_a_method_without_the_base_is_not_said_to_change_nothing(random_model):
+    table = found(real_equality.rows(1, 1, 1, 200, ["ia3"]))
+    assert len(table) == 4 + 6
