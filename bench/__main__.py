@@ -23,7 +23,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         ValueError: there is no such part.
     """
     import torch
-    from bench import coverage, mixed_models, safe_lora, study_checks, training
+    from bench import calibration, mixed_models, safe_lora, study_checks, training
 
     torch.set_num_threads(1)
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
@@ -41,7 +41,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         "accuracy": accuracy,
         "intervals": intervals,
         "models": mixed_models.rows,
-        "coverage": coverage.coverage_rows,
+        "calibration": calibration.calibration_rows,
         "study check": lambda: study_checks.detection_rows(
             40, folder=made if made.is_dir() else None
         ),

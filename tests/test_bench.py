@@ -2,6 +2,7 @@
 table must say what was missed.
 """
 
+<<<<<<< HEAD
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,6 +11,12 @@ import torch
 from bench import __main__, harness, judges, real_equality, scoring
 
 from driftbook.models import scoring as scoring_models
+=======
+import numpy as np
+import pandas as pd
+import pytest
+from bench import __main__, calibration, harness, judges, scoring
+>>>>>>> 03551fa (The bench calibrates verdicts to words end to end, over a grid; it replaces the simulation of one setting on one base)
 
 pytestmark = pytest.mark.slow
 
@@ -115,6 +122,7 @@ def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared
     assert large.met.isna().all(), "the goals are of a GPU"
 
 
+<<<<<<< HEAD
 @pytest.fixture
 def random_model(items, monkeypatch):
     """A random Llama in place of the real weights; with its head tied it repeats what it reads."""
@@ -159,3 +167,74 @@ def test_scoring_that_is_not_transformers_own_is_found(random_model, monkeypatch
 def test_a_method_without_the_base_is_not_said_to_change_nothing(random_model):
     table = found(real_equality.rows(1, 1, 1, 200, ["ia3"]))
     assert len(table) == 4 + 6
+=======
+# ---- calibration
+def test_simulated_verdicts_have_the_rates_that_are_said_to_be_true():
+    cell = calibration.Cell(
+        rate=0.3,
+        seeds=((3, 2), (2, 1)),
+        by_setting=(0.0, 6.0),
+        shared=0.5,
+        families=20,
+        base_sd=0.3,
+        bases=2,
+    )
+    rng, apart, closer = np.random.default_rng(0), [], []
+    for _ in range(150):
+        study = calibration.simulated(rng, cell)
+        seen = study.values.mean(axis=1)
+        missed = study.rates.rsub(seen, axis=0)[study.variants["method"].ne("none").to_numpy()]
+        apart.append(missed.mean())
+        closer.append((missed**2).mean())
+    apart, closer = pd.DataFrame(apart), pd.DataFrame(closer).mean()
+    assert (apart.mean().abs() < 4 * apart.sem()).all(), apart.mean()
+    assert closer["these prompts"] < closer["like"]
+    assert closer["these runs"] < closer["like"]
+    assert study.rates["like"].nunique() > 1
+    wrong = [calibration.simulated(rng, calibration.GRID["judge errs"]) for _ in range(2)]
+    assert all((one.values != one.true).to_numpy().any() for one in wrong)
+
+
+def test_calibration_sees_intervals_that_are_too_short_and_true_nulls_that_are_refuted(monkeypatch):
+    cells = ["one setting on one base", "repairs without effect"]
+    held, errors = calibration.calibration(6, names=cells)
+    assert held[held["kind"].ne(calibration.NAIVE)]["covered"].mean() > 85
+    assert errors["percent"].mean() < 15
+    assert set(held["cell"]) == set(cells)
+    again, _ = calibration.calibration(6, names=cells[1:])
+    assert again.equals(held[held["cell"].eq(cells[1])].reset_index(drop=True))
+
+    def shorter(*given, means=calibration.estimation.means, **labels):
+        found = means(*given, **labels)
+        ends = {
+            name: found["value"] + (found[name] - found["value"]) / 5
+            for name in ("ci_low", "ci_high")
+        }
+        return found.assign(**ends, p=found["p"] / 20)
+
+    monkeypatch.setattr(calibration.estimation, "means", shorter)
+    held, errors = calibration.calibration(6, names=cells)
+    short = held[held["kind"].isin(["change", "repair minus its own parent"])]
+    assert short["covered"].mean() < 70
+    assert errors["percent"].mean() > 15
+    with pytest.raises(ValueError, match="no cell 'elsewhere'"):
+        calibration.calibration(1, names=["elsewhere"])
+
+
+def test_calibration_names_its_worst_cells():
+    line = {"kind": "change", "where": "all base models", "n": 40, "none": 0, "width": 5.0}
+    held = pd.DataFrame(
+        [
+            line | {"cell": "main", "covered": 95.0},
+            line | {"cell": "null", "covered": 88.0},
+            line | {"cell": "one seed", "covered": 20.0},
+            line | {"cell": "null", "kind": calibration.NAIVE, "covered": 50.0},
+        ]
+    )
+    errors = pd.DataFrame([{"cell": "null", "kind": "Holm", "where": "x", "n": 9, "percent": 7.0}])
+    rows = calibration.summary(held, errors)
+    assert [row["value"] for row in rows] == [0.88, 0.95, 0.07]
+    assert [row["met"] for row in rows] == [False, True, False]
+    assert "null" in rows[0]["setting"]
+    assert rows[0]["peer"] == 0.5
+>>>>>>> 03551fa (The bench calibrates verdicts to words end to end, over a grid; it replaces the simulation of one setting on one base)

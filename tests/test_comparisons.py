@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from bench import coverage
 from scipy import linalg
 from scipy import stats as scipy_stats
 from scipy.special import ndtr
@@ -393,53 +392,6 @@ def test_delta_interval_covers_the_delta_of_normal_runs():
         found = comparisons.two_samples(rng.normal(1, 1, 8), rng.normal(0, 1, 8))
         hits += found["ci_low"] <= true <= found["ci_high"]
     assert 0.9 <= hits / 400 <= 0.99
-
-
-# ---- coverage
-def test_simulated_runs_have_the_rate_and_spread_they_are_said_to_have():
-    middle, spread = coverage.run_scale(0.13, 0.075)
-    rates = ndtr(np.random.default_rng(13).normal(middle, spread, 200_000))
-    assert (rates.mean(), rates.std()) == pytest.approx((0.13, 0.075), rel=0.01)
-    rng = np.random.default_rng(14)
-    sets = np.stack(
-        [
-            coverage._simulated(
-                rng, 0.3, coverage.run_scale(0.38, 0.06), 0.25, 3, np.array(coverage.FAMILIES)
-            )
-            for _ in range(500)
-        ]
-    )
-    assert sets[:, 0].mean() == pytest.approx(0.3, abs=0.01)
-    assert sets[:, 1:].mean() == pytest.approx(0.38, abs=0.01)
-
-
-def test_the_interval_covers_where_the_naive_one_does_not():
-    found = coverage.coverage(
-        150, run_sds=(0.02, 0.075), changes=(0.08,), prompt_by_method=(coverage.LARGE,)
-    )
-    assert found["covered"].between(90, 100).all()
-    assert found["naive"].min() < 75
-    assert found["null"].eq(0).all()
-    assert len(found) == 8
-
-
-def test_the_benchmark_says_its_worst_cell(monkeypatch):
-    table = pd.DataFrame(
-        {
-            "design": "d",
-            "rate": [0.05, 0.3],
-            "run_sd": [0.135, 0.02],
-            "prompt_by_method": 0.0,
-            "change": 0.0,
-            "covered": [75.0, 95.0],
-            "naive": [20.0, 90.0],
-        }
-    )
-    monkeypatch.setattr(coverage, "coverage", lambda n_sets: table)
-    rows = coverage.coverage_rows()
-    assert [row["value"] for row in rows] == [0.75, 0.95, 0.95]
-    assert [row["met"] for row in rows] == [False, True, True]
-    assert rows[0]["peer"] == 0.2
 
 
 def test_everything_is_a_table_of_estimates(study):
