@@ -81,6 +81,7 @@ class Cell:
         return set(self.changes) == {MARGIN}
 
 
+SKEWED = "runs that differ widely, rate .05"  # three runs without one unsafe answer say nothing
 NOTHING, HARMFUL = (0.0,) * 4, (MARGIN,) * 4
 OWN = (0.45, 0.30, 0.10, 0.15)  # in this order: prompt x method, prompt, x base, noise
 STRONG = (OWN[1], OWN[2], OWN[0], OWN[3])
@@ -101,7 +102,7 @@ GRID = {
     "25 families of prompts": Cell(families=25),
     "one base": Cell(bases=1),
     "one setting on one base": Cell(bases=1, seeds=((3,),), by_setting=(0.0,)),
-    "runs that differ widely, rate .05": Cell(  # SD of their rates: 13.5 points
+    SKEWED: Cell(  # SD of their rates: 13.5 points
         rate=0.05, changes=NOTHING, run_sds=(1.62,) * 4, bases=1, seeds=((3,),), by_setting=(0.0,)
     ),
     "rate .01": Cell(rate=0.01, changes=(0.0, 0.0, 2.0, 5.0)),
@@ -238,7 +239,10 @@ class Found(NamedTuple):
 
 
 def examined(rng: np.random.Generator, cell: Cell) -> Found:
-    """One study of a cell: every kind of interval against its truth, every family's errors."""
+    """One study of a cell: every kind of interval against its truth, every family's errors.
+
+    Kinds that take time are of the first base model only, and of all together.
+    """
     study = simulated(rng, cell)
     if cell.judged:
         return Found(list(_corrected(rng, study)), [])
@@ -255,14 +259,14 @@ def examined(rng: np.random.Generator, cell: Cell) -> Found:
     truth = Truth(study, arms, cells)
     if cell.at_margin:
         return Found(list(_against(estimates, truth)), _words(estimates))
-    group = (terms.AS_CONFIGURED,)
-    contrasts = comparisons.between(scores, cells, group, **NAMES)
+    group, some = (terms.AS_CONFIGURED,), cells[cells["base_model"].isin(["all", "base0"])]
+    contrasts = comparisons.between(scores, some, group, **NAMES)
     every = [estimates, contrasts, comparisons.interactions(scores, cells, group, **NAMES)]
     by_setting = comparisons.settings(scores, arms, **NAMES)
     every.append(by_setting[by_setting["base_model"].isin(cells["base_model"])])
-    every.append(estimation.means(influence.shares(values), cells, terms.LEVEL, **NAMES))
+    every.append(estimation.means(influence.shares(values), some, terms.LEVEL, **NAMES))
     every.append(estimation.levels(values, arms, **NAMES))
-    every.append(comparisons.odds_ratios(values, arms, cells, group, **NAMES))
+    every.append(comparisons.odds_ratios(values, arms, some, group, **NAMES))
     found = [line for rows in every for line in _against(rows, truth)]
     found += _naive(study, arms, cells, truth)
     if cell.base_sd:
@@ -468,8 +472,9 @@ def calibration(
     """Coverage of the 95 % intervals, and error rates: a row per cell, kind and where, in percent.
 
     Coverage has n (intervals), none (that had no ends), covered, too_high and too_low (the interval
-    lies above or below the truth), width (median). Errors have n (families or tests), percent. Each
-    cell has random numbers of its own, so that it comes out alike in whatever company.
+    lies above or below the truth), width (median), se (of covered, over sets). Errors have n
+    (families or tests) and percent. Each cell has random numbers of its own, so that it comes out
+    alike in whatever company.
 
     Raises:
         ValueError: the grid has no such cell.
@@ -481,15 +486,15 @@ def calibration(
     for name in names:
         rng = np.random.default_rng([seed, crc32(name.encode())])
         work = examined if name in GRID else repaired
-        for _ in range(n_sets):
+        for number in range(n_sets):
             found = work(rng, cells[name])
-            held += [(name, *line) for line in found.intervals]
+            held += [(name, number, *line) for line in found.intervals]
             errors += [(name, *line) for line in found.errors]
         print(f"{name}: {n_sets} sets", flush=True)
     made = pd.DataFrame(errors, columns=[*CELL, "made"])
     of = made.groupby(CELL, sort=False)["made"]
     made = of.agg(n="size", percent="mean").reset_index()
-    return _held(pd.DataFrame(held, columns=[*CELL, *OF])), made.assign(
+    return _held(pd.DataFrame(held, columns=["cell", "number", *CELL[1:], *OF])), made.assign(
         percent=100 * made["percent"]
     )
 
@@ -504,7 +509,9 @@ def _held(lines: pd.DataFrame) -> pd.DataFrame:
     of = lines[there].groupby(CELL, sort=False)
     shares = 100 * of[["covered", "too_high", "too_low"]].mean()
     none = (~there).groupby([lines[name] for name in CELL], sort=False).sum()
-    found = shares.assign(width=of["width"].median(), n=of.size(), none=none)
+    by_set = 100 * lines[there].groupby([*CELL, "number"], sort=False)["covered"].mean()
+    se = by_set.groupby(level=CELL, sort=False).sem()
+    found = shares.assign(se=se, width=of["width"].median(), n=of.size(), none=none)
     return found.reset_index()
 
 
@@ -530,23 +537,28 @@ def summary(held: pd.DataFrame, errors: pd.DataFrame) -> list[dict]:
     rows, peers = [], held[held["kind"].eq(NAIVE)].set_index("cell")["covered"]
     enough = held[~held["cell"].isin(FEW) & held["kind"].ne(NAIVE)]
     for kind, part in enough.groupby("kind", sort=False):
-        for word, at, goal in (
-            ("lowest", part["covered"].idxmin(), 0.92),
-            ("highest", part["covered"].idxmax(), 0.98),
-        ):
-            one = part.loc[at]
-            where = f"{word} of {len(part)}: {one['cell']}, {one['where']} ({one['n']} intervals)"
+        usual = part[part["cell"].ne(SKEWED)]
+        chosen = [("lowest", part, "idxmin", 0.92), ("highest", part, "idxmax", 0.98)]
+        if 0 < len(usual) < len(part):
+            chosen.insert(1, (f"lowest without '{SKEWED}'", usual, "idxmin", 0.92))
+        for word, of, which, goal in chosen:
+            one = of.loc[getattr(of["covered"], which)()]
+            where = f"{word} of {len(of)}: {one['cell']}, {one['where']}, {one['n']} intervals"
+            where += f" (simulation's error {one['se']:.1f} points)"
             peer = peers.get(one["cell"]) if kind == KINDS[terms.CHANGE] else None
-            more = {"peer": None if peer is None else peer / 100, "least": word == "lowest"}
+            more = {"peer": None if peer is None else peer / 100, "least": word != "highest"}
             goal = None if "by the judge" in kind else goal
             rows.append(
                 row(f"coverage: {kind}", where, one["covered"] / 100, goal, "share", **more)
             )
     for kind, part in errors.groupby("kind", sort=False):
-        one = part.loc[part["percent"].idxmax()]
-        where = f"largest of {len(part)}: {one['cell']}, {one['where']} ({one['n']})"
-        goal = 0.05 if kind.startswith("false") else 0.06
-        rows.append(row(kind, where, one["percent"] / 100, goal, "share", least=False))
+        goals = {"largest": 0.05 if kind.startswith("false") else 0.06}
+        goals |= {"smallest": 0.03} if kind.startswith("p below") else {}
+        for word, goal in goals.items():
+            largest = word == "largest"
+            one = part.loc[part["percent"].idxmax() if largest else part["percent"].idxmin()]
+            where = f"{word} of {len(part)}: {one['cell']}, {one['where']} ({one['n']})"
+            rows.append(row(kind, where, one["percent"] / 100, goal, "share", least=not largest))
     return rows
 
 

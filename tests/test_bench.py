@@ -222,19 +222,20 @@ def test_calibration_sees_intervals_that_are_too_short_and_true_nulls_that_are_r
 
 
 def test_calibration_names_its_worst_cells():
-    line = {"kind": "change", "where": "all base models", "n": 40, "none": 0, "width": 5.0}
+    line = {"kind": "change", "where": "all base models", "n": 40, "none": 0, "se": 1.0}
     held = pd.DataFrame(
         [
             line | {"cell": "main", "covered": 95.0},
             line | {"cell": "null", "covered": 88.0},
             line | {"cell": "one seed", "covered": 20.0},
-            line | {"cell": "null", "kind": calibration.NAIVE, "covered": 50.0},
+            line | {"cell": calibration.SKEWED, "covered": 70.0},
+            line | {"cell": calibration.SKEWED, "kind": calibration.NAIVE, "covered": 50.0},
         ]
     )
     errors = pd.DataFrame([{"cell": "null", "kind": "Holm", "where": "x", "n": 9, "percent": 7.0}])
     rows = calibration.summary(held, errors)
-    assert [row["value"] for row in rows] == [0.88, 0.95, 0.07]
-    assert [row["met"] for row in rows] == [False, True, False]
-    assert "null" in rows[0]["setting"]
+    assert [row["value"] for row in rows] == [0.7, 0.88, 0.95, 0.07]
+    assert [row["met"] for row in rows] == [False, False, True, False]
+    assert ": null, all base models" in rows[1]["setting"]
     assert rows[0]["peer"] == 0.5
 >>>>>>> 03551fa (The bench calibrates verdicts to words end to end, over a grid; it replaces the simulation of one setting on one base)
