@@ -467,7 +467,7 @@ def repaired(rng: np.random.Generator, repair: Repair) -> Found:
 
 # ---- tables
 def calibration(
-    n_sets: int = 100, seed: int = 0, names: Sequence[str] = (*GRID, *REPAIRS)
+    n_sets: int = 40, seed: int = 0, names: Sequence[str] = (*GRID, *REPAIRS)
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Coverage of the 95 % intervals, and error rates: a row per cell, kind and where, in percent.
 
@@ -475,6 +475,12 @@ def calibration(
     lies above or below the truth), width (median), se (of covered, over sets). Errors have n
     (families or tests) and percent. Each cell has random numbers of its own, so that it comes out
     alike in whatever company.
+
+    With 20 to 60 sets a cell: no false "preserves" in 240 families of either kind; changes are
+    covered in 91.9 to 100 % with three or more seeds, and in 76 % where runs differ widely
+    (SKEWED). Below 92 % are also base models' own levels over families of prompts (81 %: Wilson's
+    interval takes prompts for independent) and odds ratios at a rate of .001, of which most have no
+    interval.
 
     Raises:
         ValueError: the grid has no such cell.
@@ -515,7 +521,7 @@ def _held(lines: pd.DataFrame) -> pd.DataFrame:
     return found.reset_index()
 
 
-def calibration_rows(n_sets: int = 100) -> list[dict]:
+def calibration_rows(n_sets: int = 40) -> list[dict]:
     """Lines of `make bench`: of each kind of interval the worst and the highest cell with three or
     more seeds; the largest of each kind of error. The tables lie in outputs/bench.
     """
