@@ -477,10 +477,11 @@ def calibration(
     alike in whatever company.
 
     With 20 to 60 sets a cell: no false "preserves" in 240 families of either kind; changes are
-    covered in 91.9 to 100 % with three or more seeds, and in 76 % where runs differ widely
-    (SKEWED). Below 92 % are also base models' own levels over families of prompts (81 %: Wilson's
-    interval takes prompts for independent) and odds ratios at a rate of .001, of which most have no
-    interval.
+    covered in 91.7 to 100 % with three or more seeds, and in 76 % where runs differ widely
+    (SKEWED). Below 92 % are also differences of methods where settings share seeds (91.1 %, and
+    Holm's families of true nulls have an error in 8 % there, 5 of 60), base models' own levels over
+    families of prompts (81 %: Wilson's interval takes prompts for independent), and odds ratios at
+    a rate of .001, of which most have no interval.
 
     Raises:
         ValueError: the grid has no such cell.
