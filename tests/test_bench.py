@@ -2,21 +2,15 @@
 table must say what was missed.
 """
 
-<<<<<<< HEAD
 from types import SimpleNamespace
 
-import pandas as pd
-import pytest
-import torch
-from bench import __main__, harness, judges, real_equality, scoring
-
-from driftbook.models import scoring as scoring_models
-=======
 import numpy as np
 import pandas as pd
 import pytest
-from bench import __main__, calibration, harness, judges, scoring
->>>>>>> 03551fa (The bench calibrates verdicts to words end to end, over a grid; it replaces the simulation of one setting on one base)
+import torch
+from bench import __main__, calibration, harness, judges, real_equality, scoring
+
+from driftbook.models import scoring as scoring_models
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +116,6 @@ def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared
     assert large.met.isna().all(), "the goals are of a GPU"
 
 
-<<<<<<< HEAD
 @pytest.fixture
 def random_model(items, monkeypatch):
     """A random Llama in place of the real weights; with its head tied it repeats what it reads."""
@@ -167,7 +160,8 @@ def test_scoring_that_is_not_transformers_own_is_found(random_model, monkeypatch
 def test_a_method_without_the_base_is_not_said_to_change_nothing(random_model):
     table = found(real_equality.rows(1, 1, 1, 200, ["ia3"]))
     assert len(table) == 4 + 6
-=======
+
+
 # ---- calibration
 def test_simulated_verdicts_have_the_rates_that_are_said_to_be_true():
     cell = calibration.Cell(
@@ -238,4 +232,3 @@ def test_calibration_names_its_worst_cells():
     assert [row["met"] for row in rows] == [False, False, True, False]
     assert ": null, all base models" in rows[1]["setting"]
     assert rows[0]["peer"] == 0.5
->>>>>>> 03551fa (The bench calibrates verdicts to words end to end, over a grid; it replaces the simulation of one setting on one base)

@@ -123,7 +123,7 @@ def safety_category(tables: dict) -> tuple[Figure, str]:
     fig = by_part(tables, [SAFETY], f"Unsafe-response rate by category (percent, {INTERVAL})")
     text = (
         "Unsafe-response rate by category of the benchmark and method (trained runs, mean over"
-        " runs); grey: the base model, Wilson interval."
+        " runs); grey: the base model, interval over prompts."
     )
     return captioned(tables, fig, text, SAFETY)
 

@@ -31,6 +31,7 @@ RATE = "highest instead of lowest learning rate, at equal objective and epochs"
 EPOCHS = "most instead of fewest epochs, at equal objective and learning rate"
 NEW_BASE = "change against the base model, a new base model"
 ODDS = "odds ratio against the base model"
+FEWEST = 5  # answers of the rarer kind, below which the delta method's interval does not hold
 DELTA, DELTA_BASE = "Cliff's delta", "Cliff's delta against the base model"
 GROUPS = (AS_CONFIGURED, TRAINED)
 _RUN_COLUMNS = [
@@ -252,7 +253,8 @@ def odds_ratios(
     score for; over all base models it is the geometric mean of their ratios. The interval is the
     primary one's on the log odds, by the delta method (Zeger, Liang and Albert 1988, Biometrics 44,
     1049, for what "marginal" means). se is that of the logarithm. A cell or base model at 0 or 100
-    percent has no odds ratio: null, and `how` says which.
+    percent has no odds ratio, nor has one with fewer than FEWEST answers of a kind: null, and `how`
+    says which.
     """
     found, changes = {}, influence_.paired(values, arms)
     own, base = (_on_both(values, arms, changes, own=own) for own in (True, False))
@@ -291,6 +293,8 @@ def _odds_ratio(changes: Scores, own: Scores, base: Scores, cell: pd.DataFrame) 
             f"the runs or the base model {where} are at 0 or 100 percent, where odds have no ratio"
         )
         how += "; see the difference"
+    elif _rarest(changes, at, bases, p, q) < FEWEST:
+        how = f"fewer than {FEWEST} answers of one kind, too few for odds; see the difference"
     if how:
         n_items, n_unscored = int(changes.n_items[at].max()), int(changes.n_unscored[at].sum())
         counts = {"n_runs": len(at), "n_items": n_items, "n_unscored": n_unscored}
@@ -304,6 +308,20 @@ def _odds_ratio(changes: Scores, own: Scores, base: Scores, cell: pd.DataFrame) 
     ends = {name: None if found[name] is None else np.exp(found[name]) for name in names}
     how = "marginal odds ratio, delta method on the log odds; " + found["how"]
     return {**found, **ends, "how": how}
+
+
+def _rarest(
+    changes: Scores, at: np.ndarray, bases: np.ndarray, own: np.ndarray, base: np.ndarray
+) -> float:
+    """The smallest number of answers of the rarer kind among the runs of a base model, taken
+    together, and among its own answers.
+    """
+    n = changes.n_items[at] - changes.n_unscored[at]
+    counts = [
+        np.minimum(own, 1 - own) * np.bincount(bases, n)[bases],
+        np.minimum(base, 1 - base) * n,
+    ]
+    return float(np.min(counts))
 
 
 # ---- Cliff's delta

@@ -199,31 +199,25 @@ def within(cells: pd.DataFrame) -> pd.DataFrame:
 def levels(
     values: pd.DataFrame, arms: pd.DataFrame, group: str = ALL, **labels: str
 ) -> pd.DataFrame:
-    """The base models' rates in percent with Wilson intervals; null where nothing was scored."""
-    base = arms[arms["arm"].eq("base") & arms["run_id"].isin(values.index)]
-    values = values.loc[base["run_id"]]
-    n, k = values.notna().sum(axis=1).to_numpy(), values.sum(axis=1).to_numpy()
-    low, high = intervals.wilson(k, n)
-    with np.errstate(invalid="ignore"):
-        share = 100 * k / np.where(n > 0, n, np.nan)
-    found = {"value": share, "ci_low": 100 * low, "ci_high": 100 * high}
-    counts = {"n_items": values.shape[1], "n_unscored": values.shape[1] - n}
-    how = "share of scored prompts, Wilson interval"
-    return of_bases(pd.DataFrame(found).assign(**counts, group=group, how=how), base, **labels)
+    """The base models' rates in percent; null where nothing was scored."""
+    return levels_of_scores(shares(values), arms, group, **labels)
 
 
-def levels_of_scores(scores: Scores, arms: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    """The base models' own scores, with t intervals over units."""
+def levels_of_scores(
+    scores: Scores, arms: pd.DataFrame, group: str = ALL, **labels: str
+) -> pd.DataFrame:
+    """The base models' own scores, each from one run's answers, with intervals over units."""
     base = arms[arms["arm"].eq("base") & arms["run_id"].isin(scores.runs)]
-    at, units = scores.at(base["run_id"]), scores.influence.shape[1]
-    variance = (scores.influence[at] ** 2).sum(1) * units / max(units - 1, 1)
-    found = [
-        intervals.inside(intervals.t_interval(value, spread, units - 1), scores.limits)
-        for value, spread in zip(scores.value[at], variance, strict=True)
-    ]
-    counts = {"n_items": scores.n_items[at], "n_unscored": scores.n_unscored[at]}
-    frame = pd.DataFrame(found).drop(columns="p").assign(value=scores.value[at], **counts)
-    return of_bases(frame.assign(group=ALL, how="t interval over units"), base, **labels)
+    weight, none = np.ones(1), np.zeros(1, int)
+    found = pd.DataFrame(
+        [
+            estimate(scores, np.array([at]), weight, none, none)["both"]
+            for at in scores.at(base["run_id"])
+        ],
+        columns=["value", "se", "ci_low", "ci_high", "n_items", "n_unscored"],
+    )
+    units = terms.UNITS if scores.family is None else terms.FAMILY_UNITS
+    return of_bases(found.assign(group=group, how=f"interval over {units}"), base, **labels)
 
 
 def of_bases(found: pd.DataFrame, base: pd.DataFrame, **labels: str) -> pd.DataFrame:
