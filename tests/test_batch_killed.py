@@ -118,11 +118,12 @@ def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(
     assert_same(uninterrupted, made, made)
 
 
-def test_an_interrupt_ends_the_batch_and_says_so(new_batch):
+def test_a_polite_end_ends_the_batch_and_says_so(new_batch):
+    """SIGTERM, as `kill` and a scheduler send it; Ctrl-C and a closed terminal have its handler."""
     run = new_batch(OUTPUTS / "interrupt", KILLED)
     driver = run.start(COLLECT)
     _wait_for_files(run, driver, 4)
-    os.kill(driver.pid, signal.SIGINT)
+    os.kill(driver.pid, signal.SIGTERM)
     assert driver.wait(30) == 130
     assert _gone(run, 20)
     last = (run.outputs / "driver.log").read_text().strip().splitlines()[-1]

@@ -350,7 +350,8 @@ def conclude(study: Study, status: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell that starts it in the background has it ignored
+    # a shell that starts it in the background has SIGINT ignored; the others would end it at once,
+    # and leave Snakemake behind
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(*sys.argv[1:]))
