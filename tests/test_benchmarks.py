@@ -302,6 +302,7 @@ def _study_tables(p_base, p_run, n=40):
             "learning_rate": [np.nan] + [1e-3] * 3,
             "epochs": 1,
             "repetition": [1, 1, 2, 3],
+            "seed": [None, 1, 2, 3],
         }
     )
     runs = pd.DataFrame(
@@ -377,6 +378,7 @@ def test_the_repetitions_of_a_base_model_are_no_arms():
             "learning_rate": np.nan,
             "epochs": None,
             "repetition": [1, 2],
+            "seed": None,
         }
     )
     arms = influence.arms(
