@@ -348,7 +348,8 @@ def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     all, `every` of them, have it.
     """
     words = [runs[name].astype("string").fillna("") for name in ("objective", "dataset", "name")]
-    setting = words[0] + " " + words[1] + " " + words[2] + " " + runs["value"].astype("string")
+    words.append(runs["value"].astype("string").fillna(""))
+    setting = words[0] + " " + words[1] + " " + words[2] + " " + words[3]
     own = runs.assign(
         group=terms.MITIGATION,
         member=runs["name"],
