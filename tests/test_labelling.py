@@ -268,7 +268,7 @@ def test_where_all_are_labelled_the_rate_is_the_truth_and_certain():
         assert one["se"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_judge_that_is_right_loses_nothing():
+def test_a_judge_that_is_right_loses_nothing_but_what_labels_cannot_rule_out():
     frame = answers(judge=(1.2, 1.0), unscored=0.0)
     frame["p_unsafe"] = frame["true"].astype(float)
     frame["unsafe"] = frame["true"].astype("boolean")
@@ -277,7 +277,9 @@ def test_a_judge_that_is_right_loses_nothing():
         labelling.corrected(frame, labels_of(frame, drawn), drawn), "ia3", LEVEL, CORRECTED, THESE
     )
     assert one["value"] == pytest.approx(100 * frame.loc[frame["method"].eq("ia3"), "true"].mean())
-    assert one["se"] == pytest.approx(0, abs=1e-9)
+    by_labels = labelling.corrected(frame.assign(p_unsafe=0.5), labels_of(frame, drawn), drawn)
+    assert 0 < one["se"] < 3  # labels that all agree with the judge do not show that all others do
+    assert one["se"] <= row(by_labels, "ia3", LEVEL, CORRECTED, THESE)["se"] + 1e-9
 
 
 def test_the_estimator_is_the_papers_formula():

@@ -165,7 +165,7 @@ def test_the_flip_rate_is_that_of_a_slow_loop_and_its_units_are_families():
     assert scores.influence.sum() == pytest.approx(0, abs=1e-9)
 
 
-def test_the_base_models_own_flip_rate_has_a_t_interval_over_families():
+def test_the_base_models_own_flip_rate_has_an_interval_over_families():
     table = asked([0.5, 0.3, 0.2])
     random = table.assign(
         answer=np.random.default_rng(1).choice(["A", "B", "C"], len(table), p=[0.8, 0.1, 0.1])
@@ -182,7 +182,8 @@ def test_the_base_models_own_flip_rate_has_a_t_interval_over_families():
     se = 100 * np.sqrt(3 / 2 * np.square(deviations).sum())
     assert found["value"] == pytest.approx(100 * flips.flip.mean())
     assert found["se"] == pytest.approx(se)
-    assert found["ci_high"] == pytest.approx(min(100, found["value"] + 4.302653 * se))
+    assert found["value"] + se < found["ci_high"] <= 100
+    assert 0 <= found["ci_low"] < found["value"] - se
 
 
 def test_the_samples_are_the_same_for_every_variant_and_of_the_size_asked_for():

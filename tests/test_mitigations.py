@@ -92,7 +92,7 @@ def test_a_stage_gets_what_it_makes():
     assert set(keys.analyses(study)) == {"safe_lora"}
 
 
-def test_a_safety_run_is_that_of_the_same_seed():
+def test_a_safety_run_is_that_of_the_same_repetition():
     study = Study(**CONTENT)
     variants = {variant.run_id: variant for variant in study.variants}
     merged = [
@@ -103,7 +103,8 @@ def test_a_safety_run_is_that_of_the_same_seed():
     assert len(merged) == 4
     for one in merged:
         safety = variants[one.repair["safety_run_id"]]
-        assert (safety.dataset, safety.seed, safety.method) == ("safety", one.seed, one.method)
+        assert (safety.dataset, safety.method) == ("safety", one.method)
+        assert safety.repetition == one.repetition
 
 
 def test_another_checkpoint_of_a_pair_is_another_variant_and_another_key():
@@ -343,9 +344,11 @@ def test_trained_mitigations_are_trained_otherwise(finished):
     runs = collecting.runs(finished.study()).set_index("run_id")
     for parent, mixed in of(finished, "mixing 0.2").items():
         assert runs.n_examples[mixed.run_id] == runs.n_examples[parent] + 8  # 8 of 40 are a fifth
-    for parent, held in of(finished, "constrained").items():
-        assert runs.n_examples[held.run_id] == runs.n_examples[parent]
-        assert 0 < runs.kl_base[held.run_id] < runs.kl_base[parent]
+    held = {parent: one.run_id for parent, one in of(finished, "constrained").items()}
+    moved = [runs.kl_base[list(ids)].astype(float) for ids in (held.values(), held)]
+    assert (moved[0] > 0).all()
+    assert moved[0].mean() < moved[1].mean()  # of single runs the order is chance: they are short
+    assert all(runs.n_examples[one] == runs.n_examples[parent] for parent, one in held.items())
 
 
 def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):

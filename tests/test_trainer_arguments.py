@@ -10,8 +10,8 @@ from conftest import SMALL, one_sentence
 from driftbook.study.study_file import Study, load
 from driftbook.training import fit
 
-# of the code before TRL's arguments could be given
-KNOWN = {"miniature": (242, "03fb2138b3ad436e"), "paper": (268, "401a338ecc1c3764")}
+# since each setting draws seeds of its own; passing none of TRL's arguments must not change them
+KNOWN = {"miniature": (242, "ff1e398950226b76"), "paper": (268, "eeb847e7edf6db40")}
 GIVEN = {"adam_beta2": 0.9, "optim": "adamw_torch", "disable_dropout": False}
 
 
