@@ -344,11 +344,10 @@ def test_trained_mitigations_are_trained_otherwise(finished):
     runs = collecting.runs(finished.study()).set_index("run_id")
     for parent, mixed in of(finished, "mixing 0.2").items():
         assert runs.n_examples[mixed.run_id] == runs.n_examples[parent] + 8  # 8 of 40 are a fifth
-    held = {parent: one.run_id for parent, one in of(finished, "constrained").items()}
-    moved = [runs.kl_base[list(ids)].astype(float) for ids in (held.values(), held)]
-    assert (moved[0] > 0).all()
-    assert moved[0].mean() < moved[1].mean()  # of single runs the order is chance: they are short
-    assert all(runs.n_examples[one] == runs.n_examples[parent] for parent, one in held.items())
+    for parent, held in of(finished, "constrained").items():
+        assert runs.n_examples[held.run_id] == runs.n_examples[parent]
+        # how much less it moves is the matter of test_constrained: this training is a few steps long
+        assert 0 < runs.kl_base[held.run_id] != runs.kl_base[parent]
 
 
 def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):
