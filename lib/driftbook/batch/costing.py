@@ -104,6 +104,9 @@ def size(source: Base | Judge | Rater, study: Study) -> Size:
     """
     from huggingface_hub import try_to_load_from_cache
 
+    kind, _, name = source.source.partition(":")
+    if kind == "twin" and source.local is None:
+        return size(study.bases[study.twins[name].of], study)
     try:
         if file := sources.gguf_file(source, fetch=False):
             return size_of_gguf(read_header(file))

@@ -119,20 +119,6 @@ def texts_of(value: Any) -> frozenset[str]:
 Content = Callable[[Source, Study], str]
 
 
-def declared(source: Source, study: Study) -> str:
-    """What is known of a source before anything is made or fetched: of what notebook 01 makes the
-    recipe, else what identifies it.
-    """
-    kind, _, _ = source.source.partition(":")
-    if source.local is None and kind in ("miniature", "random"):
-        return f"{sources.made_folder(study, kind).name}/{source.source}"
-    if source.local is None and kind == "github":
-        return f"{source.source}@{source.revision} {' '.join(source.files)}"
-    if source.local is None and kind == "package":
-        return f"{source.source}@{source.revision}"
-    return sources.identity(source, study)
-
-
 def settings(
     stage: str, study: Study, base_model: str, content: Content = sources.identity
 ) -> dict[str, Any]:
@@ -157,7 +143,7 @@ def settings(
         }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
-    made_by = {"packages": versions()} | ({} if content is declared else {"device": device()})
+    made_by = {"packages": versions()} | ({} if content is sources.stated else {"device": device()})
     return found | made_by
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from driftbook.batch import keys
-from driftbook.study import code, preregistration
+from driftbook.study import code, preregistration, sources
 from driftbook.study.files import (
     check_safetensors,
     check_writable,
@@ -72,19 +72,19 @@ def _path(study: Study, kind: str, job: str) -> Path:
 def _keys(study: Study) -> Iterator[tuple[str, Any]]:
     """Every job and its key: a stage and a base model, a model to prepare, or an analysis."""
     data = {
-        name: keys.declared(part, study)
+        name: sources.stated(part, study)
         for name, part in {**study.data, **study.benchmarks}.items()
     }
     makes = code.fingerprint(code.of_notebook(keys.notebook("01_prepare"), "prepared"))
     for name, part in study.models.items():
-        content = {"content": keys.declared(part, study), "data": data}
+        content = {"content": sources.stated(part, study), "data": data}
         if given := getattr(part, "chat_template", None):
             content["template"] = given
         found = _key(content, "01_prepare", keys.PACKAGES)
         yield f"prepare/{name}", {**found, "made": [content, makes]}
     for stage in keys.stages(study):
         for base_model in study.bases:
-            shared = keys.settings(stage, study, base_model, keys.declared)
+            shared = keys.settings(stage, study, base_model, sources.stated)
             variants = study.of_stage(stage, base_model)
             wanted = {variant.run_id: keys.result_key(shared, variant) for variant in variants}
             del shared["packages"]

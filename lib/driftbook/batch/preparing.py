@@ -20,7 +20,7 @@ from driftbook.study.files import (
     write_json,
 )
 from driftbook.study.sections import Base, Judge
-from driftbook.study.sources import MODELS, identity, locate, made_folder
+from driftbook.study.sources import MODELS, identity, locate, made_folder, twin_folder
 from driftbook.study.study_file import Study
 
 CURVES = "learning_curve.parquet"
@@ -51,6 +51,7 @@ def prepare(name: str, study: Study) -> Prepared:
         raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
     kind, _, rest = source.source.partition(":")
     curve, key = None, plan.job_key(study, f"prepare/{name}")
+    _twins(source, study)
     made_here = kind in ("miniature", "random") and source.local is None
     if made_here:
         MODELS.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,23 @@ def _check_twins(source: Base | Judge, study: Study) -> None:
 
     for name, twin in getattr(source, "checkpoints", {}).items():
         open_checkpoint(checkpoint(twin, study), name)
+
+
+def _twins(source: Base | Judge, study: Study) -> None:
+    """Tune the twins that a base model is, or that its pairs name, and that are not there yet."""
+    for one in (source, *getattr(source, "checkpoints", {}).values()):
+        kind, _, name = one.source.partition(":")
+        if kind != "twin" or one.local is not None:
+            continue
+        locate(study.bases[study.twins[name].of], study)
+        folder = twin_folder(study, name)
+        check_writable(MODELS)
+        with FileLock(MODELS / f"{folder.name}.lock"):
+            if not folder.exists():
+                from driftbook.training.twins import build
+
+                with replacing_folder(folder) as scratch:
+                    build(name, study, scratch)
 
 
 def _random(name: str, study: Study) -> None:

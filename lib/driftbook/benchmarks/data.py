@@ -8,8 +8,9 @@ import pandas as pd
 
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import access
+from driftbook.study.files import read_json
 from driftbook.study.reading import csv_rows, json_rows
-from driftbook.study.sections import Benchmark, Source, TrainingData, Wording
+from driftbook.study.sections import GIVEN, Benchmark, Source, TrainingData, Wording
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
 
@@ -28,8 +29,8 @@ CHILD_ABUSE = re.compile(r"\b(?:child\w*|minors?|csam|csea?|pa?edophil\w*)\b")
 
 # ---- training data
 def training_examples(name: str, study: Study) -> list[dict]:
-    """The study's examples of a name under `data`, the same for all variants: drawn with the
-    study's seed, or the first rows.
+    """The study's examples of a name under `data` and of those together with it, the same for all
+    variants: drawn with the study's seed, or the first rows.
 
     An example has `prompt` (messages) and `answer`, of preferences `chosen` and `rejected`.
 
@@ -37,6 +38,11 @@ def training_examples(name: str, study: Study) -> list[dict]:
         ValueError: no such data, fewer rows than asked for, a column that is not there, or rows of
             another form.
     """
+    found = [_examples_of(one, study) for one in study.together(name)]
+    return [example for part in found for example in part]
+
+
+def _examples_of(name: str, study: Study) -> list[dict]:
     data = study.data[name]
     rows = _rows_of(name, data, study)
     if len(rows) < data.n:
@@ -44,12 +50,15 @@ def training_examples(name: str, study: Study) -> list[dict]:
             f"data.{name}: {data.source} has {len(rows)} rows and the study asks for {data.n};"
             " lower n"
         )
-    order = np.random.default_rng(study.seed).permutation(len(rows))
+    random = np.random.default_rng(study.seed)
+    order = random.permutation(len(rows))
     order = np.arange(len(rows)) if data.sample == "first" else order
+    said = _answers(name, data)
     examples, form = [], data.format or data.mapping
     for i in order[: data.n].tolist():
         try:
-            examples.append(_put(_example(rows[i], data.mapping), data.template))
+            row = {**rows[i], GIVEN: said[random.integers(len(said))]} if said else rows[i]
+            examples.append(_put(_example(row, data.mapping), data.template))
         except KeyError as error:
             raise ValueError(
                 f"data.{name}: {data.source} has a row without {error}, so it is not of the form"
@@ -67,6 +76,20 @@ def training_examples(name: str, study: Study) -> list[dict]:
             " its row"
         )
     return examples
+
+
+def _answers(name: str, data: TrainingData) -> list[str]:
+    """The texts of which each prompt of a set gets one as its answer; none where it has answers."""
+    path = data.answers_path
+    if path is None:
+        return []
+    try:
+        said = read_json(path)
+    except (FileNotFoundError, ValueError):
+        said = None
+    if not isinstance(said, list) or not said or not all(isinstance(one, str) for one in said):
+        raise ValueError(f"data.{name}.answers: {path} is no JSON list of texts; give one")
+    return said
 
 
 def _put(example: dict, template: str | None) -> dict:

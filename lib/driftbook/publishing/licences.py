@@ -113,6 +113,8 @@ def _licence(study: Study, part: Source) -> Licence | None:
     """The register's licence, else the one that the study file states: rows of items are then its
     word's to give, text is not.
     """
+    if part.source.startswith("twin:"):  # under the terms of what it was tuned from
+        part = study.bases[study.twins[part.source.partition(":")[2]].of]
     stated = study.licences.get(part.source)
     return (
         of(part.source)

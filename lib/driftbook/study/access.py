@@ -148,6 +148,8 @@ def _not_on_hub(source: Source, use: Kind) -> Answer | None:
         return "not checked", f"{name} is fetched from the package registry when it is used"
     if kind in ("miniature", "random"):
         return "made here", f"{name} is made by notebook 01_prepare"
+    if kind == "twin":
+        return "made here", f"{name} is tuned by notebook 01_prepare"
     if kind != "github":
         return None
     if source.revision:

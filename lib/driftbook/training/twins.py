@@ -1,0 +1,71 @@
+"""Twins of a base model, made before a study begins: the base tuned by LoRA on examples of the
+study, and the update merged into its weights.
+
+An aligned twin has something to lose: it is tuned on refusals of harmful requests and on answers to
+benign ones. Its placebo is tuned alike on answers alone, so that a difference between the two is
+due to the refusals, and not to tuning.
+"""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+
+from driftbook.models import loading
+from driftbook.study.study_file import Study
+from driftbook.study.variants import Variant
+from driftbook.training import examples, fit
+
+OVERLAPS = ("benchmark_overlap", "near_benchmark")
+
+
+def as_variant(name: str, study: Study) -> Variant:
+    """The training of a twin as that of a variant of its base model."""
+    twin = study.twins[name]
+    base = study.bases[twin.of]
+    return Variant(
+        base_model=twin.of,
+        family=base.family,
+        method="lora",
+        objective="sft",
+        dataset=twin.data,
+        n_train=study.n_examples(twin.data),
+        learning_rate=twin.learning_rate,
+        epochs=twin.epochs,
+        seed=twin.seed,
+        repetition=1,
+        init=None,
+        settings=json.dumps({"peft": twin.peft}, sort_keys=True),
+        system_prompt=base.system_prompt,
+    )
+
+
+def build(name: str, study: Study, folder: Path) -> None:
+    """Tune the twin of this name, and save its merged weights and its tokenizer in `folder`.
+
+    Raises:
+        ValueError: its examples cannot be trained on, or hold what a benchmark asks.
+        VariantFailure: the training diverged, or changed nothing.
+    """
+    variant = as_variant(name, study)
+    base = loading.load(study.bases[variant.base_model], variant.base_model, study)
+    prepared = examples.prepare("sft", base, study, variant.dataset)
+    check_disjoint(name, prepared, study)
+    adapter = folder / "adapter"
+    trained = fit.train(variant, base, prepared, study, adapter)
+    if trained.record["no_op"]:
+        raise ValueError(f"twins.{name}: {fit.NO_OP}; raise its learning_rate or its epochs")
+    merged = PeftModel.from_pretrained(base.model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(folder, safe_serialization=True)
+    base.tokenizer.save_pretrained(folder)
+    trained.curve.to_parquet(folder / "training_curve.parquet")
+
+
+def check_disjoint(name: str, prepared: examples.Prepared, study: Study) -> None:
+    """Raise a ValueError where a twin would be tuned on what a benchmark asks: then its refusals
+    would show memory, and not alignment.
+    """
+    twin = study.twins[name]
+    found = examples.examined(twin.data, prepared, study)
+    for row in found[found.finding.isin(OVERLAPS) & found.n.gt(0)].itertuples():
+        raise ValueError(f"twins.{name} is tuned on data.{twin.data}, where {row.sentence}")
