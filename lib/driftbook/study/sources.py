@@ -120,9 +120,7 @@ def _found(source: Source, study: Study | None) -> Path | str:
     if kind in ("miniature", "random"):
         path = made_folder(study, kind) / name
         if not path.exists():
-            raise ValueError(
-                f"{source.source} is not made yet; {_run_first(study)}"
-            )
+            raise ValueError(f"{source.source} is not made yet; {_run_first(study)}")
         return path
     if kind == "twin":
         path = twin_folder(study, name)

