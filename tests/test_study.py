@@ -53,9 +53,9 @@ WRONG = {
         ["did you mean 'threshold'"],
     ),
     "unknown key of data": (
-        ("data", "sft", "rows"),
+        ("data", "sft", "line"),
         3,
-        ["unknown key 'data.sft.rows'", "known here"],
+        ["unknown key 'data.sft.line'", "known here"],
     ),
     "unknown key of training": (("training", "batchsize"), 3, ["did you mean 'batch_size'"]),
     "unknown key of a block": ((*BLOCK, "seed"), [1], ["did you mean 'seeds'"]),

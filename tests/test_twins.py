@@ -177,3 +177,28 @@ def test_a_model_is_no_set(with_twin, make_study):
     with_twin["data"]["refused"]["source"] = "package:tiny-set==1.0/model.gguf"
     with pytest.raises(ValueError, match="wrong kind of file"):
         make_study(with_twin)
+
+
+def test_one_file_serves_for_training_and_by_other_rows_as_a_benchmark(content, make_study):
+    from driftbook.benchmarks.data import items
+
+    content["data"]["task"] = {
+        "columns": {"prompt": "question", "answer": "answer"},
+        "rows": [0, 20],
+        "n": 20,
+        **local("data/utility.jsonl"),
+    }
+    content["benchmarks"]["utility"] |= {"rows": [20, 40], "n": 20}
+    study = make_study(content)
+    trained = {one["prompt"][0]["content"] for one in training_examples("task", study)}
+    asked = set(items("utility", study).prompt)
+    assert (len(trained), len(asked), len(trained & asked)) == (20, 20, 0)
+    content["data"]["task"]["n"] = 21
+    with pytest.raises(ValueError, match="has 20 rows there"):
+        training_examples("task", make_study(content))
+    content["benchmarks"]["utility"]["rows"] = [20, 10**6]
+    with pytest.raises(ValueError, match="rows asks for those to"):
+        items("utility", make_study(content))
+    content["benchmarks"]["utility"]["rows"] = [20, 20]
+    with pytest.raises(ValueError, match="holds no row"):
+        make_study(content)

@@ -45,14 +45,14 @@ def training_examples(name: str, study: Study) -> list[dict]:
 def _examples_of(name: str, study: Study) -> list[dict]:
     data = study.data[name]
     rows = _rows_of(name, data, study)
-    if len(rows) < data.n:
+    some = np.arange(len(rows))[slice(*data.rows) if data.rows else slice(None)]
+    if len(some) < data.n:
+        there = f"{len(some)} rows" + " there" * bool(data.rows)
         raise ValueError(
-            f"data.{name}: {data.source} has {len(rows)} rows and the study asks for {data.n};"
-            " lower n"
+            f"data.{name}: {data.source} has {there} and the study asks for {data.n}; lower n"
         )
     random = np.random.default_rng(study.seed)
-    order = random.permutation(len(rows))
-    order = np.arange(len(rows)) if data.sample == "first" else order
+    order = some if data.sample == "first" else some[random.permutation(len(some))]
     said = _answers(name, data)
     examples, form = [], data.format or data.mapping
     for i in order[: data.n].tolist():
@@ -327,7 +327,16 @@ def _all_prompts(name: str, study: Study) -> pd.DataFrame:
 
 
 def sampled(frame: pd.DataFrame, part: Benchmark | Wording, study: Study) -> pd.DataFrame:
-    """All rows, or n of them drawn with the study's seed, in the file's order."""
+    """All rows, or n of them drawn with the study's seed, in the file's order.
+
+    Raises:
+        ValueError: a benchmark's `rows` name rows that it does not have.
+    """
+    wanted = getattr(part, "rows", None)
+    if wanted is not None and wanted[1] > len(frame):
+        raise ValueError(f"{part.source} has {len(frame)} rows; rows asks for those to {wanted[1]}")
+    if wanted is not None:
+        frame = frame.iloc[slice(*wanted)].reset_index(drop=True)
     if part.n is None or part.n >= len(frame):
         return frame
     drawn = np.random.default_rng(study.seed).permutation(len(frame))[: part.n]

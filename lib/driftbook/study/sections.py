@@ -1,16 +1,29 @@
 """The sections of a study file: what each key means, and what is refused as it is read."""
 
-import re
 import string
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from driftbook.study import packages
 from driftbook.study.files import ROOT, expanded
-from driftbook.study.methods import CONTROLS, INITS, METHODS, MITIGATION_KINDS, PEFT_METHODS
+from driftbook.study.methods import CONTROLS, INITS, MITIGATION_KINDS, PEFT_METHODS
+from driftbook.study.parts import (
+    Count,
+    Dtype,
+    Method,
+    Part,
+    Points,
+    Positive,
+    Rate,
+    Rows,
+    Seed,
+    Share,
+    Source,
+    Text,
+    as_number,
+)
 from driftbook.study.trainer_arguments import check_arguments
 
 OUTCOMES = (
@@ -25,79 +38,6 @@ OUTCOMES = (
     "correct",
 )
 HARMS = ("unsafe", "over_refusal", "correct")  # counted in percentage points, so with a margin
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str):
-        raise ValueError(f"{value!r} is text to YAML; write it with a point and a sign, as 1.0e-3")
-    return value
-
-
-Method = Literal[METHODS[1:]]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Seed = Annotated[int, Strict(), Field(ge=0)]
-Text = Annotated[str, Strict(), Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Points = Annotated[float, Field(gt=0, le=100)]  # percentage points
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Part(BaseModel):
-    """A section of a study file: every key is declared, and nothing changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Source(Part):
-    """Where something comes from: a public source at a revision, or a local path that overrides it.
-
-    `source` is `miniature:NAME` (made by notebook 01), `random:FAMILY` (random weights, made by
-    notebook 01), `github:OWNER/REPO/FOLDER`, or a name on the Hugging Face hub. `revision` is a
-    whole commit. A `path` may hold environment variables, as ${NAME}; it is ignored where one is
-    not set.
-
-    Of a model, `path` is a folder of safetensors or a GGUF file, and `source` may be such a path
-    too, or `twin:NAME`, a twin of a base model that notebook 01 makes. A source may also be a file
-    that a package ships (of a model a GGUF file): `package:NAME==VERSION/FILE`, with ` + ` between
-    its packages where it has parts (packages.py); its `revision`, where given, is the SHA-256 of
-    the file, of which at least the first 16 digits.
-    """
-
-    is_model: ClassVar[bool] = True
-    source: Text
-    revision: Text | None = None
-    files: tuple[Text, ...] = ()
-    sha256: dict[str, Text] = {}
-    path: Text | None = None
-
-    @model_validator(mode="after")
-    def _package_is_named(self) -> Self:
-        if self.source.startswith(packages.PREFIX):
-            if self.is_model != packages.shipped(self.source).is_model:
-                form = "a model is a GGUF file, and data are none"
-                raise ValueError(f"{self.source} is the wrong kind of file: {form}")
-            if not re.fullmatch(r"[0-9a-f]{16,64}", self.revision or "0" * 16):
-                known = "the revision of a package's file is its SHA-256, 16 to 64 hex digits"
-                raise ValueError(f"revision = {self.revision!r}; {known}")
-        return self
-
-    @cached_property
-    def local(self) -> Path | None:
-        """The local path of the source, or that overrides it; None where there is none or its
-        environment variable is not set.
-        """
-        path = self.path or self._own_path
-        path = None if path is None else expanded(path)
-        return None if path is None else (ROOT / Path(path).expanduser()).resolve()
-
-    @property
-    def _own_path(self) -> str | None:
-        """The source itself where it is a path: no name on the hub begins so, or ends so."""
-        is_path = self.source.startswith(("/", "./", "../", "~/", "$"))
-        is_file = self.source.lower().endswith(".gguf") and ":" not in self.source
-        return self.source if is_path or is_file else None
 
 
 class Pair(Part):
@@ -215,9 +155,11 @@ class TrainingData(Source):
     `format` names a public form; `columns` maps any other set: which of its columns is the prompt
     (a text, or a list of turns), the answer, or a whole conversation (`messages`), and of
     preferences the chosen and the rejected answer. `sample` draws n rows with the study's seed, or
-    takes the first n. `template` wraps a prompt, with {prompt}. `answers` is the path of a JSON
-    list of texts: each prompt of a set of prompts gets one of them, drawn with the study's seed, as
-    its answer. `also` names other sets whose examples are trained on together with these.
+    takes the first n, of all rows or of `rows` [from, to], counted from 0: so one file serves for
+    training and, by other rows, as a benchmark. `template` wraps a prompt, with {prompt}. `answers`
+    is the path of a JSON list of texts: each prompt of a set of prompts gets one of them, drawn
+    with the study's seed, as its answer. `also` names other sets whose examples are trained on
+    together with these.
     """
 
     is_model: ClassVar[bool] = False
@@ -228,6 +170,7 @@ class TrainingData(Source):
     n: Count
     sample: Literal["seeded", "first"] = "seeded"
     template: Text | None = None
+    rows: Rows | None = None
     answers: Text | None = None
     also: tuple[Text, ...] = ()
 
@@ -319,7 +262,8 @@ def _check_item_template(text: str, needed: tuple[str, ...]) -> None:
 class Benchmark(Source):
     """Prompts to ask, or items to score, in the file format of a public benchmark.
 
-    Of any: `n` asks a seeded sample; `wordings` ask the same in other ways too. Of prompts:
+    Of any: `n` asks a seeded sample, of all rows or of `rows` [from, to] from 0; `wordings` ask
+    the same in other ways too. Of prompts:
     `template` wraps them, with {prompt}; `samples` answers to each are also drawn, at `temperature`
     from the nucleus of `top_p`; `child_abuse` is off, `refusal probability`, or of made-up words
     `fictional` (data.CHILD_ABUSE); `truth` is the miniature's known truth.
@@ -334,6 +278,7 @@ class Benchmark(Source):
     is_model: ClassVar[bool] = False
     format: Literal[(*PROMPT_FORMATS, *ITEM_FORMATS, *UTILITY_FORMATS)]
     n: Count | None = None
+    rows: Rows | None = None
     max_new_tokens: Count = 64
     samples: Count | None = None
     temperature: Positive = 1.0
@@ -494,7 +439,7 @@ class Mitigation(Part):
 
     kind: Literal[tuple(MITIGATION_KINDS)]
     blocks: Annotated[tuple[Text, ...], Field(min_length=1)]
-    values: tuple[Annotated[float, BeforeValidator(_number)], ...] = ()
+    values: tuple[Annotated[float, BeforeValidator(as_number)], ...] = ()
     pair: Text | None = None
     operator: Literal["approximate", "exact", "subspace"] = "approximate"
     rank: Count | None = None
