@@ -10,7 +10,7 @@ import pandas as pd
 from filelock import FileLock
 
 from driftbook.batch import plan
-from driftbook.benchmarks.data import training_examples
+from driftbook.benchmarks.data import items, prompts, training_examples
 from driftbook.study.files import (
     OUTPUTS,
     check_safetensors,
@@ -19,7 +19,7 @@ from driftbook.study.files import (
     replacing_folder,
     write_json,
 )
-from driftbook.study.sections import Base, Judge
+from driftbook.study.sections import PROMPT_FORMATS, Base, Judge
 from driftbook.study.sources import MODELS, identity, locate, made_folder, twin_folder
 from driftbook.study.study_file import Study
 
@@ -50,6 +50,9 @@ def prepare(name: str, study: Study) -> Prepared:
     if source is None:
         raise ValueError(f"models={name!r}; the study {study.name} has {', '.join(study.models)}")
     kind, _, rest = source.source.partition(":")
+    made_with_sets = kind == "miniature" and source.local is None
+    if not made_with_sets:  # before a model is fetched or tuned
+        _check_sets(study)
     curve, key = None, plan.job_key(study, f"prepare/{name}")
     _twins(source, study)
     made_here = kind in ("miniature", "random") and source.local is None
@@ -64,14 +67,22 @@ def prepare(name: str, study: Study) -> Prepared:
                 else _random(rest, study)
             )
             _placebos(source, study)
-    for data in study.data:
-        training_examples(data, study)
+    if made_with_sets:
+        _check_sets(study)
     path = locate(source, study)
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
         check_safetensors(file, remedy_of(file.parent))
     _check(name, source, study)
     _check_twins(source, study)
     return Prepared(name, identity(source, study), curve, key)
+
+
+def _check_sets(study: Study) -> None:
+    """Raise a ValueError where a set that is trained on or asked is not to be had or read."""
+    for name in study.data:
+        training_examples(name, study)
+    for name, benchmark in study.benchmarks.items():
+        (prompts if benchmark.format in PROMPT_FORMATS else items)(name, study)
 
 
 def _check(name: str, source: Base | Judge, study: Study) -> None:
