@@ -253,7 +253,7 @@ def test_a_statistic_and_its_figure(edited):
     statistic = f"""    rows = asked[asked["context"].eq("disambiguated")]
     values = influence.matrix(rows, "unknown", ["dimension", "item_id"])
     own = {{"outcome": "needless restraint (percent)", **names}}
-    parts.append(outcomes.of_rate(values, arms, cells, **own))
+    parts.append(outcomes.rate_estimates(values, arms, cells, **own))
 {counted}"""
     heading = "# ---- 10 fairness\n"
     figure = f"""{heading}@drawn("10_fairness")

@@ -44,14 +44,14 @@ def safety_estimates(tables: Tables) -> pd.DataFrame:
     for (benchmark, judge), rows in harmful:
         values = influence.matrix(rows, "unsafe", outcomes.UNITS)
         own = {"outcome": terms.UNSAFE, "benchmark": benchmark, "judge": judge, **names}
-        parts.append(outcomes.of_rate(values, arms, cells, **own))
+        parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     once = known[known["judge"].eq(known["judge"].iloc[0])]  # every judge sees the same refusals
     for benchmark, kind in (("safety", "harmful"), ("over_refusal", "benign look-alike")):
         values = influence.matrix(
             picked(once, benchmark=benchmark, kind=kind), "refusal", outcomes.UNITS
         )
         own = {"outcome": terms.REFUSED, "benchmark": benchmark, "judge": DETECTOR, **names}
-        parts.append(outcomes.of_rate(values, arms, cells, **own))
+        parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     every = asked(tables, every=True)
     parts += [
         outcomes.of_ends(known, arms, cells, **names),
