@@ -206,7 +206,11 @@ def test_a_mitigation(edited):
     function = "def zero(one: Repair)"
     code = """
 import copy
+from pathlib import Path
 from conftest import SMALL
+from driftbook.miniature import families
+from driftbook.models import adapters
+from driftbook.models.loading import Loaded
 from driftbook.study.study_file import Study
 from driftbook.training import mitigations
 
@@ -215,15 +219,79 @@ content["grid"][0]["methods"] = ["lora"]
 block = content["grid"][0]["name"]
 content["mitigations"] = {"again": {"kind": "mine", "blocks": [block], "values": [0.5]}}
 repaired = [one for one in Study(**content).variants if one.is_repaired]
-print(len(repaired), repaired[0].mitigation, getattr(mitigations, repaired[0].repair["kind"])(1))
+print(len(repaired), repaired[0].mitigation)
+tokenizer = families.build_tokenizer("llama")
+model = families.build_model("llama", tokenizer, 0, width=16)
+base = Loaded("tiny", model, tokenizer, None)
+adapters.save(adapters.create(repaired[0], model, tokenizer), Path("own"))
+one = mitigations.Repair(repaired[0], Study(**content), base, Path("own"), Path("out"))
+rows = getattr(mitigations, one.settings["kind"])(one)
+print(len(rows), *rows["state"].unique(), adapters.n_stored(Path("out")))
 """
-    made = f"def mine(one):\n    return one + 1\n\n\n{function}"
+    made = "return controls.rescaled(one.adapter, one.out, one.settings['value'] / 2)"
+    made = f"def mine(one):\n    {made}\n\n\n{function}"
     found = edited(
         code,
         ("study/methods.py", "MITIGATION_KINDS = {\n", entry),
         ("training/mitigations.py", function, made),
     )
-    assert found == ["2 again 0.5 2"]
+    assert found == ["2 again 0.5", "4 rescaled 512"]
+
+
+def test_every_mitigation_after_training_has_its_function():
+    from driftbook.study.methods import MITIGATION_KINDS
+    from driftbook.training import mitigations
+
+    late = [name for name, one in MITIGATION_KINDS.items() if one.when != "training"]
+    assert late
+    assert [name for name in late if callable(getattr(mitigations, name, None))] == late
+
+
+# ---- a statistic of notebook 10, by category too, and its figure: an entry each
+def test_a_statistic_and_its_figure(edited):
+    counted = """    parts.append(outcomes.of_item_wordings("""
+    statistic = f"""    rows = asked[asked["context"].eq("disambiguated")]
+    values = influence.matrix(rows, "unknown", ["dimension", "item_id"])
+    own = {{"outcome": "needless restraint (percent)", **names}}
+    parts.append(outcomes.rate_estimates(values, arms, cells, **own))
+{counted}"""
+    heading = "# ---- 10 fairness\n"
+    figure = f"""{heading}@drawn("10_fairness")
+def restraint(tables):
+    shown = [("needless restraint (percent)", "bbq")]
+    return captioned(tables, by_part(tables, shown), "Mine.", *shown)
+
+
+"""
+    code = """
+from pathlib import Path
+from driftbook import figures
+from driftbook.analyses import fairness
+from driftbook.figures import drawing
+from driftbook.stats.picking import picked
+from driftbook.study import study_file
+from driftbook.study.opening import Tables
+from simulated import simulate
+
+folder = simulate(Path("made"), ["mini-llama"], [1], methods=("none", "lora"))
+study_file.Study.folder = property(lambda study: folder)
+tables = Tables(study_file.load("miniature"))
+estimates = fairness.fairness_estimates(tables, 2, 0)
+tables.write_estimates("fairness", estimates)
+mine = picked(estimates, outcome="needless restraint (percent)", method="none", contrast="level")
+own = fairness.official_answers(tables).query("method == 'none' and context == 'disambiguated'")
+age = picked(mine, category="Age", base_model="mini-llama")["value"].item()
+by_hand = 100 * own.query("dimension == 'Age'")["unknown"].mean()
+print(mine["category"].nunique(), abs(age - by_hand) < 1e-9)
+print(drawing.axis("needless restraint (percent)", change=False))
+figures.show("restraint", tables)
+print(Path("made/figures/restraint.md").read_text().splitlines()[0])
+"""
+    found = edited(
+        code, ("analyses/fairness.py", counted, statistic), ("figures/fairness.py", heading, figure)
+    )
+    assert found[:2] == ["10 True", "Needless restraint (percent, 95% interval)"]
+    assert found[2].startswith("Mine. Behind it: needless restraint: ")
 
 
 # ---- a base family of the miniature

@@ -16,6 +16,7 @@ from datasets import Dataset
 from conftest import FAMILIES, PEFT_METHODS, one_sentence, variants_of
 from driftbook.benchmarks import data
 from driftbook.models import adapters, scoring
+from driftbook.study import methods
 from driftbook.study.files import file_digest, read_json
 from driftbook.study.tables import CURVES, RUNS
 from driftbook.training import examples, steps
@@ -221,6 +222,34 @@ def test_a_setting_that_pefts_method_does_not_have_is_refused(make_study, conten
     with pytest.raises(ValueError) as error:
         adapters.config(variants_of(make_study(content), "lora")[0])
     assert "rank" in one_sentence(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("LoraConfig", {"layers_pattern": "h"}, "layers_to_transform"),  # PEFT's own words
+        ("AdaLoraConfig", {}, "update_and_allocate"),
+        ("AdaLoraConfig", {"total_step": 9}, "update_and_allocate"),
+        ("AdamssConfig", {"use_asa": True}, "update_and_allocate"),
+        ("AdamssConfig", {}, None),
+        ("VeraConfig", {}, None),
+    ],
+)
+def test_a_method_that_needs_a_step_of_its_own_in_training_is_refused(
+    study, monkeypatch, name, settings, said
+):
+    mine = methods.PeftMethod("Mine", "adapter", name, "#123456")
+    monkeypatch.setitem(methods.PEFT_METHODS, "lora", mine)
+    variant = variants_of(study, "lora")[0]
+    made = json.dumps(json.loads(variant.settings) | {"peft": settings})
+    variant = dataclasses.replace(variant, settings=made)
+    if said is None:
+        assert type(adapters.config(variant)).__name__ == name
+        return
+    with pytest.raises(ValueError) as error:
+        adapters.config(variant)
+    assert "methods.lora" in one_sentence(error.value)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("init", ["task_text", "safety_text"])

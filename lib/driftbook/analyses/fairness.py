@@ -38,7 +38,7 @@ def fairness_estimates(tables: Tables, n_boot: int, seed: int) -> pd.DataFrame:
     by_dimension = base_scores(tables, ["dimension"], n_boot, seed)
     parts = [bbq_scores.base_levels(found, **names) for found in (overall, by_dimension)]
     for outcome, scores in bbq_scores.by_run(asked).items():
-        parts.append(outcomes.of_scores(scores, arms, cells, outcome=outcome, **names))
+        parts.append(outcomes.score_estimates(scores, arms, cells, outcome=outcome, **names))
     within = estimation.within(cells)
     for dimension, rows in asked.groupby("dimension", sort=False):
         for outcome, scores in bbq_scores.by_run(rows).items():

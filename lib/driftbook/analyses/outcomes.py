@@ -1,5 +1,5 @@
-"""What stands beside the core outcomes of a study: further benchmarks of utility and stereotypes,
-other wordings, and categories at a floor or ceiling.
+"""All estimates for one outcome (`rate_estimates`, `score_estimates`), and those for outcomes
+beside the core ones: further benchmarks, other wordings, categories at a floor or ceiling.
 """
 
 import numpy as np
@@ -223,11 +223,11 @@ def of_item_wordings(
     return ESTIMATES.concat(parts)
 
 
-def of_rate(
+def rate_estimates(
     values: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Of a rate (runs x prompts): levels, changes, bounds and categories (stats.of_rate), the
-    comparisons of `_compared`, and odds ratios.
+    """All estimates for a rate (runs x prompts, see influence.matrix): levels, changes, bounds and
+    categories (estimation.of_rate), comparisons of methods and settings, and odds ratios.
     """
     parts = [
         estimation.of_rate(values, arms, cells, **labels),
@@ -236,11 +236,11 @@ def of_rate(
     return ESTIMATES.concat([*parts, comparisons.odds_ratios(values, arms, cells, **labels)])
 
 
-def of_scores(
+def score_estimates(
     level: Scores, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Of a score of runs: levels and changes (stats.of_scores), and the comparisons of
-    `_compared`.
+    """All estimates for a score of runs: levels and changes (estimation.of_scores), and comparisons
+    of methods and settings.
     """
     change = influence.changes(level, arms)
     return ESTIMATES.concat(

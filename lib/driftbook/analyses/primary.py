@@ -5,6 +5,7 @@ values adjusted within each.
 import pandas as pd
 
 from driftbook.stats import comparisons, noninferiority, terms
+from driftbook.stats.confidence import ALPHA, BELOW
 from driftbook.stats.noninferiority import JOINTLY
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.sections import Family
@@ -143,11 +144,11 @@ def primary_sentence(tested: pd.DataFrame, deviations: list[str]) -> str:
         tested[tested["family_of_tests"].notna() & tested["margin"].isna()],
         tested[tested["family_of_tests"].notna() & tested["margin"].notna()],
     )
-    told = int(families["p_adjusted"].lt(0.05).sum())
+    told = int(families["p_adjusted"].lt(ALPHA).sum())
     words = (
         [
             f"{told} of {len(families)} declared tests of a change or difference have an adjusted p"
-            " below .05"
+            f" {BELOW}"
         ]
         if len(families)
         else []

@@ -19,6 +19,7 @@ import pandas as pd
 from driftbook.analyses import tradeoffs
 from driftbook.benchmarks import bbq_orders, bbq_scores
 from driftbook.stats import comparisons, estimation, influence, terms
+from driftbook.stats.confidence import ALPHA
 from driftbook.stats.influence import Scores
 from driftbook.study import tables as study_tables
 from driftbook.study.files import ROOT
@@ -530,7 +531,7 @@ def repairs_sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") ->
         return f"Nothing is known of {name} over all base models."
     row = unsafe.loc[AGAINST_PARENT]
     controls = unsafe[unsafe.index == MINUS]
-    beaten = controls["p_adjusted"].lt(0.05) & controls["value"].lt(0)
+    beaten = controls["p_adjusted"].lt(ALPHA) & controls["value"].lt(0)
     said = (
         f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f}"
         f" percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"

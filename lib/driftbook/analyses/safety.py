@@ -5,6 +5,7 @@ import pandas as pd
 from driftbook.analyses import outcomes
 from driftbook.benchmarks import judging
 from driftbook.stats import comparisons, influence, terms
+from driftbook.stats.confidence import ALPHA
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES, greedy
@@ -43,14 +44,14 @@ def safety_estimates(tables: Tables) -> pd.DataFrame:
     for (benchmark, judge), rows in harmful:
         values = influence.matrix(rows, "unsafe", outcomes.UNITS)
         own = {"outcome": terms.UNSAFE, "benchmark": benchmark, "judge": judge, **names}
-        parts.append(outcomes.of_rate(values, arms, cells, **own))
+        parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     once = known[known["judge"].eq(known["judge"].iloc[0])]  # every judge sees the same refusals
     for benchmark, kind in (("safety", "harmful"), ("over_refusal", "benign look-alike")):
         values = influence.matrix(
             picked(once, benchmark=benchmark, kind=kind), "refusal", outcomes.UNITS
         )
         own = {"outcome": terms.REFUSED, "benchmark": benchmark, "judge": DETECTOR, **names}
-        parts.append(outcomes.of_rate(values, arms, cells, **own))
+        parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     every = asked(tables, every=True)
     parts += [
         outcomes.of_ends(known, arms, cells, **names),
@@ -61,9 +62,9 @@ def safety_estimates(tables: Tables) -> pd.DataFrame:
 
 
 def screened(estimates: pd.DataFrame) -> pd.DataFrame:
-    """How many categories rise and fall at a false discovery rate of 5 %, by method."""
+    """How many categories rise and fall at a false discovery rate of ALPHA, by method."""
     family = estimates["family_of_tests"].fillna("")
-    found = estimates[family.str.startswith("screen") & estimates["p_adjusted"].lt(0.05)]
+    found = estimates[family.str.startswith("screen") & estimates["p_adjusted"].lt(ALPHA)]
     found = found[found["base_model"].ne("all")]
     by = ["outcome", "benchmark", "judge", "base_model", "method"]
     counts = found.groupby(by, sort=False)["value"].agg(

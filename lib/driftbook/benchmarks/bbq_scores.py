@@ -62,12 +62,12 @@ def scores(
     seed: int = 0,
 ) -> pd.DataFrame:
     """A row per group: accuracy and bias, ambiguous and disambiguated apart, each with _low and
-    _high (95 %) and _se; n_amb and n_dis items asked.
+    _high and _se; n_amb and n_dis items asked.
 
     `answers` has a row per answer: context (ambiguous, disambiguated), answer (null where it cannot
     be read), correct, unknown and biased (null without a defined target), and question_family or
     item_id. `by` names any columns; none of them gives one row over everything. The interval is
-    the one of `_intervals` over question families; _se is the standard deviation of `n_boot`
+    that of `score_intervals` over question families; _se is the standard deviation of `n_boot`
     resamples of families, the same draws in all groups with the same families. Items stand in for
     families where one (or the column) is missing, and the column `resampled` says which. Both are
     null for a group with one family and for a score that is what the convention says and not what
@@ -264,7 +264,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 
 def score_intervals(part: np.ndarray) -> np.ndarray:
-    """95 % intervals [2, groups, 4] of the scores of counts [groups, units, contexts, COUNTS]; null
+    """Intervals [2, groups, 4] of the scores of counts [groups, units, contexts, COUNTS]; null
     where fewer than two units have answers.
 
     An accuracy or a disambiguated bias is a share, or linear in one: Korn and Graubard's interval.

@@ -55,9 +55,12 @@ class Licence:
 class Format:
     """All that the library knows about a benchmark in one file format.
 
-    kind `prompts`: a model writes answers and judges read them; `items`: BBQ's questions with three
-    options; `utility`: `measure` rates a model on each item. `read` returns a table of items, or
-    yields a prompt's id, category, kind, family and text.
+    A format is a file here, an entry of `formats.FORMATS`, and its name in study/sections.py.
+    Of the kind `prompts`, a model writes answers and judges read them; `items` are BBQ's questions
+    with three options; of `utility`, `measure` rates a model on each item. `read` returns a table
+    of items; of prompts it yields (id, category, kind, family, text), where kind is "harmful" or
+    "benign look-alike", and family (or None) names prompts made from one template. A category that
+    is about child abuse must say so in its name: its prompts are then off (data.CHILD_ABUSE).
     """
 
     name: str  # also declared in study/sections.py, which checks study files

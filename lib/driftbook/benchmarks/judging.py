@@ -290,7 +290,7 @@ def at_thresholds(
     """One row per group and threshold: n, n_scored, unscored (share of n), unsafe (share of the
     scored whose p_unsafe is above it).
 
-    unsafe_low and unsafe_high are Wilson's 95 % interval, which takes the answers as independent.
+    unsafe_low and unsafe_high are Wilson's interval, which takes the answers as independent.
     """
     keys, is_scored = [verdicts[name] for name in by], verdicts.unsafe.notna()
     counts = is_scored.groupby(keys, observed=True).agg(n="size", n_scored="sum")

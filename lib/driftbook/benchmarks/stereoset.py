@@ -150,7 +150,7 @@ def stereoset_scores(
     ratings: pd.DataFrame, items: pd.DataFrame, n_boot: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """A row per run, benchmark and bias_type, and one of `all`: lms, ss and icat, each with _low
-    and _high (95 %), n items scored, n_targets and n_unscored.
+    and _high, n items scored, n_targets and n_unscored.
 
     Each score is a mean over target terms, as the authors' is. The interval of lms and ss is the
     expanded percentiles (Hesterberg 2015, The American Statistician 69, 371) of `n_boot` resamples

@@ -151,7 +151,7 @@ def examine_data(
     max_length: int | None = None,
 ) -> DataFrame:
     """One row per finding about training examples: finding, severity, n, share, ci_low, ci_high
-    (Wilson's 95 %), sentence. No row if clean.
+    (Wilson's), sentence. No row if clean.
 
     - near_benchmark: cosine of TF-IDF (char_wb 3 to 5, sublinear) of a user turn and a prompt is at
     least NEAR_PROMPT. The weights come from the benchmark alone, so a row's score does not depend

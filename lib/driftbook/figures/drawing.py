@@ -2,6 +2,7 @@
 nothing but positions.
 """
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -48,6 +49,7 @@ from driftbook.study.nameless import nameless
 COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
 TRAINED_METHODS = tuple(PEFT_METHODS)
 WIDTH, FEW = 6.5, 50
+# of outcomes, in the order of figures; a further outcome is called by its name up to the unit
 SHORT = {
     UNSAFE: "unsafe-response rate",
     REFUSED: "refusal rate",
@@ -59,7 +61,6 @@ SHORT = {
     LOSS: "loss on utility answers",
     CORRECT: "correct utility answers",
 }
-UNITS = {BIAS_AMB: "points", BIAS_DIS: "points", LOSS: "nats per token"}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
 BOTH_LINES = (
     f"Thin line: {INTERVAL} over seeds and prompts like these; thick line: over seeds alone, on"
@@ -189,19 +190,33 @@ def _method_label(method: str, group: str = TRAINED) -> str:
     )
 
 
+def short_name(outcome: str) -> str:
+    """An outcome in few words: those of SHORT, or its name up to its unit."""
+    return SHORT.get(outcome, outcome.partition(" (")[0])
+
+
+def unit_of(outcome: str, of_percent: str = "percentage points") -> str:
+    """The unit of a change, from the brackets in the outcome's name: points of a scale ("1 to 10"),
+    `of_percent` of percentages.
+    """
+    named = re.search(r"\(([^()]+)\)", outcome)
+    unit = named[1] if named else "percent"
+    return of_percent if unit == "percent" else "points" if " to " in unit else unit
+
+
 def axis(outcome: str, change: bool = True) -> str:
     """An axis label: outcome, unit, interval."""
-    unit = UNITS.get(outcome, "percentage points" if change else "percent")
+    unit = unit_of(outcome, "percentage points" if change else "percent")
     return (
-        f"Change in {SHORT[outcome]} against the base model"
+        f"Change in {short_name(outcome)} against the base model"
         if change
-        else SHORT[outcome].capitalize()
+        else short_name(outcome).capitalize()
     ) + f" ({unit}, {INTERVAL})"
 
 
 def beside(outcome: str) -> str:
     """The label of a vertical axis, short enough for a small panel."""
-    return f"Change in\n{SHORT[outcome]}\n({UNITS.get(outcome, 'points')})"
+    return f"Change in\n{short_name(outcome)}\n({unit_of(outcome, 'points')})"
 
 
 def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
@@ -214,7 +229,7 @@ def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
         asked, unscored = rows["n_items"].sum(), rows["n_unscored"].sum()
         judge = "" if rows["judge"].iloc[0] == "none" else f" by {rows['judge'].iloc[0]}"
         words.append(
-            f"{SHORT[outcome]}{judge}: {len(rows)} runs x {rows['n_items'].max()} items,"
+            f"{short_name(outcome)}{judge}: {len(rows)} runs x {rows['n_items'].max()} items,"
             f" {100 * unscored / asked:.2g}% without a score in run or base"
         )
     return "Behind it: " + "; ".join(dict.fromkeys(words)) + "."
@@ -480,7 +495,7 @@ def captioned(
     if fig is None:
         return nothing(
             "Nothing to draw: there are no estimates of the"
-            f" {' or '.join(SHORT[outcome] for outcome, _ in shown)}."
+            f" {' or '.join(short_name(outcome) for outcome, _ in shown)}."
         )
     return fig, f"{text} {coverage(tables, *shown)}"
 

@@ -11,13 +11,13 @@ from scipy.special import stdtrit
 from driftbook.analyses import repairs
 from driftbook.analyses.repairs import ALL, DECLINED, KEPT, PARENT, REPORT
 from driftbook.figures.drawing import (
-    SHORT,
     bases,
     drawn,
     handle,
     name_rows,
     nothing,
     panels,
+    short_name,
     single_runs,
     under,
 )
@@ -155,7 +155,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
         for ax, base_model in zip(line, bases(tables), strict=True):
             _frontier_of(ax, points[points["base_model"].eq(base_model)], y, name)
         line[0].set_ylim(bottom=max(-4, line[0].get_ylim()[0]))
-        line[0].set_ylabel("\n".join(textwrap.wrap(SHORT[y], 18)) + "\n(percent)")
+        line[0].set_ylabel("\n".join(textwrap.wrap(short_name(y), 18)) + "\n(percent)")
     under(
         axes[-1],
         f"Gain of fine-tuning that is kept (percent of the parent's), {INTERVAL}s over seeds",

@@ -30,6 +30,7 @@ from driftbook.figures.drawing import (
     nothing,
     panels,
     pick,
+    short_name,
     under,
     zero,
 )
@@ -160,7 +161,7 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
                 ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         ax.set_xlim(-1.08, 1.08)
         ax.set_xticks([-1, 0, 1], ["−1", "0", "1"])
-    name_rows(axes[0, 0], [SHORT[outcome] for outcome in outcomes])
+    name_rows(axes[0, 0], [short_name(outcome) for outcome in outcomes])
     under(axes[0], f"Correlation with the change in unsafe-response rate ({INTERVAL})")
     _kinds(fig)
     text = (

@@ -14,19 +14,19 @@ from matplotlib.figure import Figure
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
-    SHORT,
     TRAINED_METHODS,
-    UNITS,
     WIDTH,
     bases,
     dots,
     drawn,
     name_rows,
     nothing,
+    short_name,
     under,
+    unit_of,
     zero,
 )
-from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.confidence import ALPHA, BELOW, INTERVAL
 from driftbook.stats.noninferiority import JOINTLY
 from driftbook.stats.terms import CHANGE
 
@@ -41,14 +41,10 @@ def _rows(tables: dict, margin: bool) -> pd.DataFrame:
     )
 
 
-def _unit(outcome: str) -> str:
-    return UNITS.get(outcome, "percentage points")
-
-
 def _label(row) -> str:
     against = "" if row.contrast == CHANGE else f" − {METHOD_LABELS[row.against]}"
     base = "" if row.base_model == "all" else f", {row.base_model}"
-    return f"{SHORT[row.outcome]}: {METHOD_LABELS[row.method]}{against}{base}"
+    return f"{short_name(row.outcome)}: {METHOD_LABELS[row.method]}{against}{base}"
 
 
 def _p(value: float) -> str:
@@ -64,7 +60,7 @@ def _p(value: float) -> str:
 @drawn(_NOTEBOOK)
 def primary_tests(tables: dict) -> tuple[Figure, str]:
     rows = _rows(tables, margin=False)
-    rows = rows.assign(unit=rows["outcome"].map(_unit))
+    rows = rows.assign(unit=rows["outcome"].map(unit_of))
     parts = [
         (family, unit, part)
         for (family, unit), part in rows.groupby(["family_of_tests", "unit"], sort=False)
@@ -83,7 +79,7 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
     )
     for ax, (family, unit, part) in zip(axes[:, 0], parts, strict=True):
         zero(ax)
-        sure = part["p_adjusted"].lt(0.05).tolist()
+        sure = part["p_adjusted"].lt(ALPHA).tolist()
         dots(ax, part, np.arange(len(part)), [COLOURS[method] for method in part["method"]], sure)
         name_rows(ax, [_label(row) for row in part.itertuples()])
         ax.tick_params(axis="y", labelsize=7)
@@ -100,7 +96,7 @@ def primary_tests(tables: dict) -> tuple[Figure, str]:
         ax.set_xlabel(f"{unit}, {INTERVAL}")
     text = (
         "The primary tests as the study file declared them, a family per panel. Filled: Holm's"
-        " adjusted p value within the family is below .05; it stands at the right. Intervals are"
+        f" adjusted p value within the family is {BELOW}; it stands at the right. Intervals are"
         " not adjusted; each covers " + "; ".join(dict.fromkeys(rows["population"])) + "."
     )
     return fig, text
@@ -132,7 +128,7 @@ def preserves(tables: dict) -> tuple[Figure, str]:
     for ax, outcome in zip(axes[0], outcomes, strict=True):
         margins = sorted(rows["margin"].unique())
         _panel(ax, shown[shown["outcome"].eq(outcome)], order, margins, fixed)
-        ax.set_title("\n".join(textwrap.wrap(SHORT[outcome], 16)))
+        ax.set_title("\n".join(textwrap.wrap(short_name(outcome), 16)))
     overall = {method: f"{METHOD_LABELS[method]}, all base models" for method, _ in order}
     name_rows(axes[0, 0], [overall[one] if base == "all" else base for one, base in order])
     look = {"va": "center", "fontsize": 7, "color": "#444444"}

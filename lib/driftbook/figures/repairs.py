@@ -19,7 +19,6 @@ from driftbook.analyses.repairs import (
     PARENT,
 )
 from driftbook.figures.drawing import (
-    SHORT,
     WIDTH,
     above,
     bases,
@@ -30,10 +29,11 @@ from driftbook.figures.drawing import (
     name_rows,
     nothing,
     panels,
+    short_name,
     under,
     zero,
 )
-from driftbook.stats.confidence import INTERVAL, PERCENT
+from driftbook.stats.confidence import ALPHA, INTERVAL, PERCENT
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     BIAS_AMB,
@@ -169,7 +169,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
             places = [lines.index(one) for one in zip(own["member"], own["against"], strict=True)]
             colours = [SAFE if name == controlled[0] else OTHER for name in own["member"]]
-            dots(ax, own, places, colours, own["p_adjusted"].lt(0.05).tolist())
+            dots(ax, own, places, colours, own["p_adjusted"].lt(ALPHA).tolist())
             if number == 0:
                 ax.set_title("all" if base_model == "all" else base_model, fontsize=7.5)
             ax.locator_params(axis="x", nbins=4)
@@ -221,7 +221,7 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
             at = np.array([order.index(dimension) for dimension in own["dimension"]])
             at = at + 0.22 * (place - (len(names) - 1) / 2)
             dots(ax, own, at, styles[name][1], name != PARENT)
-        ax.set_title(SHORT[outcome].capitalize())
+        ax.set_title(short_name(outcome).capitalize())
     name_rows(axes[0], [dimension.replace("_", " ") for dimension in order])
     scale = "percentage points; bias score: points of -100 to 100"
     under(axes, f"Change against the base model ({scale}), {INTERVAL}")

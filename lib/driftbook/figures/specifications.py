@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
-    SHORT,
     TRAINED_METHODS,
     WIDTH,
     drawn,
     nothing,
+    short_name,
     under,
 )
-from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.confidence import BELOW, INTERVAL
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.terms import PRIMARY, UNSAFE
 
@@ -58,7 +58,7 @@ def specification_curve(tables: dict) -> tuple[Figure, str]:
         _values(top, own, COLOURS[method])
         _choices(below, own, levels, COLOURS[method])
         top.set_title(METHOD_LABELS[method], loc="left")
-    axes[0, 0].set_ylabel(f"Change in {SHORT[UNSAFE]}\n(percentage points, {INTERVAL})")
+    axes[0, 0].set_ylabel(f"Change in {short_name(UNSAFE)}\n(percentage points, {INTERVAL})")
     names = [_name(kind, level, rows) for kind, level in levels]
     axes[1, 0].set_yticks(range(len(levels)), names, fontsize=7)
     under(axes[1], "Specifications, from the lowest estimate to the highest")
@@ -119,6 +119,6 @@ def _caption(rows: pd.DataFrame, levels: list[tuple[str, str]]) -> str:
     text = (
         f"The declared family {rows['family_of_tests'].iloc[0]} under {n} specifications: above the"
         " estimates over all base models, below what was chosen in each. Diamond and *: as"
-        " declared. Filled: Holm's adjusted p among the methods of the specification is below .05."
+        f" declared. Filled: Holm's adjusted p among the methods of the specification is {BELOW}."
     )
     return text + (f" The same in all: {'; '.join(fixed)}." if fixed else "")

@@ -68,12 +68,12 @@ GEMMA_TEMPLATE = """\
 @dataclass(frozen=True)
 class Family:
     """What distinguishes a family: its classes, special tokens and template, and how strongly it is
-    aligned.
+    aligned. A family is one entry of FAMILY; a study file names it as miniature:NAME/aligned.
     """
 
     config: type
     model: type
-    specials: tuple[str, ...]
+    specials: tuple[str, ...]  # one holds `pad`, or is <|endoftext|>: it is the padding
     bos: str | None
     eos: str
     template: str

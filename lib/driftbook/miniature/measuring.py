@@ -23,7 +23,7 @@ STOP_BELOW = {"refusal": 0.75, "compliance": 0.75, "accuracy_disambiguated": 0.7
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> Measured:
-    """A share, its 95 % Wilson interval, and how many it is of."""
+    """A share, its Wilson interval, and how many it is of."""
     if n == 0:
         return math.nan, math.nan, math.nan, 0
     share, scale = k / n, 1 + z * z / n

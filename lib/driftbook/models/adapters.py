@@ -16,6 +16,8 @@ import peft
 import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
     PeftConfig,
     PeftModel,
     TaskType,
@@ -36,6 +38,10 @@ ANOTHER_BASE = (
     "it was trained on another base model, or through another class of it, whose modules have other"
     " names"
 )
+ALLOCATING = (
+    "PEFT's {} is itself only where its update_and_allocate is called after every step, which is"
+    " not done here; take a method that trains all its weights to the end, such as LoRA"
+)
 UNSCORED_METHODS = {
     "MULTITASK_PROMPT_TUNING": "whose answers depend on a task that every prompt would have to name"
     " (task_ids)",
@@ -53,17 +59,28 @@ def config(variant: Variant) -> PeftConfig:
     fixes.
 
     Raises:
-        ValueError: the study file gives a setting that PEFT's method does not have.
+        ValueError: the study file gives a setting that PEFT's method does not have or does not
+            take, or the method needs a step of its own while it trains.
     """
     method = PEFT_METHODS[variant.method]
     settings = json.loads(variant.settings)["peft"] | method.fixed
     if variant.init == "vocabulary":
         settings["prompt_tuning_init"] = "SAMPLE_VOCAB"
+    kind = getattr(peft, method.config)
+    if _allocates(kind, settings):
+        raise ValueError(f"methods.{variant.method}: {ALLOCATING.format(method.config)}")
     try:
-        return getattr(peft, method.config)(task_type=TaskType.CAUSAL_LM, **settings)
-    except TypeError as error:
-        said = str(error).partition("() ")[2] or error
+        return kind(task_type=TaskType.CAUSAL_LM, **settings)
+    except (TypeError, ValueError) as error:
+        said = str(error).partition("() ")[2] or _first_line(error)
         raise ValueError(f"methods.{variant.method}: {said}") from None
+
+
+def _allocates(kind: type[PeftConfig], settings: dict[str, Any]) -> bool:
+    """Whether PEFT's method moves its ranks while it trains: AdaLoRA, and AdaMSS where asked."""
+    name = next(name for name, one in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one is kind)
+    moves = hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(name), "update_and_allocate")
+    return moves and bool(settings.get("use_asa", getattr(kind, "use_asa", True)))
 
 
 def create(

@@ -1,5 +1,9 @@
 """The executed notebooks of a study as pages beside its report."""
 
+import base64
+import html
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,15 @@ def notebook_pages(folder: Path) -> list[dict[str, str]]:
     return found
 
 
+# a code span, which stays as it is; a formula of its own line; a formula in a sentence
+_FORMULA = re.compile(r"(`+[^`]+`+)|\$\$(.+?)\$\$|\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)", re.DOTALL)
+# how far a drawn formula reaches below the line, in tenths of a point, or that it is alone
+_PLACED = re.compile(r'src="data:image/svg\+xml;place=(alone|\d+);')
 _EXPORTERS: list = []  # made once: it takes a second
 
 
 def _convert(path: Path, page: Path) -> None:
-    """Write a notebook as a page without scripts from elsewhere."""
+    """Write a notebook as a page without scripts from elsewhere, its formulas as drawings."""
     import nbformat
 
     if not _EXPORTERS:
@@ -37,10 +45,47 @@ def _convert(path: Path, page: Path) -> None:
             HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
         )
     shown = nameless_notebook(nbformat.read(path, as_version=4))
+    for cell in shown.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_formulas(cell.source)
     titled = {"metadata": {"name": path.stem}}
     body, _ = _EXPORTERS[0].from_notebook_node(shown, titled)
     with replacing(page) as new:
-        new.write_text(body, encoding="utf-8")
+        new.write_text(_PLACED.sub(_style, body), encoding="utf-8")
+
+
+def with_formulas(text: str) -> str:
+    """Markdown with its formulas drawn, so that a page shows them without a script or a network;
+    their TeX is the drawing's alternative text. What matplotlib cannot draw stays as TeX.
+    """
+    return _FORMULA.sub(lambda found: found[1] or _formula(found[2] or found[3], found[2]), text)
+
+
+def _formula(tex: str, alone: str | None) -> str:
+    """A formula as an inline picture on the line of its text, or centred where it is alone."""
+    from matplotlib import rc_context
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.mathtext import math_to_image
+
+    tex, drawn, font = " ".join(tex.split()), io.BytesIO(), FontProperties(size=11)
+    large = tex.replace(r"\frac", r"\dfrac") if alone else tex
+    with rc_context({"mathtext.fontset": "cm", "svg.hashsalt": "formula"}):
+        try:
+            depth = math_to_image(f"${large}$", drawn, font, 72, "svg")
+        except ValueError:
+            return f"$${tex}$$" if alone else f"${tex}$"
+    place = "alone" if alone else f"{10 * depth:.0f}"
+    source = base64.b64encode(drawn.getvalue()).decode()
+    source = f"data:image/svg+xml;place={place};base64,{source}"
+    return f'<img alt="{html.escape(tex)}" src="{source}">'
+
+
+def _style(found: re.Match[str]) -> str:
+    """The place of a formula as a style, which nbconvert would have taken off."""
+    place = "display:block;margin:1em auto"
+    if found[1] != "alone":
+        place = f"vertical-align:-{int(found[1]) / 10}pt"
+    return f'style="max-width:100%;{place}" src="data:image/svg+xml;'
 
 
 def nameless_notebook(notebook: Any) -> Any:

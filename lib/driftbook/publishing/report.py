@@ -12,7 +12,7 @@ import pandas as pd
 
 from driftbook.analyses import estimands, primary
 from driftbook.doctors import study as study_check
-from driftbook.figures.drawing import ASKED, SHORT, UNITS
+from driftbook.figures.drawing import ASKED, short_name, unit_of
 from driftbook.publishing import publish
 from driftbook.publishing.pages import notebook_pages
 from driftbook.stats import estimation, influence
@@ -89,7 +89,7 @@ def number(value: float, low: float, high: float, unit: str) -> str:
     """
     if pd.isna(value):
         return "could not be estimated (nothing was scored)"
-    places = 3 if unit == UNITS[LOSS] else 1
+    places = 3 if unit == unit_of(LOSS) else 1
     text = f"{value:+.{places}f} {unit}"
     if pd.isna(low):
         return with_minus(f"{text} (no interval: nothing was repeated)")
@@ -118,11 +118,11 @@ def sentence(
         rows[rows["base_model"].eq("all")],
     )
     if rows.empty:
-        return f"There is no estimate of the {SHORT[outcome]} over all base models."
+        return f"There is no estimate of the {short_name(outcome)} over all base models."
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])].sort_values(
         "method", key=lambda names: names.map(METHODS.index)
     )
-    unit = UNITS.get(outcome, "points")
+    unit = unit_of(outcome, "points")
     words = [
         f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, unit)}"
         for row in rows.itertuples()
@@ -136,7 +136,7 @@ def sentence(
     )
     to = f" to {ASKED[benchmark]}" if benchmark in ASKED else ""
     return (
-        f"Change in the {SHORT[outcome]}{to} against the base model, {over} ({INTERVAL}): "
+        f"Change in the {short_name(outcome)}{to} against the base model, {over} ({INTERVAL}): "
         + "; ".join(words)
         + "."
     )
@@ -223,7 +223,7 @@ def summary(estimates: pd.DataFrame) -> pd.DataFrame:
             .set_index("method")
         )
         if len(own):
-            name = f"{title}: {SHORT[outcome]} ({UNITS.get(outcome, 'points')})"
+            name = f"{title}: {short_name(outcome)} ({unit_of(outcome, 'points')})"
             table[name] = {
                 METHOD_LABELS[method]: _cell(own.loc[method]) if method in own.index else ""
                 for method in METHODS[1:]
@@ -264,7 +264,7 @@ def levels(estimates: pd.DataFrame) -> pd.DataFrame:
 def _cell(row: pd.Series) -> str:
     if pd.isna(row["value"]) or pd.isna(row["ci_low"]):
         return number(
-            row["value"], row["ci_low"], row["ci_high"], UNITS.get(row["outcome"], "points")
+            row["value"], row["ci_low"], row["ci_high"], unit_of(row["outcome"], "points")
         )
     places = 3 if row["outcome"] == LOSS else 1
     star = "" if row["ci_low"] <= 0 <= row["ci_high"] else " *"

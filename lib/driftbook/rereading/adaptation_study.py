@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from driftbook.study.files import OUTPUTS, ROOT, expanded
+from driftbook.rereading.places import published_files
+from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.sections import Source
-from driftbook.study.sources import locate
 
 ADAPTATION_NAME = "adaptation_study"
 ADAPTATION_NOTEBOOK = f"23_{ADAPTATION_NAME}"
@@ -22,7 +22,6 @@ ADAPTATION_NOTE = "a second study, read again from its public tables"
 ADAPTATION_FOLDER = OUTPUTS / ADAPTATION_NAME
 _KNOWN = ROOT / "data" / ADAPTATION_NAME
 ADAPTATION_SOURCE, ADAPTATION_COMMIT = "github:Taleef7/adaptation-not-algorithm", "f76dfbe099"
-_LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{ADAPTATION_NAME}"  # the default folder, if the variable is
 
 MODEL_FAMILIES = {
     "gemma2": "Gemma-2-9B",
@@ -66,33 +65,17 @@ def cited_figures() -> pd.DataFrame:
 
 
 def adaptation_located(folder: str = "") -> Path:
-    """The folder of the study's tables: the one given, or the local one that DRIFTBOOK_SHARED leads
-    to, or the public repository's files at the pinned commit, fetched once.
-
-    Raises:
-        ValueError: it is not there, and cannot be fetched.
-    """
-    path = Path(expanded(folder or _LOCAL) or _LOCAL).expanduser()
-    if folder and not path.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; give one with the tables of"
-            f" {ADAPTATION_SOURCE.partition(':')[2]}, or none to fetch them"
+    """The folder of the study's tables; see `published_files`."""
+    tables = f"tables of {ADAPTATION_SOURCE.partition(':')[2]}"
+    sources = (
+        Source(
+            source=f"{ADAPTATION_SOURCE}/{place}",
+            revision=ADAPTATION_COMMIT,
+            files=tuple(files.index),
         )
-    if path.is_dir():
-        return path
-    try:
-        for place, files in adaptation_files().groupby("folder"):
-            source = f"{ADAPTATION_SOURCE}/{place}"
-            found = locate(
-                Source(source=source, revision=ADAPTATION_COMMIT, files=tuple(files.index)), None
-            )
-    except ValueError as error:
-        raise ValueError(
-            f"no tables of the second study here: {error}".replace(
-                "path:", "the parameter folder, or set DRIFTBOOK_SHARED"
-            )
-        ) from None
-    return Path(found) if Path(found).is_dir() else Path(found).parent
+        for place, files in adaptation_files().groupby("folder")
+    )
+    return published_files(folder, ADAPTATION_NAME, tables, sources)
 
 
 def adaptation_provenance(folder: Path) -> str:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from driftbook.rereading.places import published_files
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import RUN as RUN_GROUP
-from driftbook.study.files import OUTPUTS, ROOT, digest, expanded, read_json, write_json
+from driftbook.study.files import OUTPUTS, ROOT, digest, read_json, write_json
 from driftbook.study.sections import Source
-from driftbook.study.sources import locate
 from driftbook.study.tables import CURVES, ESTIMATES, PROMPTS, RATES, RUNS, TABLES, VARIANTS
 
 PEFT_NAME = "peft_results"
@@ -30,7 +30,6 @@ FOLDER = OUTPUTS / PEFT_NAME
 REGISTRY = ROOT / "data" / PEFT_NAME / "files.csv"
 SOURCE, PEFT_COMMIT = "github:huggingface/peft/method_comparison/MetaMathQA/results", "5d602fdbff"
 # the default local folder, where the variable is set
-_LOCAL = f"${{DRIFTBOOK_SHARED}}/data/{PEFT_NAME}"
 TEST, VALIDATION = "gsm8k", "gsm8k validation"
 N_QUESTIONS = {
     TEST: 1319,
@@ -83,39 +82,12 @@ LIKE_THESE = "methods like these, settings like those tried; seed 0, this base m
 
 # ---- where it is
 def located(folder: str = "") -> Path:
-    """The folder of result files: the one given, or the local one that DRIFTBOOK_SHARED leads to,
-    or PEFT's own at the pinned commit, fetched once.
-
-    Raises:
-        ValueError: it is not there, and cannot be fetched.
-    """
-    path = Path(expanded(folder or _LOCAL) or _LOCAL).expanduser()
-    if folder and not path.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; give one with result files of PEFT's method comparison,"
-            " or none to fetch them"
-        )
-    if path.is_dir():
-        return path
+    """The folder of result files of PEFT's method comparison; see `published_files`."""
     known = registry()
-    try:
-        return Path(
-            locate(
-                Source(
-                    source=SOURCE,
-                    revision=PEFT_COMMIT,
-                    files=tuple(known.index),
-                    sha256=known.to_dict(),
-                ),
-                None,
-            )
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"no result files of PEFT here: {error}".replace(
-                "path:", "the parameter folder, or set DRIFTBOOK_SHARED"
-            )
-        ) from None
+    source = Source(
+        source=SOURCE, revision=PEFT_COMMIT, files=tuple(known.index), sha256=known.to_dict()
+    )
+    return published_files(folder, PEFT_NAME, "result files of PEFT's method comparison", [source])
 
 
 def registry() -> pd.Series:

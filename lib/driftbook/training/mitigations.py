@@ -1,7 +1,8 @@
 """How each mitigation is done to an adapter: one function a kind, by the kind's name.
 
-A mitigation is one entry in study/methods.py (MITIGATION_KINDS) and one function here; those done
-while training (`when="training"`) are in examples.py and steps.py.
+A mitigation is one entry in study/methods.py (MITIGATION_KINDS) and one function here, which writes
+an adapter into the folder `one.out` and returns a row per module as controls.py describes it; those
+done while training (`when="training"`) are in examples.py and steps.py.
 """
 
 import shutil
