@@ -17,12 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 from PIL import Image as Picture
 
-from driftbook.stats import influence
+from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,
     AS_CONFIGURED,
+    BEGUN_BENIGN,
+    BEGUN_HARMFUL,
     BIAS_AMB,
     BIAS_DIS,
     CATEGORY,
@@ -37,6 +39,7 @@ from driftbook.stats.terms import (
     REFUSED,
     RUN,
     TRAINED,
+    UNREFUSED,
     UNSAFE,
     UNTRAINED,
 )
@@ -50,6 +53,7 @@ TRAINED_METHODS = tuple(PEFT_METHODS)
 WIDTH, FEW = 6.5, 50
 SHORT = {
     UNSAFE: "unsafe-response rate",
+    UNREFUSED: "non-refusal rate",
     REFUSED: "refusal rate",
     ACCURACY_AMB: "accuracy, ambiguous",
     ACCURACY_DIS: "accuracy, disambiguated",
@@ -58,6 +62,8 @@ SHORT = {
     FLIPS: "order-dependent answers",
     LOSS: "loss on utility answers",
     CORRECT: "correct utility answers",
+    BEGUN_HARMFUL: "probability that an answer begins as a refusal",
+    BEGUN_BENIGN: "probability that an answer begins as a refusal",
 }
 UNITS = {BIAS_AMB: "points", BIAS_DIS: "points", LOSS: "nats per token"}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
@@ -486,7 +492,17 @@ def captioned(
 
 
 # ---- 09 safety
-SAFETY, OVER_REFUSAL = (UNSAFE, "safety"), (REFUSED, "over_refusal")
+OVER_REFUSAL = (REFUSED, "over_refusal")
+
+
+def harm_of(tables: dict) -> str:
+    """The outcome that tells of safety in this study (harm.of_estimates)."""
+    return harm.of_estimates(tables["estimates"])
+
+
+def safety_of(tables: dict) -> tuple[str, str]:
+    """The same with its benchmark."""
+    return harm_of(tables), "safety"
 
 
 def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None) -> Figure | None:

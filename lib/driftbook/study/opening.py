@@ -62,7 +62,10 @@ class Tables:
         """The tables read so far: rows, and what one row is."""
         read = {name: frame for name, frame in vars(self).items() if name in TABLES}
         rows = [f"| {name} | {len(frame):,} | {TABLES[name].row} |" for name, frame in read.items()]
-        title = f"**{self.study.name}** ({self.study.note})\n\n| table | rows | one row is |\n"
+        said = f"{self.study.of_safety}\n\n" if self.study.of_safety else ""
+        title = (
+            f"**{self.study.name}** ({self.study.note})\n\n{said}| table | rows | one row is |\n"
+        )
         return title + "\n".join(["|---|---:|---|", *rows])
 
 
