@@ -87,7 +87,7 @@ def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
 
 def tested(estimates: pd.DataFrame) -> pd.DataFrame:
     """The tests of safety's outcome over all base models, with Holm's adjusted p values."""
-    rows = picked(estimates, base_model="all", outcome=harm.of_estimates(estimates))
+    rows = picked(estimates, base_model="all", outcome=harm.safety_outcome(estimates))
     columns = [
         "member",
         "contrast",

@@ -18,7 +18,7 @@ class Doses:
         self.tables, self.arms = tables, influence.arms(tables.variants, tables.runs)
         self.usual = doses.dose_runs(self.arms, tables.runs)
         self.earlier = tables.estimates_of("09_safety")
-        self.safety = harm.of_estimates(self.earlier)
+        self.safety = harm.safety_outcome(self.earlier)
 
     def estimates(self, n_boot: int, seed: int) -> pd.DataFrame:
         """Pairs of methods as configured and at equal dose, for unsafe responses (without a judge
@@ -69,6 +69,6 @@ class Doses:
 
 def pairs_of_methods(estimates: pd.DataFrame) -> pd.DataFrame:
     """Differences of methods in the rate of harm, as configured and at equal dose."""
-    rows = picked(estimates, outcome=harm.of_estimates(estimates))
+    rows = picked(estimates, outcome=harm.safety_outcome(estimates))
     usual = rows["group"].eq(terms.AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE)
     return in_words(rows[usual], ["method", "against", "contrast"], "base_model", places=1)

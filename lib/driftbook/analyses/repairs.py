@@ -290,7 +290,7 @@ def wide_points(points: pd.DataFrame, which: str) -> pd.DataFrame:
     return (
         rows.pivot(index="run_id", columns="outcome", values="value")
         .astype(float)
-        .rename(columns={harm.of_estimates(points): HARM})
+        .rename(columns={harm.safety_outcome(points): HARM})
         .reindex(columns=[HARM, DECLINED, GAIN, KEPT])
     )
 
@@ -525,7 +525,7 @@ def repairs_sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") ->
         return "Nothing was repaired by Safe LoRA."
     own = estimates[estimates["group"].eq(terms.MITIGATION) & estimates["member"].eq(name)]
     own = own[own["base_model"].eq("all")]
-    outcome = harm.of_estimates(own)
+    outcome = harm.safety_outcome(own)
     found = own[own["outcome"].eq(outcome)].set_index("contrast")
     found = found[found["method"].eq(found["method"].iloc[0])] if len(found) else found
     if AGAINST_PARENT not in found.index or pd.isna(found.loc[AGAINST_PARENT, "ci_low"]):

@@ -42,7 +42,7 @@ def beside_rescaling(
         for key, part in frame.groupby(["method", "name"], sort=False)
         if part["base_model"].nunique() == repaired["base_model"].nunique()
     ]
-    labels |= {"outcome": harm.of_estimates(points), "benchmark": "safety", "judge": "none"}
+    labels |= {"outcome": harm.safety_outcome(points), "benchmark": "safety", "judge": "none"}
     labels |= {"group": terms.MITIGATION, "population": terms.THESE_PROMPTS}
     rows = [
         {**labels, "base_model": base_model, "method": method, "member": name}

@@ -86,7 +86,7 @@ def safety_checks(tables: Tables, estimates: pd.DataFrame) -> dict[str, pd.DataF
     other = picked(usual, contrast=[comparisons.ODDS, comparisons.DELTA_BASE])
     trained = picked(estimates, group=terms.TRAINED, benchmark=["safety", "over_refusal"])
     apart = picked(trained, contrast=comparisons.INTERACTION)
-    apart = picked(apart, outcome=harm.of_estimates(apart))
+    apart = picked(apart, outcome=harm.safety_outcome(apart))
     ends = picked(overall, contrast=[terms.LOWEST, terms.HIGHEST], group=terms.TRAINED)
     bad = "unsafe" if tables.study.judges else "not refused"
     found = {

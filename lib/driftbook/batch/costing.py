@@ -363,7 +363,7 @@ def memory(study: Study) -> dict[str, float]:
         rows.append({"train": weights + resident + activations + logits})
         rows[-1] |= dict.fromkeys(("respond", "answer", "utility"), weights + cached)
     found = pd.DataFrame(rows).max() / 2**30
-    return {**found.to_dict(), "judge": sum(judges) / 2**30}
+    return found.to_dict() | ({"judge": sum(judges) / 2**30} if judges else {})
 
 
 def _weight_bytes(model: Base | Judge | Rater, study: Study) -> float:

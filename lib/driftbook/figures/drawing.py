@@ -496,8 +496,8 @@ OVER_REFUSAL = (REFUSED, "over_refusal")
 
 
 def harm_of(tables: dict) -> str:
-    """The outcome that tells of safety in this study (harm.of_estimates)."""
-    return harm.of_estimates(tables["estimates"])
+    """The outcome that tells of safety in this study (harm.safety_outcome)."""
+    return harm.safety_outcome(tables["estimates"])
 
 
 def safety_of(tables: dict) -> tuple[str, str]:

@@ -125,7 +125,7 @@ def _beside_methods(
 
 def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
     """The word of each factor and method, at the right edge, beside its dot."""
-    safety = harm.of_estimates(estimates)
+    safety = harm.safety_outcome(estimates)
     rows = estimates[estimates["outcome"].eq(safety) & estimates["value"].notna()]
     words = factors.verdicts(rows)
     for method, shift in _shifts(methods):

@@ -206,7 +206,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
     of the base model, of the fine-tuned runs, and of every repair of them at every level.
     """
     rows = tables["frontier"]
-    safety = harm.of_estimates(rows)
+    safety = harm.safety_outcome(rows)
     colours = {DECLINED: SAFE, safety: NULL}
     shown = [outcome for outcome in colours if rows["outcome"].eq(outcome).any()]
     if not shown:

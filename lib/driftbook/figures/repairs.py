@@ -155,7 +155,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
-    columns, counted = [*bases(tables), "all"], harm.COUNTED[harm.of_estimates(rows)]
+    columns, counted = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
     shown = [outcome for outcome in (*harm.OUTCOMES, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         len(shown),

@@ -17,7 +17,7 @@ from driftbook.publishing import publish
 from driftbook.publishing.pages import notebook_pages
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
-from driftbook.stats.harm import of_estimates
+from driftbook.stats.harm import safety_outcome
 from driftbook.stats.picking import picked, plain, with_minus
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -89,7 +89,7 @@ TITLES = {
 
 def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """FINDINGS with the outcome that tells of safety in these estimates."""
-    return FINDINGS | {"Safety": (of_estimates(estimates), "safety")}
+    return FINDINGS | {"Safety": (safety_outcome(estimates), "safety")}
 
 
 # ---- words from numbers
@@ -158,7 +158,7 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         runs[["run_id", "n_trainable", "seconds"]], on="run_id"
     )
     cost = cost.groupby("method")[["n_trainable", "seconds"]].median()
-    safety = of_estimates(estimates)
+    safety = safety_outcome(estimates)
     rows = estimates[
         estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
@@ -296,7 +296,7 @@ def _what_ran(arms: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 
 def _extreme_cell(estimates: pd.DataFrame) -> str:
-    safety = of_estimates(estimates)
+    safety = safety_outcome(estimates)
     rows = estimates[
         estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
@@ -323,7 +323,7 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
 
 
 def _controls(estimates: pd.DataFrame) -> str:
-    safety = of_estimates(estimates)
+    safety = safety_outcome(estimates)
     rows = estimates[
         estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
@@ -420,7 +420,7 @@ def printed(estimates: pd.DataFrame) -> pd.DataFrame:
     known = pd.Series([key in ours for key in keys], estimates.index, dtype=bool)
     core = estimates["estimator"].eq(PRIMARY) & known
     pooled = estimates["base_model"].eq("all")
-    safety = estimates["outcome"].eq(of_estimates(estimates))
+    safety = estimates["outcome"].eq(safety_outcome(estimates))
     shown = estimates["group"].eq(TRAINED) & (pooled | safety)
     shown |= estimates["group"].isin([AS_CONFIGURED, UNTRAINED]) & pooled & safety
     changes = estimates[core & shown & estimates["contrast"].eq(CHANGE)]

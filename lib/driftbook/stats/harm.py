@@ -48,7 +48,7 @@ def of_judge(judge: str) -> str:
     return terms.UNREFUSED if judge == DETECTOR else terms.UNSAFE
 
 
-def of_estimates(estimates: pd.DataFrame) -> str:
+def safety_outcome(estimates: pd.DataFrame) -> str:
     """The outcome that tells of safety in these rows (of `estimates`, or any with `outcome`):
     UNSAFE where a judge scored, or where nothing was; else UNREFUSED.
     """

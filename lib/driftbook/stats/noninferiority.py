@@ -15,7 +15,7 @@ from scipy.special import stdtr, stdtrit
 from driftbook.stats import intervals, terms
 from driftbook.stats.confidence import ALPHA, UPPER
 from driftbook.stats.estimation import complete
-from driftbook.stats.harm import of_estimates
+from driftbook.stats.harm import safety_outcome
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE
 from driftbook.study.tables import ESTIMATES
 
@@ -69,7 +69,7 @@ def preserves(
     harms = [_harm(line, worst) for line in changes.to_dict("records")]
     single = pd.DataFrame([_tested(harm, margin) for margin in margins for harm in harms])
     single["word"] = _words(single)
-    safety = of_estimates(changes)
+    safety = safety_outcome(changes)
     judges = list(dict.fromkeys(changes.loc[changes["outcome"].eq(safety), "judge"]))
     joint = pd.DataFrame(_joint_rows(single, outcomes, safety, judges or ["none"]))
     joint["word"] = _words(joint)
