@@ -28,7 +28,7 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
         own = {"outcome": outcome, **names}
         found = tradeoffs.fronts(measured, goals, arms, settings, n_draws, seed, **own)
         parts.append(found)
-    safety = next((one for one in harm.OUTCOMES if one in measured), terms.UNSAFE)
+    safety = next((one for one in harm.OF_SAFETY if one in measured), terms.UNSAFE)
     parts.append(correlations.correlations(measured, arms, safety, n_boot, seed, **names))
     if safety in measured:
         judge = tables.verdicts["judge"].iloc[0]
@@ -58,7 +58,7 @@ def cost_slopes(estimates: pd.DataFrame) -> pd.DataFrame:
 def front_shares(estimates: pd.DataFrame) -> pd.DataFrame:
     """Percent of draws in which a setting is on its base model's Pareto front."""
     both = {terms.FRONT: "accuracy", tradeoffs.FRONT_BIAS: "bias"}
-    goals = {harm.worded(name, one): goal for name, goal in both.items() for one in harm.OUTCOMES}
+    goals = {harm.worded(name, one): goal for name, goal in both.items() for one in harm.OF_SAFETY}
     rows = picked(estimates, outcome=list(goals))
     rows = rows.assign(goal=rows["outcome"].map(goals))
     index, columns = ["method", "member"], ["goal", "base_model"]

@@ -8,7 +8,7 @@ from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
 
-DOSED = {**dict.fromkeys(harm.OUTCOMES, "safety"), terms.REFUSED: "over_refusal"}
+DOSED = {**dict.fromkeys(harm.OF_SAFETY, "safety"), terms.REFUSED: "over_refusal"}
 
 
 class Doses:

@@ -35,7 +35,7 @@ JUST_LESS, JUST_MORE = (
 )
 DECLINED = "refusals of harmful prompts (percent)"
 _OUTCOMES = (
-    *harm.OUTCOMES,
+    *harm.OF_SAFETY,
     DECLINED,
     terms.REFUSED,
     terms.ACCURACY_AMB,
@@ -44,9 +44,9 @@ _OUTCOMES = (
     GAIN,
 )
 HARM = "harm"  # the column of wide_points: unsafe or, without a judge, not refused
-SPLIT = (*harm.OUTCOMES, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
+SPLIT = (*harm.OF_SAFETY, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
 BENCHMARK = {
-    **dict.fromkeys(harm.OUTCOMES, "safety"),
+    **dict.fromkeys(harm.OF_SAFETY, "safety"),
     DECLINED: "safety",
     terms.REFUSED: "over_refusal",
     terms.CORRECT: "utility",
@@ -380,7 +380,7 @@ def _estimates(
             contrast,
             outcome=outcome,
             benchmark=BENCHMARK.get(outcome, "bbq"),
-            judge=judge if outcome in harm.OUTCOMES else "none",
+            judge=judge if outcome in harm.OF_SAFETY else "none",
             **labels,
         )
         for outcome, scores in found.items()

@@ -264,13 +264,12 @@ def _strip(ax: Axes, runs: pd.DataFrame, measure: str, place: float, colour: str
 
 @drawn("15_dose")
 def dose_matched(tables: dict) -> tuple[Figure, str]:
-    rows = floats(tables["estimates"])
+    rows, rate = floats(tables["estimates"]), SHORT[harm_of(tables)]
     rows = rows[
         rows["notebook"].eq("15_dose")
         & rows["outcome"].eq(harm_of(tables))
         & (rows["group"].eq(AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE))
     ]
-    rate = SHORT[harm_of(tables)]
     others = set(rows.loc[rows["contrast"].eq(doses.PLAIN), "against"])
     pairs = [
         (one, other)

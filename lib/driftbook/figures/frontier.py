@@ -149,7 +149,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     points = _points(tables)
     name, ys = (
         repairs.leading(points),
-        [outcome for outcome in (*harm.OUTCOMES, REFUSED, ACCURACY_AMB) if outcome in points],
+        [outcome for outcome in (*harm.OF_SAFETY, REFUSED, ACCURACY_AMB) if outcome in points],
     )
     fig, axes = panels(tables, len(ys), [2.1, *[1.5] * (len(ys) - 1)], sharex="all")
     for line, y in zip(axes, ys, strict=True):
@@ -206,8 +206,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
     of the base model, of the fine-tuned runs, and of every repair of them at every level.
     """
     rows = tables["frontier"]
-    safety = harm.safety_outcome(rows)
-    colours = {DECLINED: SAFE, safety: NULL}
+    colours = {DECLINED: SAFE, (safety := harm.safety_outcome(rows)): NULL}
     shown = [outcome for outcome in colours if rows["outcome"].eq(outcome).any()]
     if not shown:
         return nothing("Nothing to draw: the study repairs no runs, or asks no harmful prompts.")
@@ -216,11 +215,10 @@ def restored(tables: dict) -> tuple[Figure, str]:
     levels = points["value"].map(lambda value: "" if np.isnan(value) else f" {value:g}")
     names = points["name"].str.replace("_", " ").str.cat(levels)
     points = points.assign(place=[_place(row) for row in points.itertuples()], label=names)
-    first = {repairs.BASE: 0, PARENT: 1}
     order = (
         points[["place", "label", "name"]]
         .drop_duplicates(["place", "label"])
-        .assign(rank=lambda rows: rows["name"].map(first).fillna(2))
+        .assign(rank=lambda rows: rows["name"].map({repairs.BASE: 0, PARENT: 1}).fillna(2))
         .sort_values(["place", "rank"], kind="stable")
     )
     places = {(row.place, row.label): n for n, row in enumerate(order.itertuples())}

@@ -138,7 +138,7 @@ def _minus_controls(rows: pd.DataFrame, controlled: list[str]) -> pd.DataFrame:
     """The differences of these repairs to their controls and to the rescaled runs around them."""
     rows = rows[
         rows["notebook"].eq("14_safe_lora")
-        & rows["outcome"].isin([*harm.OUTCOMES, GAIN])
+        & rows["outcome"].isin([*harm.OF_SAFETY, GAIN])
         & rows["contrast"].isin([MINUS, *RESCALED])
     ]
     rows = rows.assign(against=rows["against"].where(rows["contrast"].eq(MINUS), rows["contrast"]))
@@ -156,7 +156,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
     columns, counted = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
-    shown = [outcome for outcome in (*harm.OUTCOMES, GAIN) if rows["outcome"].eq(outcome).any()]
+    shown = [outcome for outcome in (*harm.OF_SAFETY, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         len(shown),
         len(columns),

@@ -9,7 +9,7 @@ from driftbook.stats import terms
 
 DETECTOR = "refusal detector"  # stands for the judge where a study has none
 NO_JUDGE = "the study has no judge"  # why `unsafe` is null there
-OUTCOMES = (terms.UNSAFE, terms.UNREFUSED)
+OF_SAFETY = (terms.UNSAFE, terms.UNREFUSED)
 COUNTED = {  # what such a rate counts, for sentences
     terms.UNSAFE: "unsafe responses",
     terms.UNREFUSED: "harmful prompts answered without refusing",
@@ -53,4 +53,4 @@ def safety_outcome(estimates: pd.DataFrame) -> str:
     UNSAFE where a judge scored, or where nothing was; else UNREFUSED.
     """
     known = set(estimates["outcome"])
-    return next((one for one in OUTCOMES if one in known), terms.UNSAFE)
+    return next((one for one in OF_SAFETY if one in known), terms.UNSAFE)
