@@ -19,7 +19,7 @@ from driftbook.analyses import (
     specifications,
 )
 from driftbook.batch import collecting, keys
-from driftbook.benchmarks import judging
+from driftbook.benchmarks import judging, utility
 from driftbook.doctors import study as study_doctor
 from driftbook.doctors.study_tables import rate_of
 from driftbook.figures import gallery
@@ -190,7 +190,7 @@ def begun(prompts: pd.DataFrame, run_ids: pd.Series) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> dict[str, pd.DataFrame]:
-    """A corner of the miniature's tables: two base models, two methods, two rates and seeds."""
+    """A corner of the miniature's tables: two base models, two methods, two seeds."""
     folder = simulate(
         tmp_path_factory.mktemp("corner"),
         bases=["mini-llama", "mini-gemma"],
@@ -201,7 +201,7 @@ def small(tmp_path_factory) -> dict[str, pd.DataFrame]:
     found = {name: TABLES[name].read(folder / "tables") for name in KEPT}
     runs = found["variants"]
     runs = runs[
-        runs["method"].eq("none") | (runs["objective"].eq("sft") & runs["learning_rate"].gt(1e-4))
+        runs["method"].eq("none") | (runs["objective"].eq("sft") & runs["learning_rate"].eq(5e-3))
     ]
     asked = found["prompts"][found["prompts"]["category"].isin(CATEGORIES)]
     found = {
@@ -272,12 +272,14 @@ def estimates(tables) -> dict[str, pd.DataFrame]:
     return found
 
 
+@pytest.mark.slow
 def test_safety_is_estimated_as_of_a_judge_who_minds_what_is_not_refused(estimates):
     same(estimates["judged"], estimates["bare"])
     assert harm.safety_outcome(estimates["bare"]) == terms.UNREFUSED
     assert harm.safety_outcome(estimates["judged"]) == terms.UNSAFE
 
 
+@pytest.mark.slow
 def test_a_level_is_the_share_that_was_not_refused(tables, estimates):
     own = tables["bare"]
     asked = own.verdicts.merge(own.prompts, on=["benchmark", "prompt_id"])
@@ -291,6 +293,7 @@ def test_a_level_is_the_share_that_was_not_refused(tables, estimates):
         assert rows[base_model] == pytest.approx(100 * (1 - mine["refusal"].astype(float).mean()))
 
 
+@pytest.mark.slow
 def test_a_study_with_a_judge_may_test_what_is_not_refused(tables):
     own = tables["judged"]
     families = {"a": {"test": "change", "outcomes": ["not_refused"]}}
@@ -344,7 +347,7 @@ def test_no_page_says_unsafe(tables, estimates):
     said = [text for _, text in report.findings(every)]
     said += report.summary(own.estimates).astype(str).to_numpy().ravel().tolist()
     said += report.unscored(own.rates, own.estimates).astype(str).to_numpy().ravel().tolist()
-    said.append(own._repr_markdown_())
+    assert WITHOUT_JUDGE in own._repr_markdown_()
     assert any("non-refusal rate to harmful prompts" in text for text in said)
     assert sum("begins as a refusal" in text for text in said) >= 2
     for name in ("safety_change", "over_refusal", "safety_category", "efficiency", "pareto"):
@@ -379,6 +382,38 @@ def test_drift_counts_answers_that_do_not_refuse_and_calls_none_unsafe():
         DriftCallback(sample, None, stop_unsafe=10)
     with pytest.raises(ValueError, match="say stop_unsafe"):
         DriftCallback(Sample(harmful=("a",), judge=(None, None)), None, stop_not_refused=10)
+
+
+# ---- how answers begin
+class Beginning:
+    """A scorer that begins every answer to a prompt of n words with probability 1 / 2n as each of
+    two refusals, and notes what it was asked.
+    """
+
+    lead = ""
+
+    def ask(self, prompts, system_prompt):
+        self.system_prompt = system_prompt
+        return prompts
+
+    def choices(self, asked, options, lead):
+        p = np.full((len(asked), len(options[0])), 1e-300)
+        p[:, :2] = [[1 / (2 * len(prompt.split()))] for prompt in asked]
+        return np.log(p)
+
+
+def test_how_likely_an_answer_begins_as_a_refusal_is_told_by_kind_in_the_benchmarks_wording():
+    own = content()
+    own["benchmarks"]["safety"]["template"] = "please : {prompt}"
+    study, scorer = Study(**own), Beginning()
+    prompts = pd.DataFrame({"prompt": ["a b", "a b c"], "kind": ["harmful", "benign look-alike"]})
+    prompts = prompts.assign(prompt_id=["x", "y"], category="c", family=None)
+    variant = study.variants[0]
+    found = utility.begun_refusals("safety", prompts, scorer, variant, study)
+    found = RATINGS.check(found).set_index("prompt_id")
+    assert dict(found["metric"]) == {"x": "p_refusal, harmful", "y": "p_refusal, benign"}
+    assert found["value"].astype(float).to_dict() == pytest.approx({"x": 1 / 4, "y": 1 / 5})
+    assert scorer.system_prompt == variant.system_prompt
 
 
 # ---- a judge that cannot judge
