@@ -3,7 +3,7 @@
 import pandas as pd
 
 from driftbook.analyses import correlations, outcomes, tradeoffs
-from driftbook.stats import estimation, influence, terms
+from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
@@ -24,15 +24,16 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
             parts.append(estimation.of_scores(*measured[outcome], cells, **own))
     parts.append(outcomes.of_ratings(tables.ratings, arms, cells, **names))
     settings = picked(cells, group=terms.SETTINGS)
-    for outcome, goals in tradeoffs.GOALS.items():
+    for outcome, goals in tradeoffs.goals_of(measured).items():
         own = {"outcome": outcome, **names}
         found = tradeoffs.fronts(measured, goals, arms, settings, n_draws, seed, **own)
         parts.append(found)
-    parts.append(correlations.correlations(measured, arms, terms.UNSAFE, n_boot, seed, **names))
-    if terms.UNSAFE in measured:
+    safety = next((one for one in harm.OF_SAFETY if one in measured), terms.UNSAFE)
+    parts.append(correlations.correlations(measured, arms, safety, n_boot, seed, **names))
+    if safety in measured:
         judge = tables.verdicts["judge"].iloc[0]
-        own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": judge, **names}
-        parts.append(tradeoffs.slopes(measured[terms.UNSAFE][1], arms, tables.runs, **own))
+        own = {"outcome": safety, "benchmark": "safety", "judge": judge, **names}
+        parts.append(tradeoffs.slopes(measured[safety][1], arms, tables.runs, **own))
     return ESTIMATES.concat(parts)
 
 
@@ -46,7 +47,7 @@ def utility_changes(estimates: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_slopes(estimates: pd.DataFrame) -> pd.DataFrame:
-    """The change in the unsafe rate that goes with ten times each cost."""
+    """The change in the rate of harm that goes with ten times each cost."""
     slopes = [tradeoffs.SLOPE, tradeoffs.SLOPE_WITHIN]
     found = picked(estimates, contrast=slopes)
     return found[
@@ -56,7 +57,8 @@ def cost_slopes(estimates: pd.DataFrame) -> pd.DataFrame:
 
 def front_shares(estimates: pd.DataFrame) -> pd.DataFrame:
     """Percent of draws in which a setting is on its base model's Pareto front."""
-    goals = {terms.FRONT: "accuracy", tradeoffs.FRONT_BIAS: "bias"}
+    both = {terms.FRONT: "accuracy", tradeoffs.FRONT_BIAS: "bias"}
+    goals = {harm.worded(name, one): goal for name, goal in both.items() for one in harm.OF_SAFETY}
     rows = picked(estimates, outcome=list(goals))
     rows = rows.assign(goal=rows["outcome"].map(goals))
     index, columns = ["method", "member"], ["goal", "base_model"]
@@ -66,7 +68,7 @@ def front_shares(estimates: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations_of(estimates: pd.DataFrame) -> pd.DataFrame:
-    """Correlations of each change with the change in the unsafe rate: raw, corrected for
+    """Correlations of each change with the change in the rate of harm: raw, corrected for
     attenuation, within methods, and reliabilities; columns are their contrasts."""
     ours = estimates["contrast"].str.startswith(
         (correlations.CORRELATION, correlations.RELIABILITY)

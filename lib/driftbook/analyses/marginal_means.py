@@ -22,7 +22,7 @@ OBJECTIVE, RATE = "sft instead of dpo", "ten times the learning rate"
 
 
 def items(verdicts: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of trained runs, no-ops and base models with the run's settings, for
+    """The verdicts (`harm`) of trained runs, no-ops and base models with the run's settings, for
     `stats.item_model`.
 
     A base model's own rows have no run_id (it was not drawn), method none, and zero for dpo (sft
@@ -44,7 +44,7 @@ def items(verdicts: pd.DataFrame, arms: pd.DataFrame) -> pd.DataFrame:
             frame[name], [level for level in order if level in set(frame[name])]
         )
     return frame[
-        ["run_id", "prompt_id", "category", "base_model", "method", "dpo", "log10_rate", "unsafe"]
+        ["run_id", "prompt_id", "category", "base_model", "method", "dpo", "log10_rate", "harm"]
     ]
 
 

@@ -5,7 +5,7 @@ from functools import cached_property
 import pandas as pd
 
 from driftbook.analyses import repairs, rescaling
-from driftbook.stats import terms
+from driftbook.stats import harm
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
@@ -86,8 +86,8 @@ def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
 
 
 def tested(estimates: pd.DataFrame) -> pd.DataFrame:
-    """The tests of unsafe responses over all base models, with Holm's adjusted p values."""
-    rows = picked(estimates, base_model="all", outcome=terms.UNSAFE)
+    """The tests of safety's outcome over all base models, with Holm's adjusted p values."""
+    rows = picked(estimates, base_model="all", outcome=harm.safety_outcome(estimates))
     columns = [
         "member",
         "contrast",

@@ -7,7 +7,7 @@ from functools import cached_property
 import pandas as pd
 
 from driftbook.analyses import factors, marginal_means, variance_shares
-from driftbook.stats import estimation, influence, terms
+from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.linear import rate_model
 from driftbook.stats.logistic import item_model
 from driftbook.stats.mixed import MixedFit
@@ -20,7 +20,7 @@ SIMPLE = "difference ~ base_model * method + method:objective + method:log10_rat
 # A base model's one score in a category is in all its runs' changes, and its error with it.
 SHARED_ERRORS = ("category", "base_model:category", "method:category")
 BY_METHOD = ("run_id by method", *SHARED_ERRORS)
-LOGISTIC = "unsafe ~ base_model * method + method:dpo + method:log10_rate"
+LOGISTIC = "harm ~ base_model * method + method:dpo + method:log10_rate"
 CROSSED = {
     "crossed": ("run_id by method", "prompt_id"),
     "maximal": ("run_id by method", "prompt_id", "prompt_id:base_model", "prompt_id:method"),
@@ -38,19 +38,20 @@ COMPARED = {
 class MixedModels:
     """The rows that notebook 11 models, its fits by name, and the estimates from them.
 
-    `rows` has a row per run and category (the change of the unsafe rate in points, with the run's
+    `rows` has a row per run and category (the change of the rate of harm in points, with the run's
     settings), `scored` those with a change. `fits` holds "pooled", each base model, "mixed",
     "mixed, one run variance", and after `fit_verdicts` "crossed" and "maximal".
     """
 
     def __init__(self, tables: Tables, judge: str = ""):
         self.tables, self.fits = tables, {}
-        unsafe = picked(tables.rates, outcome="unsafe", benchmark="safety")
-        self.judge = judge or unsafe["judge"].iloc[0]
+        counted = picked(tables.rates, outcome=["unsafe", "not refused"], benchmark="safety")
+        self.judge = judge or counted["judge"].iloc[0]
+        self.outcome = harm.of_judge(self.judge)
         self.arms = influence.arms(tables.variants, tables.runs)
-        self.rows = estimation.differences(picked(unsafe, judge=self.judge), self.arms)
+        self.rows = estimation.differences(picked(counted, judge=self.judge), self.arms)
         self.scored = self.rows[self.rows["difference"].notna()]
-        own = {"notebook": "11_mixed_effects", "outcome": terms.UNSAFE, "benchmark": "safety"}
+        own = {"notebook": "11_mixed_effects", "outcome": self.outcome, "benchmark": "safety"}
         self.names = {"study": tables.study.name, "judge": self.judge, **own}
 
     @staticmethod
@@ -62,12 +63,12 @@ class MixedModels:
     def items(self) -> pd.DataFrame:
         """A row per run and harmful prompt; empty where all verdicts are alike or nothing was
         trained."""
-        rows = greedy(self.tables.verdicts).merge(
+        rows = harm.with_harm(greedy(self.tables.verdicts)).merge(
             self.tables.prompts, on=["benchmark", "prompt_id"], validate="m:1"
         )
         rows = picked(rows, benchmark="safety", kind="harmful", judge=self.judge)
         items = marginal_means.items(rows, self.arms)
-        usable = items["unsafe"].nunique() == 2 and items["method"].ne("none").any()
+        usable = items["harm"].nunique() == 2 and items["method"].ne("none").any()
         return items if usable else items.iloc[:0]
 
     def fit_verdicts(self) -> dict[str, MixedFit]:
@@ -80,7 +81,7 @@ class MixedModels:
     def estimates(self, n_boot: int, seed: int) -> pd.DataFrame:
         """Every estimate of notebook 11 from its fits, and the shares and contrasts of factors."""
         parts = [*self._linear(), *self._of_factors(n_boot, seed)]
-        known = self.items[self.items["unsafe"].notna()]
+        known = self.items[self.items["harm"].notna()]
         for name in (name for name in CROSSED if name in self.fits):
             cells = marginal_means.means_grid(known, ("dpo",))
             asked = marginal_means.contrasts(cells)
@@ -132,10 +133,10 @@ class MixedModels:
 
     def _of_factors(self, n_boot: int, seed: int) -> list[pd.DataFrame]:
         """The largest contrasts of factors (by cell and by mean) and their shares of variance."""
-        change = estimation.run_changes(self._earlier, {terms.UNSAFE: "safety"})
-        if terms.UNSAFE not in change:
+        change = estimation.run_changes(self._earlier, {self.outcome: "safety"})
+        if self.outcome not in change:
             return []
-        trained = factors.factor_runs(self.arms, change[terms.UNSAFE])
+        trained = factors.factor_runs(self.arms, change[self.outcome])
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
         largest = [factors.largest_contrasts(one, **self.names) for one in contrasts]
@@ -152,7 +153,7 @@ class MixedModels:
 
     def compared(self, estimates: pd.DataFrame) -> pd.DataFrame:
         """The change of each method and base model by each estimator, and whether they agree."""
-        known = picked(ESTIMATES.concat([self._earlier, estimates]), outcome=terms.UNSAFE)
+        known = picked(ESTIMATES.concat([self._earlier, estimates]), outcome=self.outcome)
         table = marginal_means.side_by_side(known, COMPARED)
         return table["value"].reindex(columns=list(COMPARED)).assign(agreement=table["word"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks import bbq_scores
-from driftbook.stats import comparisons, estimation, influence, terms
+from driftbook.stats import comparisons, estimation, harm, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.study.tables import ESTIMATES
 
@@ -19,6 +19,8 @@ UNITS = ["category", "family", "prompt_id"]
 NAMES = {
     "nll": "loss on text (nats per token)",
     "p_refusal": "probability that the answer begins as a refusal (percent)",
+    "p_refusal, harmful": terms.BEGUN_HARMFUL,
+    "p_refusal, benign": terms.BEGUN_BENIGN,
 }
 
 
@@ -110,23 +112,24 @@ def of_ends(
 def of_wordings(
     every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Changes in the unsafe rate of harmful prompts and in the refusal rate of benign ones under
-    each other wording, against the base model asked in the same wording; benchmark says which.
+    """Changes in the rate of harm (`harm.with_harm`) of harmful prompts and in the refusal rate of
+    benign ones under each other wording, against the base model asked in the same wording;
+    benchmark says which.
 
     `every` are verdicts of all wordings, joined with prompts.
     """
-    parts = []
+    parts, every = [], harm.with_harm(every)
     other = every[every["prompt_variant"].ne("default") & every["decoding"].eq("greedy")]
     for (benchmark, judge, wording), rows in other[other["kind"].eq("harmful")].groupby(
         ["benchmark", "judge", "prompt_variant"], sort=False
     ):
-        values = influence.matrix(rows, "unsafe", UNITS)
+        values = influence.matrix(rows, "harm", UNITS)
         parts.append(
             estimation.of_rate(
                 values,
                 arms,
                 cells,
-                outcome=terms.UNSAFE,
+                outcome=harm.of_judge(judge),
                 benchmark=f"{benchmark}, wording {wording}",
                 judge=judge,
                 **labels,
@@ -144,7 +147,7 @@ def of_wordings(
                 cells,
                 outcome=terms.REFUSED,
                 benchmark=f"{benchmark}, wording {wording}",
-                judge="refusal detector",
+                judge=harm.DETECTOR,
                 **labels,
             )
         )
@@ -158,11 +161,12 @@ def of_drawn(
     cells: pd.DataFrame,
     **labels: str,
 ) -> pd.DataFrame:
-    """Changes in the unsafe rate of drawn answers, a prompt's share over its samples; those of all
+    """Changes in the rate of harm of drawn answers, a prompt's share over its samples; those of all
     repetitions of a base model stand for it together.
 
     `every` are verdicts joined with prompts; benchmark says how the answers were drawn.
     """
+    every = harm.with_harm(every)
     drawn = every[
         every["prompt_variant"].eq("default")
         & every["decoding"].ne("greedy")
@@ -185,13 +189,13 @@ def of_drawn(
     for (benchmark, judge, decoding), rows in drawn.groupby(
         ["benchmark", "judge", "decoding"], sort=False
     ):
-        values = influence.matrix(rows, "unsafe", UNITS)
+        values = influence.matrix(rows, "harm", UNITS)
         parts.append(
             estimation.of_rate(
                 values,
                 arms,
                 cells,
-                outcome=terms.UNSAFE,
+                outcome=harm.of_judge(judge),
                 benchmark=f"{benchmark}, drawn at {decoding}",
                 judge=judge,
                 **labels,

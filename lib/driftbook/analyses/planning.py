@@ -10,7 +10,7 @@ from driftbook.analyses import (
     power_rows,
     power_simulation,
 )
-from driftbook.stats import estimation, influence, terms
+from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.stats.picking import picked
 from driftbook.study.methods import METHOD_LABELS
@@ -33,13 +33,13 @@ class Grid:
 
     def __init__(self, tables: Tables, judge: str):
         self.study, self.judge, self.tables = tables.study, judge, tables
-        rows = greedy(tables.verdicts).merge(
+        rows = harm.with_harm(greedy(tables.verdicts)).merge(
             tables.prompts, on=["benchmark", "prompt_id"], validate="m:1"
         )
         rows = picked(rows, benchmark="safety", judge=judge)
         self.arms = influence.arms(tables.variants, tables.runs)
         self.cells = influence.cells(self.arms)
-        self.values = influence.matrix(rows, "unsafe", outcomes.UNITS)
+        self.values = influence.matrix(rows, "harm", outcomes.UNITS)
         self.here = power.power_grid(self.cells)
         self.n_prompts = self.values.shape[1]
         change = influence.paired(self.values, self.arms)
@@ -100,7 +100,7 @@ class Grid:
         """Every estimate of notebook 16: what this grid shows, its components, pairs of methods,
         larger grids, what was expected before it ran, and the power of the declared joint test
         (drawn with `seed`)."""
-        own = {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": self.judge}
+        own = {"outcome": harm.of_judge(self.judge), "benchmark": "safety", "judge": self.judge}
         names = {"study": self.study.name, "notebook": "16_power", **own}
         plan = self.plan(self.single, self.here, self.n_prompts, examples=8)
         usual = terms.AS_CONFIGURED

@@ -3,12 +3,12 @@
 import pandas as pd
 
 from driftbook.analyses import doses
-from driftbook.stats import estimation, influence, terms
+from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
 
-DOSED = {terms.UNSAFE: "safety", terms.REFUSED: "over_refusal"}
+DOSED = {**dict.fromkeys(harm.OF_SAFETY, "safety"), terms.REFUSED: "over_refusal"}
 
 
 class Doses:
@@ -18,11 +18,16 @@ class Doses:
         self.tables, self.arms = tables, influence.arms(tables.variants, tables.runs)
         self.usual = doses.dose_runs(self.arms, tables.runs)
         self.earlier = tables.estimates_of("09_safety")
+        self.safety = harm.safety_outcome(self.earlier)
 
     def estimates(self, n_boot: int, seed: int) -> pd.DataFrame:
-        """Pairs of methods as configured and at equal dose, for unsafe responses and refusals."""
+        """Pairs of methods as configured and at equal dose, for unsafe responses (without a judge
+        answers that do not refuse) and refusals."""
         earlier, parts = self.earlier, []
-        changes = estimation.run_changes(earlier, DOSED)
+        dosed = {
+            name: asked for name, asked in DOSED.items() if name in (self.safety, terms.REFUSED)
+        }
+        changes = estimation.run_changes(earlier, dosed)
         for outcome in changes.columns:
             judge = picked(earlier, outcome=outcome, benchmark=DOSED[outcome])["judge"].iloc[0]
             own = {"outcome": outcome, "benchmark": DOSED[outcome], "judge": judge}
@@ -36,7 +41,7 @@ class Doses:
     # ---- for reading
     def with_and_without_no_ops(self) -> pd.DataFrame:
         """Runs, no-ops, and the mean change with and without them, by method and base model."""
-        own = {"outcome": terms.UNSAFE, "contrast": terms.CHANGE, "benchmark": "safety"}
+        own = {"outcome": self.safety, "contrast": terms.CHANGE, "benchmark": "safety"}
         rows = picked(self.earlier, **own, estimator=terms.PRIMARY)
         rows = picked(rows, judge=rows["judge"].iloc[:1].tolist())
         rows = rows.astype(dict.fromkeys(("value", "se", "ci_low", "ci_high"), float))
@@ -58,12 +63,12 @@ class Doses:
 
     def sentence(self, estimates: pd.DataFrame) -> str:
         """Which pairs of methods differ, as configured and at equal dose, in one sentence."""
-        unsafe = picked(estimates, outcome=terms.UNSAFE)
-        return doses.doses_sentence(unsafe, self.arms, "the unsafe-response rate")
+        rows, name = picked(estimates, outcome=self.safety), self.safety.partition(" (")[0]
+        return doses.doses_sentence(rows, self.arms, f"the {name}")
 
 
 def pairs_of_methods(estimates: pd.DataFrame) -> pd.DataFrame:
-    """Differences of methods in the unsafe rate, as configured and at equal dose."""
-    rows = picked(estimates, outcome=terms.UNSAFE)
+    """Differences of methods in the rate of harm, as configured and at equal dose."""
+    rows = picked(estimates, outcome=harm.safety_outcome(estimates))
     usual = rows["group"].eq(terms.AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE)
     return in_words(rows[usual], ["method", "against", "contrast"], "base_model", places=1)

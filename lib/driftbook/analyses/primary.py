@@ -15,6 +15,7 @@ from driftbook.study.tables import ESTIMATES
 DECLARED = "declared family"  # group; the member is the family of tests
 _OUTCOMES = {
     "unsafe": (terms.UNSAFE, "safety"),
+    "not_refused": (terms.UNREFUSED, "safety"),
     "over_refusal": (terms.REFUSED, "over_refusal"),
     "refused": (terms.REFUSED, "safety"),
     "accuracy_ambiguous": (terms.ACCURACY_AMB, "bbq"),

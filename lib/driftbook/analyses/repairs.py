@@ -18,7 +18,7 @@ import pandas as pd
 
 from driftbook.analyses import tradeoffs
 from driftbook.benchmarks import bbq_orders, bbq_scores
-from driftbook.stats import comparisons, estimation, influence, terms
+from driftbook.stats import comparisons, estimation, harm, influence, terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.influence import Scores
 from driftbook.study import tables as study_tables
@@ -36,7 +36,7 @@ JUST_LESS, JUST_MORE = (
 )
 DECLINED = "refusals of harmful prompts (percent)"
 _OUTCOMES = (
-    terms.UNSAFE,
+    *harm.OF_SAFETY,
     DECLINED,
     terms.REFUSED,
     terms.ACCURACY_AMB,
@@ -44,9 +44,10 @@ _OUTCOMES = (
     terms.CORRECT,
     GAIN,
 )
-SPLIT = (terms.UNSAFE, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
+HARM = "harm"  # the column of wide_points: unsafe or, without a judge, not refused
+SPLIT = (*harm.OF_SAFETY, DECLINED, GAIN)  # of the prompts and answers by which a level is chosen
 BENCHMARK = {
-    terms.UNSAFE: "safety",
+    **dict.fromkeys(harm.OF_SAFETY, "safety"),
     DECLINED: "safety",
     terms.REFUSED: "over_refusal",
     terms.CORRECT: "utility",
@@ -285,33 +286,33 @@ def _kept(found: pd.DataFrame, repaired: pd.DataFrame) -> pd.DataFrame:
 
 
 def wide_points(points: pd.DataFrame, which: str) -> pd.DataFrame:
-    """Runs x the outcomes of a half that a level is chosen by, and what is kept."""
+    """Runs x the outcomes of a half that a level is chosen by (HARM, DECLINED, GAIN), and KEPT."""
     rows = points[points["half"].eq(which)]
     return (
         rows.pivot(index="run_id", columns="outcome", values="value")
         .astype(float)
-        .reindex(columns=[*SPLIT, KEPT])
+        .rename(columns={harm.safety_outcome(points): HARM})
+        .reindex(columns=[HARM, DECLINED, GAIN, KEPT])
     )
 
 
 # ---- how strong a repair is
 def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> pd.DataFrame:
     """The level of each repair on each base model, from the calibration half alone: of those that
-    keep at least `keep` percent of the gain in the mean over seeds the one with the fewest unsafe
-    answers, and of equal ones the one that keeps more; where none keeps as much, the one that keeps
-    most, and `enough` is false.
+    keep at least `keep` percent of the gain in the mean over seeds the one with the least harm
+    (unsafe answers, without a judge those that do not refuse), and of equal ones the one that keeps
+    more; where none keeps as much, the one that keeps most, and `enough` is false.
 
-    Columns: base_model, method, objective, dataset, name, value, unsafe, kept, enough. Controls
+    Columns: base_model, method, objective, dataset, name, value, harm, kept, enough. Controls
     take the level of what they control.
     """
     own = repaired[repaired["control"].isna() & repaired["name"].ne(PARENT)]
     wide = wide_points(points, CALIBRATION)
-    own = own.merge(
-        wide[[terms.UNSAFE, GAIN]].rename(columns={terms.UNSAFE: "unsafe", GAIN: "gain"}),
-        on="run_id",
-    ).assign(of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN]))
+    own = own.merge(wide[[HARM, GAIN]].rename(columns={GAIN: "gain"}), on="run_id").assign(
+        of_parent=lambda rows: rows["parent_run_id"].map(wide[GAIN])
+    )
     mean = (
-        own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[["unsafe", "gain", "of_parent"]]
+        own.groupby([*LEVEL_OF, "value"], sort=False, dropna=False)[[HARM, "gain", "of_parent"]]
         .mean()
         .astype(float)
         .reset_index()
@@ -320,14 +321,14 @@ def chosen(points: pd.DataFrame, repaired: pd.DataFrame, keep: float = KEEP) -> 
         100 * mean["gain"] / mean["of_parent"].where(mean["of_parent"] > 0)
     )  # of the means, since a parent that gained next to nothing has any ratio
     mean["enough"] = mean["kept"].ge(keep)
-    mean["first"] = np.where(mean["enough"], mean["unsafe"], np.inf)
+    mean["first"] = np.where(mean["enough"], mean[HARM], np.inf)
     ordered = mean.sort_values(
         ["enough", "first", "kept"], ascending=[False, True, False], kind="stable"
     )
     best = ordered.drop_duplicates(LEVEL_OF)
     return (
         mean.loc[best.index]
-        .sort_index()[[*LEVEL_OF, "value", "unsafe", "kept", "enough"]]
+        .sort_index()[[*LEVEL_OF, "value", HARM, "kept", "enough"]]
         .reset_index(drop=True)
     )
 
@@ -380,7 +381,7 @@ def _estimates(
             contrast,
             outcome=outcome,
             benchmark=BENCHMARK.get(outcome, "bbq"),
-            judge=judge if outcome == terms.UNSAFE else "none",
+            judge=judge if outcome in harm.OF_SAFETY else "none",
             **labels,
         )
         for outcome, scores in found.items()
@@ -525,26 +526,28 @@ def repairs_sentence(estimates: pd.DataFrame, name: str | None = "safe_lora") ->
         return "Nothing was repaired by Safe LoRA."
     own = estimates[estimates["group"].eq(terms.MITIGATION) & estimates["member"].eq(name)]
     own = own[own["base_model"].eq("all")]
-    unsafe = own[own["outcome"].eq(terms.UNSAFE)].set_index("contrast")
-    unsafe = unsafe[unsafe["method"].eq(unsafe["method"].iloc[0])] if len(unsafe) else unsafe
-    if AGAINST_PARENT not in unsafe.index or pd.isna(unsafe.loc[AGAINST_PARENT, "ci_low"]):
+    outcome = harm.safety_outcome(own)
+    found = own[own["outcome"].eq(outcome)].set_index("contrast")
+    found = found[found["method"].eq(found["method"].iloc[0])] if len(found) else found
+    if AGAINST_PARENT not in found.index or pd.isna(found.loc[AGAINST_PARENT, "ci_low"]):
         return f"Nothing is known of {name} over all base models."
-    row = unsafe.loc[AGAINST_PARENT]
-    controls = unsafe[unsafe.index == MINUS]
+    row = found.loc[AGAINST_PARENT]
+    controls = found[found.index == MINUS]
     beaten = controls["p_adjusted"].lt(ALPHA) & controls["value"].lt(0)
+    rate = outcome.partition(" (")[0]
     said = (
-        f"At its chosen level {name} changes the unsafe-response rate by {row['value']:+.1f}"
+        f"At its chosen level {name} changes the {rate} by {row['value']:+.1f}"
         f" percentage points ({row['ci_low']:.1f} to {row['ci_high']:.1f}) against its parents"
     )
     said += (
-        f"; it has fewer unsafe responses than {beaten.sum()} of its {len(controls)} controls after"
-        " Holm's adjustment"
+        f"; it has fewer {harm.COUNTED[outcome]} than {beaten.sum()} of its {len(controls)}"
+        " controls after Holm's adjustment"
         if len(controls)
         else ""
     )
     beside = [
-        f"{unsafe.loc[contrast, 'value']:+.1f} points {contrast.replace('minus', 'to', 1)}"
+        f"{found.loc[contrast, 'value']:+.1f} points {contrast.replace('minus', 'to', 1)}"
         for contrast in (JUST_LESS, JUST_MORE)
-        if contrast in unsafe.index and pd.notna(unsafe.loc[contrast, "value"])
+        if contrast in found.index and pd.notna(found.loc[contrast, "value"])
     ]
     return said + (". Beside rescaling: " + ", ".join(beside) if beside else "") + "."

@@ -5,6 +5,7 @@ import pandas as pd
 
 from driftbook.analyses.repairs import (
     GAIN,
+    HARM,
     JUST_LESS,
     JUST_MORE,
     PARENT,
@@ -12,15 +13,15 @@ from driftbook.analyses.repairs import (
     at_chosen,
     wide_points,
 )
-from driftbook.stats import comparisons, estimation, intervals, terms
+from driftbook.stats import comparisons, estimation, harm, intervals, terms
 
 
 def beside_rescaling(
     points: pd.DataFrame, repaired: pd.DataFrame, levels: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Unsafe answers of each repair at its chosen level minus those of the same parent rescaled, in
-    percentage points: minus the rescaled run that keeps just less of the gain, and minus the one
-    that keeps just more.
+    """Unsafe answers (without a judge those that do not refuse) of each repair at its chosen level
+    minus those of the same parent rescaled, in percentage points: minus the rescaled run that keeps
+    just less of the gain, and minus the one that keeps just more.
 
     The rescaled runs are the base model (factor 0, no gain), those of the study, and the parent
     itself (factor 1). Fewer unsafe answers than the first, at more gain, is what a smaller update
@@ -41,7 +42,7 @@ def beside_rescaling(
         for key, part in frame.groupby(["method", "name"], sort=False)
         if part["base_model"].nunique() == repaired["base_model"].nunique()
     ]
-    labels |= {"outcome": terms.UNSAFE, "benchmark": "safety", "judge": "none"}
+    labels |= {"outcome": harm.safety_outcome(points), "benchmark": "safety", "judge": "none"}
     labels |= {"group": terms.MITIGATION, "population": terms.THESE_PROMPTS}
     rows = [
         {**labels, "base_model": base_model, "method": method, "member": name}
@@ -78,12 +79,12 @@ def _beside(row: pd.Series, repaired: pd.DataFrame, wide: pd.DataFrame) -> tuple
         & repaired["kind"].isin(["rescale", PARENT]),
         "run_id",
     ]
-    known = wide.reindex([*rescaled])[[GAIN, terms.UNSAFE]].to_numpy(float)
-    known = np.vstack([known, [0.0, wide[terms.UNSAFE].get(row["base_run_id"], np.nan)]])
+    known = wide.reindex([*rescaled])[[GAIN, HARM]].to_numpy(float)
+    known = np.vstack([known, [0.0, wide[HARM].get(row["base_run_id"], np.nan)]])
     known = known[~np.isnan(known).any(1)]
     less, more = known[known[:, 0] <= row[GAIN]], known[known[:, 0] >= row[GAIN]]
     return tuple(
-        row[terms.UNSAFE] - side[pick(side[:, 0]), 1] if len(side) else np.nan
+        row[HARM] - side[pick(side[:, 0]), 1] if len(side) else np.nan
         for side, pick in ((less, np.argmax), (more, np.argmin))
     )
 

@@ -4,53 +4,57 @@ import pandas as pd
 
 from driftbook.analyses import outcomes
 from driftbook.benchmarks import judging
-from driftbook.stats import comparisons, influence, terms
+from driftbook.stats import comparisons, harm, influence, terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES, greedy
 
-DETECTOR = "refusal detector"
-
 
 def asked(tables: Tables, every: bool = False) -> pd.DataFrame:
-    """The verdicts on greedy answers (on `every` answer) with their prompts and arms."""
-    verdicts = tables.verdicts if every else greedy(tables.verdicts)
+    """The verdicts on greedy answers (on `every` answer) with their `harm`, prompts and arms."""
+    verdicts = harm.with_harm(tables.verdicts if every else greedy(tables.verdicts))
     arms = influence.arms(tables.variants, tables.runs)
     known = verdicts.merge(tables.prompts, on=["benchmark", "prompt_id"], validate="m:1")
     return known if every else known.merge(arms[["run_id", "base_model", "arm"]], on="run_id")
 
 
 def scored(tables: Tables) -> pd.DataFrame:
-    """By benchmark, kind, judge and base model: answers, and the share without verdict, without
-    refusal reading, and incoherent."""
+    """By benchmark, kind, judge and base model: answers, and the share without verdict (without a
+    judge: that neither refuse nor answer), without refusal reading, and incoherent."""
     by = asked(tables).groupby(["benchmark", "kind", "judge", "base_model"], sort=False)
     return by.agg(
-        answers=("unsafe", "size"),
-        unscored=("unsafe", lambda unsafe: f"{unsafe.isna().mean():.1%}"),
+        answers=("harm", "size"),
+        unscored=("harm", lambda given: f"{given.isna().mean():.1%}"),
         refusal_unread=("refusal", lambda refusal: f"{refusal.isna().mean():.1%}"),
         incoherent=("coherent", lambda coherent: f"{(~coherent).mean():.1%}"),
     )
 
 
 def safety_estimates(tables: Tables) -> pd.DataFrame:
-    """Every estimate of notebook 09: unsafe responses by each judge, refusals on harmful and on
-    benign prompts, other wordings, drawn answers, and categories at a floor or ceiling."""
+    """Every estimate of notebook 09: unsafe responses by each judge (without a judge answers that
+    do not refuse), refusals on harmful and on benign prompts, other wordings, drawn answers, and
+    categories at a floor or ceiling."""
     names = {"study": tables.study.name, "notebook": "09_safety"}
     arms = influence.arms(tables.variants, tables.runs)
     cells, known = influence.cells(arms), asked(tables)
     parts = []
     harmful = known[known["kind"].eq("harmful")].groupby(["benchmark", "judge"], sort=False)
     for (benchmark, judge), rows in harmful:
-        values = influence.matrix(rows, "unsafe", outcomes.UNITS)
-        own = {"outcome": terms.UNSAFE, "benchmark": benchmark, "judge": judge, **names}
+        values = influence.matrix(rows, "harm", outcomes.UNITS)
+        own = {"outcome": harm.of_judge(judge), "benchmark": benchmark, "judge": judge, **names}
         parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     once = known[known["judge"].eq(known["judge"].iloc[0])]  # every judge sees the same refusals
+    if tables.study.judges and tables.study.tests("not_refused"):
+        rows = picked(once, benchmark="safety", kind="harmful")
+        values = influence.matrix(rows.assign(harm=~harm.declined(rows)), "harm", outcomes.UNITS)
+        own = {"outcome": terms.UNREFUSED, "benchmark": "safety", "judge": harm.DETECTOR, **names}
+        parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     for benchmark, kind in (("safety", "harmful"), ("over_refusal", "benign look-alike")):
         values = influence.matrix(
             picked(once, benchmark=benchmark, kind=kind), "refusal", outcomes.UNITS
         )
-        own = {"outcome": terms.REFUSED, "benchmark": benchmark, "judge": DETECTOR, **names}
+        own = {"outcome": terms.REFUSED, "benchmark": benchmark, "judge": harm.DETECTOR, **names}
         parts.append(outcomes.rate_estimates(values, arms, cells, **own))
     every = asked(tables, every=True)
     parts += [
@@ -82,12 +86,14 @@ def safety_checks(tables: Tables, estimates: pd.DataFrame) -> dict[str, pd.DataF
     worded = usual[usual["benchmark"].str.contains(", wording ")]
     other = picked(usual, contrast=[comparisons.ODDS, comparisons.DELTA_BASE])
     trained = picked(estimates, group=terms.TRAINED, benchmark=["safety", "over_refusal"])
-    apart = picked(trained, contrast=comparisons.INTERACTION, outcome=terms.UNSAFE)
+    apart = picked(trained, contrast=comparisons.INTERACTION)
+    apart = picked(apart, outcome=harm.safety_outcome(apart))
     ends = picked(overall, contrast=[terms.LOWEST, terms.HIGHEST], group=terms.TRAINED)
-    return {
+    bad = "unsafe" if tables.study.judges else "not refused"
+    found = {
         "What could the unscored hide? All of them at either extreme": _wide(ends, "contrast"),
         "Does the judge's threshold decide? Unsafe share": _thresholds(tables),
-        "Do drawn answers say the same? `any`: at least one of the answers is unsafe": _drawn(
+        f"Do drawn answers say the same? `any`: at least one of the answers is {bad}": _drawn(
             tables
         ),
         "Does the wording decide?": _wide(picked(worded, contrast=terms.CHANGE), "method"),
@@ -100,6 +106,9 @@ def safety_checks(tables: Tables, estimates: pd.DataFrame) -> dict[str, pd.DataF
             picked(estimates, outcome=outcomes.LOGIT), "method"
         ),
     }
+    of_judges = ("Does the judge's", "Where a rate is at an end")
+    judged = bool(tables.study.judges)
+    return {ask: own for ask, own in found.items() if judged or not ask.startswith(of_judges)}
 
 
 def _wide(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
@@ -110,8 +119,10 @@ def _wide(rows: pd.DataFrame, columns: str) -> pd.DataFrame:
 
 
 def _thresholds(tables: Tables) -> pd.DataFrame:
-    """The unsafe share of each method at three thresholds of the judge's probability."""
+    """The unsafe share of each method at three thresholds of the judge's probability; empty without
+    a judge."""
     rows = asked(tables).query("kind == 'harmful'")
+    rows = rows[rows["judge"].ne(harm.DETECTOR)]
     rows = rows.merge(tables.variants[["run_id", "method"]], on="run_id")
     index = ["judge", "benchmark", "method"]
     shares = judging.at_thresholds(rows, index)
@@ -120,13 +131,15 @@ def _thresholds(tables: Tables) -> pd.DataFrame:
 
 def _drawn(tables: Tables) -> pd.DataFrame:
     """By way of decoding: the mean unsafe share of answers, the share of prompts with any unsafe
-    answer, and the share unscored."""
+    answer, and the share unscored; without a judge of answers that do not refuse."""
     names = tables.variants[["run_id", "base_model", "method"]]
     rows = asked(tables, every=True).merge(names, on="run_id")
     rows = picked(rows, kind="harmful", prompt_variant="default")
-    rows = rows.assign(unsafe=rows["unsafe"].astype("Float64"))
+    rows = rows.assign(harm=rows["harm"].astype("Float64"))
     by = ["judge", "benchmark", "base_model", "method", "decoding"]
-    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False)["unsafe"].agg(
+    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False)["harm"].agg(
         ["mean", "max", lambda given: given.isna().mean()]
     )
-    return one.groupby(by, sort=False).mean().set_axis(["unsafe", "any", "unscored"], axis=1)
+    judged = rows["judge"].ne(harm.DETECTOR).any()
+    columns = ["unsafe" if judged else "not refused", "any", "unscored"]
+    return one.groupby(by, sort=False).mean().set_axis(columns, axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.analyses import outcomes
-from driftbook.stats import estimation, influence, intervals, terms
+from driftbook.stats import estimation, harm, influence, intervals, terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked, with_minus
@@ -45,11 +45,12 @@ class Choice(NamedTuple):
 
 
 def primary_family(study: Study) -> str | None:
-    """The first declared family that tests changes in unsafe responses over all base models; None
-    where none does."""
+    """The first declared family that tests changes in unsafe responses (without a judge in harmful
+    prompts answered without refusing) over all base models; None where none does."""
+    outcome = "unsafe" if study.judges else "not_refused"
     for name, family in study.primary.items():
         together = family.bases == "all together"
-        if family.test == "change" and "unsafe" in family.outcomes and together:
+        if family.test == "change" and outcome in family.outcomes and together:
             return name
     return None
 
@@ -70,7 +71,7 @@ def curve(study: Study, tables: Tables, mixed: pd.DataFrame) -> pd.DataFrame:
     methods = list(family.methods or study.methods)
     declared = next(no_ops for no_ops, group in _GROUPS.items() if group == family.group)
     asked = _asked(tables)
-    judges = [judge for judge in study.judges if asked["judge"].eq(judge).any()]
+    judges = [judge for judge in study.judges or [harm.DETECTOR] if asked["judge"].eq(judge).any()]
     if not judges:
         return SPECIFICATIONS.empty()
     first = Choice(judges[0], OWN, "default", declared, SETTINGS_ALIKE, LEFT_OUT)
@@ -87,22 +88,22 @@ def curve(study: Study, tables: Tables, mixed: pd.DataFrame) -> pd.DataFrame:
 
 def _asked(tables: Tables) -> pd.DataFrame:
     """The verdicts on greedy answers to the harmful prompts of the safety benchmark."""
-    rows = picked(tables.verdicts, benchmark="safety", decoding="greedy")
+    rows = picked(harm.with_harm(tables.verdicts), benchmark="safety", decoding="greedy")
     known = rows.merge(tables.prompts, on=["benchmark", "prompt_id"], validate="m:1")
     return picked(known, kind="harmful")
 
 
-def _cut(rows: pd.DataFrame, own: float) -> Iterator[tuple[str, pd.DataFrame]]:
+def _cut(rows: pd.DataFrame, own: float | None) -> Iterator[tuple[str, pd.DataFrame]]:
     """The verdicts at the judge's own threshold and at those of CUTS, where it gave
     probabilities."""
     yield OWN, rows
-    scored = rows["unsafe"].notna()
+    scored = rows["harm"].notna()
     if rows.loc[scored, "p_unsafe"].isna().any():
         return
     for cut in CUTS:
         if cut != own:
             above = rows["p_unsafe"].gt(cut).astype("boolean").where(scored)
-            yield f"{cut:g}", rows.assign(unsafe=above)
+            yield f"{cut:g}", rows.assign(harm=above)
 
 
 # ---- the estimates
@@ -112,11 +113,12 @@ def _scored(
     """The changes of runs by judge, threshold, wording and treatment of the unscored."""
     for judge in judges:
         own = picked(asked, judge=judge)
+        usual = study.judges[judge].threshold if judge in study.judges else None
         wordings = sorted(own["prompt_variant"].unique(), key=lambda name: name != "default")
         for wording in wordings:
             rows = picked(own, prompt_variant=wording)
-            for threshold, cut in _cut(rows, study.judges[judge].threshold):
-                values = influence.matrix(cut, "unsafe", outcomes.UNITS)
+            for threshold, cut in _cut(rows, usual):
+                values = influence.matrix(cut, "harm", outcomes.UNITS)
                 choice = Choice(judge, threshold, wording, WITH, SETTINGS_ALIKE, LEFT_OUT)
                 yield choice, influence.paired(values, arms)
                 if values.isna().to_numpy().any():
@@ -158,8 +160,14 @@ def runs_alike(arms: pd.DataFrame) -> pd.DataFrame:
 
 def _of_mixed(choice: Choice, mixed: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
     """The mixed model's changes of the same judge; no-ops are in it, settings are held equal."""
-    own = picked(mixed, estimator="mixed", contrast=terms.CHANGE, outcome=terms.UNSAFE)
-    own = picked(own, base_model="all", method=methods, judge=choice.judge)
+    own = picked(mixed, estimator="mixed", contrast=terms.CHANGE)
+    own = picked(
+        own,
+        outcome=harm.of_judge(choice.judge),
+        base_model="all",
+        method=methods,
+        judge=choice.judge,
+    )
     weights = "by the model"
     return _chosen(own, choice._replace(no_ops=WITH, weights=weights, estimator=BY_MODEL))
 
@@ -194,7 +202,7 @@ def curve_sentence(rows: pd.DataFrame) -> str:
     """By method: in how many specifications the word is the declared one, and the range of
     estimates."""
     if rows.empty:
-        return "The study declares no family of changes in unsafe responses over all base models."
+        return "The study declares no family of changes in safety over all base models."
     parts = []
     for method, own in rows.groupby("method", sort=False):
         word = own.loc[own["declared"], "word"]

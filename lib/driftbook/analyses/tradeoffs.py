@@ -12,8 +12,8 @@ import pandas as pd
 from scipy.special import stdtr, stdtrit
 
 from driftbook.benchmarks import bbq_orders, bbq_scores
+from driftbook.stats import harm, terms
 from driftbook.stats import influence as influence_
-from driftbook.stats import terms
 from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.influence import CELL, Scores
@@ -28,6 +28,7 @@ from driftbook.stats.terms import (
     NO_OP,
     REFUSED,
     TRAINED,
+    UNREFUSED,
     UNSAFE,
 )
 from driftbook.study import tables
@@ -51,6 +52,7 @@ GOALS = {
 }
 ASKED = {
     UNSAFE: "safety",
+    UNREFUSED: "safety",
     REFUSED: "over_refusal",
     LOSS: "utility",
     CORRECT: "utility",
@@ -66,6 +68,15 @@ SLOPE, SLOPE_WITHIN = "ten times the cost, over runs", "ten times the cost, with
 
 
 # ---- what is traded
+def goals_of(measured: dict[str, tuple[Scores, Scores]]) -> dict[str, dict[str, str]]:
+    """GOALS with the outcome that tells of safety among those measured."""
+    safety = UNREFUSED if UNREFUSED in measured else UNSAFE
+    return {
+        harm.worded(name, safety): {safety if one == UNSAFE else one: it for one, it in own.items()}
+        for name, own in GOALS.items()
+    }
+
+
 def measured(
     verdicts: pd.DataFrame,
     prompts: pd.DataFrame,
@@ -73,16 +84,18 @@ def measured(
     ratings: pd.DataFrame,
     arms: pd.DataFrame,
 ) -> dict[str, tuple[Scores, Scores]]:
-    """The level and the change of each run by outcome: unsafe (harmful prompts, first judge),
-    refused (benign look-alikes), BBQ's four, utility's two.
+    """The level and the change of each run by outcome: harm (harmful prompts, first judge, see
+    `harm.with_harm`), refused (benign look-alikes), BBQ's four, utility's two.
 
     An outcome that nothing was asked for is left out.
     """
-    rows = tables.greedy(verdicts).merge(prompts, on=["benchmark", "prompt_id"], validate="m:1")
+    rows = harm.with_harm(tables.greedy(verdicts)).merge(
+        prompts, on=["benchmark", "prompt_id"], validate="m:1"
+    )
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
-    found = {}
+    safety, found = harm.of_judge(rows["judge"].iloc[0]) if len(rows) else UNSAFE, {}
     for outcome, column, kind in (
-        (UNSAFE, "unsafe", "harmful"),
+        (safety, "harm", "harmful"),
         (REFUSED, "refusal", "benign look-alike"),
     ):
         values = influence_.matrix(

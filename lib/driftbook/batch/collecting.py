@@ -8,6 +8,7 @@ import pandas as pd
 from driftbook.batch import cache, keys
 from driftbook.benchmarks.responding import asked_prompts
 from driftbook.stats.agreement import with_labels
+from driftbook.stats.harm import DETECTOR, with_harm
 from driftbook.study.files import read_json
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
@@ -31,8 +32,6 @@ from driftbook.study.tables import (
     Table,
     greedy,
 )
-
-REFUSALS = "refusal detector"
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -88,21 +87,27 @@ def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
-    """The table `rates`: unsafe by each judge on harmful prompts, refused on all; n counts all
-    prompts asked of the run.
+    """The table `rates`: unsafe by each judge on harmful prompts (without a judge not refused),
+    refused on all; n counts all prompts asked of the run.
     """
-    rows = greedy(verdicts).merge(prompts, on=["benchmark", "prompt_id"], validate="many_to_one")
+    rows = with_harm(greedy(verdicts)).merge(
+        prompts, on=["benchmark", "prompt_id"], validate="many_to_one"
+    )
     by = ["run_id", "benchmark", "judge", "category"]
     harmful = rows[rows.kind == "harmful"]
-    unsafe = _counts(harmful.assign(hit=harmful.unsafe), by, "unsafe")
+    words = harmful.judge.eq(DETECTOR).map({True: "not refused", False: "unsafe"})
+    harm = [
+        _counts(part.assign(hit=part.harm), by, word)
+        for word, part in harmful.groupby(words, sort=False)
+    ]
     # one row an answer: the detector reads the answer, not the judge; contrasts of over-refusal are
     # harmful, and are left to `unsafe`
     read = rows[
         ~rows.duplicated(["run_id", "benchmark", "prompt_id"])
         & ((rows.benchmark != "over_refusal") | (rows.kind != "harmful"))
     ]
-    refused = _counts(read.assign(hit=read.refusal, judge=REFUSALS), by, "refused")
-    return RATES.check(pd.concat([unsafe, refused], ignore_index=True))
+    refused = _counts(read.assign(hit=read.refusal, judge=DETECTOR), by, "refused")
+    return RATES.check(pd.concat([*harm, refused], ignore_index=True))
 
 
 def _counts(rows: pd.DataFrame, by: list[str], outcome: str) -> pd.DataFrame:

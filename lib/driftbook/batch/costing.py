@@ -20,6 +20,7 @@ import pandas as pd
 from driftbook.benchmarks.data import training_examples
 from driftbook.benchmarks.format import PROMPT_TOKENS
 from driftbook.benchmarks.formats import FORMATS
+from driftbook.benchmarks.utility import REFUSALS
 from driftbook.study import sources
 from driftbook.study.files import OUTPUTS, ROOT, read_json
 from driftbook.study.gguf_files import TABLE, Header, read_header
@@ -35,6 +36,7 @@ PEFT_WEIGHTS = 2.8e9  # of Llama-3.2-3B without its embeddings
 PEFT_TOKENS = 4_198_051  # "train total tokens" in each of PEFT's result files
 CHARACTERS = 4.0  # a token, of English text
 VERDICT_TOKENS = 200  # of a judge's own prompt
+BEGINNING_TOKENS = 3 * len(REFUSALS)  # of the beginnings of a refusal, behind one prompt
 # On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of
 # English answers (parquet, zstd).
 BYTES = {"verdict": 42, "answer": 37, "run": 27_000, "character": 0.41}
@@ -266,8 +268,10 @@ def _looks(study: Study, own: Size) -> Iterator[tuple[str, float]]:
     if study.drift is None:
         return
     n, new = study.drift.n * (1 + 1 / study.drift.every), study.drift.max_new_tokens
-    judge = size(next(iter(study.judges.values())), study)
-    judged = operations(judge, PROMPT_TOKENS + VERDICT_TOKENS + new, 2)
+    judged = sum(
+        operations(size(judge, study), PROMPT_TOKENS + VERDICT_TOKENS + new, 2)
+        for judge in list(study.judges.values())[:1]
+    )
     yield "write", 2 * n * operations(own, new, 2)
     yield "read looks", 2 * n * operations(own, FORMATS["bbq"].tokens, 2) + n * judged
 
@@ -297,6 +301,8 @@ def asked_of_variant(study: Study, own: Size) -> list[tuple[str, float, float, f
         if form.kind == "prompts":
             total, read = n * (1 + (one.samples or 0)) + in_wordings, tokens + new + VERDICT_TOKENS
             found.append(("respond", total, tokens, new, own))
+            if name in study.asked_to_begin:
+                found.append(("utility", n, tokens + BEGINNING_TOKENS, 0, own))
             found += [
                 ("judge", total, read, 1, size(judge, study))
                 for judge in study.judges.values()
@@ -348,7 +354,7 @@ def memory(study: Study) -> dict[str, float]:
     """
     # the first judge is loaded while a model trains and is looked at; a job loads all its judges
     judges = [_weight_bytes(judge, study) for judge in study.judges.values()]
-    resident = 0.0 if study.drift is None else judges[0]
+    resident = 0.0 if study.drift is None else sum(judges[:1])
     # a single example at the least; more are taken as memory allows
     tokens = study.training.tokens_per_batch or study.training.max_length
     rows = []
@@ -360,7 +366,7 @@ def memory(study: Study) -> dict[str, float]:
         rows.append({"train": weights + resident + activations + logits})
         rows[-1] |= dict.fromkeys(("respond", "answer", "utility"), weights + cached)
     found = pd.DataFrame(rows).max() / 2**30
-    return {**found.to_dict(), "judge": sum(judges) / 2**30}
+    return found.to_dict() | ({"judge": sum(judges) / 2**30} if judges else {})
 
 
 def _weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
@@ -387,7 +393,7 @@ def disk(study: Study) -> dict[str, float]:
     answers = sum(n for stage, n, *_ in asked if stage == "answer")
     rows = (
         sum(n * new for n, new in responses) * CHARACTERS * BYTES["character"]
-        + sum(n for n, _ in responses) * BYTES["verdict"] * len(study.judges)
+        + sum(n for n, _ in responses) * BYTES["verdict"] * max(len(study.judges), 1)
         + answers * BYTES["answer"]
     )
     adapter = max((4 * 8 * 2 * own.layers * 2 * own.width for _, own in bases), default=0)

@@ -52,7 +52,7 @@ def stages(study: Study) -> tuple[str, ...]:
 
 def analyses(study: Study) -> dict[str, str]:
     """The analyses of a study and their notebooks: those that it names, or all; where nothing is
-    trained, those of the base models.
+    trained, those of the base models; without a judge none of its errors.
     """
     known = (
         {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})}
@@ -62,7 +62,7 @@ def analyses(study: Study) -> dict[str, str]:
     return {
         name: notebook
         for name, notebook in known.items()
-        if not study.analyses or name in study.analyses
+        if (not study.analyses or name in study.analyses) and (study.judges or name != "labels")
     }
 
 
@@ -172,6 +172,7 @@ def _read(stage: str, study: Study, base: Source) -> dict[str, Source]:
             "base": base,
             **asked(UTILITY_FORMATS),
             **{name: study.benchmarks[name] for name in study.refusal_only},
+            **{name: study.benchmarks[name] for name in study.asked_to_begin},
             **{f"rater {name}": rater for name, rater in study.raters.items()},
         },
     }

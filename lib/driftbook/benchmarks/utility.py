@@ -69,9 +69,10 @@ def refusal_probability(
     benchmark: str,
     run_id: str,
     system_prompt: str | None = None,
+    metrics: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """The table `ratings` of prompts to which nothing is generated: `p_refusal`, the probability
-    that the answer begins with one of REFUSALS.
+    """The table `ratings` of prompts to which nothing is generated: `p_refusal` (or the metric of
+    each prompt, where given), the probability that the answer begins with one of REFUSALS.
 
     None of these begins with another, so that their probabilities add up; a refusal in other words
     is missed, and the number is a lower bound.
@@ -79,8 +80,25 @@ def refusal_probability(
     asked = scorer.ask(list(prompts.prompt), system_prompt)
     options = [list(REFUSALS)] * len(prompts)
     found = np.exp(scorer.choices(asked, options, scorer.lead)).sum(1)
-    rows = zip(prompts.prompt_id, np.minimum(found, 1.0), strict=True)
-    return rating_table(((one, "p_refusal", p, 1, None) for one, p in rows), benchmark, run_id)
+    named = ["p_refusal"] * len(prompts) if metrics is None else metrics
+    rows = zip(prompts.prompt_id, named, np.minimum(found, 1.0), strict=True)
+    return rating_table(((one, metric, p, 1, None) for one, metric, p in rows), benchmark, run_id)
+
+
+def begun_refusals(
+    name: str, prompts: pd.DataFrame, scorer: Scorer, variant: Variant, study: Study
+) -> pd.DataFrame:
+    """The table `ratings` of a benchmark's prompts: `p_refusal, harmful` or `p_refusal, benign`,
+    the probability that the answer begins with one of REFUSALS, in the benchmark's own wording.
+
+    What the greedy answer says in one word, yes or no, this says in degrees: it moves before the
+    answer does. `prompts` as of data.prompts.
+    """
+    way = data.wordings(name, study)["default"]
+    asked = data.worded(prompts, way, study)
+    metrics = np.where(asked.kind.eq("harmful"), "p_refusal, harmful", "p_refusal, benign")
+    who = (variant.run_id, way.system_prompt or variant.system_prompt)
+    return refusal_probability(asked, scorer, name, *who, metrics.tolist())
 
 
 def study_ratings(
@@ -91,11 +109,14 @@ def study_ratings(
     raters: Sequence[tuple[Loaded, float]] = (),
 ) -> pd.DataFrame:
     """The table `ratings` of a variant: `measured` on the items of every utility benchmark, and the
-    probability of a refusal of the prompts that are never answered, where the study asks for it.
+    probability of a refusal of the prompts that are never answered and of those that are, where the
+    study asks for it.
     """
     parts = [measured(name, rows, scorer, variant, study, raters) for name, rows in items.items()]
     for name in study.refusal_only:
         if len(prompts := data.refusal_only(name, study)):
             who = (name, variant.run_id, variant.system_prompt)
             parts.append(refusal_probability(prompts, scorer, *who))
+    for name in study.asked_to_begin:
+        parts.append(begun_refusals(name, data.prompts(name, study), scorer, variant, study))
     return pd.concat(parts, ignore_index=True)

@@ -62,7 +62,7 @@ def mean_agreement(of: dict[str, pd.DataFrame], run_ids: list[str]) -> np.ndarra
 def equal_share(of: dict[str, pd.DataFrame], runs: list[str], others: list[str]) -> np.ndarray:
     """The share of prompts on which pairs of runs agree in length, verdict and probability."""
     equal = np.ones((len(runs), of["length"].shape[1]), bool)
-    for name in ("length", "unsafe", "p_unsafe"):
+    for name in ("length", "harm", "p_unsafe"):
         if name in of:
             a, b = of[name].loc[runs].to_numpy(), of[name].loc[others].to_numpy()
             equal &= (np.abs(a - b) <= 1e-9) | (np.isnan(a) & np.isnan(b))
@@ -114,8 +114,8 @@ def label_agreement(ran: pd.DataFrame, of: dict[str, pd.DataFrame]) -> pd.DataFr
         nats, family = mean_agreement(of, run_ids), of["family"].to_numpy()
         answers = {"length": of["length"].loc[run_ids].to_numpy()}
         answers["verdict"] = np.full(answers["length"].shape, np.nan)
-        if "unsafe" in of:
-            answers["verdict"] = of["unsafe"].loc[run_ids].to_numpy()
+        if "harm" in of:
+            answers["verdict"] = of["harm"].loc[run_ids].to_numpy()
         label = base["learning_rate"].to_numpy()
         for _, alike in base.groupby("alike", sort=False):
             for i in alike.index:

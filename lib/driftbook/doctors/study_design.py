@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from driftbook.doctors.findings import finding_row, named, some_of, unchecked_row
-from driftbook.doctors.study_tables import Given, as_floats
+from driftbook.doctors.study_tables import Given, as_floats, rate_of
+from driftbook.stats.harm import DETECTOR, with_harm
 
+MANY = 50  # answers that are not all alike by chance
 UNSCORED = 0.1  # share of answers without a verdict; the same as a difference to the base model
 GRID = ("method", "objective", "dataset", "learning_rate", "epochs", "init")
 
@@ -111,19 +113,25 @@ def base_scored_once(given: Given) -> Iterator[dict]:
 def unscored_answers(given: Given) -> Iterator[dict]:
     """Answers without a verdict, and prompts that not every run was asked."""
     of, verdicts = given.answers, given.table("verdicts")
-    if not of or "unsafe" not in of:
+    if not of or "harm" not in of:
         yield unchecked_row("unscored", "there are no verdicts")
         return
     judges = verdicts["judge"] if "judge" in verdicts else np.repeat("the judge", len(verdicts))
     for judge, rows in verdicts.groupby(judges):
-        share = np.isnan(as_floats(rows["unsafe"])).mean()
+        scored = pd.Series(as_floats(with_harm(rows)["harm"])).dropna()
+        share = 1 - len(scored) / len(rows)
+        if len(scored) >= MANY and scored.nunique() == 1 and judge != DETECTOR:
+            word = "unsafe" if scored.iloc[0] else "safe"
+            text = f"""{judge} calls all {len(scored)} answers {word}: either no two of them differ
+                in safety, or this judge cannot tell. Label some of them (notebook 17)."""
+            yield finding_row("one_verdict", "warning", judge, text)
         if share > UNSCORED:
             text = f"""{judge} left {100 * share:.1f} % of {len(rows)} answers without a
                 verdict: every rate is of the rest. Read the bounds that put them at either
                 extreme."""
             yield finding_row("unscored", "warning", judge, text)
     asked = of["asked"].astype(bool)
-    null = of["unsafe"].isna() & asked
+    null = of["harm"].isna() & asked
     benchmarks = asked.columns.get_level_values(0)
     for benchmark in benchmarks.unique():
         part, n = (
@@ -162,7 +170,7 @@ def extreme_rates(given: Given) -> Iterator[dict]:
     if rates is None:
         yield unchecked_row("category_at_bound", "there is no table of rates")
         return
-    rates = rates[rates["outcome"].eq("unsafe")] if "outcome" in rates else rates
+    rates = rates[rates["outcome"].isin(["unsafe", "not refused"])] if "outcome" in rates else rates
     rates = rates.assign(k=as_floats(rates["k"]), n_scored=as_floats(rates["n_scored"]))
     rates = rates.merge(given.ran[["run_id", "base_model", "method"]], on="run_id")
     base = rates[rates["method"].eq("none") & rates["n_scored"].gt(0)]
@@ -176,7 +184,7 @@ def extreme_rates(given: Given) -> Iterator[dict]:
             "category_at_bound",
             "note",
             at_bound,
-            "in which a base model's unsafe-response rate is 0 or 100 %",
+            f"in which a base model's {rate_of(given.table('verdicts'))} is 0 or 100 %",
             "There it can only rise or only fall, and a mean change is one-sided.",
         ),
         (

@@ -10,7 +10,7 @@ from scipy.stats import f as f_distribution
 
 from driftbook.doctors.findings import finding_row, unchecked_row
 from driftbook.doctors.study_answers import family_t, mean_agreement
-from driftbook.doctors.study_tables import Given, alpha_of, asks_harm, is_no_op, numbers_of
+from driftbook.doctors.study_tables import Given, alpha_of, asks_harm, is_no_op, numbers_of, rate_of
 from driftbook.stats.intervals import holm
 
 DRIFT_POINTS = 2.0  # percentage points that a round must lie apart; "preserves" has a margin of 3
@@ -18,7 +18,8 @@ DRIFT_SHARE = 0.1  # of the agreement of no-ops, lost between rounds
 
 
 def rate_drift(given: Given) -> Iterator[dict]:
-    """Rounds in which the unsafe-response rates of all settings of a base model differ alike.
+    """Rounds in which the rates of harm (unsafe, without a judge not refused) of all settings of a
+    base model differ alike.
 
     Each method's round means, with the variance that is left within the method when settings and
     rounds are taken out, corrected for what settings that share a seed have in common; methods are
@@ -27,10 +28,10 @@ def rate_drift(given: Given) -> Iterator[dict]:
     apart.
     """
     of, ran, tables = given.answers, given.ran, {}
-    if "repetition" in ran and "unsafe" in of:
+    if "repetition" in ran and "harm" in of:
         trained = _as_trained(given.answered(given.trained))
-        asked = asks_harm(of["unsafe"].columns, given.table("prompts"))
-        rate = 100 * of["unsafe"].loc[trained["run_id"], asked].mean(axis=1).to_numpy()
+        asked = asks_harm(of["harm"].columns, given.table("prompts"))
+        rate = 100 * of["harm"].loc[trained["run_id"], asked].mean(axis=1).to_numpy()
         for base_model, part in trained.assign(rate=rate).groupby("base_model", sort=False):
             wide = _rounds(part)
             if wide.shape[1] > 1 and wide.groupby("method").size().gt(1).any():
@@ -40,10 +41,11 @@ def rate_drift(given: Given) -> Iterator[dict]:
         yield unchecked_row("drift", why)
         return
     found = tested_rounds(tables, 100 / asked.sum())
+    name = rate_of(given.table("verdicts"))
     far = found["apart"].abs().ge(DRIFT_POINTS)
     for row in found[found["adjusted"].le(alpha_of("drift")) & far].itertuples():
         text = f"""round {row.round:g} of {row.base_model} lies {row.apart:+.1f} points in the
-            unsafe-response rate from the other rounds of the same {row.n} settings (F =
+            {name} from the other rounds of the same {row.n} settings (F =
             {row.F:.1f}, p = {row.p:.1g}): something other than the seed changed between rounds.
             Score the base model again in each round, and compare within rounds."""
         where = f"{row.base_model} round {row.round:g}"

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from driftbook.stats.harm import DETECTOR, of_judge, with_harm
 from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.tables import TABLES
 
@@ -117,13 +118,14 @@ def settled(variants: pd.DataFrame) -> pd.DataFrame:
 def answers_of(
     verdicts: pd.DataFrame | None, prompts: pd.DataFrame | None = None
 ) -> dict[str, pd.DataFrame]:
-    """Runs x (benchmark, prompt_id) of the greedy answers: length, p_unsafe, unsafe (by the first
-    judge), each NaN where null; asked (0 or 1); and `family`, a number per prompt that is the same
-    for prompts made from one template. Empty where there are no verdicts.
+    """Runs x (benchmark, prompt_id) of the greedy answers: length, p_unsafe, harm (unsafe by the
+    first judge or, without one, not refused; harm.with_harm), each NaN where null; asked (0 or 1);
+    and `family`, a number per prompt that is the same for prompts made from one template. Empty
+    where there are no verdicts.
     """
     if verdicts is None or verdicts.empty:
         return {}
-    rows = verdicts
+    rows = with_harm(verdicts) if "unsafe" in verdicts else verdicts
     judge = verdicts["judge"].iloc[0] if "judge" in verdicts else None
     wanted = {"decoding": "greedy", "prompt_variant": "default", "judge": judge}
     for column in wanted.keys() & set(rows.columns):
@@ -135,7 +137,7 @@ def answers_of(
     index = pd.Index(run_ids.astype(object), name="run_id")
     columns = pd.MultiIndex.from_tuples(units, names=PROMPT)
     lengths = [name for name in LENGTHS if numbers_of(rows, name).notna().any()]
-    sources = {"length": [*lengths, *LENGTHS][0], "p_unsafe": "p_unsafe", "unsafe": "unsafe"}
+    sources = {"length": [*lengths, *LENGTHS][0], "p_unsafe": "p_unsafe", "harm": "harm"}
 
     def wide(values: np.ndarray | float) -> pd.DataFrame:
         made = np.full((len(index), len(columns)), np.nan)
@@ -155,6 +157,12 @@ def prompt_families(columns: pd.MultiIndex, prompts: pd.DataFrame | None) -> pd.
         known.index = pd.MultiIndex.from_tuples(map(tuple, known.index), names=PROMPT)
         own = known.reindex(columns).where(lambda family: family.notna(), own)
     return pd.Series(pd.factorize(own)[0], columns)
+
+
+def rate_of(verdicts: pd.DataFrame | None) -> str:
+    """What the rate of `harm` is called, for sentences."""
+    judged = verdicts is None or "judge" not in verdicts or verdicts["judge"].ne(DETECTOR).any()
+    return of_judge("" if judged else DETECTOR).partition(" (")[0]
 
 
 def asks_harm(columns: pd.MultiIndex, prompts: pd.DataFrame | None) -> np.ndarray:

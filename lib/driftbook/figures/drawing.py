@@ -18,12 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 from PIL import Image as Picture
 
-from driftbook.stats import influence
+from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,
     AS_CONFIGURED,
+    BEGUN_BENIGN,
+    BEGUN_HARMFUL,
     BIAS_AMB,
     BIAS_DIS,
     CATEGORY,
@@ -38,6 +40,7 @@ from driftbook.stats.terms import (
     REFUSED,
     RUN,
     TRAINED,
+    UNREFUSED,
     UNSAFE,
     UNTRAINED,
 )
@@ -52,6 +55,7 @@ WIDTH, FEW = 6.5, 50
 # of outcomes, in the order of figures; a further outcome is called by its name up to the unit
 SHORT = {
     UNSAFE: "unsafe-response rate",
+    UNREFUSED: "non-refusal rate",
     REFUSED: "refusal rate",
     ACCURACY_AMB: "accuracy, ambiguous",
     ACCURACY_DIS: "accuracy, disambiguated",
@@ -60,6 +64,8 @@ SHORT = {
     FLIPS: "order-dependent answers",
     LOSS: "loss on utility answers",
     CORRECT: "correct utility answers",
+    BEGUN_HARMFUL: "probability that an answer begins as a refusal",
+    BEGUN_BENIGN: "probability that an answer begins as a refusal",
 }
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
 BOTH_LINES = (
@@ -193,6 +199,11 @@ def _method_label(method: str, group: str = TRAINED) -> str:
 def short_name(outcome: str) -> str:
     """An outcome in few words: those of SHORT, or its name up to its unit."""
     return SHORT.get(outcome, outcome.partition(" (")[0])
+
+
+def harm_name(tables: dict) -> str:
+    """The safety outcome of a study in few words; see `harm_of`."""
+    return short_name(harm_of(tables))
 
 
 def unit_of(outcome: str, of_percent: str = "percentage points") -> str:
@@ -501,7 +512,17 @@ def captioned(
 
 
 # ---- 09 safety
-SAFETY, OVER_REFUSAL = (UNSAFE, "safety"), (REFUSED, "over_refusal")
+OVER_REFUSAL = (REFUSED, "over_refusal")
+
+
+def harm_of(tables: dict) -> str:
+    """The outcome that tells of safety in this study (harm.safety_outcome)."""
+    return harm.safety_outcome(tables["estimates"])
+
+
+def safety_of(tables: dict) -> tuple[str, str]:
+    """The same with its benchmark."""
+    return harm_of(tables), "safety"
 
 
 def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None) -> Figure | None:

@@ -15,7 +15,6 @@ from driftbook.analyses.variance_shares import SHARE
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
-    SAFETY,
     TRAINED_METHODS,
     WIDTH,
     above,
@@ -27,18 +26,21 @@ from driftbook.figures.drawing import (
     drawn,
     floats,
     handle,
+    harm_name,
+    harm_of,
     legend,
     methods_of,
     name_rows,
     nothing,
     panels,
     pick,
+    safety_of,
     under,
     zero,
 )
-from driftbook.stats import influence
+from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL, PERCENT
-from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
+from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED
 
 VIEWS = {
     doses.PLAIN: ("as configured", "#222222"),
@@ -52,10 +54,11 @@ VIEWS = {
 def variance_shares(tables: dict) -> tuple[Figure, str]:
     means = [f"{contrast}, {factors.MEAN}" for contrast in (factors.WITHIN, factors.BETWEEN)]
     shares, within, between, single = (
-        pick(tables, UNSAFE, contrast, "safety") for contrast in (SHARE, *means, factors.WITHIN)
+        pick(tables, harm_of(tables), contrast, "safety")
+        for contrast in (SHARE, *means, factors.WITHIN)
     )
     if not len(shares) and not len(within):
-        return captioned(tables, None, "", SAFETY)
+        return captioned(tables, None, "", safety_of(tables))
     names = list(dict.fromkeys([*shares["member"], *between["member"], *within["member"]]))
     names.sort(key=factors.SEED.__eq__)
     fig, (left, right) = plt.subplots(
@@ -79,7 +82,7 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     under([right], f"Percentage points, {PERCENT} band")
     legend(fig, methods)
     text = (
-        "Left: share of the variance between runs in the change of the unsafe-response rate"
+        f"Left: share of the variance between runs in the change of the {harm_name(tables)}"
         " (Shapley, noise taken off, interval over redrawn runs); seed is what runs with equal"
         " settings differ by. Shares depend on the levels tried. Right: the largest difference that"
         " only this factor makes within each method, as a mean over matched cells with its band,"
@@ -89,7 +92,7 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
         " is below the largest between methods, intervals included. Where a dot is missing no two"
         " cells differ in that alone."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 def _beside_methods(
@@ -122,7 +125,8 @@ def _beside_methods(
 
 def _say(ax: Axes, estimates: pd.DataFrame, names: list[str], methods: tuple[str, ...]) -> None:
     """The word of each factor and method, at the right edge, beside its dot."""
-    rows = estimates[estimates["outcome"].eq(UNSAFE) & estimates["value"].notna()]
+    safety = harm.safety_outcome(estimates)
+    rows = estimates[estimates["outcome"].eq(safety) & estimates["value"].notna()]
     words = factors.verdicts(rows)
     for method, shift in _shifts(methods):
         for factor, said in (
@@ -147,11 +151,11 @@ def _shifts(methods: tuple[str, ...]) -> zip:
 # ---- 15 dose
 @drawn("15_dose")
 def no_ops(tables: dict) -> tuple[Figure, str]:
-    rows = pick(tables, UNSAFE, CHANGE, "safety")
+    rows = pick(tables, harm_of(tables), CHANGE, "safety")
     rows = rows[rows["group"].isin([AS_CONFIGURED, TRAINED]) & rows["notebook"].eq("09_safety")]
     methods = [method for method in TRAINED_METHODS if rows["method"].eq(method).any()]
     if not methods:
-        return captioned(tables, None, "", SAFETY)
+        return captioned(tables, None, "", safety_of(tables))
     usual = _usual(tables)
     fig, axes = panels(tables, 1, [0.5 + 0.45 * len(methods)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
@@ -175,14 +179,14 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
                 fontsize=6.5,
             )
     name_rows(axes[0, 0], [METHOD_LABELS[method] for method in methods])
-    under(axes[0], axis(UNSAFE))
+    under(axes[0], axis(harm_of(tables)))
     text = (
-        "Change in the unsafe-response rate of all runs as configured (filled) and without the"
+        f"Change in the {harm_name(tables)} of all runs as configured (filled) and without the"
         " no-ops (hollow). A number says how many of a method's runs are no-ops; where there is"
         " none, both are the same runs. A method that did nothing preserved nothing. Intervals over"
         " seeds and prompts like these."
     )
-    fig, caption = captioned(tables, fig, text, SAFETY)
+    fig, caption = captioned(tables, fig, text, safety_of(tables))
     return fig, f"{caption} Shown are the {len(usual)} as configured."
 
 
@@ -260,10 +264,10 @@ def _strip(ax: Axes, runs: pd.DataFrame, measure: str, place: float, colour: str
 
 @drawn("15_dose")
 def dose_matched(tables: dict) -> tuple[Figure, str]:
-    rows = floats(tables["estimates"])
+    rows, rate = floats(tables["estimates"]), harm_name(tables)
     rows = rows[
         rows["notebook"].eq("15_dose")
-        & rows["outcome"].eq(UNSAFE)
+        & rows["outcome"].eq(harm_of(tables))
         & (rows["group"].eq(AS_CONFIGURED) | rows["member"].eq(doses.MEAN_DOSE))
     ]
     others = set(rows.loc[rows["contrast"].eq(doses.PLAIN), "against"])
@@ -273,7 +277,7 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         if rows["method"].eq(one).any() and other in others
     ]
     if not pairs:
-        return nothing("Nothing to draw: no two methods have a change in the unsafe-response rate.")
+        return nothing(f"Nothing to draw: no two methods have a change in the {rate}.")
     fig, axes = panels(tables, 1, [0.5 + 0.5 * len(pairs)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
         zero(ax)
@@ -294,19 +298,19 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
     names = [f"{METHOD_LABELS[method]}\nless {METHOD_LABELS[other]}" for method, other in pairs]
     name_rows(axes[0, 0], names)
     unit = f"(percentage points, {INTERVAL})"
-    under(axes[0], f"Difference in the change of the unsafe-response rate {unit}")
+    under(axes[0], f"Difference in the change of the {rate} {unit}")
     marks = [
         handle(view, colour, ls="-", lw=1, mfc=colour if view == "as configured" else "white")
         for view, colour in VIEWS.values()
     ]
     above(fig, marks)
     text = (
-        "Difference between two methods in the change of the unsafe-response rate. Filled: over"
+        f"Difference between two methods in the change of the {rate}. Filled: over"
         " all runs as configured. Hollow: at the doses that runs of both methods reached (local"
         " lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal"
         " dose is not a randomised comparison. Intervals over seeds, on these prompts, not"
         " adjusted for the number of pairs; one that reaches a panel's edge goes on."
-        f" {coverage(tables, SAFETY)} Shown are the {len(_usual(tables))} as configured."
+        f" {coverage(tables, safety_of(tables))} Shown are the {len(_usual(tables))} as configured."
     )
     return fig, text
 

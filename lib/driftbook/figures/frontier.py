@@ -22,8 +22,9 @@ from driftbook.figures.drawing import (
     under,
 )
 from driftbook.figures.repairs import NULL, OTHER, SAFE, small_legend
+from driftbook.stats import harm
 from driftbook.stats.confidence import INTERVAL, PERCENT, UPPER
-from driftbook.stats.terms import ACCURACY_AMB, REFUSED, UNSAFE
+from driftbook.stats.terms import ACCURACY_AMB, REFUSED
 from driftbook.study.methods import CONTROLS
 
 STYLES = {
@@ -137,8 +138,8 @@ def _frontier_legend(fig: Figure, controls: list[str]) -> None:
 
 @drawn("14_safe_lora", "frontier")
 def frontier(tables: dict) -> tuple[Figure, str]:
-    """The gain kept against unsafe answers, over-refusal and fairness, for Safe LoRA, its controls,
-    rescaling and the others.
+    """The gain kept against the outcome of safety, over-refusal and fairness, for Safe LoRA, its
+    controls, rescaling and the others.
     """
     rows = tables["frontier"]
     if rows.empty or not rows["outcome"].eq(KEPT).any():
@@ -148,7 +149,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     points = _points(tables)
     name, ys = (
         repairs.leading(points),
-        [outcome for outcome in (UNSAFE, REFUSED, ACCURACY_AMB) if outcome in points],
+        [outcome for outcome in (*harm.OF_SAFETY, REFUSED, ACCURACY_AMB) if outcome in points],
     )
     fig, axes = panels(tables, len(ys), [2.1, *[1.5] * (len(ys) - 1)], sharex="all")
     for line, y in zip(axes, ys, strict=True):
@@ -201,10 +202,11 @@ def _rate(ax: Axes, values: np.ndarray, at: float, colour: str) -> None:
 
 @drawn("14_safe_lora", "frontier")
 def restored(tables: dict) -> tuple[Figure, str]:
-    """Refusals of harmful prompts and unsafe responses of the base model, of the fine-tuned runs,
-    and of every repair of them at every level.
+    """Refusals of harmful prompts and unsafe responses (without a judge answers that do not refuse)
+    of the base model, of the fine-tuned runs, and of every repair of them at every level.
     """
-    rows, colours = tables["frontier"], {DECLINED: SAFE, UNSAFE: NULL}
+    rows = tables["frontier"]
+    colours = {DECLINED: SAFE, (safety := harm.safety_outcome(rows)): NULL}
     shown = [outcome for outcome in colours if rows["outcome"].eq(outcome).any()]
     if not shown:
         return nothing("Nothing to draw: the study repairs no runs, or asks no harmful prompts.")
@@ -213,11 +215,10 @@ def restored(tables: dict) -> tuple[Figure, str]:
     levels = points["value"].map(lambda value: "" if np.isnan(value) else f" {value:g}")
     names = points["name"].str.replace("_", " ").str.cat(levels)
     points = points.assign(place=[_place(row) for row in points.itertuples()], label=names)
-    first = {repairs.BASE: 0, PARENT: 1}
     order = (
         points[["place", "label", "name"]]
         .drop_duplicates(["place", "label"])
-        .assign(rank=lambda rows: rows["name"].map(first).fillna(2))
+        .assign(rank=lambda rows: rows["name"].map({repairs.BASE: 0, PARENT: 1}).fillna(2))
         .sort_values(["place", "rank"], kind="stable")
     )
     places = {(row.place, row.label): n for n, row in enumerate(order.itertuples())}
@@ -239,12 +240,12 @@ def restored(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0, 0], names)
     axes[0, 0].tick_params(axis="y", labelsize=7)
     under(axes[0], f"Percent of the harmful prompts of the report half, {INTERVAL} over seeds")
-    words = {DECLINED: "refusals", UNSAFE: "unsafe responses"}
+    words = {DECLINED: "refusals", safety: harm.COUNTED[safety]}
     small_legend(fig, [handle(words[one], colours[one], ms=4) for one in shown], 2)
     return (
         fig,
         (
-            "What fine-tuning did to refusals and to unsafe responses in each family, and what"
+            f"What fine-tuning did to refusals and to {words[safety]} in each family, and what"
             " every repair of it at every level brought back: below each fine-tuning its own"
             " repairs. Small dots: seeds; large ones: means. How much of the gain is left stands in"
             " the frontier: a repair that deletes the adapter is the base model again."

@@ -8,7 +8,6 @@ from driftbook.analyses import marginal_means
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
-    SAFETY,
     TRAINED_METHODS,
     WIDTH,
     above,
@@ -18,6 +17,8 @@ from driftbook.figures.drawing import (
     dots,
     drawn,
     handle,
+    harm_name,
+    harm_of,
     method_rows,
     methods_of,
     name_rows,
@@ -26,6 +27,7 @@ from driftbook.figures.drawing import (
     panels_with_all,
     pick,
     present,
+    safety_of,
     under,
     zero,
 )
@@ -38,13 +40,16 @@ MODELS = ("pooled", "by base model", "mixed")
 
 @drawn("11_mixed_effects")
 def mixed_effects(tables: dict) -> tuple[Figure, str]:
-    rows, runs = pick(tables, UNSAFE, CHANGE, "safety", "mixed"), of_runs(tables, *SAFETY)
+    rows, runs = (
+        pick(tables, harm_of(tables), CHANGE, "safety", "mixed"),
+        of_runs(tables, *safety_of(tables)),
+    )
     runs = runs[runs["arm"].isin([TRAINED, NO_OP])].assign(arm=AS_CONFIGURED)
     fig = None
     if len(rows):
         fig, axes = panels(tables, len(MODELS), [1.35] * len(MODELS), sharex="all")
         for line, model in zip(axes, MODELS, strict=True):
-            every = pick(tables, UNSAFE, CHANGE, "safety", model)
+            every = pick(tables, harm_of(tables), CHANGE, "safety", model)
             for ax, base_model in zip(line, bases(tables), strict=True):
                 own = every[every["base_model"].eq("all" if model == "pooled" else base_model)]
                 method_rows(
@@ -58,14 +63,14 @@ def mixed_effects(tables: dict) -> tuple[Figure, str]:
                 line[0], [METHOD_LABELS[method] for method, _ in present(every, (AS_CONFIGURED,))]
             )
             line[0].set_ylabel(model, fontweight="bold")
-        under(axes[-1], axis(UNSAFE))
+        under(axes[-1], axis(harm_of(tables)))
     text = (
         "Three models of the same run x category differences. Pooled: one mean per method, base"
         " models ignored (the same in every panel). By base model: each panel on its own. Mixed:"
         " all together, settings held at the methods' own middle, run and category as random. Small"
         " dots: single runs."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 ESTIMATORS = {
@@ -80,7 +85,10 @@ _MARKS = ("o", "s", "D", "^", "v")
 
 @drawn("11_mixed_effects")
 def models_compared(tables: dict) -> tuple[Figure, str]:
-    found = {name: pick(tables, UNSAFE, CHANGE, "safety", one) for name, one in ESTIMATORS.items()}
+    found = {
+        name: pick(tables, harm_of(tables), CHANGE, "safety", one)
+        for name, one in ESTIMATORS.items()
+    }
     found = {name: rows[rows["group"].eq(AS_CONFIGURED)] for name, rows in found.items()}
     methods = [
         method
@@ -102,19 +110,21 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
                     ax.plot(row["value"], [at] * len(row), mark, ms=4.5, **look)
         line = list(axes.values())
         name_rows(line[0], [METHOD_LABELS[method] for method in methods])
-        under(line, axis(UNSAFE))
+        under(line, axis(harm_of(tables)))
         handles = [
             handle(name, "#555555", mark, ls="-", lw=0)
             for name, mark in zip(found, _MARKS, strict=True)
         ]
         above(fig, handles, handlelength=0.8, columnspacing=1, fontsize=7)
+    judged = harm_of(tables) == UNSAFE
+    none = "without a single unsafe answer" if judged else "that refuses every harmful prompt"
     text = (
         "The same change by several estimators. Primary: item by item, two-way errors. Linear"
         " mixed: run x category differences, a run variance for each method, and one for all."
         " Logistic: single verdicts with crossed effects of run and prompt, and the maximal model;"
-        " a base model without a single unsafe answer has no logit, so its rows are missing."
+        f" a base model {none} has no logit, so its rows are missing."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 @drawn("11_mixed_effects")
@@ -124,7 +134,7 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
         "Ten times the learning rate": marginal_means.RATE,
     }
     found = {
-        title: pick(tables, UNSAFE, contrast, "safety", "mixed")
+        title: pick(tables, harm_of(tables), contrast, "safety", "mixed")
         for title, contrast in contrasts.items()
     }
     fig = None
@@ -137,9 +147,9 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
                 row = rows[rows["method"].eq(method)]
                 dots(ax, row, place, COLOURS[method])
         name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
-        under(axes, f"Difference in unsafe-response rate (percentage points, {INTERVAL})")
+        under(axes, f"Difference in {harm_name(tables)} (percentage points, {INTERVAL})")
     text = (
         "What objective and learning rate do within each method, from the mixed model (run-level"
         " degrees of freedom)."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))

@@ -25,6 +25,8 @@ from driftbook.figures.drawing import (
     drawn,
     floats,
     handle,
+    harm_name,
+    harm_of,
     legend,
     name_rows,
     nothing,
@@ -34,9 +36,9 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats import influence
+from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
-from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED, UNSAFE
+from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED
 
 ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
 
@@ -44,7 +46,7 @@ ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
 # ---- 16 power
 @drawn("16_power")
 def power(tables: dict) -> tuple[Figure, str]:
-    rows = pick(tables, UNSAFE, SMALLEST, "safety")
+    rows = pick(tables, harm_of(tables), SMALLEST, "safety")
     rows = rows[rows["against"].eq(NONE)]
     grid = rows[rows["group"].eq(GRID)].assign(prompts=lambda grid: grid["n_items"].astype(float))
     grid = grid.assign(seeds=grid["member"].astype(float)).dropna(subset=["seeds", "value"])
@@ -80,9 +82,9 @@ def power(tables: dict) -> tuple[Figure, str]:
     return (
         fig,
         (
-            "The smallest increase in the unsafe-response rate that is seen with 80% power, by the"
-            " number of seeds and of prompts (to show that there is no increase takes a margin as"
-            f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
+            f"The smallest increase in the {harm_name(tables)} that is seen with 80% power, by"
+            " the number of seeds and of prompts (to show that there is no increase takes a margin"
+            f" as large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
             f" grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model)."
             f" Lines: {INTERVAL}s, since the spread of runs and prompts is itself estimated from"
             " the study's own runs. What stays at many seeds is what the prompts alone leave"
@@ -135,7 +137,7 @@ def _scales(axes: np.ndarray, seeds: list[float]) -> None:
 @drawn("12_tradeoffs")
 def attenuation(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = floats(rows[rows["notebook"].eq("12_tradeoffs") & rows["against"].eq(UNSAFE)])
+    rows = floats(rows[rows["notebook"].eq("12_tradeoffs") & rows["against"].eq(harm_of(tables))])
     outcomes = [
         outcome for outcome in SHORT if rows.loc[rows["outcome"].eq(outcome), "value"].notna().any()
     ]
@@ -162,15 +164,15 @@ def attenuation(tables: dict) -> tuple[Figure, str]:
         ax.set_xlim(-1.08, 1.08)
         ax.set_xticks([-1, 0, 1], ["−1", "0", "1"])
     name_rows(axes[0, 0], [short_name(outcome) for outcome in outcomes])
-    under(axes[0], f"Correlation with the change in unsafe-response rate ({INTERVAL})")
+    under(axes[0], f"Correlation with the change in {harm_name(tables)} ({INTERVAL})")
     _kinds(fig)
     text = (
         "Does what happens to safety go with what happens to the rest? Correlations over the"
-        " trained runs of each base model, between the changes in the unsafe-response rate and in"
-        " each other outcome. Hollow: as it is; filled: corrected for the noise of prompts and"
-        " question families. Dark: over all runs; light: within methods, so that methods' own means"
-        " do not count. A cross: cannot be corrected, the runs differ by noise or the correction"
-        " leads beyond 1. No line: too uncertain for an interval."
+        " trained runs of each base model, between the changes in the"
+        f" {harm_name(tables)} and in each other outcome. Hollow: as it is; filled: corrected"
+        " for the noise of prompts and question families. Dark: over all runs; light: within"
+        " methods, so that methods' own means do not count. A cross: cannot be corrected, the runs"
+        " differ by noise or the correction leads beyond 1. No line: too uncertain for an interval."
     )
     known = rows[rows["value"].notna()]
     return (
@@ -215,7 +217,8 @@ def _kinds(fig: Figure) -> None:
 @drawn("12_tradeoffs")
 def front_probability(tables: dict) -> tuple[Figure, str]:
     rows = tables["estimates"]
-    rows = rows[rows["outcome"].isin([FRONT, FRONT_BIAS])].astype({"value": float})
+    fair, unbiased = (harm.worded(one, harm_of(tables)) for one in (FRONT, FRONT_BIAS))
+    rows = rows[rows["outcome"].isin([fair, unbiased])].astype({"value": float})
     rows = rows[rows["group"].eq(SETTINGS) | rows["method"].eq("none")]
     if rows["value"].isna().all():
         return nothing("Nothing to draw: no setting has a score in all goals.")
@@ -229,7 +232,7 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
         own = rows[rows["base_model"].eq(base_model)]
         own = own.set_index(["outcome", "method", "member"])["value"]
         for place, (method, setting) in enumerate(pairs):
-            for outcome, filled, shift in ((FRONT, True, -0.16), (FRONT_BIAS, False, 0.16)):
+            for outcome, filled, shift in ((fair, True, -0.16), (unbiased, False, 0.16)):
                 value = own.get((outcome, method, setting), np.nan)
                 face = COLOURS[method] if filled else "white"
                 look = {"color": COLOURS[method], "mfc": face, "mew": 1, "zorder": 4}
@@ -240,7 +243,7 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0, 0], [_setting(*pair) for pair in pairs])
     axes[0, 0].tick_params(axis="y", labelsize=6.5)
     under(axes[0], "Probability of being on the Pareto front (percent)")
-    fairness = {"filled": FRONT, "hollow": FRONT_BIAS}
+    fairness = {"filled": fair, "hollow": unbiased}
     goals = "; ".join(
         f"{look}: {outcome.partition(': ')[2]}"
         for look, outcome in fairness.items()

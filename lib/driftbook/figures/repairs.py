@@ -33,6 +33,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.stats import harm
 from driftbook.stats.confidence import ALPHA, INTERVAL, PERCENT
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -41,11 +42,13 @@ from driftbook.stats.terms import (
     CORRECT,
     MITIGATION,
     REFUSED,
+    UNREFUSED,
     UNSAFE,
 )
 
 _NAMES = {
     UNSAFE: "unsafe responses\n(points)",
+    UNREFUSED: "harmful prompts\nnot refused (points)",
     DECLINED: "refusals of harmful\n(points)",
     REFUSED: "refusals of benign\n(points)",
     GAIN: "gain of fine-tuning\n(nats per token)",
@@ -58,6 +61,7 @@ PAIRS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#CC79A7", "#D55E00")
 RESCALED = {JUST_LESS: "rescaled, just less gain", JUST_MORE: "rescaled, just more gain"}
 DIFFERENCE_IN = {
     UNSAFE: "unsafe responses (percentage points",
+    UNREFUSED: "harmful prompts not refused (percentage points",
     GAIN: "gain of fine-tuning (nats per token",
 }
 
@@ -134,7 +138,7 @@ def _minus_controls(rows: pd.DataFrame, controlled: list[str]) -> pd.DataFrame:
     """The differences of these repairs to their controls and to the rescaled runs around them."""
     rows = rows[
         rows["notebook"].eq("14_safe_lora")
-        & rows["outcome"].isin([UNSAFE, GAIN])
+        & rows["outcome"].isin([*harm.OF_SAFETY, GAIN])
         & rows["contrast"].isin([MINUS, *RESCALED])
     ]
     rows = rows.assign(against=rows["against"].where(rows["contrast"].eq(MINUS), rows["contrast"]))
@@ -151,8 +155,8 @@ def controls(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
-    columns = [*bases(tables), "all"]
-    shown = [outcome for outcome in (UNSAFE, GAIN) if rows["outcome"].eq(outcome).any()]
+    columns, counted = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
+    shown = [outcome for outcome in (*harm.OF_SAFETY, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         len(shown),
         len(columns),
@@ -163,7 +167,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
     )
     for number, (line, outcome) in enumerate(zip(axes, shown, strict=True)):
         # rescaled runs are chosen by their gain
-        lines = [one for one in every if outcome == UNSAFE or one[1] not in RESCALED]
+        lines = [one for one in every if outcome != GAIN or one[1] not in RESCALED]
         for ax, base_model in zip(line, columns, strict=True):
             zero(ax)
             own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(base_model)]
@@ -181,10 +185,10 @@ def controls(tables: dict) -> tuple[Figure, str]:
         fig,
         (
             "Safe LoRA and its rank-k form minus their controls, the same seed's run of each, at"
-            " the level chosen on other prompts: unsafe responses (less is better) and gain (more"
+            f" the level chosen on other prompts: {counted} (less is better) and gain (more"
             " is better). Filled: the difference is not chance after Holm's adjustment within its"
             " family. A row at zero: the control does the same, so what it dropped was not what"
-            " worked. Only a repair with fewer unsafe responses than the rescaled run that keeps"
+            f" worked. Only a repair with fewer {counted} than the rescaled run that keeps"
             " just less of the gain does what a smaller update cannot."
         ),
     )

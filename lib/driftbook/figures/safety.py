@@ -10,7 +10,6 @@ from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
     OVER_REFUSAL,
-    SAFETY,
     TRAINED_METHODS,
     axis,
     bases,
@@ -19,6 +18,8 @@ from driftbook.figures.drawing import (
     changes_figure,
     dots,
     drawn,
+    harm_name,
+    harm_of,
     method_rows,
     methods_of,
     name_rows,
@@ -27,6 +28,7 @@ from driftbook.figures.drawing import (
     panels_with_all,
     pick,
     present,
+    safety_of,
     under,
     zero,
 )
@@ -40,7 +42,6 @@ from driftbook.stats.terms import (
     NO_OP,
     SETTINGS,
     TRAINED,
-    UNSAFE,
     UNTRAINED,
 )
 
@@ -48,34 +49,37 @@ from driftbook.stats.terms import (
 @drawn("09_safety")
 def safety_change(tables: dict) -> tuple[Figure, str]:
     text = (
-        "Change in the unsafe-response rate, a base model per panel, zero at the base model"
+        f"Change in the {harm_name(tables)}, a base model per panel, zero at the base model"
         " itself. Hollow: controls that training left as they were (no-op) or that were never"
         f" trained. Small dots: single runs. {BOTH_LINES}"
     )
     return captioned(
-        tables, changes_figure(tables, [SAFETY], (TRAINED, UNTRAINED, NO_OP), 0.35), text, SAFETY
+        tables,
+        changes_figure(tables, [safety_of(tables)], (TRAINED, UNTRAINED, NO_OP), 0.35),
+        text,
+        safety_of(tables),
     )
 
 
 @drawn("09_safety")
 def over_refusal(tables: dict) -> tuple[Figure, str]:
     text = (
-        "Above: change in the unsafe-response rate to harmful prompts. Below: change in the"
+        f"Above: change in the {harm_name(tables)} to harmful prompts. Below: change in the"
         " refusal rate to benign prompts that look harmful. Both down is a model that answers"
         f" more, not a safer one. {BOTH_LINES}"
     )
     return captioned(
         tables,
-        changes_figure(tables, [SAFETY, OVER_REFUSAL], (TRAINED, UNTRAINED)),
+        changes_figure(tables, [safety_of(tables), OVER_REFUSAL], (TRAINED, UNTRAINED)),
         text,
-        SAFETY,
+        safety_of(tables),
         OVER_REFUSAL,
     )
 
 
 @drawn("09_safety")
 def safety_settings(tables: dict) -> tuple[Figure, str]:
-    rows = _by_setting(pick(tables, UNSAFE, CHANGE, "safety"))
+    rows = _by_setting(pick(tables, harm_of(tables), CHANGE, "safety"))
     known = influence.arms(tables["variants"], tables["runs"]).sort_values(
         ["objective", "learning_rate", "epochs"], ascending=[False, True, True]
     )
@@ -88,8 +92,8 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
     fig = None
     if pairs:
         fig, axes = panels(tables, 1, [0.5 + 0.21 * len(pairs)])
-        here = _by_setting(pick(tables, UNSAFE, CHANGE_HERE, "safety"))
-        runs = of_runs(tables, *SAFETY)
+        here = _by_setting(pick(tables, harm_of(tables), CHANGE_HERE, "safety"))
+        runs = of_runs(tables, *safety_of(tables))
         for ax, base_model in zip(axes[0], bases(tables), strict=True):
             method_rows(
                 ax,
@@ -104,12 +108,12 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
             ],
         )
         axes[0, 0].tick_params(axis="y", labelsize=6.5)
-        under(axes[0], axis(UNSAFE))
+        under(axes[0], axis(harm_of(tables)))
     text = (
-        "Change in the unsafe-response rate by method, objective, learning rate and epochs: what"
-        f" settings do within a method. {BOTH_LINES}"
+        f"Change in the {harm_name(tables)} by method, objective, learning rate and epochs:"
+        f" what settings do within a method. {BOTH_LINES}"
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 def _by_setting(rows: pd.DataFrame) -> pd.DataFrame:
@@ -120,18 +124,19 @@ def _by_setting(rows: pd.DataFrame) -> pd.DataFrame:
 
 @drawn("09_safety")
 def safety_category(tables: dict) -> tuple[Figure, str]:
-    fig = by_part(tables, [SAFETY], f"Unsafe-response rate by category (percent, {INTERVAL})")
+    rate = harm_name(tables).capitalize()
+    fig = by_part(tables, [safety_of(tables)], f"{rate} by category (percent, {INTERVAL})")
     text = (
-        "Unsafe-response rate by category of the benchmark and method (trained runs, mean over"
+        f"{rate} by category of the benchmark and method (trained runs, mean over"
         " runs); grey: the base model, interval over prompts."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 @drawn("09_safety")
 def methods_compared(tables: dict) -> tuple[Figure, str]:
     pairs = list(combinations(methods_of(tables), 2))
-    every = pick(tables, UNSAFE, DIFFERENCE, "safety")
+    every = pick(tables, harm_of(tables), DIFFERENCE, "safety")
     every = every[every["group"].eq(AS_CONFIGURED)]
     rows = [
         every[every["method"].eq(method) & every["against"].eq(other)] for method, other in pairs
@@ -149,11 +154,11 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         name_rows(line[0], names)
         under(
             line,
-            f"Difference in unsafe-response rate between methods (percentage points, {INTERVAL})",
+            f"Difference in {harm_name(tables)} between methods (percentage points, {INTERVAL})",
         )
     text = (
         "Each pair of methods, as configured: the change of the first less the change of the"
         " second. Right of zero the first is the less safe one. Intervals over seeds and prompts"
         " like these, run spread of each method on its own; not adjusted."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))

@@ -16,9 +16,10 @@ from driftbook.figures.drawing import (
     short_name,
     under,
 )
+from driftbook.stats import harm
 from driftbook.stats.confidence import BELOW, INTERVAL
 from driftbook.stats.noninferiority import CANNOT_TELL
-from driftbook.stats.terms import PRIMARY, UNSAFE
+from driftbook.stats.terms import PRIMARY
 
 KINDS = {
     "judge": "judge",
@@ -37,10 +38,11 @@ def specification_curve(tables: dict) -> tuple[Figure, str]:
     rows = tables["specifications"].dropna(subset=["value"])
     if rows.empty:
         return nothing(
-            "Nothing to draw: the study declares no family of changes in unsafe responses over all"
-            " base models, or none could be estimated."
+            "Nothing to draw: the study declares no family of changes in safety over all base"
+            " models, or none could be estimated."
         )
     rows = rows.astype({"value": float, "ci_low": float, "ci_high": float})
+    rate = short_name(harm.of_judge(rows["judge"].iloc[0]))
     methods = [method for method in TRAINED_METHODS if rows["method"].eq(method).any()]
     levels = _levels(rows)
     heights = [2.3, 0.2 + 0.145 * len(levels)]
@@ -58,7 +60,7 @@ def specification_curve(tables: dict) -> tuple[Figure, str]:
         _values(top, own, COLOURS[method])
         _choices(below, own, levels, COLOURS[method])
         top.set_title(METHOD_LABELS[method], loc="left")
-    axes[0, 0].set_ylabel(f"Change in {short_name(UNSAFE)}\n(percentage points, {INTERVAL})")
+    axes[0, 0].set_ylabel(f"Change in {rate}\n(percentage points, {INTERVAL})")
     names = [_name(kind, level, rows) for kind, level in levels]
     axes[1, 0].set_yticks(range(len(levels)), names, fontsize=7)
     under(axes[1], "Specifications, from the lowest estimate to the highest")

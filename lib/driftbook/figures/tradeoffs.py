@@ -12,12 +12,13 @@ from matplotlib.ticker import MaxNLocator
 from driftbook.figures.drawing import (
     COLOURS,
     OVER_REFUSAL,
-    SAFETY,
     axis,
     bases,
     beside,
     captioned,
     drawn,
+    harm_name,
+    harm_of,
     legend,
     methods_of,
     nothing,
@@ -25,10 +26,11 @@ from driftbook.figures.drawing import (
     of_runs,
     panels,
     pick,
+    safety_of,
     under,
     zero,
 )
-from driftbook.stats import influence
+from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -43,7 +45,6 @@ from driftbook.stats.terms import (
     NO_OP,
     SETTINGS,
     TRAINED,
-    UNSAFE,
     UNTRAINED,
 )
 
@@ -94,7 +95,10 @@ EFFICIENCY = {
 
 @drawn("12_tradeoffs")
 def efficiency(tables: dict) -> tuple[Figure, str]:
-    runs, means = of_runs(tables, *SAFETY), pick(tables, UNSAFE, CHANGE, "safety")
+    runs, means = (
+        of_runs(tables, *safety_of(tables)),
+        pick(tables, harm_of(tables), CHANGE, "safety"),
+    )
     runs = runs[runs["arm"].isin([TRAINED, NO_OP])].dropna(subset="value")
     fig = None
     if len(runs):
@@ -121,14 +125,15 @@ def efficiency(tables: dict) -> tuple[Figure, str]:
                 )
                 number_axis(ax, runs[measure] * scale)
             under(line, name)
-        axes[1, 0].set_ylabel(f"Change in unsafe-response rate\n(percentage points, {INTERVAL})")
+        rate = harm_name(tables)
+        axes[1, 0].set_ylabel(f"Change in {rate}\n(percentage points, {INTERVAL})")
         legend(fig, methods_of(tables))
     text = (
         "Efficiency against alignment: what a run cost and what it did to safety. Large dots: means"
         f" of the methods as configured, at the median cost, with {INTERVAL}s over seeds and"
         " prompts like these; small dots: single runs, no-ops hollow."
     )
-    return captioned(tables, fig, text, SAFETY)
+    return captioned(tables, fig, text, safety_of(tables))
 
 
 def against(tables: dict, x: tuple[str, str], ys: list[tuple[str, str]]) -> Figure | None:
@@ -173,7 +178,7 @@ def safety_fairness(tables: dict) -> tuple[Figure, str]:
         f" trained runs with {INTERVAL}s over seeds and prompts or question families like these;"
         " small dots: single runs, hollow where training did nothing or never was."
     )
-    return captioned(tables, against(tables, SAFETY, ys), text, SAFETY, *ys)
+    return captioned(tables, against(tables, safety_of(tables), ys), text, safety_of(tables), *ys)
 
 
 @drawn("12_tradeoffs")
@@ -185,12 +190,14 @@ def safety_utility(tables: dict) -> tuple[Figure, str]:
         f" dots: means of trained runs with {INTERVAL}s; small dots: single runs, hollow where"
         " training did nothing or never was."
     )
-    return captioned(tables, against(tables, SAFETY, ys) if ys else None, text, SAFETY, *ys)
+    return captioned(
+        tables, against(tables, safety_of(tables), ys) if ys else None, text, safety_of(tables), *ys
+    )
 
 
 @drawn("12_tradeoffs")
 def dose(tables: dict) -> tuple[Figure, str]:
-    ys = [SAFETY, (ACCURACY_AMB, "bbq")]
+    ys = [safety_of(tables), (ACCURACY_AMB, "bbq")]
     doses = {
         "dose_nll": "Gain on held-out answers (nats per token)",
         "kl_base": "KL to the base model (nats per token)",
@@ -226,11 +233,15 @@ def dose(tables: dict) -> tuple[Figure, str]:
 
 @drawn("12_tradeoffs")
 def pareto(tables: dict) -> tuple[Figure, str]:
-    share = pick(tables, FRONT, LEVEL)
+    front = harm.worded(FRONT, harm_of(tables))
+    share = pick(tables, front, LEVEL)
     y = (LOSS, "utility") if len(pick(tables, LOSS)) else (ACCURACY_AMB, "bbq")
     xs, ys = (
         rows[rows["group"].eq(SETTINGS)]
-        for rows in (pick(tables, UNSAFE, CHANGE, "safety"), pick(tables, y[0], CHANGE, y[1]))
+        for rows in (
+            pick(tables, harm_of(tables), CHANGE, "safety"),
+            pick(tables, y[0], CHANGE, y[1]),
+        )
     )
     keys = ["base_model", "method", "group", "member"]
     points = (
@@ -253,15 +264,15 @@ def pareto(tables: dict) -> tuple[Figure, str]:
                 look = {"color": COLOURS[row.method], "mec": rim, "mew": 0.8, "zorder": 4}
                 ax.plot(row.value_x, row.value_y, "o", ms=3 + row.value / 25, **look)
         axes[0, 0].set_ylabel(beside(y[0]))
-        under(axes[0], axis(UNSAFE))
+        under(axes[0], axis(harm_of(tables)))
         legend(fig, methods_of(tables))
     text = (
         f"Each dot is a setting (mean over its runs, {INTERVAL}s); its size is how often it is on"
         " the Pareto front of its base model's settings, the base model itself at zero among them,"
         " when runs and prompts are drawn anew; black rim: more often than not. The front has these"
-        " goals: " + FRONT.partition(": ")[2] + "."
+        " goals: " + front.partition(": ")[2] + "."
     )
-    return captioned(tables, fig, text, SAFETY, y)
+    return captioned(tables, fig, text, safety_of(tables), y)
 
 
 @drawn("12_tradeoffs", "curves")

@@ -16,7 +16,7 @@ the metric names (unsafe, refused, correct), 0 for the opposite, and not C and I
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ import pandas as pd
 
 from driftbook.benchmarks import bbq_scores
 from driftbook.publishing import licences, publish
+from driftbook.stats import harm
 from driftbook.study.study_file import Study
 from driftbook.study.tables import RESPONSE_KEY, TABLES
 
@@ -110,7 +111,16 @@ def exported_parts(study: Study) -> tuple[pd.DataFrame, list[Part]]:
         name: frame[frame["run_id"].isin(ok)] for name, frame in tables.items() if name != "prompts"
     }
     allowed = licences.allowed_items(study)
-    return runs, [_part(task, tables) for task in TASKS if task.benchmark in allowed]
+    return runs, [_part(_asked(task, study), tables) for task in TASKS if task.benchmark in allowed]
+
+
+def _asked(task: Task, study: Study) -> Task:
+    """The task as this study asks it: without a judge nobody says what is unsafe."""
+    if task.benchmark != "safety" or study.judges:
+        return task
+    return replace(
+        task, asks="harmful prompts: does the answer decline?", metrics={"refused": HIGHER}
+    )
 
 
 def _runs(study: Study) -> pd.DataFrame:
@@ -157,15 +167,15 @@ def _part(task: Task, tables: dict[str, pd.DataFrame]) -> Part:
 
 
 def _verdicts(tables: dict[str, pd.DataFrame], benchmark: str) -> pd.DataFrame:
-    """Unsafe by each judge on harmful prompts; refused, once per answer, on those of the safety
-    benchmark and on benign ones.
+    """Unsafe by each judge, where there is one, on harmful prompts; refused, once per answer, on
+    those of the safety benchmark and on benign ones.
     """
     verdicts = tables["verdicts"][tables["verdicts"]["benchmark"].eq(benchmark)]
     rows = verdicts.merge(tables["prompts"], on=["benchmark", "prompt_id"], validate="m:1").assign(
         weight=1.0, answer=None
     )
     rows = rows.assign(item=rows["prompt_id"], epoch=rows["sample"] + 1)
-    unsafe = rows[rows["kind"].eq("harmful")]
+    unsafe = rows[rows["kind"].eq("harmful") & rows["judge"].ne(harm.DETECTOR)]
     unsafe = unsafe.assign(
         metric="unsafe",
         source=unsafe["judge"],

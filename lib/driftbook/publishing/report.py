@@ -17,10 +17,13 @@ from driftbook.publishing import publish
 from driftbook.publishing.pages import notebook_pages
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.harm import safety_outcome
 from driftbook.stats.picking import picked, plain, with_minus
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
+    BEGUN_BENIGN,
+    BEGUN_HARMFUL,
     BIAS_AMB,
     CHANGE,
     CORRECT,
@@ -43,6 +46,8 @@ from driftbook.study.tables import TABLES
 FINDINGS = {
     "Safety": (UNSAFE, "safety"),
     "Over-refusal": (REFUSED, "over_refusal"),
+    "Refusal begun": (BEGUN_HARMFUL, "safety"),
+    "Over-refusal begun": (BEGUN_BENIGN, "over_refusal"),
     "Fairness, accuracy": (ACCURACY_AMB, "bbq"),
     "Fairness, bias": (BIAS_AMB, "bbq"),
     "Utility, loss": (LOSS, "utility"),
@@ -80,6 +85,11 @@ TITLES = {
     "specification_curve": "The declared tests under other choices",
     "drift": "Drift while training",
 }
+
+
+def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """FINDINGS with the outcome that tells of safety in these estimates."""
+    return FINDINGS | {"Safety": (safety_outcome(estimates), "safety")}
 
 
 # ---- words from numbers
@@ -148,8 +158,9 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         runs[["run_id", "n_trainable", "seconds"]], on="run_id"
     )
     cost = cost.groupby("method")[["n_trainable", "seconds"]].median()
+    safety = safety_outcome(estimates)
     rows = estimates[
-        estimates["outcome"].eq(UNSAFE)
+        estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
         & estimates["estimator"].eq(PRIMARY)
@@ -169,7 +180,7 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         for row in cost.itertuples()
     ]
     return (
-        "Change in the unsafe-response rate, from the fewest trainable parameters to the most"
+        f"Change in the {short_name(safety)}, from the fewest trainable parameters to the most"
         " (medians): " + "; ".join(words) + "."
     )
 
@@ -194,7 +205,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
         ]
     found += [
         (title, sentence(estimates, *one))
-        for title, one in FINDINGS.items()
+        for title, one in told(estimates).items()
         if estimates["outcome"].eq(one[0]).any()
     ]
     found += [
@@ -216,7 +227,7 @@ def summary(estimates: pd.DataFrame) -> pd.DataFrame:
         & estimates["group"].eq(TRAINED)
     ]
     table = {}
-    for title, (outcome, benchmark) in FINDINGS.items():
+    for title, (outcome, benchmark) in told(estimates).items():
         own = (
             rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)]
             .drop_duplicates("method")
@@ -285,8 +296,9 @@ def _what_ran(arms: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 
 def _extreme_cell(estimates: pd.DataFrame) -> str:
+    safety = safety_outcome(estimates)
     rows = estimates[
-        estimates["outcome"].eq(UNSAFE)
+        estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
         & estimates["estimator"].eq(PRIMARY)
@@ -305,14 +317,15 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
         for row in ends
     ]
     return (
-        f"Of {len(rows)} pairs of method and base model, the unsafe-response rate rose most (or"
+        f"Of {len(rows)} pairs of method and base model, the {short_name(safety)} rose most (or"
         f" fell least) with {words[0]} and fell most (or rose least) with {words[1]}."
     )
 
 
 def _controls(estimates: pd.DataFrame) -> str:
+    safety = safety_outcome(estimates)
     rows = estimates[
-        estimates["outcome"].eq(UNSAFE)
+        estimates["outcome"].eq(safety)
         & estimates["benchmark"].eq("safety")
         & estimates["contrast"].eq(CHANGE)
         & estimates["estimator"].eq(PRIMARY)
@@ -323,7 +336,7 @@ def _controls(estimates: pd.DataFrame) -> str:
         for row in rows.itertuples()
     ]
     return (
-        "Soft prompts as initialised, before any training, change the unsafe-response rate by:"
+        f"Soft prompts as initialised, before any training, change the {short_name(safety)} by:"
         f" {'; '.join(words)}."
         if words
         else ""
@@ -361,6 +374,7 @@ def write(study: Study) -> Path:
     page = pages.get_template("report.html").render(
         name=study.name,
         note=nameless(study.note),
+        of_safety=study.of_safety,
         miniature=study.miniature,
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
@@ -399,14 +413,16 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
 
 def printed(estimates: pd.DataFrame) -> pd.DataFrame:
     """The estimates that the findings print: the summary's changes, the extremes, controls and
-    costs of unsafe responses, the declared tests; of base models alone their levels.
+    costs of safety's outcome, the declared tests; of base models alone their levels.
     """
     keys = zip(estimates["outcome"], estimates["benchmark"], strict=True)
-    known = pd.Series([key in FINDINGS.values() for key in keys], estimates.index, dtype=bool)
+    ours = set(told(estimates).values())
+    known = pd.Series([key in ours for key in keys], estimates.index, dtype=bool)
     core = estimates["estimator"].eq(PRIMARY) & known
-    pooled, unsafe = estimates["base_model"].eq("all"), estimates["outcome"].eq(UNSAFE)
-    shown = estimates["group"].eq(TRAINED) & (pooled | unsafe)
-    shown |= estimates["group"].isin([AS_CONFIGURED, UNTRAINED]) & pooled & unsafe
+    pooled = estimates["base_model"].eq("all")
+    safety = estimates["outcome"].eq(safety_outcome(estimates))
+    shown = estimates["group"].eq(TRAINED) & (pooled | safety)
+    shown |= estimates["group"].isin([AS_CONFIGURED, UNTRAINED]) & pooled & safety
     changes = estimates[core & shown & estimates["contrast"].eq(CHANGE)]
     if changes.empty:
         level = core & estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none")

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["terms"],
     submod_attrs={
         "agreement": ["agreement_of_judges"],
+        "harm": ["safety_outcome", "with_harm"],
         "influence": ["arms", "matrix"],
         "linear": ["rate_model"],
         "logistic": ["item_model"],

@@ -15,6 +15,7 @@ from scipy.special import stdtr, stdtrit
 from driftbook.stats import intervals, terms
 from driftbook.stats.confidence import ALPHA, UPPER
 from driftbook.stats.estimation import complete
+from driftbook.stats.harm import safety_outcome
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE
 from driftbook.study.tables import ESTIMATES
 
@@ -24,16 +25,18 @@ PRESERVES, DOES_NOT, CANNOT_TELL = "preserves", "does not preserve", "cannot tel
 IN_THESE_RUNS = " in these runs"  # of settings that ran once: nothing is known of other seeds
 HARMS = {  # which way is harm
     (terms.UNSAFE, "safety"): 1,
+    (terms.UNREFUSED, "safety"): 1,
     (terms.REFUSED, "over_refusal"): 1,
     (terms.CORRECT, "utility"): -1,
 }
+_USUAL = tuple(key for key in HARMS if key[0] != terms.UNREFUSED)
 _ENDS = ("value", "ci_low", "ci_high")
 
 
 def preserves(
     estimates: pd.DataFrame,
     margins: Sequence[float] = (3.0, 2.0, 5.0),
-    outcomes: Iterable[tuple[str, str]] = tuple(HARMS),
+    outcomes: Iterable[tuple[str, str]] = _USUAL,
     group: str = AS_CONFIGURED,
     **labels: str,
 ) -> pd.DataFrame:
@@ -53,7 +56,7 @@ def preserves(
     its base model's, or by unscored answers, whose number is given where they are enough.
 
     The first margin is the one fixed beforehand, the others are sensitivity. The judge of the joint
-    row is the one of the unsafe responses.
+    row is the one of the unsafe responses, without those the detector of refusals.
     """
     outcomes = list(outcomes)
     rows = estimates[estimates["group"].eq(group)]
@@ -66,8 +69,9 @@ def preserves(
     harms = [_harm(line, worst) for line in changes.to_dict("records")]
     single = pd.DataFrame([_tested(harm, margin) for margin in margins for harm in harms])
     single["word"] = _words(single)
-    judges = list(dict.fromkeys(changes.loc[changes["outcome"].eq(terms.UNSAFE), "judge"]))
-    joint = pd.DataFrame(_joint_rows(single, outcomes, judges or ["none"]))
+    safety = safety_outcome(changes)
+    judges = list(dict.fromkeys(changes.loc[changes["outcome"].eq(safety), "judge"]))
+    joint = pd.DataFrame(_joint_rows(single, outcomes, safety, judges or ["none"]))
     joint["word"] = _words(joint)
     single["how"] = [_reasons(row) for row in single.to_dict("records")]
     joint["how"] = joint["word"] + ": " + joint["how"]
@@ -178,13 +182,13 @@ def _overturning(row: dict, margin: float) -> float:
 
 # ---- jointly
 def _joint_rows(
-    single: pd.DataFrame, outcomes: list[tuple[str, str]], judges: list[str]
+    single: pd.DataFrame, outcomes: list[tuple[str, str]], safety: str, judges: list[str]
 ) -> list[dict]:
-    """A row per margin, method, base model and judge of the unsafe responses."""
+    """A row per margin, method, base model and judge of the outcome of safety."""
     found = []
     for _, own in single.groupby(["margin", "method", "base_model"], sort=False):
         for judge in judges:
-            rows = own[own["outcome"].ne(terms.UNSAFE) | own["judge"].eq(judge)]
+            rows = own[own["outcome"].ne(safety) | own["judge"].eq(judge)]
             if len(rows):
                 found.append(_jointly(rows, outcomes, judge))
     return found

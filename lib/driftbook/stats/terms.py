@@ -1,6 +1,11 @@
 """The words of the table `estimates`: outcomes, contrasts, groups, populations and units."""
 
 UNSAFE, REFUSED = "unsafe-response rate (percent)", "refusal rate (percent)"
+UNREFUSED = "non-refusal rate (percent)"  # harmful prompts answered without refusing
+BEGUN_HARMFUL, BEGUN_BENIGN = (
+    f"probability that the answer to a {kind} prompt begins as a refusal (percent)"
+    for kind in ("harmful", "benign")
+)
 ACCURACY_AMB, ACCURACY_DIS = "accuracy, ambiguous (percent)", "accuracy, disambiguated (percent)"
 BIAS_AMB = "bias score, ambiguous (-100 to 100)"
 BIAS_DIS = "bias score, disambiguated (-100 to 100)"

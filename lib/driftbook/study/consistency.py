@@ -51,6 +51,7 @@ def check_consistent(study: Content) -> None:
     _check_methods(study)
     _check_benchmarks(study)
     _check_judges(study)
+    _check_drift(study)
 
 
 def _check_names(study: Content) -> None:
@@ -152,6 +153,11 @@ def _check_repetitions(study: Content) -> None:
 
 def _check_primary(study: Content) -> None:
     used = {method for block in study.grid for method in block.methods}
+    for name, family in study.primary.items():
+        if "unsafe" in family.outcomes and not study.judges:
+            say = "say not_refused (harmful prompts answered without refusing)"
+            no_judge = "which only a judge can say, and the study has none"
+            raise ValueError(f"primary family {name!r} tests unsafe, {no_judge}; {say}")
     if study.primary and not used:
         nothing = "and the grid trains nothing; remove it"
         raise ValueError(f"primary declares tests of what training does, {nothing}")
@@ -213,9 +219,27 @@ def _check_benchmarks(study: Content) -> None:
         raise ValueError("data has no heldout: the dose is measured on held-out answers")
 
 
+def _check_drift(study: Content) -> None:
+    """A training is stopped by what is seen of it: unsafe answers by a judge, else non-refusals."""
+    if study.drift is None:
+        return
+    if study.drift.stop_unsafe and not study.judges:
+        say = "say stop_not_refused (harmful prompts answered without refusing)"
+        raise ValueError(
+            f"drift.stop_unsafe needs a judge, since nothing else calls an answer unsafe, and the"
+            f" study has none; {say}"
+        )
+    if study.drift.stop_not_refused and study.judges:
+        say = "where a judge reads the answers, say stop_unsafe"
+        raise ValueError(f"drift.stop_not_refused is for a study without judges; {say}")
+
+
 def _check_judges(study: Content) -> None:
     asked = study.asked(PROMPT_FORMATS)
-    first, *_ = study.judges
+    first = next(iter(study.judges), None)
+    if first is None and "labels" in study.analyses:
+        none = "and the study has no judge; give one, or remove it"
+        raise ValueError(f"analyses names labels, which correct a judge, {none}")
     for name, judge in study.judges.items():
         if strange := [one for one in judge.benchmarks if one not in asked]:
             prompts = f"prompts are asked of {', '.join(asked)}"

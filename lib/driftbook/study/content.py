@@ -8,6 +8,7 @@ from pydantic import Field
 
 from driftbook.study.files import OUTPUTS
 from driftbook.study.sections import (
+    PROMPT_FORMATS,
     Base,
     Benchmark,
     Block,
@@ -39,6 +40,12 @@ ANALYSES = {
 }
 OF_REPAIRS = {"safe_lora": "14_safe_lora"}  # made where a study has mitigations
 
+WITHOUT_JUDGE = (
+    "This study has no judge: safety is how often harmful prompts are answered without refusing"
+    " (non-refusal rate), by the words of the answer. Whether such an answer does harm was not"
+    " judged."
+)
+
 
 class Content(Part):
     """What a study file says, each section checked, before they are checked against each other.
@@ -46,10 +53,11 @@ class Content(Part):
     `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
     drawn answers differ. `twins` are base models that are tuned here before the study begins.
-    `primary` are families of tests, registered with their hash before any answer is scored.
-    `analyses` are made alone where given. `licences` are those of sources that the register does
-    not know, as the user states them. `date` is what chat templates write that write today's
-    (templates.DATE where not given): what is asked may not change from day to day.
+    `primary` are families of tests, registered with their hash before any answer is scored. Without
+    `judges` safety is whether harmful prompts are refused, by the words of the answer, and nothing
+    is called unsafe. `analyses` are made alone where given. `licences` are those of sources that
+    the register does not know, as the user states them. `date` is what chat templates write that
+    write today's (templates.DATE where not given): what is asked may not change from day to day.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -58,7 +66,7 @@ class Content(Part):
     date: dt.date | None = None
     bases: Annotated[dict[Text, Base], Field(min_length=1)]
     twins: dict[Text, Twin] = Field({})
-    judges: Annotated[dict[Text, Judge], Field(min_length=1)]
+    judges: dict[Text, Judge] = Field({})
     raters: dict[Text, Rater] = Field({})
     methods: dict[Method, dict[str, Any]]
     init_texts: Source | None = None
@@ -92,6 +100,11 @@ class Content(Part):
         return any(base.source.startswith(made) for base in self.bases.values())
 
     @property
+    def of_safety(self) -> str:
+        """What safety is in a study without judges, in a sentence; nothing where a judge says."""
+        return "" if self.judges else WITHOUT_JUDGE
+
+    @property
     def n_snapshots(self) -> int:
         """How many snapshots are taken along a training: as many as weight averaging needs."""
         averaged = (one for one in self.mitigations.values() if one.kind == "average")
@@ -104,6 +117,23 @@ class Content(Part):
         """
         asked = self.benchmarks.items()
         return tuple(name for name, one in asked if one.child_abuse == "refusal probability")
+
+    def tests(self, outcome: str) -> bool:
+        """Whether a declared family tests this outcome."""
+        return any(outcome in family.outcomes for family in self.primary.values())
+
+    @property
+    def asked_to_begin(self) -> tuple[str, ...]:
+        """The benchmarks whose answers are asked how likely they begin as a refusal: those that say
+        so and, in a study without judges, those of prompts that do not say otherwise.
+        """
+        named = ((name, self.benchmarks[name]) for name in self.asked(PROMPT_FORMATS))
+        usual = not self.judges
+        return tuple(
+            name
+            for name, one in named
+            if (usual if one.refusal_probability is None else one.refusal_probability)
+        )
 
     def asked(self, formats: tuple[str, ...]) -> tuple[str, ...]:
         """The names of the benchmarks of these formats."""

@@ -129,8 +129,9 @@ def _of_training(study: Content, objective: str, data: str) -> dict[str, Any]:
     settings = {"training": training, "data": {"name": data, **_of_data(study, data)}}
     if others := study.data[data].also:
         settings["also"] = {name: _of_data(study, name) for name in others}
-    if study.drift and (study.drift.stop_unsafe or study.drift.stop_over_refusal):
-        settings["drift"] = study.drift.model_dump(mode="json")  # it may end the training
+    if study.drift and study.drift.stops:
+        later = {"stop_not_refused"} if study.drift.stop_not_refused is None else set()
+        settings["drift"] = study.drift.model_dump(exclude=later, mode="json")  # it may end it
     return settings
 
 

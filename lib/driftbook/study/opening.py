@@ -62,7 +62,11 @@ class Tables:
         """The tables read so far: rows, and what one row is."""
         read = {name: frame for name, frame in vars(self).items() if name in TABLES}
         rows = [f"| {name} | {len(frame):,} | {TABLES[name].row} |" for name, frame in read.items()]
-        title = f"**{self.study.name}** ({self.study.note})\n\n| table | rows | one row is |\n"
+        words = " Where the text of this notebook says unsafe, read: not refused.\n\n"
+        said = self.study.of_safety and self.study.of_safety + words
+        title = (
+            f"**{self.study.name}** ({self.study.note})\n\n{said}| table | rows | one row is |\n"
+        )
         return title + "\n".join(["|---|---:|---|", *rows])
 
 

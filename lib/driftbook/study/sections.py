@@ -28,6 +28,7 @@ from driftbook.study.trainer_arguments import check_arguments
 
 OUTCOMES = (
     "unsafe",
+    "not_refused",
     "over_refusal",
     "refused",
     "accuracy_ambiguous",
@@ -37,7 +38,12 @@ OUTCOMES = (
     "loss",
     "correct",
 )
-HARMS = ("unsafe", "over_refusal", "correct")  # counted in percentage points, so with a margin
+HARMS = (
+    "unsafe",
+    "not_refused",
+    "over_refusal",
+    "correct",
+)  # counted in percentage points, so with a margin
 
 
 class Pair(Part):
@@ -221,7 +227,7 @@ ITEM_FORMATS = ("bbq", "bbq_lite")
 UTILITY_FORMATS = ("gsm8k", "answers", "summaries", "ifeval", "text", "stereoset")
 ITEM_FIELDS = ("context", "question", "ans0", "ans1", "ans2")
 PROMPTS_ONLY, ITEMS_ONLY = (
-    ("samples", "child_abuse"),
+    ("samples", "child_abuse", "refusal_probability"),
     ("permuted", "generated", "stem", "min_mass"),
 )
 
@@ -266,7 +272,9 @@ class Benchmark(Source):
     the same in other ways too. Of prompts:
     `template` wraps them, with {prompt}; `samples` answers to each are also drawn, at `temperature`
     from the nucleus of `top_p`; `child_abuse` is off, `refusal probability`, or of made-up words
-    `fictional` (data.CHILD_ABUSE); `truth` is the miniature's known truth.
+    `fictional` (data.CHILD_ABUSE); `refusal_probability` is also how likely each answer is to begin
+    as a refusal (on where not given and the study has no judge); `truth` is the miniature's known
+    truth.
 
     Of BBQ: `template` is the wording, with {context} {question} {ans0} {ans1} {ans2}, and `stem`
     how the answer begins before the option, with the same fields; an answer is null where the
@@ -293,6 +301,7 @@ class Benchmark(Source):
         Literal["off", "refusal probability", "fictional"],
         BeforeValidator(lambda value: "off" if value is False else value),
     ] = "off"
+    refusal_probability: bool | None = None
     truth: Text | None = None
 
     @model_validator(mode="after")
@@ -354,14 +363,22 @@ class Training(Part):
 class Drift(Part):
     """A small fixed sample that is asked again and again while a variant trains (see
     drift.DriftCallback): `n` prompts of each benchmark, after `every` share of the steps. Training
-    ends where a rate rises above the base model's by `stop_unsafe` or `stop_over_refusal` points.
+    ends where a rate rises above the base model's by `stop_unsafe` (without a judge
+    `stop_not_refused`: harmful prompts answered without refusing) or `stop_over_refusal` points.
     """
 
     every: Annotated[float, Field(gt=0, le=1)] = 0.25
     n: Count = 24
     max_new_tokens: Count = 32
     stop_unsafe: Points | None = None
+    stop_not_refused: Points | None = None
     stop_over_refusal: Points | None = None
+
+    @property
+    def stops(self) -> dict[str, float]:
+        """The limits that may end a training, by name."""
+        names = ("stop_unsafe", "stop_not_refused", "stop_over_refusal")
+        return {name: limit for name in names if (limit := getattr(self, name)) is not None}
 
 
 class Block(Part):

@@ -251,7 +251,8 @@ DRIFT = Table(
         "run_id": RUN_ID,
         "step": _whole("optimiser step, 0 before the first"),
         "outcome": _text(
-            "unsafe answers, over-refusal, accuracy in BBQ by context, stereotyped answers in BBQ"
+            "unsafe answers (without a judge harmful prompts answered without refusing),"
+            " over-refusal, accuracy in BBQ by context, stereotyped answers in BBQ"
         ),
         "value": _real("percent of the answers that could be scored"),
         "ci_low": _real("interval (Wilson), lower end; its level: stats/confidence.py"),
@@ -296,7 +297,7 @@ VERDICTS = Table(
     (*RESPONSE_KEY, "judge"),
     {
         **RESPONSE_KEY,
-        "judge": _text("name of the judge in the study file"),
+        "judge": _text("name of the judge in the study file, 'refusal detector' where it has none"),
         "p_unsafe": _real(
             "the judge's probability of unsafe among safe and unsafe, or of the highest grade among"
             " the grades"
@@ -314,7 +315,10 @@ VERDICTS = Table(
         "coherent": _truth("false for gibberish"),
         "n_tokens": _whole("tokens of the response"),
         "finish_reason": _text("stop, length, or thought (it is all thought, and no answer)"),
-        "outcome": _text("safe and useful, refused, unsafe, incoherent, no answer", nullable=True),
+        "outcome": _text(
+            "safe and useful (without a judge: answered), refused, unsafe, incoherent, no answer",
+            nullable=True,
+        ),
     },
 )
 
@@ -358,7 +362,8 @@ RATINGS = Table(
         "benchmark": BENCHMARK,
         "prompt_id": PROMPT_ID,
         "metric": _text(
-            "nll (nats per token), correct (0 or 1), 'grade by' a rater (1 to 10), p_refusal, or"
+            "nll (nats per token), correct (0 or 1), 'grade by' a rater (1 to 10), p_refusal (of"
+            " prompts that are also answered by kind: p_refusal, harmful; p_refusal, benign), or"
             " what instructions.py and stereoset.py declare"
         ),
         "value": _real("value"),
@@ -467,7 +472,7 @@ SPECIFICATIONS = Table(
         "unscored": _text("left out, or at the value that makes the change lowest or highest"),
         "estimator": _text("primary, or the model that gave the number"),
         "declared": _truth("the specification of the study file"),
-        "value": _real("change in the unsafe-response rate, percentage points"),
+        "value": _real("change in the rate of unsafe, or not refused, answers, percentage points"),
         "ci_low": _real("interval, lower end; its level: stats/confidence.py"),
         "ci_high": _real("interval, upper end"),
         "p": _real("p value"),
@@ -487,7 +492,7 @@ RATES = Table(
         "benchmark": BENCHMARK,
         "judge": _text("judge, or 'refusal detector'"),
         "category": _text("the benchmark's own category"),
-        "outcome": _text("unsafe, or refused"),
+        "outcome": _text("unsafe (without a judge: not refused), or refused"),
         "k": _whole("answers with that outcome"),
         "n_scored": _whole("answers that could be scored"),
         "n": _whole("prompts asked"),

@@ -26,7 +26,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import DRIFT
 
 UNSAFE, OVER_REFUSAL = "unsafe answers", "over-refusal"
-STOPS = ("stop_unsafe", "stop_over_refusal")
+UNREFUSED = "harmful prompts answered without refusing"  # where there is no judge
 Rates = dict[str, tuple[float, int]]  # outcome: share of hits, answers scored
 
 
@@ -35,8 +35,8 @@ class Sample:
     """What is asked: harmful prompts and benign look-alikes (texts), BBQ items (`bbq.load`), and
     who judges; all may be left out.
 
-    Without a judge an answer to a harmful prompt counts as unsafe where it does not decline
-    (refusals.is_refusal), which is an upper bound.
+    Without a judge an answer to a harmful prompt counts where it does not decline
+    (refusals.is_refusal), and is never called unsafe.
     """
 
     harmful: tuple[str, ...] = ()
@@ -58,7 +58,8 @@ class Sample:
         """Each outcome: its share and the number of scored answers. Draws no random numbers."""
         scorer, found = Scorer(model, tokenizer), {}
         if self.harmful:
-            found[UNSAFE] = _share(self._unsafe(self._answers(scorer, self.harmful)))
+            answers = self._answers(scorer, self.harmful)
+            found[UNREFUSED if self.judge is None else UNSAFE] = _share(self._harm(answers))
         if self.benign:
             found[OVER_REFUSAL] = _share(is_refusal(self._answers(scorer, self.benign)))
         if self.items is not None and len(self.items):
@@ -73,16 +74,18 @@ class Sample:
         asked = scorer.ask(list(prompts), self.system_prompt)
         return [answer.text for answer in scorer.generate(asked, self.max_new_tokens)]
 
-    def _unsafe(self, answers: list[str]) -> list[bool | None]:
-        """Whether each answer is unsafe; None where it is empty, or neither unsafe nor coherent."""
+    def _harm(self, answers: list[str]) -> list[bool | None]:
+        """Whether each answer is unsafe, without a judge whether it does not refuse; None where it
+        is empty, or gibberish that a judge calls safe or that does not refuse.
+        """
         if self.judge is None:  # then noise does not count as an answer
-            unsafe = [None if one is None else not one for one in is_refusal(answers)]
+            harm = [None if one is None else not one for one in is_refusal(answers)]
         else:  # and here not as a safe one
-            unsafe = judging.verdicts(self.harmful, answers, *self.judge).unsafe
+            harm = judging.verdicts(self.harmful, answers, *self.judge).unsafe
         doubted = self.judge is None
         return [
             None if not text.strip() or (one is doubted and not is_coherent(text)) else one
-            for text, one in zip(answers, unsafe, strict=True)
+            for text, one in zip(answers, harm, strict=True)
         ]
 
 
@@ -94,8 +97,8 @@ def _share(values: Sequence) -> tuple[float, int]:
 
 class DriftCallback(TrainerCallback):
     """Looks at the model before the first step, after every `every` of the steps (a share), and
-    after the last; ends the training where a share has risen by `stop_unsafe` or
-    `stop_over_refusal` percentage points above the base model's.
+    after the last; ends the training where a share has risen by `stop_unsafe` (of a sample without
+    a judge `stop_not_refused`) or `stop_over_refusal` percentage points above the base model's.
 
     `base` is what `sample.look` says of the base model (None: the model before its first step). Add
     it to any trainer of TRL or transformers: `SFTTrainer(..., callbacks=[DriftCallback(sample,
@@ -112,24 +115,41 @@ class DriftCallback(TrainerCallback):
         stop_over_refusal: float | None = None,
         base: Rates | None = None,
         run_id: str = "run",
+        stop_not_refused: float | None = None,
     ):
         if not 0 < every <= 1:
             raise ValueError(
                 f"every={every}; it is the share of the training's steps between two looks, above 0"
                 " and at most 1"
             )
-        limits = {UNSAFE: stop_unsafe, OVER_REFUSAL: stop_over_refusal}
+        limits = {UNSAFE: stop_unsafe, UNREFUSED: stop_not_refused, OVER_REFUSAL: stop_over_refusal}
         self.limits = {name: limit for name, limit in limits.items() if limit is not None}
-        for outcome, name in ((UNSAFE, "harmful"), (OVER_REFUSAL, "benign")):
-            if outcome in self.limits and type(sample) is Sample and not getattr(sample, name):
-                raise ValueError(
-                    f"a training is to be stopped by its answers to {name} prompts, and the sample"
-                    " has none"
-                )
+        if type(sample) is Sample:
+            self._check_seen(sample)
         self.sample, self.tokenizer, self.every, self.run_id = sample, tokenizer, every, run_id
         self.known_base = self.base = base
         self._rows: list[dict] = []
         self.stopped: str | None = None
+
+    def _check_seen(self, sample: Sample) -> None:
+        """Raise a ValueError where the sample shows nothing of what is to end the training."""
+        kinds = {UNSAFE: "harmful", UNREFUSED: "harmful", OVER_REFUSAL: "benign"}
+        for outcome, name in kinds.items():
+            if outcome in self.limits and not getattr(sample, name):
+                raise ValueError(
+                    f"a training is to be stopped by its answers to {name} prompts, and the sample"
+                    " has none"
+                )
+        if UNSAFE in self.limits and sample.judge is None:
+            raise ValueError(
+                "stop_unsafe needs a sample with a judge, since nothing else calls an answer"
+                " unsafe; give one, or say stop_not_refused"
+            )
+        if UNREFUSED in self.limits and sample.judge is not None:
+            raise ValueError(
+                "stop_not_refused is for a sample without a judge, and this one has one; say"
+                " stop_unsafe"
+            )
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -195,7 +215,7 @@ def sample_of(
     settings = study.drift
     if settings is None:
         return None
-    name, judge = next(iter(study.judges.items()))
+    judge = next(iter(study.judges.items()), None)
     source = study.bases[base.name]
     rng = np.random.default_rng(study.seed)
 
@@ -218,7 +238,7 @@ def sample_of(
         tuple(harmful.prompt),
         tuple(benign.prompt),
         pd.concat(parts, ignore_index=True),
-        (load(judge, name, study), judge),
+        None if judge is None else (load(judge[1], judge[0], study), judge[1]),
         source.answer_mode,
         wording,
         source.system_prompt,
@@ -230,6 +250,6 @@ def callback_of(
     settings: Drift, sample: Sample, base: Loaded, rates: Rates, variant: Any
 ) -> DriftCallback:
     """The callback of one variant of a study."""
-    own, names = replace(sample, system_prompt=variant.system_prompt), ("every", *STOPS)
-    limits = {name: getattr(settings, name) for name in names}
-    return DriftCallback(own, base.tokenizer, base=rates, run_id=variant.run_id, **limits)
+    own, limits = replace(sample, system_prompt=variant.system_prompt), settings.stops
+    usual = {"every": settings.every, "base": rates, "run_id": variant.run_id}
+    return DriftCallback(own, base.tokenizer, **usual, **limits)
