@@ -1,0 +1,155 @@
+"""Information in BBQ's answers against shuffled ones: simulated models whose preference for places
+and whose knowledge are known.
+"""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import one_sentence
+from driftbook.benchmarks import bbq, bbq_information, bbq_orders
+from driftbook.benchmarks.bbq_information import held_information
+from driftbook.stats.confidence import ALPHA
+from test_letter_bias import CONTENTS, asked
+from test_letter_bias import items as letter_items
+
+
+def bbq_items(n_examples, rng):
+    """Four items of each example, as BBQ has them: two contexts x two polarities of one order of
+    the options.
+    """
+    rows = []
+    for example in range(n_examples):
+        unknown, target, other = (int(place) for place in rng.permutation(3))
+        for polarity, named in (("negative", target), ("non-negative", other)):
+            if rng.random() < 0.5:
+                named = target + other - named
+            for context, label in (("ambiguous", unknown), ("disambiguated", named)):
+                own = {"item_id": f"{example}-{polarity}-{context}", "label": label}
+                own |= {"question_family": f"f{example}", "dimension": "Age"}
+                own |= {"polarity": polarity, "context": context}
+                rows.append(own | {"unknown": unknown, "target": target})
+    return pd.DataFrame(rows)
+
+
+def answered(items, rng, prior=(1.5, 0.0, -0.5), example=0.0, know=0.0, unknown=0.0, run_id="run"):
+    """Answers whose log-odds are a prior of places, another in ambiguous contexts, noise of items
+    and of examples, and what the model knows: the right person, and which option is UNKNOWN.
+    """
+    n, of = len(items), pd.factorize(items.question_family)[0]
+    ambiguous = items.context.eq("ambiguous").to_numpy()
+    logs = np.array(prior) + 0.7 * rng.normal(size=(n, 3))
+    logs += example * rng.normal(size=(of.max() + 1, 3))[of]
+    logs += ambiguous[:, None] * np.array([0.0, 0.6, 0.0])
+    logs[np.arange(n), items.label] += know * ~ambiguous
+    logs[np.arange(n), items.unknown] += unknown
+    return bbq.from_logprobs(items, logs).assign(run_id=run_id)
+
+
+# ---- the control
+def test_the_control_is_the_mean_accuracy_over_every_shuffle_of_the_answers():
+    rng = np.random.default_rng(0)
+    items = bbq_items(2, rng)
+    answers = answered(items, rng)
+    found = held_information(answers, items, n_shuffles=9).iloc[0]
+    chosen = answers.answer.map("ABC".index).to_numpy()
+    label, total = items.label.to_numpy(), 0.0
+    for context in ("ambiguous", "disambiguated"):
+        here = np.flatnonzero(items.context.eq(context))
+        every = [np.mean(chosen[list(one)] == label[here]) for one in itertools.permutations(here)]
+        total += np.mean(every) * len(here) / len(items)
+    assert found["control"] == pytest.approx(total)
+    assert found["accuracy"] == pytest.approx(np.mean(chosen == label))
+
+
+def test_a_letter_alone_is_as_right_as_its_control_and_says_nothing():
+    items = bbq_items(15, np.random.default_rng(1))
+    answers = bbq.from_logprobs(items, np.tile([2.0, 0.0, 0.0], (60, 1))).assign(run_id="run")
+    [found] = held_information(answers, items, n_shuffles=99).to_dict("records")
+    assert found["accuracy"] == pytest.approx(found["control"])
+    assert (found["t_all"], found["p_all"], found["p_persons"]) == (0, 1, 1)
+
+
+# ---- error rates
+def rejected(n, seed, what="p_all_adjusted", n_runs=1, **model):
+    """The share of n studies of 60 items in which some run is found to hold information."""
+    rng, hits = np.random.default_rng(seed), 0
+    for one in range(n):
+        items = bbq_items(15, rng)
+        runs = [answered(items, rng, run_id=f"run{i}", **model) for i in range(n_runs)]
+        found = held_information(pd.concat(runs), items, n_shuffles=59, seed=one)
+        hits += found[what].le(ALPHA).any()
+    return hits / n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"example": 2.0}, {"prior": (6.0, 0.0, -3.0)}, {"n_runs": 5}],
+    ids=["noise", "examples answered alike", "almost always A", "five runs"],
+)
+def test_answers_by_the_place_are_seldom_found_to_hold_information(model):
+    n = 100
+    share = rejected(n, seed=2, **model)
+    assert share <= ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / n)
+
+
+@pytest.mark.slow
+def test_information_is_found_under_any_prior_and_told_apart():
+    for prior in ((1.5, 0.0, -0.5), (6.0, 0.0, -3.0)):
+        assert rejected(20, 3, know=1.0, prior=prior) > 0.9
+        assert rejected(20, 3, "p_persons_adjusted", know=1.0, prior=prior) > 0.9
+        assert rejected(20, 4, unknown=-1.0, prior=prior) > 0.9
+        # a preference for UNKNOWN says nothing of persons
+        assert rejected(40, 5, "p_persons_adjusted", unknown=-1.0, prior=prior) <= 0.15
+
+
+def test_p_values_are_adjusted_within_families_alone():
+    rng = np.random.default_rng(6)
+    items = bbq_items(15, rng)
+    names = [f"run{i}" for i in range(8)]
+    runs = pd.concat([answered(items, rng, know=0.3, run_id=name) for name in names])
+    apart = held_information(runs, items, pd.Series(names, names))
+    together = held_information(runs, items)
+    assert apart.p_all.tolist() == apart.p_all_adjusted.tolist() == together.p_all.tolist()
+    assert (together.p_all_adjusted >= together.p_all).all()
+    assert (together.p_all_adjusted > together.p_all).any()
+
+
+# ---- items
+def test_unread_answers_and_items_without_target_are_left_out():
+    rng = np.random.default_rng(7)
+    items = bbq_items(15, rng).assign(target=None)
+    answers = answered(items, rng, unknown=2.0)
+    answers.loc[:9, ["answer", "correct"]] = None
+    [found] = held_information(answers, items, n_shuffles=99).to_dict("records")
+    assert found["n_items"] == 50
+    assert found["p_all"] <= ALPHA
+    none = held_information(answers.assign(answer=None), items, n_shuffles=9).iloc[0]
+    assert none["n_items"] == 0
+    assert np.isnan(none["accuracy"])
+
+
+def test_an_answer_to_another_studys_item_is_refused():
+    rng = np.random.default_rng(8)
+    items = bbq_items(2, rng)
+    with pytest.raises(ValueError) as error:
+        held_information(answered(items, rng), items.iloc[1:])
+    assert "item 0-negative-ambiguous" in one_sentence(error.value)
+
+
+# ---- the mean of three orders
+def test_the_mean_of_three_orders_is_free_of_places_and_agrees_with_the_prior_divided_out():
+    table = asked([0.8, 0.1, 0.1])
+    found = bbq_information.averaged(table, letter_items())
+    mean = table[table.answer_mode.eq("letters")].groupby("item_id")[bbq_orders.OPTIONS].mean()
+    np.testing.assert_allclose(
+        found.set_index("item_id")[bbq_orders.OPTIONS].to_numpy(float),
+        mean.loc[found.item_id].to_numpy(float),
+    )
+    best = "ABC"[int(np.argmax(list(CONTENTS.values())))]
+    debiased = table[table.answer_mode.eq("debiased")]
+    assert set(found.answer) == set(debiased.answer) == {best}
+    assert set(table[table.option_order.eq("ABC")].answer) != {best}
