@@ -3,15 +3,22 @@ and whose knowledge are known.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from conftest import one_sentence
-from driftbook.benchmarks import bbq, bbq_information, bbq_orders
+from driftbook.analyses import fairness, information
+from driftbook.benchmarks import bbq, bbq_information, bbq_orders, data
 from driftbook.benchmarks.bbq_information import held_information
+from driftbook.doctors import examine_study, study_letters
+from driftbook.figures.drawing import left_out
+from driftbook.publishing import sentence
+from driftbook.stats import terms
 from driftbook.stats.confidence import ALPHA
+from driftbook.study.tables import ANSWERS
 from test_letter_bias import CONTENTS, asked
 from test_letter_bias import items as letter_items
 
@@ -153,3 +160,139 @@ def test_the_mean_of_three_orders_is_free_of_places_and_agrees_with_the_prior_di
     debiased = table[table.answer_mode.eq("debiased")]
     assert set(found.answer) == set(debiased.answer) == {best}
     assert set(table[table.option_order.eq("ABC")].answer) != {best}
+
+
+# ---- a study of which one base model answers by the letter
+class StudyTables:
+    """Tables of a study of two base models with two runs each; the answers of `blind` hold nothing,
+    but one of its runs was trained to answer.
+    """
+
+    def __init__(self, monkeypatch, names=("blind", "seeing"), permuted=20):
+        rng = np.random.default_rng(9)
+        self.items, rows = bbq_items(15, rng), []
+        monkeypatch.setattr(data, "items", lambda name, study: self.items)
+        for base in names:
+            for method, seed in (("none", 1), ("lora", 1), ("lora", 2)):
+                run_id = f"{base}-{method}-{seed}"
+                rows.append(variant_row(run_id, base, method, seed))
+        self.variants = pd.DataFrame(rows)
+        self.runs = pd.DataFrame({"run_id": self.variants.run_id, "status": "ok", "no_op": False})
+        self.answers = pd.concat([self.answers_of(one, rng, permuted) for one in rows])
+        self.study = SimpleNamespace(name="two", benchmarks={"bbq": None}, asked=lambda forms: ())
+
+    def answers_of(self, row, rng, permuted):
+        knows = 0.0 if row["run_id"] in ("blind-none-1", "blind-lora-2") else 3.0
+        own = answered(self.items, rng, know=knows, unknown=0.3 * knows, run_id=row["run_id"])
+        own = own.assign(answer_mode="letters", prompt_variant="default", option_order="ABC")
+        chosen = self.items.iloc[:permuted]
+        turned = [turned_answers(chosen, own.iloc[:permuted], order) for order in ("BCA", "CAB")]
+        prior = bbq_orders.prior(pd.concat([own.iloc[:permuted], *turned]))
+        debiased = bbq_orders.without_prior(own, self.items, prior)
+        return ANSWERS.check(pd.concat([own, *turned, debiased]))
+
+
+def turned_answers(items, own, order):
+    """The answers with the same probability of each place, whatever stands there, and of each
+    option what it had beyond its place.
+    """
+    logs = np.log(own[bbq_orders.OPTIONS].to_numpy(float))
+    place = np.array([1.5, 0.0, -0.5])
+    turned = logs - place + place[np.argsort(bbq.places(order))]
+    found = bbq.from_logprobs(items, turned).assign(run_id=own.run_id.to_numpy())
+    return found.assign(answer_mode="letters", prompt_variant="default", option_order=order)
+
+
+def variant_row(run_id, base, method, seed):
+    trained = method != "none"
+    return {
+        "run_id": run_id,
+        "base_model": base,
+        "method": method,
+        "seed": seed,
+        "objective": "sft" if trained else "none",
+        "dataset": "d" if trained else None,
+        "learning_rate": 0.1 if trained else None,
+        "epochs": 1 if trained else None,
+        "repetition": seed,
+        "init": None,
+        "mitigation": None,
+        "parent_run_id": None,
+    }
+
+
+def test_bias_of_a_base_model_at_chance_is_no_finding_and_accuracy_is_one(monkeypatch):
+    tables = StudyTables(monkeypatch)
+    found = fairness.fairness_estimates(tables, 10, 0)
+    known = information.base_information(found).set_index("base_model")
+    assert known.p_persons.gt(ALPHA).to_dict() == {"blind": True, "seeing": False}
+    assert known.n_hold.to_dict() == {"blind": 1, "seeing": 2}
+    usual = found[found.estimator.eq(terms.PRIMARY) & found.benchmark.eq("bbq")]
+    bias = usual[usual.outcome.isin(information.BIAS)]
+    assert set(bias.base_model) == {"seeing", "all"}
+    assert {"blind", "seeing", "all"} <= set(usual[usual.outcome.eq(terms.ACCURACY_DIS)].base_model)
+    unread = found[found.estimator.str.startswith(terms.UNREADABLE)]
+    assert set(unread.base_model) == {"blind"}
+    assert set(unread.outcome) == set(information.BIAS)
+    said = sentence(found, terms.BIAS_AMB, "bbq")
+    assert "over the one base model" in said
+    assert "blind: answers hold no information about the question here: 60 items" in said
+    assert f"accuracy {known.accuracy['blind']:.1f} %" in said
+    assert "Of its 2 runs 1 hold information" in said
+    assert "hold no information" not in sentence(found, terms.ACCURACY_AMB, "bbq")
+    debiased = found[found.estimator.eq(terms.WITHOUT_PRIOR) & found.method.eq("none")]
+    assert set(debiased[debiased.outcome.eq(terms.ACCURACY_AMB)].base_model) == {"blind", "seeing"}
+    assert found.estimator.eq(terms.OVER_ORDERS).any()
+
+
+def test_a_study_of_one_base_model_at_chance_says_so_in_place_of_a_bias(monkeypatch):
+    tables = StudyTables(monkeypatch, ("blind",))
+    found = fairness.fairness_estimates(tables, 10, 0)
+    assert sentence(found, terms.BIAS_AMB, "bbq").startswith("blind: answers hold no information")
+    assert found[found.base_model.eq("all") & found.outcome.eq(terms.BIAS_AMB)].empty
+    shown = {"estimates": found, "variants": tables.variants, "runs": tables.runs}
+    tables.items = tables.items.iloc[1:]
+    with pytest.warns(UserWarning, match="not checked whether"):
+        unchecked = fairness.fairness_estimates(tables, 10, 0)
+    assert not unchecked.estimator.str.startswith(terms.UNREADABLE).any()
+    assert left_out(shown, *information.BIAS).startswith("No bias score is drawn for blind")
+    assert left_out(shown, terms.ACCURACY_AMB) == ""
+
+
+# ---- the study check
+def checked(tables, known):
+    names = {"variants": tables.variants, "runs": tables.runs, "answers": tables.answers}
+    found = examine_study({**names, "information": known})
+    return found.set_index("finding")
+
+
+def test_the_study_check_names_base_models_at_chance_and_by_position(monkeypatch):
+    tables = StudyTables(monkeypatch)
+    known = information.examined(tables)
+    found = checked(tables, known)
+    assert found.loc["base_at_chance", "where"] == "blind"
+    assert found.loc["base_at_chance", "severity"] == "warning"
+    assert "60 BBQ items hold no information" in found.loc["base_at_chance", "sentence"]
+    position = found.loc["answers_by_position"]
+    assert position["where"] == "blind"
+    assert position["p_adjusted"] <= ALPHA / 40
+    unchecked = checked(tables, known.iloc[:0]).loc["base_at_chance"]
+    assert unchecked["sentence"].startswith("not checked")
+
+
+@pytest.mark.slow
+def test_options_in_other_orders_seldom_look_like_letters_where_places_do_not_matter():
+    rng, n, hits = np.random.default_rng(10), 400, 0
+    for _ in range(n):
+        chosen = rng.choice(list("ABC"), (20, 3))  # of options: at random in every order
+        rows = [
+            {"run_id": "r", "item_id": str(i), "option_order": order, "answer": chosen[i, j]}
+            for i in range(20)
+            for j, order in enumerate(bbq_orders.ORDERS)
+        ]
+        same = {"answer_mode": "letters", "prompt_variant": "default", "dimension": "Age"}
+        found = study_letters.position_test(
+            "base", pd.DataFrame(rows).assign(question_family=None, **same)
+        )
+        hits += found["p"] <= ALPHA
+    assert hits / n <= ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / n)

@@ -48,11 +48,11 @@ def held_information(
     Arrangements are shuffled among the items of a context, which leaves every place's prior as it
     is. Each t is studentised by question families, so that the test also holds where items of a
     family share the order of their options (Chung and Romano 2013, Annals of Statistics 41, 484).
-    p values are the largest |t|'s over contrasts, adjusted ones also over the runs of a family,
-    from the same shuffles (Westfall and Young 1993): within a family of runs without information,
-    `n_shuffles` or more finds one with probability `level` at most. `families` names the family of
-    each run_id; all runs are one family where it is not given. `control` is the accuracy that is
-    expected of answers shuffled within contexts.
+    p values are the largest |t|'s over contrasts, adjusted ones also over the runs of a family of
+    tests, from the same shuffles (Westfall and Young 1993, Resampling-based multiple testing). A
+    family of runs without information has an adjusted p of .05 or less in 5 % of studies at most.
+    `families` names the family of each run_id; without it all runs are one. `control` is the
+    accuracy expected of answers shuffled within contexts.
 
     Raises:
         ValueError: an answer to an item that is not among the items.
@@ -81,8 +81,8 @@ def averaged(answers: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
     """The answers of the items that were asked in all three orders, by the mean of each option's
     probability over them: answer_mode `averaged`, in which each option stood in each place once.
 
-    Full cyclic permutation of Zheng et al. (2024, section 4.1), the costly debiasing that PriDe's
-    estimated prior stands for, and so its check.
+    The cyclic permutation of Zheng et al. (2024): the costly debiasing that PriDe's estimated prior
+    stands in for, and so its check.
     """
     own = answers[answers.prompt_variant.eq("default") & answers.answer_mode.isin(READ)]
     counts = own.groupby(["run_id", "item_id"]).option_order.transform("nunique")
