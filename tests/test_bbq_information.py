@@ -13,7 +13,7 @@ from conftest import one_sentence
 from driftbook.analyses import fairness, information
 from driftbook.benchmarks import bbq, bbq_information, bbq_orders, data
 from driftbook.benchmarks.bbq_information import held_information
-from driftbook.doctors import examine_study, study_letters
+from driftbook.doctors import examine_study, study_letters, study_tables
 from driftbook.figures.drawing import left_out
 from driftbook.publishing import sentence
 from driftbook.stats import terms
@@ -275,7 +275,7 @@ def test_the_study_check_names_base_models_at_chance_and_by_position(monkeypatch
     assert "60 BBQ items hold no information" in found.loc["base_at_chance", "sentence"]
     position = found.loc["answers_by_position"]
     assert position["where"] == "blind"
-    assert position["p_adjusted"] <= ALPHA / 40
+    assert position["p_adjusted"] <= study_tables.alpha_of("position")
     unchecked = checked(tables, known.iloc[:0]).loc["base_at_chance"]
     assert unchecked["sentence"].startswith("not checked")
 

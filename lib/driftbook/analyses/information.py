@@ -4,12 +4,15 @@ therefore be read.
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks import bbq_information, bbq_orders, bbq_scores, data
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.confidence import ALPHA
+from driftbook.stats.influence import Scores
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
@@ -110,6 +113,24 @@ def apart(
     named = (terms.UNREADABLE + ", " + rows["estimator"]).mask(usual, terms.UNREADABLE)
     read = made(arms[~quiet]) if (~quiet).any() else ESTIMATES.empty()
     return read, rows.assign(estimator=named)
+
+
+def without_silent(
+    measured: dict[str, tuple[Scores, Scores]], estimates: pd.DataFrame, arms: pd.DataFrame
+) -> dict[str, tuple[Scores, Scores]]:
+    """Levels and changes by outcome in which bias scores of base models under terms.UNREADABLE in
+    the estimates, and of their runs, are not scored.
+    """
+    silent = picked(estimates, estimator=terms.UNREADABLE)["base_model"].unique()
+    quiet = arms.loc[arms["base_model"].isin(silent), "run_id"]
+
+    def read(scores: Scores) -> Scores:
+        return replace(scores, value=np.where(scores.runs.isin(quiet), np.nan, scores.value))
+
+    return {
+        outcome: tuple(map(read, both)) if outcome in BIAS and len(quiet) else both
+        for outcome, both in measured.items()
+    }
 
 
 def debiased_estimates(

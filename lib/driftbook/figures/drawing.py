@@ -66,7 +66,7 @@ BOTH_LINES = (
     f"Thin line: {INTERVAL} over seeds and prompts like these; thick line: over seeds alone, on"
     " these prompts."
 )
-NO_INFORMATION = "no information about persons in the base model's answers"
+NO_INFORMATION = "persons not told apart"
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
@@ -243,9 +243,9 @@ def left_out(tables: dict, *outcomes: str) -> str:
 
 def empty_panel(ax: Axes, text: str) -> None:
     """Say in a panel why nothing is drawn there."""
-    text = "\n".join(textwrap.wrap(text, 22))
     place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
-    ax.text(0.5, 0.5, text, color="#888888", fontsize=7.5, **place)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    ax.text(0.5, 0.5, text, color="#666666", fontsize=8, bbox=paper, **place)
 
 
 def nothing(sentence: str) -> tuple[Figure, str]:
