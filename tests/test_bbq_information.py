@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 
 from conftest import one_sentence
-from driftbook.analyses import fairness, information
-from driftbook.benchmarks import bbq, bbq_information, bbq_orders, data
+from driftbook.analyses import fairness, information, primary
+from driftbook.benchmarks import bbq, bbq_information, bbq_orders, bbq_scores, data
 from driftbook.benchmarks.bbq_information import held_information
 from driftbook.doctors import examine_study, study_letters, study_tables
 from driftbook.figures.drawing import left_out
 from driftbook.publishing import sentence
-from driftbook.stats import terms
+from driftbook.stats import influence, terms
 from driftbook.stats.confidence import ALPHA
+from driftbook.study.sections import Family
 from driftbook.study.tables import ANSWERS
 from test_letter_bias import CONTENTS, asked
 from test_letter_bias import items as letter_items
@@ -243,6 +244,25 @@ def test_bias_of_a_base_model_at_chance_is_no_finding_and_accuracy_is_one(monkey
     debiased = found[found.estimator.eq(terms.WITHOUT_PRIOR) & found.method.eq("none")]
     assert set(debiased[debiased.outcome.eq(terms.ACCURACY_AMB)].base_model) == {"blind", "seeing"}
     assert found.estimator.eq(terms.OVER_ORDERS).any()
+    family = Family(test="change", outcomes=["bias_ambiguous", "accuracy_ambiguous"])
+    declared = SimpleNamespace(primary={"fair": family}, methods=["lora"], judges={})
+    tested, missing = primary.tests(declared, found)
+    assert tested.how.notna().all()
+    assert [one for one in missing if "is not tested on blind, whose answers" in one] == missing[:1]
+
+
+def test_bias_at_chance_takes_no_part_in_trade_offs(monkeypatch):
+    tables = StudyTables(monkeypatch)
+    found = fairness.fairness_estimates(tables, 10, 0)
+    arms = influence.arms(tables.variants, tables.runs)
+    levels = bbq_scores.by_run(fairness.official_answers(tables))
+    measured = {name: (level, influence.changes(level, arms)) for name, level in levels.items()}
+    read = information.without_silent(measured, found, arms)
+    for outcome, both in read.items():
+        for scores in both:
+            blind = scores.runs.str.startswith("blind")
+            expected = blind & (outcome in information.BIAS)
+            assert np.isnan(scores.value).tolist() == expected.tolist()
 
 
 def test_a_study_of_one_base_model_at_chance_says_so_in_place_of_a_bias(monkeypatch):
