@@ -306,7 +306,8 @@ def test_options_in_other_orders_seldom_look_like_letters_where_places_do_not_ma
     for _ in range(n):
         chosen = rng.choice(list("ABC"), (20, 3))  # of options: at random in every order
         rows = [
-            {"run_id": "r", "item_id": str(i), "option_order": order, "answer": chosen[i, j]}
+            {"run_id": "r", "item_id": str(i), "option_order": order}
+            | {name: name == f"p_{chosen[i, j].lower()}" for name in bbq_orders.OPTIONS}
             for i in range(20)
             for j, order in enumerate(bbq_orders.ORDERS)
         ]

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from driftbook.benchmarks.bbq import places
-from driftbook.benchmarks.bbq_orders import ORDERS, flips
+from driftbook.benchmarks.bbq_orders import OPTIONS, ORDERS, flips
 from driftbook.doctors.findings import finding_row, unchecked_row
 from driftbook.doctors.study_tables import Given, alpha_of
 from driftbook.stats.confidence import ALPHA
@@ -38,7 +38,8 @@ def at_chance(given: Given) -> Iterator[dict]:
 
 def by_position(given: Given) -> Iterator[dict]:
     """Base models that repeat the letter more often than the option when BBQ's options are shown in
-    other orders: a sign test over the items asked in all three, one-sided, by Holm's method.
+    other orders: a sign test over the items asked in all three, one-sided, by Holm's method. The
+    likeliest option counts, whatever the options have together.
     """
     answers = given.table("answers")
     if answers is None:
@@ -65,11 +66,16 @@ def position_test(base: str, answers: pd.DataFrame) -> dict | None:
     """The sign test of one base model, with the shares that its sentence gives; None where no item
     was read in all three orders.
     """
-    found = flips(answers)
-    items = found.loc[found["flip"].notna(), "item_id"]
     official = answers["answer_mode"].isin(["letters", "options"])
     asked = answers[official & answers["prompt_variant"].eq("default")]
-    wide = asked[asked["item_id"].isin(items)].pivot(
+    shown = asked[asked[OPTIONS].notna().all(axis=1)]
+    if shown.empty:
+        return None
+    # also where the options together have too little probability to count as an answer
+    likeliest = shown[OPTIONS].to_numpy(float).argmax(1)
+    shown = shown.assign(answer=np.array(list("ABC"))[likeliest])
+    found = flips(shown)
+    wide = shown[shown["item_id"].isin(found["item_id"])].pivot(
         index="item_id", columns="option_order", values="answer"
     )
     if wide.empty:
@@ -80,7 +86,6 @@ def position_test(base: str, answers: pd.DataFrame) -> dict | None:
     more = _pairs(letters) - _pairs(options)
     differ = int((more != 0).sum())
     p = binomtest(int((more > 0).sum()), differ, alternative="greater").pvalue if differ else 1.0
-    shown = asked[asked["answer"].notna()]
     at = [np.argsort(places(order)) for order in shown["option_order"]]
     given = [at_[("ABC".index(one))] for at_, one in zip(at, shown["answer"], strict=True)]
     counts = np.bincount(given, minlength=3)
