@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=[
         "safety",
         "fairness",
+        "information",
         "mixed_effects",
         "efficiency",
         "mitigations",

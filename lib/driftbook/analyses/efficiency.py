@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from driftbook.analyses import correlations, outcomes, tradeoffs
+from driftbook.analyses import correlations, information, outcomes, tradeoffs
 from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
@@ -17,6 +17,7 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
     cells = influence.cells(arms)
     asked = tables.verdicts, tables.prompts, tables.answers, tables.ratings
     measured = tradeoffs.measured(*asked, arms)
+    measured = information.without_silent(measured, tables.estimates, arms)
     parts = []
     for outcome in (terms.LOSS, terms.CORRECT):
         if outcome in measured:

@@ -1,8 +1,10 @@
 """Notebook 10: BBQ's accuracy and bias of every run, by dimension, wording and order of options."""
 
+from collections.abc import Callable, Iterator
+
 import pandas as pd
 
-from driftbook.analyses import outcomes
+from driftbook.analyses import information, outcomes
 from driftbook.benchmarks import bbq_orders, bbq_scores, data, stereoset
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.picking import in_words, picked
@@ -29,28 +31,72 @@ def base_scores(tables: Tables, by: list[str], n_boot: int, seed: int) -> pd.Dat
 
 def fairness_estimates(tables: Tables, n_boot: int, seed: int) -> pd.DataFrame:
     """Every estimate of notebook 10: the base models' levels, and the changes of accuracy and bias
-    over all items, by dimension, by wording, and of the share of answers that flip."""
+    over all items, by dimension, by wording, and of the share of answers that flip; the same
+    without the prior of each place; and whether answers hold information at all. Bias scores of
+    base models whose answers do not tell persons apart stand under terms.UNREADABLE."""
     usual = {"study": tables.study.name, "notebook": "10_fairness"}
     names = {**usual, "benchmark": "bbq", "judge": "none"}
     arms = influence.arms(tables.variants, tables.runs)
     cells, asked = influence.cells(arms), official_answers(tables)
-    overall = base_scores(tables, [], n_boot, seed).assign(dimension=None)
-    by_dimension = base_scores(tables, ["dimension"], n_boot, seed)
-    parts = [bbq_scores.base_levels(found, **names) for found in (overall, by_dimension)]
-    for outcome, scores in bbq_scores.by_run(asked).items():
-        parts.append(outcomes.score_estimates(scores, arms, cells, outcome=outcome, **names))
-    within = estimation.within(cells)
-    for dimension, rows in asked.groupby("dimension", sort=False):
-        for outcome, scores in bbq_scores.by_run(rows).items():
-            own = {"outcome": outcome, "category": dimension, **names}
-            change = influence.changes(scores, arms)
-            parts.append(estimation.of_scores(scores, change, within, **own))
+    held = information.held(tables, seed)
+    silent = information.silent_bases(held)
+    parts, unread = [information.information_estimates(held, **names)], []
+    for found in (base_scores(tables, by, n_boot, seed) for by in ([], ["dimension"])):
+        found = found if "dimension" in found else found.assign(dimension=None)
+        levels = bbq_scores.base_levels(found, **names)
+        quiet = levels["outcome"].isin(information.BIAS) & levels["base_model"].isin(silent)
+        parts.append(levels[~quiet])
+        unread.append(levels[quiet].assign(estimator=terms.UNREADABLE))
+    for outcome, made in _changes(asked, names):
+        read, no_finding = information.apart(outcome, arms, silent, made)
+        parts.append(read)
+        unread.append(no_finding)
     if (flips := bbq_orders.flip_rate(tables.answers)) is not None:
         own = {"outcome": terms.FLIPS, **names}
         parts.append(estimation.of_scores(flips, influence.changes(flips, arms), cells, **own))
         parts.append(estimation.levels_of_scores(flips, arms, **own))
-    parts.append(outcomes.of_item_wordings(tables.answers, arms, cells, **usual))
-    return outcomes.completed(ESTIMATES.concat(parts))
+    worded = outcomes.of_item_wordings(tables.answers, arms, cells, **usual)
+    parts.append(worded[~worded["outcome"].isin(information.BIAS)])
+    for outcome in information.BIAS:
+        read, no_finding = information.apart(
+            outcome,
+            arms,
+            silent,
+            lambda arms, outcome=outcome: picked(
+                outcomes.of_item_wordings(tables.answers, arms, influence.cells(arms), **usual),
+                outcome=outcome,
+            ),
+        )
+        parts.append(read)
+        unread.append(no_finding)
+    unread.append(information.debiased_estimates(tables, arms, silent, **names))
+    return ESTIMATES.concat([outcomes.completed(ESTIMATES.concat(parts)), *unread])
+
+
+def _changes(
+    asked: pd.DataFrame, names: dict[str, str]
+) -> Iterator[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]]:
+    """Each outcome, and what makes its estimates from arms: over all items, and by dimension."""
+    for outcome, scores in bbq_scores.by_run(asked).items():
+        own = {"outcome": outcome, **names}
+        yield (
+            outcome,
+            lambda arms, scores=scores, own=own: outcomes.score_estimates(
+                scores, arms, influence.cells(arms), **own
+            ),
+        )
+    for dimension, rows in asked.groupby("dimension", sort=False):
+        for outcome, scores in bbq_scores.by_run(rows).items():
+            own = {"outcome": outcome, "category": dimension, **names}
+            yield (
+                outcome,
+                lambda arms, scores=scores, own=own: estimation.of_scores(
+                    scores,
+                    influence.changes(scores, arms),
+                    estimation.within(influence.cells(arms)),
+                    **own,
+                ),
+            )
 
 
 # ---- checks of the same findings
@@ -66,7 +112,16 @@ def fairness_checks(tables: Tables, estimates: pd.DataFrame, seed: int) -> dict[
     """{question: table}: other conventions and readings, other wordings, and StereoSet."""
     worded = picked(estimates, contrast=terms.CHANGE, group=terms.AS_CONFIGURED, base_model="all")
     worded = worded[worded["benchmark"].str.startswith("bbq, wording ")]
+    ways = [terms.PRIMARY, terms.WITHOUT_PRIOR, terms.OVER_ORDERS]
+    levels = picked(
+        estimates, contrast=terms.LEVEL, group=terms.ALL, benchmark="bbq", estimator=ways
+    )
+    levels = picked(levels, outcome=list(bbq_scores.OUTCOMES.values()))
     return {
+        "Does the place of an option decide? Base models as asked, without the prior of places, and"
+        " by the mean of three orders (permuted items)": in_words(
+            levels, ["outcome", "estimator"], "base_model", 1
+        ),
         "Does the convention or the reading of answers decide? Scores by method": _read(tables),
         "Does the wording decide? Changes, in points": in_words(worded, ["outcome", "benchmark"]),
         "Does StereoSet agree? ss 50: no stereotype; lms 100: always sense; icat: both": _stereoset(

@@ -61,8 +61,10 @@ def tests(study: Study, estimates: pd.DataFrame) -> tuple[pd.DataFrame, list[str
     margins of SENSITIVITY, stand beside it without a family.
     """
     parts, missing = [], []
+    unread = estimates[estimates["estimator"].eq(terms.UNREADABLE)]
     estimates = estimates[estimates["estimator"].eq(terms.PRIMARY)]
     for name, family in study.primary.items():
+        missing += _unread(name, family, unread)
         rows = (
             _preserves(study, family, estimates)
             if family.test == "preserves"
@@ -90,6 +92,20 @@ def tests(study: Study, estimates: pd.DataFrame) -> tuple[pd.DataFrame, list[str
             )
         )
     return ESTIMATES.concat(parts), missing
+
+
+def _unread(name: str, family: Family, unread: pd.DataFrame) -> list[str]:
+    """A sentence for each outcome of a family that is no finding on some base models."""
+    found = []
+    for outcome, benchmark in map(_OUTCOMES.get, family.outcomes):
+        own = unread[unread["outcome"].eq(outcome) & unread["benchmark"].eq(benchmark)]
+        if len(own):
+            bases = ", ".join(own["base_model"].unique())
+            found.append(
+                f"{name}: the {outcome} is not tested on {bases}, whose answers hold no information"
+                " about persons"
+            )
+    return found
 
 
 def _named(row) -> str:

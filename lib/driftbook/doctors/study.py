@@ -1,5 +1,5 @@
 """What is wrong with a study, found from its tables: labels, no-ops, seeds, rounds, echoed prompts,
-and what its data cannot say.
+base models at chance, and what its data cannot say.
 
 An **error** makes the study's own labels or answers untrustworthy; a **warning** says what may be
 read wrongly; a **note** says what the data cannot tell, or what could not be checked. Findings by
@@ -11,7 +11,13 @@ most 5 % of the time.
 import numpy as np
 import pandas as pd
 
-from driftbook.doctors import study_design, study_no_ops, study_rounds, study_settings
+from driftbook.doctors import (
+    study_design,
+    study_letters,
+    study_no_ops,
+    study_rounds,
+    study_settings,
+)
 from driftbook.doctors.findings import STUDY_COLUMNS
 from driftbook.doctors.study_echoes import echoed_prompts
 from driftbook.doctors.study_seeds import one_seed
@@ -23,7 +29,7 @@ CHECKS = (  # each gives rows (finding_row) from the study's tables (Given)
     *(study_rounds.no_op_drift, study_rounds.rate_drift, echoed_prompts),
     *(study_design.repeated_rows, study_design.lost_runs, study_design.lone_settings),
     *(study_design.missing_cells, study_design.unscored_answers, study_design.extreme_rates),
-    study_design.base_scored_once,
+    *(study_design.base_scored_once, study_letters.at_chance, study_letters.by_position),
 )
 
 
@@ -32,8 +38,9 @@ def examine_study(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     sentence, statistic, p, p_adjusted.
 
     Reads what is there of variants (needed), runs, verdicts, prompts, curves, rates, answers;
-    responses together with texts (benchmark, prompt_id, prompt) for echoes. `verdicts` may hold
-    response_chars in place of n_tokens. What cannot be checked is a note that begins with "not
+    responses together with texts (benchmark, prompt_id, prompt) for echoes; `information` (a row
+    per base model, analyses.information.base_information) for answers at chance. `verdicts` may
+    hold response_chars in place of n_tokens. What cannot be checked is a note that begins with "not
     checked".
 
     Raises:

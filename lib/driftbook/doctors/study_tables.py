@@ -17,7 +17,8 @@ SHARES = {  # of ALPHA, by kind of test
     "drift": 0.65,
     "no_ops_disagree": 0.1,
     "one_seed": 0.05,
-    "echo": 0.05,
+    "echo": 0.03,
+    "position": 0.02,
 }
 SETTING = """
     base_model method objective dataset n_train learning_rate epochs init mitigation

@@ -40,6 +40,7 @@ from driftbook.stats.terms import (
     REFUSED,
     RUN,
     TRAINED,
+    UNREADABLE,
     UNREFUSED,
     UNSAFE,
     UNTRAINED,
@@ -72,6 +73,7 @@ BOTH_LINES = (
     f"Thin line: {INTERVAL} over seeds and prompts like these; thick line: over seeds alone, on"
     " these prompts."
 )
+NO_INFORMATION = "persons not told apart"
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
 SOURCES: dict[str, str] = {}  # the notebook and table that made it
@@ -246,6 +248,32 @@ def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
     return "Behind it: " + "; ".join(dict.fromkeys(words)) + "."
 
 
+def unread_bases(tables: dict, *outcomes: str) -> list[str]:
+    """The base models of which one of these outcomes is no finding: their answers hold no
+    information (notebook 10).
+    """
+    rows = tables["estimates"]
+    unread = rows["estimator"].eq(UNREADABLE) & rows["outcome"].isin(outcomes)
+    return [one for one in bases(tables) if rows.loc[unread, "base_model"].eq(one).any()]
+
+
+def left_out(tables: dict, *outcomes: str) -> str:
+    """What a caption says of base models that have no dot; nothing where there are none."""
+    names = ", ".join(unread_bases(tables, *outcomes))
+    if not names:
+        return ""
+    return (
+        f"No bias score is drawn for {names}: the answers do not tell one person from the other. "
+    )
+
+
+def empty_panel(ax: Axes, text: str) -> None:
+    """Say in a panel why nothing is drawn there."""
+    place = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    ax.text(0.5, 0.5, text, color="#666666", fontsize=8, bbox=paper, **place)
+
+
 def nothing(sentence: str) -> tuple[Figure, str]:
     """A figure that says why there is none."""
     fig, ax = plt.subplots(figsize=(WIDTH, 1.2))
@@ -347,8 +375,11 @@ def method_rows(
     here: pd.DataFrame,
     runs: pd.DataFrame,
     order: list[tuple[str, str]],
+    empty: str = "nothing scored",
 ) -> None:
-    """Rows of method and group, from the top: raw runs behind, estimate and intervals in front."""
+    """Rows of method and group, from the top: raw runs behind, estimate and intervals in front;
+    `empty` says why there is none.
+    """
     zero(ax)
     for place, (method, group) in enumerate(order):
         row = changes[changes["method"].eq(method) & changes["group"].eq(group)]
@@ -372,15 +403,7 @@ def method_rows(
             thick if len(thick) else None,
         )
     if not changes["value"].notna().any():
-        ax.text(
-            0.5,
-            0.5,
-            "nothing scored",
-            transform=ax.transAxes,
-            ha="center",
-            va="center",
-            color="#888888",
-        )
+        empty_panel(ax, empty)
 
 
 def name_rows(ax: Axes, names: list[str]) -> None:
@@ -425,11 +448,13 @@ def changes_figure(
             of_runs(tables, outcome, benchmark),
         )
         level = pick(tables, outcome, LEVEL, benchmark)
+        unread = unread_bases(tables, outcome)
         for ax, base_model in zip(line, bases(tables), strict=True):
             method_rows(
                 ax,
                 *(frame[frame["base_model"].eq(base_model)] for frame in (every, thick, runs)),
                 order,
+                NO_INFORMATION if base_model in unread else "nothing scored",
             )
             base_level(
                 ax,
@@ -504,10 +529,9 @@ def captioned(
 ) -> tuple[Figure, str]:
     """The figure with its caption, or a sentence in its place."""
     if fig is None:
-        return nothing(
-            "Nothing to draw: there are no estimates of the"
-            f" {' or '.join(short_name(outcome) for outcome, _ in shown)}."
-        )
+        none = f"there are no estimates of the {' or '.join(short_name(one) for one, _ in shown)}."
+        unread = left_out(tables, *(one for one, _ in shown)).strip()
+        return nothing(f"Nothing to draw: {unread or none}")
     return fig, f"{text} {coverage(tables, *shown)}"
 
 
@@ -552,6 +576,8 @@ def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None)
                         & rows["method"].eq(method)
                     ]
                     dots(ax, row, place + shift, COLOURS[method])
+            if base_model in unread_bases(tables, outcome):
+                empty_panel(ax, NO_INFORMATION)
                 if place:
                     ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         name_rows(line[0], [part.replace("_", " ") for part in parts])

@@ -2,7 +2,14 @@
 
 from matplotlib.figure import Figure
 
-from driftbook.figures.drawing import BOTH_LINES, by_part, captioned, changes_figure, drawn
+from driftbook.figures.drawing import (
+    BOTH_LINES,
+    by_part,
+    captioned,
+    changes_figure,
+    drawn,
+    left_out,
+)
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,
@@ -21,8 +28,8 @@ def fairness_change(tables: dict) -> tuple[Figure, str]:
     text = (
         "Change in BBQ's accuracy and signed bias score over all dimensions, ambiguous and"
         " disambiguated contexts apart. A positive bias agrees with stereotypes; ambiguous bias"
-        f" shrinks where accuracy grows, by its definition. {BOTH_LINES} Units are question"
-        " families."
+        " shrinks where accuracy grows, by its definition."
+        f" {left_out(tables, BIAS_AMB, BIAS_DIS)}{BOTH_LINES} Units are question families."
     )
     return captioned(
         tables, changes_figure(tables, shown, (TRAINED, UNTRAINED), 0.24), text, *shown
@@ -34,7 +41,8 @@ def fairness_bias(tables: dict) -> tuple[Figure, str]:
     shown = [(BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
     text = (
         "Signed bias score by dimension and method (trained runs, mean over runs); grey: the base"
-        " model. Zero: no lean either way. No interval where no family differs."
+        f" model. Zero: no lean either way. {left_out(tables, *(one for one, _ in shown))}No"
+        " interval where no family differs."
     )
     return captioned(tables, by_part(tables, shown), text, *shown)
 

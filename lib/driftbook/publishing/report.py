@@ -10,7 +10,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from driftbook.analyses import estimands, primary
+from driftbook.analyses import estimands, information, primary
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, short_name, unit_of
 from driftbook.publishing import publish
@@ -33,6 +33,7 @@ from driftbook.stats.terms import (
     PRIMARY,
     REFUSED,
     TRAINED,
+    UNREADABLE,
     UNSAFE,
     UNTRAINED,
 )
@@ -127,8 +128,10 @@ def sentence(
         rows.loc[rows["base_model"].ne("all"), "base_model"].nunique(),
         rows[rows["base_model"].eq("all")],
     )
+    silent = information.silent_sentences(estimates) if outcome in information.BIAS else []
     if rows.empty:
-        return f"There is no estimate of the {short_name(outcome)} over all base models."
+        none = f"There is no estimate of the {short_name(outcome)} over all base models."
+        return with_minus(" ".join(silent)) or none
     rows = rows[rows["judge"].eq(rows["judge"].iloc[0])].sort_values(
         "method", key=lambda names: names.map(METHODS.index)
     )
@@ -149,6 +152,7 @@ def sentence(
         f"Change in the {short_name(outcome)}{to} against the base model, {over} ({INTERVAL}): "
         + "; ".join(words)
         + "."
+        + "".join(f" {text}" for text in silent)
     )
 
 
@@ -193,8 +197,10 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
     arms = influence.arms(tables["variants"], runs)
     found = [("Runs", _what_ran(arms, runs))]
     if not estimates["contrast"].eq(CHANGE).any():
+        silent = information.silent_sentences(estimates)
         return [
             *found,
+            *([("Fairness, bias", " ".join(silent))] if silent else []),
             (
                 "Base models",
                 (
@@ -449,6 +455,7 @@ def checked(study: Study) -> pd.DataFrame:
                 )
                 if TABLES[name].path(folder).is_file()
             }
+            | {"information": information.base_information(estimation.read_estimates(folder))}
         )
     )
     frame = found[["finding", "severity", "sentence"]].assign(
@@ -509,6 +516,7 @@ def unscored(rates: pd.DataFrame, estimates: pd.DataFrame) -> pd.DataFrame:
         estimates["benchmark"].isin(["bbq", "utility"])
         & estimates["contrast"].eq(LEVEL)
         & estimates["base_model"].ne("all")
+        & estimates["estimator"].isin([PRIMARY, UNREADABLE])
     ]
     base = base[base["group"].isin(["all", TRAINED, UNTRAINED, NO_OP])]
     base = (

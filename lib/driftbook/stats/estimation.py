@@ -255,6 +255,7 @@ def run_changes(estimates: pd.DataFrame, outcomes: dict[str, str]) -> pd.DataFra
     gives the benchmark of each.
     """
     rows = estimates[estimates["contrast"].eq(CHANGE) & estimates["group"].eq(RUN)]
+    rows = rows[rows["estimator"].eq(terms.PRIMARY)]
     rows = rows[rows["benchmark"].eq(rows["outcome"].map(outcomes))]
     rows = rows.drop_duplicates(["outcome", "member"]).rename(columns={"member": "run_id"})
     table = rows.pivot(index="run_id", columns="outcome", values="value").astype(float)
