@@ -131,14 +131,17 @@ class MixedModels:
         return picked(self.tables.estimates, **own)
 
     def _of_factors(self, n_boot: int, seed: int) -> list[pd.DataFrame]:
-        """The largest contrasts of factors (by cell and by mean) and their shares of variance."""
+        """The largest contrasts of factors (by cell and by mean) and their shares of variance; of
+        runs of which no two differ in one factor alone the shares, which say so.
+        """
         change = estimation.run_changes(self._earlier, {terms.UNSAFE: "safety"})
         if terms.UNSAFE not in change:
             return []
         trained = factors.factor_runs(self.arms, change[terms.UNSAFE])
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
-        largest = [factors.largest_contrasts(one, **self.names) for one in contrasts]
+        known = [one for one in contrasts if len(one)]  # one without rows does not say its grain
+        largest = [factors.largest_contrasts(one, **self.names) for one in known]
         return [*largest, variance_shares.variance_shares(trained, n_boot, seed, **self.names)]
 
     # ---- for reading

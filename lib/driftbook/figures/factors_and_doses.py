@@ -27,6 +27,7 @@ from driftbook.figures.drawing import (
     drawn,
     floats,
     handle,
+    intervals_of,
     legend,
     methods_of,
     name_rows,
@@ -38,6 +39,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import influence
 from driftbook.stats.confidence import INTERVAL, PERCENT
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED, UNSAFE
 
 VIEWS = {
@@ -54,8 +56,11 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     shares, within, between, single = (
         pick(tables, UNSAFE, contrast, "safety") for contrast in (SHARE, *means, factors.WITHIN)
     )
-    if not len(shares) and not len(within):
-        return captioned(tables, None, "", SAFETY)
+    if not any(rows["value"].notna().any() for rows in (shares, within, between, single)):
+        return nothing(
+            "Nothing to draw: no two trained runs differ in one factor alone, so that nothing says"
+            " which factor moves a run."
+        )
     names = list(dict.fromkeys([*shares["member"], *between["member"], *within["member"]]))
     names.sort(key=factors.SEED.__eq__)
     fig, (left, right) = plt.subplots(
@@ -78,16 +83,21 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     under([left], f"Percent, {INTERVAL}")
     under([right], f"Percentage points, {PERCENT} band")
     legend(fig, methods)
+    known = within["ci_low"].notna().any() or between["ci_low"].notna().any()
+    bands = (
+        "Bands hold for all contrasts at once, over seeds, on these prompts"
+        if known
+        else "There are no bands, since no setting was run twice"
+    )
     text = (
         "Left: share of the variance between runs in the change of the unsafe-response rate"
         " (Shapley, noise taken off, interval over redrawn runs); seed is what runs with equal"
         " settings differ by. Shares depend on the levels tried. Right: the largest difference that"
         " only this factor makes within each method, as a mean over matched cells with its band,"
         " and the largest of single cells (hollow); beside them the largest between methods at"
-        " equal settings (grey, its band shaded). Bands hold for all contrasts at once, over seeds,"
-        " on these prompts. Secondary: means and single cells alike, the largest within the method"
-        " is below the largest between methods, intervals included. Where a dot is missing no two"
-        " cells differ in that alone."
+        f" equal settings (grey, its band shaded). {bands}. Secondary: means and single cells"
+        " alike, the largest within the method is below the largest between methods, intervals"
+        " included. Where a dot is missing no two cells differ in that alone."
     )
     return captioned(tables, fig, text, SAFETY)
 
@@ -179,8 +189,8 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
     text = (
         "Change in the unsafe-response rate of all runs as configured (filled) and without the"
         " no-ops (hollow). A number says how many of a method's runs are no-ops; where there is"
-        " none, both are the same runs. A method that did nothing preserved nothing. Intervals over"
-        " seeds and prompts like these."
+        " none, both are the same runs. A method that did nothing preserved nothing."
+        f"{intervals_of(rows)}"
     )
     fig, caption = captioned(tables, fig, text, SAFETY)
     return fig, f"{caption} Shown are the {len(usual)} as configured."
@@ -234,10 +244,10 @@ def doses_reached(tables: dict) -> tuple[Figure, str]:
         )
     worse = runs["dose_nll"].lt(0).sum()
     text = (
-        f"How far training moved each of {len(runs)} runs, a dot each: upper dots of a row SFT,"
-        f" lower DPO; hollow: no-ops. {worse} runs end worse on held-out answers than their base"
-        " model. Methods can be compared at equal dose only where their dots overlap. A KL of zero"
-        " has no place on this axis."
+        f"How far training moved {counted(len(runs), 'run')}, a dot each: upper dots of a row SFT,"
+        f" lower DPO; hollow: no-ops. {worse} of them ended worse on held-out answers than their"
+        " base model. Methods can be compared at equal dose only where their dots overlap. A KL of"
+        " zero has no place on this axis."
     )
     return fig, text
 
@@ -304,8 +314,9 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         "Difference between two methods in the change of the unsafe-response rate. Filled: over"
         " all runs as configured. Hollow: at the doses that runs of both methods reached (local"
         " lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal"
-        " dose is not a randomised comparison. Intervals over seeds, on these prompts, not"
-        " adjusted for the number of pairs; one that reaches a panel's edge goes on."
+        " dose is not a randomised comparison."
+        f"{intervals_of(rows)} They are not adjusted for the number of pairs; one that reaches a"
+        " panel's edge goes on."
         f" {coverage(tables, SAFETY)} Shown are the {len(_usual(tables))} as configured."
     )
     return fig, text

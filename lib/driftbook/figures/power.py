@@ -35,6 +35,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import influence
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED, UNSAFE
 
 ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
@@ -82,7 +83,8 @@ def power(tables: dict) -> tuple[Figure, str]:
             "The smallest increase in the unsafe-response rate that is seen with 80% power, by the"
             " number of seeds and of prompts (to show that there is no increase takes a margin as"
             f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
-            f" grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model)."
+            f" grid ({counted(int(seeds), 'seed')} in about {counted(round(settings), 'setting')}"
+            " of a method on a base model)."
             f" Lines: {INTERVAL}s, since the spread of runs and prompts is itself estimated from"
             " the study's own runs. What stays at many seeds is what the prompts alone leave"
             " unknown."
@@ -254,9 +256,16 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
             " question families are drawn anew, the same ones for all settings of a base model"
             " (where a method ran no setting twice, prompts alone); a probability has no interval"
             " of its own. With so many goals much is on the front: low probabilities say more than"
-            f" high ones. Behind it: {runs.min()} to {runs.max()} runs a setting."
+            f" high ones. Behind it: {_runs_a_setting(runs)}."
         ),
     )
+
+
+def _runs_a_setting(runs: pd.Series) -> str:
+    """How many runs a setting has in words."""
+    if runs.min() == runs.max():
+        return f"{counted(int(runs.min()), 'run')} a setting"
+    return f"{runs.min()} to {runs.max()} runs a setting"
 
 
 def _setting(method: str, setting: str) -> str:

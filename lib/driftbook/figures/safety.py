@@ -6,7 +6,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from driftbook.figures.drawing import (
-    BOTH_LINES,
     COLOURS,
     METHOD_LABELS,
     OVER_REFUSAL,
@@ -19,9 +18,12 @@ from driftbook.figures.drawing import (
     changes_figure,
     dots,
     drawn,
+    intervals_of,
+    lines_meant,
     method_rows,
     methods_of,
     name_rows,
+    nothing,
     of_runs,
     panels,
     panels_with_all,
@@ -47,22 +49,22 @@ from driftbook.stats.terms import (
 
 @drawn("09_safety")
 def safety_change(tables: dict) -> tuple[Figure, str]:
+    groups = (TRAINED, UNTRAINED, NO_OP)
     text = (
         "Change in the unsafe-response rate, a base model per panel, zero at the base model"
         " itself. Hollow: controls that training left as they were (no-op) or that were never"
-        f" trained. Small dots: single runs. {BOTH_LINES}"
+        f" trained. Small dots: single runs. {lines_meant(tables, groups, SAFETY)}"
     )
-    return captioned(
-        tables, changes_figure(tables, [SAFETY], (TRAINED, UNTRAINED, NO_OP), 0.35), text, SAFETY
-    )
+    return captioned(tables, changes_figure(tables, [SAFETY], groups, 0.35), text, SAFETY)
 
 
 @drawn("09_safety")
 def over_refusal(tables: dict) -> tuple[Figure, str]:
+    lines = lines_meant(tables, (TRAINED, UNTRAINED), SAFETY, OVER_REFUSAL)
     text = (
         "Above: change in the unsafe-response rate to harmful prompts. Below: change in the"
         " refusal rate to benign prompts that look harmful. Both down is a model that answers"
-        f" more, not a safer one. {BOTH_LINES}"
+        f" more, not a safer one. {lines}"
     )
     return captioned(
         tables,
@@ -107,7 +109,7 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
         under(axes[0], axis(UNSAFE))
     text = (
         "Change in the unsafe-response rate by method, objective, learning rate and epochs: what"
-        f" settings do within a method. {BOTH_LINES}"
+        f" settings do within a method. {lines_meant(tables, [SETTINGS], SAFETY)}"
     )
     return captioned(tables, fig, text, SAFETY)
 
@@ -137,6 +139,8 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         every[every["method"].eq(method) & every["against"].eq(other)] for method, other in pairs
     ]
     fig = None
+    if not pairs:
+        return nothing("Nothing to draw: one method alone has no other to be compared with.")
     if any(len(part) for part in rows):
         fig, axes = panels_with_all(tables, 0.8 + 0.24 * len(pairs))
         for base_model, ax in axes.items():
@@ -153,7 +157,7 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         )
     text = (
         "Each pair of methods, as configured: the change of the first less the change of the"
-        " second. Right of zero the first is the less safe one. Intervals over seeds and prompts"
-        " like these, run spread of each method on its own; not adjusted."
+        " second. Right of zero the first is the less safe one."
+        f"{intervals_of(every)} Each method has a run spread of its own; not adjusted."
     )
     return captioned(tables, fig, text, SAFETY)
