@@ -138,6 +138,8 @@ class MixedModels:
         if terms.UNSAFE not in change:
             return []
         trained = factors.factor_runs(self.arms, change[terms.UNSAFE])
+        if trained["value"].isna().all():  # nothing was trained, or nothing of it was scored
+            return []
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
         known = [one for one in contrasts if len(one)]  # one without rows does not say its grain

@@ -314,9 +314,8 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         "Difference between two methods in the change of the unsafe-response rate. Filled: over"
         " all runs as configured. Hollow: at the doses that runs of both methods reached (local"
         " lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal"
-        " dose is not a randomised comparison."
-        f"{intervals_of(rows)} They are not adjusted for the number of pairs; one that reaches a"
-        " panel's edge goes on."
+        f" dose is not a randomised comparison.{intervals_of(rows)} Not adjusted for the number of"
+        " pairs; an interval that reaches a panel's edge goes on."
         f" {coverage(tables, SAFETY)} Shown are the {len(_usual(tables))} as configured."
     )
     return fig, text
