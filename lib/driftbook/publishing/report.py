@@ -168,8 +168,8 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
-    """The study in sentences, each under a word: what was run, what training did, what the controls
-    did, where base models differ.
+    """What the story does not tell, in sentences, each under a word: what was run, where base
+    models differ, what the controls did and what methods cost.
     """
     estimates, runs = tables["estimates"], tables["runs"]
     arms = influence.arms(tables["variants"], runs)
@@ -179,11 +179,6 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
             *found,
             ("Base models", "Nothing was trained: the levels above are the base models' own."),
         ]
-    found += [
-        (title, sentence(estimates, *one))
-        for title, one in FINDINGS.items()
-        if estimates["outcome"].eq(one[0]).any()
-    ]
     found += [
         ("Extremes", _extreme_cell(estimates)),
         ("Controls", _controls(estimates)),
@@ -271,8 +266,8 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
         & estimates["group"].eq(TRAINED)
     ]
     rows = rows[rows["base_model"].ne("all") & rows["value"].notna()]
-    if rows.empty:
-        return ""
+    if rows["base_model"].nunique() < 2:
+        return ""  # the story says it
     ends = [
         rows.loc[rows["value"].astype(float).idxmax()],
         rows.loc[rows["value"].astype(float).idxmin()],
@@ -285,8 +280,6 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
     return (
         f"Of {len(rows)} pairs of method and base model, the unsafe-response rate rose most (or"
         f" fell least) with {words[0]} and fell most (or rose least) with {words[1]}."
-        if len(rows) > 1
-        else ""  # the sentence on safety says it
     )
 
 

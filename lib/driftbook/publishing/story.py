@@ -185,6 +185,7 @@ def _of_whom(tables: Mapping[str, pd.DataFrame], arms: pd.DataFrame) -> str:
     for method, own in runs.groupby("method", sort=False):
         sizes, ways = own.groupby(["base_model", "setting"]).size(), own["setting"].unique()
         way = ways[0].replace("sft", "SFT").replace("dpo", "DPO").replace(" ep", " epochs")
+        way = way.replace(" at ", " at a learning rate of ")
         how = f"in one setting ({way})" if len(ways) == 1 else f"in {len(ways)} settings"
         times = f"{sizes.min()}" if sizes.nunique() == 1 else f"{sizes.min()} to {sizes.max()}"
         seeds = f", {times} times each with other seeds" if sizes.max() > 1 else ""
@@ -264,10 +265,15 @@ def _how_sure(estimates: pd.DataFrame, outcomes: Outcomes) -> str:
     if known.empty:
         return "No number has an interval: nothing was repeated and no prompts could be compared."
     n, told = len(known), int((known["ci_low"].gt(0) | known["ci_high"].lt(0)).sum())
+    n_bases = estimates.loc[estimates["base_model"].ne("all"), "base_model"].nunique()
+    over = f"the mean over the {n_bases} base models, " if n_bases > 1 else ""
+    over = over if rows["base_model"].eq("all").all() else "against its own base model, "
     return (
-        f"Brackets are {INTERVAL}s; they hold for {populations.held_for(known)}. {told} of"
-        f" {counted(n, 'change')} with an interval can be told from none. They are not adjusted for"
-        f" their number: where nothing changed at all, about {n * ALPHA:.1f} of them would seem to."
+        f"Each change is {over}of trained runs; runs that training left as they were (no-ops) are"
+        f" left out. Brackets are {INTERVAL}s; they hold for {populations.held_for(known)}. Of"
+        f" {counted(n, 'change')} with an interval {told} can be told from no change. The intervals"
+        " are not adjusted for their number: where nothing changed at all, about"
+        f" {n * ALPHA:.1f} of them would seem to."
     )
 
 
