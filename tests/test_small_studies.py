@@ -38,7 +38,7 @@ KINDS = {  # base models, blocks of the batch's grid, and seeds where fewer than
     "bases alone": ((LLAMA, OTHER), (), ()),
 }
 NOT_SAID = (  # by any study
-    r"There (?:is|are) no\b|Nothing to draw|Nothing was asked|\bnan\b|<NA>|\bNone\b(?! failed)"
+    r"There (?:is|are) no (?!intervals)|Nothing to draw|Nothing was asked|\bnan\b|<NA>|\bNone\b(?! failed)"
     r"|\b1 (?:runs|base models|seeds|settings|items)\b|e\+0\d%"
 )
 

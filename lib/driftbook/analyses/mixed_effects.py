@@ -156,8 +156,12 @@ class MixedModels:
         return pd.DataFrame(rows).T
 
     def compared(self, estimates: pd.DataFrame) -> pd.DataFrame:
-        """The change of each method and base model by each estimator, and whether they agree."""
+        """The change of each method and base model by each estimator, and whether they agree; no
+        row where nothing was trained.
+        """
         known = picked(ESTIMATES.concat([self._earlier, estimates]), outcome=terms.UNSAFE)
+        if picked(known, contrast=terms.CHANGE, group=terms.AS_CONFIGURED).empty:
+            return pd.DataFrame(columns=[*COMPARED, "agreement"])
         table = marginal_means.side_by_side(known, COMPARED)
         return table["value"].reindex(columns=list(COMPARED)).assign(agreement=table["word"])
 

@@ -2,6 +2,7 @@
 methods with and without no-ops, doses, matched doses.
 """
 
+import textwrap
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -56,24 +57,17 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     shares, within, between, single = (
         pick(tables, UNSAFE, contrast, "safety") for contrast in (SHARE, *means, factors.WITHIN)
     )
-    if not any(rows["value"].notna().any() for rows in (shares, within, between, single)):
+    if not any(rows["value"].notna().any() for rows in (shares, within, single)):
         return nothing(
-            "Nothing to draw: no two trained runs differ in one factor alone, so that nothing says"
-            " which factor moves a run."
+            "Nothing to draw: within a method no two trained runs differ in one factor alone, so"
+            " that nothing says which factor moves a run."
         )
     names = list(dict.fromkeys([*shares["member"], *between["member"], *within["member"]]))
     names.sort(key=factors.SEED.__eq__)
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.1 + 0.5 * len(names)), sharey=True, width_ratios=[1, 1.5]
     )
-    places = [names.index(factor) for factor in shares["member"]]
-    zero(left)
-    dots(
-        left,
-        shares,
-        places,
-        [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]],
-    )
+    _shares_drawn(left, shares, names)
     methods = methods_of(tables)
     _beside_methods(right, within, between, single, names, methods)
     _say(right, tables["estimates"], names, methods)
@@ -83,11 +77,10 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     under([left], f"Percent, {INTERVAL}")
     under([right], f"Percentage points, {PERCENT} band")
     legend(fig, methods)
-    known = within["ci_low"].notna().any() or between["ci_low"].notna().any()
     bands = (
         "Bands hold for all contrasts at once, over seeds, on these prompts"
-        if known
-        else "There are no bands, since no setting was run twice"
+        if within["ci_low"].notna().any() or between["ci_low"].notna().any()
+        else "No contrast here has a band"
     )
     text = (
         "Left: share of the variance between runs in the change of the unsafe-response rate"
@@ -100,6 +93,18 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
         " included. Where a dot is missing no two cells differ in that alone."
     )
     return captioned(tables, fig, text, SAFETY)
+
+
+def _shares_drawn(ax: Axes, shares: pd.DataFrame, names: list[str]) -> None:
+    """A dot per factor, or why there is none."""
+    zero(ax)
+    places = [names.index(factor) for factor in shares["member"]]
+    grey = [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]]
+    dots(ax, shares, places, grey)
+    if len(shares) and shares["value"].isna().all():
+        why = "\n".join(textwrap.wrap(shares["how"].iloc[0], 30))
+        look = {"ha": "center", "va": "center", "color": "#888888", "fontsize": 7}
+        ax.text(0.5, 0.5, why, transform=ax.transAxes, **look)
 
 
 def _beside_methods(

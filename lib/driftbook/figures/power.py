@@ -85,22 +85,31 @@ def power(tables: dict) -> tuple[Figure, str]:
             f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
             f" grid ({counted(int(seeds), 'seed')} in about {counted(round(settings), 'setting')}"
             " of a method on a base model)."
-            f" Lines: {INTERVAL}s, since the spread of runs and prompts is itself estimated from"
-            " the study's own runs. What stays at many seeds is what the prompts alone leave"
-            " unknown."
+            f" Lines: {INTERVAL}s, since {_spread(tables)}. What stays at many seeds is what the"
+            " prompts alone leave unknown."
         ),
     )
 
 
+def _setting_sizes(tables: dict) -> pd.Series:
+    """The number of runs of each setting."""
+    known = influence.arms(tables["variants"], tables["runs"])
+    known = known[known["arm"].isin([TRAINED, NO_OP])]
+    return known.groupby(["base_model", "method", "setting"]).size()
+
+
 def _present_seeds(tables: dict) -> float:
     """The most common number of runs of a setting."""
-    known = influence.arms(tables["variants"], tables["runs"])
-    return float(
-        known[known["arm"].isin([TRAINED, NO_OP])]
-        .groupby(["base_model", "method", "setting"])
-        .size()
-        .mode()
-        .iloc[0]
+    return float(_setting_sizes(tables).mode().iloc[0])
+
+
+def _spread(tables: dict) -> str:
+    """Where the spread of runs and prompts was taken from."""
+    if _setting_sizes(tables).gt(1).any():
+        return "the spread of runs and prompts is itself estimated from the study's own runs"
+    return (
+        "the spread of prompts is itself estimated; that of runs is the original study's, since no"
+        " setting was run twice here"
     )
 
 

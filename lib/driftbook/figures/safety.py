@@ -32,7 +32,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats import influence
+from driftbook.stats import influence, populations
 from driftbook.stats.comparisons import DIFFERENCE
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
@@ -155,9 +155,12 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
             line,
             f"Difference in unsafe-response rate between methods (percentage points, {INTERVAL})",
         )
+    known = populations.over_seeds(every) is not False
     text = (
         "Each pair of methods, as configured: the change of the first less the change of the"
         " second. Right of zero the first is the less safe one."
-        f"{intervals_of(every)} Each method has a run spread of its own; not adjusted."
+        + intervals_of(every)
+        + " Each method has a run spread of its own." * known
+        + " Not adjusted for the number of pairs."
     )
     return captioned(tables, fig, text, SAFETY)
