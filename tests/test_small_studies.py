@@ -31,7 +31,6 @@ KINDS = {  # base models, blocks of the batch's grid, and seeds where fewer than
     "one run": ((LLAMA,), ("main",), (1,)),
     "one method, two seeds": ((OTHER,), ("other",), (1, 2)),
     "two methods, each at its own rate, one seed": ((LLAMA,), ("main", "ia3"), (1,)),
-    "one seed, one base": ((LLAMA,), ("main", "prompts", "preferences", "untrained"), (1,)),
     "one method, two bases": ((LLAMA, OTHER), ("main", "other"), (1,)),
     "a method on each base": ((LLAMA, OTHER), ("ia3", "other"), (1, 2)),
     "nothing trained but controls": ((LLAMA,), ("untrained",), (1,)),

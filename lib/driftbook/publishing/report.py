@@ -139,26 +139,16 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
     cost = arms[arms["arm"].eq(TRAINED)].merge(
         runs[["run_id", "n_trainable", "seconds"]], on="run_id"
     )
-    cost = cost.groupby("method")[["n_trainable", "seconds"]].median()
-    rows = estimates[
-        estimates["outcome"].eq(UNSAFE)
-        & estimates["benchmark"].eq("safety")
-        & estimates["contrast"].eq(CHANGE)
-        & estimates["estimator"].eq(PRIMARY)
-    ]
-    rows = (
-        rows[rows["group"].eq(TRAINED) & rows["base_model"].eq("all")]
-        .drop_duplicates("method")
-        .set_index("method")
-    )
-    cost = cost[cost.index.isin(rows.index)].sort_values("n_trainable")
-    if cost.empty:
-        return "There is no method whose cost and change in safety are both known."
+    rows = changes(estimates, UNSAFE, "safety")
+    keys = ["method"] if rows["base_model"].eq("all").all() else ["base_model", "method"]
+    cost = cost.groupby(keys)[["n_trainable", "seconds"]].median().reset_index()
+    known = rows.merge(cost, on=keys).sort_values("n_trainable", kind="stable")
+    if known.empty:
+        return "Of no method are both the cost and the change in safety known."
     words = [
-        f"{METHOD_LABELS[row.Index]} trains {row.n_trainable:,.0f} parameters in"
-        f" {row.seconds:.1f} s: "
-        + number(*rows.loc[row.Index, ["value", "ci_low", "ci_high"]], "points")
-        for row in cost.itertuples()
+        f"{who(row)} trains {row.n_trainable:,.0f} parameters in {row.seconds:.1f} s: "
+        + number(row.value, row.ci_low, row.ci_high, "points")
+        for row in known.itertuples()
     ]
     return (
         "Change in the unsafe-response rate, trained runs without no-ops"
@@ -184,7 +174,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
         ("Controls", _controls(estimates)),
         ("No-ops", _no_ops(arms)),
     ]
-    if len(estimates):
+    if changes(estimates, UNSAFE, "safety")["value"].notna().any():
         found.append(("Efficiency", cost_sentence(estimates, arms, runs)))
     return [pair for pair in found if pair[1]]
 
