@@ -322,6 +322,7 @@ def write(study: Study) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    shown = summary(tables["estimates"])
     page = pages.get_template("report.html").render(
         name=study.name,
         note=nameless(study.note),
@@ -331,8 +332,8 @@ def write(study: Study) -> Path:
         declared=declared(study, tables["estimates"]),
         estimands=estimands.estimands(study, printed(tables["estimates"])),
         checked=checked(study),
-        summary=summary(tables["estimates"]),
-        compared=bool(study.grid),
+        summary=shown,
+        compared=BASE in shown,
         interval=INTERVAL,
         held=populations.held_for(printed(tables["estimates"])),
         figures=drawn,
