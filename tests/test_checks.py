@@ -440,3 +440,16 @@ def test_sentences_are_a_list_of_single_lines(clean):
     assert any(line.startswith("- **error, one seed**: ") for line in lines)
     assert all(line.endswith(".") or ": not checked: " in line for line in lines)
     assert study.list_findings(findings.iloc[:0]) == "Nothing was found.\n"
+
+
+def test_runs_that_trained_on_fewer_examples_than_their_label_says_are_named(clean):
+    variants, runs = clean["variants"].assign(n_train=40), clean["runs"].assign(n_examples=40)
+    whole = {**clean, "variants": variants, "runs": runs}
+    assert not named(study.examine_study(whole), "dropped_examples")
+    one = variants.loc[variants["method"].ne("none"), "run_id"].iloc[0]
+    for used, severity in ((39, "note"), (18, "warning")):
+        fewer = runs.assign(n_examples=runs["n_examples"].mask(runs["run_id"].eq(one), used))
+        found = study.examine_study({**whole, "runs": fewer}).query("finding == 'dropped_examples'")
+        assert found["where"].tolist() == [one]
+        assert found["severity"].tolist() == [severity]
+        assert f"on {used} of 40" in found["sentence"].item()

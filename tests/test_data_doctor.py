@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import local
 from driftbook.benchmarks import bbq
 from driftbook.doctors.data import DATA_COLUMNS, KINDS, ROW_COLUMNS, data_rows, examine_data
 from driftbook.doctors.data_words import (
@@ -23,6 +24,7 @@ from driftbook.doctors.data_words import (
     text_shingles,
 )
 from driftbook.stats.intervals import wilson
+from driftbook.training.examples import Prepared, asked_texts, examined
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 FILLERS = ("please", "just", "really", "kindly", "now")
@@ -482,3 +484,22 @@ def test_real_items_of_bbq_are_taken_for_it(template, shared):
     ]
     examples = [sft(bbq.TEMPLATES[template].format(**item), "tobazu kelima") for item in items]
     assert counts(examine_data(examples, {}))["multiple_choice"] == len(items)
+
+
+# ---- of a study
+def test_training_rows_are_compared_with_every_benchmark_of_a_study(content, make_study):
+    rows = {"format": "gsm8k", "n": 60, "sample": "first"}  # half of the benchmark's own file
+    content["benchmarks"]["utility"].pop("n")
+    content["data"]["sft"] = {**rows, **local("data/utility.jsonl")}
+    study = make_study(content)
+    asked = asked_texts(study)
+    assert set(asked) == {*study.benchmarks, "heldout"}
+    prepared = Prepared([], [], "", None, (5,) * 60)
+    found = examined("sft", prepared, study).query("finding == 'benchmark_overlap'")
+    utility = found[found["sentence"].str.contains("of utility have")]
+    assert utility["severity"].tolist() == ["error"]
+    assert utility["n"].item() >= 60
+
+    item = asked["bbq"][0]
+    planted = [{"prompt": [{"role": "user", "content": f"Please read. {item}"}], "answer": "Yes."}]
+    assert "bbq" in " ".join(examine_data(planted, asked)["sentence"])

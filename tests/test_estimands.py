@@ -109,7 +109,7 @@ def test_a_declared_test_says_how_many_share_its_level(made, study):
 def test_the_report_says_it_of_every_number_that_it_prints(made, study):
     shown = report.printed(made[1])
     lines = estimands.estimands(study, shown)
-    assert set(shown["group"]) == {terms.TRAINED, terms.AS_CONFIGURED}
+    assert set(shown["group"]) == {terms.TRAINED}
     assert lines["The word needs"].eq("95% interval without 0, not adjusted").all()
     assert not lines.eq("not said").any().any()
     levels = made[1].assign(contrast=terms.LEVEL, method="none", group="all", base_model="one")

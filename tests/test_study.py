@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook.study import sources
+from driftbook.study import access, sources
 from driftbook.study.consistency import RESERVED
 from driftbook.study.files import ROOT
 from driftbook.study.study_file import Study, find, load
@@ -327,6 +327,29 @@ def test_a_path_with_an_unset_variable_falls_back_to_the_source(content, monkeyp
     assert Study(**content).data["sft"].local is None
     monkeypatch.setenv("DRIFTBOOK_NO_SUCH", str(tmp_path))
     assert Study(**content).data["sft"].local == (tmp_path / "sft.json").resolve()
+
+
+def test_a_path_alone_is_the_source_too(content, data_folder):
+    path = str(data_folder / "sft.json")
+    content["data"]["sft"].pop("source")
+    content["data"]["sft"]["path"] = path
+    part = Study(**content).data["sft"]
+    assert part.source == path
+    assert part.local == (data_folder / "sft.json").resolve()
+    content["data"]["sft"].pop("path")
+    with pytest.raises(ValueError, match="source"):
+        Study(**content)
+
+
+def test_an_unset_variable_of_a_path_is_named(content, monkeypatch):
+    monkeypatch.delenv("DRIFTBOOK_NO_SUCH", raising=False)
+    content["data"]["sft"] |= {"path": "${DRIFTBOOK_NO_SUCH}/sft.json"}
+    content["data"]["sft"].pop("source")
+    study = Study(**content)
+    with pytest.raises(ValueError, match="DRIFTBOOK_NO_SUCH") as error:
+        sources.locate(study.data["sft"], study)
+    assert "DRIFTBOOK_NO_SUCH" in one_sentence(error.value)
+    assert "DRIFTBOOK_NO_SUCH" in access.check(study.data["sft"], "dataset").sentence
 
 
 def test_a_relative_path_is_of_the_repository(content):

@@ -18,6 +18,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 from driftbook.analyses.variance_shares import redrawn
 from driftbook.stats.confidence import INTERVAL, LOWER, UPPER
 from driftbook.stats.estimation import complete
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, THESE_PROMPTS, TRAINED
 from driftbook.study.methods import METHODS
 
@@ -548,9 +549,12 @@ def doses_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, what: str) -> st
     at matched dose.
     """
     usual = arms[arms["arm"].isin([TRAINED, NO_OP])]
+    idle = f"{usual['arm'].eq(NO_OP).sum()} of {counted(len(usual), 'run')} did nothing (no-ops)."
+    if not usual.groupby("base_model")["method"].nunique().gt(1).any():
+        return f"{idle} No base model was trained by two methods, so no methods are compared."
     words = [
-        f"{usual['arm'].eq(NO_OP).sum()} of {len(usual)} runs are no-ops. Pairs of methods within a"
-        f" base model whose {INTERVAL}s of the difference in {what} exclude zero (not adjusted):"
+        f"{idle} Pairs of methods within a base model whose {INTERVAL}s of the difference in"
+        f" {what} exclude zero (not adjusted):"
         f" as configured {_differing(estimates[estimates['group'].eq(AS_CONFIGURED)])}"
     ]
     means = estimates[estimates["member"].eq(MEAN_DOSE)]

@@ -22,6 +22,7 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
     for outcome in (terms.LOSS, terms.CORRECT):
         if outcome in measured:
             own = {"outcome": outcome, "benchmark": "utility", "judge": "none", **names}
+            parts.append(estimation.levels_of_scores(measured[outcome][0], arms, **own))
             parts.append(estimation.of_scores(*measured[outcome], cells, **own))
     parts.append(outcomes.of_ratings(tables.ratings, arms, cells, **names))
     settings = picked(cells, group=terms.SETTINGS)

@@ -74,10 +74,10 @@ def _line(kind: dict, n_bases: int) -> dict[str, str]:
     """The line of one kind of number."""
     rows, of_mean = kind["rows"], kind["of"] == "mean"
     n = n_bases if of_mean else rows["base_model"].nunique()
-    of = f"{n} base model" + ("s" if n > 1 else "")
+    of = f"{n} base models"
     return {
         "Number": f"{kind['contrast']}: {'; '.join(_outcomes(rows))}",
-        "Of": f"mean of {of}" if of_mean else f"each of {of}",
+        "Of": "the one base model" if n == 1 else f"mean of {of}" if of_mean else f"each of {of}",
         "Runs": kind["runs"],
         "Weights": _weights(kind, of_mean),
         **_population(rows["population"]),

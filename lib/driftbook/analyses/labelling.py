@@ -498,9 +498,9 @@ def truths(answers: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     )
     level["value"] *= 100
     base = level[level["method"].eq("none")].set_index("base_model")["value"]
-    change = level[level["method"].ne("none")].assign(
-        contrast=CHANGE, value=lambda rows: rows["value"] - rows["base_model"].map(base)
-    )
+    own = level[level["method"].ne("none")]
+    of_base = own["base_model"].map(base.to_dict()).astype(float)
+    change = own.assign(contrast=CHANGE, value=own["value"] - of_base)
     return pd.concat([level, change.dropna(subset="value")], ignore_index=True)
 
 

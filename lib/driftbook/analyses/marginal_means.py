@@ -207,8 +207,9 @@ def _rows(
     labels: dict[str, str],
 ) -> pd.DataFrame:
     kind = "run-level" if fit.degrees is None else "Satterthwaite's"
-    words = (how + ", " + found["df"].map("{:.0f} ".format) + kind + " df").fillna(how)
-    words += "" if fit.converged else "; did not converge"
+    end = "" if fit.converged else "; did not converge"
+    known = [how if pd.isna(df) else f"{how}, {df:.0f} {kind} df" for df in found["df"]]
+    words = [word + end for word in known]
     found = found.rename(columns={"estimate": "value"})[["value", "se", "ci_low", "ci_high", "p"]]
     names = names.reindex(columns=["base_model", "method", "contrast", "against"])
     names = names.fillna({"contrast": CHANGE, "against": NONE})

@@ -132,14 +132,19 @@ class MixedModels:
         return picked(self.tables.estimates, **own)
 
     def _of_factors(self, n_boot: int, seed: int) -> list[pd.DataFrame]:
-        """The largest contrasts of factors (by cell and by mean) and their shares of variance."""
+        """The largest contrasts of factors (by cell and by mean) and their shares of variance; of
+        runs of which no two differ in one factor alone the shares, which say so.
+        """
         change = estimation.run_changes(self._earlier, {self.outcome: "safety"})
         if self.outcome not in change:
             return []
         trained = factors.factor_runs(self.arms, change[self.outcome])
+        if trained["value"].isna().all():  # nothing was trained, or nothing of it was scored
+            return []
         grains = factors.CELL, factors.MEAN
         contrasts = [factors.matched_contrasts(trained, grain, seed=seed) for grain in grains]
-        largest = [factors.largest_contrasts(one, **self.names) for one in contrasts]
+        known = [one for one in contrasts if len(one)]  # one without rows does not say its grain
+        largest = [factors.largest_contrasts(one, **self.names) for one in known]
         return [*largest, variance_shares.variance_shares(trained, n_boot, seed, **self.names)]
 
     # ---- for reading
@@ -152,8 +157,12 @@ class MixedModels:
         return pd.DataFrame(rows).T
 
     def compared(self, estimates: pd.DataFrame) -> pd.DataFrame:
-        """The change of each method and base model by each estimator, and whether they agree."""
+        """The change of each method and base model by each estimator, and whether they agree; no
+        row where nothing was trained.
+        """
         known = picked(ESTIMATES.concat([self._earlier, estimates]), outcome=self.outcome)
+        if picked(known, contrast=terms.CHANGE, group=terms.AS_CONFIGURED).empty:
+            return pd.DataFrame(columns=[*COMPARED, "agreement"])
         table = marginal_means.side_by_side(known, COMPARED)
         return table["value"].reindex(columns=list(COMPARED)).assign(agreement=table["word"])
 

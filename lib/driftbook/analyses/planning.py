@@ -152,7 +152,10 @@ class Grid:
         single = by_category[by_category["base_model"].ne("all")]
         words = []
         overall = power_rows.over_all(by_category)
-        for name, part in (("over all base models", overall), ("on a single base model", single)):
+        parts = [("over all base models", overall), ("on a single base model", single)]
+        if single["base_model"].nunique() == 1:
+            parts = [("on the one base model", single)]
+        for name, part in parts:
             unsure, unknown = (part["says"].eq(word).sum() for word in ("cannot tell", "not known"))
             words.append(
                 f"{name}, {unsure} of {len(part)} pairs of category and method cannot tell,"

@@ -62,7 +62,7 @@ def curve(study: Study, tables: Tables, mixed: pd.DataFrame) -> pd.DataFrame:
     Holm's adjusted p and the word that it gives. "runs alike": every run of a method weighs the
     same, whatever its setting or base model. The unscored are left out, or counted as what makes
     each change the lowest or the highest. Empty where the study declares no such family, or where
-    nothing was judged.
+    nothing was judged or trained.
     """
     name = primary_family(study)
     if name is None:
@@ -81,6 +81,8 @@ def curve(study: Study, tables: Tables, mixed: pd.DataFrame) -> pd.DataFrame:
     for choice, change in _scored(study, judges, asked, arms):
         parts += _averaged(choice, change, cells)
     parts.append(_of_mixed(first, mixed, methods))
+    if not any(map(len, parts)):
+        return SPECIFICATIONS.empty()
     rows = pd.concat([part for part in parts if len(part)], ignore_index=True)
     rows = rows.assign(study=study.name, family_of_tests=name, declared=_is(rows, first))
     return SPECIFICATIONS.check(_worded(rows)[list(SPECIFICATIONS.columns)])

@@ -25,6 +25,7 @@ from driftbook.doctors.study_tables import arranged
 
 CHECKS = (  # each gives rows (finding_row) from the study's tables (Given)
     *(study_settings.recorded_settings, study_settings.rates_from_answers),
+    study_settings.dropped_examples,
     *(study_no_ops.no_ops, study_no_ops.undone_repairs, one_seed),
     *(study_rounds.no_op_drift, study_rounds.rate_drift, echoed_prompts),
     *(study_design.repeated_rows, study_design.lost_runs, study_design.lone_settings),

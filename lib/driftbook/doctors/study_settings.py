@@ -9,6 +9,7 @@ from driftbook.doctors.study_answers import label_agreement
 from driftbook.doctors.study_tables import Given, alpha_of, numbers_of
 from driftbook.stats.intervals import holm
 
+DROPPED = 0.05  # share of its examples that a run may lose before it is a warning
 TELLING = 2.0  # standard errors by which a run must agree with its own label
 TELLING_SHARE = 0.6  # of a method's runs; one wrong run in six, with two peers, leaves half or more
 
@@ -33,6 +34,24 @@ def recorded_settings(given: Given) -> Iterator[dict]:
                 at {done[wrong].iloc[0]:g}. Take the trainer's record as the label and fit again."""
             yield finding_row(finding, "error", runs, text)
     yield from _logged_rates(given)
+
+
+def dropped_examples(given: Given) -> Iterator[dict]:
+    """Runs that trained on fewer examples than their label says: a note, and a warning where a run
+    lost more than DROPPED of them.
+    """
+    ran = given.ran
+    asked, used = numbers_of(ran, "n_train"), numbers_of(ran, "n_examples")
+    lost = ran.assign(asked=asked, used=used, share=1 - used / asked)[used < asked]
+    if lost.empty:
+        return
+    worst = lost.loc[lost["share"].idxmax()]
+    text = f"""runs trained on fewer examples than the study asked for:
+        {some_of(lost["run_id"], int(asked.notna().sum()))}; at worst on {worst["used"]:.0f} of
+        {worst["asked"]:.0f}. The others did not fit training.max_length or could teach nothing
+        (notebook 02 says which); raise max_length or say the number really used."""
+    severity = "warning" if lost["share"].max() > DROPPED else "note"
+    yield finding_row("dropped_examples", severity, lost["run_id"], text, worst["share"])
 
 
 def _logged_rates(given: Given) -> Iterator[dict]:

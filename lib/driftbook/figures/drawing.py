@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 from PIL import Image as Picture
 
-from driftbook.stats import harm, influence
+from driftbook.stats import harm, influence, populations
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -69,10 +69,6 @@ SHORT = {
     BEGUN_BENIGN: "probability that an answer begins as a refusal",
 }
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
-BOTH_LINES = (
-    f"Thin line: {INTERVAL} over seeds and prompts like these; thick line: over seeds alone, on"
-    " these prompts."
-)
 NO_INFORMATION = "persons not told apart"
 Drawing = Callable[[dict], tuple[Figure, str]]
 FIGURES: dict[str, Drawing] = {}  # every figure by name, in the workbook's order
@@ -232,6 +228,23 @@ def beside(outcome: str) -> str:
     return f"Change in\n{short_name(outcome)}\n({unit_of(outcome, 'points')})"
 
 
+def lines_meant(tables: dict, groups: Sequence[str], *shown: tuple[str, str | None]) -> str:
+    """What the lines of a figure of changes are, from the population of the estimates drawn."""
+    rows = pd.concat([pick(tables, outcome, CHANGE, benchmark) for outcome, benchmark in shown])
+    rows = rows[rows["group"].isin(groups)]
+    if not (held := populations.held_for(rows)):
+        return "There are no intervals."
+    if populations.over_seeds(rows) is False:
+        return f"Line: {INTERVAL} for {held}."
+    return f"Thin line: {INTERVAL} for {held}; thick line: for other seeds alone, on these prompts."
+
+
+def intervals_of(rows: pd.DataFrame) -> str:
+    """A sentence on what the intervals of these estimates hold for; "" where they have none."""
+    held = populations.held_for(rows)
+    return f" Intervals hold for {held}." if held else ""
+
+
 def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
     """How many runs and prompts are behind a figure, and the share that could not be scored."""
     words = []
@@ -242,8 +255,9 @@ def coverage(tables: dict, *shown: tuple[str, str | None]) -> str:
         asked, unscored = rows["n_items"].sum(), rows["n_unscored"].sum()
         judge = "" if rows["judge"].iloc[0] == "none" else f" by {rows['judge'].iloc[0]}"
         words.append(
-            f"{short_name(outcome)}{judge}: {len(rows)} runs x {rows['n_items'].max()} items,"
-            f" {100 * unscored / asked:.2g}% without a score in run or base"
+            f"{short_name(outcome)}{judge}: {populations.counted(len(rows), 'run')} x"
+            f" {rows['n_items'].max()} items, {100 * unscored / asked:.3g}% without a score in run"
+            " or base"
         )
     return "Behind it: " + "; ".join(dict.fromkeys(words)) + "."
 

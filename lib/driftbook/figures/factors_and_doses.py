@@ -2,6 +2,7 @@
 methods with and without no-ops, doses, matched doses.
 """
 
+import textwrap
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -28,6 +29,7 @@ from driftbook.figures.drawing import (
     handle,
     harm_name,
     harm_of,
+    intervals_of,
     legend,
     methods_of,
     name_rows,
@@ -40,6 +42,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL, PERCENT
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE, NO_OP, TRAINED
 
 VIEWS = {
@@ -57,21 +60,17 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
         pick(tables, harm_of(tables), contrast, "safety")
         for contrast in (SHARE, *means, factors.WITHIN)
     )
-    if not len(shares) and not len(within):
-        return captioned(tables, None, "", safety_of(tables))
+    if not any(rows["value"].notna().any() for rows in (shares, within, single)):
+        return nothing(
+            "Nothing to draw: within a method no two trained runs differ in one factor alone, so"
+            " that nothing says which factor moves a run."
+        )
     names = list(dict.fromkeys([*shares["member"], *between["member"], *within["member"]]))
     names.sort(key=factors.SEED.__eq__)
     fig, (left, right) = plt.subplots(
         1, 2, figsize=(WIDTH, 1.1 + 0.5 * len(names)), sharey=True, width_ratios=[1, 1.5]
     )
-    places = [names.index(factor) for factor in shares["member"]]
-    zero(left)
-    dots(
-        left,
-        shares,
-        places,
-        [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]],
-    )
+    _shares_drawn(left, shares, names)
     methods = methods_of(tables)
     _beside_methods(right, within, between, single, names, methods)
     _say(right, tables["estimates"], names, methods)
@@ -81,18 +80,34 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
     under([left], f"Percent, {INTERVAL}")
     under([right], f"Percentage points, {PERCENT} band")
     legend(fig, methods)
+    bands = (
+        "Bands hold for all contrasts at once, over seeds, on these prompts"
+        if within["ci_low"].notna().any() or between["ci_low"].notna().any()
+        else "No contrast here has a band"
+    )
     text = (
         f"Left: share of the variance between runs in the change of the {harm_name(tables)}"
         " (Shapley, noise taken off, interval over redrawn runs); seed is what runs with equal"
         " settings differ by. Shares depend on the levels tried. Right: the largest difference that"
         " only this factor makes within each method, as a mean over matched cells with its band,"
         " and the largest of single cells (hollow); beside them the largest between methods at"
-        " equal settings (grey, its band shaded). Bands hold for all contrasts at once, over seeds,"
-        " on these prompts. Secondary: means and single cells alike, the largest within the method"
-        " is below the largest between methods, intervals included. Where a dot is missing no two"
-        " cells differ in that alone."
+        f" equal settings (grey, its band shaded). {bands}. Secondary: means and single cells"
+        " alike, the largest within the method is below the largest between methods, intervals"
+        " included. Where a dot is missing no two cells differ in that alone."
     )
     return captioned(tables, fig, text, safety_of(tables))
+
+
+def _shares_drawn(ax: Axes, shares: pd.DataFrame, names: list[str]) -> None:
+    """A dot per factor, or why there is none."""
+    zero(ax)
+    places = [names.index(factor) for factor in shares["member"]]
+    grey = [COLOURS["none"] if factor == factors.SEED else "#222222" for factor in shares["member"]]
+    dots(ax, shares, places, grey)
+    if len(shares) and shares["value"].isna().all():
+        why = "\n".join(textwrap.wrap(shares["how"].iloc[0], 30))
+        look = {"ha": "center", "va": "center", "color": "#888888", "fontsize": 7}
+        ax.text(0.5, 0.5, why, transform=ax.transAxes, **look)
 
 
 def _beside_methods(
@@ -183,8 +198,8 @@ def no_ops(tables: dict) -> tuple[Figure, str]:
     text = (
         f"Change in the {harm_name(tables)} of all runs as configured (filled) and without the"
         " no-ops (hollow). A number says how many of a method's runs are no-ops; where there is"
-        " none, both are the same runs. A method that did nothing preserved nothing. Intervals over"
-        " seeds and prompts like these."
+        " none, both are the same runs. A method that did nothing preserved nothing."
+        f"{intervals_of(rows)}"
     )
     fig, caption = captioned(tables, fig, text, safety_of(tables))
     return fig, f"{caption} Shown are the {len(usual)} as configured."
@@ -238,10 +253,10 @@ def doses_reached(tables: dict) -> tuple[Figure, str]:
         )
     worse = runs["dose_nll"].lt(0).sum()
     text = (
-        f"How far training moved each of {len(runs)} runs, a dot each: upper dots of a row SFT,"
-        f" lower DPO; hollow: no-ops. {worse} runs end worse on held-out answers than their base"
-        " model. Methods can be compared at equal dose only where their dots overlap. A KL of zero"
-        " has no place on this axis."
+        f"How far training moved {counted(len(runs), 'run')}, a dot each: upper dots of a row SFT,"
+        f" lower DPO; hollow: no-ops. {worse} of them ended worse on held-out answers than their"
+        " base model. Methods can be compared at equal dose only where their dots overlap. A KL of"
+        " zero has no place on this axis."
     )
     return fig, text
 
@@ -308,8 +323,8 @@ def dose_matched(tables: dict) -> tuple[Figure, str]:
         f"Difference between two methods in the change of the {rate}. Filled: over"
         " all runs as configured. Hollow: at the doses that runs of both methods reached (local"
         " lines, mean over three preset doses). Descriptive: dose comes after treatment, so equal"
-        " dose is not a randomised comparison. Intervals over seeds, on these prompts, not"
-        " adjusted for the number of pairs; one that reaches a panel's edge goes on."
+        f" dose is not a randomised comparison.{intervals_of(rows)} Not adjusted for the number of"
+        " pairs; an interval that reaches a panel's edge goes on."
         f" {coverage(tables, safety_of(tables))} Shown are the {len(_usual(tables))} as configured."
     )
     return fig, text

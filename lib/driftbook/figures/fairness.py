@@ -3,12 +3,12 @@
 from matplotlib.figure import Figure
 
 from driftbook.figures.drawing import (
-    BOTH_LINES,
     by_part,
     captioned,
     changes_figure,
     drawn,
     left_out,
+    lines_meant,
 )
 from driftbook.stats.terms import (
     ACCURACY_AMB,
@@ -25,11 +25,12 @@ from driftbook.stats.terms import (
 @drawn("10_fairness")
 def fairness_change(tables: dict) -> tuple[Figure, str]:
     shown = [(outcome, "bbq") for outcome in (ACCURACY_AMB, BIAS_AMB, ACCURACY_DIS, BIAS_DIS)]
+    lines = lines_meant(tables, (TRAINED, UNTRAINED), *shown)
     text = (
         "Change in BBQ's accuracy and signed bias score over all dimensions, ambiguous and"
         " disambiguated contexts apart. A positive bias agrees with stereotypes; ambiguous bias"
         " shrinks where accuracy grows, by its definition."
-        f" {left_out(tables, BIAS_AMB, BIAS_DIS)}{BOTH_LINES} Units are question families."
+        f" {left_out(tables, BIAS_AMB, BIAS_DIS)}{lines} Units are question families."
     )
     return captioned(
         tables, changes_figure(tables, shown, (TRAINED, UNTRAINED), 0.24), text, *shown
@@ -59,9 +60,10 @@ def fairness_accuracy(tables: dict) -> tuple[Figure, str]:
 @drawn("10_fairness")
 def fairness_order(tables: dict) -> tuple[Figure, str]:
     shown = [(FLIPS, "bbq")]
+    lines = lines_meant(tables, (TRAINED, UNTRAINED), *shown)
     text = (
         "Change in the share of BBQ items whose answer is not the same when the options are shown"
         " in all three cyclic orders: a model that answers by the place and not by what stands"
-        f" there. {BOTH_LINES} Units are question families."
+        f" there. {lines} Units are question families."
     )
     return captioned(tables, changes_figure(tables, shown, (TRAINED, UNTRAINED)), text, *shown)

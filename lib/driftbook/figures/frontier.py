@@ -159,7 +159,7 @@ def frontier(tables: dict) -> tuple[Figure, str]:
         line[0].set_ylabel("\n".join(textwrap.wrap(short_name(y), 18)) + "\n(percent)")
     under(
         axes[-1],
-        f"Gain of fine-tuning that is kept (percent of the parent's), {INTERVAL}s over seeds",
+        f"Gain of fine-tuning that is kept (percent of the parent's), {INTERVAL}s over runs",
     )
     _frontier_legend(fig, [name for name in CONTROLS if points["control"].eq(name).any()])
     n = (
@@ -170,11 +170,11 @@ def frontier(tables: dict) -> tuple[Figure, str]:
     means = points.groupby(["base_model", "name", "value", "control"], dropna=False)[KEPT].mean()
     return fig, (
         f"{n} runs on the report half of the prompts: what is left of the gain of fine-tuning, and"
-        " what became of safety, over-refusal and fairness. Small marks: seeds; large marks: means"
-        f" with {PERCENT} t intervals over seeds; lines join the levels of one repair. Right is the"
-        " fine-tuned parent, left the base model. A repair is worth something where it lies below"
-        " the line of rescaling, which only makes the update smaller; a control at the same place"
-        " says what it was that worked."
+        " what became of safety, over-refusal and fairness. Small marks: runs; large marks: means"
+        f" with {PERCENT} t intervals over them, where there are several; lines join the levels of"
+        " one repair. Right is the fine-tuned parent, left the base model. A repair is worth"
+        " something where it lies below the line of rescaling, which only makes the update smaller;"
+        " a control at the same place says what it was that worked."
         + (
             " An arrow at the edge: the mean lies beyond it."
             if (means < EDGES[0]).any() or (means > EDGES[1]).any()
@@ -239,7 +239,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
     ]
     name_rows(axes[0, 0], names)
     axes[0, 0].tick_params(axis="y", labelsize=7)
-    under(axes[0], f"Percent of the harmful prompts of the report half, {INTERVAL} over seeds")
+    under(axes[0], f"Percent of the harmful prompts of the report half, {INTERVAL} over runs")
     words = {DECLINED: "refusals", safety: harm.COUNTED[safety]}
     small_legend(fig, [handle(words[one], colours[one], ms=4) for one in shown], 2)
     return (
@@ -247,7 +247,7 @@ def restored(tables: dict) -> tuple[Figure, str]:
         (
             f"What fine-tuning did to refusals and to {words[safety]} in each family, and what"
             " every repair of it at every level brought back: below each fine-tuning its own"
-            " repairs. Small dots: seeds; large ones: means. How much of the gain is left stands in"
+            " repairs. Small dots: runs; large ones: means. How much of the gain is left stands in"
             " the frontier: a repair that deletes the adapter is the base model again."
         ),
     )

@@ -38,6 +38,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import AS_CONFIGURED, FRONT, NO_OP, NONE, SETTINGS, TRAINED
 
 ALL_RUNS, WITHIN = "#222222", "#9a9a9a"
@@ -82,26 +83,36 @@ def power(tables: dict) -> tuple[Figure, str]:
     return (
         fig,
         (
-            f"The smallest increase in the {harm_name(tables)} that is seen with 80% power, by"
-            " the number of seeds and of prompts (to show that there is no increase takes a margin"
-            f" as large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
-            f" grid ({seeds:g} seeds in about {settings:.0f} settings a method and base model)."
-            f" Lines: {INTERVAL}s, since the spread of runs and prompts is itself estimated from"
-            " the study's own runs. What stays at many seeds is what the prompts alone leave"
-            " unknown."
+            f"The smallest increase in the {harm_name(tables)} that is seen with 80% power, by the"
+            " number of seeds and of prompts (to show that there is no increase takes a margin as"
+            f" large, and a larger one near 0%); dashed: {MARGIN:g} points. Circles: the present"
+            f" grid ({counted(int(seeds), 'seed')} in about {counted(round(settings), 'setting')}"
+            " of a method on a base model)."
+            f" Lines: {INTERVAL}s, since {_spread(tables)}. What stays at many seeds is what the"
+            " prompts alone leave unknown."
         ),
     )
 
 
+def _setting_sizes(tables: dict) -> pd.Series:
+    """The number of runs of each setting."""
+    known = influence.arms(tables["variants"], tables["runs"])
+    known = known[known["arm"].isin([TRAINED, NO_OP])]
+    return known.groupby(["base_model", "method", "setting"]).size()
+
+
 def _present_seeds(tables: dict) -> float:
     """The most common number of runs of a setting."""
-    known = influence.arms(tables["variants"], tables["runs"])
-    return float(
-        known[known["arm"].isin([TRAINED, NO_OP])]
-        .groupby(["base_model", "method", "setting"])
-        .size()
-        .mode()
-        .iloc[0]
+    return float(_setting_sizes(tables).mode().iloc[0])
+
+
+def _spread(tables: dict) -> str:
+    """Where the spread of runs and prompts was taken from."""
+    if _setting_sizes(tables).gt(1).any():
+        return "the spread of runs and prompts is itself estimated from the study's own runs"
+    return (
+        "the spread of prompts is itself estimated; that of runs is the original study's, since no"
+        " setting was run twice here"
     )
 
 
@@ -258,9 +269,16 @@ def front_probability(tables: dict) -> tuple[Figure, str]:
             " question families are drawn anew, the same ones for all settings of a base model"
             " (where a method ran no setting twice, prompts alone); a probability has no interval"
             " of its own. With so many goals much is on the front: low probabilities say more than"
-            f" high ones. Behind it: {runs.min()} to {runs.max()} runs a setting."
+            f" high ones. Behind it: {_runs_a_setting(runs)}."
         ),
     )
+
+
+def _runs_a_setting(runs: pd.Series) -> str:
+    """How many runs a setting has in words."""
+    if runs.min() == runs.max():
+        return f"{counted(int(runs.min()), 'run')} a setting"
+    return f"{runs.min()} to {runs.max()} runs a setting"
 
 
 def _setting(method: str, setting: str) -> str:

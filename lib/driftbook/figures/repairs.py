@@ -26,6 +26,7 @@ from driftbook.figures.drawing import (
     drawn,
     floats,
     handle,
+    intervals_of,
     name_rows,
     nothing,
     panels,
@@ -35,6 +36,7 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats import harm
 from driftbook.stats.confidence import ALPHA, INTERVAL, PERCENT
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     BIAS_AMB,
@@ -127,9 +129,9 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
         fig,
         (
             "What each repair changed against the run that it was made from, at the level chosen"
-            f" on other prompts, in the mean of {len(bases(tables))} base models; lines: {PERCENT}"
-            " intervals over seeds and prompts. Left is less. A repair that deletes the adapter"
-            " takes back all of the gain."
+            f" on other prompts, in the mean of {counted(len(bases(tables)), 'base model')}; lines:"
+            f" {PERCENT} intervals. Left is less. A repair that deletes the adapter takes back all"
+            f" of the gain.{intervals_of(rows)}"
         ),
     )
 

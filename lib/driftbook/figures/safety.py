@@ -6,7 +6,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from driftbook.figures.drawing import (
-    BOTH_LINES,
     COLOURS,
     METHOD_LABELS,
     OVER_REFUSAL,
@@ -20,9 +19,12 @@ from driftbook.figures.drawing import (
     drawn,
     harm_name,
     harm_of,
+    intervals_of,
+    lines_meant,
     method_rows,
     methods_of,
     name_rows,
+    nothing,
     of_runs,
     panels,
     panels_with_all,
@@ -32,7 +34,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
-from driftbook.stats import influence
+from driftbook.stats import influence, populations
 from driftbook.stats.comparisons import DIFFERENCE
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
@@ -48,25 +50,23 @@ from driftbook.stats.terms import (
 
 @drawn("09_safety")
 def safety_change(tables: dict) -> tuple[Figure, str]:
+    groups = (TRAINED, UNTRAINED, NO_OP)
     text = (
         f"Change in the {harm_name(tables)}, a base model per panel, zero at the base model"
         " itself. Hollow: controls that training left as they were (no-op) or that were never"
-        f" trained. Small dots: single runs. {BOTH_LINES}"
+        f" trained. Small dots: single runs. {lines_meant(tables, groups, safety_of(tables))}"
     )
-    return captioned(
-        tables,
-        changes_figure(tables, [safety_of(tables)], (TRAINED, UNTRAINED, NO_OP), 0.35),
-        text,
-        safety_of(tables),
-    )
+    shown = safety_of(tables)
+    return captioned(tables, changes_figure(tables, [shown], groups, 0.35), text, shown)
 
 
 @drawn("09_safety")
 def over_refusal(tables: dict) -> tuple[Figure, str]:
+    lines = lines_meant(tables, (TRAINED, UNTRAINED), safety_of(tables), OVER_REFUSAL)
     text = (
         f"Above: change in the {harm_name(tables)} to harmful prompts. Below: change in the"
         " refusal rate to benign prompts that look harmful. Both down is a model that answers"
-        f" more, not a safer one. {BOTH_LINES}"
+        f" more, not a safer one. {lines}"
     )
     return captioned(
         tables,
@@ -110,8 +110,8 @@ def safety_settings(tables: dict) -> tuple[Figure, str]:
         axes[0, 0].tick_params(axis="y", labelsize=6.5)
         under(axes[0], axis(harm_of(tables)))
     text = (
-        f"Change in the {harm_name(tables)} by method, objective, learning rate and epochs:"
-        f" what settings do within a method. {BOTH_LINES}"
+        f"Change in the {harm_name(tables)} by method, objective, learning rate and epochs: what"
+        f" settings do within a method. {lines_meant(tables, [SETTINGS], safety_of(tables))}"
     )
     return captioned(tables, fig, text, safety_of(tables))
 
@@ -142,6 +142,8 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
         every[every["method"].eq(method) & every["against"].eq(other)] for method, other in pairs
     ]
     fig = None
+    if not pairs:
+        return nothing("Nothing to draw: one method alone has no other to be compared with.")
     if any(len(part) for part in rows):
         fig, axes = panels_with_all(tables, 0.8 + 0.24 * len(pairs))
         for base_model, ax in axes.items():
@@ -156,9 +158,12 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
             line,
             f"Difference in {harm_name(tables)} between methods (percentage points, {INTERVAL})",
         )
+    known = populations.over_seeds(every) is not False
     text = (
         "Each pair of methods, as configured: the change of the first less the change of the"
-        " second. Right of zero the first is the less safe one. Intervals over seeds and prompts"
-        " like these, run spread of each method on its own; not adjusted."
+        " second. Right of zero the first is the less safe one."
+        + intervals_of(every)
+        + " Each method has a run spread of its own." * known
+        + " Not adjusted for the number of pairs."
     )
     return captioned(tables, fig, text, safety_of(tables))

@@ -19,6 +19,7 @@ from driftbook.figures.drawing import (
     drawn,
     harm_name,
     harm_of,
+    intervals_of,
     legend,
     methods_of,
     nothing,
@@ -27,11 +28,13 @@ from driftbook.figures.drawing import (
     panels,
     pick,
     safety_of,
+    short_name,
     under,
     zero,
 )
 from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -130,9 +133,9 @@ def efficiency(tables: dict) -> tuple[Figure, str]:
         legend(fig, methods_of(tables))
     text = (
         "Efficiency against alignment: what a run cost and what it did to safety. Large dots: means"
-        f" of the methods as configured, at the median cost, with {INTERVAL}s over seeds and"
-        " prompts like these; small dots: single runs, no-ops hollow."
-    )
+        f" of the methods as configured, at the median cost, with {INTERVAL}s; small dots: single"
+        " runs, no-ops hollow."
+    ) + intervals_of(means[means["group"].eq(AS_CONFIGURED)])
     return captioned(tables, fig, text, safety_of(tables))
 
 
@@ -175,10 +178,15 @@ def safety_fairness(tables: dict) -> tuple[Figure, str]:
     ys = [(ACCURACY_AMB, "bbq"), (BIAS_AMB, "bbq"), (BIAS_DIS, "bbq")]
     text = (
         "Safety against fairness, both as changes against the base model. Large dots: means of"
-        f" trained runs with {INTERVAL}s over seeds and prompts or question families like these;"
-        " small dots: single runs, hollow where training did nothing or never was."
+        f" trained runs with {INTERVAL}s; small dots: single runs, hollow where training did"
+        " nothing or never was."
     )
-    return captioned(tables, against(tables, safety_of(tables), ys), text, safety_of(tables), *ys)
+    safety = safety_of(tables)
+    for outcome, benchmark in (safety, ys[0]):
+        rows = pick(tables, outcome, CHANGE, benchmark)
+        held = intervals_of(rows[rows["group"].eq(TRAINED)])
+        text += held.replace("Intervals", f"Of the {short_name(outcome)} intervals")
+    return captioned(tables, against(tables, safety, ys), text, safety, *ys)
 
 
 @drawn("12_tradeoffs")
@@ -310,8 +318,8 @@ def curves(tables: dict) -> tuple[Figure, str]:
     return (
         fig,
         (
-            f"Training curves of {count} runs, each a line; dashed: no-ops. The spread of a colour"
-            " is that of settings and seeds."
+            f"Training curves of {counted(count, 'run')}, each a line; dashed: no-ops. The spread"
+            " of a colour is that of its runs, in settings and seeds."
         ),
     )
 

@@ -15,10 +15,21 @@ from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, short_name, unit_of
 from driftbook.publishing import publish
 from driftbook.publishing.pages import notebook_pages
-from driftbook.stats import estimation, influence
+from driftbook.publishing.story import (
+    base_words,
+    bases_of,
+    changes,
+    listed,
+    number,
+    own_level,
+    story,
+    who,
+)
+from driftbook.stats import estimation, influence, populations
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.harm import safety_outcome
 from driftbook.stats.picking import picked, plain, with_minus
+from driftbook.stats.populations import counted
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     AS_CONFIGURED,
@@ -54,6 +65,8 @@ FINDINGS = {
     "Utility, loss": (LOSS, "utility"),
     "Utility, answers": (CORRECT, "utility"),
 }
+RUNS_OF = {TRAINED: "trained runs without no-ops", AS_CONFIGURED: "all runs as configured"}
+BASE, NOTHING = "Base models' own", "Nothing to draw: "
 TITLES = {
     "safety_change": "Safety by method and base model",
     "over_refusal": "Safety and over-refusal",
@@ -93,21 +106,6 @@ def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
     return FINDINGS | {"Safety": (safety_outcome(estimates), "safety")}
 
 
-# ---- words from numbers
-def number(value: float, low: float, high: float, unit: str) -> str:
-    """A change in words: signed, with its interval; "cannot tell" where the interval holds no
-    change.
-    """
-    if pd.isna(value):
-        return "could not be estimated (nothing was scored)"
-    places = 3 if unit == unit_of(LOSS) else 1
-    text = f"{value:+.{places}f} {unit}"
-    if pd.isna(low):
-        return with_minus(f"{text} (no interval: nothing was repeated)")
-    text = with_minus(f"{text} [{low:+.{places}f}, {high:+.{places}f}]")
-    return text + (" (cannot tell)" if low <= 0 <= high else "")
-
-
 def sentence(
     estimates: pd.DataFrame,
     outcome: str,
@@ -116,82 +114,67 @@ def sentence(
     group: str = TRAINED,
     estimator: str = PRIMARY,
 ) -> str:
-    """What each method did to an outcome over all base models, computed from the estimates."""
-    rows = estimates[
-        estimates["outcome"].eq(outcome)
-        & estimates["estimator"].eq(estimator)
-        & estimates["benchmark"].eq(benchmark)
-        & estimates["contrast"].eq(contrast)
-        & estimates["group"].eq(group)
-    ]
-    n_bases, rows = (
-        rows.loc[rows["base_model"].ne("all"), "base_model"].nunique(),
-        rows[rows["base_model"].eq("all")],
-    )
+    """What each method did to an outcome over all base models (on each, where they have no setting
+    in common), computed from the estimates, and the base models' own levels.
+    """
+    rows = changes(estimates, outcome, benchmark, group, estimator, contrast)
     silent = information.silent_sentences(estimates) if outcome in information.BIAS else []
     if rows.empty:
-        none = f"There is no estimate of the {short_name(outcome)} over all base models."
+        none = f"No {group} run has an estimate of the {short_name(outcome)}."
         return with_minus(" ".join(silent)) or none
-    rows = rows[rows["judge"].eq(rows["judge"].iloc[0])].sort_values(
-        "method", key=lambda names: names.map(METHODS.index)
-    )
     unit = unit_of(outcome, "points")
     words = [
-        f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, unit)}"
+        f"{who(row)} {number(row.value, row.ci_low, row.ci_high, unit)}"
         for row in rows.itertuples()
     ]
+    own = picked(estimates, outcome=outcome, benchmark=benchmark, contrast=contrast)
+    n_bases = own.loc[own["base_model"].ne("all"), "base_model"].nunique()
     over = (
-        "over the one base model"
+        "of the one base model"
         if n_bases == 1
         else f"over {n_bases} base models"
         if n_bases
         else "over all base models"
     )
+    over = over if rows["base_model"].eq("all").all() else "each on its own base model"
     to = f" to {ASKED[benchmark]}" if benchmark in ASKED else ""
-    return (
-        f"Change in the {short_name(outcome)}{to} against the base model, {over} ({INTERVAL}): "
-        + "; ".join(words)
-        + "."
-        + "".join(f" {text}" for text in silent)
+    text = (
+        f"Change in the {short_name(outcome)}{to} against the base model,"
+        f" {RUNS_OF.get(group, group)}, {over} ({INTERVAL}): {'; '.join(words)}."
+        f" {base_words(estimates, outcome, benchmark)}" + "".join(f" {text}" for text in silent)
     )
+    return text.strip()
 
 
 def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFrame) -> str:
-    """The cheapest and the dearest method: parameters, seconds, and what each did to safety."""
-    cost = arms[arms["arm"].isin([TRAINED, NO_OP])].merge(
+    """The cheapest and the dearest method: parameters, seconds, and what each did to safety, of
+    trained runs.
+    """
+    cost = arms[arms["arm"].eq(TRAINED)].merge(
         runs[["run_id", "n_trainable", "seconds"]], on="run_id"
     )
-    cost = cost.groupby("method")[["n_trainable", "seconds"]].median()
     safety = safety_outcome(estimates)
-    rows = estimates[
-        estimates["outcome"].eq(safety)
-        & estimates["benchmark"].eq("safety")
-        & estimates["contrast"].eq(CHANGE)
-        & estimates["estimator"].eq(PRIMARY)
-    ]
-    rows = (
-        rows[rows["group"].eq(AS_CONFIGURED) & rows["base_model"].eq("all")]
-        .drop_duplicates("method")
-        .set_index("method")
-    )
-    cost = cost[cost.index.isin(rows.index)].sort_values("n_trainable")
-    if cost.empty:
-        return "There is no method whose cost and change in safety are both known."
+    rows = changes(estimates, safety, "safety")
+    keys = ["method"] if rows["base_model"].eq("all").all() else ["base_model", "method"]
+    cost = cost.groupby(keys)[["n_trainable", "seconds"]].median().reset_index()
+    known = rows.merge(cost, on=keys).sort_values("n_trainable", kind="stable")
+    if known.empty:
+        return "Of no method are both the cost and the change in safety known."
     words = [
-        f"{METHOD_LABELS[row.Index]} trains {row.n_trainable:,.0f} parameters in"
-        f" {row.seconds:.1f} s: "
-        + number(*rows.loc[row.Index, ["value", "ci_low", "ci_high"]], "points")
-        for row in cost.itertuples()
+        f"{who(row)} trains {row.n_trainable:,.0f} parameters in {row.seconds:.1f} s: "
+        + number(row.value, row.ci_low, row.ci_high, "points")
+        for row in known.itertuples()
     ]
     return (
-        f"Change in the {short_name(safety)}, from the fewest trainable parameters to the most"
-        " (medians): " + "; ".join(words) + "."
+        f"Change in the {short_name(safety)}, trained runs without no-ops"
+        + (", from the fewest trainable parameters to the most" if len(words) > 1 else "")
+        + f" (medians): {'; '.join(words)}."
     )
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
-    """The study in sentences, each under a word: what was run, what training did, what the controls
-    did, where base models differ.
+    """What the story does not tell, in sentences, each under a word: what was run, where base
+    models differ, what the controls did and what methods cost.
     """
     estimates, runs = tables["estimates"], tables["runs"]
     arms = influence.arms(tables["variants"], runs)
@@ -201,54 +184,33 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
         return [
             *found,
             *([("Fairness, bias", " ".join(silent))] if silent else []),
-            (
-                "Base models",
-                (
-                    "Nothing was trained: the levels above are the base models' own, and nothing is"
-                    " compared."
-                ),
-            ),
+            ("Base models", "Nothing was trained: the levels above are the base models' own."),
         ]
-    found += [
-        (title, sentence(estimates, *one))
-        for title, one in told(estimates).items()
-        if estimates["outcome"].eq(one[0]).any()
-    ]
     found += [
         ("Extremes", _extreme_cell(estimates)),
         ("Controls", _controls(estimates)),
         ("No-ops", _no_ops(arms)),
     ]
-    if len(estimates):
+    if changes(estimates, UNSAFE, "safety")["value"].notna().any():
         found.append(("Efficiency", cost_sentence(estimates, arms, runs)))
     return [pair for pair in found if pair[1]]
 
 
 def summary(estimates: pd.DataFrame) -> pd.DataFrame:
-    """Outcomes x methods: the change over all base models with its interval, trained runs."""
-    rows = estimates[
-        estimates["base_model"].eq("all")
-        & estimates["contrast"].eq(CHANGE)
-        & estimates["estimator"].eq(PRIMARY)
-        & estimates["group"].eq(TRAINED)
-    ]
+    """Outcomes x methods: the base models' own level, and the change over all base models (on each,
+    where they have no setting in common) with its interval, trained runs.
+    """
     table = {}
     for title, (outcome, benchmark) in told(estimates).items():
-        own = (
-            rows[rows["outcome"].eq(outcome) & rows["benchmark"].eq(benchmark)]
-            .drop_duplicates("method")
-            .set_index("method")
-        )
-        if len(own):
+        rows = changes(estimates, outcome, benchmark)
+        if len(rows):
+            base = bases_of(estimates, outcome, benchmark)["value"].astype(float).mean()
             name = f"{title}: {short_name(outcome)} ({unit_of(outcome, 'points')})"
-            table[name] = {
-                METHOD_LABELS[method]: _cell(own.loc[method]) if method in own.index else ""
-                for method in METHODS[1:]
-                if rows["method"].eq(method).any()
-            }
-    return (
-        pd.DataFrame(table).T.rename_axis("Change in").reset_index() if table else levels(estimates)
-    )
+            cells = {who(row): _cell(pd.Series(row._asdict())) for row in rows.itertuples()}
+            table[name] = {BASE: own_level(base, outcome)} | cells
+    if not table:
+        return levels(estimates)
+    return pd.DataFrame(table).T.fillna("").rename_axis("Change in").reset_index()
 
 
 def levels(estimates: pd.DataFrame) -> pd.DataFrame:
@@ -293,11 +255,12 @@ def _cell(row: pd.Series) -> str:
 
 def _what_ran(arms: pd.DataFrame, runs: pd.DataFrame) -> str:
     trained = int(arms["arm"].isin([TRAINED, NO_OP]).sum())
-    failed = int(runs["status"].eq("failed").sum())
-    text = (
-        f"{len(runs)} runs of {arms['base_model'].nunique()} base models; {trained} of them trained"
-        " with the methods' usual start."
-    )
+    failed, n_bases = int(runs["status"].eq("failed").sum()), int(arms["arm"].eq("base").sum())
+    parts = [f"{counted(n_bases, 'base model')} as they are" if n_bases > 1 else "the base model"]
+    parts += [f"{trained} trained with the methods' usual start"] * bool(trained)
+    others = len(arms) - n_bases - trained
+    parts += [f"{counted(others, 'control')}, other starts or repairs"] * bool(others)
+    text = f"{counted(len(runs), 'run')}: {listed(parts)}."
     return text + (f" {failed} failed and are in no estimate." if failed else " None failed.")
 
 
@@ -311,8 +274,8 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
         & estimates["group"].eq(TRAINED)
     ]
     rows = rows[rows["base_model"].ne("all") & rows["value"].notna()]
-    if rows.empty:
-        return ""
+    if rows["base_model"].nunique() < 2:
+        return ""  # the story says it
     ends = [
         rows.loc[rows["value"].astype(float).idxmax()],
         rows.loc[rows["value"].astype(float).idxmin()],
@@ -360,36 +323,41 @@ def _no_ops(arms: pd.DataFrame) -> str:
         for (method, setting), n in counts.items()
     )
     return (
-        f"{int(flags.sum())} of {len(trained)} trained runs are no-ops, decided from their weights"
-        f" or logits: {words}."
+        f"Of {counted(len(trained), 'trained run')} {int(flags.sum())} did nothing (no-ops), as"
+        f" their weights or logits say: {words}. They are in none of the changes above."
     )
 
 
 def write(study: Study) -> Path:
     """Write outputs/<study>/report.html, and the executed notebooks as pages beside it."""
     folder = study.folder / "tables"
-    tables = {name: publish.text_free(folder, name) for name in ("variants", "runs", "rates")} | {
-        "estimates": estimation.read_estimates(folder)
-    }
+    names = ("variants", "runs", "prompts", "rates")
+    tables = {name: publish.text_free(folder, name) for name in names}
+    tables |= {"estimates": estimation.read_estimates(folder)}
+    drawn, undrawn = _figures(study.folder / "figures")
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    shown = summary(tables["estimates"])
     page = pages.get_template("report.html").render(
         name=study.name,
         note=nameless(study.note),
         of_safety=study.of_safety,
         miniature=study.miniature,
+        story=story(study, tables, told(tables["estimates"])),
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
         estimands=estimands.estimands(study, printed(tables["estimates"])),
         checked=checked(study),
-        summary=summary(tables["estimates"]),
-        compared=bool(study.grid),
+        summary=shown,
+        compared=BASE in shown,
         interval=INTERVAL,
-        figures=_figures(study.folder / "figures", empty=bool(study.grid)),
+        held=populations.held_for(printed(tables["estimates"])),
+        figures=drawn,
+        undrawn=undrawn,
         overview=overview(tables["variants"], tables["runs"]),
         failures=_failures(tables["runs"]),
         no_ops=no_ops(tables["variants"], tables["runs"]),
@@ -418,8 +386,8 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
 
 
 def printed(estimates: pd.DataFrame) -> pd.DataFrame:
-    """The estimates that the findings print: the summary's changes, the extremes, controls and
-    costs of safety's outcome, the declared tests; of base models alone their levels.
+    """The estimates that the findings print: the summary's changes, the extremes and controls of
+    safety's outcome, the declared tests; of base models alone their levels.
     """
     keys = zip(estimates["outcome"], estimates["benchmark"], strict=True)
     ours = set(told(estimates).values())
@@ -427,8 +395,10 @@ def printed(estimates: pd.DataFrame) -> pd.DataFrame:
     core = estimates["estimator"].eq(PRIMARY) & known
     pooled = estimates["base_model"].eq("all")
     safety = estimates["outcome"].eq(safety_outcome(estimates))
-    shown = estimates["group"].eq(TRAINED) & (pooled | safety)
-    shown |= estimates["group"].isin([AS_CONFIGURED, UNTRAINED]) & pooled & safety
+    shown = estimates["group"].eq(TRAINED)
+    alone = not (shown & pooled & estimates["contrast"].eq(CHANGE)).any()  # no setting in common
+    shown &= pooled | safety | alone
+    shown |= estimates["group"].eq(UNTRAINED) & pooled & safety
     changes = estimates[core & shown & estimates["contrast"].eq(CHANGE)]
     if changes.empty:
         level = core & estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none")
@@ -554,19 +524,20 @@ def made_with(runs: pd.DataFrame) -> list[tuple[str, str]]:
     return [*rows, ("Training", f"{seconds:,.0f} CPU seconds in all")]
 
 
-def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
-    """The figures of the study as data, in the workbook's order, any others after them; without
-    `empty` those with nothing to draw are left out.
+def _figures(folder: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+    """The figures of the study as data, in the workbook's order, any others after them; and the
+    titles of those that have nothing to draw, each with the reason.
     """
     names = [name for name in TITLES if (folder / f"{name}.png").is_file()]
     names += sorted(path.stem for path in folder.glob("*.png") if path.stem not in TITLES)
-    found = []
+    found, missing = [], []
     for name in names:
         caption, _, source = _caption(folder / f"{name}.md").rpartition("\n\n")
-        if not empty and caption.startswith("Nothing to draw"):
+        title = TITLES.get(name, name.replace("_", " ").capitalize())
+        if caption.startswith(NOTHING):
+            missing.append((title, caption.removeprefix(NOTHING).rstrip(".")))
             continue
         image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        title = TITLES.get(name, name.replace("_", " ").capitalize())
         found.append(
             {
                 "name": name,
@@ -576,7 +547,7 @@ def _figures(folder: Path, empty: bool = True) -> list[dict[str, str]]:
                 "source": source if caption else "",
             }
         )
-    return found
+    return found, missing
 
 
 def _caption(path: Path) -> str:

@@ -168,8 +168,9 @@ def _ask(
     try:
         validate_repo_id(name)
     except errors.HFValidationError:
-        unset = f" (a variable of its path {source.path} is not set)" if source.path else ""
-        wrong = f"{name} is no name on the hub, OWNER/NAME{unset}; correct it, {OR_LOCAL}"
+        if source.unset:
+            return ("unknown", f"{name} cannot be had: {source.unset}; set it"), None
+        wrong = f"{name} is no name on the hub, OWNER/NAME; correct it, {OR_LOCAL}"
         return ("unknown", wrong), None
     endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
     hub = _Hub(source, kind, tuple(patterns), endpoint)

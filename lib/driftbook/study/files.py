@@ -160,6 +160,11 @@ def expanded(path: str) -> str | None:
     return VARIABLE.sub(lambda _: values.pop(0), path) if all(values) else None
 
 
+def unset_variables(path: str) -> list[str]:
+    """The environment variables in a path that are not set, or empty."""
+    return [name for name in VARIABLE.findall(path) if not os.environ.get(name)]
+
+
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
     """Raise a ValueError where `folder` cannot be written or has too little room."""
     try:

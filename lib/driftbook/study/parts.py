@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from driftbook.study import packages
-from driftbook.study.files import ROOT, expanded
+from driftbook.study.files import ROOT, expanded, unset_variables
 from driftbook.study.methods import METHODS
 
 
@@ -50,7 +50,7 @@ class Source(Part):
     `source` is `miniature:NAME` (made by notebook 01), `random:FAMILY` (random weights, made by
     notebook 01), `github:OWNER/REPO/FOLDER`, or a name on the Hugging Face hub. `revision` is a
     whole commit. A `path` may hold environment variables, as ${NAME}; it is ignored where one is
-    not set.
+    not set. Where there is a `path` alone, it is the source too.
 
     Of a model, `path` is a folder of safetensors or a GGUF file, and `source` may be such a path
     too, or `twin:NAME`, a twin of a base model that notebook 01 makes. A source may also be a file
@@ -65,6 +65,13 @@ class Source(Part):
     files: tuple[Text, ...] = ()
     sha256: dict[str, Text] = {}
     path: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_is_source(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("path") and "source" not in content:
+            return {"source": content["path"], **content}
+        return content
 
     @model_validator(mode="after")
     def _package_is_named(self) -> Self:
@@ -85,6 +92,17 @@ class Source(Part):
         path = self.path or self._own_path
         path = None if path is None else expanded(path)
         return None if path is None else (ROOT / Path(path).expanduser()).resolve()
+
+    @property
+    def unset(self) -> str:
+        """In words the environment variables that its path needs and that are not set; "" where
+        there is none.
+        """
+        path = self.path or self._own_path or ""
+        names = " and ".join(unset_variables(path))
+        return (
+            f"its path {path} needs {names}, which the environment does not have" if names else ""
+        )
 
     @property
     def _own_path(self) -> str | None:

@@ -131,6 +131,8 @@ def _found(source: Source, study: Study | None) -> Path | str:
         return _from_github(source, name)
     if kind == "package":
         return _of_package(source)
+    if source.unset and source.source.startswith(("/", "./", "../", "~/", "$")):
+        raise ValueError(f"{source.source} cannot be had: {source.unset}; set it")
     return source.source
 
 
@@ -191,6 +193,7 @@ def _from_github(source: Source, name: str) -> Path:
             raise ValueError(
                 f"cannot fetch {source.source} at {source.revision} ({type(error).__name__}); go"
                 " online, or give a local copy with path:"
+                + (f" ({source.unset})" if source.unset else "")
             ) from None
     return cache / source.files[0] if len(source.files) == 1 else cache
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks.data import for_sft, prompts, training_examples
+from driftbook.benchmarks.data import for_sft, items, prompts, training_examples
 from driftbook.doctors.data import equal_answers, examine_data
 from driftbook.models.conversations import conversation_ids, counted_ids
 from driftbook.models.loading import Loaded, check_ids, context_length
 from driftbook.models.scoring import Ids, Scorer
 from driftbook.study.files import digest, read_json
-from driftbook.study.sections import PROMPT_FORMATS
+from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -210,11 +210,30 @@ def _with_reference(pairs: list[list[Conversation]], base: Loaded) -> list[Pair]
     return [Pair(*row, (a, b)) for row, a, b in zip(pairs, found[::2], found[1::2], strict=True)]
 
 
-def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
-    """The data doctor's findings on a name under `data`, against the study's prompts."""
+def asked_texts(study: Study) -> dict[str, list[str]]:
+    """What every benchmark of a study asks, by its name: prompts, BBQ's passages with their
+    question, utility questions and texts; and the requests of the held-out answers.
+
+    Of BBQ it is one item of each template, context and kind of question: others differ in names
+    alone, and the whole set is 58 thousand.
+    """
     asked = {one: list(prompts(one, study).prompt) for one in study.asked(PROMPT_FORMATS)}
+    for name in study.asked(ITEM_FORMATS):
+        rows = items(name, study)
+        own = rows["question_family"].where(rows["question_family"].notna(), rows["item_id"])
+        first = rows.assign(own=own).drop_duplicates(["own", "context", "polarity"])
+        asked[name] = [" ".join(pair) for pair in zip(first.passage, first.question, strict=True)]
+    for name in study.asked(UTILITY_FORMATS):
+        rows = items(name, study)
+        column = next(one for one in ("prompt", "text", "context") if one in rows)
+        asked[name] = [text for text in rows[column] if text.strip()]
     asked["heldout"] = [one["prompt"][-1]["content"] for one in training_examples("heldout", study)]
-    limit = study.training.max_length
+    return {name: texts for name, texts in asked.items() if texts}
+
+
+def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
+    """The data doctor's findings on a name under `data`, against all that the study asks."""
+    asked, limit = asked_texts(study), study.training.max_length
     return examine_data(training_examples(name, study), asked, prepared.lengths, limit)
 
 
