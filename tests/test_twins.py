@@ -202,3 +202,14 @@ def test_one_file_serves_for_training_and_by_other_rows_as_a_benchmark(content, 
     content["benchmarks"]["utility"]["rows"] = [20, 20]
     with pytest.raises(ValueError, match="holds no row"):
         make_study(content)
+
+
+def test_a_text_file_is_a_set_of_prompts(with_twin, make_study, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one ?\n\ntwo ü ?\n")
+    with_twin["data"]["refused"] |= {
+        "columns": {"prompt": "prompt"},
+        "path": str(tmp_path / "prompts.txt"),
+        "n": 2,
+    }
+    found = training_examples("refused", make_study(with_twin))[:2]
+    assert {one["prompt"][0]["content"] for one in found} == {"one ?", "two ü ?"}

@@ -9,7 +9,7 @@ import pandas as pd
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import access
 from driftbook.study.files import read_json
-from driftbook.study.reading import csv_rows, json_rows
+from driftbook.study.reading import csv_rows, json_rows, line_rows
 from driftbook.study.sections import GIVEN, Benchmark, Source, TrainingData, Wording
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
@@ -18,6 +18,7 @@ PARTIES = {name: name for name in ("user", "assistant", "system")} | {
     "human": "user",
     "gpt": "assistant",
 }
+READERS = {".json": json_rows, ".jsonl": json_rows, ".csv": csv_rows, ".txt": line_rows}
 PROMPT_COLUMNS = ["prompt_id", "category", "kind", "family", "prompt"]
 # Categories of prompts about the sexual abuse of children. An answer to one may itself be illegal
 # to make or to keep in many countries, so they are off unless a study asks for them, and then no
@@ -126,13 +127,13 @@ def _rows_of(name: str, data: TrainingData, study: Study):
         return _loaded(name, data, str(path), data.subset, split=data.split, **revision)
     if path.suffix == ".parquet":
         return _loaded(name, data, path.suffix[1:], data_files=str(path), split="train")
-    if path.suffix not in (".json", ".jsonl", ".csv"):
+    if path.suffix not in READERS:
         raise ValueError(
-            f"data.{name}: {path} is none of .json, .jsonl, .csv and .parquet; write it as one of"
+            f"data.{name}: {path} is none of {', '.join(READERS)} and .parquet; write it as one of"
             " them"
         )
     try:
-        return csv_rows(path) if path.suffix == ".csv" else json_rows(path)
+        return READERS[path.suffix](path)
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
 

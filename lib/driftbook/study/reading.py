@@ -74,6 +74,15 @@ def json_rows(path: Path) -> list[Any]:
     return rows
 
 
+def line_rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a text file that are not empty, each as a row with the one column `prompt`.
+
+    Raises:
+        ValueError: it is not text in UTF-8.
+    """
+    return [{"prompt": line} for line in utf8_text(path).splitlines() if line.strip()]
+
+
 def table_frame(path: Path) -> pd.DataFrame:
     """The rows of a parquet, CSV, JSON or JSON lines file, by the end of its name, as a table whose
     values are as they are written.
