@@ -290,7 +290,8 @@ def over_runs(
     the interval is the generalised pivotal one (Weerahandi 1993, JASA 88, 899): mu and s^2 are
     replaced by what normal runs leave possible for them, s^2 less the noise. Shares are (k + 1/2) /
     (n + 1). For scores that are no shares it is the same without the scale, which without noise is
-    the t interval. Settings are joined by MOVER, all at the degrees of freedom of their sum.
+    the t interval, of all settings' variances together. Settings of shares are joined by MOVER, all
+    at the degrees of freedom of their sum.
     """
     if np.isnan(spread.df):
         return np.nan, np.nan
@@ -298,15 +299,15 @@ def over_runs(
     if rate is not None:
         n = np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1)
         scaled = _probits(rate / 100, n, spread)
-    joint = (spread.shared, spread.shared_noise)
-    for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
+    if rate is None:
+        own, noise = spread.variance.sum(), spread.noise.sum()
+        half = _pivot_distance(own * spread.shared, noise * spread.shared_noise, spread.df)
+        return float(half), float(half)
+    for one in range(len(spread.variance)):
         own = spread.setting == one
-        if rate is None:
-            low = high = _pivot_distance(variance * joint[0], noise * joint[1], spread.df)
-        else:
-            amount, share = abs(weight[own].sum()), rate[own].mean() / 100
-            ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread)
-            low, high = (100 * amount * end for end in ends)
+        amount, share = abs(weight[own].sum()), rate[own].mean() / 100
+        ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread)
+        low, high = (100 * amount * end for end in ends)
         low, high = (low, high) if weight[own].sum() > 0 else (high, low)
         below, above = np.hypot(below, low), np.hypot(above, high)
     return float(below), float(above)
@@ -331,14 +332,18 @@ def _share_distances(
     middle: float, variance: float, noise: float, n: int, share: float, runs: Repetitions
 ) -> tuple[float, float]:
     """How far below and above the mean share of n runs the truth may lie, from the mean and
-    variance of their probits; the mean's error is larger where settings share seeds.
+    variance of their probits; longer where settings share seeds. Settings that err together add
+    their distances and not their squares, so the ends of a setting alone are scaled: of a bent
+    scale, the ends of a larger error would be too near on the steep side.
     """
     chi, z, weights = _pivots(runs.df)
     spread = np.maximum(variance * chi - noise, 0.0)
-    joint = np.maximum(variance * runs.shared * chi - noise * runs.shared_noise, 0.0)
-    shares = ndtr((middle + np.sqrt(joint / n) * z) / np.sqrt(1 + spread))
+    less = noise * (runs.shared_noise / runs.shared if runs.shared > 0 else 1.0)
+    own = np.maximum(variance * chi - less, 0.0)
+    shares = ndtr((middle + np.sqrt(own / n) * z) / np.sqrt(1 + spread))
     low, high = _quantiles(shares, weights, (1 - UPPER, UPPER))
-    return max(share - low, 0.0), max(high - share, 0.0)
+    more = np.sqrt(runs.shared)
+    return max(share - low, 0.0) * more, max(high - share, 0.0) * more
 
 
 def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
