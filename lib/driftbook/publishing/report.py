@@ -364,7 +364,7 @@ def write(study: Study) -> Path:
         miniature=study.miniature,
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
-        estimands=estimands.estimands(study, printed(tables["estimates"])),
+        estimands=estimands.estimands(study, printed(tables["estimates"]), tables["estimates"]),
         checked=checked(study),
         summary=summary(tables["estimates"]),
         compared=bool(study.grid),
