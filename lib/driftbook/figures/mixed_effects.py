@@ -112,7 +112,8 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
         "The same change by several estimators. Primary: item by item, two-way errors. Linear"
         " mixed: run x category differences, a run variance for each method, and one for all."
         " Logistic: single verdicts with effects of run, prompt and prompt x method, and the"
-        " maximal model; a base model without a single unsafe answer has no logit, so its rows are missing."
+        " maximal model; a base model without a single unsafe answer has no logit, so its rows are"
+        " missing."
     )
     return captioned(tables, fig, text, SAFETY)
 
