@@ -81,7 +81,7 @@ class Cell:
         return set(self.changes) == {MARGIN}
 
 
-SKEWED = "runs that differ widely, rate .05"  # three runs without one unsafe answer say nothing
+SKEWED = "runs that differ widely, rate .05"  # three runs at most one answer from 0: these runs
 NOTHING, HARMFUL = (0.0,) * 4, (MARGIN,) * 4
 OWN = (0.45, 0.30, 0.10, 0.15)  # in this order: prompt x method, prompt, x base, noise
 STRONG = (OWN[1], OWN[2], OWN[0], OWN[3])
@@ -480,12 +480,11 @@ def calibration(
     (families or tests) and percent. Each cell has random numbers of its own, so that it comes out
     alike in whatever company.
 
-    With 20 to 60 sets a cell (150 where settings share seeds, 40 in 25 families and at a rate of
-    .001): no false "preserves" in 240 families of either kind; changes are covered in 92.5 to 100 %
-    with three or more seeds, and in 76 % where runs differ widely (SKEWED). Where settings share
-    seeds, changes and differences of methods are covered in 92.8 to 98.6 %, and Holm's families of
-    true nulls over all base models have an error in 8 % (12 of 150). Base models' own levels over
-    families of prompts are covered in 98.8 %.
+    With 20 to 60 sets a cell, before the ends of settings that share seeds were mended: no false
+    "preserves" in 240 families of either kind; changes were covered in 92.5 to 100 % with three or
+    more seeds. Since then: where runs differ widely (SKEWED, 50 sets) changes are covered in 92.5 %
+    and levels in 93.5 %, and 8 % of Holm's families of true nulls have an error (before: 76, 73 and
+    53 %). Base models' own levels over families of prompts are covered in 98.8 %.
 
     Raises:
         ValueError: the grid has no such cell.
