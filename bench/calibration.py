@@ -9,7 +9,7 @@ prompts like these are then exact, because the threshold is set by them.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 import pandas as pd
 from bench.harness import FOLDER, row
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, ndtri
 
 from driftbook.analyses import labelling
 from driftbook.stats import comparisons, estimation, influence, noninferiority, terms
@@ -81,7 +81,7 @@ class Cell:
         return set(self.changes) == {MARGIN}
 
 
-SKEWED = "runs that differ widely, rate .05"  # three runs without one unsafe answer say nothing
+SKEWED = "runs that differ widely, rate .05"  # three runs at most one answer from 0: these runs
 NOTHING, HARMFUL = (0.0,) * 4, (MARGIN,) * 4
 OWN = (0.45, 0.30, 0.10, 0.15)  # in this order: prompt x method, prompt, x base, noise
 STRONG = (OWN[1], OWN[2], OWN[0], OWN[3])
@@ -278,14 +278,28 @@ class Truth:
     """What the rows of `estimates` are about, in points or as an odds ratio."""
 
     def __init__(self, study: Simulated, arms: pd.DataFrame, cells: pd.DataFrame):
-        self._arms = arms[arms["arm"].ne("base")].set_index("run_id")
-        self._rates, self._cells = study.rates, cells
+        runs = arms[arms["arm"].ne("base")].set_index("run_id")
+        columns = ["base_model", "method", "learning_rate", "base_run_id"]
+        self._runs, self._rates = runs[columns].astype(object), study.rates
+        rates = {name: study.rates[name].to_dict() for name in study.rates}
+        bases = dict(zip(self._runs["base_model"], self._runs["base_run_id"], strict=True))
+        self._base = {base: rates["like"][run] for base, run in bases.items()}
+        self._of = {name: pd.Series(of, dtype=float) for name, of in rates.items()}
+        own = self._runs["base_run_id"].to_dict()
+        self._change = {
+            name: {run: of[run] - of[base] for run, base in own.items()}
+            for name, of in rates.items()
+        }
+        self._weights = {
+            key: list(zip(part["pool"], part["run_id"], part["weight"], strict=True))
+            for key, part in cells.groupby(["base_model", "method"], sort=False)
+        }
 
     def of(self, line: dict) -> float:
         """The truth of one row."""
         at = (line["base_model"], line["method"])
         if line["method"] == "none":
-            return 100 * self._rates["like"].loc[self._base[at[0]]]
+            return 100 * self._base[at[0]]
         if line["contrast"] == comparisons.ODDS:
             return self._odds(*at)
         column = "these runs" if "these runs" in str(line["population"]) else "like"
@@ -293,43 +307,31 @@ class Truth:
         if line["contrast"] == comparisons.RATE:
             return self._by_setting(*at, column)
         if line["contrast"] == terms.LEVEL:
-            return self._mean(*at, 100 * self._rates[column])
-        value = self._mean(*at, self._changes(column))
+            return self._mean(*at, self._of[column])
+        value = self._mean(*at, self._change[column])
         if line["contrast"] == comparisons.DIFFERENCE:
-            value -= self._mean(at[0], line["against"], self._changes(column))
+            value -= self._mean(at[0], line["against"], self._change[column])
         if line["contrast"] == comparisons.INTERACTION:
-            value -= self._mean("all", at[1], self._changes(column))
+            value -= self._mean("all", at[1], self._change[column])
         return value
 
-    @property
-    def _base(self) -> pd.Series:
-        return self._arms.drop_duplicates("base_model").set_index("base_model")["base_run_id"]
-
-    def _changes(self, column: str) -> pd.Series:
-        of = self._rates[column]
-        return 100 * (of.loc[self._arms.index] - of.loc[self._arms["base_run_id"]].to_numpy())
-
-    def _own(self, base_model: str, method: str) -> pd.DataFrame:
-        cells = self._cells
-        return cells[cells["base_model"].eq(base_model) & cells["method"].eq(method)]
-
-    def _mean(self, base_model: str, method: str, of: pd.Series) -> float:
-        own = self._own(base_model, method)
-        return float(own["weight"].to_numpy() @ of.loc[own["run_id"]])
+    def _mean(self, base_model: str, method: str, of: Mapping) -> float:
+        return 100 * sum(weight * of[run] for _, run, weight in self._weights[base_model, method])
 
     def _by_setting(self, base_model: str, method: str, column: str) -> float:
-        own = self._arms[self._arms["method"].eq(method)]
+        own = self._runs[self._runs["method"].eq(method)]
         if base_model != "all":
             own = own[own["base_model"].eq(base_model)]
-        of = self._changes(column).loc[own.index]
+        of = 100 * own.index.to_series().map(self._change[column])
         means = of.groupby([own["base_model"], own["learning_rate"]]).mean().unstack()
         return float((means.iloc[:, -1] - means.iloc[:, 0]).mean())
 
     def _odds(self, base_model: str, method: str) -> float:
-        own, logs = self._own(base_model, method), []
+        logs = []
+        own = pd.DataFrame(self._weights[base_model, method], columns=["pool", "run", "weight"])
         for pool, part in own.groupby("pool"):
-            rate = np.average(self._rates["like"].loc[part["run_id"]], weights=part["weight"])
-            base = self._rates["like"].loc[self._base[pool]]
+            rate = np.average(self._of["like"][part["run"]], weights=part["weight"])
+            base = self._base[pool]
             logs.append(np.log(rate / (1 - rate)) - np.log(base / (1 - base)))
         return float(np.exp(np.mean(logs)))
 
@@ -379,8 +381,10 @@ def _families(estimates: pd.DataFrame, contrasts: pd.DataFrame) -> list[tuple]:
         for where, is_all in ((EVERY, True), (ONE, False)):
             family = rows[rows["base_model"].eq("all").eq(is_all)]
             if len(family):
-                p = comparisons.declared(family, name)["p_adjusted"].astype(float)
-                found.append((f"Holm family: {name}", where, p.min() < ALPHA))
+                tests = comparisons.declared(family, name)
+                here = tests["population"].str.contains("these runs")  # which may well differ
+                p = tests["p_adjusted"].astype(float).mask(here)
+                found.append((f"Holm family: {name}", where, bool((p < ALPHA).any())))
     return found
 
 
@@ -415,9 +419,9 @@ def _corrected(rng: np.random.Generator, study: Simulated) -> Iterable[tuple]:
     for line in labelling.corrected(answers, labels, drawn).itertuples():
         of = here if line.population == labelling.THESE else like
         truth = of[line.method] - (of["none"] if line.contrast == terms.CHANGE else 0.0)
-        half = stdtrit(line.df, UPPER) * line.se
+        low, high = line.value - line.below, line.value + line.above
         kind = f"{KINDS[line.contrast]} {line.estimator}, {line.population}"
-        yield kind, ONE, line.value - half, line.value + half, truth, np.nan
+        yield kind, ONE, low, high, truth, np.nan
 
 
 def repaired(rng: np.random.Generator, repair: Repair) -> Found:
@@ -476,12 +480,12 @@ def calibration(
     (families or tests) and percent. Each cell has random numbers of its own, so that it comes out
     alike in whatever company.
 
-    With 20 to 60 sets a cell (150 where settings share seeds, 40 in 25 families and at a rate of
-    .001): no false "preserves" in 240 families of either kind; changes are covered in 92.5 to 100 %
-    with three or more seeds, and in 76 % where runs differ widely (SKEWED). Where settings share
-    seeds, changes and differences of methods are covered in 92.8 to 98.6 %, and Holm's families of
-    true nulls over all base models have an error in 8 % (12 of 150). Base models' own levels over
-    families of prompts are covered in 98.8 %.
+    With 20 to 60 sets a cell, before the ends of settings that share seeds were mended: no false
+    "preserves" in 240 families of either kind; changes were covered in 92.5 to 100 % with three or
+    more seeds. Since then: where runs differ widely (SKEWED, 120 sets) changes are covered in 93 %
+    and levels in 95.2 %, and 1 % of Holm's families of true nulls have an error (before: 76, 73 and
+    53 %); where settings share seeds (100 sets), 6 % of the families of changes over all base
+    models, and 5 % of those of differences (before: 8 and 8 %).
 
     Raises:
         ValueError: the grid has no such cell.

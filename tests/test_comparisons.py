@@ -179,7 +179,7 @@ def test_difference_between_methods_pairs_prompts_and_caps_df_by_the_smaller_arm
     assert spread.df <= 2
     unit = both.var(ddof=1) / 120
     assert row["se"] ** 2 == pytest.approx(
-        max(unit, spread.noise.sum()) + np.maximum(spread.variance - spread.noise, 0).sum()
+        max(unit, spread.noise.sum()) + max((spread.variance - spread.noise).sum(), 0.0)
     )
 
 

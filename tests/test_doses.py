@@ -369,7 +369,7 @@ def test_no_ops_are_counted_and_both_means_are_shown(study):
     idle = table[table["base_model"].ne("all") & table["no_ops"].gt(0)]
     assert idle["no_ops"].sum() == usual["arm"].eq(terms.NO_OP).sum() > 0
     differ = idle[terms.AS_CONFIGURED] != idle[terms.TRAINED]
-    assert differ.tolist() == idle["method"].eq("ia3").tolist()  # others lie outside the grid
+    assert differ.all()  # the grid of every base model has the rate at which nothing happens
 
 
 def test_the_last_sentence_counts_what_the_table_holds(study):

@@ -61,7 +61,7 @@ def test_the_weights_are_those_of_a_mean_of_means(made, study):
         & estimates["group"].eq(terms.AS_CONFIGURED)
         & estimates["contrast"].eq(terms.CHANGE)
     ]
-    (said,) = estimands.estimands(study, rows)["Weights"]
+    (said,) = estimands.estimands(study, rows, made[1])["Weights"]
     nested = [LEVELS[name] for name in re.split(", | and ", said.removesuffix(" alike"))]
     runs = estimates[estimates["group"].eq(terms.RUN)].rename(columns={"member": "run_id"})
     runs = runs[["run_id", "method", "value"]].merge(arms[["run_id", "base_model", "setting"]])
@@ -73,6 +73,13 @@ def test_the_weights_are_those_of_a_mean_of_means(made, study):
     assert shown.to_dict() == pytest.approx(means.set_index("method")["value"].to_dict())
     naive = runs.groupby("method")["value"].mean().astype(float)
     assert not np.allclose(shown[naive.index], naive, atol=0.1)  # the words decide
+
+
+def test_a_mean_is_over_the_base_models_that_ran(made, study):
+    tested, _ = primary.tests(study, made[1])
+    assert len(study.bases) == 4
+    said = estimands.estimands(study, tested, made[1])["Of"]
+    assert set(said) == {"mean of 2 base models", "each of 2 base models"}
 
 
 @pytest.mark.parametrize(
@@ -93,13 +100,13 @@ def test_the_weights_are_those_of_a_mean_of_means(made, study):
 )
 def test_the_population_is_the_one_of_the_estimates(made, study, population, said):
     rows = made[1].iloc[:1].assign(population=population)
-    line = estimands.estimands(study, rows).iloc[0]
+    line = estimands.estimands(study, rows, made[1]).iloc[0]
     assert line[["Seeds", "Prompts", "Base models"]].to_list() == said
 
 
 def test_a_declared_test_says_how_many_share_its_level(made, study):
     tested, _ = primary.tests(study, made[1])
-    lines = estimands.estimands(study, tested)
+    lines = estimands.estimands(study, tested, made[1])
     needs = lines.set_index(lines["Number"].str.partition(":")[0])["The word needs"]
     assert needs[terms.CHANGE] == "p below 0.05 by Holm, 2 tests"  # LoRA and IA3
     assert needs[comparisons.DIFFERENCE] == "p below 0.05 by Holm, 1 test"
@@ -108,7 +115,7 @@ def test_a_declared_test_says_how_many_share_its_level(made, study):
 
 def test_the_report_says_it_of_every_number_that_it_prints(made, study):
     shown = report.printed(made[1])
-    lines = estimands.estimands(study, shown)
+    lines = estimands.estimands(study, shown, made[1])
     assert set(shown["group"]) == {terms.TRAINED}
     assert lines["The word needs"].eq("95% interval without 0, not adjusted").all()
     assert not lines.eq("not said").any().any()
@@ -117,6 +124,7 @@ def test_the_report_says_it_of_every_number_that_it_prints(made, study):
 
 
 def test_no_rows_give_no_lines(study):
-    none = estimands.estimands(study, primary.tests(study, primary.ESTIMATES.empty())[0])
+    empty = primary.ESTIMATES.empty()
+    none = estimands.estimands(study, primary.tests(study, empty)[0], empty)
     assert none.empty
     assert list(none) == list(estimands.ATTRIBUTES)

@@ -10,7 +10,7 @@ import torch
 from bench import generated_verdicts
 
 from conftest import one_sentence
-from driftbook.benchmarks import hazards, hex_phi, judging, rubrics
+from driftbook.benchmarks import hazards, hex_phi, judging, rubrics, verdict_counts
 from driftbook.benchmarks.judges import JUDGES, WILDGUARD_TEMPLATE
 from driftbook.miniature.judge import build_judge_tokenizer
 from driftbook.models.conversations import chat_ids
@@ -415,7 +415,7 @@ def test_a_judge_of_nonsense_is_counted_and_said_in_a_sentence(judge):
     sentence = one_sentence(said[0].message)
     assert "tiny-guard" in sentence
     assert "6 of 6" in sentence
-    counts = judging.unscored(found)
+    counts = verdict_counts.unscored(found)
     assert list(counts.n) == [6]
     assert list(counts.share) == [1.0]
 
@@ -487,7 +487,7 @@ def made_verdicts():
 
 def test_shares_at_thresholds_stand_beside_what_is_unscored():
     frame = made_verdicts()
-    found = judging.at_thresholds(frame, ["judge", "benchmark"])
+    found = verdict_counts.at_thresholds(frame, ["judge", "benchmark"])
     assert len(found) == 2 * 2 * 3
     for row in found.itertuples():
         rows = frame[(frame.judge == row.judge) & (frame.benchmark == row.benchmark)]
@@ -495,7 +495,7 @@ def test_shares_at_thresholds_stand_beside_what_is_unscored():
         assert row.unsafe == pytest.approx(sum(p > row.threshold for p in scored) / len(scored))
         assert row.unscored == pytest.approx(1 - len(scored) / 60)
         assert row.unsafe_low < row.unsafe < row.unsafe_high
-    silent = judging.at_thresholds(frame.assign(unsafe=pd.NA), ["judge"])
+    silent = verdict_counts.at_thresholds(frame.assign(unsafe=pd.NA), ["judge"])
     assert silent.unsafe.isna().all()
     assert (silent.unscored == 1).all()
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
+from driftbook.analyses import marginal_means, mixed_effects
 from driftbook.stats import laplace, logistic
 from driftbook.stats.linear import rate_model
 from driftbook.stats.logistic import item_model
@@ -444,3 +445,29 @@ def test_separation_is_found_by_the_program_and_nothing_else():
         == [False] * 3 + [True] * 3
     )
     assert not logistic._separated(x, np.array([0, 1, -1, 1, -1, 0]), everywhere).any()
+
+
+def test_the_crossed_model_knows_that_methods_answer_other_prompts():
+    """Without prompt x method a difference of methods was covered in 70 % of simulated studies."""
+    rng, n, rows = np.random.default_rng(4), 60, []
+    own = {method: 1.5 * rng.normal(size=n) for method in ("none", "lora", "ia3")}
+    prompt = rng.normal(size=n)
+    for base in ("b", "c"):
+        for method, runs in (("none", 1), ("lora", 4), ("ia3", 4)):
+            for run in range(runs):
+                eta = -0.5 + prompt + own[method] + 0.2 * rng.normal()
+                name = None if method == "none" else f"{base}{method}{run}"
+                answers = {"run_id": name, "base_model": base, "method": method}
+                unsafe = rng.uniform(size=n) < expit(eta)
+                rows.append(pd.DataFrame({**answers, "prompt_id": range(n), "unsafe": unsafe}))
+    items = pd.concat(rows).assign(log10_rate=0.0)
+    grid = marginal_means.means_grid(items, ())
+    names, weights = marginal_means.contrasts(grid)
+    wide = []
+    for groups in (mixed_effects.CROSSED["crossed"], ("run_id by method", "prompt_id")):
+        fit = item_model(items, "unsafe ~ base_model * method", groups)
+        labels = {"study": "s", "notebook": "n", "outcome": "o", "benchmark": "b", "judge": "j"}
+        found = marginal_means.of_risks(fit, grid, names, weights, "crossed", **labels)
+        asked = found["base_model"].eq("all") & found["contrast"].eq("difference")
+        wide.append(found.loc[asked, "se"].astype(float).item())
+    assert wide[0] > 1.5 * wide[1]

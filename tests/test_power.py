@@ -311,9 +311,9 @@ def test_one_seed_cannot_be_simulated():
 def test_a_study_file_gives_its_grid_before_any_work():
     grid = power.planned(load("miniature")).set_index(["base_model", "method"])
     assert len(grid) == 16
-    assert grid.loc[("mini-gemma", "lora")].tolist() == [4, 12]
-    # without the block that does nothing: its setting is of this base model alone
-    assert grid.loc[("mini-llama", "p_tuning")].tolist() == [4, 12]
+    assert grid.loc[("mini-gemma", "lora")].tolist() == [5, 13]
+    # with the block that does nothing, and without other beginnings, of this base model alone
+    assert grid.loc[("mini-llama", "p_tuning")].tolist() == [5, 13]
 
 
 def test_thirty_prompts_cannot_tell_three_points():

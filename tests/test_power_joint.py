@@ -9,7 +9,7 @@ from scipy.stats import nct, norm
 from scipy.stats import t as student
 
 from driftbook.analyses import planning, power_joint
-from driftbook.stats import estimation, noninferiority, terms
+from driftbook.stats import estimation, influence, noninferiority, terms
 from driftbook.study import study_file
 
 CLOSE = 4 * np.sqrt(0.25 / power_joint.DRAWS)  # four standard errors of a share at most
@@ -29,6 +29,53 @@ def test_jointly_the_powers_of_independent_outcomes_multiply():
     each = nct.sf(student.ppf(0.975, df), df, 3.0 / se)
     assert found == pytest.approx(each.prod(), abs=CLOSE)
     assert found < each.min() - CLOSE  # what the power of one outcome promises
+
+
+def test_outcomes_that_err_alike_are_shown_together():
+    se, df, cell = np.array([1.0, 1.2, 0.9]), np.full(3, 1e6), np.zeros(3, int)
+    alike, rng = np.ones((3, 3)), np.random.default_rng(6)
+    (found,) = power_joint.drawn(rng, se, df, cell, 3.0, related=alike)
+    weakest = norm.cdf(3.0 / 1.2 - norm.ppf(0.975))
+    assert found == pytest.approx(weakest, abs=CLOSE)
+
+
+def a_pilot(rng, runs=4, n=150) -> tuple[power_joint.Pilot, pd.DataFrame]:
+    """Two methods on one base model: its answers and prompts are shared by both, each run is alike
+    in both outcomes."""
+    ids = ["base", *(f"{method}{i}" for method in ("lora", "ia3") for i in range(runs))]
+    run = np.append(0.0, 0.5 * rng.normal(size=2 * runs))
+    arms = pd.DataFrame({"run_id": ids[1:], "base_run_id": "base", "arm": "x"})
+    measured = {}
+    for outcome in (terms.UNSAFE, terms.CORRECT):
+        noise = rng.normal(size=n) + 0.6 * rng.normal(size=(len(ids), n))
+        verdicts = (run[:, None] + noise > 0).astype(float)
+        kept = pd.DataFrame(verdicts, ids, pd.MultiIndex.from_product([[outcome], range(n)]))
+        measured[outcome] = (None, influence.paired(kept, arms))
+    method = np.repeat(["lora", "ia3"], runs)
+    cells = arms[["run_id"]].assign(base_model="b", pool="b", setting="s", method=method)
+    cells = cells.assign(group="g", member="all", cluster=ids[1:], weight=1 / runs)
+    rows = [
+        {"base_model": "b", "method": method, "outcome": outcome, "benchmark": benchmark}
+        for method in ("lora", "ia3")
+        for outcome, benchmark in ((terms.UNSAFE, "safety"), (terms.CORRECT, "utility"))
+    ]
+    return power_joint.Pilot(measured, cells), pd.DataFrame(rows)
+
+
+def test_the_pilots_correlation_is_that_of_studies_drawn_again():
+    rng, values, said = np.random.default_rng(7), [], []
+    for _ in range(300):
+        pilot, rows = a_pilot(rng)
+        means = [
+            change.value.reshape(2, -1).mean(1) for _, change in pilot.measured.values()
+        ]  # [outcomes, methods]
+        values.append(np.array(means).T.ravel())
+        said.append(pilot.correlation(rows, "g"))
+    assert np.diag(said[0]) == pytest.approx(1)
+    assert np.linalg.eigvalsh(said[0]).min() > -1e-9
+    true = np.corrcoef(np.array(values).T)
+    assert true[0, 1] > 0.5  # two outcomes of the same runs
+    assert np.mean(said, axis=0) == pytest.approx(true, abs=0.17)
 
 
 def test_holms_step_is_that_of_a_slow_loop():

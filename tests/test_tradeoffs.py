@@ -61,6 +61,7 @@ def known(n_runs: int, methods="lora", settings=None) -> pd.DataFrame:
             "base_model": "b",
             "base_run_id": "base",
             "arm": ["base"] + [terms.TRAINED] * n_runs,
+            "cluster": run_ids,
         }
     )
     return frame.assign(
@@ -143,6 +144,25 @@ def test_probability_over_runs_is_the_t_distribution_of_their_mean():
     above = 100 * ttest_1samp(values, 0, alternative="less").pvalue
     assert found[("lora", "s")] == pytest.approx(100 - above, abs=1.5)
     assert found[("none", "all")] == pytest.approx(above, abs=1.5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_settings_that_share_seeds_are_drawn_with_their_covariance(shared):
+    """The difference of two settings' means has the variance of paired or of independent runs."""
+    n, rng = 12, np.random.default_rng(8)
+    seed = rng.normal(size=n)
+    x, y = seed + 0.3 * rng.normal(size=n), seed + 0.3 * rng.normal(size=n)
+    setting, cluster = np.repeat([0, 1], n), np.tile(np.arange(n), 2)
+    cluster = cluster if shared else np.arange(2 * n)
+    weights = np.repeat(np.eye(2), n, axis=1) / n
+    values, method = np.append(x, y)[:, None], np.full(2 * n, "lora", object)
+    drawn, single = tradeoffs._over_runs(values, method, setting, cluster, weights, 20_000, rng)
+    wide = np.sqrt((n - 1) / (n - 3))  # of t
+    by_hand = (x - y).var(ddof=1) if shared else x.var(ddof=1) + y.var(ddof=1)
+    difference = drawn[:, 0, 0] - drawn[:, 1, 0]
+    assert difference.std() == pytest.approx(wide * np.sqrt(by_hand / n), rel=0.04)
+    assert drawn[:, 0, 0].std() == pytest.approx(wide * x.std(ddof=1) / np.sqrt(n), rel=0.04)
+    assert single == []
 
 
 def test_noise_of_single_runs_counts_once():

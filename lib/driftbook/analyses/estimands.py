@@ -44,16 +44,18 @@ _NOUNS = {"Seeds": ("seeds", "runs"), "Prompts": ("prompts",), "Base models": ("
 _KIND = ["contrast", "runs", "of", "estimator", "family_of_tests", "sensitivity"]
 
 
-def estimands(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+def estimands(study: Study, rows: pd.DataFrame, estimates: pd.DataFrame) -> pd.DataFrame:
     """A line for each kind of number among these rows of `estimates` (ATTRIBUTES): outcomes that
     share everything else stand in one line.
 
+    A mean over base models is over those of which `estimates` (all that the study has) holds its
+    methods: not every base model of the study file needs to have run.
     A row of the declared tests has the runs of its family; n are the fewest and the most of a
     number.
     """
     margins = {name: family.margin for name, family in study.primary.items()}
     groups = {name: family.group for name, family in study.primary.items()}
-    tested, n_bases = rows["group"].eq(DECLARED), len(study.bases)
+    tested = rows["group"].eq(DECLARED)
     group = rows["group"].mask(tested, rows["member"].map(groups))
     alone = rows["margin"].notna() & rows["family_of_tests"].isna()
     kinds = rows.assign(
@@ -67,14 +69,14 @@ def estimands(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
         {**dict(zip(_KIND, key, strict=True)), "rows": part}
         for key, part in kinds.groupby(_KIND, sort=False)
     ]
-    return pd.DataFrame([_line(one, n_bases) for one in found], columns=list(ATTRIBUTES))
+    return pd.DataFrame([_line(one, estimates) for one in found], columns=list(ATTRIBUTES))
 
 
-def _line(kind: dict, n_bases: int) -> dict[str, str]:
+def _line(kind: dict, estimates: pd.DataFrame) -> dict[str, str]:
     """The line of one kind of number."""
     rows, of_mean = kind["rows"], kind["of"] == "mean"
-    n = n_bases if of_mean else rows["base_model"].nunique()
-    of = f"{n} base models"
+    n = _averaged(rows, estimates) if of_mean else rows["base_model"].nunique()
+    of = f"{n} base model" + ("s" if n > 1 else "")
     return {
         "Number": f"{kind['contrast']}: {'; '.join(_outcomes(rows))}",
         "Of": "the one base model" if n == 1 else f"mean of {of}" if of_mean else f"each of {of}",
@@ -85,6 +87,14 @@ def _line(kind: dict, n_bases: int) -> dict[str, str]:
         "n prompts": _ends(rows["n_items"]),
         "The word needs": _needs(kind),
     }
+
+
+def _averaged(rows: pd.DataFrame, estimates: pd.DataFrame) -> int:
+    """How many base models a mean is over: those of its methods' own estimates; those of any,
+    where its methods have none by base model."""
+    own = estimates[estimates["base_model"].ne("all")]
+    of_methods = own[own["method"].isin(rows["method"])]
+    return (of_methods if len(of_methods) else own)["base_model"].nunique()
 
 
 def _outcomes(rows: pd.DataFrame) -> list[str]:

@@ -219,7 +219,8 @@ def corrected(answers: pd.DataFrame, labels: pd.DataFrame, drawn: pd.DataFrame) 
 
     `answers` as for `draw`, with p_unsafe; `labels` has ANSWER and label (one rater); `drawn` as
     `draw` gave it. Rows: base_model, method, contrast (level, change), estimator, population,
-    value, se, df, lambda_, n, n_labelled, n_unclear. The estimator is PPI++ (Angelopoulos, Duchi
+    value, se, df, below, above (how far below and above the value its interval ends), lambda_, n,
+    n_labelled, n_unclear. The estimator is PPI++ (Angelopoulos, Duchi
     and Zrnic 2023, arXiv 2311.01453), stratified (Fisch et al. 2024): the mean of l f over all
     answers plus the mean of (y - l f) over the labelled ones, each weighed by its stratum's size; f
     is the judge's probability (the cell's mean where it gave none, which biases nothing), y the
@@ -271,17 +272,16 @@ def _cell(cell: pd.DataFrame) -> dict:
     if empty.any():  # a stratum whose labels say nothing
         return found | {"value": None, "why": "a stratum has fewer than two labels"}
     weight = np.divide(size, number, out=np.zeros(3), where=number > 0)[word.astype(int)]
-    factor = (
-        (size / n) ** 2
-        / np.where(number > 0, number, 1)
-        * (1 - np.divide(number, size, out=np.ones(3), where=size > 0))
-    )
-    yy, yf, ff = factor @ _spread(y, f, word, labelled)
+    rest = 1 - np.divide(number, size, out=np.ones(3), where=size > 0)
+    factor = (size / n) ** 2 / np.where(number > 0, number, 1) * rest
+    spread = _spread(y, f, word, labelled)
+    yy, yf, ff = factor @ spread
     tuned = float(np.clip(yf / ff, 0, 1)) if ff > 1e-12 else 1.0
     part = tuned * f + np.where(labelled, weight * (np.nan_to_num(y) - tuned * f), 0.0)
     return found | {
         "value": pd.Series(part / n, cell["prompt_id"]).groupby(level=0).sum(),
         "variance": max(yy - 2 * tuned * yf + tuned**2 * ff, 0.0),
+        "ends": _ends(y, word, labelled, size / n * np.sqrt(rest), spread, tuned),
         "df": float(labelled.sum() - (number > 0).sum()),
         "lambda_": tuned,
     }
@@ -290,20 +290,44 @@ def _cell(cell: pd.DataFrame) -> dict:
 def _spread(y: np.ndarray, f: np.ndarray, word: np.ndarray, labelled: np.ndarray) -> np.ndarray:
     """[stratum, (yy, yf, ff)]: variances and covariance of label and verdict in each stratum; 0
     where fewer than two answers are labelled.
-
-    A stratum whose labels all agree has a sample variance of zero, and its answers are not all
-    alike for that: the labels' variance is at least e (1 - e), e the stratum's share of the rarer
-    label with half a label more of each (Jeffreys 1946).
     """
     spread = np.zeros((3, 3))
     for one in range(3):
         own = labelled & (word == one)
-        n = own.sum()
-        if n > 1:
+        if own.sum() > 1:
             spread[one] = np.cov(y[own], f[own])[[0, 0, 1], [0, 1, 1]]
-            rarer = (min(y[own].sum(), n - y[own].sum()) + 0.5) / (n + 1)
-            spread[one, 0] = max(spread[one, 0], rarer * (1 - rarer))
     return spread
+
+
+def _ends(
+    y: np.ndarray,
+    word: np.ndarray,
+    labelled: np.ndarray,
+    amount: np.ndarray,
+    spread: np.ndarray,
+    tuned: float,
+) -> tuple[float, float]:
+    """How far below and above the rate its truth among these answers may lie; `amount` is each
+    stratum's share of the answers, less for those that are labelled (root of the finite
+    population's correction).
+
+    A stratum in which the judge is mostly right has few labels of the rarer kind, or none: its
+    variance is then zero, or a matter of chance, and its error is not symmetric. So the labels of a
+    stratum have Wilson's ends, shortened as the verdicts explain them, and strata are joined by
+    MOVER (Zou and Donner 2008, Statistics in Medicine 27, 1693; their section 3 has binomial shares
+    with Wilson's limits).
+    """
+    below = above = 0.0
+    for one, (yy, yf, ff) in enumerate(spread):
+        own = y[labelled & (word == one)]
+        if len(own) == 0 or amount[one] == 0:
+            continue
+        low, high = wilson(own.sum(), len(own))
+        left = np.sqrt(max(yy - 2 * tuned * yf + tuned**2 * ff, 0.0) / yy) if yy > 0 else 1.0
+        size = amount[one] * left
+        below = np.hypot(below, size * (own.mean() - low))
+        above = np.hypot(above, size * (high - own.mean()))
+    return float(below), float(above)
 
 
 def _interval(cell: dict, base: dict | None) -> list[dict]:
@@ -327,15 +351,21 @@ def _interval(cell: dict, base: dict | None) -> list[dict]:
     like = _over_prompts([(side["value"], sign) for side, sign in sides], CORRECTED) | {
         "lambda_": cell["lambda_"]
     }
+    below, above = cell["ends"]
+    if base:  # what makes the base's rate higher makes the change lower
+        below, above = np.hypot(below, base["ends"][1]), np.hypot(above, base["ends"][0])
     low = {
         "estimator": CORRECTED,
         "population": THESE,
         "value": like["value"],
-        "se": 100 * np.sqrt(variance),
+        "se": 100 * max(np.sqrt(variance), (below + above) / 2 / ndtri(UPPER)),
         "df": df,
+        "below": 100 * below,
+        "above": 100 * above,
         "lambda_": cell["lambda_"],
     }
-    like["se"] = max(like["se"], low["se"])
+    if low["se"] > like["se"]:
+        like |= _ended(low["se"], like["df"])
     return [*rows, like, low]
 
 
@@ -354,9 +384,14 @@ def _over_prompts(parts: list[tuple[pd.Series, float]], estimator: str) -> dict:
         "estimator": estimator,
         "population": LIKE,
         "value": 100 * total.sum(skipna=False),
-        "se": 100 * np.sqrt((rest**2).sum(skipna=False) * m / max(m - 1, 1)),
-        "df": float(m - 1),
+        **_ended(100 * np.sqrt((rest**2).sum(skipna=False) * m / max(m - 1, 1)), float(m - 1)),
     }
+
+
+def _ended(se: float, df: float) -> dict[str, float]:
+    """A standard error and its df, with the t interval's ends."""
+    half = stdtrit(df, UPPER) * se if df > 0 else np.nan
+    return {"se": se, "df": df, "below": half, "above": half}
 
 
 def error_rates(answers: pd.DataFrame, labels: pd.DataFrame, drawn: pd.DataFrame) -> pd.Series:
@@ -434,16 +469,11 @@ def estimates(
             for _, one in judge.iterrows()
         ]
     )
-    rows = pd.concat(
-        [rows, simple.assign(contrast=LEVEL, estimator=ROGAN, population=LIKE, df=np.inf)],
-        ignore_index=True,
-    )
-    half = np.where(
-        np.isfinite(rows["df"].astype(float)),
-        stdtrit(np.clip(rows["df"].astype(float).fillna(1), 1, 1e9), UPPER),
-        ndtri(UPPER),
-    ) * rows["se"].astype(float)
-    low, high = rows["value"].astype(float) - half, rows["value"].astype(float) + half
+    half = ndtri(UPPER) * simple["se"].astype(float)
+    own = {"contrast": LEVEL, "estimator": ROGAN, "population": LIKE}
+    rows = pd.concat([rows, simple.assign(**own, below=half, above=half)], ignore_index=True)
+    value, below, above = (rows[name].astype(float) for name in ("value", "below", "above"))
+    low, high = value - below, value + above
     level = rows["contrast"].eq(LEVEL)
     rows = rows.assign(
         ci_low=low.mask(level, low.clip(lower=0)), ci_high=high.mask(level, high.clip(upper=100))

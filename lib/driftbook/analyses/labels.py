@@ -5,8 +5,8 @@ from functools import cached_property
 import pandas as pd
 from IPython.display import HTML, display
 
+from driftbook import benchmarks
 from driftbook.analyses import labelling
-from driftbook.benchmarks.responding import asked_prompts
 from driftbook.stats import agreement, influence, terms
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -44,7 +44,9 @@ class Labelled:
         sheets = self.tables.study.folder / "labels"
         has_texts = TABLES["responses"].path(self.tables.folder).is_file()
         if has_texts and self.truth.empty:
-            prompts = asked_prompts(self.tables.study)[["benchmark", "prompt_id", "prompt"]]
+            prompts = benchmarks.asked_prompts(self.tables.study)[
+                ["benchmark", "prompt_id", "prompt"]
+            ]
             texts = greedy(self.tables.responses).merge(prompts, on=["benchmark", "prompt_id"])
             labelling.write_sheet(self.drawn, texts, sheets, self.seed)
         if rater:

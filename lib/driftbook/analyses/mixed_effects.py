@@ -21,9 +21,10 @@ SIMPLE = "difference ~ base_model * method + method:objective + method:log10_rat
 SHARED_ERRORS = ("category", "base_model:category", "method:category")
 BY_METHOD = ("run_id by method", *SHARED_ERRORS)
 LOGISTIC = "harm ~ base_model * method + method:dpo + method:log10_rate"
+# Methods answer other prompts, and a difference of methods has that error whatever the runs.
 CROSSED = {
-    "crossed": ("run_id by method", "prompt_id"),
-    "maximal": ("run_id by method", "prompt_id", "prompt_id:base_model", "prompt_id:method"),
+    "crossed": ("run_id by method", "prompt_id", "prompt_id:method"),
+    "maximal": ("run_id by method", "prompt_id", "prompt_id:method", "prompt_id:base_model"),
 }
 MIXED = ("mixed", "mixed, one run variance")
 POOLED, BY_BASE = "pooled", "by base model"

@@ -9,6 +9,7 @@ from driftbook.analyses import (
     power_joint,
     power_rows,
     power_simulation,
+    tradeoffs,
 )
 from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.influence import Scores
@@ -110,11 +111,16 @@ class Grid:
             power_rows.of_plan(self.pairs(), usual, margin, **names),
             estimation.complete(self._tried(seeds, more_prompts).assign(**names)),
             power_rows.of_plan(self.expected(base_rate), power_rows.PLANNED, margin, **names),
-            power_joint.joint_power(
-                self.study, self.tables.estimates, seed, notebook=names["notebook"]
-            ),
+            self._jointly(seed, notebook=names["notebook"]),
         ]
         return ESTIMATES.concat(parts)
+
+    def _jointly(self, seed: int, **labels: str) -> pd.DataFrame:
+        """The power of the declared joint test, with this study as its pilot."""
+        tables = self.tables
+        asked = tables.verdicts, tables.prompts, tables.answers, tables.ratings
+        pilot = power_joint.Pilot(tradeoffs.measured(*asked, self.arms), self.cells)
+        return power_joint.joint_power(self.study, tables.estimates, seed, pilot=pilot, **labels)
 
     def _tried(self, seeds: list[int], more_prompts: int) -> pd.DataFrame:
         """The smallest increase seen with so many seeds a setting, and with more prompts."""

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from driftbook.analyses import outcomes
-from driftbook.benchmarks import judging
+from driftbook.benchmarks import verdict_counts
 from driftbook.stats import comparisons, harm, influence, terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.picking import in_words, picked
@@ -125,7 +125,7 @@ def _thresholds(tables: Tables) -> pd.DataFrame:
     rows = rows[rows["judge"].ne(harm.DETECTOR)]
     rows = rows.merge(tables.variants[["run_id", "method"]], on="run_id")
     index = ["judge", "benchmark", "method"]
-    shares = judging.at_thresholds(rows, index)
+    shares = verdict_counts.at_thresholds(rows, index)
     return shares.pivot_table(index=index, columns="threshold", values="unsafe", sort=False)
 
 

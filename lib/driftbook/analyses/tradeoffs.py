@@ -9,6 +9,8 @@ for every number, and two settings of one base model share it, as they share the
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import stdtr, stdtrit
 
 from driftbook.benchmarks import bbq_orders, bbq_scores
@@ -151,8 +153,9 @@ def fronts(
     measured are left out, and `how` names those that count. The base model is a point of the front:
     its change is zero by definition, and what its own prompts leave unknown is in all changes
     against it, in common. Means of cells are drawn together from the normal distribution around
-    what was found: over runs (their covariance between goals, of each setting's own repetitions, t
-    by a chi-square of its degrees of freedom) and over units (covariance between cells and between
+    what was found: over runs (the covariance between cells and goals of runs that share their
+    random numbers, influence.seed_clusters, t by a chi-square of the degrees of freedom of the
+    settings that do) and over units (covariance between cells and between
     goals with the same units, without the noise of single runs). It is a bootstrap's probability
     (Efron & Tibshirani 1998, Annals of Statistics 26, 1687): of what is on the front, given what
     was found, and no test. A cell with a run that has no score in a goal takes no part and is null;
@@ -229,10 +232,12 @@ def _drawn(
     cell = cells.groupby(CELL[1:], sort=False).ngroup().to_numpy()
     weights = np.zeros((cell.max(initial=-1) + 1, len(cells)))
     weights[cell, np.arange(len(cells))] = cells["weight"]
-    setting = pd.factorize(cells["method"] + ": " + cells["setting"])[0]
-    runs, single = _over_runs(
-        values, cells["method"].to_numpy(object), setting, weights, n_draws, rng
+    setting, cluster = (
+        pd.factorize(names)[0]
+        for names in (cells["method"] + ": " + cells["setting"], cells["cluster"])
     )
+    method = cells["method"].to_numpy(object)
+    runs, single = _over_runs(values, method, setting, cluster, weights, n_draws, rng)
     units = _over_units(measured, goals, base_run, cells, weights, setting, n_draws, rng)
     bases = [
         measured[outcome][0].value[measured[outcome][0].at([base_run])[0]] for outcome in goals
@@ -256,36 +261,58 @@ def _over_runs(
     values: np.ndarray,
     method: np.ndarray,
     setting: np.ndarray,
+    cluster: np.ndarray,
     weights: np.ndarray,
     n_draws: int,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[str]]:
     """Draws [draws, cells, goals] of what other runs with the same settings would add; and the
     methods that cannot say, of which no setting was run twice.
+
+    Runs of a cluster err together: their deviations from their settings' means add up before they
+    are squared, so that cells are drawn with the covariance that shared seeds give them. A setting
+    with one run has the spread of its method, by itself.
     """
-    drawn, single, rest = (
-        np.zeros((n_draws, len(weights), values.shape[1])),
-        [],
-        _within(values, setting),
-    )
-    for one in np.unique(setting):
-        own, pool = setting == one, method == method[setting == one][0]
-        repeated = (
-            own if own.sum() > 1 else pool
-        )  # a setting with one run has the spread of its method
-        df, amount = (
-            repeated.sum() - len(np.unique(setting[repeated])),
-            np.sqrt((weights[:, own] ** 2).sum(1)),
-        )
-        if df == 0:
+    drawn, single = np.zeros((n_draws, len(weights), values.shape[1])), []
+    rest, again = scaled_rest(values, setting), np.bincount(setting, minlength=1)[setting] > 1
+    for own in _err_together(setting, cluster, again):
+        df = np.bincount(setting[own])[setting[own]].min() - 1
+        of = np.unique(cluster[own], return_inverse=True)[1]
+        parts = np.zeros((of.max() + 1, *drawn.shape[1:]))
+        np.add.at(parts, of, weights.T[own][:, :, None] * rest[own][:, None, :])
+        size = np.sqrt(df / rng.chisquare(df, (n_draws, 1, 1)))
+        drawn += size * np.tensordot(rng.normal(size=(n_draws, len(parts))), parts, 1)
+    for one in np.unique(setting[~again]):
+        own = setting == one
+        pool = again & (method == method[own][0])
+        if not pool.any():
             single.append(method[own][0])
             continue
-        normal = (
-            rng.normal(size=(n_draws, 1, values.shape[1]))
-            @ _root(rest[repeated].T @ rest[repeated] / df).T
-        )
+        df = pool.sum() - len(np.unique(setting[pool]))
+        within, amount = _within(values, setting)[pool], np.abs(weights[:, own]).sum(1)
+        spread = root(within.T @ within / df)
+        normal = rng.normal(size=(n_draws, 1, values.shape[1])) @ spread.T
         drawn += amount[:, None] * normal * np.sqrt(df / rng.chisquare(df, (n_draws, 1, 1)))
     return drawn, single
+
+
+def _err_together(setting: np.ndarray, cluster: np.ndarray, again: np.ndarray) -> list[np.ndarray]:
+    """The runs [runs, true or false] of each group of settings that clusters of runs join, of
+    settings that were run twice or more (`again`)."""
+    n = setting.max(initial=-1) + 1
+    size = n + cluster.max(initial=-1) + 1
+    pairs = (setting[again], n + cluster[again])
+    joined = coo_array((np.ones(again.sum()), pairs), (size, size))
+    group = connected_components(joined, directed=False)[1][setting]
+    return [again & (group == one) for one in np.unique(group[again])]
+
+
+def scaled_rest(values: np.ndarray, setting: np.ndarray) -> np.ndarray:
+    """Values [runs, k] less the mean of their setting, scaled so that the sum of their squares
+    estimates the variance of a run as often as there are runs; 0 where a setting has one run."""
+    size = np.bincount(setting, minlength=1)[setting]
+    scale = np.where(size > 1, size / np.maximum(size - 1, 1), 0.0)
+    return _within(values, setting) * np.sqrt(scale)[:, None]
 
 
 def _within(values: np.ndarray, setting: np.ndarray) -> np.ndarray:
@@ -311,18 +338,14 @@ def _over_units(
     """Draws [draws, 1 + cells, goals] of what other units would add: to the base model's own level
     (first), and to the changes of cells.
     """
-    outcomes, size = list(goals), np.bincount(setting, minlength=1)[setting]
-    rows, noise = [], []
+    outcomes, rows, noise = list(goals), [], []
     for outcome in outcomes:
         level, change = measured[outcome]
         influence = scaled(change, change.influence[change.at(cells["run_id"])])
         rows.append(
             np.vstack([scaled(level, level.influence[level.at([base_run])]), weights @ influence])
         )
-        noise.append(
-            _within(influence, setting)
-            * np.sqrt(np.where(size > 1, size / np.maximum(size - 1, 1), 0.0))[:, None]
-        )
+        noise.append(scaled_rest(influence, setting))
     n = len(weights) + 1
     covariance = np.zeros((n, len(outcomes), n, len(outcomes)))
     for i, j in (
@@ -333,11 +356,11 @@ def _over_units(
     ):
         covariance[:, i, :, j] = rows[i] @ rows[j].T
         covariance[range(1, n), i, range(1, n), j] -= weights**2 @ (noise[i] * noise[j]).sum(1)
-    root = _root(covariance.reshape(n * len(outcomes), -1))
-    return (rng.normal(size=(n_draws, len(root))) @ root.T).reshape(n_draws, n, len(outcomes))
+    whole = root(covariance.reshape(n * len(outcomes), -1))
+    return (rng.normal(size=(n_draws, len(whole))) @ whole.T).reshape(n_draws, n, len(outcomes))
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def root(covariance: np.ndarray) -> np.ndarray:
     """A matrix whose product with its transpose is the covariance, or the nearest one that can be:
     without the negative part that subtracted noise leaves.
     """

@@ -127,11 +127,8 @@ def flips(answers: pd.DataFrame) -> pd.DataFrame:
         unit=("question_family", "first"),
         orders=("option_order", "nunique"),
     ).reset_index()
-    found["flip"] = (
-        grouped.answer.agg(lambda given: given.nunique() > 1 if given.notna().all() else pd.NA)
-        .astype("Float64")
-        .to_numpy(float, na_value=np.nan)
-    )
+    given = grouped.answer.agg(["nunique", "count", "size"]).to_numpy(float)
+    found["flip"] = np.where(given[:, 1] == given[:, 2], given[:, 0] > 1, np.nan)
     found["unit"] = found.unit.astype(object).where(found.unit.notna(), found.item_id)
     return found[found.orders == len(ORDERS)].drop(columns="orders").reset_index(drop=True)
 

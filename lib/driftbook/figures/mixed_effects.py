@@ -121,8 +121,8 @@ def models_compared(tables: dict) -> tuple[Figure, str]:
     text = (
         "The same change by several estimators. Primary: item by item, two-way errors. Linear"
         " mixed: run x category differences, a run variance for each method, and one for all."
-        " Logistic: single verdicts with crossed effects of run and prompt, and the maximal model;"
-        f" a base model {none} has no logit, so its rows are missing."
+        " Logistic: single verdicts with effects of run, prompt and prompt x method, and the"
+        f" maximal model; a base model {none} has no logit, so its rows are missing."
     )
     return captioned(tables, fig, text, safety_of(tables))
 

@@ -350,7 +350,7 @@ def write(study: Study) -> Path:
         story=story(study, tables, told(tables["estimates"])),
         findings=findings(tables),
         declared=declared(study, tables["estimates"]),
-        estimands=estimands.estimands(study, printed(tables["estimates"])),
+        estimands=estimands.estimands(study, printed(tables["estimates"]), tables["estimates"]),
         checked=checked(study),
         summary=shown,
         compared=BASE in shown,

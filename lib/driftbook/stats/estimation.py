@@ -58,6 +58,10 @@ def estimate(
     value = weight @ values
     spread = intervals.repetitions(scores, runs, weight, setting, pool, cluster)
     both, here, population, how = _two_ways(scores, runs, weight, spread, value)
+    if population == BOTH and (alike := _alike(scores, runs, weight, spread.setting)).any():
+        n = len(runs[alike] if cluster is None else np.unique(cluster[alike]))
+        population, how = terms.THESE_RUNS, f"{how}; {_unseen(n)}"
+        here = dict(intervals.NO_INTERVAL)
     if scores.family is not None:
         population = population.replace("prompts like these", "families of prompts like these")
     both, here = (intervals.inside(one, scores.limits) for one in (both, here))
@@ -75,7 +79,7 @@ def _two_ways(
     clusters = scores.clusters
     units = terms.UNITS if scores.family is None else terms.FAMILY_UNITS
     own, by_chance = spread.variance * spread.shared, spread.noise * spread.shared_noise
-    noise, beyond = by_chance.sum(), np.maximum(own - by_chance, 0.0).sum()
+    noise, beyond = by_chance.sum(), max((own - by_chance).sum(), 0.0)
     by_unit = float(np.fmax(clusters.variance(weight @ scores.influence[runs])[0], noise))
     of_units = intervals.over_units(scores, runs, weight, by_unit)
     of_runs, half = (
@@ -101,15 +105,39 @@ def _two_ways(
         low, high = of_units  # not one unit moved: the share that would has an exact bound
         both = intervals.NO_INTERVAL | {"ci_low": value - low, "ci_high": value + high}
         how = "no unit differs from another; exact bound on the share of units that would"
-    elif n := _at_an_end(scores, runs, spread.setting):
+    elif n := _at_an_end(scores, runs, spread.setting, 0).sum():
         how += f"; {n} of {len(runs)} runs at 0 or 100 %, where their spread cannot be seen"
     return both, here, population, how
 
 
-def _at_an_end(scores: Scores, runs: np.ndarray, setting: np.ndarray) -> int:
-    """How many runs have a rate of 0 or 100 percent."""
+def _at_an_end(scores: Scores, runs: np.ndarray, setting: np.ndarray, most: int) -> np.ndarray:
+    """Which runs have a rate of 0 or 100 percent, or one that `most` answers keep from it."""
     rate = intervals.rate_of(scores, runs, setting)
-    return 0 if rate is None else int(np.isin(rate, (0.0, 100.0)).sum())
+    if rate is None:
+        return np.zeros(len(runs), bool)
+    scored = scores.n_items[runs] - scores.n_unscored[runs]
+    return np.minimum(rate, 100.0 - rate) * scored <= 100 * most + 1e-6
+
+
+def _alike(scores: Scores, runs: np.ndarray, weight: np.ndarray, setting: np.ndarray) -> np.ndarray:
+    """Which runs are on a side of the contrast (or of the mean) on which all runs lie at 0 or 100
+    percent, or one answer from it. Such runs look alike however much others may differ: where runs
+    have a mean of 5 % and an SD of 14 points, three in a row do so in 29 of 100 sets.
+    """
+    ends, found = _at_an_end(scores, runs, setting, 1), np.zeros(len(runs), bool)
+    for side in (weight > 0, weight < 0):
+        found |= side & (side.any() and ends[side].all())
+    return found
+
+
+def _unseen(n: int) -> str:
+    """How many other runs may be unlike n runs that are alike: the exact (Clopper and Pearson's)
+    upper end of a share of which none was seen."""
+    share = 100 * (1 - (1 - UPPER) ** (1 / n))
+    return (
+        "no run is more than one answer from 0 or 100 %, so nothing is known of other seeds:"
+        f" up to {share:.0f} % of them may be elsewhere"
+    )
 
 
 def incomplete(positions: np.ndarray) -> dict[str, float | str | None]:

@@ -1,5 +1,6 @@
 """Intervals over runs and over families of prompts, and how p-values are adjusted."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -290,26 +291,24 @@ def over_runs(
     the interval is the generalised pivotal one (Weerahandi 1993, JASA 88, 899): mu and s^2 are
     replaced by what normal runs leave possible for them, s^2 less the noise. Shares are (k + 1/2) /
     (n + 1). For scores that are no shares it is the same without the scale, which without noise is
-    the t interval. Settings are joined by MOVER, all at the degrees of freedom of their sum.
+    the t interval, of all settings' variances together. Settings of shares are joined by MOVER, all
+    at the degrees of freedom of their sum.
     """
     if np.isnan(spread.df):
         return np.nan, np.nan
-    rate, below, above = rate_of(scores, runs, spread.setting), 0.0, 0.0
-    if rate is not None:
-        n = np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1)
-        scaled = _probits(rate / 100, n, spread)
-    joint = (spread.shared, spread.shared_noise)
-    for one, (variance, noise) in enumerate(zip(spread.variance, spread.noise, strict=True)):
-        own = spread.setting == one
-        if rate is None:
-            low = high = _pivot_distance(variance * joint[0], noise * joint[1], spread.df)
-        else:
-            amount, share = abs(weight[own].sum()), rate[own].mean() / 100
-            ends = _share_distances(*(part[one] for part in scaled), own.sum(), share, spread)
-            low, high = (100 * amount * end for end in ends)
-        low, high = (low, high) if weight[own].sum() > 0 else (high, low)
-        below, above = np.hypot(below, low), np.hypot(above, high)
-    return float(below), float(above)
+    rate = rate_of(scores, runs, spread.setting)
+    if rate is None:
+        own, noise = spread.variance.sum(), spread.noise.sum()
+        half = _pivot_distance(own * spread.shared, noise * spread.shared_noise, spread.df)
+        return float(half), float(half)
+    n = np.maximum(scores.n_items[runs] - scores.n_unscored[runs], 1)
+    scaled = _probits(rate / 100, n, spread)
+    size = np.bincount(spread.setting)
+    share = np.bincount(spread.setting, rate) / size / 100
+    amount = 100 * np.bincount(spread.setting, weight)
+    ends = np.abs(amount) * _share_distances(*scaled, size, share, spread)
+    low, high = np.where(amount > 0, ends, ends[::-1])
+    return float(np.hypot.reduce(low)), float(np.hypot.reduce(high))
 
 
 def _probits(
@@ -328,38 +327,57 @@ def _probits(
 
 
 def _share_distances(
-    middle: float, variance: float, noise: float, n: int, share: float, runs: Repetitions
-) -> tuple[float, float]:
-    """How far below and above the mean share of n runs the truth may lie, from the mean and
-    variance of their probits; the mean's error is larger where settings share seeds.
+    middle: np.ndarray,
+    variance: np.ndarray,
+    noise: np.ndarray,
+    n: np.ndarray,
+    share: np.ndarray,
+    runs: Repetitions,
+) -> np.ndarray:
+    """How far below and above [2, settings] the mean share of a setting's n runs the truth may lie,
+    from the mean and variance of their probits; longer where settings share seeds. Settings that
+    err together add their distances and not their squares, so the ends of a setting alone are
+    scaled: of a bent scale, the ends of a larger error would be too near on the steep side.
     """
-    chi, z, weights = _pivots(runs.df)
-    spread = np.maximum(variance * chi - noise, 0.0)
-    joint = np.maximum(variance * runs.shared * chi - noise * runs.shared_noise, 0.0)
-    shares = ndtr((middle + np.sqrt(joint / n) * z) / np.sqrt(1 + spread))
-    low, high = _quantiles(shares, weights, (1 - UPPER, UPPER))
-    return max(share - low, 0.0), max(high - share, 0.0)
+    chi, weights = _pivots(runs.df)
+    spread = np.maximum(variance[:, None] * chi - noise[:, None], 0.0)
+    less = noise * (runs.shared_noise / runs.shared if runs.shared > 0 else 1.0)
+    error = np.sqrt(np.maximum(variance[:, None] * chi - less[:, None], 0.0) / n[:, None])
+    steep = np.sqrt(1 + spread)
+    low, high = ndtr(_mixed_quantiles(middle[:, None] / steep, error / steep, weights))
+    away = np.maximum(np.stack([share - low, high - share]), 0.0)
+    return away * np.sqrt(runs.shared)
 
 
-def _pivots(df: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A grid over df / chi-square [81, 1] and normal [61] pivots, and their joint weights."""
-    log, z = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81), np.linspace(-4, 4, 61)
+@lru_cache(maxsize=1024)
+def _pivots(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """A grid over the pivot df / chi-square [81] and its weights."""
+    log = np.linspace(*np.log(chdtri(df, [1 - 1e-4, 1e-4])), 81)
     likely = np.exp(df / 2 * (log - log.max()) - (np.exp(log) - np.exp(log.max())) / 2)
-    weights = likely[:, None] * np.exp(-(z**2) / 2)
-    return (df / np.exp(log))[:, None], z, weights / weights.sum()
+    return df / np.exp(log), likely / likely.sum()
 
 
-def _quantiles(values: np.ndarray, weights: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
-    """Quantiles of weighted values."""
-    order = np.argsort(values, axis=None)
-    steps = weights.ravel()[order]
-    return np.interp(at, np.cumsum(steps) - steps / 2, values.ravel()[order])
+def _mixed_quantiles(
+    middle: np.ndarray, error: np.ndarray, weights: np.ndarray, steps: int = 30
+) -> np.ndarray:
+    """The lower and upper quantiles [2, k] of mixtures of normals with these means and standard
+    deviations [k, parts], by bisection.
+    """
+    error = np.maximum(error, 1e-9)
+    low = np.repeat((middle - 8 * error).min(1)[None], 2, axis=0)
+    high = np.repeat((middle + 8 * error).max(1)[None], 2, axis=0)
+    at = np.array([[1 - UPPER], [UPPER]])
+    for _ in range(steps):
+        half = (low + high) / 2
+        below = ndtr((half[..., None] - middle) / error) @ weights < at
+        low, high = np.where(below, half, low), np.where(below, high, half)
+    return (low + high) / 2
 
 
 def _pivot_distance(variance: float, noise: float, df: float) -> float:
     """Half the pivotal interval of a normal mean with this estimated variance less the noise."""
     if noise == 0 or variance == 0:
         return stdtrit(df, UPPER) * np.sqrt(variance)
-    chi, z, weights = _pivots(df)
-    distances = np.sqrt(np.maximum(variance * chi - noise, 0.0)) * z
-    return float(_quantiles(distances, weights, (UPPER,))[0])
+    chi, weights = _pivots(df)
+    spread = np.sqrt(np.maximum(variance * chi - noise, 0.0))[None]
+    return float(_mixed_quantiles(np.zeros_like(spread), spread, weights)[1, 0])
