@@ -19,7 +19,7 @@ from driftbook.analyses import (
     specifications,
 )
 from driftbook.batch import collecting, keys
-from driftbook.benchmarks import judging, utility
+from driftbook.benchmarks import judging, utility, verdict_counts
 from driftbook.doctors import study as study_doctor
 from driftbook.doctors.study_tables import rate_of
 from driftbook.figures import gallery
@@ -116,7 +116,7 @@ def test_nobody_is_called_unsafe_and_no_verdict_is_missed():
     assert found["judge"].eq(harm.DETECTOR).all()
     assert found["unsafe"].isna().all()
     assert found["unscored_reason"].eq(harm.NO_JUDGE).all()
-    assert judging.unscored(found).empty
+    assert verdict_counts.unscored(found).empty
     read = found[["outcome", "refusal"]].astype(object).where(found.notna(), None)
     assert list(read["outcome"]) == [outcome for outcome, *_ in TEXTS.values()]
     assert list(read["refusal"]) == [refusal for _, refusal, _ in TEXTS.values()]

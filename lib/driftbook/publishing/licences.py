@@ -78,7 +78,7 @@ def of_study(study: Study) -> pd.DataFrame:
                 "role": role,
                 "source": part.source,
                 **facts,
-                "known": of(part.source) is not None,
+                "known": of(_tuned_from(study, part).source) is not None,
             }
         )
     types = dict.fromkeys(COLUMNS, "string") | {
@@ -109,12 +109,17 @@ def _parts(study: Study) -> list[tuple[str, str, Source]]:
     return parts + ([("init texts", "init_texts", study.init_texts)] if study.init_texts else [])
 
 
+def _tuned_from(study: Study, part: Source) -> Source:
+    """The base model of a twin, under whose terms it is; any other source itself."""
+    kind, _, name = part.source.partition(":")
+    return study.bases[study.twins[name].of] if kind == "twin" else part
+
+
 def _licence(study: Study, part: Source) -> Licence | None:
     """The register's licence, else the one that the study file states: rows of items are then its
     word's to give, text is not.
     """
-    if part.source.startswith("twin:"):  # under the terms of what it was tuned from
-        part = study.bases[study.twins[part.source.partition(":")[2]].of]
+    part = _tuned_from(study, part)
     stated = study.licences.get(part.source)
     return (
         of(part.source)
