@@ -34,7 +34,7 @@ from driftbook.study.variants import Variant
 VERDICT_TOKENS = 60  # of a judge's own prompt, behind what all its prompts begin with
 OPTION_TOKENS = 12  # of BBQ's three options where they are scored as texts
 # of a CPU's process: torch, transformers, peft and trl, imported
-PROCESS_BYTES = 0.6e9
+PROCESS_BYTES = 0.9e9
 DISTRIBUTIONS_AT_ONCE = 2**27  # numbers: see training/dose.py
 # On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of
 # English answers (parquet, zstd).
@@ -88,7 +88,9 @@ def _making(
         yield _training(variant, own, study, lengths)
         yield from looks
     stage = "mitigate" if variant.is_repaired else "train"
-    times = 3 - 2 * (variant.method == "none")
+    # by the base and the variant, and where it does not start at the base as it was initialised
+    own_start = not variant.is_repaired and variant.method not in ("lora", "rslora", "ia3")
+    times = 1 if variant.method == "none" else 2 + own_start
     work = times * operations(own, lengths.held_out(), 2)
     yield stage, "read", times * study.data["heldout"].n, 0, "read dose", work
 
