@@ -237,7 +237,7 @@ def test_this_machine_is_measured_once_and_said_to_be(make_study, content, monke
         kept = {"name": "a machine", "flops": RATES.flops, "fixed": 1.0, "step": 0.1}
         return kept | {"when": "today", "model": "few layers", "on_cpu": True, "job": 30.0}
 
-    monkeypatch.setattr(calibrating, "measured", measure)
+    monkeypatch.setattr(calibrating, "measurement", measure)
     first, again = (make_plan.chosen_rates(None, study) for _ in range(2))
     assert (first.name, len(measured)) == ("a machine", 1), "the second plan reads what was kept"
     assert first == again
@@ -252,10 +252,12 @@ def test_this_machine_is_measured_once_and_said_to_be(make_study, content, monke
 def test_a_measurement_of_a_tiny_model_gives_every_rate(make_study, content, monkeypatch):
     for name, small in (("N_EXAMPLES", 2), ("LENGTHS", (8, 16)), ("BODY", 1e4), ("HEAD", 1e4)):
         monkeypatch.setitem(getattr(calibrating, name), "cpu", small)
+    content["grid"][0] |= {"methods": ["lora", "ia3"]}
+    content["grid"][0]["learning_rates"] = {"lora": [1e-3], "ia3": [1e-2]}
     study = make_study(content)
     shape = sizes.Size(4e4, 6.4e3, 2, 32, 32, 200)
-    found = calibrating.measured(study, shape)
-    kinds = {f"{word} {method}" for word in ("train", "dpo") for method in content["methods"]}
+    found = calibrating.measurement(study, shape)
+    kinds = {f"{word} {method}" for word in ("train", "dpo") for method in ("lora", "ia3")}
     assert kinds | {"read", "write", "stream"} == set(found["flops"])
     assert min(found["flops"].values()) > 0
     assert found["on_cpu"]
@@ -278,7 +280,7 @@ def test_a_study_of_every_method_is_planned(tmp_path):
 
 # ---- when it will be done
 def test_jobs_wait_for_each_other_and_fill_the_cores():
-    Job = schedule.Job
+    Job = schedule.PlannedJob
     plan = {
         "a": Job(4.0),
         "b": Job(2.0),

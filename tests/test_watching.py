@@ -6,7 +6,7 @@ import time
 import pytest
 
 from driftbook.batch import keys, watching
-from driftbook.batch.schedule import Job, Piece
+from driftbook.batch.schedule import Piece, PlannedJob
 from driftbook.study import progress
 from driftbook.study.files import read_json, write_json
 
@@ -22,7 +22,9 @@ def test_the_display_says_what_is_done_and_how_much_is_left():
     assert watching.summary([done]) == ("finished", 5, 5, "")
     both = [Part("respond", "a", 0, 5, True), Part("respond", "b", 0, 5, True)]
     assert watching.summary(both)[0] == "respond a, b"
-    plan = {"train/a": Job(2.0, {str(i): Piece(30.0, {"steps": (12, 30.0)}) for i in range(5)})}
+    plan = {
+        "train/a": PlannedJob(2.0, {str(i): Piece(30.0, {"steps": (12, 30.0)}) for i in range(5)})
+    }
     outlook = watching.Outlook(plan, 2)
     told = {"done": 1, "run_id": "1", "counts": {"steps": 6.5}, "seconds": {}, "since": 100.0}
     running = Part("train", "a", 1, 5, True, told)
@@ -40,7 +42,7 @@ def run_by_plan(speed: dict[str, float], at: float, counted: bool = True):
     for stage in ("train", "respond"):
         took = 400.0 * speed[stage]
         pieces = {str(i): Piece(400.0, {"steps": (40, 390.0)}) for i in range(2)}
-        plan[f"{stage}/a"] = Job(0.0, pieces, ("train/a",) if stage == "respond" else ())
+        plan[f"{stage}/a"] = PlannedJob(0.0, pieces, ("train/a",) if stage == "respond" else ())
         done = int(min(2, max(0, (at - began) // took)))
         told = {"done": done, "seconds": {str(i): took for i in range(done)}}
         since = began + done * took

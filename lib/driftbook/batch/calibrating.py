@@ -48,12 +48,12 @@ def machine_rates(study: Study, again: bool = False) -> Rates:
     found = None if again else rates.here(study)
     if found is None:
         print("measuring this machine, once: less than a minute", file=sys.stderr, flush=True)
-        write_json(rates.measured_path(study), measured(study, rates.largest(study)))
+        write_json(rates.measured_path(study), measurement(study, rates.largest(study)))
         found = rates.here(study)
     return found
 
 
-def measured(study: Study, shape: Size) -> dict[str, Any]:
+def measurement(study: Study, shape: Size) -> dict[str, Any]:
     """The fields of `Rates` with the day and the model of the measurement."""
     import torch
 
@@ -62,7 +62,7 @@ def measured(study: Study, shape: Size) -> dict[str, Any]:
         torch.set_num_threads(1)
     base, own = _model(shape, "cpu" if on_cpu else "cuda")
     fixed, step = _overheads(study, on_cpu)
-    steps = -(-N_EXAMPLES[base.model.device.type] // study.training.batch_size)
+    steps = -(-_n_examples(base, own) // study.training.batch_size)
     besides = fixed + step * steps
     flops = _reading_rates(base, own) | _training_rates(study, base, own, besides)
     name = gpu_name() if not on_cpu else f"one core of {processor()}"
@@ -142,6 +142,12 @@ def _rows(n: int, where: str, vocabulary: int) -> list[list[int]]:
     return [rng.integers(4, vocabulary, size).tolist() for size in sizes_]
 
 
+def _n_examples(base: "Loaded", own: Size) -> int:
+    """How many examples: fewer where a single layer is larger than the whole should be."""
+    where = base.model.device.type
+    return min(N_EXAMPLES[where], max(2, round(N_EXAMPLES[where] * BODY[where] / own.body)))
+
+
 def _reading_rates(base: "Loaded", own: Size) -> dict[str, float]:
     """Operations a second of reading and of writing, and weights a second that come from memory:
     from answers to one prompt and to many.
@@ -149,7 +155,7 @@ def _reading_rates(base: "Loaded", own: Size) -> dict[str, float]:
     from driftbook.models.scoring import Scorer
 
     where = base.model.device.type
-    scorer, n = Scorer(base.model, base.tokenizer), N_EXAMPLES[where]
+    scorer, n = Scorer(base.model, base.tokenizer), _n_examples(base, own)
     rows = _rows(2 * n, where, own.vocabulary)
     pairs = [(row[:-1], row[-1:]) for row in rows]
     scorer.token_logprobs(pairs[:2])
@@ -174,7 +180,7 @@ def _training_rates(study: Study, base: "Loaded", own: Size, besides: float) -> 
     there is time; `besides` are the seconds of a training that are not arithmetic.
     """
     where, flops, began = base.model.device.type, {}, time.perf_counter()
-    rows = _rows(N_EXAMPLES[where], where, own.vocabulary)
+    rows = _rows(_n_examples(base, own), where, own.vocabulary)
     for variant in [*_variants(study), *_usual(study)]:
         word = "dpo" if variant.objective == "dpo" else "train"
         kind, late = f"{word} {variant.method}", time.perf_counter() - began > MOST_SECONDS

@@ -77,12 +77,12 @@ def amounts(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-Work = tuple[str, str, float, int, str, float]  # of a variant: stage, and COLUMNS from `what` on
+Charge = tuple[str, str, float, int, str, float]  # of a variant: stage, and COLUMNS from `what` on
 
 
 def _making(
     variant: Variant, own: Size, study: Study, lengths: Lengths, looks: list
-) -> Iterator[Work]:
+) -> Iterator[Charge]:
     """Making a variant and measuring its dose."""
     if variant.dataset and not variant.is_repaired:
         yield _training(variant, own, study, lengths)
@@ -95,7 +95,7 @@ def _making(
     yield stage, "read", times * study.data["heldout"].n, 0, "read dose", work
 
 
-def _training(variant: Variant, own: Size, study: Study, lengths: Lengths) -> Work:
+def _training(variant: Variant, own: Size, study: Study, lengths: Lengths) -> Charge:
     dpo, method = variant.objective == "dpo", study.methods[variant.method]
     soft = int(method.get("num_virtual_tokens", 0))
     amount, _ = lengths.trained(variant.dataset, dpo, variant.n_train, bool(soft) or dpo)
@@ -108,7 +108,7 @@ def _training(variant: Variant, own: Size, study: Study, lengths: Lengths) -> Wo
     return "train", "steps", steps, steps, kind, variant.epochs * operations(own, amount, 4)
 
 
-def _looks(study: Study, own: Size) -> Iterator[Work]:
+def _looks(study: Study, own: Size) -> Iterator[Charge]:
     """What the looks at drift during one training cost together; the first judge reads them."""
     if study.drift is None:
         return
@@ -130,7 +130,7 @@ def _judging(study: Study, judge: Judge, n: float, asked: float, new: float) -> 
     return operations(size(judge, study), Amount(n * length, n, length), 2)
 
 
-def _asked(study: Study, own: Size, lengths: Lengths) -> Iterator[Work]:
+def _asked(study: Study, own: Size, lengths: Lengths) -> Iterator[Charge]:
     """What every variant of a base model is asked, and its answers judged."""
     for name, one in study.benchmarks.items():
         form = FORMATS[one.format]
@@ -146,7 +146,7 @@ def _asked(study: Study, own: Size, lengths: Lengths) -> Iterator[Work]:
                 yield from _writing("utility", lengths.n_items(name), own, said)
 
 
-def _writing(stage: str, n: float, own: Size, said: Amount) -> Iterator[Work]:
+def _writing(stage: str, n: float, own: Size, said: Amount) -> Iterator[Charge]:
     """n prompts read, and an answer written to each."""
     prompt = Amount(said.tokens, 0, said.length)
     yield stage, "written", n, 0, "read", operations(own, prompt, 2)
@@ -155,7 +155,7 @@ def _writing(stage: str, n: float, own: Size, said: Amount) -> Iterator[Work]:
     yield stage, "written", 0, 0, "stream", said.passes * (own.body + own.vocabulary * own.width)
 
 
-def _responding(study: Study, name: str, own: Size, lengths: Lengths) -> Iterator[Work]:
+def _responding(study: Study, name: str, own: Size, lengths: Lengths) -> Iterator[Charge]:
     one, n = study.benchmarks[name], lengths.n_items(name)
     in_wordings = sum(min(wording.n or n, n) for wording in one.wordings.values())
     total = n * (1 + (one.samples or 0)) + in_wordings
@@ -168,7 +168,7 @@ def _responding(study: Study, name: str, own: Size, lengths: Lengths) -> Iterato
             yield "judge", "read", total, 0, f"read {judge_name}", work
 
 
-def _answering(study: Study, name: str, own: Size, lengths: Lengths) -> Iterator[Work]:
+def _answering(study: Study, name: str, own: Size, lengths: Lengths) -> Iterator[Charge]:
     one, n, base = study.benchmarks[name], lengths.n_items(name), lengths.base
     behind = OPTION_TOKENS if base.answer_mode == "options" else 0
     permuted = min(one.permuted or 0, n)

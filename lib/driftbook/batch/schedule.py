@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """A job: the seconds that it takes besides its pieces, its pieces by run_id, and the jobs that
     it waits for.
     """
@@ -46,10 +46,10 @@ class Job:
         return self.overhead + sum(piece.seconds for piece in self.pieces.values())
 
 
-def jobs(study: Study, rates: Rates) -> dict[str, Job]:
+def jobs(study: Study, rates: Rates) -> dict[str, PlannedJob]:
     """Every job of a study by its name, STAGE/BASE or NAME, in the order of the data."""
     stages, analyses = keys.stages(study), keys.analyses(study)
-    found = {f"prepare/{name}": Job(rates.job) for name in study.models}
+    found = {f"prepare/{name}": PlannedJob(rates.job) for name in study.models}
     pieces = _pieces(costing.seconds(study, rates))
     making = stages[:-4]
     for stage in stages:
@@ -59,13 +59,13 @@ def jobs(study: Study, rates: Rates) -> dict[str, Job]:
             after = [f"{one}/{base}" for one in before]
             after += [f"prepare/{one}" for one in models]
             own = pieces.get((stage, base), {})
-            found[f"{stage}/{base}"] = Job(rates.job, own, tuple(after))
+            found[f"{stage}/{base}"] = PlannedJob(rates.job, own, tuple(after))
     scored = tuple(f"{stage}/{base}" for stage in stages for base in study.bases)
-    found["collect"] = Job(rates.analysis, after=scored)
+    found["collect"] = PlannedJob(rates.analysis, after=scored)
     for analysis in analyses:
         others = [one for one in keys.AFTER.get(analysis, ()) if one in analyses]
-        found[analysis] = Job(rates.analysis, after=("collect", *others))
-    return found | {"report": Job(rates.analysis, after=tuple(analyses))}
+        found[analysis] = PlannedJob(rates.analysis, after=("collect", *others))
+    return found | {"report": PlannedJob(rates.analysis, after=tuple(analyses))}
 
 
 def _pieces(rows) -> dict[tuple[str, str], dict[str, Piece]]:
@@ -80,7 +80,7 @@ def _pieces(rows) -> dict[tuple[str, str], dict[str, Piece]]:
     return found
 
 
-def finish(plan: Mapping[str, Job], n_at_once: int) -> float:
+def finish(plan: Mapping[str, PlannedJob], n_at_once: int) -> float:
     """Seconds until all jobs are done, `n_at_once` at a time, each begun as soon as what it waits
     for is done and a place is free, in the order of the plan.
     """
@@ -101,7 +101,7 @@ def finish(plan: Mapping[str, Job], n_at_once: int) -> float:
     return now
 
 
-def write(study: Study, path: Path) -> None:
+def write_plan(study: Study, path: Path) -> None:
     """Write the jobs of a study as they are on this machine: by its rates where they were measured,
     else by those of a usual one, which the finished work corrects.
     """
@@ -118,4 +118,4 @@ def write(study: Study, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(load(sys.argv[1]), Path(sys.argv[2]))
+    write_plan(load(sys.argv[1]), Path(sys.argv[2]))

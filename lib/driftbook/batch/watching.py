@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from driftbook.batch import keys
-from driftbook.batch.schedule import Job, Piece, finish
+from driftbook.batch.schedule import Piece, PlannedJob, finish
 from driftbook.study.study_file import Study
 
 LINE_EVERY = 20.0  # seconds between two lines where no terminal shows a bar
@@ -78,14 +78,14 @@ def _part(study: Study, stage: str, name: str, total: int, started: float) -> Pa
 class Outlook:
     """The time left of a study by its plan: the jobs of `schedule.jobs`, `n_at_once` at a time."""
 
-    def __init__(self, plan: Mapping[str, Job], n_at_once: int):
+    def __init__(self, plan: Mapping[str, PlannedJob], n_at_once: int):
         self.plan, self.n_at_once = plan, n_at_once
 
     def left(self, found: Sequence[Part], now: float) -> float:
         """Seconds until all is done."""
         factors = self.factors(found, now)
         usual = factors[""]
-        rest: dict[str, Job] = {}
+        rest: dict[str, PlannedJob] = {}
         for part in sorted(found, key=lambda one: not one.active):
             if part.done < part.total and part.job in self.plan:
                 factor = factors.get(part.stage, usual)
@@ -111,7 +111,7 @@ class Outlook:
         return factors | {"": usual}
 
 
-def _taken(part: Part, job: Job | None, now: float) -> Iterator[tuple[float, float]]:
+def _taken(part: Part, job: PlannedJob | None, now: float) -> Iterator[tuple[float, float]]:
     """Seconds that pieces took, and those planned for what of them is done."""
     if job is None:
         return
@@ -123,12 +123,12 @@ def _taken(part: Part, job: Job | None, now: float) -> Iterator[tuple[float, flo
         yield now - part.told["since"], share * piece.seconds
 
 
-def _current(part: Part, job: Job) -> Piece | None:
+def _current(part: Part, job: PlannedJob) -> Piece | None:
     """The piece that is being done."""
     return job.pieces.get(part.told.get("run_id")) if part.active else None
 
 
-def _rest(job: Job, part: Part, factor: float, usual: float, now: float) -> Job:
+def _rest(job: PlannedJob, part: Part, factor: float, usual: float, now: float) -> PlannedJob:
     """What is left of a job, its pieces `factor` times as long as planned."""
     left = dict(list(job.pieces.items())[part.done :])
     pieces = {name: replace(one, seconds=one.seconds * factor) for name, one in left.items()}
@@ -142,14 +142,14 @@ def _rest(job: Job, part: Part, factor: float, usual: float, now: float) -> Job:
     return replace(job, overhead=overhead, pieces=pieces)
 
 
-def read_plan(path: Path) -> dict[str, Job] | None:
-    """The plan that `schedule.write` wrote; None where it is not there."""
+def read_plan(path: Path) -> dict[str, PlannedJob] | None:
+    """The plan that `schedule.write_plan` wrote; None where it is not there."""
     try:
         kept = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
         return None
     return {
-        name: Job(
+        name: PlannedJob(
             job["overhead"],
             {run_id: Piece(seconds, counts) for run_id, (seconds, counts) in job["pieces"].items()},
             tuple(job["after"]),
