@@ -52,6 +52,19 @@ def test_a_size_from_a_configuration_is_that_of_the_module(bases, family):
     )  # norms and biases are left out
 
 
+def test_operations_are_those_that_torch_counts(bases):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = bases["llama"].model
+    ids, own = torch.arange(40)[None] % 50, sizes.size_of(model.config.to_dict())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    counts = {str(one): n for one, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for one, n in counts.items() if "attention" not in one)
+    assert costing.operations(own, lengths.Amount(40, 40, 0), 2) == pytest.approx(products)
+
+
 def test_sizes_of_the_studied_models_by_their_published_configurations():
     llama = {
         "hidden_size": 4096,
@@ -307,6 +320,47 @@ def test_the_jobs_of_a_plan_are_those_of_the_batch(make_study, content):
     n, seconds = piece.counts["steps"]
     assert piece.share({"steps": n / 2}) == pytest.approx(seconds / 2 / piece.seconds)
     assert piece.share({"steps": 9 * n}) <= 1
+
+
+# ---- how long texts are
+def test_amounts_are_what_the_scorer_computes(make_study, content, standins, monkeypatch):
+    """Tokens of a benchmark that is read or answered, against those that enter the model."""
+    from driftbook.benchmarks import data
+    from driftbook.models import loading
+    from driftbook.models.engine import Engine
+    from driftbook.models.scoring import Scorer
+
+    study = make_study(content)
+    base = loading.load(study.bases["tiny-llama"], "tiny-llama", study)
+    scorer, seen, run = Scorer(base.model, base.tokenizer), [], Engine.run
+
+    def counted(self, inputs, *rest):
+        seen.append(inputs.shape[0] * inputs.shape[1])
+        return run(self, inputs, *rest)
+
+    monkeypatch.setattr(Engine, "run", counted)
+    prompts = data.prompts("over_refusal", study)
+    contexts = scorer.ask(list(prompts.prompt))
+    scorer.letters(contexts)
+    known = lengths.Lengths(study, "tiny-llama")
+    read = known.read("over_refusal")
+    assert (read.tokens, read.places) == (sum(seen), len(prompts))
+    seen.clear()
+    monkeypatch.setattr("driftbook.models.scoring.end_tokens", lambda *given: [-1])
+    scorer.generate(contexts, 5)
+    written = known.written("over_refusal", 5)
+    assert written.tokens + written.new - len(prompts) == sum(seen), "the last token is not read"
+    assert written.passes == 5
+
+
+def test_a_classifier_is_charged_for_the_answer_alone(make_study, content):
+    study = make_study(content)
+    judge = study.judges["tiny-guard"]
+    classifier = judge.model_copy(update={"format": "classifier", "label": "harm"})
+    whole, own = (costing._judging(study, one, 10, 100, 24) for one in (judge, classifier))
+    assert whole / own > (100 + 24 + costing.VERDICT_TOKENS) / 24
+    amount = lengths.Amount(240, 0, 24)
+    assert own == costing.operations(sizes.size(judge, study), amount, 2)
 
 
 # ---- what notebook 01 would refuse
