@@ -31,7 +31,7 @@ from driftbook.study.variants import Variant
 if TYPE_CHECKING:
     from driftbook.models.loading import Loaded
 
-MOST_SECONDS = 40.0  # after which no further method is measured
+MOST_SECONDS = 25.0  # of training, after which no further method is measured
 # numbers: of the layers and of the table of the model that is measured, by device
 BODY = {"cpu": 1.5e7, "cuda": 2.0e9}
 HEAD = {"cpu": 3.0e7, "cuda": 6.0e8}
@@ -179,11 +179,11 @@ def _training_rates(study: Study, base: "Loaded", own: Size, besides: float) -> 
     """Operations a second of training, by objective and method: the study's own methods, as long as
     there is time; `besides` are the seconds of a training that are not arithmetic.
     """
-    where, flops, began = base.model.device.type, {}, time.perf_counter()
+    where, flops, spent = base.model.device.type, {}, 0.0
     rows = _rows(_n_examples(base, own), where, own.vocabulary)
     for variant in [*_variants(study), *_usual(study)]:
         word = "dpo" if variant.objective == "dpo" else "train"
-        kind, late = f"{word} {variant.method}", time.perf_counter() - began > MOST_SECONDS
+        kind, late = f"{word} {variant.method}", spent > MOST_SECONDS
         if kind in flops or (late and f"{word} lora" in flops):
             continue
         made, amount = _examples(rows, variant.objective == "dpo")
@@ -191,6 +191,7 @@ def _training_rates(study: Study, base: "Loaded", own: Size, besides: float) -> 
             if not flops:
                 _fit(variant, base, made[:2], study)  # warms up
             seconds = timed(_fit, variant, base, made, study)
+            spent += seconds
         except ValueError:  # it names modules that this model lacks: LoRA's rate holds for it
             continue
         flops[kind] = operations(own, amount, 4) / max(seconds - besides, 0.1 * seconds)

@@ -25,6 +25,7 @@ SAMPLE = 300  # texts of a set that are counted; the rest is taken to be like th
 CHARACTERS = 4.0  # a token, of English text
 TURN = 8  # tokens of a template about a turn, where it is not here
 PASS_TOKENS, CACHED_TOKENS, STEP_TOKENS = 2_048, 32_768, 1_024  # of a CPU: see scoring and steps
+MINIATURE_TOKENS = 30  # of an item of the miniature
 ANSWER_SHARE = 0.6  # of an example's tokens, where they are not counted
 
 
@@ -129,9 +130,9 @@ class Lengths:
 
     def written(self, name: str, new: int) -> Amount:
         """An answer of `new` tokens to each prompt of a benchmark, in the batches of a CPU."""
-        found, form = self.prompts(name), FORMATS[self.study.benchmarks[name].format]
+        found, one = self.prompts(name), self.study.benchmarks[name]
         if found is None:
-            n, length = self.n_items(name), form.tokens + 3.0 * TURN
+            n, length = self.n_items(name), _declared(one) + 3.0 * TURN
             passes = new * np.ceil(n * (length + new) / CACHED_TOKENS)
             return Amount(n * length, n, length + new, n * new, passes)
         rows, n = found
@@ -149,9 +150,9 @@ class Lengths:
         """Every prompt of a benchmark (or n of them), and `behind` tokens after each that are
         scored; at least the first token after it.
         """
-        found, form = self.prompts(name), FORMATS[self.study.benchmarks[name].format]
+        found, one = self.prompts(name), self.study.benchmarks[name]
         if found is None:
-            length = form.tokens + 3.0 * TURN
+            length = _declared(one) + 3.0 * TURN
             return Amount(length + behind, max(1.0, behind), length).times(n or self.n_items(name))
         rows, total = found
         tokens = _read_tokens(rows) + behind * len(rows)
@@ -171,7 +172,7 @@ class Lengths:
                 texts = [str(one) for one in items.answer[:SAMPLE]]
                 made = [len(self.tokenizer.encode(one, add_special_tokens=False)) for one in texts]
                 return float(np.mean(made)) + 1
-        return ANSWER_SHARE * FORMATS[benchmark.format].tokens
+        return ANSWER_SHARE * _declared(benchmark)
 
 
 # ---- what is here
@@ -264,6 +265,12 @@ def n_items(benchmark: Benchmark) -> float:
     else:
         n = benchmark.n or 300 if kind in ("miniature", "tests") else form.n_items
     return min(benchmark.n or n, n)
+
+
+def _declared(benchmark: Benchmark) -> float:
+    """Tokens of an item by its format; the miniature's texts are shorter than real ones."""
+    made_here = benchmark.source.partition(":")[0] in ("miniature", "tests")
+    return MINIATURE_TOKENS if made_here else FORMATS[benchmark.format].tokens
 
 
 def _known_items(benchmark: Benchmark, form: Format) -> list[int]:

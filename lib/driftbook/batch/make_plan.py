@@ -81,6 +81,9 @@ def chosen_rates(name: str | None, study: Study) -> Rates:
 
 
 # ---- the page
+LONG = 100.0  # hours on a CPU, beyond which a study is one for a GPU
+
+
 def pages(study: Study, found: Rates, price: float | None, dry_run: str = "") -> str:
     """The plan in words and tables."""
     parts = [
@@ -119,7 +122,8 @@ def _hours(study: Study, found: Rates, price: float | None) -> list[str]:
     n = (os.cpu_count() or 1) if found.on_cpu else 1
     at_once = schedule.finish(plan, n) / 3600
     return [
-        f"planned for {found.name} ({found.how})",
+        f"planned for {found.name} ({found.how})"
+        + ("; DEVICE=L40S plans for that GPU" if found.on_cpu and at_once > LONG else ""),
         f"hours of {unit}",
         table.assign(all=table.sum(axis=1)).map(_short).to_string(),
         "",
