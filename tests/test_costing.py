@@ -158,6 +158,14 @@ def test_hours_follow_the_amounts(paper):
     assert table["train"]["llama-3-8b"] == pytest.approx(seconds / 3600)
 
 
+def test_a_job_tries_a_layout_once_for_the_base_and_each_method_on_weights(make_study, content):
+    rows = costing.amounts(make_study(content)).query("kind == 'read probe'")
+    found = rows.groupby("stage").run_id.agg(lambda ids: [one.split(".")[1] for one in ids])
+    assert found.to_dict() == dict.fromkeys(
+        ("train", "respond", "answer", "utility"), ["none", "lora", "ia3"]
+    )
+
+
 def test_the_published_gpu_is_read_from_the_published_runs():
     found = rates.published_rates()
     runs = pd.read_parquet(rates.PUBLISHED / "runs.parquet").merge(

@@ -32,6 +32,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
 VERDICT_TOKENS = 60  # of a judge's own prompt, behind what all its prompts begin with
+PROBE_TOKENS = 1_500  # that models.probe reads, counted with SmolLM2
 OPTION_TOKENS = 12  # of BBQ's three options where they are scored as texts
 # of a CPU's process: torch, transformers, peft and trl, imported
 PROCESS_BYTES = 0.9e9
@@ -66,18 +67,33 @@ def amounts(study: Study) -> pd.DataFrame:
             for stage, what, n, steps, kind, work in asked
             if stage in ("respond", "judge")
         ]
+        tried: set[tuple[str, str]] = set()
         for variant in study.of_base(name):
             # of a base model's repetition only the drawn answers are new: the rest is in the cache
             again = variant.repetition > 1 and variant.method == "none"
             work = [*_making(variant, own, study, lengths, looks), *(drawn if again else asked)]
-            pieces = [
-                (stage, "", 0, 0, "piece", 1) for stage in dict.fromkeys(one[0] for one in work)
-            ]
-            rows += [(name, stage, variant.run_id, *rest) for stage, *rest in [*work, *pieces]]
+            stages = list(dict.fromkeys(one[0] for one in work))
+            work += [(stage, "", 0, 0, "piece", 1) for stage in stages]
+            work += _trying(variant, own, stages, tried)
+            rows += [(name, stage, variant.run_id, *rest) for stage, *rest in work]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 Charge = tuple[str, str, float, int, str, float]  # of a variant: stage, and COLUMNS from `what` on
+
+
+def _trying(
+    variant: Variant, own: Size, stages: list[str], tried: set[tuple[str, str]]
+) -> Iterator[Charge]:
+    """What it takes to try how a model may be laid out (models.probe): once a job for the base and
+    for each method that acts on weights.
+    """
+    for stage in stages:
+        kind = (stage, variant.method)
+        if stage != "judge" and variant.method_class != "prompt" and kind not in tried:
+            tried.add(kind)
+            amount = Amount(PROBE_TOKENS, PROBE_TOKENS / 10, 100)
+            yield stage, "", 0, 0, "read probe", operations(own, amount, 2)
 
 
 def _making(
