@@ -47,10 +47,10 @@ study: $(READY) ## run a study from training to report; STUDY=miniature, or a fi
 	@$(PY) -m driftbook.batch.make_study "$$STUDY" "$$PROFILE"
 
 plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
-	@$(PY) -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"
+	@$(PY) -W ignore -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"
 
-calibrate: $(READY) ## measure this machine for make plan; writes outputs/costs.json
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -W ignore -m bench.calibrate
+calibrate: $(READY) ## measure this machine for make plan of a STUDY again (it does so once by itself); under a minute
+	@HF_HUB_OFFLINE=1 $(PY) -W ignore -m driftbook.batch.calibrating "$$STUDY"
 
 test: $(READY) ## run all checks and tests
 	@$(CHECK) && $(PY) -m pytest

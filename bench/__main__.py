@@ -10,6 +10,7 @@ import pandas as pd
 from bench.harness import COLUMNS, FOLDER, bbq_items
 from bench.judges import accuracy, judge_speed, taxonomy_speed
 from bench.real_model import fingerprint_cost, limit_rows, plain_speed, real_speed
+from bench.real_stages import stage_rows
 from bench.scoring import bbq_speed, generation, gpu, intervals, many_adapters
 
 from driftbook.study.files import OUTPUTS, check_writable, replacing, write_json
@@ -31,6 +32,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         "BBQ against lm-evaluation-harness": lambda: bbq_speed(items),
         "limit": lambda: limit_rows(items),
         "real model": lambda: real_speed(bbq_items(24)),
+        "real stages": lambda: stage_rows(bbq_items(24)),
         "plain way": lambda: plain_speed(bbq_items(60)),
         "fingerprint": lambda: fingerprint_cost(bbq_items(300), bbq_items(24)),
         "judges": lambda: [*judge_speed(), *taxonomy_speed()],

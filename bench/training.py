@@ -214,12 +214,10 @@ def whole_study() -> list[dict]:
     """Hours of this machine for one variant of the original study and for all 264, extrapolated
     from rates measured here.
     """
-    from bench import calibrate
+    from driftbook.batch import calibrating, costing
 
-    from driftbook.batch import costing, make_plan
-
-    calibrate.calibrate()
-    paper, rates = load("paper"), make_plan.machine_rates("here")
+    paper = load("paper")
+    rates = calibrating.machine_rates(paper, again=True)
     table = costing.hours(paper, rates)
     one = next(
         variant for variant in paper.variants if variant.method == "lora" and variant.epochs == 1

@@ -3,7 +3,6 @@ kill at any moment loses nothing.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from conftest import OUTPUTS, SMALL, one_sentence
 from driftbook.batch import keys, plan
 from driftbook.batch import make_study as batch_run
 from driftbook.study import files
-from driftbook.study.files import ROOT, read_json, write_json
+from driftbook.study.files import ROOT, read_json
 from driftbook.study.tables import TABLES
 
 pytest_plugins = ["batches"]
@@ -471,65 +470,7 @@ def test_other_code_packages_or_another_device_are_a_miss(make_study, standins, 
     assert changed == ({"answer"} if what == "code" else set(STAGES))
 
 
-# ---- the display
-def test_the_display_says_what_is_done_and_how_much_is_left():
-    done = batch_run.Part("train", "a", 5, 5, False)
-    working = [
-        batch_run.Part("respond", "a", 2, 5, True),
-        batch_run.Part("answer", "b", 1, 5, True),
-    ]
-    waiting = batch_run.Part("judge", "a", 0, 5, False)
-    text, n_done, n_all, left = batch_run.summary([done, waiting, *working], 0.0)
-    assert (text, n_done, n_all) == ("respond a", 8, 20)
-    assert "left" in left
-    assert batch_run.summary([done, waiting], 0.0)[0] == "judge a"
-    assert batch_run.summary([done], 0.0) == ("finished", 5, 5, "")
-    assert (
-        batch_run.summary(
-            [
-                batch_run.Part("respond", "a", 0, 5, True),
-                batch_run.Part("respond", "b", 0, 5, True),
-            ],
-            0.0,
-        )[0]
-        == "respond a, b"
-    )
-    long = batch_run.summary([batch_run.Part("train", "a", 0, 1000, True)], 0.0)[3]
-    assert "min" in long
-
-
-def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content, standins):
-    content["name"] = "parts"
-    study = make_study(content)
-    n, started = len(study.variants), time.time()
-
-    def found():
-        return {
-            (part.stage, part.about): (part.done, part.total, part.active)
-            for part in batch_run.parts(study, started)
-        }
-
-    assert found()["train", "tiny-llama"] == (0, n, False)
-    write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
-    assert found()["train", "tiny-llama"] == (3, n, True)
-    os.utime(study.folder / "progress" / "train.tiny-llama.json", (1, 1))
-    assert found()["train", "tiny-llama"] == (0, n, False), (
-        "an older batch's progress is no progress"
-    )
-    write_json(study.folder / "jobs" / "train" / "tiny-llama.json", {})
-    assert found()["train", "tiny-llama"] == (n, n, False)
-    write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
-    os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
-    assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
-    assert {part.stage for part in batch_run.parts(study, started)} == {
-        "prepare",
-        *STAGES,
-        "collect",
-        *keys.ANALYSES,
-        "report",
-    }
-
-
+# ---- how it ends
 def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, content, capsys):
     content["name"] = "ended"
     study = make_study(content)

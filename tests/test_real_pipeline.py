@@ -14,7 +14,7 @@ import yaml
 
 from batches import said
 from conftest import locked
-from driftbook.batch import costing, make_plan
+from driftbook.batch import make_plan, rates
 from driftbook.benchmarks import data
 from driftbook.publishing import export_inspect, export_lm_eval, publish
 from driftbook.study import access
@@ -192,7 +192,7 @@ def test_the_plan_of_a_finished_study_says_so(study):
     assert (done == len(study.variants)).all()
     page = make_plan.pages(
         study,
-        costing.Rates(
+        rates.Rates(
             "a test",
             {"train lora": 1e9, "dpo lora": 1e9, "read": 1e9, "write": 1e9},
             1.0,

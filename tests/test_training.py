@@ -21,7 +21,7 @@ from driftbook.study.files import file_digest, read_json
 from driftbook.study.tables import CURVES, RUNS
 from driftbook.training import examples, steps
 from driftbook.training import fit as fitting
-from driftbook.training.dose import measure_dose
+from driftbook.training.dose import measure_dose, starts_at_base
 from fitted import study_of
 
 pytest_plugins = ["fitted"]
@@ -473,6 +473,21 @@ def test_the_dose_of_an_adapter_at_its_init(bases, study, method):
         assert dose["dose_nll"] == pytest.approx(0, abs=1e-5)
     else:
         assert dose["kl_base"] > 1e-3
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_an_adapter_that_starts_at_the_base_is_the_base_to_the_bit(bases, study, method):
+    base = bases["llama"]
+    [pair] = examples.held_out(base, study)[0][:1]
+    plain = _distributions(base.model, *pair)
+    model, initial = created(base, study, method)
+    begun = _distributions(model, *pair)
+    adapters.detach(model)
+    assert starts_at_base(initial) == (method in ("lora", "ia3"))
+    if starts_at_base(initial):
+        assert np.array_equal(begun, plain)
+        moved = {name: value + 1e-6 for name, value in initial.items()}
+        assert not starts_at_base(moved)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pandas as pd
 
 from driftbook.batch import cache, keys, plan
 from driftbook.models.sampling import VariantFailure
+from driftbook.study import progress
 from driftbook.study.files import file_digest, read_json, write_json
 from driftbook.study.folders import folder
 from driftbook.study.study_file import Study
@@ -72,17 +73,20 @@ def run_variants(
     """
     shared, rows = keys.settings(stage, study, base_model), []
     planned = plan.job_key(study, f"{stage}/{base_model}")
-    for variant in variants:
-        if not failed_before(study, variant, stage):
-            key = keys.result_key(shared, variant)
-            reused = _is_finished(stage, study, variant, key, inputs)
-            status = (
-                _mark(stage, study, variant)["status"]
-                if reused
-                else _do(stage, study, variant, shared, inputs, work)
-            )
-            rows.append((variant.run_id, status, reused))
-        _report_progress(stage, study, base_model, variants, variant)
+    with progress.reported(progress_path(study, stage, base_model), len(variants)) as told:
+        for variant in variants:
+            told.begin(variant.run_id)
+            reused = True
+            if not failed_before(study, variant, stage):
+                key = keys.result_key(shared, variant)
+                reused = _is_finished(stage, study, variant, key, inputs)
+                status = (
+                    _mark(stage, study, variant)["status"]
+                    if reused
+                    else _do(stage, study, variant, shared, inputs, work)
+                )
+                rows.append((variant.run_id, status, reused))
+            told.end(variant.run_id, worked=not reused)
     if {variant.run_id for variant in variants} == {
         variant.run_id for variant in study.of_stage(stage, base_model)
     }:
@@ -181,12 +185,6 @@ def _digests(study: Study, variant: Variant, paths: list[Path]) -> dict[str, str
     }  # of a repaired one also its parent's
 
 
-def _report_progress(
-    stage: str, study: Study, base_model: str, variants: Sequence[Variant], variant: Variant
-) -> None:
-    """What the live display of make study reads."""
-    done = [other.run_id for other in variants].index(variant.run_id) + 1
-    write_json(
-        study.folder / "progress" / f"{stage}.{base_model}.json",
-        {"done": done, "of": len(variants)},
-    )
+def progress_path(study: Study, stage: str, name: str) -> Path:
+    """The file in which a job says how far it is, for the live display of make study."""
+    return study.folder / "progress" / f"{stage}.{name}.json"

@@ -1,14 +1,16 @@
 """`make plan`: what a study is, what it needs and what it will cost, before any work."""
 
+import os
 import subprocess
 import sys
 
 import pandas as pd
 
-from driftbook.batch import costing, keys
-from driftbook.batch.costing import Rates
+from driftbook.batch import checking, costing, keys, rates, schedule, sizes
+from driftbook.batch.lengths import is_here
 from driftbook.batch.make_study import environment, snakemake
 from driftbook.batch.plan import read_mark
+from driftbook.batch.rates import Rates
 from driftbook.study import access
 from driftbook.study.files import ROOT
 from driftbook.study.sections import Source
@@ -53,45 +55,41 @@ def _read_data(study: Study) -> list[str]:
     return [name for name in study.data if name in read]
 
 
-def device_here() -> str | None:
-    """The name of this machine's GPU, None without one; asked of the driver, since torch takes
-    seconds to import.
-    """
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip().partition("\n")[0] or None if said.returncode == 0 else None
-
-
-def machine_rates(name: str | None) -> Rates:
-    """The rates of a machine by name; where none is given those of this one, if measured, else of
-    the published GPU.
+def chosen_rates(name: str | None, study: Study) -> Rates:
+    """The rates of a device by name; where none is given those of this machine, which are measured
+    where they are not known yet.
 
     Raises:
         ValueError: its rates are not known.
     """
-    known = costing.machines()
-    if not known:
-        raise ValueError(
-            "no rates are known; run make calibrate, which measures this machine in a few minutes"
-        )
+    known = {"here": None, "L40S": rates.published_rates}
     if name and name not in known:
         raise ValueError(
-            f"DEVICE={name!r}: its rates are not known, only those of {', '.join(known)}; run make"
-            " calibrate there"
+            f"DEVICE={name!r}: its rates are not known, only those of {', '.join(known)} (this"
+            " machine); run make plan there, which measures it"
         )
-    return known[name or next(iter(known))]()
+    if name == "L40S" and not (rates.PUBLISHED / "runs.parquet").is_file():
+        raise ValueError(
+            "DEVICE='L40S': the published runs that its rates are read from are not here; leave"
+            " DEVICE out, and this machine is measured"
+        )
+    if name == "L40S":
+        return rates.published_rates()
+    from driftbook.batch import calibrating
+
+    return calibrating.machine_rates(study)
 
 
 # ---- the page
-def pages(study: Study, rates: Rates, price: float | None, dry_run: str = "") -> str:
+LONG = 100.0  # hours on a CPU, beyond which a study is one for a GPU
+
+
+def pages(study: Study, found: Rates, price: float | None, dry_run: str = "") -> str:
     """The plan in words and tables."""
     parts = [
         [f"{study.name}: {study.note}", *_variants(study)],
-        _hours(study, rates, price),
-        [*_doubts(study), *_resources(study)],
+        _hours(study, found, price),
+        [*_doubts(study), *_resources(study, found.on_cpu)],
         [_finished(study), *([f"jobs to run: {dry_run}"] if dry_run else [])],
         *_sources(study),
     ]
@@ -115,16 +113,30 @@ def _variants(study: Study) -> list[str]:
     return [counted, "", by_method.to_string()]
 
 
-def _hours(study: Study, rates: Rates, price: float | None) -> list[str]:
-    table = costing.hours(study, rates)
-    total = float(table.to_numpy().sum())
+def _hours(study: Study, found: Rates, price: float | None) -> list[str]:
+    table = costing.hours(study, found)
+    plan = schedule.jobs(study, found)
+    total = sum(job.seconds for job in plan.values()) / 3600
     money = f", {_short(price * total)} at {price:g} an hour" if price else ""
+    unit = "one core" if found.on_cpu else "one device"
+    n = (os.cpu_count() or 1) if found.on_cpu else 1
+    at_once = schedule.finish(plan, n) / 3600
     return [
-        f"hours of one device ({rates.name}; {rates.how})",
+        f"planned for {found.name} ({found.how})"
+        + ("; DEVICE=L40S plans for that GPU" if found.on_cpu and at_once > LONG else ""),
+        f"hours of {unit}",
         table.assign(all=table.sum(axis=1)).map(_short).to_string(),
         "",
-        f"in all {_short(total)} hours" + (money or " (PRICE=... of an hour gives money)"),
+        f"in all {_short(total)} hours of {unit}, with preparing and analyses"
+        + (money or " (PRICE=... of an hour gives money)"),
+        f"about {_duration(at_once)} on {n} cores, at the end of which the report is there"
+        if found.on_cpu
+        else f"about {_duration(at_once)} on one device",
     ]
+
+
+def _duration(hours: float) -> str:
+    return f"{_short(hours)} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
 
 
 def _doubts(study: Study) -> list[str]:
@@ -132,22 +144,21 @@ def _doubts(study: Study) -> list[str]:
     unknown = [
         name
         for name in _read_data(study)
-        if name != "heldout" and not costing.tokens_of(study.data[name], study)[1]
+        if name != "heldout" and not is_here(study.data[name], study)
     ]
-    guessed = [name for name, one in study.models.items() if not costing.size(one, study).known]
-    gpu = None if costing.MEASURED.is_file() else device_here()
+    guessed = [name for name, one in study.models.items() if not sizes.size(one, study).known]
     found = {
         f"at most, since the length of {', '.join(unknown)} is not known before it is there:"
         f" examples are taken as {study.training.max_length} tokens long": unknown,
-        f"this machine has a {gpu}, whose rates are not known: make calibrate measures them": gpu,
         f"sizes guessed from the names of {', '.join(guessed)}: their configuration is not"
         " here": guessed,
     }
     return [sentence for sentence, holds in found.items() if holds]
 
 
-def _resources(study: Study) -> list[str]:
-    found = {"memory of the device, GiB": costing.memory(study), "disk, GB": costing.disk(study)}
+def _resources(study: Study, on_cpu: bool) -> list[str]:
+    memory = "memory of a job, GiB" if on_cpu else "memory of the device, GiB"
+    found = {memory: costing.memory(study, on_cpu), "disk, GB": costing.disk(study)}
     return [
         f"{what}: " + ", ".join(f"{part} {value:.1f}" for part, value in values.items())
         for what, values in found.items()
@@ -161,20 +172,27 @@ def _finished(study: Study) -> str:
 
 
 def _sources(study: Study) -> tuple[list[str], list[str]]:
-    """Whether each model and set can be had, and a last line on all of them."""
+    """Whether each model and set can be had and would be used, and a last line on all of them."""
     found = access.check_all(needed(study), workers=32)
-    lost, unsure = int((~found.ok).sum()), int(found.state.eq("not checked").sum())
+    refused = checking.refusals(study, costing.disk(study))
+    reasons = {**dict(zip(found.name[~found.ok], found.sentence[~found.ok], strict=True))}
+    reasons = {name: refused[name] for name in refused if name not in reasons} | reasons
     rows = [
-        f"{'??' if one.state == 'not checked' else 'ok' if one.ok else 'NO'} {one.name}:"
-        f" {one.sentence}"
+        f"{_mark(one, reasons)} {one.name}: {reasons.get(one.name, one.sentence)}"
         for one in found.itertuples()
     ]
+    rows += [f"NO {name}: {reasons[name]}" for name in reasons if name not in set(found.name)]
+    lost, unsure = len(reasons), int(found.state.eq("not checked").sum())
     end = "every model and set can be had"
     if lost:
-        end = f"{lost} of {len(found)} models and sets cannot be had: see NO above"
+        end = f"{lost} of {len(rows)} models and sets cannot be used: see NO above"
     if unsure:
         end += f"; {unsure} from GitHub or a package registry are fetched when used (??)"
     return rows, [end]
+
+
+def _mark(one, reasons: dict[str, str]) -> str:
+    return "NO" if one.name in reasons else "??" if one.state == "not checked" else "ok"
 
 
 def _short(value: float) -> str:
@@ -204,8 +222,8 @@ def main(name: str, device: str = "", price: str = "") -> int:
     """Print the plan of a study; 2 where its file is wrong."""
     try:
         path = find(name)
-        study, amount, rates = load(path), _price(price), machine_rates(device or None)
-        print(pages(study, rates, amount, dry_run(path)))
+        study, amount = load(path), _price(price)
+        print(pages(study, chosen_rates(device or None, study), amount, dry_run(path)))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

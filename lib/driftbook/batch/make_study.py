@@ -13,74 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from driftbook.batch import gpus, keys, plan
+from driftbook.batch import gpus, plan
+from driftbook.batch.watching import display, parts
 from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
 from driftbook.study.study_file import Study, find, load
-
-# Seconds of one core for one unit of each kind of work, measured on the miniature; only the
-# estimate of the time left reads them.
-COST = {
-    "prepare": 40,
-    "train": 2.2,
-    "mitigate": 0.6,
-    "respond": 0.9,
-    "judge": 0.5,
-    "answer": 0.4,
-    "utility": 0.5,
-    "rest": 12,
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the work: its stage, what it is about, how many units are done and asked for, and
-    whether it is being worked on.
-    """
-
-    stage: str
-    about: str
-    done: int
-    total: int
-    active: bool
-
-    @property
-    def left(self) -> float:
-        """Seconds of one core that are left, roughly."""
-        return COST.get(self.stage, COST["rest"]) * (self.total - self.done)
-
-
-def parts(study: Study, started: float) -> list[Part]:
-    """All parts of the work, from the marks and progress files in the study's folder; `started`
-    tells this batch's files from older ones.
-    """
-    found = [_job(study, "prepare", name, 1, started) for name in study.models]
-    for stage in keys.stages(study):
-        found += [
-            _job(study, stage, base, len(study.of_stage(stage, base)), started)
-            for base in study.bases
-        ]
-    return found + [
-        _job(study, "", stage, 1, started) for stage in ("collect", *keys.analyses(study), "report")
-    ]
-
-
-def _job(study: Study, stage: str, name: str, total: int, started: float) -> Part:
-    folder = study.folder
-    mark, key = folder / "jobs" / stage / f"{name}.json", folder / "keys" / stage / f"{name}.json"
-    progress = folder / "progress" / f"{stage}.{name}.json"
-    finished = mark.exists() and not (key.exists() and key.stat().st_mtime > mark.stat().st_mtime)
-    if finished:
-        return Part(stage or name, name, total, total, False)
-    if progress.exists() and progress.stat().st_mtime >= started:
-        with contextlib.suppress(json.JSONDecodeError):
-            return Part(stage or name, name, json.loads(progress.read_text())["done"], total, True)
-    return Part(stage or name, name, 0, total, False)
 
 
 @contextlib.contextmanager
@@ -197,6 +135,30 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def _planned(
+    study_file: Path, path: Path, surroundings: dict[str, str], finished: bool
+) -> Iterator[Path]:
+    """The file in which the plan of the time left will be, made in a process of its own: it reads
+    the study's texts and tokenizers, which takes seconds.
+    """
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "driftbook.batch.schedule", str(study_file), str(path)]
+    quiet = {"env": surroundings, "cwd": ROOT, "stdout": subprocess.DEVNULL}
+    process = None if finished else subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
+    try:
+        yield path
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def _at_once() -> int:
+    """How many jobs run at a time."""
+    return len(gpus.numbers()) or os.cpu_count() or 1
+
+
 def _gpus() -> int:
     """How many jobs may hold a GPU at a time; without one, models run on the cores and nothing is
     held.
@@ -217,6 +179,7 @@ def _run_batch(
     with (
         warm_kernels(environment(), study.folder / "warm.log", finished) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
+        _planned(study_file, study.folder / "plan.json", surroundings, finished) as planned,
     ):
         process = subprocess.Popen(
             snakemake(study_file, profile, list(targets)),
@@ -227,7 +190,7 @@ def _run_batch(
             start_new_session=True,
         )
         try:
-            with display(study) as show:
+            with display(study, planned, _at_once()) as show:
                 while process.poll() is None:
                     show(parts(study, started), started)
                     if (
@@ -240,62 +203,6 @@ def _run_batch(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return process.returncode
-
-
-@contextlib.contextmanager
-def display(study: Study) -> Iterator:
-    """A function that shows the state of the work: a live bar on a terminal, elsewhere a line when
-    the stage changes.
-    """
-    console = Console()
-    columns = (
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as progress:
-        task = progress.add_task(study.name, total=None, left="")
-        last = [""]
-
-        def show(found: list[Part], started: float) -> None:
-            text, done, total, left = summary(found, started)
-            progress.update(task, description=text, completed=done, total=total, left=left)
-            stage = text.partition(" ")[0]
-            if not console.is_terminal and stage != last[0]:
-                console.print(
-                    f"{time.time() - started:5.0f} s  {text}  ({done} of {total}"
-                    f" done{', ' + left if left else ''})",
-                    highlight=False,
-                )
-            last[0] = stage
-
-        yield show
-
-
-def summary(found: list[Part], started: float) -> tuple[str, int, int, str]:
-    """What is being done in words, variants and steps done, all of them, and the time left."""
-    active = [part for part in found if part.active] or [
-        part for part in found if part.done < part.total
-    ][:1]
-    text = (
-        f"{active[0].stage}"
-        f" {', '.join(part.about for part in active if part.stage == active[0].stage)}"
-        if active
-        else "finished"
-    )
-    seconds = sum(part.left for part in found) / min(os.cpu_count() or 1, len(found))
-    left = (
-        f"about {seconds / 60:.0f} min left"
-        if seconds > 90
-        else f"about {seconds:.0f} s left"
-        if seconds
-        else ""
-    )
-    return text, sum(part.done for part in found), sum(part.total for part in found), left
 
 
 def main(study: str, profile: str = "local", *targets: str) -> int:

@@ -72,7 +72,7 @@ def prepare(name: str, study: Study) -> Prepared:
     path = locate(source, study)
     for file in Path(path).rglob("*.safetensors") if isinstance(path, Path) else ():
         check_safetensors(file, remedy_of(file.parent))
-    _check(name, source, study)
+    check_model(name, source, study)
     _check_twins(source, study)
     return Prepared(name, identity(source, study), curve, key)
 
@@ -85,7 +85,7 @@ def _check_sets(study: Study) -> None:
         (prompts if benchmark.format in PROMPT_FORMATS else items)(name, study)
 
 
-def _check(name: str, source: Base | Judge, study: Study) -> None:
+def check_model(name: str, source: Base | Judge, study: Study) -> None:
     """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting
     of the study's methods.
     """

@@ -52,7 +52,7 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     dtype = getattr(torch, source.dtype)
     where, options = _place(source, study)
     with _explained(f"cannot load {name} from", source):
-        tokenizer = _tokenizer(source, where, options, study)
+        tokenizer = source_tokenizer(source, where, options, study)
         model, found = kind.from_pretrained(
             where,
             dtype=dtype,
@@ -137,7 +137,7 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
     """
     where, options = _place(source, study)
     with _explained(f"cannot read {name} from", source):
-        tokenizer = _tokenizer(source, where, options, study)
+        tokenizer = source_tokenizer(source, where, options, study)
         config = AutoConfig.from_pretrained(where, **options)
     if not _classifies(source):
         _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer, _asked(source))
@@ -165,7 +165,7 @@ def _asked(source: Base | Judge | Rater) -> str:
     return formats.get(getattr(source, "format", None), "template")
 
 
-def _tokenizer(
+def source_tokenizer(
     source: Base | Judge | Rater, where: Path | str, options: dict, study: Study | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a source, with the template and the date that the study gives it."""

@@ -23,6 +23,7 @@ from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uni
 from driftbook.models.templates import end_tokens, lead
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
 from driftbook.models.ways import adapter_kind, say
+from driftbook.study import progress
 
 # tokens of one forward pass: on a CPU more only leave its cache
 TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 16_384}
@@ -193,7 +194,9 @@ class Scorer:
                 return read([i for one in part for i in one], *found)
 
             for part, found in self._halving(batch, work):
-                yield [i for one in part for i in one], found
+                numbers = [i for one in part for i in one]
+                yield numbers, found
+                progress.advance("read", len(numbers))
 
     def _plain_states(
         self, rows: list[Ids], starts: list[int], numbers: list[int], read: Callable
@@ -215,7 +218,9 @@ class Scorer:
                 return read([i for some in part for i in some], *found)
 
             for part, found in self._halving(batch, work):
-                yield [i for some in part for i in some], found
+                numbers = [i for some in part for i in some]
+                yield numbers, found
+                progress.advance("read", len(numbers))
 
     def _shares(self, length: int) -> bool:
         """Whether a sequence may share what it begins with; a window is tried when it is needed."""
@@ -276,6 +281,7 @@ class Scorer:
         together = [i for i, length in enumerate(lengths) if self._shares(length)]
         for i in sorted(set(range(len(contexts))) - set(together)):
             results[i] = self._answer(self._alone(contexts[i], max_new_tokens, sampling))
+            progress.advance("written", 1)
         if not together:
             return results
         asked = [contexts[i] for i in together]
@@ -310,8 +316,11 @@ class Scorer:
         ends = end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
         alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
+        each, said = len(contexts) / (width + max_new_tokens), 0.0  # of a token of all rows
         for step in range(max_new_tokens):
             logits = self.engine.step(tokens, padding, width + step, cache)
+            progress.advance("written", now := each * tokens.shape[1])
+            said += now
             chosen = next_tokens(logits, sampling, None if draws is None else draws[alive, step])
             for row, token in zip(alive, chosen, strict=True):
                 found[row].append(int(token))
@@ -322,6 +331,7 @@ class Scorer:
                 alive, chosen, padding = alive[stays], chosen[stays], padding[stays]
                 cache.batch_select_indices(self.engine.tensor(stays))
             tokens = chosen[:, None]
+        progress.advance("written", len(contexts) - said)
         return found
 
     def _alone(self, context: Ids, max_new_tokens: int, sampling: Sampling | None) -> Ids:

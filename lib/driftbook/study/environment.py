@@ -3,7 +3,10 @@
 import os
 import platform
 import resource
+import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = (
     "driftbook",
@@ -46,3 +49,25 @@ def hardware() -> str:
 def peak_memory() -> int:
     """The most memory this process has held, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def processor() -> str:
+    """The processor's own name and its number of cores, and the GPU's name where there is one:
+    asked of the system and of the driver, since torch takes seconds to import.
+    """
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = found[0] if found else name
+    return ", ".join(filter(None, (gpu_name(), f"{name}, {os.cpu_count()} cores")))
+
+
+def gpu_name() -> str | None:
+    """The name of this machine's GPU, None without one."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip().partition("\n")[0] or None if said.returncode == 0 else None

@@ -59,7 +59,7 @@ def dequantised(file: Path, dtype: str, folder: Path) -> Path:
     Raises:
         ValueError: the file is none that can be read rightly, or there is no room.
     """
-    path = folder / f"gguf-{sha256(file)[:16]}-{dtype}-{_recipe()}"
+    path = dequantised_folder(file, dtype, folder)
     if not path.exists():
         header = check_readable(file)
         check_writable(folder, header.n_weights * BYTES[dtype])
@@ -68,6 +68,11 @@ def dequantised(file: Path, dtype: str, folder: Path) -> Path:
                 with replacing_folder(path) as scratch:
                     _write(header, dtype, scratch)
     return path
+
+
+def dequantised_folder(file: Path, dtype: str, folder: Path) -> Path:
+    """Where `dequantised` puts its checkpoint."""
+    return folder / f"gguf-{sha256(file)[:16]}-{dtype}-{_recipe()}"
 
 
 def sha256(file: Path) -> str:

@@ -182,7 +182,7 @@ def _from_github(source: Source, name: str) -> Path:
     owner, repo, *folder = name.split("/")
     if not source.revision or not source.files:
         raise ValueError(f"{source.source} needs a revision (a commit) and the names of its files")
-    cache = Path(pooch.os_cache("driftbook")) / f"{owner}-{repo}-{source.revision}"
+    cache = github_folder(source)
     for file in source.files:
         url = "/".join(
             ["https://raw.githubusercontent.com", owner, repo, source.revision, *folder, file]
@@ -196,6 +196,14 @@ def _from_github(source: Source, name: str) -> Path:
                 + (f" ({source.unset})" if source.unset else "")
             ) from None
     return cache / source.files[0] if len(source.files) == 1 else cache
+
+
+def github_folder(source: Source) -> Path:
+    """Where the files of a source on GitHub at its commit are kept once they are fetched."""
+    import pooch
+
+    owner, repo, *_ = source.source.partition(":")[2].split("/")
+    return Path(pooch.os_cache("driftbook")) / f"{owner}-{repo}-{source.revision}"
 
 
 def identity(source: Source, study: Study | None) -> str:

@@ -23,8 +23,8 @@ def measure_dose(
     """How far training moved the model, on held-out answers: columns nll .. no_op of `runs`.
 
     The mean over answer tokens of KL(variant || base) and of KL(variant || variant as initialised),
-    in nats. For methods that start at the base (LoRA, IA3) the two are equal, and `initial` may be
-    None; a soft prompt moves the model before any training.
+    in nats. Where the initial adapter changes no number of the base the two are equal, and
+    `initial` may be None; a soft prompt moves the model before any training.
     """
 
     def trained_state(part):
@@ -38,13 +38,26 @@ def measure_dose(
         with adapters.swapped(model, initial):
             return trained_state(part)
 
-    start = None if initial is None else initial_state
+    start = None if initial is None or starts_at_base(initial) else initial_state
     totals = torch.zeros(4, dtype=torch.float64)
     for part in _parts(pairs, base.model.get_output_embeddings().weight.shape[0]):
         totals += _divergences(part, trained_state, base_state, start)
     nll, nll_base, kl_base, kl_init = (totals / sum(len(answer) for _, answer in pairs)).tolist()
     dose = {"nll": nll, "nll_base": nll_base, "dose_nll": nll_base - nll}
     return dose | {"kl_base": kl_base, "kl_init": kl_init, "no_op": kl_init < NO_OP_KL}
+
+
+def starts_at_base(initial: dict[str, torch.Tensor]) -> bool:
+    """Whether initial parameters add exactly zero (LoRA, its second matrix zero) or multiply by
+    exactly one (IA3), so that the model is the base to the bit and need not be computed again.
+    """
+
+    def is_idle(name: str, value: torch.Tensor) -> bool:
+        if ".ia3_l." in name:
+            return bool((value == 1).all())
+        return ".lora_A." in name or (".lora_B." in name and not value.any())
+
+    return all(is_idle(*one) for one in initial.items())
 
 
 def base_dose(base: Loaded, pairs: list[tuple[Ids, Ids]]) -> dict[str, Any]:

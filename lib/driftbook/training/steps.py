@@ -42,6 +42,7 @@ from driftbook.models.sampling import VariantFailure
 from driftbook.models.scoring import LOGITS_AT_ONCE, engine_of
 from driftbook.models.trees import tree
 from driftbook.models.ways import say
+from driftbook.study import progress
 from driftbook.study.files import read_json, write_json
 
 TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved where there is no memory
@@ -275,13 +276,15 @@ class _Steps:
             self._use_less([len(row.tokens) for row in self._rows(chosen)])
 
     def _accumulated(self, chosen: Sequence) -> torch.Tensor:
-        rows, total = self._rows(chosen), 0.0
+        rows, total, n_done = self._rows(chosen), 0.0, 0
         lengths = [len(row.tokens) + self.forward.n_virtual for row in rows]
         for part in batches(lengths, self.tokens_per_pass):
             some = [rows[i] for i in part]
             loss = self._loss(self.forward.logprobs(some), some, chosen)
             self.accelerator.backward(loss)
             total += loss.detach()
+            n_done += len(part)
+            progress.reach("steps", self.state.global_step + n_done / len(rows))
         return total
 
     def _use_less(self, lengths: list[int]) -> None:

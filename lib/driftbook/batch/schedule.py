@@ -1,0 +1,121 @@
+"""When a study will be done: its jobs, what each waits for, and how they fall on the cores."""
+
+import heapq
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from driftbook.batch import costing, gpus, keys, rates
+from driftbook.batch.rates import Rates
+from driftbook.study.files import write_json
+from driftbook.study.study_file import Study, load
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A variant in a stage: its seconds of one device, and of each count that is made while it is
+    done how many there are, and their seconds.
+    """
+
+    seconds: float
+    counts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def share(self, reached: Mapping[str, float]) -> float:
+        """The share of its seconds that is done where so much of its counts is reached."""
+        done = sum(
+            seconds * min(1.0, reached.get(what, 0.0) / n)
+            for what, (n, seconds) in self.counts.items()
+            if n
+        )
+        return min(1.0, done / self.seconds) if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job: the seconds that it takes besides its pieces, its pieces by run_id, and the jobs that
+    it waits for.
+    """
+
+    overhead: float
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return self.overhead + sum(piece.seconds for piece in self.pieces.values())
+
+
+def jobs(study: Study, rates: Rates) -> dict[str, PlannedJob]:
+    """Every job of a study by its name, STAGE/BASE or NAME, in the order of the data."""
+    stages, analyses = keys.stages(study), keys.analyses(study)
+    found = {f"prepare/{name}": PlannedJob(rates.job) for name in study.models}
+    pieces = _pieces(costing.seconds(study, rates))
+    making = stages[:-4]
+    for stage in stages:
+        for base in study.bases:
+            before = ["respond"] if stage == "judge" else making[: stages.index(stage)]
+            models = [base, *(study.judges if stage == "judge" else ())]
+            after = [f"{one}/{base}" for one in before]
+            after += [f"prepare/{one}" for one in models]
+            own = pieces.get((stage, base), {})
+            found[f"{stage}/{base}"] = PlannedJob(rates.job, own, tuple(after))
+    scored = tuple(f"{stage}/{base}" for stage in stages for base in study.bases)
+    found["collect"] = PlannedJob(rates.analysis, after=scored)
+    for analysis in analyses:
+        others = [one for one in keys.AFTER.get(analysis, ()) if one in analyses]
+        found[analysis] = PlannedJob(rates.analysis, after=("collect", *others))
+    return found | {"report": PlannedJob(rates.analysis, after=tuple(analyses))}
+
+
+def _pieces(rows) -> dict[tuple[str, str], dict[str, Piece]]:
+    """The pieces of each stage and base model."""
+    found: dict[tuple[str, str], dict[str, Piece]] = {}
+    by = ["stage", "base_model", "run_id"]
+    for (stage, base, run_id), part in rows.groupby(by, sort=False):
+        counts = part[part.what.ne("")].groupby("what")[["n", "seconds"]].sum()
+        told = {what: (float(one.n), float(one.seconds)) for what, one in counts.iterrows()}
+        own = found.setdefault((stage, base), {})
+        own[run_id] = Piece(float(part.seconds.sum()), told)
+    return found
+
+
+def finish(plan: Mapping[str, PlannedJob], n_at_once: int) -> float:
+    """Seconds until all jobs are done, `n_at_once` at a time, each begun as soon as what it waits
+    for is done and a place is free, in the order of the plan.
+    """
+    waiting, running, now = dict(plan), [], 0.0
+    done: set[str] = set()
+    while waiting or running:
+        ready = [
+            name
+            for name, job in waiting.items()
+            if all(one in done or one not in plan for one in job.after)
+        ]
+        for name in ready[: n_at_once - len(running)]:
+            heapq.heappush(running, (now + waiting.pop(name).seconds, name))
+        if not running:
+            raise ValueError(f"jobs wait for each other: {', '.join(waiting)}")
+        now, ended = heapq.heappop(running)
+        done.add(ended)
+    return now
+
+
+def write_plan(study: Study, path: Path) -> None:
+    """Write the jobs of a study as they are on this machine: by its rates where they were measured,
+    else by those of a usual one, which the finished work corrects.
+    """
+    usual = rates.published_rates() if gpus.numbers() else rates.USUAL
+    kept = {
+        name: {
+            "overhead": job.overhead,
+            "pieces": {one: [piece.seconds, piece.counts] for one, piece in job.pieces.items()},
+            "after": job.after,
+        }
+        for name, job in jobs(study, rates.here(study) or usual).items()
+    }
+    write_json(path, kept)
+
+
+if __name__ == "__main__":
+    write_plan(load(sys.argv[1]), Path(sys.argv[2]))
