@@ -33,7 +33,7 @@ SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -116,10 +116,18 @@ def settings_of(name: str) -> list[dict]:
     usual = AutoConfig.for_model(name)
     known = {key: value for key, value in SHAPE.items() if holds(usual, key)}
     known |= {key: n for key, n in SMALLER.items() if holds(usual, key)}
+    if name in OF_FAMILY or differs_by_layer(usual):
+        known["num_hidden_layers"] = 4
     equal = known | {"num_key_value_heads": SHAPE["num_attention_heads"]}
     bare = {key: value for key, value in known.items() if key != "head_dim"}
     least = {key: value for key, value in bare.items() if key in SHAPE}
     return [one | OF_FAMILY.get(name, {}) for one in (known, equal, bare, least)]
+
+
+def differs_by_layer(config: transformers.PreTrainedConfig) -> bool:
+    """Whether some layers attend, or mark places, in another way than others."""
+    kinds = holds(config, "layer_types") and config.layer_types
+    return len(set(kinds or ())) > 1 or holds(config, "no_rope_layers")
 
 
 def holds(config: transformers.PreTrainedConfig, key: str) -> bool:
