@@ -28,9 +28,6 @@ os.environ.update(
     TQDM_DISABLE="1",
 )
 
-# jsonschema, which nbformat imports, does without: it parses a grammar of addresses for seconds
-sys.modules.setdefault("rfc3987_syntax", None)
-
 import pytest
 import yaml
 from hypothesis import settings
@@ -41,6 +38,8 @@ settings.register_profile(
     "driftbook", deadline=None, max_examples=15, derandomize=True, print_blob=False
 )
 settings.load_profile("driftbook")
+# jsonschema, which nbformat imports, does without: it parses a grammar of addresses for seconds
+sys.modules.setdefault("rfc3987_syntax", None)
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 PEFT_METHODS = ("lora", "ia3", "prompt_tuning", "p_tuning")
