@@ -169,7 +169,7 @@ EXPECTED = {finding: len(planted) for finding, planted in PLANTED.items()} | {"d
 @pytest.mark.slow
 @pytest.mark.parametrize("finding", PLANTED)
 def test_what_is_planted_is_found_and_counted(finding):
-    base, pairs = clean(150), clean_preferences(60)
+    base, pairs = clean(40), clean_preferences(20)
     examples = [*base, *PLANTED[finding], *pairs]
     found = examine_data(examples, BENCHMARKS).set_index("finding").loc[[finding]].iloc[0]
     of = {
@@ -184,7 +184,7 @@ def test_what_is_planted_is_found_and_counted(finding):
     )
     named = data_rows(examples, BENCHMARKS).query("finding == @finding").row
     assert set(named) == set(
-        range(150 + len(PLANTED[finding]) - EXPECTED[finding], 150 + len(PLANTED[finding]))
+        range(40 + len(PLANTED[finding]) - EXPECTED[finding], 40 + len(PLANTED[finding]))
     )
     assert named.is_unique
 
