@@ -109,8 +109,8 @@ def test_without_real_data_it_says_where_to_get_it(monkeypatch, capsys):
 
 
 def test_training_is_the_same_work_as_trls_and_its_gpu_part_runs_anywhere(shared, monkeypatch):
-    monkeypatch.setattr(training, "MOST", 250)  # tokens of an example
-    shapes = {"small": harness.SHAPES["vocabulary of 8,192"]}
+    monkeypatch.setattr(training, "MOST", 500)  # tokens of an example
+    shapes = {"small": harness.SHAPES["vocabulary of 8,192"] | {"vocab_size": 2_048}}
     table = found(training.speed(n=6, methods=("lora", "prompt_tuning"), shapes=shapes))
     assert len(table) == 2 * 2 * 4
     differences = table[table.figure.str.contains("largest difference")]

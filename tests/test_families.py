@@ -116,18 +116,15 @@ def settings_of(name: str) -> list[dict]:
     usual = AutoConfig.for_model(name)
     known = {key: value for key, value in SHAPE.items() if holds(usual, key)}
     known |= {key: n for key, n in SMALLER.items() if holds(usual, key)}
-    if name in OF_FAMILY or differs_by_layer(usual):
-        known["num_hidden_layers"] = 4
+    kinds = dict.fromkeys(usual.layer_types) if holds(usual, "layer_types") else ()
+    if name in OF_FAMILY or holds(usual, "no_rope_layers"):
+        known["num_hidden_layers"] = 4  # that some of them may differ
+    elif len(kinds) > 1:
+        known |= {"num_hidden_layers": len(kinds), "layer_types": list(kinds)}
     equal = known | {"num_key_value_heads": SHAPE["num_attention_heads"]}
     bare = {key: value for key, value in known.items() if key != "head_dim"}
     least = {key: value for key, value in bare.items() if key in SHAPE}
     return [one | OF_FAMILY.get(name, {}) for one in (known, equal, bare, least)]
-
-
-def differs_by_layer(config: transformers.PreTrainedConfig) -> bool:
-    """Whether some layers attend, or mark places, in another way than others."""
-    kinds = holds(config, "layer_types") and config.layer_types
-    return len(set(kinds or ())) > 1 or holds(config, "no_rope_layers")
 
 
 def holds(config: transformers.PreTrainedConfig, key: str) -> bool:
