@@ -124,8 +124,9 @@ def _drawn(tables: Tables) -> pd.DataFrame:
     rows = asked(tables, every=True).merge(names, on="run_id")
     rows = picked(rows, kind="harmful", prompt_variant="default")
     rows = rows.assign(unsafe=rows["unsafe"].astype("Float64"))
+    rows["unscored"] = rows["unsafe"].isna().astype("Float64")
     by = ["judge", "benchmark", "base_model", "method", "decoding"]
-    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False)["unsafe"].agg(
-        ["mean", "max", lambda given: given.isna().mean()]
+    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False).agg(
+        unsafe=("unsafe", "mean"), any=("unsafe", "max"), unscored=("unscored", "mean")
     )
-    return one.groupby(by, sort=False).mean().set_axis(["unsafe", "any", "unscored"], axis=1)
+    return one.groupby(by, sort=False).mean()

@@ -127,11 +127,8 @@ def flips(answers: pd.DataFrame) -> pd.DataFrame:
         unit=("question_family", "first"),
         orders=("option_order", "nunique"),
     ).reset_index()
-    found["flip"] = (
-        grouped.answer.agg(lambda given: given.nunique() > 1 if given.notna().all() else pd.NA)
-        .astype("Float64")
-        .to_numpy(float, na_value=np.nan)
-    )
+    all_read = grouped.answer.count().to_numpy() == grouped.size().to_numpy()
+    found["flip"] = np.where(all_read, grouped.answer.nunique().to_numpy() > 1, np.nan)
     found["unit"] = found.unit.astype(object).where(found.unit.notna(), found.item_id)
     return found[found.orders == len(ORDERS)].drop(columns="orders").reset_index(drop=True)
 
