@@ -63,7 +63,7 @@ MITIGATIONS = {
         "values": [1.0],
     },
     "zero": SAFE_LORA | {"kind": "zero", "values": [1]},
-    "rescale": {"kind": "rescale", "blocks": ["main", "ia3"], "values": [0.25, 0.75]},
+    "rescale": {"kind": "rescale", "blocks": ["main"], "values": [0.25, 0.75]},
     "average": {"kind": "average", "blocks": ["main"], "values": [1.0], "snapshots": 2},
     "resta": {"kind": "resta", "blocks": ["main"], "safety": "safe", "values": [0.5]},
     "safe_merge": SAFE_LORA | {"kind": "safe_merge", "safety": "safe", "values": [2]},
@@ -73,7 +73,7 @@ MITIGATIONS = {
         "blocks": ["main", "prompts"],
         "system_prompt": "please be careful and help people .",
     },
-    "mixing": {"kind": "mixing", "blocks": ["main", "prompts"], "data": "safety", "values": [0.2]},
+    "mixing": {"kind": "mixing", "blocks": ["main"], "data": "safety", "values": [0.2]},
     "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
 }
 

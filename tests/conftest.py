@@ -9,6 +9,7 @@ import fcntl
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,8 @@ settings.register_profile(
     "driftbook", deadline=None, max_examples=15, derandomize=True, print_blob=False
 )
 settings.load_profile("driftbook")
+# jsonschema, which nbformat imports, does without: it parses a grammar of addresses for seconds
+sys.modules.setdefault("rfc3987_syntax", None)
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 PEFT_METHODS = ("lora", "ia3", "prompt_tuning", "p_tuning")

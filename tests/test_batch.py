@@ -4,8 +4,6 @@ kill at any moment loses nothing.
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -17,7 +15,7 @@ from conftest import OUTPUTS, SMALL, one_sentence
 from driftbook.batch import keys, plan
 from driftbook.batch import make_study as batch_run
 from driftbook.study import files
-from driftbook.study.files import ROOT, read_json
+from driftbook.study.files import read_json
 from driftbook.study.tables import TABLES
 
 pytest_plugins = ["batches"]
@@ -266,32 +264,40 @@ def test_a_second_batch_at_the_same_time_is_refused(smoke):
 
 
 # ---- bad input: one sentence each, before work starts
-def refused(run: Batch, *targets: str) -> str:
-    ended = run.run(*targets)
-    assert ended.returncode == 2, said(ended)
-    assert not list(run.folder.glob("runs/*")), "no work has begun"
-    return one_sentence(ended.stderr)
-
-
 @pytest.fixture
 def small(tmp_path, standins) -> Batch:
     return Batch(tmp_path / "outputs", SMALL)
 
 
-def test_a_misspelt_key_stops_it_at_once(small):
+@pytest.fixture
+def refused(small, monkeypatch, capsys):
+    """The sentence with which `make study` ends at once, called in this process."""
+    monkeypatch.setattr("driftbook.study.content.OUTPUTS", small.outputs)
+
+    def sentence(profile: str = "local") -> str:
+        assert batch_run.main(str(small.file), profile) == 2
+        assert not list(small.folder.glob("runs/*")), "no work has begun"
+        return one_sentence(capsys.readouterr().err)
+
+    return sentence
+
+
+def test_a_misspelt_key_stops_it_at_once(small, refused):
     small.edit(lambda content: content.update(benchmrks={}))
-    assert "did you mean 'benchmarks'" in refused(small)
+    assert "did you mean 'benchmarks'" in refused()
 
 
 def test_an_output_folder_that_cannot_be_written_stops_it_at_once(small, tmp_path):
     (tmp_path / "file").write_text("")
     small.environment["DRIFTBOOK_OUTPUTS"] = str(tmp_path / "file")
-    assert str(tmp_path / "file") in refused(small)
+    ended = small.run()
+    assert ended.returncode == 2, said(ended)
+    assert str(tmp_path / "file") in one_sentence(ended.stderr)
 
 
-def test_a_study_file_that_is_not_there_stops_it_at_once(small):
+def test_a_study_file_that_is_not_there_stops_it_at_once(small, refused):
     small.file.unlink()
-    assert "there is no study file" in refused(small)
+    assert "there is no study file" in refused()
 
 
 @pytest.mark.parametrize(
@@ -305,7 +311,7 @@ def test_a_study_file_that_is_not_there_stops_it_at_once(small):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
+def test_a_path_that_does_not_exist_stops_it_at_once(small, refused, where, word):
     def change(content):
         part = content
         for key in where:
@@ -313,20 +319,12 @@ def test_a_path_that_does_not_exist_stops_it_at_once(small, where, word):
         part["path"] = "no/such/place"
 
     small.edit(change)
-    sentence = refused(small)
+    sentence = refused()
     assert "no/such/place" in sentence
 
 
-def test_a_profile_that_is_not_there_stops_it(small):
-    ended = subprocess.run(
-        [sys.executable, "-m", "driftbook.batch.make_study", str(small.file), "moon"],
-        env=small.environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 2, said(ended)
-    assert "moon" in one_sentence(ended.stderr)
+def test_a_profile_that_is_not_there_stops_it(refused):
+    assert "moon" in refused("moon")
 
 
 def test_a_full_disk_is_said_before_work_starts(study, monkeypatch):

@@ -336,7 +336,8 @@ def test_a_prompt_is_not_read_together_with_the_answer():
         ("<think></think>", "", "closed"),
         ("Yes, <think> is a mark.", "Yes, <think> is a mark.", "none"),
         (
-            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+            "<|channel|>analysis<|message|>Hm.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>Yes.",
             "Yes.",
             "closed",
         ),

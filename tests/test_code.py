@@ -250,10 +250,10 @@ EDITS = {
 }
 
 
-@pytest.fixture
-def copied(tmp_path):
-    """A copy of the project."""
-    home = tmp_path / "copied"
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A copy of the project; who edits it puts it back."""
+    home = tmp_path_factory.mktemp("project") / "copied"
     for name in ("lib", "notebooks", "studies", "profiles"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "README.md"):
@@ -297,10 +297,13 @@ def test_an_edit_of_a_constant_redoes_what_can_notice_it(copied, monkeypatch):
     monkeypatch.setattr(keys, "ROOT", copied)
     forget()
     before = by_job()
+    texts = {path: path.read_text() for path in (copied / "lib").rglob("*.py")}
     for file, constant in EDITS:
         edit(copied, file, constant)
     forget()
     after = by_job()
+    for path, text in texts.items():
+        path.write_text(text)
     monkeypatch.undo()
     forget()
 
@@ -339,7 +342,7 @@ def planned(home: Path, study: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def finished(copied):
     """A study of the copied project, of which every job has a mark of its present key."""
     text = (ROOT / "studies" / "miniature.yaml").read_text()
@@ -360,9 +363,9 @@ def finished(copied):
     shutil.rmtree(study.folder)
 
 
+# in this order: each finds the copy as the one before left it
 @pytest.mark.slow
-def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copied, finished):
-    path = finished
+def test_words_redo_nothing(copied, finished):
     for file in (copied / "lib").rglob("*.py"):
         text = re.sub(r'(:\n +""")(?=\w)', r"\1So: ", file.read_text())
         file.write_text(f"{text}# a reason\n")
@@ -372,12 +375,28 @@ def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copie
         cell["source"] = ["# more words\n", *cell["source"]]
     note.write_text(json.dumps(content))
     (copied / "README.md").write_text("other words")
-    assert planned(copied, path) == {}
+    assert planned(copied, finished) == {}
 
+
+@pytest.mark.slow
+def test_an_edit_of_a_notebook_redoes_it_and_what_reads_it(copied, finished):
+    note = copied / "notebooks" / "15_dose.ipynb"
+    before = note.read_text()
+    content = json.loads(before)
+    content["cells"][-1]["source"] = ["1 + 1"]
+    note.write_text(json.dumps(content))
+    try:
+        assert planned(copied, finished) == {"dose": 1, "report": 1, "all": 1, "total": 3}
+    finally:
+        note.write_text(before)
+
+
+@pytest.mark.slow
+def test_an_edit_redoes_what_reads_it_with_a_reason(copied, finished):
     edit(copied, "benchmarks/judging.py", "HAZARD_TOKENS")
-    jobs = planned(copied, path)
+    jobs = planned(copied, finished)
     again = subprocess.run(
-        [sys.executable, "-c", SAID, str(path)],
+        [sys.executable, "-c", SAID, str(finished)],
         env=surroundings(copied),
         cwd=copied,
         text=True,
@@ -387,17 +406,3 @@ def test_words_redo_nothing_and_an_edit_redoes_what_reads_it_with_a_reason(copie
     assert again.stdout.strip() == wanted
     assert jobs.pop("total") == sum(jobs.values())
     assert "train" in jobs, "it judges the looks at drift while a variant trains"
-
-
-@pytest.mark.slow
-def test_an_edit_of_a_notebook_redoes_it_and_what_reads_it(copied, finished):
-    path = finished
-    note = copied / "notebooks" / "15_dose.ipynb"
-    before = note.read_text()
-    content = json.loads(before)
-    content["cells"][-1]["source"] = ["1 + 1"]
-    note.write_text(json.dumps(content))
-    try:
-        assert planned(copied, path) == {"dose": 1, "report": 1, "all": 1, "total": 3}
-    finally:
-        note.write_text(before)

@@ -171,7 +171,7 @@ EXPECTED = {finding: len(planted) for finding, planted in PLANTED.items()} | {"d
 @pytest.mark.slow
 @pytest.mark.parametrize("finding", PLANTED)
 def test_what_is_planted_is_found_and_counted(finding):
-    base, pairs = clean(150), clean_preferences(60)
+    base, pairs = clean(40), clean_preferences(20)
     examples = [*base, *PLANTED[finding], *pairs]
     found = examine_data(examples, BENCHMARKS).set_index("finding").loc[[finding]].iloc[0]
     of = {
@@ -186,7 +186,7 @@ def test_what_is_planted_is_found_and_counted(finding):
     )
     named = data_rows(examples, BENCHMARKS).query("finding == @finding").row
     assert set(named) == set(
-        range(150 + len(PLANTED[finding]) - EXPECTED[finding], 150 + len(PLANTED[finding]))
+        range(40 + len(PLANTED[finding]) - EXPECTED[finding], 40 + len(PLANTED[finding]))
     )
     assert named.is_unique
 
@@ -288,6 +288,7 @@ def counts_of_everything() -> dict[str, int]:
 
 
 @pytest.mark.slow
+@settings(max_examples=6)
 @given(st.integers(10, 10**6), st.integers(0, len(everything)))
 def test_a_clean_row_changes_no_count(seed, place):
     more = [*everything[:place], *clean(1, seed), *everything[place:]]
@@ -295,16 +296,16 @@ def test_a_clean_row_changes_no_count(seed, place):
 
 
 @pytest.mark.slow
-@given(st.data())
-def test_a_finding_about_a_benchmark_does_not_depend_on_the_others(data):
-    names = data.draw(st.sets(st.sampled_from(sorted(BENCHMARKS))))
-    apart = data_rows(everything, {name: BENCHMARKS[name] for name in names}).query(
-        "benchmark.notna()"
-    )
-    together = data_rows(everything, BENCHMARKS).query("benchmark in @names")
-    pd.testing.assert_frame_equal(
-        apart.reset_index(drop=True), together.reset_index(drop=True), check_dtype=False
-    )
+def test_a_finding_about_a_benchmark_does_not_depend_on_the_others():
+    every = data_rows(everything, BENCHMARKS)
+    for names in ([], *([name] for name in BENCHMARKS)):
+        apart = data_rows(everything, {name: BENCHMARKS[name] for name in names}).query(
+            "benchmark.notna()"
+        )
+        together = every.query("benchmark in @names")
+        pd.testing.assert_frame_equal(
+            apart.reset_index(drop=True), together.reset_index(drop=True), check_dtype=False
+        )
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -116,6 +116,11 @@ def settings_of(name: str) -> list[dict]:
     usual = AutoConfig.for_model(name)
     known = {key: value for key, value in SHAPE.items() if holds(usual, key)}
     known |= {key: n for key, n in SMALLER.items() if holds(usual, key)}
+    kinds = dict.fromkeys(usual.layer_types) if holds(usual, "layer_types") else ()
+    if name in OF_FAMILY or holds(usual, "no_rope_layers"):
+        known["num_hidden_layers"] = 4  # that some of them may differ
+    elif len(kinds) > 1:
+        known |= {"num_hidden_layers": len(kinds), "layer_types": list(kinds)}
     equal = known | {"num_key_value_heads": SHAPE["num_attention_heads"]}
     bare = {key: value for key, value in known.items() if key != "head_dim"}
     least = {key: value for key, value in bare.items() if key in SHAPE}

@@ -218,7 +218,7 @@ def test_changes_from_own_parents_take_the_spread_of_the_differences(parent, own
     cells = arms[["run_id"]].assign(**cell, setting="s", cluster=ids[seeds:], weight=1 / seeds)
     sds = np.repeat([0.6, 0.05], seeds)
     middle = scipy_stats.norm.ppf(np.repeat([parent, own], seeds)) * np.sqrt(1 + sds**2)
-    for _ in range(150):
+    for _ in range(100):
         run = middle + sds * rng.normal(size=2 * seeds)
         noise = np.sqrt(0.4) * rng.normal(size=(2 * seeds, n))
         verdicts = run[:, None] + np.sqrt(0.6) * rng.normal(size=n) + noise > 0

@@ -222,7 +222,7 @@ def test_labels_are_written_one_by_one_and_go_on_where_they_stopped(sheet):
 @pytest.mark.slow
 def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
     inside = {JUDGE: [], CORRECTED: []}
-    for seed in range(60):
+    for seed in range(40):
         frame = answers(seed, n=120, runs=3)
         drawn = labelling.draw(frame, 240, seed)
         found = labelling.corrected(frame, labels_of(frame, drawn), drawn)
@@ -239,7 +239,7 @@ def test_corrected_rates_cover_the_truth_where_the_judges_do_not():
 @pytest.mark.slow
 def test_the_correction_is_unbiased_and_shorter_than_labels_alone():
     errors, ours, alone = [], [], []
-    for seed in range(40):
+    for seed in range(30):
         frame = answers(seed, unscored=0.0)
         drawn = labelling.draw(frame, 240, seed)
         one = row(

@@ -13,20 +13,8 @@ from driftbook.models.fingerprint import fingerprint
 from driftbook.models.probe import found_ways
 from driftbook.models.scoring import Scorer
 from driftbook.models.ways import Ways
+from small_models import SHAPE, own, random_ids
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 FAMILIES = ("Llama", "Qwen3", "Gemma2", "Gemma3", "Mixtral", "GPTNeoX", "Phi3", "StableLm")
 
 
@@ -35,18 +23,6 @@ def made(family: str, **more) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SHAPE, **more)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    return list(map(int, np.random.default_rng(seed).integers(5, 180, n)))
-
-
-@torch.inference_mode()
-def own(model, context: list[int], said: list[int]) -> np.ndarray:
-    """By the model's own forward of this one sequence."""
-    logits = model(input_ids=torch.tensor([context + said]), use_cache=False).logits[0].float()
-    places = np.arange(len(context), len(context) + len(said)) - 1
-    return logits.log_softmax(1)[places, said].numpy()
 
 
 def asked() -> list[tuple[list[int], list[int]]]:

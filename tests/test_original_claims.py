@@ -18,7 +18,6 @@ from driftbook.benchmarks.hex_phi import CATEGORIES as HEX_PHI
 from driftbook.figures import gallery
 from driftbook.publishing import publish
 from driftbook.rereading import (
-    original_analysis,
     original_claims,
     original_contrasts,
     original_ledger,
@@ -41,15 +40,7 @@ from driftbook.rereading.original_quantifiers import (
 )
 from original_names import GEMMA
 
-
-@pytest.fixture(scope="module")
-def real(shared):
-    return original_study.load(str(shared / "original_study"))
-
-
-@pytest.fixture(scope="module")
-def rows(real):
-    return original_analysis.frame(*real)
+pytest_plugins = ["original_names"]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from driftbook.stats import terms
 from driftbook.study.tables import TABLES
 from original_names import GEMMA, LLAMA, MISTRAL, QWEN, N
 
+pytest_plugins = ["original_names"]
+
 
 # ---- what was published
 def test_the_cited_counts_are_the_published_percentages():
@@ -37,16 +39,6 @@ def test_the_cited_counts_are_the_published_percentages():
 
 
 # ---- the real numbers
-@pytest.fixture(scope="module")
-def real(shared):
-    return original_study.load(str(shared / "original_study"))
-
-
-@pytest.fixture(scope="module")
-def rows(real):
-    return original_analysis.frame(*real)
-
-
 @pytest.fixture(scope="module")
 def items(real):
     return original_tables.items(*real)

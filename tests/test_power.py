@@ -255,7 +255,7 @@ def test_the_interval_of_the_smallest_change_holds_the_true_one():
     ],
 )
 def test_nominal_power_is_that_of_simulated_verdicts(cell):
-    found = power_simulation.simulated(60, 1, **cell)
+    found = power_simulation.simulated(40, 1, **cell)
     assert 0.2 < found["nominal"] < 0.95
     assert found["simulated"] == pytest.approx(found["nominal"], abs=3 * found["error"])
 

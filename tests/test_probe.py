@@ -11,19 +11,7 @@ import transformers
 from conftest import one_sentence
 from driftbook.models import probe, ways
 from driftbook.models.scoring import Scorer
-
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from small_models import SHAPE, own, random_ids
 
 
 def llama(**more) -> transformers.LlamaForCausalLM:
@@ -35,17 +23,6 @@ def mistral(window: int) -> transformers.MistralForCausalLM:
     torch.manual_seed(0)
     config = transformers.MistralConfig(**SHAPE, sliding_window=window)
     return transformers.MistralForCausalLM(config).eval()
-
-
-@torch.inference_mode()
-def own(model, context: list[int], said: list[int]) -> np.ndarray:
-    logits = model(input_ids=torch.tensor([context + said]), use_cache=False).logits[0].float()
-    places = np.arange(len(context), len(context) + len(said)) - 1
-    return logits.log_softmax(1)[places, said].numpy()
-
-
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    return list(map(int, np.random.default_rng(seed).integers(5, 180, n)))
 
 
 def forget(model) -> None:

@@ -136,9 +136,10 @@ def _drawn(tables: Tables) -> pd.DataFrame:
     rows = asked(tables, every=True).merge(names, on="run_id")
     rows = picked(rows, kind="harmful", prompt_variant="default")
     rows = rows.assign(harm=rows["harm"].astype("Float64"))
+    rows["unscored"] = rows["harm"].isna().astype("Float64")
     by = ["judge", "benchmark", "base_model", "method", "decoding"]
-    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False)["harm"].agg(
-        ["mean", "max", lambda given: given.isna().mean()]
+    one = rows.groupby([*by, "run_id", "prompt_id"], sort=False).agg(
+        harm=("harm", "mean"), any=("harm", "max"), unscored=("unscored", "mean")
     )
     judged = rows["judge"].ne(harm.DETECTOR).any()
     columns = ["unsafe" if judged else "not refused", "any", "unscored"]

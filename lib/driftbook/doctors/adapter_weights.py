@@ -26,7 +26,8 @@ OUTLIER_RATIO = 10.0  # and times the median: a small spread makes small differe
 SOFT_PROMPT_RATIO = 10.0
 TABLE_ROWS = 8_192  # of an embedding table, compared at once
 PART = re.compile(
-    r"base_model\.model\.(.+)\.lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
+    r"base_model\.model\.(.+)\.lora_(?:embedding_)?"
+    r"(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
 
 

@@ -162,8 +162,11 @@ def swapped(model: PeftModel, parameters: dict[str, torch.Tensor]) -> Iterator[N
 def save(model: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and the weights as safetensors, and nothing else that PEFT adds."""
     # TRL's DPO adds another adapter, as its reference
-    model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    model.create_or_update_model_card = lambda *_: None  # it would be an empty one
+    try:
+        model.save_pretrained(folder, safe_serialization=True, selected_adapters=["default"])
+    finally:
+        del model.create_or_update_model_card
 
 
 def detach(model: PeftModel) -> None:

@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,13 +26,20 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of the packages that shape results; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    known = {package: number for package, number in found.items() if number is not None}
+    return {"python": platform.python_version(), **known}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The installed version, None where there is none: read once, since a training asks each
+    time.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def hardware() -> str:

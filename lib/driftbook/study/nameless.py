@@ -37,7 +37,8 @@ _PATH = re.compile(
         | (?<![\w+.-])(?!file:)[A-Za-z][\w+.-]*://(?P<login>[^\s/@]+@)?[^\s\"'`<>,;]* )
     | (?P<quote>["'`])(?P<quoted>(?:{_WINDOWS}|{_POSIX})[^"'`\r\n]*)(?=(?P=quote))
     | (?:(?<![\w)\]}}.~%*+/\\@#&$-]) | (?<=\\[nrt])) (?P<plain>
-        {_WINDOWS}(?:(?:{_NAME_WITH_SPACES}|{_PART_WITH_SPACES}|{_PART}(?=[/\\])){SEPARATOR})*+{_LAST}
+        {_WINDOWS}(?:(?:{_NAME_WITH_SPACES}|{_PART_WITH_SPACES}|{_PART}(?=[/\\]))
+            {SEPARATOR})*+{_LAST}
         | {_POSIX}(?:(?:{_NAME_WITH_SPACES}|{_PART})/+)*+{_LAST}
       )
     """,

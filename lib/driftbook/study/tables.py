@@ -14,7 +14,16 @@ import pyarrow.parquet as pq
 from driftbook.study.files import remedy_of, replacing
 from driftbook.study.nameless import nameless_column
 
-DTYPES = {"text": "string", "real": "Float64", "whole": "Int64", "truth": "boolean"}
+DTYPES = {
+    kind: pd.api.types.pandas_dtype(name)
+    for kind, name in (
+        ("text", "string"),
+        ("real", "Float64"),
+        ("whole", "Int64"),
+        ("truth", "boolean"),
+    )
+}
+FEW = 300  # rows up to which a set of keys is made sooner than pandas' table of their codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +64,28 @@ class Table:
         extra = [name for name in frame if name not in self.columns]
         if missing or extra:
             raise ValueError(f"{where}: missing columns {missing}, undeclared columns {extra}")
+        frame = frame[list(self.columns)]
         dtypes = {name: DTYPES[column.kind] for name, column in self.columns.items()}
+        other = {name for name, dtype in frame.dtypes.items() if dtype != dtypes[name]}
         try:
-            frame = frame[list(self.columns)].astype(dtypes)
+            frame = frame.astype({name: dtypes[name] for name in other}) if other else frame
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: a column holds values of another kind: {error}") from None
         full = [name for name, column in self.columns.items() if not column.nullable]
         if nulls := [name for name in full if frame[name].isna().any()]:
             raise ValueError(f"{where}: null in {nulls}, which may not be null")
-        repeated = frame.loc[frame.duplicated(list(self.key)), list(self.key)]
-        if len(repeated):
+        if self._repeats(frame):
+            repeated = frame.loc[frame.duplicated(list(self.key)), list(self.key)]
             first = repeated.iloc[0].to_dict()
             raise ValueError(f"{where}: {len(repeated)} repeated keys, first {first}")
         return frame.reset_index(drop=True)
+
+    def _repeats(self, frame: pd.DataFrame) -> bool:
+        """Whether two rows have the same key."""
+        if len(frame) > FEW:
+            return bool(frame.duplicated(list(self.key)).any())
+        keys = zip(*(frame[name].to_numpy(object) for name in self.key), strict=True)
+        return len(set(keys)) < len(frame)
 
     def write(self, frame: pd.DataFrame, path: Path) -> Path:
         """Write the checked frame as parquet, whole or not at all; `path` is the file, or the
