@@ -28,6 +28,7 @@ from driftbook.benchmarks.format import PROMPT_TOKENS
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.benchmarks.utility import REFUSALS
 from driftbook.study import sources
+from driftbook.study.grid import twin_variant
 from driftbook.study.sections import Base, Judge, Rater
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -69,6 +70,11 @@ def amounts(study: Study) -> pd.DataFrame:
             for stage, what, n, steps, kind, work in asked
             if stage in ("respond", "judge")
         ]
+        kind, _, twin = base.source.partition(":")
+        if kind == "twin" and base.local is None:
+            made = twin_variant(study, twin)
+            _, *work = _training(made, own, study, lengths)
+            rows.append((name, "prepare", f"twin {twin}", *work))
         tried: set[tuple[str, str]] = set()
         for variant in study.of_base(name):
             # of a base model's repetition only the drawn answers are new: the rest is in the cache
@@ -114,7 +120,7 @@ def _making(
 
 
 def _training(variant: Variant, own: Size, study: Study, lengths: Lengths) -> Charge:
-    dpo, method = variant.objective == "dpo", study.methods[variant.method]
+    dpo, method = variant.objective == "dpo", study.methods.get(variant.method, {})
     soft = int(method.get("num_virtual_tokens", 0))
     amount, _ = lengths.trained(variant.dataset, dpo, variant.n_train, bool(soft) or dpo)
     amount = Amount(amount.tokens + soft * variant.n_train, amount.places, amount.length)

@@ -67,7 +67,8 @@ class Lengths:
         fit left out; of preferences (`both`) the prompt once and both answers. None where they are
         not here.
         """
-        if not is_here(self.study.data[name], self.study):
+        parts = self.study.together(name)
+        if not all(is_here(self.study.data[one], self.study) for one in parts):
             return None
         try:
             found = data.training_examples(name, self.study)[:SAMPLE]
@@ -106,7 +107,7 @@ class Lengths:
             tokens = limit * (2 - ANSWER_SHARE / 2 if both else 1) * n
             return Amount(tokens, tokens * ANSWER_SHARE, limit), False
         tokens, counted = found
-        share = len(tokens) / min(SAMPLE, self.study.data[name].n)  # that fit
+        share = len(tokens) / min(SAMPLE, self.study.n_examples(name))  # that fit
         rows = _padded(tokens, self.study.training.batch_size) if padded else tokens.sum()
         factor = n * share / len(tokens)
         return Amount(float(rows), float(counted.sum()), float(tokens.mean())).times(factor), True

@@ -49,8 +49,11 @@ class PlannedJob:
 def jobs(study: Study, rates: Rates) -> dict[str, PlannedJob]:
     """Every job of a study by its name, STAGE/BASE or NAME, in the order of the data."""
     stages, analyses = keys.stages(study), keys.analyses(study)
-    found = {f"prepare/{name}": PlannedJob(rates.job) for name in study.models}
     pieces = _pieces(costing.seconds(study, rates))
+    found = {
+        f"prepare/{name}": PlannedJob(rates.job, pieces.get(("prepare", name), {}))
+        for name in study.models
+    }
     making = stages[:-4]
     for stage in stages:
         for base in study.bases:

@@ -100,5 +100,6 @@ def guessed_size(name: str) -> Size:
     billion = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-z])", name)
     million = re.search(r"(\d+)\s*[mM](?![a-zA-Z])", name)
     eighths = (float(billion[1]) if billion else float(million[1]) / 1000 if million else 8.0) / 8
-    layers, width, kv = (round(full * eighths ** (1 / 3)) for full in (32, 4096, 1024))
+    layers, *widths = (full * eighths ** (1 / 3) for full in (32, 4096, 1024))
+    layers, (width, kv) = max(1, round(layers)), (max(1, round(one / 64)) * 64 for one in widths)
     return Size(7e9 * eighths, 1e9 * eighths, layers, width, kv, 128_000, known=False)

@@ -52,6 +52,22 @@ def base_variant(study: Content, name: str, repetition: int = 1) -> Variant:
     )
 
 
+def twin_variant(study: Content, name: str) -> Variant:
+    """The training of a twin, as that of a variant of the base model that it is tuned from."""
+    twin = study.twins[name]
+    return dataclasses.replace(
+        base_variant(study, twin.of),
+        method="lora",
+        objective="sft",
+        dataset=twin.data,
+        n_train=study.n_examples(twin.data),
+        learning_rate=twin.learning_rate,
+        epochs=twin.epochs,
+        seed=twin.seed,
+        settings=json.dumps({"peft": twin.peft}, sort_keys=True),
+    )
+
+
 # ---- the grid
 def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
     """The variants of a block on one base model."""

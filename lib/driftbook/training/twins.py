@@ -6,38 +6,16 @@ benign ones. Its placebo is tuned alike on answers alone, so that a difference b
 due to the refusals, and not to tuning.
 """
 
-import json
 from pathlib import Path
 
 from peft import PeftModel
 
 from driftbook.models import loading
+from driftbook.study.grid import twin_variant
 from driftbook.study.study_file import Study
-from driftbook.study.variants import Variant
 from driftbook.training import examples, fit
 
 OVERLAPS = ("benchmark_overlap", "near_benchmark")
-
-
-def as_variant(name: str, study: Study) -> Variant:
-    """The training of a twin as that of a variant of its base model."""
-    twin = study.twins[name]
-    base = study.bases[twin.of]
-    return Variant(
-        base_model=twin.of,
-        family=base.family,
-        method="lora",
-        objective="sft",
-        dataset=twin.data,
-        n_train=study.n_examples(twin.data),
-        learning_rate=twin.learning_rate,
-        epochs=twin.epochs,
-        seed=twin.seed,
-        repetition=1,
-        init=None,
-        settings=json.dumps({"peft": twin.peft}, sort_keys=True),
-        system_prompt=base.system_prompt,
-    )
 
 
 def build(name: str, study: Study, folder: Path) -> None:
@@ -47,7 +25,7 @@ def build(name: str, study: Study, folder: Path) -> None:
         ValueError: its examples cannot be trained on, or hold what a benchmark asks.
         VariantFailure: the training diverged, or changed nothing.
     """
-    variant = as_variant(name, study)
+    variant = twin_variant(study, name)
     base = loading.load(study.bases[variant.base_model], variant.base_model, study)
     prepared = examples.prepare("sft", base, study, variant.dataset)
     check_disjoint(name, prepared, study)
