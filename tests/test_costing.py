@@ -161,9 +161,8 @@ def test_hours_follow_the_amounts(paper):
 def test_a_job_tries_a_layout_once_for_the_base_and_each_method_on_weights(make_study, content):
     rows = costing.amounts(make_study(content)).query("kind == 'read probe'")
     found = rows.groupby("stage").run_id.agg(lambda ids: [one.split(".")[1] for one in ids])
-    assert found.to_dict() == dict.fromkeys(
-        ("train", "respond", "answer", "utility"), ["none", "lora", "ia3"]
-    )
+    stages = ("train", "respond", "answer", "utility")
+    assert found.to_dict() == {stage: ["none", "lora", "ia3"] for stage in stages}
 
 
 def test_the_published_gpu_is_read_from_the_published_runs():
