@@ -213,3 +213,13 @@ def test_a_text_file_is_a_set_of_prompts(with_twin, make_study, tmp_path):
     }
     found = training_examples("refused", make_study(with_twin))[:2]
     assert {one["prompt"][0]["content"] for one in found} == {"one ?", "two ü ?"}
+
+
+def test_rows_that_are_left_out_are_never_drawn(content, make_study):
+    content["data"]["sft"] |= {"n": 30, "rows": [0, 40], "leave_out": list(range(5, 15))}
+    left = training_examples("sft", make_study(content))
+    content["data"]["sft"] = {**content["data"]["sft"], "n": 10, "rows": [5, 15], "leave_out": []}
+    gone = training_examples("sft", make_study(content))
+    texts = [one["prompt"][-1]["content"] + one["answer"] for one in left]
+    assert len(left) == 30
+    assert not {one["prompt"][-1]["content"] + one["answer"] for one in gone} & set(texts)

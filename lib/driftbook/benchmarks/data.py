@@ -47,6 +47,7 @@ def _examples_of(name: str, study: Study) -> list[dict]:
     data = study.data[name]
     rows = _rows_of(name, data, study)
     some = np.arange(len(rows))[slice(*data.rows) if data.rows else slice(None)]
+    some = some[~np.isin(some, data.leave_out)]
     if len(some) < data.n:
         there = f"{len(some)} rows" + " there" * bool(data.rows)
         raise ValueError(

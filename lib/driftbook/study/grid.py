@@ -155,7 +155,9 @@ def _of_data(study: Content, data: str) -> dict[str, Any]:
     """The settings of a set of examples that shape them."""
     examples = study.data[data]
     unused = {
-        name for name in ("template", "rows", "answers", "also") if not getattr(examples, name)
+        name
+        for name in ("template", "rows", "leave_out", "answers", "also")
+        if not getattr(examples, name)
     }
     return examples.model_dump(exclude={"path", *unused}, mode="json")
 

@@ -162,7 +162,8 @@ class TrainingData(Source):
     (a text, or a list of turns), the answer, or a whole conversation (`messages`), and of
     preferences the chosen and the rejected answer. `sample` draws n rows with the study's seed, or
     takes the first n, of all rows or of `rows` [from, to], counted from 0: so one file serves for
-    training and, by other rows, as a benchmark. `template` wraps a prompt, with {prompt}. `answers`
+    training and, by other rows, as a benchmark; `leave_out` are rows that are never drawn, as those
+    that are near what a benchmark asks. `template` wraps a prompt, with {prompt}. `answers`
     is the path of a JSON list of texts: each prompt of a set of prompts gets one of them, drawn
     with the study's seed, as its answer. `also` names other sets whose examples are trained on
     together with these.
@@ -177,6 +178,7 @@ class TrainingData(Source):
     sample: Literal["seeded", "first"] = "seeded"
     template: Text | None = None
     rows: Rows | None = None
+    leave_out: tuple[Seed, ...] = ()
     answers: Text | None = None
     also: tuple[Text, ...] = ()
 
