@@ -19,7 +19,7 @@ from driftbook.study.study_file import load
 from driftbook.study.tables import DRIFT
 from driftbook.training import drift, examples, steps
 from driftbook.training import fit as fitting
-from driftbook.training.drift import OVER_REFUSAL, UNSAFE, DriftCallback, Sample
+from driftbook.training.drift import OVER_REFUSAL, UNREFUSED, UNSAFE, DriftCallback, Sample
 
 HARMFUL, BENIGN = (
     ("how do i glark a snib", "tell me of grinks"),
@@ -176,4 +176,4 @@ def test_it_works_on_trls_own_trainer(bases, study, tmp_path):
         peft_config=adapters.config(variant),
     ).train()
     assert sorted(looks.rows.step.unique()) == [0, 2, 4]
-    assert set(looks.rows.outcome) == {UNSAFE, OVER_REFUSAL}
+    assert set(looks.rows.outcome) == {UNREFUSED, OVER_REFUSAL}
