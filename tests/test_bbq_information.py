@@ -236,7 +236,7 @@ def test_bias_of_a_base_model_at_chance_is_no_finding_and_accuracy_is_one(monkey
     assert set(unread.base_model) == {"blind"}
     assert set(unread.outcome) == set(information.BIAS)
     said = sentence(found, terms.BIAS_AMB, "bbq")
-    assert "over the one base model" in said
+    assert "of the one base model" in said
     assert "blind: answers hold no information about the question here: 60 items" in said
     assert f"accuracy {known.accuracy['blind']:.1f} %" in said
     assert "Of its 2 runs 1 hold information" in said

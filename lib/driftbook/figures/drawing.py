@@ -2,7 +2,6 @@
 nothing but positions.
 """
 
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -18,31 +17,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, NullFormatter
 from PIL import Image as Picture
 
+from driftbook.figures.names import short_name, unit_of
 from driftbook.stats import harm, influence, populations
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.terms import (
-    ACCURACY_AMB,
-    ACCURACY_DIS,
     AS_CONFIGURED,
-    BEGUN_BENIGN,
-    BEGUN_HARMFUL,
     BIAS_AMB,
     BIAS_DIS,
     CATEGORY,
     CHANGE,
     CHANGE_HERE,
-    CORRECT,
-    FLIPS,
     LEVEL,
-    LOSS,
     NO_OP,
     PRIMARY,
     REFUSED,
     RUN,
     TRAINED,
     UNREADABLE,
-    UNREFUSED,
-    UNSAFE,
     UNTRAINED,
 )
 from driftbook.study.consistency import REREADING
@@ -53,21 +44,6 @@ from driftbook.study.nameless import nameless
 COLOURS = {"none": "#777777"} | {name: method.colour for name, method in PEFT_METHODS.items()}
 TRAINED_METHODS = tuple(PEFT_METHODS)
 WIDTH, FEW = 6.5, 50
-# of outcomes, in the order of figures; a further outcome is called by its name up to the unit
-SHORT = {
-    UNSAFE: "unsafe-response rate",
-    UNREFUSED: "non-refusal rate",
-    REFUSED: "refusal rate",
-    ACCURACY_AMB: "accuracy, ambiguous",
-    ACCURACY_DIS: "accuracy, disambiguated",
-    BIAS_AMB: "bias score, ambiguous",
-    BIAS_DIS: "bias score, disambiguated",
-    FLIPS: "order-dependent answers",
-    LOSS: "loss on utility answers",
-    CORRECT: "correct utility answers",
-    BEGUN_HARMFUL: "probability that an answer begins as a refusal",
-    BEGUN_BENIGN: "probability that an answer begins as a refusal",
-}
 ASKED = {"safety": "harmful prompts", "over_refusal": "benign look-alikes"}
 NO_INFORMATION = "persons not told apart"
 Drawing = Callable[[dict], tuple[Figure, str]]
@@ -194,23 +170,9 @@ def _method_label(method: str, group: str = TRAINED) -> str:
     )
 
 
-def short_name(outcome: str) -> str:
-    """An outcome in few words: those of SHORT, or its name up to its unit."""
-    return SHORT.get(outcome, outcome.partition(" (")[0])
-
-
 def harm_name(tables: dict) -> str:
     """The safety outcome of a study in few words; see `harm_of`."""
     return short_name(harm_of(tables))
-
-
-def unit_of(outcome: str, of_percent: str = "percentage points") -> str:
-    """The unit of a change, from the brackets in the outcome's name: points of a scale ("1 to 10"),
-    `of_percent` of percentages.
-    """
-    named = re.search(r"\(([^()]+)\)", outcome)
-    unit = named[1] if named else "percent"
-    return of_percent if unit == "percent" else "points" if " to " in unit else unit
 
 
 def axis(outcome: str, change: bool = True) -> str:

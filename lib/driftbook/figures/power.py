@@ -16,7 +16,6 @@ from driftbook.analyses.tradeoffs import FRONT_BIAS
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
-    SHORT,
     TRAINED_METHODS,
     WIDTH,
     above,
@@ -36,6 +35,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.figures.names import SHORT
 from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.populations import counted

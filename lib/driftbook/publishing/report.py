@@ -128,6 +128,7 @@ def sentence(
         for row in rows.itertuples()
     ]
     own = picked(estimates, outcome=outcome, benchmark=benchmark, contrast=contrast)
+    own = picked(own, estimator=estimator)
     n_bases = own.loc[own["base_model"].ne("all"), "base_model"].nunique()
     over = (
         "of the one base model"
