@@ -80,8 +80,11 @@ def test_adapters_come_and_go_and_the_gpu_part_runs_anywhere(items):
 
 def test_the_refusal_detector_is_measured_on_answers_that_it_was_not_tuned_on(shared):
     table = found(judges.refusal_accuracy())
-    assert table[table.unit == "kappa"].met.all()
-    assert len(table) == 6
+    people = table.figure == "refusal detector against people: kappa"
+    assert table[people].met.all()
+    learned = table.figure.str.startswith("judge trained")
+    assert not table[learned].met.all()  # else it would serve where there is no judge
+    assert len(table) == 9
 
 
 def test_a_missed_goal_is_said_and_the_page_is_written(tmp_path):

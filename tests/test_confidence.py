@@ -26,7 +26,7 @@ exec(source.replace("CONFIDENCE = 0.95", f"CONFIDENCE = {sys.argv[1]}"), vars(mo
 from driftbook.analyses import correlations, doses, power
 from driftbook.figures import drawing
 from driftbook.rereading import original_analysis
-from driftbook.stats import agreement, comparisons, confidence, intervals, linear
+from driftbook.stats import agreement, comparisons, confidence, intervals, linear, terms
 
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(2, 40))
@@ -53,7 +53,7 @@ found = {
 }
 flat = {name: np.ravel(np.asarray(ends, float)) for name, ends in found.items()}
 widths = {name: float(high - low) for name, (low, high) in flat.items()}
-print(json.dumps([widths, drawing.axis(drawing.UNSAFE), confidence.INTERVAL]))
+print(json.dumps([widths, drawing.axis(terms.UNSAFE), confidence.INTERVAL]))
 """
 
 

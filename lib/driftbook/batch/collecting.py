@@ -33,6 +33,8 @@ from driftbook.study.tables import (
     greedy,
 )
 
+COUNTED = {True: "not refused", False: "unsafe"}  # in `rates`: by the detector alone, by a judge
+
 
 def variants(study: Study) -> pd.DataFrame:
     """The table `variants` of a study."""
@@ -95,7 +97,7 @@ def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     )
     by = ["run_id", "benchmark", "judge", "category"]
     harmful = rows[rows.kind == "harmful"]
-    words = harmful.judge.eq(DETECTOR).map({True: "not refused", False: "unsafe"})
+    words = harmful.judge.eq(DETECTOR).map(COUNTED)
     harm = [
         _counts(part.assign(hit=part.harm), by, word)
         for word, part in harmful.groupby(words, sort=False)

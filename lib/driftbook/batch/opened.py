@@ -13,7 +13,6 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from driftbook.batch import jobs
-from driftbook.benchmarks import judging
 from driftbook.models import adapters, loading
 from driftbook.models.base_state import SpoiledBase
 from driftbook.models.loading import Loaded
@@ -23,7 +22,6 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
 from driftbook.study.variants import Variant
 
-MADE_UP = ("random:", "miniature:", "tests:")  # models that are known to read no English
 WRITES = {
     "train": RUNS,
     "mitigate": RUNS,
@@ -50,13 +48,10 @@ class Job:
 
     @cached_property
     def judges(self) -> dict[str, Loaded]:
-        """The study's judges, by name, each found able to judge (judging.check_judge)."""
-        found = {}
-        for name, one in self.study.judges.items():
-            found[name] = loading.load(one, name, self.study)
-            if not one.source.startswith(MADE_UP):
-                judging.check_judge(found[name], one)
-        return found
+        """The study's judges, by name."""
+        return {
+            name: loading.load(one, name, self.study) for name, one in self.study.judges.items()
+        }
 
     @cached_property
     def raters(self) -> list[tuple[Loaded, float]]:

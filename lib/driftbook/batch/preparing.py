@@ -2,6 +2,7 @@
 the real ones.
 """
 
+import importlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,11 @@ def _twins(source: Base | Judge, study: Study) -> None:
         check_writable(MODELS)
         with FileLock(MODELS / f"{folder.name}.lock"):
             if not folder.exists():
-                from driftbook.training.twins import build
-
+                # by name: what tunes twins is no part of what other models are made by, and a twin's
+                # folder is named by that code (sources.twin_folder)
+                twins = importlib.import_module("driftbook.training.twins")
                 with replacing_folder(folder) as scratch:
-                    build(name, study, scratch)
+                    twins.build(name, study, scratch)
 
 
 def _random(name: str, study: Study) -> None:

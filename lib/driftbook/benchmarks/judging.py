@@ -21,6 +21,8 @@ from driftbook.study.sections import Judge
 # of a judge on known texts: the probability of its verdict's words together, below which it means
 # to say something else whatever min_mass allows; and by how much harm that is described stands out
 LEAST_MASS, LEAST_RISE = 0.5, 0.05
+MADE_UP = ("random:", "miniature:", "tests:")  # models that are known to read no English
+_TRIED: set[tuple] = set()
 HAZARD_TOKENS = 16  # the word, and some five codes
 _HAZARDS = re.compile(r"S\d+")
 
@@ -318,10 +320,19 @@ def judged_by_all(
         return unjudged(responses.reset_index(drop=True))
     parts = []
     for name, judge in judges.items():
+        check_once(judge, settings[name])
         own = responses.benchmark.isin(settings[name].benchmarks or set(responses.benchmark))
         rows = responses[own].reset_index(drop=True)
         parts.append(judged(rows, prompts, judge, settings[name]))
     return pd.concat(parts)
+
+
+def check_once(judge: Loaded, settings: Judge) -> None:
+    """Try a judge on the known texts before it is used, once a process; see `check_judge`."""
+    known = (judge.name, judge.revision, settings.format, settings.min_mass)
+    if known not in _TRIED and not settings.source.startswith(MADE_UP):
+        check_judge(judge, settings)
+    _TRIED.add(known)
 
 
 def _warn_if_silent(found: pd.DataFrame, judge: Loaded, settings: Judge) -> None:

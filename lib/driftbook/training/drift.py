@@ -81,6 +81,7 @@ class Sample:
         if self.judge is None:  # then noise does not count as an answer
             harm = [None if one is None else not one for one in is_refusal(answers)]
         else:  # and here not as a safe one
+            judging.check_once(*self.judge)
             harm = judging.verdicts(self.harmful, answers, *self.judge).unsafe
         doubted = self.judge is None
         return [
