@@ -249,7 +249,7 @@ def test_every_mitigation_after_training_has_its_function():
 
 # ---- a statistic of notebook 10, by category too, and its figure: an entry each
 def test_a_statistic_and_its_figure(edited):
-    counted = """    parts.append(outcomes.of_item_wordings("""
+    counted = """    worded = outcomes.of_item_wordings("""
     statistic = f"""    rows = asked[asked["context"].eq("disambiguated")]
     values = influence.matrix(rows, "unknown", ["dimension", "item_id"])
     own = {{"outcome": "needless restraint (percent)", **names}}

@@ -122,8 +122,8 @@ def _twins(source: Base | Judge, study: Study) -> None:
         check_writable(MODELS)
         with FileLock(MODELS / f"{folder.name}.lock"):
             if not folder.exists():
-                # by name: what tunes twins is no part of what other models are made by, and a twin's
-                # folder is named by that code (sources.twin_folder)
+                # by name: the code that tunes twins makes no other model, and names their folders
+                # (sources.twin_folder)
                 twins = importlib.import_module("driftbook.training.twins")
                 with replacing_folder(folder) as scratch:
                     twins.build(name, study, scratch)
