@@ -36,7 +36,6 @@ def pocket(shared) -> Study:
         "data": {
             name: {**content["data"][name], "n": n} for name, n in (("sft", 8), ("heldout", 2))
         },
-        "training": {**content["training"], "max_length": 64},
         "grid": [{**content["grid"][1], "bases": ["smollm2"], "methods": ["lora"], "seeds": [1]}],
         "benchmarks": {name: {**one, **SIZES[name]} for name, one in content["benchmarks"].items()},
         "mitigations": {},

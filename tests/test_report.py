@@ -138,7 +138,7 @@ def test_findings_are_the_estimates(study, page):
         in page
     )
     assert "mean over the 2 base models" in page
-    assert "trained runs 4 did nothing" in page
+    assert "runs 4 did nothing" in page
     assert "did nothing (no-ops)" in page
     assert collecting.status(study) == 2
     assert "2 failed" in page

@@ -207,7 +207,7 @@ def test_a_model_on_a_hub_that_is_down_is_said_before_any_work(content):
     content["grid"] = []
     study = Study(**content)
     with pytest.raises(ValueError) as error:
-        preparing._check("far", study.bases["far"], study)
+        preparing.check_model("far", study.bases["far"], study)
     assert "HF_HUB_OFFLINE" in one_sentence(error.value)
 
 
@@ -267,7 +267,7 @@ def test_a_target_that_the_base_model_lacks_is_named_before_any_work(bases, cont
     content["methods"]["lora"]["target_modules"] = ["q_proj", "v_prj"]
     study = load(write_study(tmp_path, content))
     with pytest.raises(ValueError) as error:
-        preparing._check("tiny-llama", study.bases["tiny-llama"], study)
+        preparing.check_model("tiny-llama", study.bases["tiny-llama"], study)
     assert "v_prj" in one_sentence(error.value)
     assert "v_proj" in str(error.value)
     with pytest.raises(ValueError, match="v_prj"):

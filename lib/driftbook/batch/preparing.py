@@ -2,7 +2,6 @@
 the real ones.
 """
 
-import importlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,18 +114,25 @@ def _twins(source: Base | Judge, study: Study) -> None:
     """Tune the twins that a base model is, or that its pairs name, and that are not there yet."""
     for one in (source, *getattr(source, "checkpoints", {}).values()):
         kind, _, name = one.source.partition(":")
-        if kind != "twin" or one.local is not None:
-            continue
-        locate(study.bases[study.twins[name].of], study)
-        folder = twin_folder(study, name)
-        check_writable(MODELS)
-        with FileLock(MODELS / f"{folder.name}.lock"):
-            if not folder.exists():
-                # by name: the code that tunes twins makes no other model, and names their folders
-                # (sources.twin_folder)
-                twins = importlib.import_module("driftbook.training.twins")
-                with replacing_folder(folder) as scratch:
-                    twins.build(name, study, scratch)
+        if kind in TUNERS and one.local is None:
+            locate(study.bases[study.twins[name].of], study)
+            folder = twin_folder(study, name)
+            check_writable(MODELS)
+            with FileLock(MODELS / f"{folder.name}.lock"):
+                if not folder.exists():
+                    with replacing_folder(folder) as scratch:
+                        TUNERS[kind](name, study, scratch)
+
+
+def _tune(name: str, study: Study, folder: Path) -> None:
+    from driftbook.training.twins import build
+
+    build(name, study, folder)
+
+
+# by the kind of a source: so the code that tunes makes no other model (code.closure), and what it
+# made is known by it (sources.twin_folder)
+TUNERS = {"twin": _tune}
 
 
 def _random(name: str, study: Study) -> None:
