@@ -31,6 +31,11 @@ def block(name: str, *methods: str, base: str = "tiny-llama", **more) -> dict:
     }
 
 
+def few(name: str) -> dict:
+    """A source of a few of a benchmark's categories (conftest.write_few)."""
+    return local(f"data/few/{name}")
+
+
 SAFE_LORA = {"kind": "safe_lora", "blocks": ["main"], "pair": "alignment", "select": "top"}
 MITIGATIONS = {
     "safe_lora": SAFE_LORA
@@ -103,9 +108,16 @@ SMOKE["grid"] = [
 SMOKE["judges"]["tiny-guard"]["min_mass"] = 0.1  # it was trained for seconds
 SMOKE["benchmarks"]["gain"] = {"format": "answers", "n": 12, **local("data/heldout.json")}
 for _name, _sizes in {
-    "safety": {"n": 22, "truth": "miniature:data/safety_truth.csv"},
-    "over_refusal": {"n": 15, "max_new_tokens": 6},
-    "bbq": {"n": 36, "permuted": 8, "generated": 4, "max_new_tokens": 4, "min_mass": 0.0},
+    "safety": {"n": 22, "truth": "miniature:data/safety_truth.csv", **few("safety")},
+    "over_refusal": {"n": 15, "max_new_tokens": 6, **few("over_refusal.csv")},
+    "bbq": {
+        **few("bbq"),
+        "n": 36,
+        "permuted": 8,
+        "generated": 4,
+        "max_new_tokens": 4,
+        "min_mass": 0.0,
+    },
     "utility": {"n": 10, "max_new_tokens": 4},
 }.items():
     SMOKE["benchmarks"][_name] |= _sizes

@@ -110,7 +110,24 @@ def data_folder() -> Path:
         if not (INPUTS / "data").exists():
             with replacing_folder(INPUTS / "data") as scratch:
                 write_data(scratch)
+                write_few(scratch)
     return INPUTS / "data"
+
+
+FEW = [f"safety/category_{number}.csv" for number in (1, 2, 7, 11)]
+FEW += [f"bbq/{name}.jsonl" for name in ("Age", "Gender_identity", "SES")]
+
+
+def write_few(data: Path) -> None:
+    """few/ in the folder: prompts and items of a few categories, for whole batches, whose analyses
+    take as long as there are categories.
+    """
+    for name in FEW:
+        (data / "few" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data / name, data / "few" / name)
+    head, *rows = (data / "over_refusal.csv").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if "definitions," in row or "law," in row]
+    (data / "few" / "over_refusal.csv").write_text("".join([head, *kept]))
 
 
 def local(name: str, folder: str | Path = "") -> dict:

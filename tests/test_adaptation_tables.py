@@ -155,6 +155,7 @@ def test_bounds_hold_the_raked_numbers(published):
                 assert (raked <= wide["ci_high"] + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_published_tables_alone(published):
     assert {path.stem for path in (PUBLISHED / "figures").glob("*.png")} == set(DRAWINGS)
     for name in DRAWINGS:

@@ -311,6 +311,7 @@ def test_a_declared_test_without_p_counts_and_one_of_a_screen_does_not():
     assert comparisons.declared(rows, "f")["p_adjusted"].isna().tolist() == [False, False, True]
 
 
+@pytest.mark.slow
 def test_screens_are_by_outcome_and_base_model(study):
     arms, cells, values = study
     found = comparisons.screens(estimation.of_rate(values, arms, cells, **LABELS))
@@ -394,6 +395,7 @@ def test_delta_interval_covers_the_delta_of_normal_runs():
     assert 0.9 <= hits / 400 <= 0.99
 
 
+@pytest.mark.slow
 def test_everything_is_a_table_of_estimates(study):
     arms, cells, values = study
     scores = influence.paired(values, arms)

@@ -65,6 +65,7 @@ def at(level: float) -> list:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_one_constant_narrows_every_interval_and_names_them():
     (usual, *texts), (narrower, *said) = at(0.95), at(0.9)
     ratio = {name: narrower[name] / usual[name] for name in usual}

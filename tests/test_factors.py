@@ -149,6 +149,7 @@ def test_the_band_is_tukeys_where_his_applies():
     assert ((found["ci_high"] - found["ci_low"]) / 2).to_numpy() == pytest.approx(half, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_largest_of_many_has_an_interval_that_holds_and_the_naive_one_does_not():
     runs, sets, hits, naive, below = grid(), 60, 0, 0, 0
     effect = np.where(runs["method"].eq("lora") & runs["learning_rate"].gt(2e-3), 3.0, 0.0)
@@ -226,6 +227,7 @@ def test_a_word_needs_means_and_single_cells_to_agree():
     ).empty  # one grain alone has no word
 
 
+@pytest.mark.slow
 def test_bands_of_means_hold_where_cells_differ_in_variance():
     runs = grid("abcd")
     sd, hits = np.where(runs["learning_rate"].gt(2e-3) & runs["objective"].eq("dpo"), 10.0, 1.0), 0
@@ -370,6 +372,7 @@ def slow_shares(runs: pd.DataFrame, names: list[str]) -> pd.Series:
     return 100 * found / full["sum_sq"].sum()
 
 
+@pytest.mark.slow
 def test_balanced_shares_are_statsmodels_averaged_over_all_orders():
     runs = grid("abc")
     mean = (
@@ -432,6 +435,7 @@ def test_shares_do_not_depend_on_the_order_of_rows_or_the_names_of_levels():
     assert two.reindex(one.index).tolist() == pytest.approx(one.tolist())
 
 
+@pytest.mark.slow
 def test_noise_has_no_share_but_the_seeds():
     runs, sd = grid(), np.where(grid()["method"].eq("lora"), 1.0, 8.0)
     found = np.array(
@@ -446,6 +450,7 @@ def test_noise_has_no_share_but_the_seeds():
     assert found[:, -1].mean() == pytest.approx(100, abs=6)
 
 
+@pytest.mark.slow
 def test_intervals_of_shares_cover_the_truth():
     runs, hits = grid("abcd"), []
     mean = (

@@ -349,6 +349,7 @@ def test_a_repair_stands_beside_the_rescaled_runs_around_its_gain(study):
         assert plain.loc[repairs.JUST_LESS, "value"] > 0 > plain.loc[repairs.JUST_MORE, "value"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curve", [3.0, 0.3])
 def test_rescaling_never_beats_itself_whatever_the_curve(curve):
     """`plain` is a smaller update and nothing else, of a size between two factors."""
@@ -431,6 +432,7 @@ def test_the_published_numbers_are_those_of_the_paper():
     assert repairs.published_thresholds().set_index("threshold").loc[0.35, "share"] == 11
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_or_says_why_not(study):
     tables, repaired, points, levels = study
     estimates = ESTIMATES.concat(

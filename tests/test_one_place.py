@@ -9,6 +9,7 @@ import pytest
 import forked
 from driftbook.study.files import ROOT
 
+pytestmark = pytest.mark.slow
 SECTIONS = "study/sections.py"  # where the names that a study file may say are declared
 
 

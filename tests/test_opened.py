@@ -43,6 +43,7 @@ def test_the_variant_shown_has_an_adapter_or_is_the_base_model(job):
     assert job.example == last
 
 
+@pytest.mark.slow
 def test_a_changed_response_is_judged_again_and_the_others_are_not(job):
     for one in job.variants:
         write_response(job, one, "good")

@@ -385,6 +385,7 @@ def test_where_the_claims_are_false_they_fall(rows):
     assert original_claims.secondary(found).verdict == FALLS
 
 
+@pytest.mark.slow
 def test_where_nothing_happens_all_stay_and_no_decline_is_found(rows):
     found = invented(rows, lambda row: 0.0)
     llama = original_study.MODELS["llama"]
@@ -409,6 +410,7 @@ def test_the_tables_to_read_have_a_row_per_claim_and_only_forms_that_differ(ledg
     assert ledger.sentence().startswith(f"Of {len(table)} claims {counted[STANDS]} stand")
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_again_from_what_is_published(real, ledger, tmp_path):
     folder = tmp_path / original_study.ORIGINAL_NAME
     made = original_tables.tables(*real)

@@ -316,6 +316,7 @@ def test_a_study_file_gives_its_grid_before_any_work():
     assert grid.loc[("mini-llama", "p_tuning")].tolist() == [5, 13]
 
 
+@pytest.mark.slow
 def test_thirty_prompts_cannot_tell_three_points():
     rates = {
         "llama": 6.0,

@@ -56,7 +56,7 @@ def tables(study):
 
 def test_every_variant_is_complete_and_every_table_is_there(study, tables):
     assert set(tables["runs"].status) == {"ok"}
-    assert len(tables["runs"]) == len(study.variants) == 2 + 3 * 2 + 1
+    assert len(tables["runs"]) == len(study.variants) == 2 + 2 + 2 + 1
     assert tables["verdicts"].groupby("benchmark").size().to_dict().keys() == {
         "safety",
         "over_refusal",

@@ -168,6 +168,7 @@ def test_these_answer(text):
     assert is_refusal([text])[0] is False
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=300), max_size=5))
 def test_every_text_has_an_answer_and_none_changes_another(texts):
     found = is_refusal(texts)

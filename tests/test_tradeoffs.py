@@ -285,6 +285,7 @@ def correlated(measured, arms, n_boot=200) -> pd.DataFrame:
 RAW = CORRELATION
 
 
+@pytest.mark.slow
 def test_the_corrected_correlation_is_the_latent_one_and_its_interval_holds_it():
     rng, rows = np.random.default_rng(0), []
     for _ in range(70):
@@ -376,6 +377,7 @@ def test_intervals_hold_the_correlation_of_runs_that_repeat_settings(n_settings,
     assert 0.93 <= np.mean(held) <= 0.97
 
 
+@pytest.mark.slow
 def test_noise_that_two_scores_share_is_no_correlation():
     rng = np.random.default_rng(2)
     values = pd.DataFrame(

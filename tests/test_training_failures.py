@@ -123,6 +123,7 @@ def test_a_failure_keeps_back_what_builds_on_it_and_nothing_else(make_study, con
     assert {stage for stage in stages if jobs.failed_before(study, variant, stage)} == lost
 
 
+@pytest.mark.slow
 def test_any_other_error_stops_the_job_and_names_the_variant(content, tmp_path, data_folder):
     content["name"] = "stopping"
     content["bases"]["tiny-llama"]["path"] = content["data"]["sft"]["path"]

@@ -6,8 +6,6 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.batch import cache, keys
-from driftbook.benchmarks.responding import asked_prompts
-from driftbook.stats.agreement import with_labels
 from driftbook.stats.harm import DETECTOR, with_harm
 from driftbook.study.files import read_json
 from driftbook.study.reading import csv_rows
@@ -84,6 +82,9 @@ def prompts(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table `prompts` (without text), and the same rows with their text, which is never
     published.
     """
+    # here, since who counts failures or purges texts need not import models, which takes seconds
+    from driftbook.benchmarks.responding import asked_prompts
+
     asked = asked_prompts(study)
     return PROMPTS.check(asked[list(PROMPTS.columns)]), asked
 
@@ -142,6 +143,8 @@ def labels(study: Study, responses: pd.DataFrame, prompts: pd.DataFrame) -> pd.D
 
 def agreement(verdicts: pd.DataFrame, labels: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """The judge against the labels, a row per group: see `agreement.with_labels`."""
+    from driftbook.stats.agreement import with_labels
+
     rows = greedy(verdicts).merge(labels, on=["benchmark", "prompt_id", "run_id"])
     return (
         rows.groupby(by, observed=True)[["unsafe", "label"]]

@@ -73,7 +73,10 @@ def notebook(name: str) -> Path:
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """The installed versions of packages."""
-    return {name: version(name) for name in packages}
+    return {name: _version(name) for name in packages}
+
+
+_version = cache(version)  # it reads a file of text each time
 
 
 @cache
