@@ -235,7 +235,7 @@ ALL = {"prepare", *MODELS, "collect", *keys.ANALYSES, "report"}
 # A constant of each package, the jobs that are executed again when it changes, and the stages
 # whose finished work is done again too; what is made from these follows from the Snakefile.
 EDITS = {
-    ("batch/collecting.py", "COUNTED"): ({"collect"}, set()),
+    ("batch/collecting.py", "OF_DETECTOR"): ({"collect"}, set()),
     ("publishing/report.py", "TITLES"): ({"report"}, set()),
     ("figures/labels.py", "_MARKS"): ({"labels"}, set()),
     ("training/fit.py", "RECORDED"): ({"train"}, {"train"}),

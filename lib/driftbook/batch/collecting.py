@@ -31,7 +31,10 @@ from driftbook.study.tables import (
     greedy,
 )
 
-COUNTED = {True: "not refused", False: "unsafe"}  # in `rates`: by the detector alone, by a judge
+OF_DETECTOR = {
+    True: "not refused",
+    False: "unsafe",
+}  # in `rates`: by the detector alone, by a judge
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -98,7 +101,7 @@ def rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     )
     by = ["run_id", "benchmark", "judge", "category"]
     harmful = rows[rows.kind == "harmful"]
-    words = harmful.judge.eq(DETECTOR).map(COUNTED)
+    words = harmful.judge.eq(DETECTOR).map(OF_DETECTOR)
     harm = [
         _counts(part.assign(hit=part.harm), by, word)
         for word, part in harmful.groupby(words, sort=False)

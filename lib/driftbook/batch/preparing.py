@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from driftbook.batch import plan
 from driftbook.benchmarks.data import items, prompts, training_examples
+from driftbook.study.consistency import TWIN
 from driftbook.study.files import (
     OUTPUTS,
     check_safetensors,
@@ -114,7 +115,7 @@ def _twins(source: Base | Judge, study: Study) -> None:
     """Tune the twins that a base model is, or that its pairs name, and that are not there yet."""
     for one in (source, *getattr(source, "checkpoints", {}).values()):
         kind, _, name = one.source.partition(":")
-        if kind in TUNERS and one.local is None:
+        if one.source.startswith(TWIN) and one.local is None:
             locate(study.bases[study.twins[name].of], study)
             folder = twin_folder(study, name)
             check_writable(MODELS)
@@ -130,8 +131,8 @@ def _tune(name: str, study: Study, folder: Path) -> None:
     build(name, study, folder)
 
 
-# by the kind of a source: so the code that tunes makes no other model (code.closure), and what it
-# made is known by it (sources.twin_folder)
+# looked up by the kind of a source, so that the code that tunes makes no other model (code.closure);
+# what it made is known by it (sources.twin_folder)
 TUNERS = {"twin": _tune}
 
 
