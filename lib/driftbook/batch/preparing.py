@@ -131,8 +131,8 @@ def _tune(name: str, study: Study, folder: Path) -> None:
     build(name, study, folder)
 
 
-# looked up by the kind of a source, so that the code that tunes makes no other model (code.closure);
-# what it made is known by it (sources.twin_folder)
+# looked up by the kind of a source, so that the code that tunes makes no other model
+# (code.closure); what it made is known by it (sources.twin_folder)
 TUNERS = {"twin": _tune}
 
 
