@@ -24,6 +24,7 @@ from driftbook.doctors import study as study_doctor
 from driftbook.doctors.study_tables import rate_of
 from driftbook.figures import gallery
 from driftbook.publishing import report
+from driftbook.publishing.story import story
 from driftbook.stats import harm, terms
 from driftbook.study import study_file
 from driftbook.study.content import WITHOUT_JUDGE
@@ -345,6 +346,10 @@ def test_no_page_says_unsafe(tables, estimates):
     own.write_estimates("12_tradeoffs", traded)
     every = {name: own[name] for name in ("variants", "runs", "rates", "estimates")}
     said = [text for _, text in report.findings(every)]
+    told = report.told(own.estimates)
+    said += [report.sentence(own.estimates, *one) for one in told.values()]
+    asked = {name: own[name] for name in ("variants", "runs", "prompts", "rates", "estimates")}
+    said += [text for _, texts in story(own.study, asked, told) for text in texts]
     said += report.summary(own.estimates).astype(str).to_numpy().ravel().tolist()
     said += report.unscored(own.rates, own.estimates).astype(str).to_numpy().ravel().tolist()
     assert WITHOUT_JUDGE in own._repr_markdown_()
