@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-SHAPE = {
+SIZES = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -11,11 +11,11 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "initializer_range": 0.3,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+SHAPE = SIZES | {"initializer_range": 0.3}
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import one_sentence
 from driftbook.models.scoring import Scorer
 from driftbook.training import steps
+from small_models import SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -29,20 +30,7 @@ TARGETS = set(
     "q_proj k_proj v_proj o_proj query_key_value qkv_proj c_attn Wqkv in_proj q_b_proj kv_b_proj"
     " fc1 fc2 gate_proj up_proj down_proj dense_h_to_4h w1 w2 key value query receptance".split()
 )  # what people train; a router, a head and some projections of recurrences PEFT refuses
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "sliding_window": 16,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SHAPE = SIZES | {"max_position_embeddings": 512, "sliding_window": 16}
 SMALLER = {  # where a family has such a setting
     "num_experts": 4,
     "num_local_experts": 4,

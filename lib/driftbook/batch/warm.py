@@ -68,9 +68,6 @@ def _import_heavy_packages() -> None:
     """Import what jobs need, and read the library's code as it is imported: a job's key must be of
     the code that it runs, even where a file is edited meanwhile.
     """
-    # jsonschema, which notebooks are checked by, would have it parse the grammar of web addresses:
-    # a second or two for a format that no notebook has, and jsonschema does without
-    sys.modules.setdefault("rfc3987_syntax", None)
     import ipykernel.kernelapp  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import papermill  # noqa: F401
