@@ -250,6 +250,10 @@ def test_a_model_that_needs_too_much_memory_is_refused_before_it_is_taken():
     said = r"60,000 rows and the 2,500 columns of 'y ~ C\(school\)' .* 4.5 GB"
     with pytest.raises(ValueError, match=said):
         rate_model(rows, "y ~ C(school)", ("test",))
+    for formula in ("y ~ C(student)", "y ~ pupil"):
+        pupils = rows.assign(pupil=rows["student"].astype(str))
+        with pytest.raises(ValueError, match=r"contrasts of the 30,000 levels .* 26.8 GB"):
+            rate_model(pupils, formula, ("test",))
     items = rows.assign(safe=rows["y"] > 0, prompt=np.arange(n) // 2, run=np.arange(n) % 30_011)
     with pytest.raises(ValueError, match="30,011 rows of run x 30,000 of prompt"):
         item_model(items, "safe ~ 1", ("run", "prompt"))

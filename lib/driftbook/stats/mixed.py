@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from scipy.special import expit, stdtr, stdtrit
 
 from driftbook.stats.confidence import UPPER
@@ -193,6 +194,7 @@ def framed(
         rows = rows.assign(**{response: known})
     missing = patsy.NAAction(NA_types=["None", "NaN"])
     try:
+        _few_levels(rows, formula)
         both = patsy.incr_dbuilders(formula, lambda: iter([rows]), NA_action=missing)
         _narrow_enough(len(rows), both[1].column_names, formula)
         left, right = patsy.build_design_matrices(both, rows, missing, return_type="dataframe")
@@ -209,6 +211,21 @@ def _narrow_enough(n_rows: int, columns: list[str], formula: str) -> None:
     """Refuse fixed terms that need more memory than there should be, before any is taken."""
     what = f"{n_rows:,} rows and the {len(columns):,} columns of {formula!r} are a dense matrix"
     small_enough(what, 8 * MATRICES * n_rows * len(columns))
+
+
+def _few_levels(rows: pd.DataFrame, formula: str) -> None:
+    """Refuse a factor whose columns alone need more than there should be: patsy makes the contrasts
+    of its levels, levels x levels, before it names a column.
+    """
+    import patsy
+
+    terms = patsy.ModelDesc.from_formula(formula).rhs_termlist
+    for name in sorted({factor.name() for term in terms for factor in term.factors}):
+        column = re.sub(r"^C\((\w+)\)$", r"\1", name)
+        if column in rows and (column != name or not is_numeric_dtype(rows[column])):
+            n_levels = rows[column].nunique()
+            what = f"the contrasts of the {n_levels:,} levels of {name} in {formula!r} are a matrix"
+            small_enough(what, 8 * MATRICES * n_levels**2)
 
 
 def small_enough(what: str, needed: int) -> None:
