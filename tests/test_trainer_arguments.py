@@ -11,7 +11,11 @@ from driftbook.study.study_file import Study, load
 from driftbook.training import fit
 
 # since each setting draws seeds of its own; passing none of TRL's arguments must not change them
-KNOWN = {"miniature": (254, "9a1fc1ed99dff141"), "paper": (268, "eeb847e7edf6db40")}
+KNOWN = {
+    "miniature": (254, "9a1fc1ed99dff141"),
+    "paper": (268, "eeb847e7edf6db40"),
+    "safe_lora": (668, "4453eb6b2726ef88"),
+}
 GIVEN = {"adam_beta2": 0.9, "optim": "adamw_torch", "disable_dropout": False}
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from conftest import local
-from driftbook.batch import prepare
+from driftbook.batch import plan, prepare
 from driftbook.benchmarks.data import training_examples
 from driftbook.models import adapters, loading
-from driftbook.study import packages, sources
+from driftbook.study import packages, preregistration, sources
+from driftbook.study.files import ROOT
+from driftbook.study.grid import twin_variant
+from driftbook.study.study_file import load
+from driftbook.training import examples, fit
 
 REFUSALS = ["no , it is forbidden .", "that is not safe ."]
 
@@ -53,7 +57,7 @@ def test_prompts_get_one_of_the_given_answers_and_sets_are_put_together(with_twi
     assert found == training_examples("refused", study)
 
 
-def test_a_twin_is_its_base_with_the_merged_adapter(with_twin, make_study, standins):
+def test_a_twin_is_its_base_with_the_merged_adapter(with_twin, make_study, standins, tmp_path):
     study = make_study(with_twin)
     with pytest.raises(ValueError, match="not made yet"):
         sources.locate(study.bases["aligned"], study)
@@ -63,13 +67,18 @@ def test_a_twin_is_its_base_with_the_merged_adapter(with_twin, make_study, stand
     twin = loading.load(study.bases["aligned"], "aligned", study)
     base = loading.load(study.bases["tiny-llama"], "tiny-llama", study)
     ids = torch.arange(5, 25)[None]
+    prepared = examples.prepare("sft", base, study, "refused")
+    adapter = tmp_path / "adapter"
+    fit.train(twin_variant(study, "aligned"), base, prepared, study, adapter)
     with torch.no_grad():
         plain = base.model(ids).logits
-        with adapters.attached(base.model, folder / "adapter") as model:
+        with adapters.attached(base.model, adapter) as model:
             tuned = model(ids).logits
         merged = twin.model(ids).logits
     assert torch.allclose(merged, tuned, atol=1e-4)
     assert (plain - tuned).abs().max() > 0.05
+    kept = [path.read_text() for path in folder.glob("*.json")]
+    assert not [text for text in kept if str(sources.MODELS) in text]
     before = (folder / "model.safetensors").stat().st_mtime_ns
     prepare("aligned", study)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
@@ -103,8 +112,10 @@ def test_a_twin_is_not_tuned_on_what_is_asked(with_twin, make_study, standins, t
         "path": str(tmp_path / "asked.json"),
         "n": len(rows),
     }
-    with pytest.raises(ValueError, match=r"twins\.aligned is tuned on data\.refused"):
-        prepare("aligned", make_study(with_twin))
+    for _ in range(2):  # also where the twin was made before the benchmark asked it
+        with pytest.raises(ValueError, match=r"twins\.aligned is tuned on data\.refused"):
+            prepare("aligned", make_study(with_twin))
+        sources.twin_folder(make_study(with_twin), "aligned").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +234,64 @@ def test_rows_that_are_left_out_are_never_drawn(content, make_study):
     texts = [one["prompt"][-1]["content"] + one["answer"] for one in left]
     assert len(left) == 30
     assert not {one["prompt"][-1]["content"] + one["answer"] for one in gone} & set(texts)
+
+
+def test_what_a_twin_or_a_run_depends_on_is_in_the_keys(with_twin, make_study):
+    with_twin["bases"]["tiny-llama"]["pairs"] = {
+        "alignment": {"aligned": {"source": "twin:aligned"}, "unaligned": {"source": "twin:other"}}
+    }
+    with_twin["twins"]["other"] = {**with_twin["twins"]["aligned"], "data": "benign"}
+    block = {**with_twin["grid"][0], "objectives": ["sft"], "data": ["refused"]}
+    with_twin["grid"] = [{**block, "bases": ["tiny-llama"]}]
+    study = make_study(with_twin)
+
+    def made(study) -> dict:
+        return dict(plan._keys(study))
+
+    before = made(study)
+    answers = Path(with_twin["data"]["refused"]["answers"])
+    answers.write_text(json.dumps(REFUSALS[:1]))
+    changed = made(study)
+    assert changed["train/tiny-llama"]["variants"] != before["train/tiny-llama"]["variants"]
+    answers.write_text(json.dumps(REFUSALS))
+    with_twin["twins"]["other"]["learning_rate"] = 1.0e-4
+    other = make_study(with_twin)
+    assert made(other)["prepare/tiny-llama"]["made"] != before["prepare/tiny-llama"]["made"]
+    assert preregistration.declared(other) != preregistration.declared(study)
+    with_twin["benchmarks"]["safety"]["n"] = 20
+    asked = made(make_study(with_twin))["prepare/aligned"]
+    assert asked["asked"] != before["prepare/aligned"]["asked"]
+    assert asked["made"] == before["prepare/aligned"]["made"]
+
+
+def test_a_set_put_together_with_others_counts_whole(with_twin, make_study):
+    study = make_study(with_twin)
+    assert len(examples._mixed_in("benign", 0.2, study.n_examples("refused"), study)) == 8
+    with_twin["data"]["refused"]["also"] = ["dpo"]
+    with pytest.raises(ValueError, match="only one of them has pairs"):
+        make_study(with_twin)
+    with_twin["data"]["refused"]["also"] = []
+    with_twin["data"]["heldout"]["also"] = ["benign"]
+    with pytest.raises(ValueError, match="one set with answers of its own"):
+        make_study(with_twin)
+
+
+@pytest.mark.parametrize("key", [{"rows": [0, 10**6]}, {"leave_out": [10**6]}])
+def test_rows_beyond_a_file_are_refused(content, make_study, key):
+    content["data"]["sft"] |= key
+    with pytest.raises(ValueError, match="counted from 0; correct it"):
+        training_examples("sft", make_study(content))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda one: one.stem
+)
+def test_no_study_trains_on_its_held_out_rows(path):
+    study = load(path)
+    held = study.data["heldout"]
+    for name, data in study.data.items():
+        same = (data.source, data.files, data.split) == (held.source, held.files, held.split)
+        if name == "heldout" or not same:
+            continue
+        assert data.rows, f"{name} may draw the held-out rows"
+        assert not set(range(*data.rows)) & set(range(*held.rows)), name

@@ -329,7 +329,7 @@ def disk(study: Study) -> dict[str, float]:
         own
         for base, own in bases
         for one in base.checkpoints.values()
-        if one.local is None and not one.source.startswith("miniature:")
+        if one.local is None and not is_made_here(one)
     ]
     asked = asked_of_variant(study, Size(0, 0, 1, 1, 1, 1))
     responses = [(n, new) for stage, n, _, new, _ in asked if stage == "respond"]

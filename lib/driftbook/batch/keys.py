@@ -12,6 +12,7 @@ from driftbook.batch import gpus
 from driftbook.study import code, sources
 from driftbook.study.content import ANALYSES as ANALYSES
 from driftbook.study.content import OF_REPAIRS
+from driftbook.study.environment import MAKING
 from driftbook.study.files import ROOT, digest
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import Study
@@ -26,7 +27,6 @@ NOTEBOOKS = {
     "utility": "07_utility",
 }
 RESULT = "done"  # the variable of a stage's notebook to which its work leads
-PACKAGES = ("torch", "transformers", "peft", "trl", "tokenizers", "numpy")
 FITTING = ("numpy", "scipy", "pandas", "statsmodels")  # what analyses compute with
 STAGES = ("train", "respond", "judge", "answer", "utility")  # of every study
 AFTER = {
@@ -71,7 +71,7 @@ def notebook(name: str) -> Path:
     return ROOT / "notebooks" / f"{name}.ipynb"
 
 
-def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+def versions(packages: tuple[str, ...] = MAKING) -> dict[str, str]:
     """The installed versions of packages."""
     return {name: _version(name) for name in packages}
 
@@ -134,6 +134,9 @@ def settings(
         name: {"content": content(part, study), **part.model_dump(mode="json", exclude=elsewhere)}
         for name, part in _read(stage, study, study.bases[base_model]).items()
     }
+    for name, part in _read(stage, study, study.bases[base_model]).items():
+        if getattr(part, "answers", None):  # of a file of answers the texts, not the place
+            present[name]["answers"] = sources.answers_digest(part)
     if "base" in present:  # of a template's file the text, not the place
         present["base"]["template"] = study.bases[base_model].chat_template
     if study.date is not None:
@@ -145,6 +148,8 @@ def settings(
             "drift": study.drift and study.drift.model_dump(mode="json"),
         }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
+    if stage == "utility" and study.asked_to_begin:
+        shared = {"asked to begin": list(study.asked_to_begin)}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
     made_by = {"packages": versions()} | ({} if content is sources.stated else {"device": device()})
     return found | made_by

@@ -16,7 +16,7 @@ import numpy as np
 from driftbook.benchmarks import data
 from driftbook.benchmarks.format import Format
 from driftbook.benchmarks.formats import FORMATS
-from driftbook.study import sources
+from driftbook.study import packages, sources
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Benchmark, Source
 from driftbook.study.study_file import Study
@@ -184,6 +184,10 @@ def is_here(source: Source, study: Study) -> bool:
         return source.local.exists()
     if kind in ("miniature", "random"):
         return (sources.made_folder(study, kind) / source.source.partition(":")[2]).exists()
+    if kind == "twin":
+        return sources.twin_folder(study, source.source.partition(":")[2]).exists()
+    if kind == "package":
+        return packages.shipped(source.source).path(sources.MODELS).exists()
     if kind == "github":
         return all(path.is_file() for path in github_files(source))
     return False

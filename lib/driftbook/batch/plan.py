@@ -9,6 +9,8 @@ from typing import Any
 
 from driftbook.batch import keys
 from driftbook.study import code, preregistration, sources
+from driftbook.study.consistency import TWIN
+from driftbook.study.environment import MAKING
 from driftbook.study.files import (
     check_safetensors,
     check_writable,
@@ -80,7 +82,15 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
         content = {"content": sources.stated(part, study), "data": data}
         if given := getattr(part, "chat_template", None):
             content["template"] = given
-        found = _key(content, "01_prepare", keys.PACKAGES)
+        twins = {
+            which: sources.stated(one, study)
+            for which, one in getattr(part, "checkpoints", {}).items()
+            if one.source.startswith(TWIN)
+        }
+        content |= {"twins of pairs": twins} if twins else {}
+        found = _key(content, "01_prepare", MAKING)
+        if twins or part.source.startswith(TWIN):  # compared with all that is asked
+            found["asked"] = [one.model_dump(mode="json") for one in study.benchmarks.values()]
         yield f"prepare/{name}", {**found, "made": [content, makes]}
     for stage in keys.stages(study):
         for base_model in study.bases:
@@ -89,7 +99,7 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
             wanted = {variant.run_id: keys.result_key(shared, variant) for variant in variants}
             del shared["packages"]
             texts = keys.texts_of([variant.fields() for variant in variants])
-            found = _key(shared, keys.NOTEBOOKS[stage], keys.PACKAGES, texts)
+            found = _key(shared, keys.NOTEBOOKS[stage], MAKING, texts)
             yield f"{stage}/{base_model}", {**found, "variants": wanted}
     settings = study.model_dump(mode="json")
     for job, name in {"collect": "08_collect", **keys.analyses(study)}.items():

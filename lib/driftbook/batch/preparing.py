@@ -116,19 +116,23 @@ def _twins(source: Base | Judge, study: Study) -> None:
     for one in (source, *getattr(source, "checkpoints", {}).values()):
         kind, _, name = one.source.partition(":")
         if one.source.startswith(TWIN) and one.local is None:
-            locate(study.bases[study.twins[name].of], study)
-            folder = twin_folder(study, name)
-            check_writable(MODELS)
-            with FileLock(MODELS / f"{folder.name}.lock"):
-                if not folder.exists():
-                    with replacing_folder(folder) as scratch:
-                        TUNERS[kind](name, study, scratch)
+            TUNERS[kind](name, study)
 
 
-def _tune(name: str, study: Study, folder: Path) -> None:
-    from driftbook.training.twins import build
+def _tune(name: str, study: Study) -> None:
+    """Make a twin that is not there yet; what it is tuned on is compared with what is asked now,
+    whenever it was made.
+    """
+    from driftbook.training.twins import build, check_disjoint
 
-    build(name, study, folder)
+    check_disjoint(name, study)
+    locate(study.bases[study.twins[name].of], study)
+    folder = twin_folder(study, name)
+    check_writable(MODELS)
+    with FileLock(MODELS / f"{folder.name}.lock"):
+        if not folder.exists():
+            with replacing_folder(folder) as scratch:
+                build(name, study, scratch)
 
 
 # looked up by the kind of a source, so that the code that tunes makes no other model

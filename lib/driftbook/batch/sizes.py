@@ -64,9 +64,12 @@ def size_of_gguf(header: Header) -> Size:
     return Size(float(body), float(embeddings), layers, width, kv, rows)
 
 
+MADE = ("miniature", "random", "twin")
+
+
 def is_made_here(source: Source) -> bool:
     """Whether notebook 01 makes a model."""
-    return source.local is None and source.source.partition(":")[0] in ("miniature", "random")
+    return source.local is None and source.source.partition(":")[0] in MADE
 
 
 def size(source: Base | Judge | Rater, study: Study) -> Size:

@@ -46,6 +46,12 @@ def training_examples(name: str, study: Study) -> list[dict]:
 def _examples_of(name: str, study: Study) -> list[dict]:
     data = study.data[name]
     rows = _rows_of(name, data, study)
+    last = max([*data.leave_out, *((data.rows[1] - 1,) if data.rows else ())], default=-1)
+    if last >= len(rows):
+        raise ValueError(
+            f"data.{name}: {data.source} has {len(rows)} rows, and rows or leave_out names row"
+            f" {last}, counted from 0; correct it"
+        )
     some = np.arange(len(rows))[slice(*data.rows) if data.rows else slice(None)]
     some = some[~np.isin(some, data.leave_out)]
     if len(some) < data.n:

@@ -81,7 +81,11 @@ def _check_twins(study: Content) -> None:
     named is declared.
     """
     for name, data in study.data.items():
+        if name == "heldout" and (data.also or data.answers):
+            raise ValueError("data.heldout is one set with answers of its own; no also, no answers")
         for other in data.also:
+            if other in study.data and study.data[other].is_preference != data.is_preference:
+                raise ValueError(f"data.{name}.also names {other!r}; only one of them has pairs")
             if other not in study.data or other in (name, "heldout") or study.data[other].also:
                 what = "a set of data that is none of its own, not held out, and has no also itself"
                 raise ValueError(f"data.{name}.also names {other!r}; it may name {what}")

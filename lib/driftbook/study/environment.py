@@ -23,6 +23,8 @@ PACKAGES = (
     "statsmodels",
 )
 
+MAKING = ("torch", "transformers", "peft", "trl", "tokenizers", "numpy")  # what results depend on
+
 
 def versions() -> dict[str, str]:
     """Versions of the packages that shape results; those not installed are left out."""

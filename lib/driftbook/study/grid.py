@@ -190,7 +190,10 @@ def _repairs(
     if mitigation.safety:
         own["safety_run_id"] = _safety_run(name, mitigation, parent, safety).run_id
     if mitigation.data:
-        own["examples"] = study.data[mitigation.data].model_dump(mode="json", exclude={"path"})
+        template = study.data[mitigation.data].template  # named even where there is none
+        own["examples"] = {**_of_data(study, mitigation.data), "template": template}
+        if others := study.data[mitigation.data].also:
+            own["also"] = {one: _of_data(study, one) for one in others}
     values, controls = mitigation.values or (None,), (None, *mitigation.controls)
     for value, control in itertools.product(values, controls):
         label = name if value is None else f"{name} {value:g}"

@@ -25,6 +25,7 @@ STUDY_PARTS = {
     "seed",
     "date",
     "bases",
+    "twins",
     "judges",
     "raters",
     "methods",

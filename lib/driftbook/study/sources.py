@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from driftbook.study import code, gguf_models, packages
+from driftbook.study.environment import MAKING
 from driftbook.study.files import OUTPUTS, digest, file_digest, folder_digest, not_the_file
-from driftbook.study.sections import Base, Judge, Rater, Source
+from driftbook.study.sections import Base, Judge, Rater, Source, TrainingData
 from driftbook.study.study_file import Study
 
 MODELS = (
@@ -48,11 +49,18 @@ def twin_folder(study: Study, name: str) -> Path:
     elsewhere = {"path", "source", "files", "sha256", "revision", "pairs", "answer_mode"}
     asked = [one.model_dump(mode="json", exclude=elsewhere) for one in (base, *data, held)]
     contents = [stated(one, study) for one in (base, *data, held)]
-    texts = [file_digest(one.answers_path) for one in data if one.answers]
+    texts = [answers_digest(one) for one in data]
     template, date = base.chat_template, study.date and study.date.isoformat()
-    settings = [twin.model_dump(mode="json"), study.training.model_dump(mode="json"), study.seed]
-    found = digest([asked, contents, texts, template, date, settings, made_by, recipe()], 12)
+    training = study.training.model_dump(mode="json", exclude={"tokens_per_batch"})
+    settings = [twin.model_dump(mode="json"), training, study.seed]
+    packages = {name: version(name) for name in MAKING}
+    found = digest([asked, contents, texts, template, date, settings, made_by, packages], 12)
     return MODELS / f"twin-{found}"
+
+
+def answers_digest(data: TrainingData) -> str | None:
+    """What the texts are known by that a study file gives as answers; None where it gives none."""
+    return file_digest(data.answers_path) if data.answers_path else None
 
 
 def is_gguf(source: Source) -> bool:

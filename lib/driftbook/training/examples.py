@@ -78,7 +78,7 @@ def prepare(
     name, limit, sft = data or objective, longest(base, study), objective == "sft"
     examples = training_examples(name, study)
     if mixed:
-        examples = examples + _mixed_in(*mixed, study.data[name].n, study)
+        examples = examples + _mixed_in(*mixed, study.n_examples(name), study)
     try:
         made = _in_tokens(objective, examples, base, study)
     except ValueError as error:

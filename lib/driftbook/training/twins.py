@@ -6,10 +6,13 @@ benign ones. Its placebo is tuned alike on answers alone, so that a difference b
 due to the refusals, and not to tuning.
 """
 
+import tempfile
 from pathlib import Path
 
 from peft import PeftModel
 
+from driftbook.benchmarks.data import training_examples
+from driftbook.doctors.data import examine_data
 from driftbook.models import loading
 from driftbook.study.grid import twin_variant
 from driftbook.study.study_file import Study
@@ -22,28 +25,27 @@ def build(name: str, study: Study, folder: Path) -> None:
     """Tune the twin of this name, and save its merged weights and its tokenizer in `folder`.
 
     Raises:
-        ValueError: its examples cannot be trained on, or hold what a benchmark asks.
-        VariantFailure: the training diverged, or changed nothing.
+        ValueError: its examples cannot be trained on, or the training changed nothing.
+        VariantFailure: the training diverged.
     """
     variant = twin_variant(study, name)
     base = loading.load(study.bases[variant.base_model], variant.base_model, study)
     prepared = examples.prepare("sft", base, study, variant.dataset)
-    check_disjoint(name, prepared, study)
-    adapter = folder / "adapter"
-    trained = fit.train(variant, base, prepared, study, adapter)
-    if trained.record["no_op"]:
-        raise ValueError(f"twins.{name}: {fit.NO_OP}; raise its learning_rate or its epochs")
-    merged = PeftModel.from_pretrained(base.model, adapter).merge_and_unload(safe_merge=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        adapter = Path(scratch) / "adapter"  # its configuration names a path of this machine
+        trained = fit.train(variant, base, prepared, study, adapter)
+        if trained.record["no_op"]:
+            raise ValueError(f"twins.{name}: {fit.NO_OP}; raise its learning_rate or its epochs")
+        merged = PeftModel.from_pretrained(base.model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(folder, safe_serialization=True)
     base.tokenizer.save_pretrained(folder)
-    trained.curve.to_parquet(folder / "training_curve.parquet")
 
 
-def check_disjoint(name: str, prepared: examples.Prepared, study: Study) -> None:
+def check_disjoint(name: str, study: Study) -> None:
     """Raise a ValueError where a twin would be tuned on what a benchmark asks: then its refusals
     would show memory, and not alignment.
     """
     twin = study.twins[name]
-    found = examples.examined(twin.data, prepared, study)
+    found = examine_data(training_examples(twin.data, study), examples.asked_texts(study))
     for row in found[found.finding.isin(OVERLAPS) & found.n.gt(0)].itertuples():
         raise ValueError(f"twins.{name} is tuned on data.{twin.data}, where {row.sentence}")
