@@ -250,7 +250,7 @@ def test_every_mitigation_after_training_has_its_function():
 
 # ---- a statistic of notebook 10, by category too, and its figure: an entry each
 def test_a_statistic_and_its_figure(edited):
-    counted = """    worded = outcomes.of_item_wordings("""
+    counted = """    if (flips := bbq_orders.flip_rate("""
     statistic = f"""    rows = asked[asked["context"].eq("disambiguated")]
     values = influence.matrix(rows, "unknown", ["dimension", "item_id"])
     own = {{"outcome": "needless restraint (percent)", **names}}

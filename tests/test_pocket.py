@@ -48,6 +48,8 @@ def pocket(shared) -> Study:
     try:
         sources.locate(study.bases["smollm2"], study)
     except ValueError as error:
+        if "registry" not in str(error) and "pip" not in str(error):
+            raise  # another file than it should be is no reason to skip
         pytest.skip(str(error))
     return study
 

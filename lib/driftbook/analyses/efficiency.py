@@ -30,7 +30,7 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
         own = {"outcome": outcome, **names}
         found = tradeoffs.fronts(measured, goals, arms, settings, n_draws, seed, **own)
         parts.append(found)
-    safety = next((one for one in harm.OF_SAFETY if one in measured), terms.UNSAFE)
+    safety = harm.safety_of(measured)
     parts.append(correlations.correlations(measured, arms, safety, n_boot, seed, **names))
     if safety in measured:
         judge = tables.verdicts["judge"].iloc[0]

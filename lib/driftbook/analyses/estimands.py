@@ -14,6 +14,7 @@ from driftbook.analyses.primary import DECLARED
 from driftbook.stats import terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.noninferiority import JOINTLY
+from driftbook.stats.populations import counted
 from driftbook.study.study_file import Study
 
 ATTRIBUTES = (
@@ -76,7 +77,7 @@ def _line(kind: dict, estimates: pd.DataFrame) -> dict[str, str]:
     """The line of one kind of number."""
     rows, of_mean = kind["rows"], kind["of"] == "mean"
     n = _averaged(rows, estimates) if of_mean else rows["base_model"].nunique()
-    of = f"{n} base model" + ("s" if n > 1 else "")
+    of = counted(n, "base model")
     return {
         "Number": f"{kind['contrast']}: {'; '.join(_outcomes(rows))}",
         "Of": "the one base model" if n == 1 else f"mean of {of}" if of_mean else f"each of {of}",
@@ -157,7 +158,7 @@ def _needs(kind: dict) -> str:
         holm = f"one-sided p below {ALPHA / 2:g} by Holm, {n_cells} cells"
         return f"{all_of}harm below {margins} points, {holm}"
     if kind["family_of_tests"]:
-        return f"p below {ALPHA:g} by Holm, {len(rows)} test" + ("s" if len(rows) > 1 else "")
+        return f"p below {ALPHA:g} by Holm, {counted(len(rows), 'test')}"
     if rows["ci_low"].isna().all():
         return "no interval, no word"
     if kind["contrast"] == terms.LEVEL:

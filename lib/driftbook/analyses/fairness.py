@@ -38,45 +38,35 @@ def fairness_estimates(tables: Tables, n_boot: int, seed: int) -> pd.DataFrame:
     names = {**usual, "benchmark": "bbq", "judge": "none"}
     arms = influence.arms(tables.variants, tables.runs)
     cells, asked = influence.cells(arms), official_answers(tables)
-    held = information.held(tables, seed)
+    items = information.items_asked(tables)
+    held = information.held(tables, items, seed)
     silent = information.silent_bases(held)
-    parts, unread = [information.information_estimates(held, **names)], []
+    parts, apart = [information.information_estimates(held, **names)], []
     for found in (base_scores(tables, by, n_boot, seed) for by in ([], ["dimension"])):
         found = found if "dimension" in found else found.assign(dimension=None)
         levels = bbq_scores.base_levels(found, **names)
         quiet = levels["outcome"].isin(information.BIAS) & levels["base_model"].isin(silent)
         parts.append(levels[~quiet])
-        unread.append(levels[quiet].assign(estimator=terms.UNREADABLE))
-    for outcome, made in _changes(asked, names):
+        apart.append(levels[quiet].assign(estimator=terms.UNREADABLE))
+    for outcome, made in _changes(asked, tables.answers, usual):
         read, no_finding = information.apart(outcome, arms, silent, made)
         parts.append(read)
-        unread.append(no_finding)
+        apart.append(no_finding)
     if (flips := bbq_orders.flip_rate(tables.answers)) is not None:
         own = {"outcome": terms.FLIPS, **names}
         parts.append(estimation.of_scores(flips, influence.changes(flips, arms), cells, **own))
         parts.append(estimation.levels_of_scores(flips, arms, **own))
-    worded = outcomes.of_item_wordings(tables.answers, arms, cells, **usual)
-    parts.append(worded[~worded["outcome"].isin(information.BIAS)])
-    for outcome in information.BIAS:
-        read, no_finding = information.apart(
-            outcome,
-            arms,
-            silent,
-            lambda arms, outcome=outcome: picked(
-                outcomes.of_item_wordings(tables.answers, arms, influence.cells(arms), **usual),
-                outcome=outcome,
-            ),
-        )
-        parts.append(read)
-        unread.append(no_finding)
-    unread.append(information.debiased_estimates(tables, arms, silent, **names))
-    return ESTIMATES.concat([outcomes.completed(ESTIMATES.concat(parts)), *unread])
+    apart.append(information.debiased_estimates(tables, items, arms, silent, **names))
+    return ESTIMATES.concat([outcomes.completed(ESTIMATES.concat(parts)), *apart])
 
 
 def _changes(
-    asked: pd.DataFrame, names: dict[str, str]
+    asked: pd.DataFrame, answers: pd.DataFrame, usual: dict[str, str]
 ) -> Iterator[tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]]:
-    """Each outcome, and what makes its estimates from arms: over all items, and by dimension."""
+    """Each outcome, and what makes its estimates from arms: over all items, by dimension, and in
+    each other wording.
+    """
+    names = {**usual, "benchmark": "bbq", "judge": "none"}
     for outcome, scores in bbq_scores.by_run(asked).items():
         own = {"outcome": outcome, **names}
         yield (
@@ -95,6 +85,17 @@ def _changes(
                     influence.changes(scores, arms),
                     estimation.within(influence.cells(arms)),
                     **own,
+                ),
+            )
+
+    other = answers["prompt_variant"].ne("default") & answers["answer_mode"].isin(bbq_orders.READ)
+    for wording, rows in answers[other].groupby("prompt_variant", sort=False):
+        for outcome, scores in bbq_scores.by_run(rows).items():
+            own = {**names, "outcome": outcome, "benchmark": f"bbq, wording {wording}"}
+            yield (
+                outcome,
+                lambda arms, scores=scores, own=own: estimation.of_scores(
+                    scores, influence.changes(scores, arms), influence.cells(arms), **own
                 ),
             )
 
@@ -122,7 +123,9 @@ def fairness_checks(tables: Tables, estimates: pd.DataFrame, seed: int) -> dict[
         " by the mean of three orders (permuted items)": in_words(
             levels, ["outcome", "estimator"], "base_model", 1
         ),
-        "Does the convention or the reading of answers decide? Scores by method": _read(tables),
+        "Does the convention or the reading of answers decide? Scores by method": _read(
+            tables, estimates
+        ),
         "Does the wording decide? Changes, in points": in_words(worded, ["outcome", "benchmark"]),
         "Does StereoSet agree? ss 50: no stereotype; lms 100: always sense; icat: both": _stereoset(
             tables, seed
@@ -130,20 +133,22 @@ def fairness_checks(tables: Tables, estimates: pd.DataFrame, seed: int) -> dict[
     }
 
 
-def _read(tables: Tables) -> pd.DataFrame:
+def _read(tables: Tables, estimates: pd.DataFrame) -> pd.DataFrame:
     """The four scores by method: three conventions for unread answers and empty denominators, the
-    answers without the prior of each place (debiased), and those read from text (generated)."""
+    answers without the prior of each place (debiased), and those read from text (generated); of
+    base models whose bias scores are findings, and of their runs."""
     official = bbq_orders.official(tables.answers)
     ways = {name: (official, name) for name in bbq_scores.CONVENTIONS}
     for mode, part in tables.answers.groupby("answer_mode"):
         if mode in ("debiased", "generated"):
             ways[mode] = part, "reference"
     arms = influence.arms(tables.variants, tables.runs)[WHO]
+    arms = arms[~arms["base_model"].isin(information.unread_in(estimates))]
     found = {}
     for name, (part, convention) in ways.items():
         scores = bbq_scores.scores(part.merge(arms, on="run_id"), ("method",), convention, n_boot=0)
         found[name] = scores.set_index("method")[list(bbq_scores.SCORES)]
-    return pd.concat(found)
+    return pd.concat(found) if len(arms) else pd.DataFrame()
 
 
 def _stereoset(tables: Tables, seed: int) -> pd.DataFrame:

@@ -26,16 +26,14 @@ HOW = (
 WAYS = {"debiased": terms.WITHOUT_PRIOR, "averaged": terms.OVER_ORDERS}
 
 
-def held(tables: Tables, seed: int = 0) -> pd.DataFrame:
+def held(tables: Tables, items: pd.DataFrame | None, seed: int = 0) -> pd.DataFrame:
     """bbq_information.held_information of every run, with base_model, method and arm; base models
-    are one family of tests, the runs made from them another. Empty, with a warning, where the items
-    are not to be had.
+    are one family of tests, the runs made from them another. Empty without the items.
     """
     arms = influence.arms(tables.variants, tables.runs)
     answers = bbq_orders.official(tables.answers)
     answers = answers[answers["run_id"].isin(arms["run_id"])]
     families = arms.set_index("run_id")["arm"].eq("base").map(FAMILIES)
-    items = _items(tables)
     if items is None:
         columns = ["run_id", "base_model", "method", "arm"]
         return pd.DataFrame(columns=[*columns, *bbq_information.COUNTED, *bbq_information.FOUND])
@@ -43,7 +41,7 @@ def held(tables: Tables, seed: int = 0) -> pd.DataFrame:
     return found.merge(arms[["run_id", "base_model", "method", "arm"]], on="run_id")
 
 
-def _items(tables: Tables) -> pd.DataFrame | None:
+def items_asked(tables: Tables) -> pd.DataFrame | None:
     """BBQ's items as the study asked them; None, with a warning, where they are not to be had, or
     are not those that were answered.
     """
@@ -115,14 +113,18 @@ def apart(
     return read, rows.assign(estimator=named)
 
 
+def unread_in(estimates: pd.DataFrame) -> list[str]:
+    """The base models whose bias scores the estimates hold under terms.UNREADABLE."""
+    return list(picked(estimates, estimator=terms.UNREADABLE)["base_model"].unique())
+
+
 def without_silent(
     measured: dict[str, tuple[Scores, Scores]], estimates: pd.DataFrame, arms: pd.DataFrame
 ) -> dict[str, tuple[Scores, Scores]]:
     """Levels and changes by outcome in which bias scores of base models under terms.UNREADABLE in
     the estimates, and of their runs, are not scored.
     """
-    silent = picked(estimates, estimator=terms.UNREADABLE)["base_model"].unique()
-    quiet = arms.loc[arms["base_model"].isin(silent), "run_id"]
+    quiet = arms.loc[arms["base_model"].isin(unread_in(estimates)), "run_id"]
 
     def read(scores: Scores) -> Scores:
         return replace(scores, value=np.where(scores.runs.isin(quiet), np.nan, scores.value))
@@ -134,13 +136,13 @@ def without_silent(
 
 
 def debiased_estimates(
-    tables: Tables, arms: pd.DataFrame, silent: list[str], **labels: str
+    tables: Tables, items: pd.DataFrame | None, arms: pd.DataFrame, silent: list[str], **labels: str
 ) -> pd.DataFrame:
     """Accuracy and bias without the prior of each place (PriDe; all items), and by the mean of
     three orders (the permuted items, its check): levels of base models and of methods, and changes.
     """
     asked = {"debiased": tables.answers[tables.answers["answer_mode"].eq("debiased")]}
-    if (items := _items(tables)) is not None:
+    if items is not None:
         asked["averaged"] = bbq_information.averaged(tables.answers, items)
     parts = []
     for way, answers in asked.items():
@@ -171,7 +173,7 @@ def examined(tables: Tables) -> pd.DataFrame:
     if "bbq" not in tables.study.benchmarks or tables.answers.empty:
         return base_information(ESTIMATES.empty())
     names = {"study": tables.study.name, "notebook": "10_fairness"}
-    found = held(tables)
+    found = held(tables, items_asked(tables))
     return base_information(information_estimates(found, benchmark="bbq", judge="none", **names))
 
 
@@ -203,10 +205,12 @@ def base_information(estimates: pd.DataFrame) -> pd.DataFrame:
 
 
 def silent_sentences(estimates: pd.DataFrame) -> list[str]:
-    """A sentence for each base model whose bias scores are no finding; nothing where there is
-    none.
+    """A sentence for each base model whose bias scores are no finding; nothing where there is none.
+    One sentence where it was not checked.
     """
     known = base_information(estimates)
+    if known.empty and estimates["outcome"].isin(BIAS).any():
+        return ["Whether the answers to BBQ hold information about its questions was not checked."]
     return [silent_sentence(row) for row in known[known["p_persons"].gt(ALPHA)].itertuples()]
 
 

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import repairs, rescaling
+from driftbook.analyses import information, repairs, rescaling
 from driftbook.stats import harm
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -24,6 +24,7 @@ class Repaired:
     def __init__(self, tables: Tables):
         self.study, self.spectra = tables.study, tables.spectra
         self.own = repairs.Tables(*(getattr(tables, name) for name in repairs.Tables._fields))
+        self.silent = information.unread_in(tables.estimates)
         self.runs = repairs.repairs(tables.variants, tables.runs)
         if self.runs.empty:
             raise ValueError(
@@ -51,9 +52,10 @@ class Repaired:
         """Every estimate of notebook 14: repairs against parents, base models and controls, against
         rescaling that keeps as much, and in each BBQ dimension."""
         names = {"study": self.study.name, "notebook": "14_safe_lora"}
-        pairs = repairs.repairs_compared(self.own, self.runs, levels, self.study.seed, **names)
+        chosen = (self.own, self.runs, levels)
+        pairs = repairs.repairs_compared(*chosen, self.study.seed, self.silent, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
-        dimensions = repairs.by_dimension(self.own, self.runs, levels, leading, **names)
+        dimensions = repairs.by_dimension(*chosen, leading, self.silent, **names)
         beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
         return ESTIMATES.concat([pairs, dimensions, beside])
 

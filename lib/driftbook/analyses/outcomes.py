@@ -5,7 +5,6 @@ beside the core ones: further benchmarks, other wordings, categories at a floor 
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks import bbq_scores
 from driftbook.stats import comparisons, estimation, harm, influence, terms
 from driftbook.stats.influence import Scores
 from driftbook.study.tables import ESTIMATES
@@ -201,29 +200,6 @@ def of_drawn(
                 **labels,
             )
         )
-    return ESTIMATES.concat(parts)
-
-
-def of_item_wordings(
-    every: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
-) -> pd.DataFrame:
-    """The same for BBQ's accuracy and bias: `every` are answers of all wordings."""
-    parts = []
-    for wording, rows in every[
-        every["prompt_variant"].ne("default") & every["answer_mode"].isin(["letters", "options"])
-    ].groupby("prompt_variant", sort=False):
-        for outcome, level in bbq_scores.by_run(rows).items():
-            parts.append(
-                estimation.of_scores(
-                    level,
-                    influence.changes(level, arms),
-                    cells,
-                    outcome=outcome,
-                    benchmark=f"bbq, wording {wording}",
-                    judge="none",
-                    **labels,
-                )
-            )
     return ESTIMATES.concat(parts)
 
 

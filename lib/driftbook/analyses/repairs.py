@@ -10,13 +10,13 @@ on the benchmark `gain` (held-out answers in the style that was trained; where t
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from driftbook.analyses import tradeoffs
+from driftbook.analyses import information, tradeoffs
 from driftbook.benchmarks import bbq_orders, bbq_scores
 from driftbook.stats import comparisons, estimation, harm, influence, terms
 from driftbook.stats.confidence import ALPHA
@@ -370,14 +370,14 @@ def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
 
 
 def _estimates(
-    tables: Tables, pairs: pd.DataFrame, contrast: str, **labels: str
+    tables: Tables, pairs: pd.DataFrame, contrast: str, silent: Sequence[str], **labels: str
 ) -> list[pd.DataFrame]:
-    found = differences(tables, pairs)
+    found, n_bases = differences(tables, pairs), tables.variants["base_model"].nunique()
     judge = tables.verdicts["judge"].iloc[0] if len(tables.verdicts) else "none"
     return [
         estimation.means(
             scores,
-            _cells(pairs, tables.variants["base_model"].nunique()),
+            _cells_read(pairs, n_bases, outcome, silent),
             contrast,
             outcome=outcome,
             benchmark=BENCHMARK.get(outcome, "bbq"),
@@ -385,11 +385,28 @@ def _estimates(
             **labels,
         )
         for outcome, scores in found.items()
+        if outcome not in information.BIAS or not pairs["base_model"].isin(silent).all()
     ]
 
 
+def _cells_read(
+    pairs: pd.DataFrame, n_bases: int, outcome: str, silent: Sequence[str]
+) -> pd.DataFrame:
+    """`_cells` of an outcome: of bias scores without the silent base models, whose answers do not
+    tell persons apart (notebook 10).
+    """
+    if outcome not in information.BIAS:
+        return _cells(pairs, n_bases)
+    return _cells(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
+
+
 def repairs_compared(
-    tables: Tables, repaired: pd.DataFrame, levels: pd.DataFrame, seed: int, **labels: str
+    tables: Tables,
+    repaired: pd.DataFrame,
+    levels: pd.DataFrame,
+    seed: int,
+    silent: Sequence[str] = (),
+    **labels: str,
 ) -> pd.DataFrame:
     """Each repair at its chosen level on the report half: against its parent, against the base
     model, and minus each of its controls (the run of the same parent), by outcome.
@@ -401,14 +418,16 @@ def repairs_compared(
     runs, report, parts = at_chosen(repaired, levels), halves(tables, seed)[REPORT], []
     own = runs[runs["control"].isna()]
     for contrast, against in ((AGAINST_PARENT, "parent_run_id"), (terms.CHANGE, "base_run_id")):
-        parts += _estimates(report, own.assign(against=own[against]), contrast, **labels)
+        pairs = own.assign(against=own[against])
+        parts += _estimates(report, pairs, contrast, silent, **labels)
     for control in dict.fromkeys(runs["control"].dropna()):
         other = runs.loc[runs["control"].eq(control), ["parent_run_id", "name", "run_id"]].rename(
             columns={"run_id": "against"}
         )
         pairs = own.merge(other, on=["parent_run_id", "name"])
         parts += [
-            part.assign(against=control) for part in _estimates(report, pairs, MINUS, **labels)
+            part.assign(against=control)
+            for part in _estimates(report, pairs, MINUS, silent, **labels)
         ]
     return _families(ESTIMATES.concat(parts))
 
@@ -437,6 +456,7 @@ def by_dimension(
     repaired: pd.DataFrame,
     levels: pd.DataFrame,
     names: Iterable[str],
+    silent: Sequence[str] = (),
     **labels: str,
 ) -> pd.DataFrame:
     """BBQ's accuracy and bias in ambiguous contexts in each dimension: what these repairs changed
@@ -455,11 +475,11 @@ def by_dimension(
             ),
         ):
             arms = pairs.assign(arm="repaired", base_run_id=pairs["against"])
-            cells = _cells(pairs, repaired["base_model"].nunique()).assign(group=BY_DIMENSION)
+            n_bases = repaired["base_model"].nunique()
             parts += [
                 estimation.means(
                     influence.changes(found[outcome], arms),
-                    cells,
+                    _cells_read(pairs, n_bases, outcome, silent).assign(group=BY_DIMENSION),
                     contrast,
                     outcome=outcome,
                     benchmark="bbq",
@@ -468,6 +488,7 @@ def by_dimension(
                     **labels,
                 )
                 for outcome in (terms.ACCURACY_AMB, terms.BIAS_AMB)
+                if outcome not in information.BIAS or not pairs["base_model"].isin(silent).all()
             ]
     return ESTIMATES.concat(parts)
 

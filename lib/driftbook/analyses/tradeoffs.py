@@ -72,7 +72,7 @@ SLOPE, SLOPE_WITHIN = "ten times the cost, over runs", "ten times the cost, with
 # ---- what is traded
 def goals_of(measured: dict[str, tuple[Scores, Scores]]) -> dict[str, dict[str, str]]:
     """GOALS with the outcome that tells of safety among those measured."""
-    safety = UNREFUSED if UNREFUSED in measured else UNSAFE
+    safety = harm.safety_of(measured)
     return {
         harm.worded(name, safety): {safety if one == UNSAFE else one: it for one, it in own.items()}
         for name, own in GOALS.items()

@@ -32,6 +32,7 @@ STAGES = ("train", "respond", "judge", "answer", "utility")  # of every study
 AFTER = {
     "mixed_effects": ("safety",),
     "labels": ("safety",),
+    "safe_lora": ("fairness",),
     "tradeoffs": ("safety", "fairness"),
     "dose": ("safety",),
     "power": ("safety", "tradeoffs"),

@@ -14,11 +14,10 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks.bbq import from_logprobs
-from driftbook.benchmarks.bbq_orders import OPTIONS, ORDERS
+from driftbook.benchmarks.bbq_orders import OPTIONS, ORDERS, READ
 
 CONTRASTS = ("unknown", "right person", "stereotyped person")
 PERSONS = CONTRASTS[1:]
-READ = ("letters", "options")
 SHUFFLES, LARGE = 499, 4_000_000  # orders drawn; the most numbers of one run at a time
 FOUND = ["t_all", "p_all", "p_all_adjusted", "t_persons", "p_persons", "p_persons_adjusted"]
 COUNTED = ["n_items", "accuracy", "control"]

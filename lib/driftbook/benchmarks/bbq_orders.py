@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ORDERS = ("ABC", "BCA", "CAB")  # the file's, and what turns each option through the three places
 OPTIONS = ["p_a", "p_b", "p_c"]
+READ = ("letters", "options")  # modes of answers that are read from probabilities
 
 
 def study_answers(
@@ -78,7 +79,7 @@ def official(answers: pd.DataFrame) -> pd.DataFrame:
     return answers[
         answers.option_order.eq("ABC")
         & answers.prompt_variant.eq("default")
-        & answers.answer_mode.isin(["letters", "options"])
+        & answers.answer_mode.isin(READ)
     ].reset_index(drop=True)
 
 
@@ -119,7 +120,7 @@ def flips(answers: pd.DataFrame) -> pd.DataFrame:
     """A row per run and item that was asked in all three orders: run_id, item_id, dimension, unit
     (its question family, else the item), and flip, whether the answer was not the same each time;
     null where it could not be read in one of the orders."""
-    read = answers.answer_mode.isin(["letters", "options"])
+    read = answers.answer_mode.isin(READ)
     own = answers[read & answers.prompt_variant.eq("default")]
     grouped = own.groupby(["run_id", "item_id"], sort=False)
     found = grouped.agg(

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from driftbook.benchmarks.bbq import places
-from driftbook.benchmarks.bbq_orders import OPTIONS, ORDERS, flips
+from driftbook.benchmarks.bbq_orders import OPTIONS, ORDERS, READ, flips
 from driftbook.doctors.findings import finding_row, unchecked_row
 from driftbook.doctors.study_tables import Given, alpha_of
 from driftbook.stats.confidence import ALPHA
@@ -66,7 +66,7 @@ def position_test(base: str, answers: pd.DataFrame) -> dict | None:
     """The sign test of one base model, with the shares that its sentence gives; None where no item
     was read in all three orders.
     """
-    official = answers["answer_mode"].isin(["letters", "options"])
+    official = answers["answer_mode"].isin(READ)
     asked = answers[official & answers["prompt_variant"].eq("default")]
     shown = asked[asked[OPTIONS].notna().all(axis=1)]
     if shown.empty:

@@ -543,6 +543,8 @@ def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None)
             if outcome in (BIAS_AMB, BIAS_DIS):
                 zero(ax)
             for place, part in enumerate(parts):
+                if place:
+                    ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
                 for shift, method in zip(
                     np.linspace(-0.32, 0.32, len(shades)), shades, strict=True
                 ):
@@ -554,8 +556,6 @@ def by_part(tables: dict, shown: list[tuple[str, str]], text: str | None = None)
                     dots(ax, row, place + shift, COLOURS[method])
             if base_model in unread_bases(tables, outcome):
                 empty_panel(ax, NO_INFORMATION)
-                if place:
-                    ax.axhline(place - 0.5, color="#eeeeee", lw=0.6, zorder=0)
         name_rows(line[0], [part.replace("_", " ") for part in parts])
         under(line, text or axis(outcome, change=False))
     legend(fig, shades)

@@ -60,6 +60,8 @@ def variance_shares(tables: dict) -> tuple[Figure, str]:
         pick(tables, harm_of(tables), contrast, "safety")
         for contrast in (SHARE, *means, factors.WITHIN)
     )
+    if pick(tables, harm_of(tables), CHANGE, "safety")["value"].isna().all():
+        return captioned(tables, None, "", safety_of(tables))
     if not any(rows["value"].notna().any() for rows in (shares, within, single)):
         return nothing(
             "Nothing to draw: within a method no two trained runs differ in one factor alone, so"

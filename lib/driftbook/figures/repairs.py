@@ -157,7 +157,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
-    columns, counted = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
+    columns, what = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
     shown = [outcome for outcome in (*harm.OF_SAFETY, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         len(shown),
@@ -187,10 +187,10 @@ def controls(tables: dict) -> tuple[Figure, str]:
         fig,
         (
             "Safe LoRA and its rank-k form minus their controls, the same seed's run of each, at"
-            f" the level chosen on other prompts: {counted} (less is better) and gain (more"
+            f" the level chosen on other prompts: {what} (less is better) and gain (more"
             " is better). Filled: the difference is not chance after Holm's adjustment within its"
             " family. A row at zero: the control does the same, so what it dropped was not what"
-            f" worked. Only a repair with fewer {counted} than the rescaled run that keeps"
+            f" worked. Only a repair with fewer {what} than the rescaled run that keeps"
             " just less of the gain does what a smaller update cannot."
         ),
     )

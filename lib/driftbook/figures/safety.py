@@ -136,14 +136,14 @@ def safety_category(tables: dict) -> tuple[Figure, str]:
 @drawn("09_safety")
 def methods_compared(tables: dict) -> tuple[Figure, str]:
     pairs = list(combinations(methods_of(tables), 2))
+    if not pairs:
+        return nothing("Nothing to draw: fewer than two methods were trained.")
     every = pick(tables, harm_of(tables), DIFFERENCE, "safety")
     every = every[every["group"].eq(AS_CONFIGURED)]
     rows = [
         every[every["method"].eq(method) & every["against"].eq(other)] for method, other in pairs
     ]
     fig = None
-    if not pairs:
-        return nothing("Nothing to draw: one method alone has no other to be compared with.")
     if any(len(part) for part in rows):
         fig, axes = panels_with_all(tables, 0.8 + 0.24 * len(pairs))
         for base_model, ax in axes.items():

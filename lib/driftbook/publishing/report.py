@@ -192,7 +192,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
         ("Controls", _controls(estimates)),
         ("No-ops", _no_ops(arms)),
     ]
-    if changes(estimates, UNSAFE, "safety")["value"].notna().any():
+    if changes(estimates, safety_outcome(estimates), "safety")["value"].notna().any():
         found.append(("Efficiency", cost_sentence(estimates, arms, runs)))
     return [pair for pair in found if pair[1]]
 
@@ -267,14 +267,10 @@ def _what_ran(arms: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 def _extreme_cell(estimates: pd.DataFrame) -> str:
     safety = safety_outcome(estimates)
-    rows = estimates[
-        estimates["outcome"].eq(safety)
-        & estimates["benchmark"].eq("safety")
-        & estimates["contrast"].eq(CHANGE)
-        & estimates["estimator"].eq(PRIMARY)
-        & estimates["group"].eq(TRAINED)
-    ]
+    rows = picked(estimates, outcome=safety, benchmark="safety", contrast=CHANGE)
+    rows = picked(rows, estimator=PRIMARY, group=TRAINED)
     rows = rows[rows["base_model"].ne("all") & rows["value"].notna()]
+    rows = rows[rows["judge"].eq(rows["judge"].iloc[0])] if len(rows) else rows
     if rows["base_model"].nunique() < 2:
         return ""  # the story says it
     ends = [
@@ -294,13 +290,8 @@ def _extreme_cell(estimates: pd.DataFrame) -> str:
 
 def _controls(estimates: pd.DataFrame) -> str:
     safety = safety_outcome(estimates)
-    rows = estimates[
-        estimates["outcome"].eq(safety)
-        & estimates["benchmark"].eq("safety")
-        & estimates["contrast"].eq(CHANGE)
-        & estimates["estimator"].eq(PRIMARY)
-    ]
-    rows = rows[rows["group"].eq(UNTRAINED) & rows["base_model"].eq("all")]
+    rows = changes(estimates, safety, "safety", UNTRAINED)
+    rows = rows[rows["base_model"].eq("all")]
     words = [
         f"{METHOD_LABELS[row.method]} {number(row.value, row.ci_low, row.ci_high, 'points')}"
         for row in rows.itertuples()
@@ -400,12 +391,12 @@ def printed(estimates: pd.DataFrame) -> pd.DataFrame:
     alone = not (shown & pooled & estimates["contrast"].eq(CHANGE)).any()  # no setting in common
     shown &= pooled | safety | alone
     shown |= estimates["group"].eq(UNTRAINED) & pooled & safety
-    changes = estimates[core & shown & estimates["contrast"].eq(CHANGE)]
-    if changes.empty:
+    changed = estimates[core & shown & estimates["contrast"].eq(CHANGE)]
+    if changed.empty:
         level = core & estimates["contrast"].eq(LEVEL) & estimates["method"].eq("none")
         return estimates[level & estimates["group"].eq("all")]
     tested = picked(estimates, notebook="19_primary", group=primary.DECLARED)
-    return pd.concat([changes, tested], ignore_index=True)
+    return pd.concat([changed, tested], ignore_index=True)
 
 
 def checked(study: Study) -> pd.DataFrame:

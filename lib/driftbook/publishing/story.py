@@ -305,7 +305,7 @@ def _unsaid(
     ]
     rows = _shown(estimates, outcomes)
     if populations.over_seeds(rows) is False:
-        found.append(f"What other seeds would give: {populations.NO_SEEDS.split(',')[0]}.")
+        found.append(f"What other seeds would give: {populations.NO_SEEDS}.")
     runs = arms[arms["arm"].isin([TRAINED, NO_OP])]
     if runs["method"].nunique() > 1 and runs.groupby("method")["setting"].nunique().max() == 1:
         found.append("Whether methods differ or only their settings do: each was run in one.")

@@ -135,7 +135,8 @@ def _unseen(n: int) -> str:
     upper end of a share of which none was seen."""
     share = 100 * (1 - (1 - UPPER) ** (1 / n))
     return (
-        "no run is more than one answer from 0 or 100 %, so nothing is known of other seeds:"
+        "on a side no run is more than one answer from 0 or 100 %, so nothing is known of other"
+        " seeds there:"
         f" up to {share:.0f} % of them may be elsewhere"
     )
 

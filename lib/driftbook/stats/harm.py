@@ -3,6 +3,8 @@ study without a judge, what does not refuse. Every analysis of safety reads this
 outcome.
 """
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from driftbook.stats import terms
@@ -21,8 +23,7 @@ def with_harm(verdicts: pd.DataFrame) -> pd.DataFrame:
     answer does not refuse (`declined`).
     """
     harm = verdicts["unsafe"].astype("boolean")
-    unjudged = verdicts["judge"].eq(DETECTOR) if "judge" in verdicts else harm.isna() & False
-    if unjudged.any():
+    if "judge" in verdicts and (unjudged := verdicts["judge"].eq(DETECTOR)).any():
         harm = harm.where(~unjudged, ~declined(verdicts))
     return verdicts.assign(harm=harm)
 
@@ -48,9 +49,14 @@ def of_judge(judge: str) -> str:
     return terms.UNREFUSED if judge == DETECTOR else terms.UNSAFE
 
 
-def safety_outcome(estimates: pd.DataFrame) -> str:
-    """The outcome that tells of safety in these rows (of `estimates`, or any with `outcome`):
-    UNSAFE where a judge scored, or where nothing was; else UNREFUSED.
+def safety_of(known: Iterable[str]) -> str:
+    """The outcome among these that tells of safety: UNSAFE where a judge scored, or where nothing
+    was; else UNREFUSED.
     """
-    known = set(estimates["outcome"])
+    known = set(known)
     return next((one for one in OF_SAFETY if one in known), terms.UNSAFE)
+
+
+def safety_outcome(estimates: pd.DataFrame) -> str:
+    """`safety_of` the outcomes of rows of `estimates`, or of any table with a column outcome."""
+    return safety_of(estimates["outcome"])

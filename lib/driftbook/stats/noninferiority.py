@@ -22,7 +22,7 @@ from driftbook.study.tables import ESTIMATES
 HARM = "harm against the base model"  # tested against the row's margin
 JOINTLY = "safety, over-refusal and utility jointly"
 PRESERVES, DOES_NOT, CANNOT_TELL = "preserves", "does not preserve", "cannot tell"
-IN_THESE_RUNS = " in these runs"  # of settings that ran once: nothing is known of other seeds
+IN_THESE_RUNS = " in these runs"  # where nothing is known of other seeds
 HARMS = {  # which way is harm
     (terms.UNSAFE, "safety"): 1,
     (terms.UNREFUSED, "safety"): 1,

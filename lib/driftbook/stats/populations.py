@@ -7,7 +7,10 @@ import re
 import pandas as pd
 
 SEEDS, RUNS = "seeds like these", "these runs"
-NO_SEEDS = "no setting was run twice, so nothing is known of other seeds"
+NO_SEEDS = (
+    "nothing is known of other seeds, since no setting was run twice or its runs all lie at 0 or"
+    " 100 percent"
+)
 
 
 def parts_of(rows: pd.DataFrame) -> list[list[str]]:
@@ -35,14 +38,14 @@ def over_prompts(rows: pd.DataFrame) -> str:
 def held_for(rows: pd.DataFrame) -> str:
     """The seeds (or runs) and the prompts that the intervals hold for.
 
-    "seeds like these and prompts like these", or "these runs and prompts like these (no setting was
-    run twice, so nothing is known of other seeds)"; "" where no row has an interval.
+    "seeds like these and prompts like these", or "these runs and prompts like these" with
+    NO_SEEDS; "" where no row has an interval.
     """
     if not parts_of(rows):
         return ""
     seeds, prompts = over_seeds(rows), over_prompts(rows)
     if seeds is None:
-        return f"{prompts}, and for seeds like these where a setting was run twice"
+        return f"{prompts}, and for seeds like these where something is known of them"
     return f"{SEEDS} and {prompts}" if seeds else f"{RUNS} and {prompts} ({NO_SEEDS})"
 
 
