@@ -63,7 +63,7 @@ def warm_kernels(
             json.dumps({"argv": kernel, "display_name": "Driftbook, warm", "language": "python"})
         )
         server = subprocess.Popen(
-            [sys.executable, "-m", "driftbook.batch.warm", "serve", str(socket)],
+            [sys.executable, "-m", "driftbook.batch.warm", "serve", str(socket), str(os.getpid())],
             env=environment,
             stdout=output,
             stderr=output,

@@ -2,11 +2,11 @@
 per request (CPU only).
 
 Imports of torch, transformers, peft and trl cost more than ten CPU seconds; a study has some thirty
-jobs. Started by `make study`: `warm.py serve SOCKET`; asked by `warm.py notebook NOTEBOOK OUTPUT
-PARAMETERS` (a job) and `warm.py kernel -f CONNECTION` (a kernelspec). Nothing may touch CUDA before
-a fork, so machines with a GPU use ordinary kernels. This file imports only the standard library at
-its top, because the two askers must start at once. Every process here ends when the one that
-started it does.
+jobs. Started by `make study`: `warm.py serve SOCKET PID`, its own pid; asked by `warm.py notebook
+NOTEBOOK OUTPUT PARAMETERS` (a job) and `warm.py kernel -f CONNECTION` (a kernelspec). Nothing may
+touch CUDA before a fork, so machines with a GPU use ordinary kernels. This file imports only the
+standard library at its top, because the two askers must start at once. Every process here ends when
+the one that started it does.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ def ask(kind: str, arguments: list[str]) -> int:
     """Have the server fork `kind` with this process's files, environment and folder; its exit
     status. Signals are passed on.
     """
+    if kind == "kernel":  # its starter may be killed; a job's asker ends when the server does
+        _end_with_parent(int(os.environ["JPY_PARENT_PID"]))
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET])
     request = {
@@ -46,18 +48,20 @@ def ask(kind: str, arguments: list[str]) -> int:
     return json.loads(line)["status"] if line else 1
 
 
-def serve(path: str) -> None:
-    """Import, say ready, and fork for each request until the starter is gone."""
-    starter, imported = os.getppid(), threading.Event()
-    watch = _end_with_parent(imported)
+def serve(path: str, starter: str) -> None:
+    """Import, say ready, and fork for each request until the starter, by its pid, is gone."""
+    imported = threading.Event()
+    watch = _end_with_parent(int(starter), imported)
     _import_heavy_packages()
     imported.set()
     watch.join()  # no thread may run when this process forks
 
     class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
+        pid = os.getpid()
+
         def service_actions(self) -> None:
             super().service_actions()  # forgets children that ended
-            if os.getppid() != starter:
+            if os.getppid() != int(starter):
                 os._exit(1)
 
     with Server(path, Attendant) as server:
@@ -99,20 +103,20 @@ class Attendant(socketserver.BaseRequestHandler):
     """
 
     def handle(self) -> None:
-        connection, parent = self.request, os.getppid()
+        connection, attendant = self.request, os.getpid()
         head, files, _, _ = socket.recv_fds(connection, 8, 3)
         with connection.makefile("rb") as body:
             request = json.loads(body.read(int.from_bytes(head)))
         pid = os.fork()
         if pid == 0:
             connection.close()
-            os._exit(_become(request, files))
+            os._exit(_become(request, files, attendant))
         for file in files:
             os.close(file)
         self.answer(pid=pid)
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             gone = select.select([connection], [], [], 0.05)[0] and not connection.recv(1)
-            if gone or os.getppid() != parent:
+            if gone or os.getppid() != self.server.pid:
                 os.kill(pid, signal.SIGKILL)
         self.answer(status=os.waitstatus_to_exitcode(ended[1]))
 
@@ -121,7 +125,7 @@ class Attendant(socketserver.BaseRequestHandler):
             self.request.sendall((json.dumps(words) + "\n").encode())
 
 
-def _become(request: dict, files: list[int]) -> int:
+def _become(request: dict, files: list[int], attendant: int) -> int:
     """In the forked child: take over the asker's files, folder and environment, and do what it
     asked for.
     """
@@ -131,11 +135,11 @@ def _become(request: dict, files: list[int]) -> int:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    _end_with_parent()
+    _end_with_parent(attendant)
     _fresh_randomness()
     try:
         if request["kind"] == "kernel":
-            os.environ["JPY_PARENT_PID"] = str(os.getppid())
+            os.environ["JPY_PARENT_PID"] = str(attendant)
             sys.argv = ["ipykernel_launcher", *request["arguments"]]
             from ipykernel.kernelapp import IPKernelApp
 
@@ -151,9 +155,11 @@ def _become(request: dict, files: list[int]) -> int:
         sys.stderr.flush()
 
 
-def _end_with_parent(stop: threading.Event | None = None) -> threading.Thread:
-    """A thread that ends this process when its starter has ended, until `stop` is set."""
-    parent, stop = os.getppid(), stop or threading.Event()
+def _end_with_parent(parent: int, stop: threading.Event | None = None) -> threading.Thread:
+    """A thread that ends this process when its starter has ended, until `stop` is set. The starter
+    gives its pid: it may have ended before its child can ask.
+    """
+    stop = stop or threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.5):
