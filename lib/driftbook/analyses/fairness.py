@@ -146,9 +146,10 @@ def _read(tables: Tables, estimates: pd.DataFrame) -> pd.DataFrame:
     arms = arms[~arms["base_model"].isin(information.unread_in(estimates))]
     found = {}
     for name, (part, convention) in ways.items():
-        scores = bbq_scores.scores(part.merge(arms, on="run_id"), ("method",), convention, n_boot=0)
-        found[name] = scores.set_index("method")[list(bbq_scores.SCORES)]
-    return pd.concat(found) if len(arms) else pd.DataFrame()
+        if len(told := part.merge(arms, on="run_id")):
+            scores = bbq_scores.scores(told, ("method",), convention, n_boot=0)
+            found[name] = scores.set_index("method")[list(bbq_scores.SCORES)]
+    return pd.concat(found) if found else pd.DataFrame()
 
 
 def _stereoset(tables: Tables, seed: int) -> pd.DataFrame:
