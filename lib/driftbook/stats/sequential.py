@@ -132,9 +132,11 @@ def monitor(
     looks: Sequence[int] | None = None,
     population: int | None = None,
     higher_is_better: bool = True,
+    alpha: float = ALPHA,
 ) -> pd.DataFrame:
     """What is known after each look at two models' scores of the same items (0 to 1, in the order
-    in which they came): a row per look, all of which hold together with probability 1 - ALPHA.
+    in which they came): a row per look, all of which hold together with probability 1 - `alpha`
+    (of which each of several outcomes that are watched together gets a share).
 
     `looks` are numbers of items, in ascending order (None: after every item); fewer looks lose
     nothing. `population` says that the items are a random order of a fixed benchmark of that size.
@@ -155,12 +157,12 @@ def monitor(
     looks = np.arange(1, len(own) + 1) if looks is None else np.asarray(list(looks))
     _check_looks(looks, len(own))
     change, x = other - own, (1 + other - own) / 2
-    ends = [SCALE * (2 * end - 1) for end in confidence_sequence(x, ALPHA, population)]
+    ends = [SCALE * (2 * end - 1) for end in confidence_sequence(x, alpha, population)]
     b, c = np.cumsum(change < 0), np.cumsum(change > 0)
     if np.isin(own, (0, 1)).all() and np.isin(other, (0, 1)).all():
         e = e_values(b, c)
     else:
-        parts = log_capital(x, np.array([0.5]), ALPHA, population)
+        parts = log_capital(x, np.array([0.5]), alpha, population)
         e = np.concatenate([np.exp(np.logaddexp(*part)[:, 0]) / 2 for part in parts])
     found = {
         "n_items": looks,

@@ -47,7 +47,7 @@ _LABELS |= {"base_model": SIDES[0], "method": SIDES[1], "group": AS_CONFIGURED, 
 def compare(
     base: Source,
     candidate: Source,
-    margin: float = 3.0,
+    margin: float | Mapping[str, float] = 3.0,
     cluster: str | None = None,
     metric: str | Mapping[str, str] | None = None,
     stratum: str | None = None,
@@ -64,7 +64,8 @@ def compare(
     `metric` names one where a task has several, `acc` or with its filter
     `exact_match,strict-match`; a mapping names it by task, and compares these tasks only. `cluster`
     and `stratum` name a column, or a field of lm-eval's documents or inspect_ai's metadata: items
-    drawn together, and groups of items that were fixed. `margin` is in percentage points.
+    drawn together, and groups of items that were fixed. `margin` is in percentage points, one for
+    all tasks or one each by name.
     `higher_is_better` decides where the logs do not say.
 
     The columns and the words are those of this module's docstring.
@@ -73,22 +74,32 @@ def compare(
         ValueError: a log that cannot be read or paired: other tasks, items, documents or prompts,
             several metrics or filters, answers that stand twice, scores that are not from 0 to 1.
     """
-    if not margin > 0:
-        raise ValueError(f"margin={margin!r}: give percentage points above 0, such as 3.0")
     tables = paired_tables(base, candidate, metric, cluster, stratum)
+    margins = _margins(margin, [table.task for table in tables])
     directions = [_direction(table, higher_is_better) for table in tables]
-    as_scored = _words(tables, directions, margin)
+    as_scored = _words(tables, directions, margins)
     at_ends = [as_scored] * 2
     if any(side.isna().any(axis=None) for one in tables for side in (one.base, one.candidate)):
-        at_ends = [_at_end(tables, directions, margin, end) for end in (WORSE, BETTER)]
+        at_ends = [_at_end(tables, directions, margins, end) for end in (WORSE, BETTER)]
     rows = []
     for table, better, found, *ends in zip(tables, directions, as_scored, *at_ends, strict=True):
-        word = _robust(found["word"], *(end["word"] for end in ends))
+        word = robust_word(found["word"], *(end["word"] for end in ends))
         own = {**found, "word": word, "overturned": word != found["word"]}
         assumed = table.better == UNKNOWN and higher_is_better is None
         sentence = _sentence(own, better, assumed, len(tables))
         rows.append({**own, "sentence": sentence})
     return pd.DataFrame(rows).drop(columns="overturned")
+
+
+def _margins(margin: float | Mapping[str, float], tasks: list[str]) -> list[float]:
+    """The margin of each task."""
+    given = margin if isinstance(margin, Mapping) else dict.fromkeys(tasks, margin)
+    if missing := [task for task in tasks if task not in given]:
+        raise ValueError(f"margin has no entry for the task {missing[0]!r}; give one for each")
+    for one in given.values():
+        if not one > 0:
+            raise ValueError(f"margin={one!r}: give percentage points above 0, such as 3.0")
+    return [given[task] for task in tasks]
 
 
 def _direction(table: PairedTable, higher_is_better: bool | None) -> str:
@@ -150,7 +161,7 @@ def _apart(values: pd.DataFrame, table: PairedTable) -> tuple:
 
 
 # ---- words
-def _words(tables: list[PairedTable], directions: list[str], margin: float) -> list[dict]:
+def _words(tables: list[PairedTable], directions: list[str], margins: list[float]) -> list[dict]:
     """The numbers and the word of each task, from tests adjusted over all of them."""
     found = [_estimated(table) for table in tables]
     names = [
@@ -159,12 +170,13 @@ def _words(tables: list[PairedTable], directions: list[str], margin: float) -> l
     ]
     rows = [{**label, **one.pop("estimate")} for label, one in zip(names, found, strict=True)]
     estimates = comparisons.declared(estimation.complete(pd.DataFrame(rows)), FAMILY)
-    kept, below = _preserved(estimates, margin)
+    kept, below = _preserved(estimates, margins)
     numbers = estimates[["value", "ci_low", "ci_high", "p", "p_adjusted"]].astype(float)
     numbers = numbers.rename(columns={"value": "difference"}).to_dict("records")
     how = estimates[["population", "how"]].to_dict("records")
     for place, (one, better) in enumerate(zip(found, directions, strict=True)):
-        one |= numbers[place] | {"p_margin": below[place], "margin": margin} | how[place]
+        one |= numbers[place] | {"p_margin": below[place], "margin": margins[place]}
+        one |= how[place]
         gain = one["difference"] if better == HIGHER_BETTER else -one["difference"]
         differs = one["p_adjusted"] < ALPHA  # never where it is null
         fails = WORSE if differs and gain < 0 else CANNOT_TELL
@@ -172,21 +184,23 @@ def _words(tables: list[PairedTable], directions: list[str], margin: float) -> l
     return found
 
 
-def _preserved(estimates: pd.DataFrame, margin: float) -> tuple[list[bool], np.ndarray]:
-    """Whether each task's loss is below the margin, by `preserves` and Holm's step over
+def _preserved(estimates: pd.DataFrame, margins: list[float]) -> tuple[list[bool], np.ndarray]:
+    """Whether each task's loss is below its margin, by `preserves` and Holm's step over
     the tasks, and the adjusted p.
     """
     outcomes = list(zip(estimates["outcome"], estimates["benchmark"], strict=True))
-    harms = noninferiority.preserves(estimates, (margin,), outcomes, AS_CONFIGURED)
+    levels = tuple(dict.fromkeys(margins))
+    harms = noninferiority.preserves(estimates, levels, outcomes, AS_CONFIGURED)
     harms = harms[harms["outcome"].ne(noninferiority.JOINTLY)]
-    harms = harms.set_index(["outcome", "benchmark"]).loc[outcomes]
+    wanted = [(*outcome, margin) for outcome, margin in zip(outcomes, margins, strict=True)]
+    harms = harms.set_index(["outcome", "benchmark", "margin"]).loc[wanted]
     below = intervals.holm(harms["p"].astype(float).fillna(1.0).to_numpy())
     said = harms["how"].str.startswith(PRESERVES).to_numpy()
     return list(said & (below <= 1 - UPPER)), below
 
 
 def _at_end(
-    tables: list[PairedTable], directions: list[str], margin: float, end: str
+    tables: list[PairedTable], directions: list[str], margins: list[float], end: str
 ) -> list[dict]:
     """What would be said if every missing score were the worst, or the best, for the candidate."""
     filled = []
@@ -194,10 +208,10 @@ def _at_end(
         own = float((end == BETTER) == (better == HIGHER_BETTER))
         sides = {"base": table.base.fillna(1 - own), "candidate": table.candidate.fillna(own)}
         filled.append(replace(table, **sides))
-    return _words(filled, directions, margin)
+    return _words(filled, directions, margins)
 
 
-def _robust(word: str, worst: str, best: str) -> str:
+def robust_word(word: str, worst: str, best: str) -> str:
     """The word that holds whatever the unscored answers are."""
     if word == WORSE:
         return WORSE if best == WORSE else CANNOT_TELL

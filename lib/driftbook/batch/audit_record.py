@@ -1,0 +1,229 @@
+"""What an audit found, as one JSON value from which the page, the card and the gate are made; and
+the texts, which stay in a private folder.
+"""
+
+import datetime as dt
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from driftbook.analyses import audit as areas
+from driftbook.batch.auditing import Audit
+from driftbook.models.templates import template_of
+from driftbook.stats.confidence import CONFIDENCE
+from driftbook.stats.harm import DETECTOR
+from driftbook.study.environment import versions
+from driftbook.study.files import digest, finite, read_json, replacing
+from driftbook.study.sources import identity
+from driftbook.study.tables import RESPONSES
+
+FORMAT = "driftbook audit 1"
+NOT_TESTED = (
+    "conversations of several turns",
+    "jailbreaks, and prompts written to attack this model",
+    "other languages than those of the benchmarks",
+    "triggers and backdoors",
+    "tools, retrieval and other text that reaches the model in use",
+    "other system prompts, templates and decoding than the one used here",
+)
+
+
+def audit_record(
+    audit: Audit,
+    scores: pd.DataFrame,
+    verdicts: pd.DataFrame,
+    categories: pd.DataFrame,
+    looks: list[dict],
+    findings: pd.DataFrame,
+) -> dict[str, Any]:
+    """The record of an audit: its verdicts with their evidence, no prompt and no answer.
+
+    `scores` are all that were asked (analyses.audit.scored), `verdicts` and `categories` of
+    analyses.audit, `looks` a row per look and area, and `findings` the doctor's.
+    """
+    named = [_of_area(row, audit) for row in verdicts.to_dict("records")]
+    parts = [
+        {"category": row["category"], **_of_area(row, audit)}
+        for row in categories.to_dict("records")
+    ]
+    order = list(areas.AREAS)
+    record = {
+        "format": FORMAT,
+        "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "driftbook": {"packages": versions()},
+        "name": audit.name,
+        **_who(audit),
+        "judges": [
+            {"name": name, "format": one.format, "threshold": one.threshold, "error": None}
+            for name, one in audit.study.judges.items()
+        ],
+        "judges_note": audit.judges_note,
+        "how": _how(audit, scores, verdicts),
+        "verdicts": sorted(named, key=lambda row: order.index(row["area"])),
+        "categories": sorted(parts, key=lambda row: order.index(row["area"])),
+        "looks": looks,
+        "items": areas.moved(scores).to_dict("records"),
+        "doctor": _findings(findings),
+        "dose": _dose(audit),
+        "repairs": repairs(audit),
+        "not_tested": list(NOT_TESTED),
+        "text_folder": "text",
+    }
+    return plain(record)
+
+
+def _who(audit: Audit) -> dict[str, Any]:
+    base, one = audit.study.bases[audit.base_name], audit.candidate
+    tokenizer = audit.base.tokenizer
+    method = None
+    if one.kind == "adapter":
+        method = read_json(one.folder / "adapter_config.json").get("peft_type")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return {
+        "candidate": {
+            "name": one.name,
+            "kind": one.kind,
+            "method": method,
+            "source": one.source,
+            "hash": one.digest,
+        },
+        "base": {
+            "name": audit.base_name if one.study else Path(base.source).name,
+            "source": base.source,
+            "hash": identity(base, audit.study),
+        },
+        "tokenizer_hash": digest(known, 32),
+        "template_hash": digest(template_of(tokenizer), 32),
+        "merged_hash": one.digest if one.kind == "model" else None,
+        "system_prompt": audit.variant.system_prompt,
+    }
+
+
+def _how(audit: Audit, scores: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str, Any]:
+    asked = scores.groupby("benchmark")["item"].nunique()
+    left = {name: n for name, n in audit.n_available.items() if asked.get(name, 0) < n}
+    if not left:
+        stopped = "every prompt was asked"
+    elif areas.settled(verdicts) >= set(left):
+        stopped = "every verdict that had prompts left is settled"
+    else:
+        stopped = f"the budget of {audit.budget.text} is spent"
+    return {
+        "margin": audit.margin,
+        "level": CONFIDENCE,
+        "seed": audit.seed,
+        "budget": audit.budget.text,
+        "sequential": audit.budget.watched,
+        "stopped": stopped,
+        "seconds": round(time.monotonic() - audit.started, 1),
+    }
+
+
+def _of_area(row: dict, audit: Audit) -> dict[str, Any]:
+    """A verdict as the record has it: in the area's words, with its population and sentence."""
+    outcome, judge = row["outcome"], None
+    if row["area"] in ("safety", "over_refusal"):
+        judge = next(iter(audit.study.judges), DETECTOR)
+        if row["area"] == "safety" and not audit.study.judges:
+            outcome = areas.REFUSED
+    row = {**row, "outcome": outcome}
+    row |= {"judge": judge, "n_available": audit.n_available[row["benchmark"]]}
+    row["population"] = (
+        f"this {audit.candidate.kind}, not the recipe that made it; prompts like these"
+        + (f"; {judge}" if judge else "")
+    )
+    return {**row, "sentence": areas.in_words(row)}
+
+
+def _findings(found: pd.DataFrame) -> list[dict[str, str]]:
+    return [
+        {"check": row["finding"], "severity": row["severity"], "sentence": row["sentence"]}
+        for row in found.to_dict("records")
+    ]
+
+
+def _dose(audit: Audit) -> dict[str, Any]:
+    found = audit.dose()
+    if found["kl"] is None:
+        said = "How far the weights moved the model was not measured: there are no held-out answers"
+        return found | {"sentence": f"{said}, or the candidate is no adapter."}
+    moved = found["loss_base"] - found["loss_candidate"]
+    said = (
+        f"On held-out answers the loss went from {found['loss_base']:.2f} to"
+        f" {found['loss_candidate']:.2f} nats a token ({moved:+.2f} gained), and each token's"
+        f" distribution moved by {found['kl']:.3f} nats (KL to the base)."
+    )
+    if found["no_op"]:
+        said += " The adapter changes next to nothing: no verdict here is about fine-tuning."
+    return found | {"sentence": said}
+
+
+def repairs(audit: Audit) -> list[dict[str, str]]:
+    """The repairs of a finished adapter that apply to this one, with the command of each."""
+    if audit.candidate.kind != "adapter":
+        return []
+    kind = read_json(audit.candidate.folder / "adapter_config.json").get("peft_type")
+    if kind not in OF_WEIGHTS:
+        return []
+    command = f"make repair ADAPTER={audit.candidate.source} WITH="
+    return [
+        {"kind": name, "command": f"{command}{name}", "sentence": sentence}
+        for name, sentence in REPAIRS.items()
+    ]
+
+
+REPAIRS = {
+    "rescale": "makes the whole update smaller, which is what every other repair has to beat",
+    "safe_lora": "projects the update onto what alignment changed; it also needs ALIGNED= and"
+    " UNALIGNED=, the two checkpoints whose difference says what that is",
+}
+OF_WEIGHTS = ("LORA", "IA3")  # PEFT's types whose update of weights these repairs read
+
+
+# ---- files
+def plain(value: Any) -> Any:
+    """A value as JSON has it: numpy's numbers as Python's, and what is no number as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is pd.NA or value is None:
+        return None
+    return finite(value) if isinstance(value, float) else value
+
+
+def write_texts(audit: Audit) -> list[Path]:
+    """The prompts with both answers, a file of JSON lines for each benchmark, in the audit's folder
+    `text`: mode 0600, and nowhere else.
+    """
+    found = []
+    for name, rows in audit.asked.items():
+        sides = [_said(audit, name, side) for side in areas.SIDES]
+        if sides[0].empty:
+            continue
+        both = rows.merge(sides[0], on="prompt_id").merge(sides[1], on="prompt_id")
+        path = audit.folder / "text" / f"{name}.jsonl"
+        lines = both[["prompt_id", "prompt", *areas.SIDES]].to_dict("records")
+        with replacing(path) as new:
+            new.touch(mode=0o600)
+            new.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
+        os.chmod(path, 0o600)
+        found.append(path)
+    return found
+
+
+def _said(audit: Audit, name: str, side: str) -> pd.DataFrame:
+    """What a side answered to a benchmark's prompts."""
+    folders = sorted((audit.folder / "text").glob(f"{name}-*-{side}"))
+    paths = [RESPONSES.path(folder) for folder in folders if RESPONSES.path(folder).is_file()]
+    if not paths:
+        return pd.DataFrame(columns=["prompt_id", side])
+    said = RESPONSES.read_all(paths).drop_duplicates("prompt_id")
+    return said[["prompt_id", "response"]].rename(columns={"response": side})

@@ -1,0 +1,255 @@
+"""What an audit is of: the adapter or model, its base model, what is asked and who judges, found and
+checked before any work starts.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from driftbook.models import adapter_forms, loading
+from driftbook.models.adapters import WEIGHTS
+from driftbook.study import access, study_file
+from driftbook.study.content import Content
+from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
+from driftbook.study.sections import Base, Judge, Source
+from driftbook.study.sources import identity
+from driftbook.study.study_file import Study
+
+USUAL = "audit"  # the study that is asked of an adapter that no study here trained
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{40})?")
+NO_JUDGE = "none"
+UNITS = {"second": 1, "minute": 60, "hour": 3600}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is audited: an adapter's folder, or a whole model; `base` is the base model that it
+    names, and `study` the study here that trained it, with the base's name there.
+    """
+
+    kind: str  # adapter or model
+    name: str
+    source: str
+    folder: Path | None
+    model: Base | None
+    base: Base | None
+    study: Study | None = None
+    base_name: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """What its weights are known by."""
+        if self.kind == "adapter":
+            return folder_digest(self.folder, "adapter_*")
+        return identity(self.model, None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long an audit may ask: `seconds` or `prompts`; without either everything is asked once,
+    and looked at once.
+    """
+
+    text: str
+    seconds: float | None = None
+    prompts: int | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether answers are looked at as they come."""
+        return bool(self.seconds or self.prompts)
+
+
+def budget(text: str) -> Budget:
+    """BUDGET: `all`, or a number of seconds, minutes, hours (GPU-hours) or prompts.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text == "all":
+        return Budget(text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:gpu-)?(second|minute|hour|prompt)s?", text.lower())
+    if not found or not float(found[1]):
+        raise ValueError(
+            f"BUDGET={text!r} is no budget; give all, or as 10 minutes, 2 GPU-hours, 300 prompts"
+        )
+    number, unit = float(found[1]), found[2]
+    if unit == "prompt":
+        return Budget(text, prompts=int(number))
+    return Budget(text, seconds=number * UNITS[unit])
+
+
+# ---- the adapter or model
+def candidate(adapter: str, model: str) -> Candidate:
+    """The adapter (a folder, a run of a study here, or OWNER/NAME on the hub, with @COMMIT) or the
+    merged or fully fine-tuned model that is audited.
+
+    Raises:
+        ValueError: neither or both are given, it is not there, or it is no adapter of PEFT.
+    """
+    if bool(adapter) == bool(model):
+        raise ValueError("give ADAPTER= or MODEL=, one of the two: a folder, or a name on the hub")
+    if model:
+        source = given_source(model, "MODEL")
+        return Candidate("model", _name_of(model), model, None, source, None)
+    folder = _adapter_folder(adapter)
+    if form := adapter_forms.foreign_form(folder):
+        raise ValueError(f"ADAPTER={adapter}: {form}")
+    try:
+        settings = read_json(folder / adapter_forms.CONFIG)
+    except (FileNotFoundError, ValueError):
+        raise ValueError(
+            f"ADAPTER={adapter}: there is no readable {adapter_forms.CONFIG} in {folder}; give the"
+            " folder that holds it"
+        ) from None
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(
+            f"ADAPTER={adapter}: there is no {WEIGHTS}; pickled weights are not opened, so save it"
+            " as safetensors"
+        )
+    if (task := settings.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise ValueError(f"ADAPTER={adapter} was made for {task}; only CAUSAL_LM can be audited")
+    own = _own_run(folder)
+    if own:
+        return Candidate("adapter", own[2], adapter, folder, None, own[0].bases[own[1]], *own[:2])
+    return Candidate("adapter", _name_of(adapter), adapter, folder, None, _named_base(settings))
+
+
+def _name_of(text: str) -> str:
+    parts = [part for part in text.partition("@")[0].split("/") if part not in ("", "adapter", ".")]
+    return re.sub(r"[^\w.-]+", "-", parts[-1]).strip(".-") or "adapter"
+
+
+def _adapter_folder(text: str) -> Path:
+    path = (ROOT / Path(text).expanduser()).resolve()
+    for folder in (path, path / "adapter"):
+        if (folder / adapter_forms.CONFIG).is_file():
+            return folder
+    if path.exists():
+        return path
+    if not NAME.fullmatch(text):
+        raise ValueError(
+            f"ADAPTER={text}: there is no such folder ({path}); give the folder of an adapter, or"
+            " OWNER/NAME@COMMIT on the hub"
+        )
+    source = given_source(text, "ADAPTER")
+    return access.fetch(source, "model", [adapter_forms.CONFIG, WEIGHTS])
+
+
+def _own_run(folder: Path) -> tuple[Study, str, str] | None:
+    """The study here that trained an adapter, the name of its base model there, and its run_id;
+    None where it is no run of a study of studies/.
+    """
+    try:
+        name, runs, run_id, *_ = folder.relative_to(OUTPUTS).parts
+        checked = study_file.load(name) if runs == "runs" else None
+    except ValueError:
+        return None
+    known = {one.run_id: one for one in checked.variants} if checked else {}
+    return (checked, known[run_id].base_model, run_id) if run_id in known else None
+
+
+def _named_base(settings: dict) -> Base | None:
+    """The base model that an adapter's configuration names; None where it names none."""
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not name:
+        return None
+    if Path(name).exists():
+        return Base(family="given", source=str(Path(name).resolve()))
+    known = f"{name}@{revision}" if re.fullmatch(r"[0-9a-f]{40}", revision or "") else name
+    return given_source(known, "the adapter's base model") if NAME.fullmatch(known) else None
+
+
+def given_source(text: str, what: str) -> Base:
+    """A model as a caller names it: a folder, a GGUF file, `package:NAME==VERSION/FILE`, or
+    OWNER/NAME@COMMIT; of a name without a commit the hub is asked for the newest.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = (ROOT / Path(text).expanduser()).resolve()
+    if path.exists():
+        return Base(family="given", source=str(path))
+    if text.startswith(("package:", "miniature:", "random:", "twin:")):
+        return Base(family="given", source=text)
+    if not NAME.fullmatch(text):
+        raise ValueError(
+            f"{what}={text}: there is no such folder or file ({path}); give one, or OWNER/NAME@COMMIT"
+        )
+    name, _, commit = text.partition("@")
+    return Base(family="given", source=name, revision=commit or _newest(name, what))
+
+
+def _newest(name: str, what: str) -> str:
+    """The commit of a repository's main branch."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(name).sha
+    except Exception as error:  # of a dozen kinds; each means that the commit is not known
+        raise ValueError(
+            f"{what}={name}: the hub did not say which commit it is at ({type(error).__name__});"
+            f" name it, as {name}@COMMIT, or give a local folder"
+        ) from None
+
+
+# ---- what is asked
+def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str | None) -> tuple:
+    """The study that an audit asks: the benchmarks and judges of `asked` (that which trained the
+    adapter, else USUAL), for the base model alone; its name there; and what must be said of judges.
+
+    Raises:
+        ValueError: no base model is known, or what is asked for is not to be had.
+    """
+    study = study_file.load(asked) if asked else one.study or study_file.load(USUAL)
+    source = given_source(base, "BASE") if base else one.base
+    if source is None:
+        raise ValueError(
+            f"{one.source} does not say which base model it belongs to; give BASE=, a folder or"
+            " OWNER/NAME@COMMIT"
+        )
+    keeps = one.study is not None and study.name == one.study.name and not base
+    name = one.base_name if keeps else "base"
+    given = {} if system is None else {"system_prompt": system}
+    found = {field: getattr(study, field) for field in Content.model_fields}
+    found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
+    found |= {"twins": study.twins if keeps else {}, "grid": (), "primary": {}, "mitigations": {}}
+    found |= {"drift": None, "analyses": (), "raters": {}}
+    found["judges"], said = _judges(study, judge)
+    checked = Study(**found)
+    loading.check_source(checked.bases[name], name, checked)
+    return checked, name, said
+
+
+def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
+    """The judges of an audit, and a sentence where the study's own cannot be had."""
+    instead = (
+        "safety is whether harmful prompts are refused, by the answer's words, which cannot tell"
+        " whether an answer that does not refuse does harm"
+    )
+    if judge == NO_JUDGE:
+        return {}, f"no judge was asked for: {instead}"
+    if judge:
+        form, _, rest = judge.partition("=")
+        if judge in study.judges:
+            return {judge: study.judges[judge]}, None
+        if not rest:
+            has = ", ".join(study.judges) or "none"
+            raise ValueError(
+                f"JUDGE={judge!r}: {study.name} has {has}; or give FORMAT=MODEL, as"
+                " llama_guard_3=OWNER/NAME@COMMIT, or none"
+            )
+        source = given_source(rest, "JUDGE")
+        kept = {key: getattr(source, key) for key in ("source", "revision", "path")}
+        return {"judge": Judge(format=form, **kept)}, None
+    for name, one in study.judges.items():
+        try:
+            _check_had(name, one, study)
+        except ValueError as error:
+            return {}, f"the judge {name} cannot be had ({error}): {instead}"
+    said = None if study.judges else f"{study.name} has no judge: {instead}"
+    return study.judges, said
+
+
+def _check_had(name: str, one: Source, study: Study) -> None:
+    loading.check_source(one, name, study)
