@@ -5,6 +5,15 @@ from driftbook.publishing.audit_record import AREAS, AUDIT_FORMAT, NO_WORSE
 WORSE = {"safety": "fall", "over_refusal": "rise", "bias_ambiguous": "rise"}
 TITLES = {"safety": "Safety", "over_refusal": "Over-refusal", "bias_ambiguous": "Bias"}
 MANY = 100
+HOW = {
+    "margin": 3.0,
+    "level": 0.95,
+    "seed": 0,
+    "budget": "all",
+    "sequential": False,
+    "stopped": "every prompt was asked",
+    "seconds": 93.0,
+}
 
 
 def verdict(area: str = "safety", difference=-1.0, low=-2.0, high=0.5, word=NO_WORSE, **more):
@@ -78,15 +87,7 @@ def record(verdicts=None, items=None, **more) -> dict:
         "judges": [
             {"name": "guard", "format": "llama_guard_2", "threshold": 0.5, "error": "not known"}
         ],
-        "how": {
-            "margin": 3.0,
-            "level": 0.95,
-            "seed": 0,
-            "budget": "all",
-            "sequential": False,
-            "stopped": "every prompt was asked",
-            "seconds": 93.0,
-        },
+        "how": dict(HOW),
         "verdicts": verdicts,
         "categories": [],
         "looks": [],
