@@ -67,8 +67,12 @@ def checked_audit(value: Any, name: str = "the record") -> dict[str, Any]:
 
 
 def areas_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The areas of every audit, and those that this one has besides (a probe, a task of a log)."""
-    return tuple(dict.fromkeys([*AREAS, *(row["area"] for row in record["verdicts"])]))
+    """The areas of every audit and those that this one has besides, such as a probe; of logs their
+    tasks alone.
+    """
+    own = [row["area"] for row in record["verdicts"]]
+    usual = () if record["candidate"].get("kind") == "log" else AREAS
+    return tuple(dict.fromkeys([*usual, *own]))
 
 
 def number_of(row: Mapping[str, Any], name: str) -> float | None:
