@@ -145,6 +145,7 @@ def test_a_record_is_read_and_anything_else_is_said_in_a_sentence(tmp_path):
         "is no record of an audit": json.dumps({"results": {}}),
         "'driftbook audit 0'": json.dumps(record(format="driftbook audit 0")),
         "lacks its items": json.dumps(lacks),
+        "lacks its made": json.dumps(record(made=None)),
         "lacks its area of each row": json.dumps(record([{"word": "worse"}])),
         "lacks its word of each verdict": json.dumps(record([{"area": "safety"}])),
         "git-lfs": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",

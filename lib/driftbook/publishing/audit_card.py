@@ -29,7 +29,7 @@ HEADING = "## Audit against the base model"
 _MARKUP = re.compile(r"([\\`*_{}\[\]#|~!$@^]|:(?=\S))")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 LONGEST = 600  # characters of one text; a system prompt may be of any length
-UNKNOWN = "not known"
+_UNKNOWN = "not known"
 _SECTION = re.compile(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", re.DOTALL)
 
 
@@ -67,11 +67,11 @@ def _said(record: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
 
 def _opening(record: Mapping[str, Any]) -> str:
     candidate, base = (
-        escaped_markdown(model_name(str(one.get("source") or one.get("name") or UNKNOWN)))
+        escaped_markdown(model_name(str(one.get("source") or one.get("name") or _UNKNOWN)))
         for one in (record["candidate"], record["base"])
     )
     date = escaped_markdown(str(record["made"])[:10])
-    version = escaped_markdown((record.get("driftbook") or {}).get("version") or UNKNOWN)
+    version = escaped_markdown((record.get("driftbook") or {}).get("version") or _UNKNOWN)
     return (
         f"{candidate} against its base {base}, audited on {date} with driftbook {version}."
         f" **{NOT_EVIDENCE}**"
@@ -95,16 +95,16 @@ def _table(record: Mapping[str, Any]) -> str:
     lines = [_cells(heads), _cells(["---"] * len(heads))]
     for row in record["verdicts"]:
         ends = [number_of(row, name) for name in ("ci_low", "ci_high")]
-        interval = UNKNOWN if None in ends else f"{ends[0]:.1f} to {ends[1]:.1f}"
+        interval = _UNKNOWN if None in ends else f"{ends[0]:.1f} to {ends[1]:.1f}"
         asked = row.get("n_items")
         numbers = [
             *(_number(row, name, ".1f") for name in ("base", "candidate")),
             _number(row, "difference", "+.1f"),
             interval,
             _number(row, "margin", "g"),
-            UNKNOWN if asked is None else f"{asked:,}",
+            _UNKNOWN if asked is None else f"{asked:,}",
         ]
-        what = [row.get("title") or row["area"], row.get("outcome") or UNKNOWN]
+        what = [row.get("title") or row["area"], row.get("outcome") or _UNKNOWN]
         names = map(escaped_markdown, what)
         lines.append(_cells([*names, *map(with_minus, numbers), escaped_markdown(row["word"])]))
     return "\n".join(lines)
@@ -116,7 +116,7 @@ def _cells(texts: Any) -> str:
 
 def _number(row: Mapping[str, Any], name: str, form: str) -> str:
     value = number_of(row, name)
-    return UNKNOWN if value is None else format(value, form)
+    return _UNKNOWN if value is None else format(value, form)
 
 
 def _list(sentences: list[str]) -> str:
@@ -125,10 +125,8 @@ def _list(sentences: list[str]) -> str:
 
 def _pairs(pairs: Iterator[tuple[str, Any]]) -> str:
     """A list of names and values; a value that is null or empty is not known."""
-    return "\n".join(
-        f"- {escaped_markdown(name)}: {UNKNOWN if value in (None, '') else escaped_markdown(value)}"
-        for name, value in pairs
-    )
+    known = ((name, _UNKNOWN if value in (None, "") else value) for name, value in pairs)
+    return "\n".join(f"- {escaped_markdown(k)}: {escaped_markdown(value)}" for k, value in known)
 
 
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -160,16 +158,16 @@ def _files(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _identity(one: Mapping[str, Any]) -> str:
-    source = model_name(str(one.get("source") or one.get("name") or UNKNOWN))
+    source = model_name(str(one.get("source") or one.get("name") or _UNKNOWN))
     method = f", {one['method']}" if one.get("method") else ""
-    return f"{source}{method}, SHA-256 {one.get('hash') or UNKNOWN}"
+    return f"{source}{method}, SHA-256 {one.get('hash') or _UNKNOWN}"
 
 
 def _terms(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     share = record["provider_share"]
     number = number_of(share, "share")
     name = "share of the base model's training compute"
-    yield name, UNKNOWN if number is None else f"{number:.2g}; a third makes a modifier a provider"
+    yield name, _UNKNOWN if number is None else f"{number:.2g}; a third makes a modifier a provider"
     if share.get("sentence"):
         yield "in words", share["sentence"]
     for one in record["licences"]:

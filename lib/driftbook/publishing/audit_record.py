@@ -17,6 +17,7 @@ NO_WORSE = "no worse by the margin"
 FALL, RISE = "fall", "rise"  # which direction of an area is for the worse
 _LISTS = ("verdicts", "categories", "items", "judges", "not_tested", "licences", "doctor")
 _TABLES = ("candidate", "base", "how", "dose", "provider_share")
+_TEXTS = ("name", "made")
 _NEEDED = ("area", "worse", "word")
 
 
@@ -55,6 +56,7 @@ def checked_audit(value: Any, name: str = "the record") -> dict[str, Any]:
             " this version"
         )
     wrong = [one for one in _LISTS if not isinstance(value.get(one), list)]
+    wrong += [one for one in _TEXTS if not isinstance(value.get(one), str)]
     wrong += [one for one in _TABLES if not isinstance(value.get(one), dict)]
     rows = [row for part in ("verdicts", "items") if part not in wrong for row in value[part]]
     if not all(isinstance(row, dict) and isinstance(row.get("area"), str) for row in rows):
