@@ -1,5 +1,6 @@
 """An audit's section of a model card, its metadata, and its records in others' formats."""
 
+import hashlib
 import json
 import re
 
@@ -91,8 +92,12 @@ def test_an_escaped_text_is_one_line_of_plain_text(text):
     assert not any(ord(one) < 32 for one in shown)
 
 
-def test_a_long_text_is_cut():
+def test_a_long_text_is_cut_and_a_long_system_prompt_has_its_hash():
     assert len(escaped_markdown("x" * 10_000)) < 700
+    long = "Be brief. " * 100
+    section = card_section(record(system_prompt=long))
+    assert hashlib.sha256(long.encode()).hexdigest() in section
+    assert long not in section
 
 
 # ---- the card and model-index
@@ -111,7 +116,7 @@ def test_a_card_round_trips(tmp_path):
     assert one.metric_args["level"] == 0.95
 
 
-def test_another_audit_replaces_the_first_and_leaves_the_rest():
+def test_another_audit_replaces_the_first_and_leaves_the_rest(tmp_path):
     card = """---
 license: mit
 tags: [mine]
@@ -141,6 +146,9 @@ Words of mine.
     kinds = [one.metric_type for one in twice.data.eval_results]
     assert kinds == ["acc", "utility", "utility_difference"]
     assert str(audited_card(record([verdict("utility", word="better")]), twice)) == text
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    assert str(audited_card(record([verdict("utility", word="better")]), path)) == text
 
 
 def test_hostile_names_in_metadata_stay_texts():

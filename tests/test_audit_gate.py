@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from audited import MANY, record, verdict
@@ -62,6 +62,10 @@ def test_a_condition_that_cannot_be_read_is_said_in_a_sentence(text, said):
 
 # ---- the law of an interval
 @given(SORTED, POINTS, st.sampled_from("<>"))
+@example([-9.0, -3.0], -3.0, "<")
+@example([3.0, 9.0], 3.0, ">")
+@example([-3.0, -3.0], -3.0, "<")
+@example([-3.0, -3.0], -3.0, ">")
 def test_a_condition_tests_the_whole_interval(ends, limit, sign):
     low, high = ends
     found = status_of(f"safety{sign}{limit!r}", low=low, high=high)

@@ -5,6 +5,7 @@ card as it is. Names, sentences and system prompts come from others: they are es
 can make a link, a picture, HTML or a new row.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -132,7 +133,10 @@ def _pairs(pairs: Iterator[tuple[str, Any]]) -> str:
 def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     how, dose = record["how"], record["dose"]
     yield "population", next((row.get("population") for row in record["verdicts"]), None)
-    yield "system prompt", record.get("system_prompt") or "none"
+    system = record.get("system_prompt") or "none"
+    yield "system prompt", system
+    if len(system) > LONGEST:
+        yield "SHA-256 of the whole system prompt", hashlib.sha256(system.encode()).hexdigest()
     yield "seed", how.get("seed")
     yield "margin (points)", how.get("margin")
     yield "budget", how.get("budget")
@@ -181,7 +185,8 @@ def audited_card(
     record: Mapping[str, Any], card: ModelCard | Path | str | None = None
 ) -> ModelCard:
     """The card with the audit's section and its entries of `model-index`, in place of an earlier
-    audit's; a new card where there is none. Other sections, metadata and results stay.
+    audit's; a new card where there is none. Other sections, metadata and results stay. `card` is a
+    card, the path of one, or its text.
 
     Raises:
         ValueError: the card cannot be read.
