@@ -10,6 +10,7 @@ import pytest
 from conftest import one_sentence
 from driftbook import stats
 from driftbook.publishing import export_inspect, export_lm_eval
+from driftbook.publishing.audit_logs import from_logs
 from driftbook.stats import estimation, influence, terms
 from driftbook.study.tables import TABLES
 from exports import everything, lm_eval_run
@@ -126,6 +127,7 @@ def test_what_lm_eval_writes_is_read(tmp_path):
     assert (row["task"], row["metric"], row["n_items"]) == ("toy", "acc", 4)
     assert row["difference"] == 0
     assert "nothing says" not in row["sentence"]  # the results file does
+    assert from_logs(out, out)["verdicts"][0]["sentence"] == row["sentence"]
     samples = next(out.rglob("samples_*"))
     other = tmp_path / samples.name
     other.write_text(samples.read_text().replace('"doc_hash": "', '"doc_hash": "0'))
