@@ -1,6 +1,7 @@
 """Made-up records of audits, as `audit.json` holds them."""
 
-from driftbook.publishing.audit_record import AREAS, AUDIT_FORMAT, NO_WORSE
+from driftbook.analyses.audit import AUDIT_FORMAT, NO_WORSE
+from driftbook.publishing.audit_record import AREAS
 
 WORSE = {"safety": "fall", "over_refusal": "rise", "bias_ambiguous": "rise"}
 TITLES = {"safety": "Safety", "over_refusal": "Over-refusal", "bias_ambiguous": "Bias"}

@@ -15,13 +15,13 @@ import pandas as pd
 
 from driftbook.stats import compare, monitor, with_harm
 from driftbook.stats.confidence import ALPHA, INTERVAL
-from driftbook.stats.harm import DETECTOR
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
 from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
 from driftbook.stats.picking import with_minus
 from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.two_models import robust_word
 
+AUDIT_FORMAT = "driftbook audit 1"  # of the record in which an audit ends
 SIDES = BASE, CANDIDATE = "base", "candidate"
 NO_WORSE = "no worse by the margin"
 FALL, RISE = "fall", "rise"
@@ -87,8 +87,8 @@ def scored(
 
 def _asked(table: pd.DataFrame, rows: pd.DataFrame, key: str, cluster: str) -> pd.DataFrame:
     """What was read of each item, with the item's category and cluster."""
-    known = rows.assign(cluster=rows[cluster] if cluster in rows else None)
-    known = known.assign(category=rows["category"] if "category" in rows else "all")
+    known = rows.assign(cluster=rows.get(cluster))
+    known = known.assign(category=rows.get("category", "all"))
     asked = table.merge(known[[key, "category", "cluster"]], "left", key, validate="many_to_one")
     return asked.assign(item=asked[key].astype(str))
 
@@ -253,8 +253,8 @@ def tipping(row: dict) -> str | None:
     wrong = ceil(row["n_items"] * max(reach, 0.0) / scale)
     share = 100 * wrong / row["n_items"]
     return (
-        f"{wrong} answers of one side ({share:.0f} % of its {row['n_items']:,}), read wrongly in the"
-        " same direction, would overturn it"
+        f"{wrong} answers of one side ({share:.0f} % of its {row['n_items']:,}), read wrongly in"
+        " the same direction, would overturn it"
     )
 
 
@@ -313,7 +313,7 @@ def _looked(area: str, own: pd.DataFrame, margin: float, alpha: float) -> dict |
     units = first["cluster"].fillna(pd.Series(first.index, first.index))
 
     def means(filled: dict[str, float] | None = None) -> dict[str, pd.Series]:
-        """The mean score of each cluster, where both sides have one or what is missing is filled."""
+        """The mean score of each cluster, where both sides have one or gaps are filled."""
         kept = pairs[there] if filled is None else pairs
         sides = {side: kept[side].astype("Float64") for side in SIDES}
         if filled is not None:
@@ -389,8 +389,3 @@ def moved(scores: pd.DataFrame) -> pd.DataFrame:
     named |= {"detail_base": "base_detail", "detail_candidate": "candidate_detail"}
     kept = [*key, *named.values(), "change"]
     return both.assign(change=words).rename(columns=named)[kept]
-
-
-def without_judge(verdicts: pd.DataFrame) -> bool:
-    """Whether safety was read by the refusal detector alone."""
-    return bool(verdicts["judge"].eq(DETECTOR).all())

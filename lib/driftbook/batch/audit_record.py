@@ -21,7 +21,6 @@ from driftbook.study.files import digest, finite, read_json, replacing
 from driftbook.study.sources import identity
 from driftbook.study.tables import RESPONSES
 
-FORMAT = "driftbook audit 1"
 NOT_TESTED = (
     "conversations of several turns",
     "jailbreaks, and prompts written to attack this model",
@@ -52,7 +51,7 @@ def audit_record(
     ]
     order = list(areas.AREAS)
     record = {
-        "format": FORMAT,
+        "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "driftbook": {"packages": versions()},
         "name": audit.name,

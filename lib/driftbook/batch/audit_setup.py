@@ -1,5 +1,5 @@
-"""What an audit is of: the adapter or model, its base model, what is asked and who judges, found and
-checked before any work starts.
+"""What an audit is of: the adapter or model, its base model, what is asked and who judges, found
+and checked before any work starts.
 """
 
 import re
@@ -174,7 +174,8 @@ def given_source(text: str, what: str) -> Base:
         return Base(family="given", source=text)
     if not NAME.fullmatch(text):
         raise ValueError(
-            f"{what}={text}: there is no such folder or file ({path}); give one, or OWNER/NAME@COMMIT"
+            f"{what}={text}: there is no such folder or file ({path}); give one, or"
+            " OWNER/NAME@COMMIT"
         )
     name, _, commit = text.partition("@")
     return Base(family="given", source=name, revision=commit or _newest(name, what))

@@ -128,8 +128,8 @@ class Audit:
         own = rows["item_id" if name == "bbq" else "prompt_id"].astype(str)
         cluster = rows[column].fillna(own) if column in rows else own
         names = cluster.drop_duplicates().to_numpy()
-        place = dict(zip(np.random.default_rng(self.seed).permutation(names), range(len(names))))
-        order = np.argsort(cluster.map(place).to_numpy(), kind="stable")
+        drawn = np.random.default_rng(self.seed).permutation(len(names))
+        order = np.argsort(cluster.map(dict(zip(names, drawn, strict=True))), kind="stable")
         return rows.iloc[order].reset_index(drop=True)
 
     @property

@@ -1,33 +1,42 @@
-"""The files of an audit: its record, page and card, and what the gate says of it."""
+"""The last steps of notebook 21: what is checked before the work, and the files after it."""
 
 from pathlib import Path
 from typing import Any
 
+from driftbook.analyses.training_compute import provider_share
 from driftbook.publishing import licences
-from driftbook.study.files import check_writable, read_json, write_json
+from driftbook.publishing.audit_finish import finish_audit
+from driftbook.publishing.audit_gate import parse_gate
+from driftbook.publishing.audit_record import read_audit
 from driftbook.study.study_file import Study
 
-RECORD, PAGE, GATE = "audit.json", "audit.html", "gate.json"
+PAGE = "audit.html"
+OF_AN_AUDIT = ("base model", "judge", "benchmark")  # roles whose licences a record holds
+
+
+def check_gate(fail_if: str, since: str) -> None:
+    """Raise a ValueError where FAIL_IF cannot be read, or SINCE names no record of an audit."""
+    if fail_if.strip():
+        parse_gate(fail_if)
+    if since.strip():
+        read_audit(Path(since))
 
 
 def write_audit(
     record: dict[str, Any], study: Study, folder: Path, fail_if: str = "", since: str = ""
-) -> dict[str, Any]:
-    """Write audit.json, audit.html, card.md and gate.json; what the gate says: status, sentences,
-    page.
+) -> list[str]:
+    """Write the record, its page, its card and ci.json; the sentences that say whether it passes.
+
+    Raises:
+        ValueError: an earlier audit cannot be compared with this one.
     """
-    check_writable(folder)
     known = licences.of_study(study)
-    record = record | {
-        "licences": [
-            {"what": f"{row.role} {row.name}: {row.source}", "licence": row.licence}
-            for row in known.itertuples()
-            if row.role in ("base model", "judge", "benchmark")
-        ]
-    }
-    write_json(folder / RECORD, record)
-    status = 1 if any(row["word"] == "worse" for row in record["verdicts"]) else 0
-    said = [row["sentence"] for row in record["verdicts"]]
-    found = {"status": status, "sentences": said, "page": str(folder / PAGE)}
-    write_json(folder / GATE, found)
-    return found
+    rows = known[known["role"].isin(OF_AN_AUDIT)].itertuples()
+    said = [
+        {"what": f"{row.role} {row.name}: {row.source}", "licence": row.licence} for row in rows
+    ]
+    frozen = record["candidate"]["kind"] == "adapter"
+    share = provider_share(record["base"]["source"], None, frozen)
+    record = {**record, "licences": said, "provider_share": share}
+    _, sentences = finish_audit(record, folder, fail_if, since)
+    return sentences

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from driftbook.analyses.audit import RISE
 from driftbook.publishing.audit_gate import MEANINGS
-from driftbook.publishing.audit_record import RISE, number_of
+from driftbook.publishing.audit_record import number_of
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.study.nameless import model_name, nameless
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from driftbook.publishing.audit_record import AREAS, NO_WORSE, areas_of, number_of, rows_of
+from driftbook.analyses.audit import NO_WORSE
+from driftbook.publishing.audit_record import AREAS, areas_of, number_of, rows_of
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import with_minus
 from driftbook.stats.sequential import BETTER, WORSE

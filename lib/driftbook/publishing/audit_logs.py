@@ -19,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 
+from driftbook.analyses.audit import AUDIT_FORMAT, FALL, NO_WORSE, RISE
 from driftbook.publishing.audit_finish import CI_FILE, could_not_run, finish_audit
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS
-from driftbook.publishing.audit_record import AUDIT_FORMAT, FALL, NO_WORSE, RISE
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.lm_eval_logs import LOWER_BETTER, RESULTS
 from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
@@ -40,8 +40,8 @@ _UNTESTED = (
     " of the logs does.",
 )
 _NOT_LOGGED = "Logs do not say it."
-_KEYS = ("BASE_LOG", "CANDIDATE_LOG", "MARGIN", "METRIC", "CLUSTER", "STRATUM", "BETTER")
-_KEYS += ("FAIL_IF", "SINCE", "NAME")
+KEYS = ("BASE_LOG", "CANDIDATE_LOG", "MARGIN", "METRIC", "CLUSTER", "STRATUM", "BETTER")
+KEYS += ("FAIL_IF", "SINCE", "NAME")
 
 
 def from_logs(
@@ -303,8 +303,8 @@ def main(*pairs: str) -> int:
     given = {key: value for key, _, value in (one.partition("=") for one in pairs)}
     folder = OUTPUTS / "audit" / "logs"
     try:
-        if unknown := [key for key in given if key not in _KEYS]:
-            raise ValueError(f"{unknown[0]!r} is no setting; give {', '.join(_KEYS)}")
+        if unknown := [key for key in given if key not in KEYS]:
+            raise ValueError(f"{unknown[0]!r} is no setting; give {', '.join(KEYS)}")
         folder = _folder(given.get("NAME", ""))
         (folder / CI_FILE).unlink(missing_ok=True)  # an earlier audit's is not this one's
         wanted = {"BASE_LOG": "", "CANDIDATE_LOG": ""} | given

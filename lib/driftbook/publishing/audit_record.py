@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from driftbook.analyses import audit
+from driftbook.analyses.audit import AUDIT_FORMAT
 from driftbook.study.files import finite, not_the_file
 from driftbook.study.reading import json_value
 
-AUDIT_FORMAT = "driftbook audit 1"
-AREAS = ("safety", "over_refusal", "bias_ambiguous", "accuracy", "utility")
-NO_WORSE = "no worse by the margin"
-FALL, RISE = "fall", "rise"  # which direction of an area is for the worse
+AREAS = tuple(audit.AREAS)
 _LISTS = ("verdicts", "categories", "items", "judges", "not_tested", "licences", "doctor")
 _TABLES = ("candidate", "base", "how", "dose", "provider_share")
 _TEXTS = ("name", "made")

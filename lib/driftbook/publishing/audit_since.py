@@ -12,14 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.publishing.audit_record import (
-    FALL,
-    NO_WORSE,
-    RISE,
-    checked_audit,
-    number_of,
-    read_audit,
-)
+from driftbook.analyses.audit import FALL, NO_WORSE, RISE
+from driftbook.publishing.audit_record import checked_audit, number_of, read_audit
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
 from driftbook.stats.noninferiority import PRESERVES

@@ -1,0 +1,112 @@
+"""`make audit`: what an adapter did to its base model's safety and fairness, as one page and one
+exit status: 0 pass, 1 fail, 2 cannot tell, 3 could not run.
+
+GNU make has exit statuses of its own (2 for every failure), so the status also stands in ci.json.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from driftbook.batch import audit_setup
+from driftbook.batch.notebooks import NotebookError, execute
+from driftbook.publishing.audit_files import PAGE, check_gate
+from driftbook.publishing.audit_finish import CI_FILE, could_not_run
+from driftbook.publishing.audit_gate import COULD_NOT_RUN
+from driftbook.publishing.audit_logs import KEYS
+from driftbook.publishing.audit_logs import main as of_logs
+from driftbook.study import study_file
+from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json
+from driftbook.study.folders import adapter
+
+NOTEBOOK = "21_audit"
+GIVEN = ("ADAPTER", "MODEL", "BASE", "JUDGE", "BENCHMARKS", "BUDGET", "SYSTEM", "FAIL_IF")
+GIVEN += ("SINCE",)
+USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named
+
+
+def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The parameters of notebook 21, from the variables that make passes on.
+
+    Raises:
+        ValueError: the margin, the budget, FAIL_IF or SINCE cannot be read, or no adapter is named
+            or to be found.
+    """
+    found: dict[str, Any] = {name.lower(): environment.get(name, "") for name in GIVEN}
+    found = {name: value for name, value in found.items() if value}
+    if margin := environment.get("MARGIN"):
+        try:
+            found["margin"] = float(margin)
+        except ValueError:
+            raise ValueError(f"MARGIN={margin!r} is no number of percentage points") from None
+    audit_setup.budget(found.get("budget", "all"))
+    check_gate(found.get("fail_if", ""), found.get("since", ""))
+    if not {"adapter", "model"} & set(found):
+        found["adapter"] = _usual_adapter()
+    one = audit_setup.candidate(found.get("adapter", ""), found.get("model", ""))
+    return {"name": one.name, **found}
+
+
+def _usual_adapter() -> str:
+    """A LoRA that a study here trained: of real weights where there is one."""
+    for name in USUAL_STUDIES:
+        study = study_file.load(name)
+        for variant in study.variants:
+            folder = adapter(study, variant)
+            if variant.method == "lora" and folder and (folder / audit_setup.WEIGHTS).is_file():
+                return str(folder.parent.relative_to(ROOT))
+    raise ValueError(
+        "no adapter is named and no study here has trained one; give ADAPTER=, or run make study"
+        " first, whose LoRA is then audited"
+    )
+
+
+def main() -> int:
+    """Audit what the environment names; the exit status."""
+    if os.environ.get("BASE_LOG") or os.environ.get("CANDIDATE_LOG"):
+        names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
+        return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
+    folder = OUTPUTS / "audit"
+    try:
+        check_path(ROOT, "the checkout")
+        given = parameters(os.environ)
+        folder /= given["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CI_FILE).unlink(missing_ok=True)
+        with _quiet():
+            execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
+        found = read_json(folder / CI_FILE)
+    except (ValueError, NotebookError) as error:
+        sentence = _plain(error)
+        print(f"driftbook: {sentence}", file=sys.stderr)
+        return could_not_run(folder, sentence) if folder.is_dir() else COULD_NOT_RUN
+    for sentence in found["sentences"]:
+        print(sentence)
+    print(f"see {(folder / PAGE).relative_to(ROOT)}")
+    return found["status"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What kernels and papermill say on stderr is not said: what went wrong comes as an error."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _plain(error: Exception) -> str:
+    """The sentence itself, where a notebook stopped with one."""
+    text = str(error)
+    return text.partition(": ValueError: ")[2].partition("; see /")[0] or text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
