@@ -8,7 +8,7 @@ override PROFILE := $(value PROFILE)
 override DEVICE := $(value DEVICE)
 override PRICE := $(value PRICE)
 export STUDY PROFILE DEVICE PRICE
-AUDIT := ADAPTER MODEL BASE JUDGE BENCHMARKS BUDGET MARGIN SYSTEM FAIL_IF SINCE BASE_LOG CANDIDATE_LOG METRIC CLUSTER STRATUM BETTER WITH
+AUDIT := ADAPTER MODEL BASE JUDGE BENCHMARKS BUDGET MARGIN SYSTEM FAIL_IF SINCE BASE_LOG CANDIDATE_LOG METRIC CLUSTER STRATUM BETTER WITH VALUE ALIGNED UNALIGNED
 $(foreach name,$(AUDIT),$(eval override $(name) := $$(value $(name))))
 export $(AUDIT)
 PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,$(shell command -v $(name) >/dev/null 2>&1 && \
@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
 LINT_IMPORTS := $(PY) -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
 CHECK := $(PY) -m ruff format --check --quiet . && $(PY) -m ruff check --quiet . && $(LINT_IMPORTS) --no-cache
-.PHONY: help study audit plan calibrate check test bench report reread export figures publish lab lint purge
+.PHONY: help study audit repair plan calibrate check test bench report reread export figures publish lab lint purge
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -51,6 +51,9 @@ study: $(READY) ## run a study from training to report; STUDY=miniature, or a fi
 
 audit: $(READY) ## what an adapter did to its base model; ADAPTER=folder or OWNER/NAME@COMMIT, BUDGET="10 minutes" or all, FAIL_IF="safety<-3"; see notebook 21
 	@$(PY) -W ignore -m driftbook.publishing.make_audit
+
+repair: $(READY) ## a repaired copy of an adapter, audited before and after; ADAPTER=... WITH=rescale or safe_lora
+	@$(PY) -W ignore -m driftbook.publishing.make_repair
 
 plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
 	@$(PY) -W ignore -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"

@@ -220,9 +220,9 @@ def write_texts(audit: Audit) -> list[Path]:
 
 def _said(audit: Audit, name: str, side: str) -> pd.DataFrame:
     """What a side answered to a benchmark's prompts."""
-    folders = sorted((audit.folder / "text").glob(f"{name}-*-{side}"))
-    paths = [RESPONSES.path(folder) for folder in folders if RESPONSES.path(folder).is_file()]
+    paths = [RESPONSES.path(place) for place, of in audit.places.items() if of == (name, side)]
+    paths = [path for path in paths if path.is_file()]
     if not paths:
         return pd.DataFrame(columns=["prompt_id", side])
-    said = RESPONSES.read_all(paths).drop_duplicates("prompt_id")
+    said = RESPONSES.read_all(paths)
     return said[["prompt_id", "response"]].rename(columns={"response": side})

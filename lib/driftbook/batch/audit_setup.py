@@ -2,6 +2,7 @@
 and checked before any work starts.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from driftbook.models.adapters import WEIGHTS
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
 from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
-from driftbook.study.sections import Base, Judge, Source
-from driftbook.study.sources import identity
+from driftbook.study.sections import Base, Judge
+from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
 USUAL = "audit"  # the study that is asked of an adapter that no study here trained
@@ -209,8 +210,9 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
             f"{one.source} does not say which base model it belongs to; give BASE=, a folder or"
             " OWNER/NAME@COMMIT"
         )
-    keeps = one.study is not None and study.name == one.study.name and not base
-    name = one.base_name if keeps else "base"
+    name = _known_as(source, study, one)
+    keeps, name = name is not None, name or "base"
+    source = study.bases[name] if keeps else source
     given = {} if system is None else {"system_prompt": system}
     found = {field: getattr(study, field) for field in Content.model_fields}
     found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
@@ -220,6 +222,21 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
     checked = Study(**found)
     loading.check_source(checked.bases[name], name, checked)
     return checked, name, said
+
+
+def _known_as(source: Base, study: Study, one: Candidate) -> str | None:
+    """The name under which a study has a base model, which it then asks as it asks its own (its
+    answer_mode, template and system prompt); None where it does not have it.
+    """
+    if one.study is not None and one.study.name == study.name and source == one.base:
+        return one.base_name
+    for name, known in study.bases.items():
+        if known.source == source.source and known.revision == source.revision:
+            return name
+        with contextlib.suppress(ValueError):  # it is not made or fetched yet
+            if source.local is not None and locate(known, study) == source.local:
+                return name
+    return None
 
 
 def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
@@ -245,12 +262,8 @@ def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
         return {"judge": Judge(format=form, **kept)}, None
     for name, one in study.judges.items():
         try:
-            _check_had(name, one, study)
+            loading.check_source(one, name, study)
         except ValueError as error:
             return {}, f"the judge {name} cannot be had ({error}): {instead}"
     said = None if study.judges else f"{study.name} has no judge: {instead}"
     return study.judges, said
-
-
-def _check_had(name: str, one: Source, study: Study) -> None:
-    loading.check_source(one, name, study)

@@ -54,6 +54,7 @@ class Audit:
     judges_note: str | None
     name: str  # of its folder
     started: float = field(default_factory=time.monotonic)
+    places: dict[Path, tuple[str, str]] = field(default_factory=dict)  # of tables: benchmark, side
 
     @property
     def folder(self) -> Path:
@@ -186,6 +187,7 @@ class Audit:
     def _place(self, name: str, rows: pd.DataFrame, side: str) -> Path:
         place = self.folder / "text" / f"{name}-{digest(self._ids(rows), 8)}-{side}"
         place.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self.places[place] = name, side
         return place
 
     def _served(self, stage: str, name: str, rows: pd.DataFrame, side: str) -> pd.DataFrame:

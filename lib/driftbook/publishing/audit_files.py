@@ -31,7 +31,8 @@ def write_audit(
         ValueError: an earlier audit cannot be compared with this one.
     """
     known = licences.of_study(study)
-    rows = known[known["role"].isin(OF_AN_AUDIT)].itertuples()
+    known = known[known["role"].isin(OF_AN_AUDIT)].astype(object)
+    rows = known.where(known.notna(), None).itertuples()
     said = [
         {"what": f"{row.role} {row.name}: {row.source}", "licence": row.licence} for row in rows
     ]

@@ -69,24 +69,38 @@ def main() -> int:
     if os.environ.get("BASE_LOG") or os.environ.get("CANDIDATE_LOG"):
         names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
-    folder = OUTPUTS / "audit"
     try:
         check_path(ROOT, "the checkout")
         given = parameters(os.environ)
-        folder /= given["name"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CI_FILE).unlink(missing_ok=True)
-        with _quiet():
-            execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
-        found = read_json(folder / CI_FILE)
-    except (ValueError, NotebookError) as error:
-        sentence = _plain(error)
-        print(f"driftbook: {sentence}", file=sys.stderr)
-        return could_not_run(folder, sentence) if folder.is_dir() else COULD_NOT_RUN
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return COULD_NOT_RUN
+    found = run_audit(given)
+    if found["status"] == COULD_NOT_RUN:
+        print(f"driftbook: {found['sentences'][0]}", file=sys.stderr)
+        return COULD_NOT_RUN
     for sentence in found["sentences"]:
         print(sentence)
-    print(f"see {(folder / PAGE).relative_to(ROOT)}")
+    print(f"see {(folder_of(given) / PAGE).relative_to(ROOT)}")
     return found["status"]
+
+
+def folder_of(given: Mapping[str, Any]) -> Path:
+    """The folder of an audit."""
+    return OUTPUTS / "audit" / given["name"]
+
+
+def run_audit(given: dict[str, Any]) -> dict[str, Any]:
+    """Run notebook 21 with these parameters; what ci.json then holds."""
+    folder = folder_of(given)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CI_FILE).unlink(missing_ok=True)
+    try:
+        with _quiet():
+            execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
+    except (ValueError, NotebookError) as error:
+        could_not_run(folder, _plain(error))
+    return read_json(folder / CI_FILE)
 
 
 @contextlib.contextmanager
