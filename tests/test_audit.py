@@ -1,0 +1,212 @@
+"""The audit: what is counted in each area, what the words need, and what is refused before work."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from driftbook.analyses import audit
+from driftbook.batch import audit_setup
+from driftbook.benchmarks import bbq_scores
+from driftbook.stats.noninferiority import CANNOT_TELL
+from driftbook.stats.sequential import BETTER, WORSE
+from executed import run_notebook
+
+pytest_plugins = ["batches"]
+AREA_OF = {"safety": "safety", "over_refusal": "over_refusal", "utility": "utility"}
+
+
+def made(shares: dict[str, tuple[float, float]], n: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Scores of some areas, drawn independently: the share of good or bad answers of both sides."""
+    rng, parts = np.random.default_rng(seed), []
+    for area, rates in shares.items():
+        for side, rate in zip(audit.SIDES, rates, strict=True):
+            score = pd.Series((rng.random(n) < rate).astype(float), dtype="Float64")
+            named = {"area": area, "benchmark": audit.AREAS[area].benchmark, "side": side}
+            ids = [f"{area} {number}" for number in range(n)]
+            categories = [f"category {number % 2}" for number in range(n)]
+            own = {"item": ids, "category": categories, "cluster": None, "score": score}
+            parts.append(pd.DataFrame(own | {"detail": [{} for _ in ids]}).assign(**named))
+    return pd.concat(parts, ignore_index=True)
+
+
+def words(found: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(found["area"], found["word"], strict=True))
+
+
+@pytest.mark.parametrize("decide", [audit.decided, audit.watched])
+def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
+    scores = made({"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)})
+    found = decide(scores, 3.0)
+    assert words(found) == {"safety": WORSE, "over_refusal": BETTER, "utility": BETTER}
+    for row in found.to_dict("records"):
+        assert np.isclose(row["candidate"] - row["base"], row["difference"])
+        assert row["ci_low"] < row["difference"] < row["ci_high"]
+        assert row["tipping"] and pd.isna(row["needed"])
+
+
+@pytest.mark.parametrize("decide", [audit.decided, audit.watched])
+def test_two_equal_sides_are_never_worse_or_better(decide):
+    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    same = scores[scores["side"].eq("base")]
+    scores = pd.concat([same, same.assign(side="candidate")], ignore_index=True)
+    found = decide(scores, 3.0)
+    assert found["difference"].eq(0).all()
+    assert not found["word"].isin([WORSE, BETTER]).any()
+    assert audit.moved(scores)["change"].eq("same").all()
+
+
+def test_unscored_answers_that_could_overturn_a_word_take_it_away():
+    scores = made({"safety": (0.95, 0.75)}, n=100)
+    assert words(audit.decided(scores, 3.0)) == {"safety": WORSE}
+    gone = scores["side"].eq("candidate") & scores["item"].isin(scores["item"].unique()[:70])
+    scores.loc[gone, "score"] = pd.NA
+    for decide in (audit.decided, audit.watched):
+        [row] = decide(scores, 3.0).to_dict("records")
+        assert (row["word"], row["n_unscored"]) == (CANNOT_TELL, 70)
+    assert audit.moved(scores)["change"].eq("unscored").sum() == 70
+
+
+def test_categories_are_told_within_their_area():
+    scores = made({"safety": (0.9, 0.9)})
+    hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
+    scores.loc[hurt, "score"] = 0.0
+    for each in (audit.by_category, audit.watched_categories):
+        found = each(scores, 3.0).set_index("category")["word"]
+        assert found["category 1"] == WORSE
+        assert found["category 0"] != WORSE
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_the_mean_of_ambiguous_scores_is_bbqs_bias_score(seed):
+    """Against bbq_scores.scores, wherever all answers were read."""
+    rng, n = np.random.default_rng(seed), 40
+    choice = rng.choice(["biased", "other", "unknown"], n)
+    answers = pd.DataFrame(
+        {
+            "run_id": "base",
+            "item_id": [str(number) for number in range(n)],
+            "answer_mode": "letters",
+            "prompt_variant": "default",
+            "option_order": "ABC",
+            "dimension": "Age",
+            "context": "ambiguous",
+            "polarity": "negative",
+            "question_family": [f"Age-{number // 4}" for number in range(n)],
+            **dict.fromkeys(("p_a", "p_b", "p_c"), 1 / 3),
+            "option_mass": 1.0,
+            "answer": "A",
+            "correct": choice == "unknown",
+            "unknown": choice == "unknown",
+            "biased": [None if one == "unknown" else one == "biased" for one in choice],
+            "unscored_reason": None,
+        }
+    )
+    items = answers[["item_id", "dimension", "question_family"]].assign(target=0)
+    sides = dict.fromkeys(audit.SIDES, answers)
+    scores = audit.scored("bbq", sides, items, {})
+    mine = scores[scores["area"].eq("bias_ambiguous") & scores["side"].eq("base")]["score"]
+    official = bbq_scores.scores(answers, by=("run_id",), n_boot=0)
+    column = "bias_amb"
+    assert np.isclose(100 * (2 * mine.astype(float).mean() - 1), 100 * official[column].iloc[0])
+
+
+def test_what_would_tell_and_what_would_overturn_are_counted():
+    row = {"word": CANNOT_TELL, "worse": audit.FALL, "difference": 0.0, "margin": 3.0}
+    row |= {"area": "safety", "n_items": 100, "ci_low": -6.0, "ci_high": 6.0}
+    assert audit.needed(row) == 400  # half the width takes four times the items
+    assert audit.tipping(row) is None
+    worse = row | {"word": WORSE, "difference": -20.0, "ci_low": -30.0, "ci_high": -10.0}
+    assert audit.tipping(worse).startswith("10 answers of one side (10 % of its 100)")
+    kept = row | {"word": audit.NO_WORSE, "ci_low": -1.0, "ci_high": 1.0}
+    assert audit.tipping(kept).startswith("2 answers")
+
+
+# ---- what is asked
+@pytest.mark.parametrize(
+    ("text", "seconds", "prompts"),
+    [("all", None, None), ("10 minutes", 600, None), ("300 prompts", None, 300)]
+    + [("2 GPU-hours", 7200, None), ("90 seconds", 90, None)],
+)
+def test_a_budget_is_read(text, seconds, prompts):
+    found = audit_setup.budget(text)
+    assert (found.seconds, found.prompts) == (seconds, prompts)
+    assert found.watched == (text != "all")
+
+
+@pytest.mark.parametrize("text", ["", "ten minutes", "0 minutes", "-3 prompts", "5", "$(id)"])
+def test_another_budget_is_refused(text):
+    with pytest.raises(ValueError, match="is no budget; give all"):
+        audit_setup.budget(text)
+
+
+def test_what_is_no_adapter_is_refused_in_a_sentence(tmp_path):
+    def refused(adapter: str, model: str = "") -> str:
+        with pytest.raises(ValueError) as told:
+            audit_setup.candidate(adapter, model)
+        return str(told.value)
+
+    assert "give ADAPTER= or MODEL=" in refused("")
+    assert "one of the two" in refused("a", "b")
+    assert "there is no such folder" in refused("no/such/folder/anywhere")
+    assert "it is empty" in refused(str(tmp_path))
+    settings_of = tmp_path / "adapter_config.json"
+    settings_of.write_text("{")
+    assert refused(str(tmp_path))
+    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
+    settings_of.write_text(json.dumps(known))
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    assert "safetensors" in refused(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    settings_of.write_text(json.dumps(known | {"task_type": "SEQ_CLS"}))
+    assert "SEQ_CLS" in refused(str(tmp_path))
+
+
+def test_an_adapter_without_a_known_base_needs_one(tmp_path):
+    folder = tmp_path
+    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(known))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    one = audit_setup.candidate(str(folder), "")
+    with pytest.raises(ValueError, match="does not say which base model"):
+        audit_setup.audit_study(one, "", "", "", None)
+    with pytest.raises(ValueError, match="there is no such folder or file"):
+        audit_setup.audit_study(one, "no/such/base/model", "", "", None)
+
+
+# ---- a whole audit
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["all", "40 prompts"])
+def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypatch, budget):
+    """The small study scored the same adapter on the same prompts; with a budget, on fewer."""
+    run_id = next(one.run_id for one in finished.study().variants if one.method == "lora")
+    folder = finished.folder / "audit"
+    monkeypatch.setattr("driftbook.batch.auditing.FOLDER", folder)
+    asked = {"adapter": str(finished.folder / "runs" / run_id), "benchmarks": str(finished.file)}
+    run_notebook("21_audit", finished.folder, monkeypatch, budget=budget, **asked)
+    [path] = folder.glob("*/audit.json")
+    record = json.loads(path.read_text())
+    path.unlink()
+    verdicts = {row["area"]: row for row in record["verdicts"]}
+    assert set(verdicts) == set(audit.AREAS)
+    estimates = finished.tables()["estimates"]
+    mine = estimates[estimates["member"].eq(run_id) & estimates["contrast"].eq("change")]
+    accuracy = verdicts["accuracy"]
+    if budget == "all":
+        assert record["how"]["stopped"] == "every prompt was asked"
+        unsafe = mine[mine["outcome"].str.startswith("unsafe") & mine["benchmark"].eq("safety")]
+        judge = unsafe[unsafe["judge"].eq(record["judges"][0]["name"])]
+        assert np.allclose(judge["value"].astype(float), -verdicts["safety"]["difference"])
+        assert accuracy["n_items"] == accuracy["n_available"]
+    else:
+        assert record["looks"]
+        assert record["how"]["stopped"] == "the budget of 40 prompts is spent"
+        assert accuracy["n_items"] < accuracy["n_available"]
+    text = path.parent / "text"
+    assert text.stat().st_mode & 0o777 == 0o700
+    assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
+    assert (path.parent / "ci.json").exists()
