@@ -55,6 +55,7 @@ def test_decoding_is_greedy_the_deployed_one_or_drawn_with_a_seed_of_each_prompt
         asked.generate(contexts, 8)
         for sample in (0, 1):
             asked.generate(contexts, 8, Sampling(temperature=0.5, seed=3, sample=sample))
+        assert asked.decoding == "as deployed (temperature 0.7, top_p 0.9)"
     bodies = [body for _, body, _ in model.seen[OPENING:]]
     assert [body["temperature"] for body in bodies] == [0.7] * 2 + [0.5] * 4
     assert "seed" not in bodies[0]
@@ -62,6 +63,18 @@ def test_decoding_is_greedy_the_deployed_one_or_drawn_with_a_seed_of_each_prompt
     with endpoint(serve, model, decoding={}) as asked:
         asked.generate(asked.ask(PROMPTS[:1]), 8)
     assert not {"temperature", "top_p"} & {*model.seen[-1][1]}
+    assert asked.decoding == "as deployed (as it comes)"
+
+
+def test_lengths_are_in_words_where_a_server_does_not_count_tokens(serve):
+    model = FakeModel()
+    whole = model.wrapped
+    model.wrapped = lambda *given: whole(*given) | {"usage": None}
+    with endpoint(serve, model) as asked:
+        found = asked.generate(asked.ask(PROMPTS), 8)
+        assert {one.n_tokens for one in found} == {8}
+        assert asked.decoding == "greedy"
+        assert "does not count tokens" in one_sentence(asked.notes[0])
 
 
 def test_an_empty_prompt_is_refused(serve):

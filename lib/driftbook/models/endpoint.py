@@ -58,6 +58,14 @@ class Endpoint:
         return self.server.model
 
     @property
+    def decoding(self) -> str:
+        """What the decoding of answers that are not drawn is called: greedy, or as deployed."""
+        given = self.settings.decoding
+        if given.get("temperature") == 0:
+            return "greedy"
+        return f"as deployed ({', '.join(f'{k} {v}' for k, v in given.items()) or 'as it comes'})"
+
+    @property
     def notes(self) -> list[str]:
         """What should be said of this endpoint beside its results, in sentences."""
         found = list(self.server.notes)
@@ -130,8 +138,8 @@ class Endpoint:
     def generate(
         self, contexts: Sequence[Context], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[Answer]:
-        """The answer to each context by the settings' decoding, or drawn; n_tokens is None where
-        the server does not count them.
+        """The answer to each context by the settings' decoding, or drawn; n_tokens are words where
+        the server does not count tokens.
 
         A drawn answer's seed follows from the context, the sampling's seed and sample number; only
         a server that minds the seed gives the same one again.

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from driftbook.models.kept_answers import KeptAnswers, request_digest
-from driftbook.models.replies import answer_of, is_same_model, top_of
+from driftbook.models.replies import answer_of, is_same_model, tokens_of, top_of
 from driftbook.models.requesting import NO_KEY, Connection, EndpointError, StatusError
 
 PROBES = (  # harmless, and with different answers from any model that reads them
@@ -155,6 +155,8 @@ def _form(
                 continue
             check_name(connection, model, reply.get("model"))
             usable, notes = _usable(reply) if n_top else (False, [])
+            if tokens_of(reply) is None:
+                notes.append("the server does not count tokens: lengths of answers are in words")
             return limit, n_top if usable else 0, notes
     if said is None:
         raise AssertionError("no form of a request was tried")

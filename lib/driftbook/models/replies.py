@@ -17,7 +17,7 @@ FILTERED = ("content_filter", "content_policy_violation", "ResponsibleAIPolicyVi
 
 def answer_of(reply: dict) -> dict:
     """The answer in a reply of /chat/completions or /completions, as it is kept: text without the
-    thought before it, n_tokens (None where the server does not count), finish_reason (also
+    thought before it, n_tokens (words where the server does not count tokens), finish_reason (also
     `filtered`: the provider's own filter stopped it) and had_thought.
 
     Raises:
@@ -39,7 +39,7 @@ def answer_of(reply: dict) -> dict:
     reason = {"length": "length", **dict.fromkeys(FILTERED, "filtered")}.get(ended, "stop")
     return {
         "text": text.strip(),
-        "n_tokens": _n_tokens(reply),
+        "n_tokens": len(text.split()) if (n := tokens_of(reply)) is None else n,
         "finish_reason": "thought" if thought == "open" or thinks_only else reason,
         "had_thought": thought != "none" or bool(reasoning),
     }
@@ -60,7 +60,8 @@ def choice_of(reply: dict) -> dict:
     return choices[0]
 
 
-def _n_tokens(reply: dict) -> int | None:
+def tokens_of(reply: dict) -> int | None:
+    """How many tokens a server counted in its answer; None where it does not say."""
     usage = reply.get("usage")
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return counted if isinstance(counted, int) else None

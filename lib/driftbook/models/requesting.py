@@ -22,6 +22,7 @@ import httpx
 
 KEY_VARIABLE = "DRIFTBOOK_ENDPOINT_KEY"
 BUSY = (408, 425, 429, 500, 502, 503, 504, 529)  # statuses after which a request is repeated
+CROWDED = (429, 503, 529)  # those which say that nobody should ask just now
 NO_KEY = (401, 403)
 LONGEST_BACKOFF = 30.0  # seconds between two tries, where the server does not say how long
 SHOWN = 160  # characters of what a server says
@@ -155,7 +156,7 @@ class Connection:
         attempts, why = attempts or self.settings.attempts, ""
         for attempt in range(attempts):
             self._await_turn()
-            wait = self._pause(None, attempt)
+            wait, rest = self._pause(None, attempt), self._sleep
             try:
                 reply = self._client.post(self.url + path, json=dict(body))
             except httpx.TransportError as error:
@@ -170,10 +171,11 @@ class Connection:
                         why = str(error)
                 elif reply.status_code in BUSY:
                     why, wait = f"status {reply.status_code}", self._pause(reply, attempt)
+                    rest = self._rest if reply.status_code in CROWDED else self._sleep
                 else:
                     raise self._refusal(reply)
             if attempt + 1 < attempts:
-                self._rest(wait)
+                rest(wait)
         times = "once" if attempts == 1 else f"{attempts} times"
         raise EndpointError(
             f"{self.url} gave no answer to a request that was sent {times} ({why}); what it"
@@ -218,6 +220,7 @@ class Connection:
             self._sleep(wait)
 
     def _rest(self, seconds: float) -> None:
+        """Sleep, and let all other threads wait as long with their next request."""
         with self._lock:
             self._free_at = max(self._free_at, time.monotonic() + seconds)
         self._sleep(seconds)
