@@ -410,6 +410,15 @@ def test_another_model_under_the_old_name_is_refused_where_answers_are_kept(serv
     Endpoint(Deployed(url, **FAST), tmp_path / "others.jsonl").close()
 
 
+def test_a_model_that_is_exchanged_during_the_work_is_found_afterwards(serve):
+    model = FakeModel()
+    with endpoint(serve, model) as asked:
+        asked.generate(asked.ask(PROMPTS), 8)
+        assert asked.changed() is None
+        model.says = lambda text: words_for(text + " by another model")
+        assert "8 of 8 harmless prompts otherwise" in one_sentence(asked.changed())
+
+
 def test_the_names_of_fields_that_a_server_wants_are_found(serve):
     def wants(number, path, body):
         if "max_tokens" in body or body.get("top_logprobs", 0) > 5:

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import one_sentence
-from driftbook.benchmarks import bbq, bbq_orders, deployed, utility
+from driftbook.benchmarks import bbq, bbq_orders, data, deployed, responding, utility
 from driftbook.benchmarks.format import Asking
 from driftbook.models import replies
 from driftbook.models.endpoint import Endpoint
 from driftbook.models.requesting import Deployed, EndpointError
 from driftbook.models.scoring import Scorer
-from driftbook.study.sections import Benchmark
+from driftbook.study.sections import PROMPT_FORMATS, Benchmark
 from served import PROMPTS, FakeModel, endpoint, expected, texts, words_for
 from small_chat import small_chat
 
@@ -155,6 +155,20 @@ def test_letters_are_read_in_text_where_a_server_gives_no_probabilities(serve):
     assert found.option_mass.isna().all()
     assert not found.duplicated(["item_id", "answer_mode", "option_order"]).any()
     assert len(bbq_orders.official(found)) == 6
+
+
+# ---- a study's own code
+def test_responses_of_a_study_are_asked_of_an_endpoint_like_of_weights(serve, study):
+    model, name = FakeModel(), study.asked(PROMPT_FORMATS)[0]
+    prompts = data.prompts(name, study).head(4)
+    variant = next(one for one in study.variants if one.method == "none")
+    with endpoint(serve, model) as asked:
+        found = responding.responses(name, prompts, asked, variant, study)
+    own = found[(found.prompt_variant == "default") & (found.decoding == "greedy")]
+    length = study.benchmarks[name].max_new_tokens
+    assert list(own.response) == expected(prompts.prompt, length)
+    assert list(own.prompt_id) == list(prompts.prompt_id)
+    assert found.n_tokens.notna().all()
 
 
 # ---- what an endpoint cannot give

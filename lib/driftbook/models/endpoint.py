@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from driftbook.models.kept_answers import KeptAnswers, request_digest
-from driftbook.models.opening import OpenedModel, check_name, opened
+from driftbook.models.opening import OpenedModel, changed_since, check_name, opened
 from driftbook.models.replies import FILTERED, answer_of, filtered_answer, letter_logprobs, top_of
 from driftbook.models.requesting import Connection, Deployed, EndpointError, StatusError
 from driftbook.models.sampling import Sampling
@@ -81,6 +81,12 @@ class Endpoint:
         """Why something cannot be had of this endpoint: of losses, options, letters."""
         letters = {} if self.server.n_top else {"letters": NO_LETTERS}
         return {"losses": NO_LOSSES, "options": NO_OPTIONS, **letters}
+
+    def changed(self) -> str | None:
+        """A sentence where the server answers otherwise than when it was opened; to be asked when
+        the work is done. None where it does not.
+        """
+        return changed_since(self.connection, self.server)
 
     def close(self) -> None:
         """Close connections and file."""

@@ -33,7 +33,7 @@ CHAT = "/chat/completions"
 class OpenedModel:
     """What was found of a server: the model's name, the field that limits an answer's length, how
     many likeliest tokens it lists (0: it gives no log-probabilities), what should be said of it,
-    and the prompts by which it was tried.
+    the prompts by which it was tried, and its answers to them.
     """
 
     model: str
@@ -41,6 +41,7 @@ class OpenedModel:
     n_top: int
     notes: tuple[str, ...] = ()
     probes: tuple[str, ...] = PROBES
+    answers: tuple[str, ...] = ()
 
 
 def opened(
@@ -69,7 +70,26 @@ def opened(
     unsteady = _steadiness(connection, model, limit, probes, alone)
     notes += unsteady
     notes += _since(connection, kept, model, limit, probes, alone, steady=not unsteady)
-    return OpenedModel(model, limit, n_top, tuple(notes), tuple(probes))
+    return OpenedModel(model, limit, n_top, tuple(notes), tuple(probes), tuple(alone))
+
+
+def changed_since(connection: Connection, server: OpenedModel) -> str | None:
+    """A sentence where a server no longer answers the probes as when it was opened, such as after
+    another model was rolled out during the work; None where it does.
+
+    Raises:
+        EndpointError: it no longer answers, or by another model's name.
+    """
+    asked = zip(server.probes, server.answers, strict=True)
+    found = [
+        _probe(connection, server.model, server.limit, prompt) != text for prompt, text in asked
+    ]
+    if not any(found):
+        return None
+    return (
+        f"{connection.url} answers {sum(found)} of {len(found)} harmless prompts otherwise than"
+        " when the work began: another model may stand behind the name since, or it is not steady"
+    )
 
 
 def check_name(connection: Connection, model: str, answered: object) -> None:
