@@ -419,6 +419,23 @@ def test_a_model_that_is_exchanged_during_the_work_is_found_afterwards(serve):
         assert "8 of 8 harmless prompts otherwise" in one_sentence(asked.changed())
 
 
+@pytest.mark.parametrize(
+    ("listed", "note"),
+    [
+        ([("A", 0.0), ("B", -9999.0)], "the likeliest token is certain"),
+        ([("A", 0.4), ("B", -1.0)], "add up to over 1"),
+        ([("A", "high"), ("B", -1.0)], "of another form"),
+        ([("A", 0.0), ("B", -17.0)], None),  # a model that is sure, in single precision
+    ],
+)
+def test_log_probabilities_that_are_none_are_not_used(serve, listed, note):
+    model = FakeModel()
+    model.top = lambda body: listed
+    with endpoint(serve, model) as asked:
+        assert (asked.server.n_top, len(asked.notes)) == ((0, 1) if note else (20, 0))
+        assert note is None or note in one_sentence(asked.notes[0])
+
+
 def test_the_names_of_fields_that_a_server_wants_are_found(serve):
     def wants(number, path, body):
         if "max_tokens" in body or body.get("top_logprobs", 0) > 5:

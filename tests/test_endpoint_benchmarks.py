@@ -188,6 +188,8 @@ def test_losses_are_null_with_a_reason_and_what_needs_them_alone_is_refused(serv
             ("bbq", "options", "by whole options"),
         ):
             assert said in one_sentence(deployed.unaskable(form, asked, mode))
+        with pytest.raises(ValueError, match="format text cannot be asked"):
+            utility.rated("prose", items, asked, "run", "text", Asking(8))
         assert deployed.unaskable("gsm8k", asked) is None
         assert deployed.unaskable("bbq", asked) is None
         with pytest.raises(ValueError, match="ask by letters"):

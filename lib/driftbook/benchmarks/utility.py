@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks import data, rubrics
+from driftbook.benchmarks.deployed import unaskable
 from driftbook.benchmarks.format import Asking, Grader, lacking, rating_table
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.models.loading import Loaded
@@ -28,7 +29,13 @@ REFUSALS = (
 def rated(
     name: str, items: pd.DataFrame, scorer: Scorer, run_id: str, form: str, asking: Asking
 ) -> pd.DataFrame:
-    """The table `ratings` of a model on the items of a benchmark of a utility format."""
+    """The table `ratings` of a model on the items of a benchmark of a utility format.
+
+    Raises:
+        ValueError: the model cannot be asked for it, as an endpoint for likelihoods alone.
+    """
+    if why := unaskable(form, scorer):
+        raise ValueError(why)
     return rating_table(FORMATS[form].measure(items, scorer, asking), name, run_id)
 
 

@@ -196,7 +196,7 @@ def _usable(reply: dict) -> tuple[bool, list[str]]:
         top = top_of(reply)
     except ValueError as error:
         return False, [f"the server's log-probabilities are not used ({error})"]
-    if len(top) > 1 and top[0][1] > -1e-9:
+    if len(top) == 1:
         return False, [
             "the server's log-probabilities are not used: they are of the decoding, in which the"
             " likeliest token is certain"
