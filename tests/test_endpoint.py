@@ -322,6 +322,17 @@ def test_a_missing_and_a_refused_key_are_said_and_the_key_is_nowhere(serve, tmp_
 
 
 @pytest.mark.parametrize(
+    ("url", "shown"),
+    [("http://10.0.0.1/v1", True), ("https://10.0.0.1/v1", False), ("http://[::1]:8/v1", False)],
+)
+def test_a_key_that_travels_unencrypted_is_known(monkeypatch, url, shown):
+    monkeypatch.setenv("DRIFTBOOK_ENDPOINT_KEY", "sk-1")
+    connection = Connection(Deployed(url))
+    connection.close()
+    assert connection.shows_key is shown
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"base_url": "localhost:8000"}, "is no address"),

@@ -69,6 +69,8 @@ class Endpoint:
     def notes(self) -> list[str]:
         """What should be said of this endpoint beside its results, in sentences."""
         found = list(self.server.notes)
+        if self.connection.shows_key:
+            found.append(f"the key travels unencrypted to {self.connection.url}")
         if self.n_letters_bounded:
             found.append(
                 f"{self.n_letters_bounded} letters were not among the {self.server.n_top} likeliest"

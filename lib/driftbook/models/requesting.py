@@ -116,6 +116,12 @@ class Connection:
         self.n_requests = 0
         self._stopped = threading.Event()
 
+    @property
+    def shows_key(self) -> bool:
+        """Whether the key travels unencrypted to another machine."""
+        plain = self.url.startswith("http://") and not _is_loopback(self.url)
+        return bool(self._key) and plain
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
