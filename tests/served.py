@@ -95,9 +95,10 @@ class FakeModel:
         said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {}
         choice = {"index": 0, "finish_reason": reason, **(said or {"text": text})}
         if self.top is not None and body.get("logprobs"):
-            listed = self.top(body)[: body["top_logprobs"]]
+            listed = self.top(body)[: body.get("top_logprobs", body["logprobs"])]
             rows = [{"token": token, "logprob": value} for token, value in listed]
-            choice["logprobs"] = {"content": [{**rows[0], "top_logprobs": rows}]}
+            chat = {"content": [{**rows[0], "top_logprobs": rows}]}
+            choice["logprobs"] = chat if said else {"top_logprobs": [dict(listed)]}
         usage = {"completion_tokens": min(n_words, body["max_tokens"])}
         name = self.answers_as or body["model"]
         return {"id": f"x{len(self.seen)}", "model": name, "choices": [choice], "usage": usage}

@@ -24,7 +24,7 @@ from driftbook.models.endpoint import Endpoint
 from driftbook.models.requesting import Deployed, EndpointError
 from driftbook.models.scoring import Scorer
 from driftbook.study.sections import PROMPT_FORMATS, Benchmark
-from served import PROMPTS, FakeModel, endpoint, expected, texts, words_for
+from served import FAST, PROMPTS, FakeModel, endpoint, expected, texts, words_for
 from small_chat import small_chat
 
 pytest_plugins = ["served"]
@@ -69,7 +69,10 @@ def of_weights(scorer: Scorer, first: str = "") -> FakeModel:
     wanted = [scorer.ids(letter)[0] for letter in first]
 
     def top(body):
-        [context] = scorer.ask_turns([body["messages"]])
+        if "prompt" in body:
+            context = scorer.ids(body["prompt"])
+        else:
+            [context] = scorer.ask_turns([body["messages"]])
         with lock:
             [logprobs] = scorer.distributions([(context, [0])])
         likely = [i for i in logprobs[0].topk(20).indices.tolist() if i not in wanted]
@@ -117,6 +120,28 @@ def test_letters_of_a_server_are_those_of_the_weights(serve, scorer):
         assert asked.n_letters_bounded == 0
         with pytest.raises(ValueError, match="first token only"):
             asked.choices(asked.ask(["x"]), [["Yes indeed", "No"]])
+
+
+def test_a_template_of_ones_own_is_written_here_and_sent_as_text(serve, scorer):
+    items, how = bbq_items(4), ("letters", "run")
+    model, stem = of_weights(scorer, "ABC"), {"stem": "Well, "}
+    model.goes_on = "never"  # by itself the server begins no answer
+    url = serve(model)
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    settings = Deployed(url, **FAST, extra_body=extra)
+    with Endpoint(settings, tokenizer=scorer.tokenizer) as asked:
+        theirs = bbq.answers(items, asked, *how, min_mass=0.0, **stem)
+        ours = bbq.answers(items, scorer, *how, min_mass=0.0, **stem)
+        pd.testing.assert_series_equal(theirs.answer, ours.answer)
+        np.testing.assert_allclose(theirs.option_mass, ours.option_mass, rtol=2e-4)
+        path, body, _ = model.seen[-1]
+        assert path == "/v1/completions"
+        assert body["prompt"].endswith("<|start|>assistant\nWell, ")
+        assert body["logprobs"] == 20
+        assert "chat_template_kwargs" not in body
+        asked.generate(asked.ask(["Hello you"], "Brief."), 4)
+        own = scorer.ask(["Hello you"], "Brief.")
+        assert [scorer.ids(model.seen[-1][1]["prompt"])] == own
 
 
 def test_letters_that_a_server_does_not_list_are_no_more_probable_than_that(serve, scorer):
@@ -320,6 +345,9 @@ def test_the_text_of_transformers_serve_is_that_of_the_weights(transformers_serv
             assert [one.finish_reason for one in theirs] == [one.finish_reason for one in ours]
         with pytest.raises(EndpointError, match="does not go on"):
             deployed.probed_contexts("begun answer", PROMPTS[:1], asked)
+    with Endpoint(Deployed(url, model=name), tokenizer=scorer.tokenizer) as asked:
+        both = [deployed.probed_contexts("begun answer", PROMPTS[:3], x) for x in (asked, scorer)]
+        assert texts(asked.generate(both[0], 12)) == texts(scorer.generate(both[1], 12))
     with pytest.raises(EndpointError) as error:
         Endpoint(Deployed(url, model="nobody/nothing"))
     assert "Server is pinned to" in one_sentence(error.value)

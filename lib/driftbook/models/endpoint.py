@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from driftbook.models.conversations import chat_ids
 from driftbook.models.kept_answers import KeptAnswers, request_digest
 from driftbook.models.opening import OpenedModel, changed_since, check_name, opened
 from driftbook.models.replies import FILTERED, answer_of, filtered_answer, letter_logprobs, top_of
 from driftbook.models.requesting import Connection, Deployed, EndpointError, StatusError
 from driftbook.models.sampling import Sampling
 from driftbook.models.scoring import Answer
-from driftbook.models.templates import Message
+from driftbook.models.templates import Message, lead, place_of
 from driftbook.study import progress
 
 Context = list[Message] | str  # a conversation, or a text without template
@@ -34,14 +36,20 @@ class Endpoint:
     generate, choices and letters. Contexts are conversations, of which the server makes its own
     text by its own template.
 
+    With a tokenizer, contexts are written here by its chat template and sent to /completions as
+    text: a template of your own, and answers that are begun, of any server that has /completions.
+
     It is tried when it is made: see `opening.opened`. Every answer is kept in `kept` at once, and
     none is asked for twice, not in a later run either.
     """
 
-    lead = ""  # the server's template puts it there
-
-    def __init__(self, settings: Deployed, kept: Path | None = None):
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Deployed,
+        kept: Path | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.settings, self.tokenizer = settings, tokenizer
         self.kept = KeptAnswers(kept)
         self.connection = Connection(settings)
         self.n_letters_bounded = 0
@@ -51,6 +59,11 @@ class Endpoint:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def lead(self) -> str:
+        """The white space between prompt and answer where contexts are written here."""
+        return lead(self.tokenizer)
 
     @property
     def name(self) -> str:
@@ -121,7 +134,18 @@ class Endpoint:
             raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
         given = self.settings.system_prompt if system_prompt is None else system_prompt
         system = [] if given is None else [{"role": "system", "content": given}]
-        return [[*system, *turns] for turns in conversations]
+        whole = [[*system, *turns] for turns in conversations]
+        return whole if self.tokenizer is None else [self._written(turns) for turns in whole]
+
+    def _written(self, turns: Sequence[Message]) -> str:
+        """The text of a conversation by the tokenizer's template, without the token that the server
+        puts before every text.
+        """
+        tokens, begin = chat_ids(self.tokenizer, turns), self.tokenizer.encode("x")[:-1]
+        if begin and tokens[: len(begin)] == begin:
+            tokens = tokens[len(begin) :]
+        shown = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(tokens, **shown)
 
     def ask_raw(self, prompts: Sequence[str]) -> list[Context]:
         """Texts that are continued without any template, by /completions."""
@@ -212,11 +236,21 @@ class Endpoint:
         body |= self.settings.decoding if sampling is None else _drawing(sampling, context)
         body |= {self.server.limit: max_new_tokens, **(more or {})}
         if isinstance(context, str):
-            limit = body.pop(self.server.limit)
-            return "/completions", body | {"prompt": context, "max_tokens": limit}
+            return "/completions", self._as_text(body) | {"prompt": context}
         if context[-1]["role"] == "assistant":
             body |= self._begins or {}
         return "/chat/completions", body | {"messages": context}
+
+    def _as_text(self, body: dict) -> dict:
+        """The fields of a request to /completions, which has no template, and other names."""
+        kept = {name: value for name, value in body.items() if not name.startswith("chat_template")}
+        kept["max_tokens"] = kept.pop(self.server.limit)
+        if kept.get("logprobs") is True:
+            kept["logprobs"] = kept.pop("top_logprobs")
+        end = None if self.tokenizer is None else place_of(self.tokenizer).end
+        if end is not None and end != self.tokenizer.eos_token_id:
+            kept["stop"] = [self.tokenizer.decode([end])]
+        return kept
 
     def _answered(
         self, requests: Sequence[tuple[str, dict]], read: Callable[[dict], dict], what: str

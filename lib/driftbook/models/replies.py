@@ -75,13 +75,15 @@ def top_of(reply: dict) -> list[list]:
         ValueError: the reply holds no answer, or what are no log-probabilities.
     """
     found = choice_of(reply).get("logprobs")
-    first = found.get("content") if isinstance(found, dict) else None
-    if not isinstance(first, list) or not first:
-        return []
+    found = found if isinstance(found, dict) else {}
+    of_chat, of_text = found.get("content"), found.get("top_logprobs")  # two forms of one thing
     try:
-        rows = [*first[0]["top_logprobs"]]
-        listed = [[str(one["token"]), float(one["logprob"])] for one in rows]
-    except (KeyError, TypeError, ValueError):
+        if of_chat:
+            rows = [(one["token"], one["logprob"]) for one in of_chat[0]["top_logprobs"]]
+        else:
+            rows = list(of_text[0].items()) if of_text else []
+        listed = [[str(token), float(value)] for token, value in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise ValueError("its log-probabilities are of another form") from None
     # vLLM writes -9999 for what it did not compute
     known = [[text, value] for text, value in listed if value > -1e3]
