@@ -260,6 +260,14 @@ def test_a_server_that_is_not_there_a_wrong_path_and_a_wrong_name_are_said(serve
         assert asked.name == "only"
 
 
+def test_a_server_that_sends_on_and_one_without_encryption_are_said(serve):
+    moved = (301, {"Location": "http://elsewhere/v1/chat/completions"}, b"")
+    said = refusal(serve, FakeModel(fault=lambda *_: moved))
+    assert "it sends on to http://elsewhere/v1" in said
+    with pytest.raises(EndpointError, match="no encrypted connection is made"):
+        Endpoint(Deployed(serve(FakeModel()).replace("http:", "https:"), **FAST))
+
+
 def test_a_server_that_minds_no_name_is_asked_by_a_name_that_it_lists(serve):
     model = FakeModel(["tiny"])
     model.models = type("Any", (list,), {"__contains__": lambda *_: True})(["tiny"])

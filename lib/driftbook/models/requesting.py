@@ -254,6 +254,8 @@ class Connection:
         status, (code, said) = reply.status_code, _said(reply)
         if status in NO_KEY:
             return StatusError(self.wants_key(status), status, code, "")
+        if reply.is_redirect:
+            said = f"it sends on to {reply.headers['location'][:SHOWN]}; give that address"
         said = said.replace(self._key, "...") if self._key else said
         sentence = f"{self.url} refuses a request (status {status}{f', {code}' if code else ''})"
         return StatusError(sentence, status, code, said)
@@ -280,7 +282,11 @@ def _is_loopback(url: str) -> bool:
 
 def _named(error: Exception, timeout: float) -> str:
     if isinstance(error, httpx.ConnectError):
-        return "nothing listens there"
+        why = str(error).lower()
+        if "certificate" in why or "ssl" in why:
+            return "no encrypted connection is made: its certificate, or http where https is said"
+        unknown = any(said in why for said in ("name or service", "name resolution", "nodename"))
+        return "no such host" if unknown else "nothing listens there"
     if isinstance(error, httpx.TimeoutException):
         return f"no answer within {timeout:g} seconds"
     return f"the connection broke off: {type(error).__name__}"
