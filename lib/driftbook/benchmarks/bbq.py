@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from driftbook.benchmarks.format import Format, set_licence
+from driftbook.benchmarks.format import Format, lacking, set_licence
 from driftbook.study.reading import csv_frame, json_lines
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -255,13 +255,18 @@ def answers(
     what they had together, and an answer is null where that is less than `min_mass` (MIN_MASS of
     the mode where not given). `template` and `stem` are wordings with the item's fields; a space
     between stem and option is the stem's. The items have the columns of `load`; without
-    question_family it is null in the answers.
+    question_family it is null in the answers. Of a model that gives no probabilities (an
+    endpoint), letters are read in what it writes: see `generated`.
 
     Raises:
         ValueError: an unknown mode or order, no items, or a wording with a field that no item has.
     """
     if mode not in TEMPLATES:
         raise ValueError(f"mode={mode!r}; expected {' or '.join(TEMPLATES)}")
+    if mode == "options" and (why := lacking(scorer, "options")):
+        raise ValueError(f"BBQ cannot be asked by whole options: {why}; ask by letters")
+    if lacking(scorer, "letters"):
+        return generated(items, scorer, run_id, template, stem, system_prompt, order=order)
     fields, contexts = _asked(items, scorer, template or TEMPLATES[mode], system_prompt, order)
     options = [list("ABC") if mode == "letters" else _options(row) for row in fields]
     stems = [scorer.lead + one for one in _filled(stem, fields)]
@@ -294,11 +299,12 @@ def generated(
     stem: str = "",
     system_prompt: str | None = None,
     max_new_tokens: int = 32,
+    order: str = "ABC",
 ) -> pd.DataFrame:
     """The table `answers` of a model by what it writes: answer_mode `generated`, no probabilities,
-    null with a reason where no option can be read.
+    null with a reason where no option can be read; options are shown in `order`.
     """
-    fields, contexts = _asked(items, scorer, template or TEMPLATES["letters"], system_prompt, "ABC")
+    fields, contexts = _asked(items, scorer, template or TEMPLATES["letters"], system_prompt, order)
     if stem:
         stems = [scorer.lead + one for one in _filled(stem, fields)]
         contexts = [
@@ -307,12 +313,12 @@ def generated(
     certain = np.full((len(items), 3), -np.inf)
     for i, answer in enumerate(scorer.generate(contexts, max_new_tokens)):
         chosen = parse_answer(answer.text, _options(fields[i]))
-        certain[i, slice(None) if chosen is None else chosen] = np.nan if chosen is None else 0.0
+        place = slice(None) if chosen is None else places(order)[chosen]
+        certain[i, place] = np.nan if chosen is None else 0.0
     frame = from_logprobs(items, certain, "no single option can be read in the text")
     none = dict.fromkeys(("p_a", "p_b", "p_c", "option_mass"), np.nan)
-    return frame.assign(
-        **none, run_id=run_id, answer_mode="generated", prompt_variant="default", option_order="ABC"
-    )
+    asked = {"answer_mode": "generated", "prompt_variant": "default", "option_order": order}
+    return frame.assign(**none, run_id=run_id, **asked)
 
 
 def _options(fields: dict) -> list[str]:

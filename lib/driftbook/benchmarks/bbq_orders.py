@@ -16,6 +16,7 @@ from driftbook.benchmarks.bbq import (
     places,
     with_floor,
 )
+from driftbook.benchmarks.format import lacking
 from driftbook.stats.influence import Scores, ratio
 from driftbook.study.sections import Benchmark
 
@@ -39,7 +40,8 @@ def study_answers(
     """Everything that a study asks a model of BBQ, as one table `answers`: each item in the file's
     order; the study's sample of `permuted` items in the two other orders, and all items once more
     without the prior of each place that these show; `generated` items answered in text; and the
-    study's other wordings.
+    study's other wordings. Of a model that gives no probabilities (an endpoint), all of it is read
+    in text, and nothing is said of priors.
     """
     wording = {
         "template": benchmark.template or TEMPLATES[mode],
@@ -47,6 +49,7 @@ def study_answers(
         "system_prompt": system_prompt,
     }
     floor = MIN_MASS[mode] if benchmark.min_mass is None else benchmark.min_mass
+    in_text = lacking(scorer, "letters") is not None
     # one order for all variants, whose first items are the samples
     drawn = np.random.default_rng(seed).permutation(len(items))
 
@@ -59,8 +62,10 @@ def study_answers(
         how = {"min_mass": floor, **wording}
         permuted = [answers(chosen, *asking, order=order, **how) for order in ORDERS[1:]]
         asked = pd.concat([parts[0][parts[0].item_id.isin(chosen.item_id)], *permuted])
-        parts += [*permuted, without_prior(parts[0], items, prior(asked))]
-    if benchmark.generated:
+        parts += permuted
+        if not in_text:
+            parts.append(without_prior(parts[0], items, prior(asked)))
+    if benchmark.generated and not in_text:
         chosen, n_tokens = first(benchmark.generated), benchmark.max_new_tokens
         parts.append(generated(chosen, scorer, run_id, max_new_tokens=n_tokens, **wording))
     for name, other in benchmark.wordings.items():
@@ -74,13 +79,12 @@ def study_answers(
 
 def official(answers: pd.DataFrame) -> pd.DataFrame:
     """The rows by which a study is scored: the study's own wording, options in the file's order,
-    read from probabilities.
+    read from probabilities; of a run that has none of these, read in text.
     """
-    return answers[
-        answers.option_order.eq("ABC")
-        & answers.prompt_variant.eq("default")
-        & answers.answer_mode.isin(READ)
-    ].reset_index(drop=True)
+    own = answers[answers.option_order.eq("ABC") & answers.prompt_variant.eq("default")]
+    read = own.answer_mode.isin(READ)
+    in_text = own.answer_mode.eq("generated") & ~own.run_id.isin(own.run_id[read])
+    return own[read | in_text].reset_index(drop=True)
 
 
 def prior(answers: pd.DataFrame) -> np.ndarray:

@@ -88,6 +88,13 @@ class Asking:
     graders: Mapping[str, Grader] = field(default_factory=dict)
 
 
+def lacking(scorer: object, what: str) -> str | None:
+    """Why a model cannot be asked for `losses`, `options` or `letters`; None where it can, as every
+    model whose weights are here (see models.endpoint).
+    """
+    return getattr(scorer, "lacks", {}).get(what)
+
+
 def set_licence(
     source: str,
     licence: str,

@@ -4,14 +4,18 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from driftbook.benchmarks.format import Asking, Rating
+from driftbook.benchmarks.format import Asking, Rating, lacking
 
 if TYPE_CHECKING:  # importing torch takes a second, which plans and figures do not need
     from driftbook.models.scoring import Scorer
 
 
 def answer_losses(items: pd.DataFrame, scorer: "Scorer", asking: Asking) -> list[Rating]:
-    """The loss of each reference answer (nats per token): nothing is generated."""
+    """The loss of each reference answer (nats per token): nothing is generated. Null with a reason
+    where the model cannot be asked for it.
+    """
+    if why := lacking(scorer, "losses"):
+        return [(name, "nll", None, 1, why) for name in items.prompt_id]
     pairs = scorer.answered(list(items.prompt), list(items.answer), asking.system_prompt)
     losses = scorer.token_logprobs(pairs)
     return [

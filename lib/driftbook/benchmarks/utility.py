@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks import data, rubrics
-from driftbook.benchmarks.format import Asking, Grader, rating_table
+from driftbook.benchmarks.deployed import unaskable
+from driftbook.benchmarks.format import Asking, Grader, lacking, rating_table
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
@@ -28,7 +29,13 @@ REFUSALS = (
 def rated(
     name: str, items: pd.DataFrame, scorer: Scorer, run_id: str, form: str, asking: Asking
 ) -> pd.DataFrame:
-    """The table `ratings` of a model on the items of a benchmark of a utility format."""
+    """The table `ratings` of a model on the items of a benchmark of a utility format.
+
+    Raises:
+        ValueError: the model cannot be asked for it, as an endpoint for likelihoods alone.
+    """
+    if why := unaskable(form, scorer):
+        raise ValueError(why)
     return rating_table(FORMATS[form].measure(items, scorer, asking), name, run_id)
 
 
@@ -76,12 +83,19 @@ def refusal_probability(
     each prompt, where given), the probability that the answer begins with one of REFUSALS.
 
     None of these begins with another, so that their probabilities add up; a refusal in other words
-    is missed, and the number is a lower bound.
+    is missed, and the number is a lower bound. Null with a reason where the model gives no
+    probabilities of whole texts.
     """
+    named = ["p_refusal"] * len(prompts) if metrics is None else metrics
+    if why := lacking(scorer, "options"):
+        none = (
+            (one, metric, None, 1, why)
+            for one, metric in zip(prompts.prompt_id, named, strict=True)
+        )
+        return rating_table(none, benchmark, run_id)
     asked = scorer.ask(list(prompts.prompt), system_prompt)
     options = [list(REFUSALS)] * len(prompts)
     found = np.exp(scorer.choices(asked, options, scorer.lead)).sum(1)
-    named = ["p_refusal"] * len(prompts) if metrics is None else metrics
     rows = zip(prompts.prompt_id, named, np.minimum(found, 1.0), strict=True)
     return rating_table(((one, metric, p, 1, None) for one, metric, p in rows), benchmark, run_id)
 

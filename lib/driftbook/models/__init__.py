@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adapters": ["attached", "config"],
         "conversations": ["answer_text", "ask", "conversation_ids", "counted_ids"],
+        "endpoint": ["Endpoint"],
         "loading": ["load"],
+        "requesting": ["Deployed"],
         "scoring": ["Scorer"],
         "templates": ["end_tokens", "notes"],
     },

@@ -197,13 +197,13 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tu
     `none`, `closed`, or `open`, where the thought has no end and nothing is answered.
     """
     written = tokenizer.decode(list(tokens), skip_special_tokens=False)
-    answer, thought = _without_thought(written)
+    answer, thought = without_thought(written)
     if thought == "none":
         return tokenizer.decode(list(tokens), skip_special_tokens=True).strip(), thought
     return _special_tokens(tokenizer).sub("", answer).strip(), thought
 
 
-def _without_thought(text: str, inside: bool = True) -> tuple[str, str]:
+def without_thought(text: str, inside: bool = True) -> tuple[str, str]:
     """What stands behind the thoughts with which a text begins; see `answer_text`. It may begin
     `inside` the first of them, whose opening the prompt had.
     """
@@ -212,6 +212,6 @@ def _without_thought(text: str, inside: bool = True) -> tuple[str, str]:
         if text.lstrip().startswith(opening) or (inside and closed and opening not in text):
             if not closed:
                 return "", "open"
-            rest, more = _without_thought(answer, inside=False)
+            rest, more = without_thought(answer, inside=False)
             return (answer, "closed") if more == "none" else (rest, more)
     return text, "none"

@@ -14,13 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from driftbook.models.base_state import refuse_spoiled
-from driftbook.models.conversations import answer_text, ask, conversation_ids
+from driftbook.models.conversations import answer_text, ask, chat_ids, conversation_ids, inert
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
 from driftbook.models.loading import check_ids, context_length
 from driftbook.models.probe import found_ways, longer_ways
 from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
-from driftbook.models.templates import end_tokens, lead
+from driftbook.models.templates import Message, end_tokens, lead
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
 from driftbook.models.ways import adapter_kind, say
 from driftbook.study import progress
@@ -415,6 +415,17 @@ class Scorer:
     def ask(self, prompts: Sequence[str], system_prompt: str | None = None) -> list[Ids]:
         """Token ids of user prompts by the chat template, up to where the answer begins."""
         return [ask(self.tokenizer, prompt, system_prompt) for prompt in prompts]
+
+    def ask_turns(
+        self, conversations: Sequence[Sequence[Message]], system_prompt: str | None = None
+    ) -> list[Ids]:
+        """Token ids of conversations that end with a user's turn, up to where the answer begins."""
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        return [chat_ids(self.tokenizer, [*system, *turns]) for turns in conversations]
+
+    def ask_raw(self, prompts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts without any template, after what the tokenizer puts before a text."""
+        return [self.tokenizer.encode(inert(self.tokenizer, prompt)) for prompt in prompts]
 
     @property
     def lead(self) -> str:
