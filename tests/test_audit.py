@@ -45,7 +45,8 @@ def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
     for row in found.to_dict("records"):
         assert np.isclose(row["candidate"] - row["base"], row["difference"])
         assert row["ci_low"] < row["difference"] < row["ci_high"]
-        assert row["tipping"] and pd.isna(row["needed"])
+        assert row["tipping"]
+        assert pd.isna(row["needed"])
 
 
 @pytest.mark.parametrize("decide", [audit.decided, audit.watched])
@@ -129,8 +130,13 @@ def test_what_would_tell_and_what_would_overturn_are_counted():
 # ---- what is asked
 @pytest.mark.parametrize(
     ("text", "seconds", "prompts"),
-    [("all", None, None), ("10 minutes", 600, None), ("300 prompts", None, 300)]
-    + [("2 GPU-hours", 7200, None), ("90 seconds", 90, None)],
+    [
+        ("all", None, None),
+        ("10 minutes", 600, None),
+        ("300 prompts", None, 300),
+        ("2 GPU-hours", 7200, None),
+        ("90 seconds", 90, None),
+    ],
 )
 def test_a_budget_is_read(text, seconds, prompts):
     found = audit_setup.budget(text)

@@ -61,6 +61,7 @@ def audit_record(
             for name, one in audit.study.judges.items()
         ],
         "judges_note": audit.judges_note,
+        "notes": audit.notes,
         "how": _how(audit, scores, verdicts),
         "verdicts": sorted(named, key=lambda row: order.index(row["area"])),
         "categories": sorted(parts, key=lambda row: order.index(row["area"])),

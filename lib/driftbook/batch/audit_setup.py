@@ -6,9 +6,11 @@ import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
+from driftbook.models.requesting import Deployed
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
 from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
@@ -24,11 +26,12 @@ UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is audited: an adapter's folder, or a whole model; `base` is the base model that it
-    names, and `study` the study here that trained it, with the base's name there.
+    """What is audited: an adapter's folder, a whole model, or a model behind an endpoint; `base` is
+    the base model that it names, and `study` the study here that trained it, with the base's name
+    there.
     """
 
-    kind: str  # adapter or model
+    kind: str  # adapter, model or endpoint
     name: str
     source: str
     folder: Path | None
@@ -36,10 +39,13 @@ class Candidate:
     base: Base | None
     study: Study | None = None
     base_name: str | None = None
+    deployed: Deployed | None = None
 
     @property
-    def digest(self) -> str:
-        """What its weights are known by."""
+    def digest(self) -> str | None:
+        """What its weights are known by; null behind an endpoint, which does not say."""
+        if self.kind == "endpoint":
+            return None
         if self.kind == "adapter":
             return folder_digest(self.folder, "adapter_*")
         return identity(self.model, None)
@@ -81,13 +87,20 @@ def budget(text: str) -> Budget:
 
 
 # ---- the adapter or model
-def candidate(adapter: str, model: str) -> Candidate:
-    """The adapter (a folder, a run of a study here, or OWNER/NAME on the hub, with @COMMIT) or the
-    merged or fully fine-tuned model that is audited.
+def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
+    """The adapter (a folder, a run of a study here, or OWNER/NAME on the hub, with @COMMIT), the
+    merged or fully fine-tuned model, or the model behind an endpoint (its address, and `model` its
+    name there where several are served) that is audited.
 
     Raises:
         ValueError: neither or both are given, it is not there, or it is no adapter of PEFT.
     """
+    if endpoint:
+        if adapter:
+            raise ValueError("give ADAPTER= or ENDPOINT=, one of the two")
+        served = Deployed(endpoint, model or None)
+        name = _name_of(f"{urlsplit(endpoint).hostname or 'endpoint'}-{model}".strip("-"))
+        return Candidate("endpoint", name, endpoint, None, None, None, deployed=served)
     if bool(adapter) == bool(model):
         raise ValueError("give ADAPTER= or MODEL=, one of the two: a folder, or a name on the hub")
     if model:

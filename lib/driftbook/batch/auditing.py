@@ -25,6 +25,7 @@ from driftbook.benchmarks import bbq, data, judging, utility
 from driftbook.benchmarks.responding import responses
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapters, loading
+from driftbook.models.endpoint import Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.study.files import OUTPUTS, check_writable, digest
@@ -35,6 +36,7 @@ from driftbook.study.variants import Variant
 from driftbook.training.dose import measure_dose
 
 FOLDER = OUTPUTS / "audit"
+LETTER_TOKENS = 8  # that are enough to name a letter in text
 BLOCK = 25  # items of a benchmark between two looks; where all is asked once there is one look
 STAGES = {"bbq": "answer", "utility": "utility"}  # of other benchmarks: respond, then judge
 
@@ -85,6 +87,21 @@ class Audit:
         """How both sides are asked: as the base model itself is in a study."""
         return self.study.of_base(self.base_name)[0]
 
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """The candidate, where it is behind an endpoint: what it answers is kept as it comes."""
+        text = self.folder / "text"
+        text.mkdir(parents=True, mode=0o700, exist_ok=True)
+        return Endpoint(self.candidate.deployed, kept=text / "endpoint.jsonl")
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be said of the candidate beside its verdicts."""
+        if self.candidate.kind != "endpoint":
+            return []
+        changed = self.endpoint.changed()
+        return [*self.endpoint.notes, *([changed] if changed else [])]
+
     def examined(self) -> pd.DataFrame:
         """The doctor's findings about an adapter; none about a whole model.
 
@@ -103,6 +120,9 @@ class Audit:
     @contextmanager
     def scorer(self, side: str) -> Iterator[Scorer]:
         """What asks a side, as long as the block lasts."""
+        if side == CANDIDATE and self.candidate.kind == "endpoint":
+            yield self.endpoint
+            return
         if side == CANDIDATE and self.candidate.kind == "model":
             yield Scorer(self.other.model, self.other.tokenizer)
             return
@@ -177,7 +197,7 @@ class Audit:
         """Of each side the table `ratings` of how likely answers begin as a refusal, which moves
         before the answers do; nothing where the study does not ask for it.
         """
-        if name not in self.study.asked_to_begin:
+        if name not in self.study.asked_to_begin or self.candidate.kind == "endpoint":
             return {}
         return {side: self._served("begun", name, rows, side) for side in SIDES}
 
@@ -209,7 +229,11 @@ class Audit:
         return self._kept(key, side, place, make, table)
 
     def _kept(self, key: dict, side: str, place: Path, make: Callable, table: Table):
-        cache.served(key, side, place, make)
+        """What `make` writes, or wrote before; an endpoint keeps its own answers."""
+        if side == CANDIDATE and self.candidate.kind == "endpoint":
+            make()
+        else:
+            cache.served(key, side, place, make)
         return table.read(place)
 
     def _key(self, stage: str, rows: pd.DataFrame) -> dict:
@@ -217,7 +241,8 @@ class Audit:
         made = "utility" if stage == "begun" else stage
         settings = keys.settings(made, self.study, self.base_name)
         known = keys.made_by(settings, self.variant)
-        return {"audit": stage, "settings": known, "rows": digest(rows.to_json(), 32)}
+        way = {"bbq": "in text"} if stage == "answer" and self._in_text else {}
+        return {"audit": stage, "settings": known, "rows": digest(rows.to_json(), 32), **way}
 
     def _weights(self, side: str) -> list[str]:
         base = identity(self.study.bases[self.base_name], self.study)
@@ -226,8 +251,19 @@ class Audit:
     def _answers(self, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
         benchmark, mode = study.benchmarks[name], study.bases[self.base_name].answer_mode
         wording = {"template": benchmark.template, "stem": benchmark.stem}
-        wording |= {"system_prompt": variant.system_prompt, "min_mass": benchmark.min_mass}
+        wording |= {"system_prompt": variant.system_prompt}
+        if self._in_text:
+            limit = max(benchmark.max_new_tokens, LETTER_TOKENS)
+            return bbq.generated(rows, scorer, variant.run_id, max_new_tokens=limit, **wording)
+        wording |= {"min_mass": benchmark.min_mass}
         return bbq.answers(rows, scorer, mode, variant.run_id, **wording)
+
+    @property
+    def _in_text(self) -> bool:
+        """Whether BBQ's letters are read from text on both sides, since the server of one of them
+        gives no probabilities.
+        """
+        return self.candidate.kind == "endpoint" and "letters" in self.endpoint.lacks
 
     def _ratings(self, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
         return utility.measured(name, rows, scorer, variant, study)
@@ -272,9 +308,19 @@ class Audit:
         ]
 
 
+def _check_askable(study: Study, base_name: str) -> None:
+    """Raise a ValueError where the base model's way to answer BBQ cannot be asked of an endpoint."""
+    if study.bases[base_name].answer_mode != "letters" and "bbq" in study.benchmarks:
+        raise ValueError(
+            f"{study.name} asks BBQ by whole options, which an endpoint cannot be asked; give"
+            " BENCHMARKS= of a study that asks by letters"
+        )
+
+
 def open_audit(
     adapter: str = "",
     model: str = "",
+    endpoint: str = "",
     base: str = "",
     judge: str = "",
     benchmarks: str = "",
@@ -292,8 +338,10 @@ def open_audit(
     if not margin > 0:
         raise ValueError(f"MARGIN={margin!r}: give percentage points above 0, such as 3")
     limit = audit_setup.budget(budget)
-    one = audit_setup.candidate(adapter, model)
+    one = audit_setup.candidate(adapter, model, endpoint)
     study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, system or None)
+    if one.kind == "endpoint":
+        _check_askable(study, base_name)
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(FOLDER)

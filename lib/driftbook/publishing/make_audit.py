@@ -23,7 +23,17 @@ from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json
 from driftbook.study.folders import adapter
 
 NOTEBOOK = "21_audit"
-GIVEN = ("ADAPTER", "MODEL", "BASE", "JUDGE", "BENCHMARKS", "BUDGET", "SYSTEM", "FAIL_IF")
+GIVEN = (
+    "ADAPTER",
+    "MODEL",
+    "ENDPOINT",
+    "BASE",
+    "JUDGE",
+    "BENCHMARKS",
+    "BUDGET",
+    "SYSTEM",
+    "FAIL_IF",
+)
 GIVEN += ("SINCE",)
 USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named
 
@@ -44,9 +54,10 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(f"MARGIN={margin!r} is no number of percentage points") from None
     audit_setup.budget(found.get("budget", "all"))
     check_gate(found.get("fail_if", ""), found.get("since", ""))
-    if not {"adapter", "model"} & set(found):
+    if not {"adapter", "model", "endpoint"} & set(found):
         found["adapter"] = _usual_adapter()
-    one = audit_setup.candidate(found.get("adapter", ""), found.get("model", ""))
+    named = (found.get(name, "") for name in ("adapter", "model", "endpoint"))
+    one = audit_setup.candidate(*named)
     return {"name": one.name, **found}
 
 
