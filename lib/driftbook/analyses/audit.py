@@ -170,7 +170,7 @@ def decided(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     Columns: area, title, outcome, benchmark, worse; base, candidate, difference, ci_low, ci_high
     (points), margin, n_items, n_unscored, p, p_adjusted, word, needed, tipping, sentence.
     """
-    return _compared(scores.assign(task=scores["area"]), margin, "areas")
+    return compared(scores.assign(task=scores["area"]), margin).drop(columns="task")
 
 
 def by_category(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -178,25 +178,24 @@ def by_category(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     category.
     """
     parts = []
-    for area, own in scores.groupby("area", sort=False):
+    for _, own in scores.groupby("area", sort=False):
         if own["category"].nunique() > 1:
-            named = own.assign(task=own["category"])
-            found = _compared(named, margin, "categories", {area: area})
-            parts.append(found)
+            named = own.assign(task=own["category"], category=None)
+            parts.append(compared(named, margin).rename(columns={"task": "category"}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _compared(
-    scores: pd.DataFrame, margin: float, what: str, one: dict[str, str] | None = None
-) -> pd.DataFrame:
-    """A row per task of `scores`, which is its area or a category of the one area given."""
+def compared(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """A row per `task` of scores, each of one area, adjusted over the tasks; see `decided`. Empty
+    where no item has a score on both sides.
+    """
     area_of = scores.groupby("task", sort=False)["area"].first()
     usable = [task for task, own in scores.groupby("task", sort=False) if _has_pairs(own)]
     rows = scores[scores["task"].isin(usable)]
     if rows.empty:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["task"])
     better = rows["area"].map(lambda area: _better(AREAS[area]))
-    sides = rows.assign(better=better, stratum=rows["category"] if one is None else None)
+    sides = rows.assign(better=better, stratum=rows["category"])
     margins = {task: margin / AREAS[area_of[task]].width for task in usable}
     split = [sides[sides["side"].eq(side)] for side in SIDES]
     if sides["cluster"].isna().all():
@@ -204,7 +203,7 @@ def _compared(
     found = compare(*split, margin=margins)
     rows = found.assign(area=found["task"].map(area_of)).to_dict("records")
     made = [_verdict(row, margin) for row in rows]
-    return _frame(made).assign(**({} if one is None else {"category": found["task"]}))
+    return _frame(made).assign(task=found["task"])
 
 
 def _has_pairs(own: pd.DataFrame) -> bool:
@@ -371,6 +370,12 @@ def in_words(row: dict) -> str:
     return with_minus(text) + "."
 
 
+def in_short(row: dict) -> str:
+    """The difference of a row with its interval and word, for a cell of a table."""
+    ends = f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
+    return with_minus(f"{row['difference']:+.1f} ({ends}), {row['word']}")
+
+
 def moved(scores: pd.DataFrame) -> pd.DataFrame:
     """A row per area and item: both scores, both details, and `change`: worse, better, same or
     unscored.
@@ -387,5 +392,6 @@ def moved(scores: pd.DataFrame) -> pd.DataFrame:
     )
     named = {"category_base": "category", "score_base": BASE, "score_candidate": CANDIDATE}
     named |= {"detail_base": "base_detail", "detail_candidate": "candidate_detail"}
+    named |= {"cluster_base": "cluster"}
     kept = [*key, *named.values(), "change"]
     return both.assign(change=words).rename(columns=named)[kept]

@@ -309,7 +309,7 @@ class Audit:
 
 
 def _check_askable(study: Study, base_name: str) -> None:
-    """Raise a ValueError where the base model's way to answer BBQ cannot be asked of an endpoint."""
+    """Raise a ValueError where an endpoint cannot be asked BBQ as the base model is."""
     if study.bases[base_name].answer_mode != "letters" and "bbq" in study.benchmarks:
         raise ValueError(
             f"{study.name} asks BBQ by whole options, which an endpoint cannot be asked; give"

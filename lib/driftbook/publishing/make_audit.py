@@ -18,6 +18,8 @@ from driftbook.publishing.audit_finish import CI_FILE, could_not_run
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
 from driftbook.publishing.audit_logs import KEYS
 from driftbook.publishing.audit_logs import main as of_logs
+from driftbook.publishing.audit_record import read_audit
+from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
 from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json
 from driftbook.study.folders import adapter
@@ -82,18 +84,47 @@ def main() -> int:
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
     try:
         check_path(ROOT, "the checkout")
+        if adapters := os.environ.get("ADAPTERS", "").split():
+            return _several(adapters)
         given = parameters(os.environ)
+        found = checked(run_audit(given))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
-        return COULD_NOT_RUN
-    found = run_audit(given)
-    if found["status"] == COULD_NOT_RUN:
-        print(f"driftbook: {found['sentences'][0]}", file=sys.stderr)
         return COULD_NOT_RUN
     for sentence in found["sentences"]:
         print(sentence)
     print(f"see {(folder_of(given) / PAGE).relative_to(ROOT)}")
     return found["status"]
+
+
+def _several(adapters: list[str]) -> int:
+    """Audit adapters of one base model, and compare them."""
+    every = [parameters({**os.environ, "ADAPTER": one}) for one in adapters]
+    names = [given["name"] for given in every]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"ADAPTERS names {twice[0]!r} twice; give folders of different names")
+    for given in every:
+        checked(run_audit(given), given["name"])
+    records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
+    folder = OUTPUTS / "audit" / "compared"
+    folder.mkdir(parents=True, exist_ok=True)
+    margin = records[names[0]]["how"]["margin"]
+    status, *tables = write_several(records, margin, folder)
+    for table in tables:
+        print(table.to_string())
+    print(f"see {folder.relative_to(ROOT)}")
+    return status
+
+
+def checked(found: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """What ci.json says.
+
+    Raises:
+        ValueError: the audit could not run.
+    """
+    if found["status"] == COULD_NOT_RUN:
+        raise ValueError(f"{name}: {found['sentences'][0]}" if name else found["sentences"][0])
+    return found
 
 
 def folder_of(given: Mapping[str, Any]) -> Path:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from driftbook.analyses.audit import AREAS
+from driftbook.analyses.audit import AREAS, in_short
 from driftbook.batch import audit_setup
 from driftbook.batch.audit_setup import Candidate
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
-from driftbook.publishing.make_audit import folder_of, parameters, run_audit
+from driftbook.publishing.audit_record import read_audit
+from driftbook.publishing.make_audit import checked, folder_of, parameters, run_audit
 from driftbook.stats.picking import with_minus
-from driftbook.study.files import ROOT, check_path, read_json
+from driftbook.study.files import ROOT, check_path
 from driftbook.training import controls
 from driftbook.training.mitigations import checkpoint
 from driftbook.training.safe_lora import project
@@ -77,16 +78,12 @@ def main() -> int:
             smaller = folder / f"rescaled-as-{out.name}"
             controls.rescaled(one.folder, smaller, kept)
             compared[f"rescale {kept:.2f}"] = _of(before, one, smaller)
+        for name, given in compared.items():
+            checked(run_audit(given), name)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return COULD_NOT_RUN
-    found = {}
-    for name, given in compared.items():
-        made = run_audit(given)
-        if made["status"] == COULD_NOT_RUN:
-            print(f"driftbook: {name}: {made['sentences'][0]}", file=sys.stderr)
-            return COULD_NOT_RUN
-        found[name] = read_json(folder_of(given) / "audit.json")
+    found = {name: read_audit(folder_of(given) / "audit.json") for name, given in compared.items()}
     print(table(found).to_string())
     print(f"the repaired adapter: {out.relative_to(ROOT)}")
     return 0
@@ -106,18 +103,12 @@ def table(records: Mapping[str, dict]) -> pd.DataFrame:
     found = {}
     for name, record in records.items():
         rows = {row["area"]: row for row in record["verdicts"]}
-        found[name] = {AREAS[area].title: _cell(row) for area, row in rows.items()}
+        found[name] = {AREAS[area].title: in_short(row) for area, row in rows.items()}
         dose = record["dose"]
         if dose["kl"] is not None:
             gain = dose["loss_base"] - dose["loss_candidate"]
             found[name]["gain (nats a token)"] = with_minus(f"{gain:+.3f}")
     return pd.DataFrame(found)
-
-
-def _cell(row: dict) -> str:
-    return with_minus(
-        f"{row['difference']:+.1f} ({row['ci_low']:+.1f} to {row['ci_high']:+.1f}) {row['word']}"
-    )
 
 
 if __name__ == "__main__":
