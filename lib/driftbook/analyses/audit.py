@@ -303,7 +303,7 @@ def watched_categories(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 def _looked(area: str, own: pd.DataFrame, margin: float, alpha: float) -> dict | None:
     kind = AREAS[area]
-    first = own[own["side"].eq(BASE)].set_index("item")  # in the order in which they were asked
+    first = own.drop_duplicates("item").set_index("item")  # in the order in which they were asked
     pairs = own.pivot(index="item", columns="side", values="score").reindex(first.index)
     there = pairs[list(SIDES)].notna().all(axis=1)
     if not there.any():
