@@ -373,6 +373,8 @@ def test_dark_mode_is_dark_and_paper_is_white(page):
     page.look(dark=True, media="print")
     assert [int(n) for n in re.findall(r"\d+", page.run(ground))] == light
     assert page.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    page.look(700, media="print")
+    assert page.run("document.documentElement.scrollWidth") <= 700
 
 
 @pytest.mark.slow

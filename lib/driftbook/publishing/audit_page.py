@@ -218,8 +218,7 @@ def _looks(record: Record, level: str) -> list[dict[str, Any]]:
 
 
 def _category_columns(level: str) -> list[str]:
-    difference = f"Difference (points) and {level}"
-    return ["Category", "Area", "Verdict", difference, "Base", "Candidate", "Prompts"]
+    return ["Category", "Area", "Verdict", f"Points [{level}]", "Base", "Candidate", "Prompts"]
 
 
 def _categories(record: Record) -> list[list[Any]]:
