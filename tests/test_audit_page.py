@@ -221,6 +221,11 @@ def test_what_is_no_record_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="format is 'driftbook audit 0'"):
         write_audit_page(audited.record() | {"format": "driftbook audit 0"}, tmp_path / "a.html")
     record = audited.record()
+    with pytest.raises(ValueError, match=r"lacks looks, items$"):
+        write_audit_page(
+            {name: one for name, one in record.items() if name not in ("looks", "items")},
+            tmp_path / "a.html",
+        )
     record["items"][0]["base"] = float("nan")
     with pytest.raises(ValueError, match="JSON"):
         write_audit_page(record, tmp_path / "a.html")
@@ -295,7 +300,7 @@ def choose(tab: browsing.Tab, name: str, value: str) -> str:
     return tab.run(
         f"(() => {{ const c = document.getElementById('items-{name}'); c.value = '{value}';"
         f" c.dispatchEvent(new Event('{kind}')); }})(),"
-        " document.getElementById('items-count').textContent"
+        " document.getElementById('items-count').textContent.split(',').slice(0, -1).join(',')"
     )
 
 
@@ -358,6 +363,28 @@ def test_a_phone_shows_all_without_sideways_scroll(page, dark, area):
     choose(page, "area", area)
     assert page.run("document.documentElement.scrollWidth") <= 390
     assert page.run(browsing.CUT) == []
+
+
+@pytest.mark.slow
+def test_long_names_are_not_cut_on_a_phone_either(tab, tmp_path):
+    record = with_keys(with_text(audited.record(), "x" * 150), "y" * 60)
+    tab.look(390)
+    tab.open(write_audit_page(record, tmp_path / "long.html"))
+    for area in ("", record["verdicts"][0]["area"]):
+        choose(tab, "area", area)
+        assert tab.run("document.documentElement.scrollWidth") <= 390
+        assert tab.run(browsing.CUT) == []
+
+
+@pytest.mark.slow
+def test_a_command_is_copied_or_selected_and_that_is_said(page):
+    box = "document.querySelector('#do pre.command')"
+    page.run(f"{box}.nextElementSibling.click()")
+    said = page.run(
+        f"new Promise(done => setTimeout(() => done({box}.parentNode.querySelector"
+        "('[role=status]').textContent), 300))"
+    )
+    assert said in ("Copied.", "Selected: copy it with the keyboard.")
 
 
 @pytest.mark.slow

@@ -73,8 +73,7 @@
       return row;
     }));
     const pages = Math.max(1, Math.ceil(state.rows.length / PER_PAGE));
-    find("items-count").textContent = `${state.rows.length.toLocaleString("en")} of ${record.items.length.toLocaleString("en")} prompts`;
-    find("items-page").textContent = `page ${state.page + 1} of ${pages}`;
+    find("items-count").textContent = `${state.rows.length.toLocaleString("en")} of ${record.items.length.toLocaleString("en")} prompts, page ${state.page + 1} of ${pages}`;
     find("items-before").disabled = state.page === 0;
     find("items-after").disabled = state.page >= pages - 1;
   };

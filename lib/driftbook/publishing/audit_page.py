@@ -15,6 +15,10 @@ from driftbook.stats.populations import counted
 from driftbook.study.files import replacing
 
 _FORMAT = "driftbook audit 1"
+_NEEDED = (
+    *("made", "driftbook", "candidate", "base", "judges", "how", "verdicts", "categories"),
+    *("looks", "items", "doctor", "dose", "repairs", "not_tested", "licences", "provider_share"),
+)
 _PAGE, _ITEMS = "audit_page.html", "audit_items.js"  # beside this module
 _CLASSES = {
     "worse": "is-worse",
@@ -43,12 +47,15 @@ Record = Mapping[str, Any]
 
 def write_audit_page(record: Record, path: Path) -> Path:
     """Write the page of an audit's record (see analyses.audit) to `path` and return it. Raises
-    ValueError for a record of another format, and for numbers that JSON does not have.
+    ValueError for a record of another format, one that lacks a part, and for numbers that JSON does
+    not have.
     """
     if record.get("format") != _FORMAT:
         raise ValueError(
             f"this record's format is {record.get('format')!r}; a page can be made of {_FORMAT!r}"
         )
+    if lacking := [name for name in _NEEDED if name not in record]:
+        raise ValueError(f"this record of an audit lacks {', '.join(lacking)}")
     page = rendered(_PAGE, (SCRIPT, _ITEMS), data=embedded(record), **_seen(record))
     with replacing(path) as new:
         new.write_text(page, encoding="utf-8", errors="replace")
