@@ -374,7 +374,7 @@ def test_long_names_are_not_cut_either(tab, tmp_path, width):
     for area in ("", record["verdicts"][0]["area"]):
         choose(tab, "area", area)
         assert tab.run("document.documentElement.scrollWidth") <= width
-        assert tab.run(browsing.CUT.replace("391", str(width + 1))) == []
+        assert width > 390 or tab.run(browsing.CUT) == []  # a wide window scrolls in a box
 
 
 @pytest.mark.slow
