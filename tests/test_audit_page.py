@@ -112,7 +112,7 @@ def test_verdicts_are_said_with_their_numbers(tmp_path):
     assert "base 82.5 → candidate 31.0 · 180 of 250 prompts asked, 2 without a score" in words
     assert "It would take about 640 prompts like these to know. The benchmark has 250." in words
     assert "wrong on 41 of 180 prompts" in words
-    assert "this adapter, not this recipe" in words
+    assert "This adapter, not this recipe." in words
     assert "not evidence of safety" in words
     assert words.index("worse Safety") < words.index("cannot tell Bias, Utility")
     for row in record["verdicts"]:
@@ -336,9 +336,9 @@ def test_items_filter_sort_and_turn_pages(page):
 
 @pytest.mark.slow
 def test_categories_sort_by_their_numbers(page):
-    found = (
-        "[...document.querySelectorAll('#categories tbody tr')].map(r => +r.cells[3].dataset.sort)"
-    )
+    body = "document.querySelector('#categories tbody')"
+    found = f"[...{body}.rows].map(r => +r.cells[3].dataset.sort)"
+    assert len(page.run(found)) > 5
     heads = "document.querySelectorAll('#categories th button')[3]"
     page.run(f"{heads}.click()")
     assert page.run(found) == sorted(page.run(found))

@@ -55,7 +55,7 @@ def forest(rows: Sequence[Row]) -> dict[str, Any]:
                 "band_width": round(abs(zero - edge), 2),
             }
         )
-    marks = [{"at": at(tick), "label": signed(tick)} for tick in ticks(low, high)]
+    marks = [{"at": at(tick), "label": signed(tick)} for tick in ticks(low, high, 7)]
     return {"rows": placed, "ticks": [mark for mark in marks if 3 <= mark["at"] <= 97]}
 
 

@@ -5,15 +5,19 @@
   if (!box || !record.items.length) return;
   const PER_PAGE = 25;
   const NAMES = {
-    p_unsafe: "P(unsafe)", p_refusal: "P(refusal first)", refused: "refused", letter: "letter", correct: "correct",
-    p_a: "P(A)", p_b: "P(B)", p_c: "P(C)", finish_reason: "ended by",
+    p_unsafe: "P(unsafe)", unsafe: "unsafe", refusal: "refuses", refused: "refused", p_refusal: "P(refusal first)", outcome: "outcome",
+    letter: "letter", p_a: "P(A)", p_b: "P(B)", p_c: "P(C)", correct: "correct", finish_reason: "ended by", n_tokens: "tokens",
   };
+  const KEYS = Object.keys(NAMES);
+  const place = (key) => (KEYS.includes(key) ? KEYS.indexOf(key) : KEYS.length);
+  const ordered = (keys) => keys.sort((a, b) => place(a) - place(b));
   const titles = Object.fromEntries(record.verdicts.map((one) => [one.area, one.title]));
   const named = (key) => (Object.hasOwn(NAMES, key) ? NAMES[key] : key.replaceAll("_", " "));
   const titled = (area) => (Object.hasOwn(titles, area) ? titles[area] : area);
   const shown = (value) => {
     if (value === null || value === undefined || value === "") return "–";
     if (typeof value === "boolean") return value ? "yes" : "no";
+    if (typeof value === "number" && value !== 0 && Math.abs(value) < 0.0005) return "<0.001";
     if (typeof value === "number" && !Number.isInteger(value)) return value.toFixed(3).replace("-", "−");
     return String(value);
   };
@@ -43,11 +47,11 @@
       pair("Score", (one) => [one.base, one.candidate]),
     ];
     if (!area.value) {
-      const all = (side) => (one) => Object.entries(one[side] || {}).map(([key, value]) => `${named(key)} ${shown(value)}`).join(" · ");
+      const all = (side) => (one) => ordered(Object.keys(one[side] || {})).map((key) => `${named(key)} ${shown(one[side][key])}`).join(" · ");
       return [...found, { title: "Base", cell: all("base_detail") }, { title: "Candidate", cell: all("candidate_detail") }];
     }
     found.splice(1, 1);
-    return [...found, ...details(inArea()).map((key) => pair(named(key), (one) => [detail(one, "base_detail", key), detail(one, "candidate_detail", key)]))];
+    return [...found, ...ordered(details(inArea())).map((key) => pair(named(key), (one) => [detail(one, "base_detail", key), detail(one, "candidate_detail", key)]))];
   };
   const key = (column) => (one) => (column.pair ? moved(...column.pair(one)) : column.cell(one));
 

@@ -17,7 +17,7 @@ from driftbook.study.files import replacing
 _FORMAT = "driftbook audit 1"
 _NEEDED = (
     *("made", "driftbook", "candidate", "base", "judges", "how", "verdicts", "categories"),
-    *("looks", "items", "doctor", "dose", "repairs", "not_tested", "licences", "provider_share"),
+    *("looks", "items", "doctor", "dose", "repairs", "not_tested", "licences"),
 )
 _PAGE, _ITEMS = "audit_page.html", "audit_items.js"  # beside this module
 _CLASSES = {
@@ -26,20 +26,16 @@ _CLASSES = {
     "no worse by the margin": "is-fine",
     "cannot tell": "is-unsure",
 }
+_MOVED = ("worse", "better")
+_AGAIN = "Trained again with another seed, the same recipe can give another result."
 _KINDS = {
-    "adapter": (
-        "this adapter, not this recipe: trained again with another seed, the same recipe can give"
-        " another result"
-    ),
-    "model": (
-        "this model, not this recipe: trained again with another seed, the same recipe can give"
-        " another result"
-    ),
+    "adapter": ("This adapter, not this recipe.", _AGAIN),
+    "model": ("This model, not this recipe.", _AGAIN),
     "endpoint": (
-        "this endpoint as it answered then, with its own system prompt, template and decoding; who"
-        " runs it can change it"
+        "This endpoint as it answered then.",
+        "Its system prompt, template and decoding are its own, and who runs it can change them.",
     ),
-    "log": "the answers in these logs: no model was run for this page",
+    "log": ("The answers in these logs.", "No model was run for this page."),
 }
 _VERSION_FIRST = ("torch", "transformers", "peft")
 Record = Mapping[str, Any]
@@ -76,34 +72,44 @@ def _seen(record: Record) -> dict[str, Any]:
         "level": level,
         "headline": _headline(record["verdicts"]),
         "verdicts": verdicts,
-        "about": _KINDS.get(candidate["kind"], f"this {candidate['kind']} alone"),
+        "about": _KINDS.get(candidate["kind"], (f"This {candidate['kind']} alone.", "")),
         "populations": _populations(record["verdicts"]),
         "judges": record["judges"],
         "forest": audit_figures.forest(record["verdicts"]),
         "looks": _looks(record, level),
         "category_columns": _category_columns(level),
-        "categories": _categories(record),
+        "categories": _categories(record, moved=True),
+        "unmoved": _categories(record, moved=False),
         "moved": _moved(record),
         "n_items": len(record["items"]),
         "changes": _changes(record),
         "text_folder": record.get("text_folder"),
         "text_link": _link(record.get("text_folder")),
-        "repairs": record["repairs"],
-        "doctor": [[row["check"], row["severity"], row["sentence"]] for row in record["doctor"]],
+        "repairs": [row | {"sentence": _begun(row["sentence"])} for row in record["repairs"]],
+        "doctor": [
+            [row["check"].replace("_", " "), row["severity"], _begun(row["sentence"])]
+            for row in record["doctor"]
+        ],
         "dose": _dose(record["dose"]),
         "dose_sentence": record["dose"].get("sentence"),
-        "not_tested": record["not_tested"],
+        "not_tested": [_begun(text) for text in record["not_tested"]],
         "how": _how(record, level),
         "judged": [_judge(judge) for judge in record["judges"]],
         "origins": _origins(record),
         "system_prompt": record.get("system_prompt"),
-        "provider": record["provider_share"].get("sentence"),
+        "provider": (record.get("provider_share") or {}).get("sentence"),
+        "judges_note": record.get("judges_note"),
         "licences": [[row["what"], row["licence"]] for row in record["licences"]],
         "versions": _versions(record["driftbook"]),
     }
 
 
-# ---- numbers and dates
+# ---- words, numbers and dates
+def _begun(text: str) -> str:
+    """The sentence with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
+
+
 def _points(value: float | None, signed: bool = False) -> str:
     return "not known" if value is None else with_minus(f"{value:{'+' if signed else ''}.1f}")
 
@@ -175,7 +181,7 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
         "sentence": row["sentence"],
         "facts": facts,
         "needed": _needed(row),
-        "tipping": row["tipping"],
+        "tipping": row.get("tipping") and _begun(row["tipping"]),
         "bad": "a rise is worse" if row["worse"] == "rise" else "a fall is worse",
         "margin": None if margin is None else f"{margin:g}",
     }
@@ -228,13 +234,14 @@ def _category_columns(level: str) -> list[str]:
     return ["Category", "Area", "Verdict", f"Points [{level}]", "Base", "Candidate", "Prompts"]
 
 
-def _categories(record: Record) -> list[list[Any]]:
-    """Rows of the categories, those that moved first and the largest move before others."""
+def _categories(record: Record, moved: bool) -> list[list[Any]]:
+    """Rows of the categories that moved, or of those that did not: the worse first, and the largest
+    difference before others.
+    """
     titles = {row["area"]: row["title"] for row in record["verdicts"]}
-    order = {word: n for n, word in enumerate(("worse", "better"))}
     rows = sorted(
-        record["categories"],
-        key=lambda row: (order.get(row["word"], len(order)), -abs(row["difference"] or 0.0)),
+        (row for row in record["categories"] if (row["word"] in _MOVED) == moved),
+        key=lambda row: (row["word"] != "worse", -abs(row["difference"] or 0.0)),
     )
     return [
         [
@@ -259,13 +266,17 @@ def _sorted_number(value: float | None, text: str) -> dict[str, Any]:
 def _moved(record: Record) -> str:
     rows = record["categories"]
     if not rows:
-        return ""
-    worse = sum(row["word"] == "worse" for row in rows)
-    better = sum(row["word"] == "better" for row in rows)
+        return "No area was divided into categories."
+    worse, better = (sum(row["word"] == word for row in rows) for word in _MOVED)
+    n = "the one category" if len(rows) == 1 else f"{len(rows)} categories"
+    said = (
+        f"{worse or 'none'} worse and {better or 'none'} better"
+        if worse or better
+        else "none moved"
+    )
     return (
-        f"Of {counted(len(rows), 'category').replace('categorys', 'categories')} {worse}"
-        f" {'is' if worse == 1 else 'are'} worse and {better} better. Verdicts are adjusted for"
-        " the number of categories within each area."
+        f"Of {n} {said}; words are adjusted for the number of categories in an area. Points are"
+        " candidate − base."
     )
 
 
@@ -364,6 +375,6 @@ def _versions(driftbook: Record) -> list[tuple[str, str]]:
     first = [name for name in _VERSION_FIRST if name in packages]
     names = first + sorted(set(packages) - set(first))
     return [
-        ("Driftbook", driftbook["version"]),
+        ("Driftbook", driftbook.get("version") or packages.get("driftbook", "not known")),
         ("Packages", ", ".join(f"{name} {packages[name]}" for name in names) or "not known"),
     ]

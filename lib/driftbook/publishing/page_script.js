@@ -110,3 +110,8 @@ for (const command of document.querySelectorAll("pre.command")) {
     }
   });
 }
+
+// On paper everything is open.
+window.addEventListener("beforeprint", () => {
+  for (const closed of document.querySelectorAll("details")) closed.open = true;
+});
