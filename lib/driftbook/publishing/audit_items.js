@@ -18,9 +18,10 @@
     if (value === null || value === undefined || value === "") return "–";
     if (typeof value === "boolean") return value ? "yes" : "no";
     if (typeof value === "number" && value !== 0 && Math.abs(value) < 0.0005) return "<0.001";
-    if (typeof value === "number" && !Number.isInteger(value)) return value.toFixed(3).replace("-", "−");
+    if (typeof value === "number" && !Number.isInteger(value)) return value.toFixed(3).replace(/^(-?\d+\.\d)0+$/, "$1").replace("-", "−");
     return String(value);
   };
+  const spaced = (words) => String(words ?? "").replaceAll("_", " ");
   const find = (id) => document.getElementById(id);
   const [area, category, change, search] = ["area", "category", "change", "search"].map((id) => find(`items-${id}`));
   const state = { page: 0, column: null, down: false, rows: [] };
@@ -42,9 +43,9 @@
     const found = [
       { title: "Prompt", cell: (one) => one.item },
       { title: "Area", cell: (one) => titled(one.area) },
-      { title: "Category", cell: (one) => one.category },
+      { title: "Category", cell: (one) => spaced(one.category) },
       { title: "Change", cell: (one) => one.change },
-      pair("Score", (one) => [one.base, one.candidate]),
+      pair("Score", (one) => [one.base, one.candidate].map((score) => (typeof score === "number" ? Number(score.toFixed(3)) : score))),
     ];
     if (!area.value) {
       const all = (side) => (one) => ordered(Object.keys(one[side] || {})).map((key) => `${named(key)} ${shown(one[side][key])}`).join(" · ");
@@ -68,8 +69,9 @@
         const words = text("span", "", cell);
         if (column.pair) {
           const [before, after] = column.pair(one);
+          cell.classList.add("pair");
           if (before === null && after === null) cell.classList.add("empty");
-          words.append(shown(before), " → ");
+          words.append(shown(before), " →\u00a0");
           text(shown(before) === shown(after) ? "span" : "strong", shown(after), words);
         } else words.textContent = shown(column.cell(one));
         row.append(cell);
@@ -114,7 +116,7 @@
       Object.assign(state, { column, down });
       order();
     });
-    options(category, values(inArea(), "category").sort(), String);
+    options(category, values(inArea(), "category").sort(), spaced);
     order();
   };
   const turn = (by) => () => {

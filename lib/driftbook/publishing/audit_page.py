@@ -85,9 +85,9 @@ def _seen(record: Record) -> dict[str, Any]:
         "changes": _changes(record),
         "text_folder": record.get("text_folder"),
         "text_link": _link(record.get("text_folder")),
-        "repairs": [row | {"sentence": _begun(row["sentence"])} for row in record["repairs"]],
+        "repairs": [row | {"sentence": _whole(row["sentence"])} for row in record["repairs"]],
         "doctor": [
-            [row["check"].replace("_", " "), row["severity"], _begun(row["sentence"])]
+            [row["check"].replace("_", " "), row["severity"], _whole(row["sentence"])]
             for row in record["doctor"]
         ],
         "dose": _dose(record["dose"]),
@@ -106,8 +106,13 @@ def _seen(record: Record) -> dict[str, Any]:
 
 # ---- words, numbers and dates
 def _begun(text: str) -> str:
-    """The sentence with a capital at its beginning."""
+    """The text with a capital at its beginning."""
     return text[:1].upper() + text[1:]
+
+
+def _whole(text: str) -> str:
+    """A sentence with its capital and its full stop."""
+    return _begun(text) + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _points(value: float | None, signed: bool = False) -> str:
@@ -120,9 +125,7 @@ def _interval(row: Record) -> str:
     return with_minus(f"[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]")
 
 
-def _chance(p: float | None) -> str:
-    if p is None:
-        return "not known"
+def _chance(p: float) -> str:
     return "under .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
@@ -167,8 +170,8 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
         asked,
         row["benchmark"],
         f"judged by {row['judge']}" if row["judge"] else "no judge",
-        f"adjusted p {_chance(row['p_adjusted'])}",
     ]
+    facts += [] if row["p_adjusted"] is None else [f"adjusted p {_chance(row['p_adjusted'])}"]
     margin = row["margin"]
     return {
         "title": row["title"],
@@ -181,7 +184,7 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
         "sentence": row["sentence"],
         "facts": facts,
         "needed": _needed(row),
-        "tipping": row.get("tipping") and _begun(row["tipping"]),
+        "tipping": row.get("tipping") and _whole(row["tipping"]),
         "bad": "a rise is worse" if row["worse"] == "rise" else "a fall is worse",
         "margin": None if margin is None else f"{margin:g}",
     }
@@ -245,7 +248,7 @@ def _categories(record: Record, moved: bool) -> list[list[Any]]:
     )
     return [
         [
-            row["category"],
+            row["category"].replace("_", " "),
             titles.get(row["area"], row["area"]),
             {"text": row["word"], "word": _CLASSES.get(row["word"], "")},
             _sorted_number(
@@ -270,7 +273,7 @@ def _moved(record: Record) -> str:
     worse, better = (sum(row["word"] == word for row in rows) for word in _MOVED)
     n = "the one category" if len(rows) == 1 else f"{len(rows)} categories"
     said = (
-        f"{worse or 'none'} worse and {better or 'none'} better"
+        f"{worse or 'none'} are worse and {better or 'none'} better"
         if worse or better
         else "none moved"
     )
