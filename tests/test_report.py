@@ -3,15 +3,18 @@ text out.
 """
 
 import re
+import shutil
 from html.parser import HTMLParser
 
 import nbformat
 import pandas as pd
 import pytest
 
+import browsing
 from driftbook.batch import collecting
 from driftbook.figures import gallery
 from driftbook.publishing import publish, report
+from driftbook.publishing.story import happened
 from driftbook.stats import estimation, influence, terms
 from driftbook.study.files import ROOT
 from driftbook.study.opening import OPTIONAL
@@ -77,6 +80,10 @@ def study(tmp_path_factory):
     (folder / "figures" / "safety_change.md").write_text(
         "A caption with <script>alert(1)</script>.\n\nMade by hand.\n"
     )
+    for name in ("pareto", "of_my_own"):
+        shutil.copyfile(
+            folder / "figures" / "safety_change.png", folder / "figures" / f"{name}.png"
+        )
     (folder / "notebooks").mkdir()
     cells = [
         nbformat.v4.new_markdown_cell("# 09 · A question?"),
@@ -100,7 +107,8 @@ def test_page_needs_no_network(study, page):
         if link.startswith("notebooks/"):
             assert (study.folder / link).is_file()
     assert not re.search(r"@import|url\(", page)
-    assert "script" not in links(page).tags
+    assert links(page).tags.count("script") == 1
+    assert "default-src &#39;none&#39;" in page
 
 
 def test_notebook_pages_need_no_network_either(study, page):
@@ -131,12 +139,9 @@ def test_findings_are_the_estimates(study, page):
         "base_model == 'all' and method == 'lora' and group == 'trained' and contrast == 'change"
         " against the base model'"
     ).iloc[0]
-    assert (
-        f"LoRA {row['value']:+.1f} points [{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]".replace(
-            "-", "−"
-        )
-        in page
-    )
+    star = "" if row["ci_low"] <= 0 <= row["ci_high"] else " *"
+    cell = f"{row['value']:+.1f}{star}\n[{row['ci_low']:+.1f}, {row['ci_high']:+.1f}]"
+    assert page.count(cell.replace("-", "−")) == 1
     assert "mean over the 2 base models" in page
     tables = [TABLES[name].read(study.folder / "tables") for name in ("variants", "runs")]
     arms = influence.arms(*tables)
@@ -147,6 +152,25 @@ def test_findings_are_the_estimates(study, page):
     assert collecting.status(study) == 2
     assert "2 failed" in page
     assert study.note in page
+
+
+def test_each_change_is_told_once_by_its_interval():
+    def row(method: str, value: float, low: float, high: float) -> dict:
+        ends = {"value": value, "ci_low": low, "ci_high": high}
+        return {"method": method, "base_model": "all", "judge": "mini-guard"} | ends
+
+    nan = float("nan")
+    rows = [row("lora", 5, 2, 8), row("ia3", -5, -8, -2), row("prompt_tuning", 1, -1, 3)]
+    rows += [row("p_tuning", 4, nan, nan)]
+    same = {"outcome": terms.UNSAFE, "benchmark": "safety", "contrast": terms.CHANGE}
+    same |= {"estimator": terms.PRIMARY, "group": terms.TRAINED}
+    estimates = pd.DataFrame([one | same for one in rows])
+    assert happened(estimates, {"Safety": (terms.UNSAFE, "safety")}) == [
+        "Unsafe answers to harmful prompts: rose with LoRA; fell with IA3; no change can be told"
+        " with Prompt-Tuning; nothing was repeated, so there is no interval, with P-Tuning."
+    ]
+    (none,) = happened(estimates.assign(contrast=terms.LEVEL), {"Safety": (terms.UNSAFE, "safety")})
+    assert "No change was estimated" in none
 
 
 def test_words_say_when_a_number_cannot():
@@ -163,6 +187,55 @@ def test_report_of_a_study_without_estimates_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("driftbook.study.study_file.Study.folder", property(lambda study: folder))
     page = report.write(load("miniature")).read_text()
     assert "No figure has been drawn yet." in page
+
+
+# ---- in a browser
+@pytest.fixture(scope="module")
+def tab(study, page, tmp_path_factory):
+    with browsing.tab(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def test_figures_are_tabs_for_the_keyboard_and_all_there_on_paper_and_without_scripts(tab, study):
+    shown = "[...document.querySelectorAll('.tabs > section')].map(e => e.checkVisibility())"
+    chosen = "document.activeElement.textContent"
+    tab.look()
+    tab.open(study.folder / "report.html")
+    assert tab.run(shown) == [True, False, False]
+    tab.run("document.querySelector('[role=tab]').focus()")
+    for key, title, seen in (
+        ("ArrowRight", "Trade-offs", 1),
+        ("End", "Further figures", 2),
+        ("ArrowRight", "Safety", 0),
+        ("ArrowLeft", "Further figures", 2),
+    ):
+        tab.key(key)
+        assert tab.run(chosen) == title
+        assert tab.run(shown) == [n == seen for n in range(3)]
+    tab.look(media="print")
+    assert tab.run(shown) == [True] * 3
+    tab.look()
+    tab.send("Emulation.setScriptExecutionDisabled", value=True)
+    tab.open(study.folder / "report.html")
+    tab.send("Emulation.setScriptExecutionDisabled", value=False)
+    assert tab.run(shown) == [True] * 3
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_of_the_report_is_cut_on_a_phone(tab, study, dark):
+    tab.look(390, dark)
+    tab.open(study.folder / "report.html")
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+    assert tab.run(browsing.CUT) == []
+
+
+@pytest.mark.parametrize(
+    ("width", "dark"), [(1100, False), (1100, True), (390, False), (390, True)]
+)
+def test_no_rule_of_accessibility_is_broken(tab, study, width, dark):
+    tab.look(width, dark)
+    tab.open(study.folder / "report.html")
+    assert browsing.violations(tab) == []
 
 
 # ---- publishing

@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
 from driftbook.analyses import estimands, information, primary
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, short_name, unit_of
 from driftbook.publishing import publish
+from driftbook.publishing.page_parts import rendered
 from driftbook.publishing.pages import notebook_pages
 from driftbook.publishing.story import (
     base_words,
@@ -25,7 +25,7 @@ from driftbook.publishing.story import (
     story,
     who,
 )
-from driftbook.stats import estimation, influence, populations
+from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.harm import safety_outcome
 from driftbook.stats.picking import picked, plain, with_minus
@@ -66,39 +66,53 @@ FINDINGS = {
     "Utility, answers": (CORRECT, "utility"),
 }
 RUNS_OF = {TRAINED: "trained runs without no-ops", AS_CONFIGURED: "all runs as configured"}
+OF_RUNS = ("Runs", "No-ops")  # findings that the section on runs tells
 BASE, NOTHING = "Base models' own", "Nothing to draw: "
-TITLES = {
-    "safety_change": "Safety by method and base model",
-    "over_refusal": "Safety and over-refusal",
-    "safety_settings": "Safety by settings",
-    "safety_category": "Safety by category",
-    "fairness_change": "Fairness by method and base model",
-    "fairness_bias": "Bias by dimension",
-    "fairness_accuracy": "Accuracy by dimension",
-    "fairness_order": "Order of the options",
-    "mixed_effects": "Pooled, by base model, mixed",
-    "mixed_terms": "Objective and learning rate",
-    "efficiency": "Efficiency against alignment",
-    "safety_fairness": "Safety against fairness",
-    "safety_utility": "Safety against over-refusal and utility",
-    "dose": "Change against dose",
-    "pareto": "The Pareto view",
-    "front_probability": "How often on the Pareto front",
-    "curves": "Training curves",
-    "methods_compared": "Methods against each other",
-    "models_compared": "The same change by several estimators",
-    "variance_shares": "What moves a run",
-    "no_ops": "With and without no-ops",
-    "doses_reached": "How far training went",
-    "dose_matched": "Methods at equal dose",
-    "attenuation": "Correlations, corrected for noise",
-    "power": "What the grid could tell",
-    "judge_correction": "The judge, corrected by labels",
-    "primary_tests": "The declared tests",
-    "preserves": "What is preserved",
-    "specification_curve": "The declared tests under other choices",
-    "drift": "Drift while training",
+TITLES = {  # of figures, by theme: the report's tabs
+    "Safety": {
+        "safety_change": "Safety by method and base model",
+        "over_refusal": "Safety and over-refusal",
+        "safety_settings": "Safety by settings",
+        "safety_category": "Safety by category",
+        "judge_correction": "The judge, corrected by labels",
+    },
+    "Fairness": {
+        "fairness_change": "Fairness by method and base model",
+        "fairness_bias": "Bias by dimension",
+        "fairness_accuracy": "Accuracy by dimension",
+        "fairness_order": "Order of the options",
+    },
+    "Declared tests": {
+        "primary_tests": "The declared tests",
+        "preserves": "What is preserved",
+        "specification_curve": "The declared tests under other choices",
+    },
+    "Trade-offs": {
+        "efficiency": "Efficiency against alignment",
+        "safety_fairness": "Safety against fairness",
+        "safety_utility": "Safety against over-refusal and utility",
+        "pareto": "The Pareto view",
+        "front_probability": "How often on the Pareto front",
+        "attenuation": "Correlations, corrected for noise",
+    },
+    "Methods and models": {
+        "methods_compared": "Methods against each other",
+        "mixed_effects": "Pooled, by base model, mixed",
+        "mixed_terms": "Objective and learning rate",
+        "models_compared": "The same change by several estimators",
+        "variance_shares": "What moves a run",
+        "power": "What the grid could tell",
+    },
+    "Training": {
+        "curves": "Training curves",
+        "dose": "Change against dose",
+        "doses_reached": "How far training went",
+        "dose_matched": "Methods at equal dose",
+        "no_ops": "With and without no-ops",
+        "drift": "Drift while training",
+    },
 }
+OTHERS_DRAWN = "Further figures"
 
 
 def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
@@ -151,19 +165,11 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
     """The cheapest and the dearest method: parameters, seconds, and what each did to safety, of
     trained runs.
     """
-    cost = arms[arms["arm"].eq(TRAINED)].merge(
-        runs[["run_id", "n_trainable", "seconds"]], on="run_id"
-    )
-    safety = safety_outcome(estimates)
-    rows = changes(estimates, safety, "safety")
-    keys = ["method"] if rows["base_model"].eq("all").all() else ["base_model", "method"]
-    cost = cost.groupby(keys)[["n_trainable", "seconds"]].median().reset_index()
-    known = rows.merge(cost, on=keys).sort_values("n_trainable", kind="stable")
+    safety, known = safety_outcome(estimates), _costs(estimates, arms, runs)
     if known.empty:
         return "Of no method are both the cost and the change in safety known."
     words = [
-        f"{who(row)} trains {row.n_trainable:,.0f} parameters in {row.seconds:.1f} s: "
-        + number(row.value, row.ci_low, row.ci_high, "points")
+        f"{_cost(row)}: {number(row.value, row.ci_low, row.ci_high, 'points')}"
         for row in known.itertuples()
     ]
     return (
@@ -171,6 +177,23 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         + (", from the fewest trainable parameters to the most" if len(words) > 1 else "")
         + f" (medians): {'; '.join(words)}."
     )
+
+
+def _costs(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """The changes in safety with the medians of parameters and seconds, the fewest parameters
+    first; without those whose cost is not known.
+    """
+    cost = arms[arms["arm"].eq(TRAINED)].merge(
+        runs[["run_id", "n_trainable", "seconds"]], on="run_id"
+    )
+    rows = changes(estimates, safety_outcome(estimates), "safety")
+    keys = ["method"] if rows["base_model"].eq("all").all() else ["base_model", "method"]
+    cost = cost.groupby(keys)[["n_trainable", "seconds"]].median().reset_index()
+    return rows.merge(cost, on=keys).sort_values("n_trainable", kind="stable")
+
+
+def _cost(row) -> str:
+    return f"{who(row)} trains {row.n_trainable:,.0f} parameters in {row.seconds:.1f} s"
 
 
 def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
@@ -182,18 +205,14 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
     found = [("Runs", _what_ran(arms, runs))]
     if not estimates["contrast"].eq(CHANGE).any():
         silent = information.silent_sentences(estimates)
-        return [
-            *found,
-            *([("Fairness, bias", " ".join(silent))] if silent else []),
-            ("Base models", "Nothing was trained: the levels above are the base models' own."),
-        ]
+        return [*found, *([("Fairness, bias", " ".join(silent))] if silent else [])]
     found += [
         ("Extremes", _extreme_cell(estimates)),
         ("Controls", _controls(estimates)),
         ("No-ops", _no_ops(arms)),
     ]
-    if changes(estimates, safety_outcome(estimates), "safety")["value"].notna().any():
-        found.append(("Efficiency", cost_sentence(estimates, arms, runs)))
+    costs = [_cost(row) for row in _costs(estimates, arms, runs).itertuples()]
+    found += [("Cost", f"{'; '.join(costs)} (medians of trained runs).")] * bool(costs)
     return [pair for pair in found if pair[1]]
 
 
@@ -327,27 +346,22 @@ def write(study: Study) -> Path:
     tables = {name: publish.text_free(folder, name) for name in names}
     tables |= {"estimates": estimation.read_estimates(folder)}
     drawn, undrawn = _figures(study.folder / "figures")
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = summary(tables["estimates"])
-    page = pages.get_template("report.html").render(
+    found = {title: [text] for title, text in findings(tables)}
+    page = rendered(
+        "report.html",
         name=study.name,
         note=nameless(study.note),
         of_safety=study.of_safety,
         miniature=study.miniature,
         story=story(study, tables, told(tables["estimates"])),
-        findings=findings(tables),
+        findings=[pair for pair in found.items() if pair[0] not in OF_RUNS],
+        of_runs=[pair for pair in found.items() if pair[0] in OF_RUNS],
         declared=declared(study, tables["estimates"]),
         estimands=estimands.estimands(study, printed(tables["estimates"]), tables["estimates"]),
         checked=checked(study),
         summary=shown,
         compared=BASE in shown,
-        interval=INTERVAL,
-        held=populations.held_for(printed(tables["estimates"])),
         figures=drawn,
         undrawn=undrawn,
         overview=overview(tables["variants"], tables["runs"]),
@@ -362,7 +376,7 @@ def write(study: Study) -> Path:
     return study.folder / "report.html"
 
 
-def declared(study: Study, estimates: pd.DataFrame) -> str:
+def declared(study: Study, estimates: pd.DataFrame) -> list[str]:
     """What the declared tests say, with the hash and the date of their register, and every
     deviation from it.
     """
@@ -374,7 +388,7 @@ def declared(study: Study, estimates: pd.DataFrame) -> str:
         if entries
         else " Never registered."
     )
-    return with_minus(text) + registered + "".join(f" Deviation: {one}." for one in deviations)
+    return [with_minus(text) + registered, *(f"Deviation: {one}." for one in deviations)]
 
 
 def printed(estimates: pd.DataFrame) -> pd.DataFrame:
@@ -516,29 +530,27 @@ def made_with(runs: pd.DataFrame) -> list[tuple[str, str]]:
     return [*rows, ("Training", f"{seconds:,.0f} CPU seconds in all")]
 
 
-def _figures(folder: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
-    """The figures of the study as data, in the workbook's order, any others after them; and the
-    titles of those that have nothing to draw, each with the reason.
+def _figures(folder: Path) -> tuple[list[tuple[str, list[dict[str, str]]]], list[tuple[str, str]]]:
+    """The figures of the study as data, by theme, any others after them; and the titles of those
+    that have nothing to draw, each with the reason.
     """
-    names = [name for name in TITLES if (folder / f"{name}.png").is_file()]
-    names += sorted(path.stem for path in folder.glob("*.png") if path.stem not in TITLES)
+    known = {name for titles in TITLES.values() for name in titles}
+    others = sorted(path.stem for path in folder.glob("*.png") if path.stem not in known)
+    others = {name: name.replace("_", " ").capitalize() for name in others}
     found, missing = [], []
-    for name in names:
-        caption, _, source = _caption(folder / f"{name}.md").rpartition("\n\n")
-        title = TITLES.get(name, name.replace("_", " ").capitalize())
-        if caption.startswith(NOTHING):
-            missing.append((title, caption.removeprefix(NOTHING).rstrip(".")))
-            continue
-        image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        found.append(
-            {
-                "name": name,
-                "title": title,
-                "image": image,
-                "caption": caption or source,
-                "source": source if caption else "",
-            }
-        )
+    for theme, titles in {**TITLES, OTHERS_DRAWN: others}.items():
+        drawn = []
+        for name, title in titles.items():
+            if not (folder / f"{name}.png").is_file():
+                continue
+            caption, _, source = _caption(folder / f"{name}.md").rpartition("\n\n")
+            if caption.startswith(NOTHING):
+                missing.append((title, caption.removeprefix(NOTHING).rstrip(".")))
+                continue
+            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            own = {"caption": caption or source, "source": source if caption else ""}
+            drawn.append({"name": name, "title": title, "image": image, **own})
+        found += [(theme, drawn)] * bool(drawn)
     return found, missing
 
 

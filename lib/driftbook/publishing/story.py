@@ -1,5 +1,5 @@
-"""A study in five short paragraphs: what was asked, of whom, what happened, how sure that is, and
-what it does not say. Every word and number comes from the study's tables.
+"""A study in five short paragraphs: what happened, how sure that is, what it does not say, what was
+asked, and of whom. Every word and number comes from the study's tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -140,11 +140,11 @@ def story(
     """
     arms = influence.arms(tables["variants"], tables["runs"])
     return [
-        ("What was asked", [_asked(tables, arms)]),
-        ("Of whom", [_of_whom(tables, arms)]),
         ("What happened", happened(tables["estimates"], outcomes)),
         ("How sure", [_how_sure(tables["estimates"], outcomes)]),
         ("What it does not say", _unsaid(study, tables, arms, outcomes)),
+        ("What was asked", [_asked(tables, arms)]),
+        ("Of whom", [_of_whom(tables, arms)]),
     ]
 
 
@@ -232,39 +232,31 @@ def trained_on(variants: pd.DataFrame, runs: pd.DataFrame) -> str:
 
 
 def happened(estimates: pd.DataFrame, outcomes: Outcomes) -> list[str]:
-    """A sentence per outcome: the base models' own level, and what each method did to it."""
+    """A sentence per outcome: which methods it rose with, which it fell with, and with which no
+    change can be told. The numbers are the summary's.
+    """
     found = []
     for outcome, benchmark in outcomes.values():
-        rows, base = changes(estimates, outcome, benchmark), bases_of(estimates, outcome, benchmark)
+        rows = changes(estimates, outcome, benchmark)
         rows = rows[rows["value"].notna()]
-        if rows.empty and base.empty:
-            continue
-        levels = [
-            own_level(row.value, outcome)
-            + ("" if len(rows) else _ends(row, outcome))
-            + ("" if len(base) == 1 else f" ({row.base_model})")
-            for row in base.itertuples()
+        kinds = {
+            ("rose with", "and"): rows[rows["ci_low"].gt(0)],
+            ("fell with", "and"): rows[rows["ci_high"].lt(0)],
+            ("no change can be told with", "or"): rows[
+                rows["ci_low"].le(0) & rows["ci_high"].ge(0)
+            ],
+            ("nothing was repeated, so there is no interval, with", "or"): rows[
+                rows["ci_low"].isna()
+            ],
+        }
+        words = [
+            f"{kind} {listed([who(row) for row in own.itertuples()], last)}"
+            for (kind, last), own in kinds.items()
+            if len(own)
         ]
-        before = f"{listed(levels) or 'not known'}{' before any training' if len(rows) else ''}"
-        words, unit = [before], unit_of(outcome, "points")
-        same = rows["ci_low"].le(0) & rows["ci_high"].ge(0)
-        for row in rows[~same.fillna(False)].itertuples():
-            words.append(f"{who(row)} {number(row.value, row.ci_low, row.ci_high, unit)}")
-        unknown = [
-            f"{who(row)} ({number(row.value, row.ci_low, row.ci_high, unit, tell=False)})"
-            for row in rows[same.fillna(False)].itertuples()
-        ]
-        words += [f"no change can be told with {listed(unknown, 'or')}"] * bool(unknown)
         name = PLAIN.get((outcome, benchmark), f"{short_name(outcome)}, {benchmark}")
-        found.append(f"{name}: {'; '.join(words)}.")
-    return found
-
-
-def _ends(row, outcome: str) -> str:
-    """The interval of a level in brackets."""
-    places = 3 if outcome == LOSS else 1
-    known = pd.notna(row.ci_low)
-    return with_minus(f" [{row.ci_low:.{places}f}, {row.ci_high:.{places}f}]") if known else ""
+        found += [f"{name}: {'; '.join(words)}."] * bool(words)
+    return found or ["No change was estimated: the numbers below are the base models' own."]
 
 
 def _shown(estimates: pd.DataFrame, outcomes: Outcomes) -> pd.DataFrame:
