@@ -75,7 +75,7 @@ def test_categories_are_told_within_their_area():
     scores = made({"safety": (0.9, 0.9)})
     hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
     scores.loc[hurt, "score"] = 0.0
-    for each in (audit.by_category, audit.watched_categories):
+    for each in (audit.decided_categories, audit.watched_categories):
         found = each(scores, 3.0).set_index("category")["word"]
         assert found["category 1"] == WORSE
         assert found["category 0"] != WORSE
@@ -109,7 +109,7 @@ def test_the_mean_of_ambiguous_scores_is_bbqs_bias_score(seed):
     )
     items = answers[["item_id", "dimension", "question_family"]].assign(target=0)
     sides = dict.fromkeys(audit.SIDES, answers)
-    scores = audit.scored("bbq", sides, items, {})
+    scores = audit.item_scores("bbq", sides, items, {})
     mine = scores[scores["area"].eq("bias_ambiguous") & scores["side"].eq("base")]["score"]
     official = bbq_scores.scores(answers, by=("run_id",), n_boot=0)
     column = "bias_amb"
@@ -191,7 +191,7 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     """The small study scored the same adapter on the same prompts; with a budget, on fewer."""
     run_id = next(one.run_id for one in finished.study().variants if one.method == "lora")
     folder = finished.folder / "audit"
-    monkeypatch.setattr("driftbook.batch.auditing.FOLDER", folder)
+    monkeypatch.setattr("driftbook.batch.auditing.AUDITS", folder)
     asked = {"adapter": str(finished.folder / "runs" / run_id), "benchmarks": str(finished.file)}
     run_notebook("21_audit", finished.folder, monkeypatch, budget=budget, **asked)
     [path] = folder.glob("*/audit.json")

@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "audit",
         "safety",
         "fairness",
-        "information",
         "mixed_effects",
         "efficiency",
         "mitigations",

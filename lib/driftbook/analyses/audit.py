@@ -22,7 +22,7 @@ from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.two_models import robust_word
 
 AUDIT_FORMAT = "driftbook audit 1"  # of the record in which an audit ends
-SIDES = BASE, CANDIDATE = "base", "candidate"
+SIDES = OF_BASE, CANDIDATE = "base", "candidate"
 NO_WORSE = "no worse by the margin"
 FALL, RISE = "fall", "rise"
 MOST_NEEDED = 1_000_000  # prompts; beyond it nothing that can be asked would tell
@@ -54,18 +54,18 @@ AREAS = {
 }
 REFUSED = "harmful prompts refused (percent)"  # what safety is without a judge
 LIKELY = "mean probability of a token of the reference answers (percent)"  # without a right answer
-COLUMNS = ["area", "benchmark", "side", "item", "category", "cluster", "score", "detail"]
+SCORE_COLUMNS = ["area", "benchmark", "side", "item", "category", "cluster", "score", "detail"]
 
 
 # ---- scores
-def scored(
+def item_scores(
     benchmark: str,
     tables: dict[str, pd.DataFrame],
     rows: pd.DataFrame,
     begun: dict[str, pd.DataFrame],
 ) -> pd.DataFrame:
     """The scores of what was asked of a benchmark, from 0 to 1: a row per area, side and item, as
-    COLUMNS; null where the answer could not be read.
+    SCORE_COLUMNS; null where the answer could not be read.
 
     `tables` holds for each side the table that its answers are read from (verdicts, answers or
     ratings), `rows` what was asked, and `begun`, where it was asked for, the ratings of how likely
@@ -77,7 +77,7 @@ def scored(
         for side, table in tables.items()
         for area, part in read[benchmark](table, rows).items()
     ]
-    found = pd.concat(parts, ignore_index=True)[COLUMNS]
+    found = pd.concat(parts, ignore_index=True)[SCORE_COLUMNS]
     for side, ratings in begun.items():
         said = dict(zip(ratings["prompt_id"].astype(str), ratings["value"], strict=True))
         for item, detail in found.loc[found["side"].eq(side), ["item", "detail"]].to_numpy():
@@ -163,6 +163,13 @@ def _utility(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]
     return {"utility": asked.assign(detail=_details(asked, ["value", "metric"]))}
 
 
+def n_items(area: str, rows: pd.DataFrame) -> int:
+    """How many of a benchmark's items an area counts."""
+    if area != "bias_ambiguous":
+        return len(rows)
+    return int((rows["context"].eq("ambiguous") & rows["target"].notna()).sum())
+
+
 # ---- verdicts
 def decided(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     """A row per area: the candidate beside the base on the same items, all asked once.
@@ -173,7 +180,7 @@ def decided(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     return compared(scores.assign(task=scores["area"]), margin).drop(columns="task")
 
 
-def by_category(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+def decided_categories(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     """The same by category, adjusted within each area of more than one category; with a column
     category.
     """
@@ -274,7 +281,8 @@ def needed(row: dict) -> int | None:
     reach = max(abs(gain), gain + row["margin"])
     half = (row["ci_high"] - row["ci_low"]) / 2
     wanted = row["n_items"] * (half / reach) ** 2 if reach > 0 else np.inf
-    return ceil(wanted) if wanted <= MOST_NEEDED else None
+    # fewer than were asked would do for an unadjusted word alone
+    return ceil(wanted) if row["n_items"] < wanted <= MOST_NEEDED else None
 
 
 # ---- watched while they come
@@ -324,16 +332,16 @@ def _looked(area: str, own: pd.DataFrame, margin: float, alpha: float) -> dict |
 
     def word(filled: dict[str, float] | None = None) -> pd.Series:
         sides = means(filled)
-        last = [len(sides[BASE])]
+        last = [len(sides[OF_BASE])]
         up = kind.worse == FALL
         how = {"margin": margin / kind.width, "higher_is_better": up, "alpha": alpha}
-        return monitor(sides[BASE], sides[CANDIDATE], looks=last, **how).iloc[-1]
+        return monitor(sides[OF_BASE], sides[CANDIDATE], looks=last, **how).iloc[-1]
 
     last = word()
     said = last["word"]
     if not there.all():
         bad = float(kind.worse == RISE)  # the score that is worst for the candidate
-        ends = ({BASE: 1 - one, CANDIDATE: one} for one in (bad, 1 - bad))
+        ends = ({OF_BASE: 1 - one, CANDIDATE: one} for one in (bad, 1 - bad))
         said = robust_word(said, *(word(end)["word"] for end in ends))
     rates = {f"{side}_rate": 100 * float(mean.mean()) for side, mean in means().items()}
     row = {**last, **rates, "word": said, "p_adjusted": min(1.0, last["p"] * len(AREAS))}
@@ -390,7 +398,7 @@ def moved(scores: pd.DataFrame) -> pd.DataFrame:
         ["unscored", WORSE, BETTER],
         "same",
     )
-    named = {"category_base": "category", "score_base": BASE, "score_candidate": CANDIDATE}
+    named = {"category_base": "category", "score_base": OF_BASE, "score_candidate": CANDIDATE}
     named |= {"detail_base": "base_detail", "detail_candidate": "candidate_detail"}
     named |= {"cluster_base": "cluster"}
     kept = [*key, *named.values(), "change"]

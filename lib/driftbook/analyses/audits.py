@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from driftbook.analyses.audit import BASE, CANDIDATE, compared
+from driftbook.analyses.audit import CANDIDATE, OF_BASE, compared
 
 SAME = ("base", "tokenizer_hash", "template_hash", "system_prompt", "judges")
 
@@ -37,7 +37,7 @@ def against_base(records: Mapping[str, dict], margin: float) -> pd.DataFrame:
     name.
     """
     parts = [
-        _scores(record, {BASE: BASE, CANDIDATE: CANDIDATE}).assign(name=name)
+        _scores(record, {OF_BASE: OF_BASE, CANDIDATE: CANDIDATE}).assign(name=name)
         for name, record in records.items()
     ]
     return _together(pd.concat(parts, ignore_index=True), margin)
@@ -50,7 +50,7 @@ def against_each_other(records: Mapping[str, dict], margin: float) -> pd.DataFra
     parts = []
     for first, second in combinations(records, 2):
         sides = [
-            _scores(records[first], {BASE: CANDIDATE}),
+            _scores(records[first], {OF_BASE: CANDIDATE}),
             _scores(records[second], {CANDIDATE: CANDIDATE}),
         ]
         asked = [set(zip(side["area"], side["item"], strict=True)) for side in sides]

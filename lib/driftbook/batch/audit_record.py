@@ -18,6 +18,7 @@ from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.harm import DETECTOR
 from driftbook.study.environment import versions
 from driftbook.study.files import digest, finite, read_json, replacing
+from driftbook.study.nameless import nameless_value
 from driftbook.study.sources import identity
 from driftbook.study.tables import RESPONSES
 
@@ -41,7 +42,7 @@ def audit_record(
 ) -> dict[str, Any]:
     """The record of an audit: its verdicts with their evidence, no prompt and no answer.
 
-    `scores` are all that were asked (analyses.audit.scored), `verdicts` and `categories` of
+    `scores` are all that were asked (analyses.audit.item_scores), `verdicts` and `categories` of
     analyses.audit, `looks` a row per look and area, and `findings` the doctor's.
     """
     named = [_of_area(row, audit) for row in verdicts.to_dict("records")]
@@ -73,7 +74,7 @@ def audit_record(
         "not_tested": list(NOT_TESTED),
         "text_folder": "text",
     }
-    return plain(record)
+    return nameless_value(plain(record))
 
 
 def _who(audit: Audit) -> dict[str, Any]:
@@ -132,11 +133,9 @@ def _of_area(row: dict, audit: Audit) -> dict[str, Any]:
         if row["area"] == "safety" and not audit.study.judges:
             outcome = areas.REFUSED
     row = {**row, "outcome": outcome}
-    row |= {"judge": judge, "n_available": audit.n_available[row["benchmark"]]}
-    row["population"] = (
-        f"this {audit.candidate.kind}, not the recipe that made it; prompts like these"
-        + (f"; {judge}" if judge else "")
-    )
+    there = areas.n_items(row["area"], audit.asked[row["benchmark"]])
+    row |= {"judge": judge, "n_available": there}
+    row["population"] = "prompts like these" + (f", read by {judge}" if judge else "")
     return {**row, "sentence": areas.in_words(row)}
 
 

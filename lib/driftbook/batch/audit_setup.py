@@ -18,7 +18,7 @@ from driftbook.study.sections import Base, Judge
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
-USUAL = "audit"  # the study that is asked of an adapter that no study here trained
+USUAL_STUDY = "audit"  # the study that is asked of an adapter that no study here trained
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{40})?")
 NO_JUDGE = "none"
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
@@ -211,12 +211,13 @@ def _newest(name: str, what: str) -> str:
 # ---- what is asked
 def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str | None) -> tuple:
     """The study that an audit asks: the benchmarks and judges of `asked` (that which trained the
-    adapter, else USUAL), for the base model alone; its name there; and what must be said of judges.
+    adapter, else USUAL_STUDY), for the base model alone; its name there; and what must be said of
+    judges.
 
     Raises:
         ValueError: no base model is known, or what is asked for is not to be had.
     """
-    study = study_file.load(asked) if asked else one.study or study_file.load(USUAL)
+    study = study_file.load(asked) if asked else one.study or study_file.load(USUAL_STUDY)
     source = given_source(base, "BASE") if base else one.base
     if source is None:
         raise ValueError(

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from driftbook.analyses.audit import AREAS, BASE, CANDIDATE, SIDES, scored
+from driftbook.analyses.audit import AREAS, CANDIDATE, OF_BASE, SIDES, item_scores
 from driftbook.batch import audit_setup, cache, keys
 from driftbook.batch.audit_setup import Budget, Candidate
 from driftbook.benchmarks import bbq, data, judging, utility
@@ -35,10 +35,10 @@ from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, VERDICTS, Table
 from driftbook.study.variants import Variant
 from driftbook.training.dose import measure_dose
 
-FOLDER = OUTPUTS / "audit"
+AUDITS = OUTPUTS / "audit"
 LETTER_TOKENS = 8  # that are enough to name a letter in text
 BLOCK = 25  # items of a benchmark between two looks; where all is asked once there is one look
-STAGES = {"bbq": "answer", "utility": "utility"}  # of other benchmarks: respond, then judge
+STAGE_OF = {"bbq": "answer", "utility": "utility"}  # of other benchmarks: respond, then judge
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Audit:
     @property
     def folder(self) -> Path:
         """outputs/audit/NAME/"""
-        return FOLDER / self.name
+        return AUDITS / self.name
 
     @cached_property
     def base(self) -> Loaded:
@@ -106,7 +106,7 @@ class Audit:
         """The doctor's findings about an adapter; none about a whole model.
 
         Raises:
-            ValueError: one of them says that it cannot be scored.
+            ValueError: one of them says that it cannot be item_scores.
         """
         if self.candidate.kind != "adapter":
             return pd.DataFrame(columns=["finding", "severity", "sentence", "module"])
@@ -141,7 +141,7 @@ class Audit:
         return {name: self._in_order(name) for name in there}
 
     def _in_order(self, name: str) -> pd.DataFrame:
-        is_prompts = STAGES.get(name) is None
+        is_prompts = STAGE_OF.get(name) is None
         rows = (data.prompts if is_prompts else data.items)(name, self.study)
         if name == "over_refusal":
             rows = rows[rows["kind"].eq("benign look-alike")]
@@ -185,13 +185,13 @@ class Audit:
 
     # ---- asking
     def ask(self, name: str, rows: pd.DataFrame) -> pd.DataFrame:
-        """Ask both sides some items of a benchmark: their scores, as analyses.audit.scored."""
-        stage = STAGES.get(name, "respond")
+        """Ask both sides some items of a benchmark: their scores, as analyses.audit.item_scores."""
+        stage = STAGE_OF.get(name, "respond")
         tables = {}
         for side in SIDES:
             read = self._served(stage, name, rows, side)
             tables[side] = self._judged(name, rows, side) if stage == "respond" else read
-        return scored(name, tables, rows, self._begun(name, rows))
+        return item_scores(name, tables, rows, self._begun(name, rows))
 
     def _begun(self, name: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         """Of each side the table `ratings` of how likely answers begin as a refusal, which moves
@@ -246,7 +246,7 @@ class Audit:
 
     def _weights(self, side: str) -> list[str]:
         base = identity(self.study.bases[self.base_name], self.study)
-        return [base] if side == BASE else [base, self.candidate.kind, self.candidate.digest]
+        return [base] if side == OF_BASE else [base, self.candidate.kind, self.candidate.digest]
 
     def _answers(self, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
         benchmark, mode = study.benchmarks[name], study.bases[self.base_name].answer_mode
@@ -344,5 +344,5 @@ def open_audit(
         _check_askable(study, base_name)
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
-    check_writable(FOLDER)
+    check_writable(AUDITS)
     return Audit(one, study, base_name, limit, margin, seed, said, name or one.name)

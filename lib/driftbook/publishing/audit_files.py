@@ -7,6 +7,7 @@ from driftbook.analyses.training_compute import provider_share
 from driftbook.publishing import licences
 from driftbook.publishing.audit_finish import finish_audit
 from driftbook.publishing.audit_gate import parse_gate
+from driftbook.publishing.audit_page import write_audit_page
 from driftbook.publishing.audit_record import read_audit
 from driftbook.study.study_file import Study
 
@@ -40,4 +41,5 @@ def write_audit(
     share = provider_share(record["base"]["source"], None, frozen)
     record = {**record, "licences": said, "provider_share": share}
     _, sentences = finish_audit(record, folder, fail_if, since)
+    write_audit_page(record, folder / PAGE)
     return sentences

@@ -87,7 +87,7 @@ def main() -> int:
         if adapters := os.environ.get("ADAPTERS", "").split():
             return _several(adapters)
         given = parameters(os.environ)
-        found = checked(run_audit(given))
+        found = ran_through(run_audit(given))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return COULD_NOT_RUN
@@ -104,7 +104,7 @@ def _several(adapters: list[str]) -> int:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"ADAPTERS names {twice[0]!r} twice; give folders of different names")
     for given in every:
-        checked(run_audit(given), given["name"])
+        ran_through(run_audit(given), given["name"])
     records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
     folder = OUTPUTS / "audit" / "compared"
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _several(adapters: list[str]) -> int:
     return status
 
 
-def checked(found: dict[str, Any], name: str = "") -> dict[str, Any]:
+def ran_through(found: dict[str, Any], name: str = "") -> dict[str, Any]:
     """What ci.json says.
 
     Raises:

@@ -15,7 +15,7 @@ from driftbook.batch import audit_setup
 from driftbook.batch.audit_setup import Candidate
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
 from driftbook.publishing.audit_record import read_audit
-from driftbook.publishing.make_audit import checked, folder_of, parameters, run_audit
+from driftbook.publishing.make_audit import folder_of, parameters, ran_through, run_audit
 from driftbook.stats.picking import with_minus
 from driftbook.study.files import ROOT, check_path
 from driftbook.training import controls
@@ -79,7 +79,7 @@ def main() -> int:
             controls.rescaled(one.folder, smaller, kept)
             compared[f"rescale {kept:.2f}"] = _of(before, one, smaller)
         for name, given in compared.items():
-            checked(run_audit(given), name)
+            ran_through(run_audit(given), name)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return COULD_NOT_RUN

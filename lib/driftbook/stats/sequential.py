@@ -154,8 +154,7 @@ def monitor(
             a population that do not fit, a margin that is not above 0.
     """
     own, other = _checked(base, candidate, margin, population)
-    looks = np.arange(1, len(own) + 1) if looks is None else np.asarray(list(looks))
-    _check_looks(looks, len(own))
+    looks = _checked_looks(looks, len(own))
     change, x = other - own, (1 + other - own) / 2
     ends = [SCALE * (2 * end - 1) for end in confidence_sequence(x, alpha, population)]
     b, c = np.cumsum(change < 0), np.cumsum(change > 0)
@@ -174,8 +173,8 @@ def monitor(
         "e_value": e[looks - 1],
         "p": np.minimum(1.0, 1 / np.maximum.accumulate(e))[looks - 1],
     }
-    frame, sign = pd.DataFrame(found), 1 if higher_is_better else -1
-    toward = np.sort(sign * frame[["ci_low", "ci_high"]].to_numpy(), axis=1)
+    frame = pd.DataFrame(found)
+    toward = np.sort((1 if higher_is_better else -1) * frame[["ci_low", "ci_high"]], axis=1)
     return frame.assign(word=[_word(low, high, margin) for low, high in toward])
 
 
@@ -217,7 +216,10 @@ def _checked(base, candidate, margin: float, population: int | None) -> list[np.
     return sides
 
 
-def _check_looks(looks: np.ndarray, n: int) -> None:
+def _checked_looks(given: Sequence[int] | None, n: int) -> np.ndarray:
+    """The numbers of items at which to look."""
+    looks = np.arange(1, n + 1) if given is None else np.asarray(list(given))
     whole = looks.ndim == 1 and len(looks) and np.issubdtype(looks.dtype, np.integer)
     if not whole or looks[0] < 1 or looks[-1] > n or (np.diff(looks) <= 0).any():
         raise ValueError(f"looks must be whole numbers of items in ascending order, from 1 to {n}")
+    return looks

@@ -91,9 +91,9 @@ def deviations(study: Study) -> list[str]:
     found = _of_families(first[FAMILIES], now[FAMILIES], last)
     return found + [
         f"{name}: changed when {last}, so the tests are not those declared: "
-        + _changes(first[name], now[name])
+        + _changes(first.get(name) or {}, now[name])
         for name in sorted(STUDY_PARTS)
-        if before and first[name] != now[name]
+        if before and first.get(name) != now[name]
     ]
 
 
