@@ -158,11 +158,8 @@ def monitor(
     change, x = other - own, (1 + other - own) / 2
     ends = [SCALE * (2 * end - 1) for end in confidence_sequence(x, alpha, population)]
     b, c = np.cumsum(change < 0), np.cumsum(change > 0)
-    if np.isin(own, (0, 1)).all() and np.isin(other, (0, 1)).all():
-        e = e_values(b, c)
-    else:
-        parts = log_capital(x, np.array([0.5]), alpha, population)
-        e = np.concatenate([np.exp(np.logaddexp(*part)[:, 0]) / 2 for part in parts])
+    binary = np.isin([own, other], (0, 1)).all()
+    e = e_values(b, c) if binary else _capital_at_no_difference(x, alpha, population)
     found = {
         "n_items": looks,
         "n_base_only": b[looks - 1],
@@ -176,6 +173,12 @@ def monitor(
     frame = pd.DataFrame(found)
     toward = np.sort((1 if higher_is_better else -1) * frame[["ci_low", "ci_high"]], axis=1)
     return frame.assign(word=[_word(low, high, margin) for low, high in toward])
+
+
+def _capital_at_no_difference(x: np.ndarray, alpha: float, population: int | None) -> np.ndarray:
+    """The mean of K+ and K- after each item, for a mean difference of 0."""
+    parts = log_capital(x, np.array([0.5]), alpha, population)
+    return np.concatenate([np.exp(np.logaddexp(*part)[:, 0]) / 2 for part in parts])
 
 
 def _word(low: float, high: float, margin: float) -> str:
