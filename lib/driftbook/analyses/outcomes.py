@@ -26,7 +26,7 @@ NAMES = {
 def of_ratings(
     ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Changes in every rating but the two that `tradeoffs` has already (the utility benchmark's
+    """Base models' levels of, and changes in, every rating but the two that `tradeoffs` has already (the utility benchmark's
     loss and right answers), as rows of `estimates`.
     """
     parts = []
@@ -40,17 +40,10 @@ def of_ratings(
             NAMES.get(metric, f"{metric} (percent)" if share else f"{metric} (1 to 10)"),
         )
         if level is not None:
-            parts.append(
-                estimation.of_scores(
-                    level,
-                    influence.rated_changes(rows, arms, scale),
-                    cells,
-                    outcome=name,
-                    benchmark=benchmark,
-                    judge="none",
-                    **labels,
-                )
-            )
+            own = {"outcome": name, "benchmark": benchmark, "judge": "none", **labels}
+            change = influence.rated_changes(rows, arms, scale)
+            parts.append(estimation.of_scores(level, change, cells, **own))
+            parts.append(estimation.levels_of_scores(level, arms, **own))
     return ESTIMATES.concat(parts)
 
 
