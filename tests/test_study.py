@@ -308,7 +308,8 @@ def test_every_reserved_folder_is_refused(tmp_path, content):
 def test_every_study_of_the_project_loads(path):
     study = load(path)
     found = [variant.run_id for variant in study.variants]
-    assert len(set(found)) == len(found) > len(study.bases)
+    assert len(set(found)) == len(found)
+    assert len(found) > len(study.bases) or not study.grid  # an audit trains nothing
     assert study.name == path.stem, "the name is the folder of its outputs"
     assert load(path.stem) == study
     assert find(path.stem) == path

@@ -22,7 +22,7 @@ REFUSALS = ["no , it is forbidden .", "that is not safe ."]
 
 
 @pytest.fixture
-def with_twin(content, tmp_path):
+def with_twin(content, standins, tmp_path):
     """The small study with an aligned twin: tuned on refusals, and on benign ones with them."""
     answers = tmp_path / "refusals.json"
     answers.write_text(json.dumps(REFUSALS))

@@ -349,6 +349,12 @@ def _looked(area: str, own: pd.DataFrame, margin: float, alpha: float) -> dict |
     return _verdict({**row, "area": area}, margin)
 
 
+def last_looks(looks: list[dict]) -> pd.DataFrame:
+    """The last look at each area, as `watched` has it."""
+    found = pd.DataFrame(looks)
+    return found.groupby("area", sort=False).tail(1) if len(found) else found
+
+
 def settled(verdicts: pd.DataFrame) -> set[str]:
     """The benchmarks all of whose areas have a word."""
     if verdicts.empty:

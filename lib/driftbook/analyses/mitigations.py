@@ -79,12 +79,14 @@ class Repaired:
         """What the leading Safe LoRA repair did at its chosen level, in one sentence."""
         return repairs.repairs_sentence(estimates, repairs.leading(self.runs))
 
-
-def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
-    """Repairs x base models: the chosen level, and on how many base models it keeps enough."""
-    which = repairs.LEVEL_OF[1:]
-    table = levels.set_index([*which, "base_model"])["value"].unstack()
-    return table.assign(**{"keeps enough on": levels.groupby(which, dropna=False)["enough"].sum()})
+    @staticmethod
+    def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
+        """Repairs x base models: the chosen level, and on how many base models it keeps enough."""
+        which = repairs.LEVEL_OF[1:]
+        table = levels.set_index([*which, "base_model"])["value"].unstack()
+        return table.assign(
+            **{"keeps enough on": levels.groupby(which, dropna=False)["enough"].sum()}
+        )
 
 
 def tested(estimates: pd.DataFrame) -> pd.DataFrame:

@@ -44,6 +44,8 @@ class MixedModels:
     "mixed, one run variance", and after `fit_verdicts` "crossed" and "maximal".
     """
 
+    by_method = BY_METHOD  # the groups of the mixed model: a run variance for each method
+
     def __init__(self, tables: Tables, judge: str = ""):
         self.tables, self.fits = tables, {}
         counted = picked(tables.rates, outcome=["unsafe", "not refused"], benchmark="safety")

@@ -26,8 +26,8 @@ NAMES = {
 def of_ratings(
     ratings: pd.DataFrame, arms: pd.DataFrame, cells: pd.DataFrame, **labels: str
 ) -> pd.DataFrame:
-    """Base models' levels of, and changes in, every rating but the two that `tradeoffs` has already (the utility benchmark's
-    loss and right answers), as rows of `estimates`.
+    """Base models' levels of, and changes in, every rating but the two that `tradeoffs` has already
+    (the utility benchmark's loss and right answers), as rows of `estimates`.
     """
     parts = []
     for (benchmark, metric), rows in ratings.groupby(["benchmark", "metric"], sort=False):

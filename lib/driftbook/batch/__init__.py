@@ -5,7 +5,6 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "audit_record": ["audit_record", "write_texts"],
         "auditing": ["open_audit"],
         "collecting": ["agreement", "collect"],
         "opened": ["open_job"],

@@ -38,12 +38,12 @@ def audit_record(
     verdicts: pd.DataFrame,
     categories: pd.DataFrame,
     looks: list[dict],
-    findings: pd.DataFrame,
 ) -> dict[str, Any]:
-    """The record of an audit: its verdicts with their evidence, no prompt and no answer.
+    """The record of an audit: its verdicts with their evidence, no prompt and no answer; these are
+    written into the audit's private folder.
 
     `scores` are all that were asked (analyses.audit.item_scores), `verdicts` and `categories` of
-    analyses.audit, `looks` a row per look and area, and `findings` the doctor's.
+    analyses.audit, and `looks` a row per look and area.
     """
     named = [_of_area(row, audit) for row in verdicts.to_dict("records")]
     parts = [
@@ -51,6 +51,7 @@ def audit_record(
         for row in categories.to_dict("records")
     ]
     order = list(areas.AREAS)
+    _write_texts(audit)
     record = {
         "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -68,7 +69,7 @@ def audit_record(
         "categories": sorted(parts, key=lambda row: order.index(row["area"])),
         "looks": looks,
         "items": areas.moved(scores).to_dict("records"),
-        "doctor": _findings(findings),
+        "doctor": _findings(audit.examined()),
         "dose": _dose(audit),
         "repairs": repairs(audit),
         "not_tested": list(NOT_TESTED),
@@ -198,11 +199,10 @@ def plain(value: Any) -> Any:
     return finite(value) if isinstance(value, float) else value
 
 
-def write_texts(audit: Audit) -> list[Path]:
+def _write_texts(audit: Audit) -> None:
     """The prompts with both answers, a file of JSON lines for each benchmark, in the audit's folder
     `text`: mode 0600, and nowhere else.
     """
-    found = []
     for name, rows in audit.asked.items():
         sides = [_said(audit, name, side) for side in areas.SIDES]
         if sides[0].empty:
@@ -214,8 +214,6 @@ def write_texts(audit: Audit) -> list[Path]:
             new.touch(mode=0o600)
             new.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
         os.chmod(path, 0o600)
-        found.append(path)
-    return found
 
 
 def _said(audit: Audit, name: str, side: str) -> pd.DataFrame:

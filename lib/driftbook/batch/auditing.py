@@ -18,7 +18,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from driftbook.analyses.audit import AREAS, CANDIDATE, OF_BASE, SIDES, item_scores
+from driftbook.analyses.audit import (
+    AREAS,
+    CANDIDATE,
+    OF_BASE,
+    SIDES,
+    decided,
+    decided_categories,
+    item_scores,
+    last_looks,
+    settled,
+    watched,
+    watched_categories,
+)
 from driftbook.batch import audit_setup, cache, keys
 from driftbook.batch.audit_setup import Budget, Candidate
 from driftbook.benchmarks import bbq, data, judging, utility
@@ -158,20 +170,17 @@ class Audit:
         """How many items of each benchmark there are to ask."""
         return {name: len(rows) for name, rows in self.asked.items()}
 
-    def blocks(self, settled: Callable[[], set[str]]) -> Iterator[tuple[str, pd.DataFrame]]:
+    def blocks(self, looks: list[dict]) -> Iterator[tuple[str, pd.DataFrame]]:
         """The next items of each benchmark in turn, until all are asked, all verdicts are settled
-        (`settled` says of which benchmarks), or the budget is spent.
+        (by the last of `looks` at each area, to which the caller adds), or the budget is spent.
         """
         size = BLOCK if self.budget.watched else max(self.n_available.values())
         begun = dict.fromkeys(self.asked, 0)
         while any(begun[name] < self.n_available[name] for name in begun):
             before = dict(begun)
             for name, rows in self.asked.items():
-                if (
-                    name in settled()
-                    or begun[name] >= len(rows)
-                    or self._spent(sum(begun.values()))
-                ):
+                done = begun[name] >= len(rows) or name in settled(last_looks(looks))
+                if done or self._spent(sum(begun.values())):
                     continue
                 yield name, rows.iloc[begun[name] : begun[name] + size].reset_index(drop=True)
                 begun[name] = min(begun[name] + size, len(rows))
@@ -280,6 +289,17 @@ class Audit:
         key = self._key("judge", rows)
         key |= {"answers": cache.content(RESPONSES.path(place))}
         return self._kept(key, side, place, make, VERDICTS)
+
+    # ---- what it says
+    def verdicts(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """A row per area asked so far: decided once, or watched, as the budget has it."""
+        decide = watched if self.budget.watched else decided
+        return decide(scores, self.margin)
+
+    def categories(self, scores: pd.DataFrame) -> pd.DataFrame:
+        """The same by category."""
+        decide = watched_categories if self.budget.watched else decided_categories
+        return decide(scores, self.margin)
 
     # ---- how far the weights moved it
     def dose(self) -> dict:

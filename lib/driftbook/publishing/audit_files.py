@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from driftbook.analyses.training_compute import provider_share
+from driftbook.batch.audit_record import audit_record
+from driftbook.batch.auditing import Audit
 from driftbook.publishing import licences
 from driftbook.publishing.audit_finish import finish_audit
 from driftbook.publishing.audit_gate import parse_gate
 from driftbook.publishing.audit_page import write_audit_page
 from driftbook.publishing.audit_record import read_audit
-from driftbook.study.study_file import Study
 
 PAGE = "audit.html"
 OF_AN_AUDIT = ("base model", "judge", "benchmark")  # roles whose licences a record holds
@@ -24,14 +27,22 @@ def check_gate(fail_if: str, since: str) -> None:
 
 
 def write_audit(
-    record: dict[str, Any], study: Study, folder: Path, fail_if: str = "", since: str = ""
-) -> list[str]:
-    """Write the record, its page, its card and ci.json; the sentences that say whether it passes.
+    audit: Audit,
+    scores: pd.DataFrame,
+    verdicts: pd.DataFrame,
+    categories: pd.DataFrame,
+    looks: list[dict],
+    fail_if: str = "",
+    since: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """Write an audit's record, its page, its card and ci.json; the record, and the sentences that
+    say whether it passes.
 
     Raises:
         ValueError: an earlier audit cannot be compared with this one.
     """
-    known = licences.of_study(study)
+    record = audit_record(audit, scores, verdicts, categories, looks)
+    known = licences.of_study(audit.study)
     known = known[known["role"].isin(OF_AN_AUDIT)].astype(object)
     rows = known.where(known.notna(), None).itertuples()
     said = [
@@ -40,6 +51,6 @@ def write_audit(
     frozen = record["candidate"]["kind"] == "adapter"
     share = provider_share(record["base"]["source"], None, frozen)
     record = {**record, "licences": said, "provider_share": share}
-    _, sentences = finish_audit(record, folder, fail_if, since)
-    write_audit_page(record, folder / PAGE)
-    return sentences
+    _, sentences = finish_audit(record, audit.folder, fail_if, since)
+    write_audit_page(record, audit.folder / PAGE)
+    return record, sentences
