@@ -4,10 +4,12 @@ and checked before any work starts.
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from driftbook.batch import sizes
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
@@ -21,6 +23,7 @@ from driftbook.study.study_file import Study
 USUAL_STUDY = "audit"  # the study that is asked of an adapter that no study here trained
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{40})?")
 NO_JUDGE = "none"
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.6}  # of a weight, as it is held
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 
@@ -236,6 +239,38 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
     checked = Study(**found)
     loading.check_source(checked.bases[name], name, checked)
     return checked, name, said
+
+
+def check_memory(models: Mapping[str, Base | Judge], study: Study) -> None:
+    """Raise a ValueError where models that are held together are larger than the memory that is
+    free, of the GPU where there is one. Activations and key/values need more.
+    """
+    free = _free_bytes()
+    held = {
+        name: sizes.size(one, study).weights
+        * BYTES[getattr(one, "quantization", None) or one.dtype]
+        for name, one in models.items()
+    }
+    if (needed := sum(held.values())) > free:
+        largest = max(held, key=held.get)
+        most = free / BYTES[getattr(models[largest], "quantization", None) or models[largest].dtype]
+        raise ValueError(
+            f"{' and '.join(held)} need about {needed / 2**30:.1f} GiB for their weights, and"
+            f" {free / 2**30:.1f} GiB are free: about {most / 1e9:.1f} billion weights would fit as"
+            f" {largest} is stored; take a smaller one, a GGUF file, or a machine with more memory"
+        )
+
+
+def _free_bytes() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return float("inf")
+    lines = dict(line.split(":", 1) for line in known.read_text().splitlines())
+    return 1024.0 * int(lines["MemAvailable"].split()[0])
 
 
 def _known_as(source: Base, study: Study, one: Candidate) -> str | None:

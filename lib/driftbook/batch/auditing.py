@@ -362,6 +362,8 @@ def open_audit(
     study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, system or None)
     if one.kind == "endpoint":
         _check_askable(study, base_name)
+    held = {base_name: study.bases[base_name], **study.judges}
+    audit_setup.check_memory(held | ({CANDIDATE: one.model} if one.model else {}), study)
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)

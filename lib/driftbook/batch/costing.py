@@ -263,7 +263,7 @@ def memory(study: Study, on_cpu: bool = False) -> dict[str, float]:
     process on a CPU also the packages, and the distributions of which a dose is the difference.
     """
     # the first judge is loaded while a model trains and is looked at; a job loads all its judges
-    judges = [_weight_bytes(judge, study) for judge in study.judges.values()]
+    judges = [weight_bytes(judge, study) for judge in study.judges.values()]
     resident = 0.0 if study.drift is None else sum(judges[:1])
     process = PROCESS_BYTES if on_cpu else 0.0
     # a single example at the least; more are taken as memory allows
@@ -271,7 +271,7 @@ def memory(study: Study, on_cpu: bool = False) -> dict[str, float]:
     tokens = max(study.training.tokens_per_batch or usual, study.training.max_length)
     rows = []
     for name, base in study.bases.items():
-        own, weights = size(base, study), _weight_bytes(base, study) + process
+        own, weights = size(base, study), weight_bytes(base, study) + process
         each = 2 if on_cpu else 1  # fp32 against half precision
         # Korthikanti et al. 2022, eq. 2
         activations = 34 * each * own.layers * own.width * tokens
@@ -312,7 +312,8 @@ def _cached(study: Study, lengths: Lengths, stage: str) -> float:
     return 2 * max(most, float(PASS_TOKENS))
 
 
-def _weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
+def weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
+    """Bytes of a model's weights as they are held."""
     each = WEIGHT_BYTES[getattr(model, "quantization", None)]
     return size(model, study).weights * (each[model.dtype] if isinstance(each, dict) else each)
 

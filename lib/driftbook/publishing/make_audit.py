@@ -23,6 +23,8 @@ from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
 from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json
 from driftbook.study.folders import adapter
+from driftbook.study.study_file import Study
+from driftbook.study.variants import Variant
 
 NOTEBOOK = "21_audit"
 GIVEN = (
@@ -45,7 +47,7 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the margin, the budget, FAIL_IF or SINCE cannot be read, or no adapter is named
-            or to be found.
+            and none can be made.
     """
     found: dict[str, Any] = {name.lower(): environment.get(name, "") for name in GIVEN}
     found = {name: value for name, value in found.items() if value}
@@ -67,14 +69,36 @@ def _usual_adapter() -> str:
     """A LoRA that a study here trained: of real weights where there is one."""
     for name in USUAL_STUDIES:
         study = study_file.load(name)
-        for variant in study.variants:
-            folder = adapter(study, variant)
-            if variant.method == "lora" and folder and (folder / audit_setup.WEIGHTS).is_file():
+        for folder in _loras(study).values():
+            if (folder / audit_setup.WEIGHTS).is_file():
                 return str(folder.parent.relative_to(ROOT))
-    raise ValueError(
-        "no adapter is named and no study here has trained one; give ADAPTER=, or run make study"
-        " first, whose LoRA is then audited"
+    return _made()
+
+
+def _loras(study: Study) -> dict[Variant, Path]:
+    """The LoRA runs of a study, and where their adapters are or will be."""
+    every = (one for one in study.variants if one.method == "lora" and one.mitigation is None)
+    return {one: folder for one in every if (folder := adapter(study, one))}
+
+
+def _made() -> str:
+    """The first LoRA of the first usual study, trained now."""
+    name = USUAL_STUDIES[0]
+    print(
+        f"no adapter is named: the study {name} trains its first LoRA, in a few minutes", flush=True
     )
+    variant, folder = next(iter(_loras(study_file.load(name)).items()))
+    base, work = variant.base_model, folder_of({"name": "made"})
+    work.mkdir(parents=True, exist_ok=True)
+    asked = {"study": name, "base_model": base, "run_ids": [variant.run_id]}
+    steps = {"01_prepare": {"study": name, "models": [base]}, "02_train": asked}
+    for notebook, given in steps.items():
+        try:
+            with _quiet():
+                execute(ROOT / "notebooks" / f"{notebook}.ipynb", work / f"{notebook}.ipynb", given)
+        except NotebookError as error:
+            raise ValueError(_plain(error)) from None
+    return str(folder.parent.relative_to(ROOT))
 
 
 def main() -> int:
