@@ -184,6 +184,15 @@ def test_an_adapter_without_a_known_base_needs_one(tmp_path):
         audit_setup.audit_study(one, "no/such/base/model", "", "", None)
 
 
+def test_models_larger_than_the_free_memory_are_refused(study, monkeypatch):
+    name, base = next(iter(study.bases.items()))
+    monkeypatch.setattr(audit_setup, "_free_bytes", lambda: 1e12)
+    audit_setup.check_memory({name: base}, study)
+    monkeypatch.setattr(audit_setup, "_free_bytes", lambda: 1e3)
+    with pytest.raises(ValueError, match=r"are free: about .* billion weights would fit"):
+        audit_setup.check_memory({name: base}, study)
+
+
 # ---- a whole audit
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["all", "40 prompts"])

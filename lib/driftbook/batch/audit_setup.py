@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from driftbook.batch import sizes
+from driftbook.batch.costing import weight_bytes
+from driftbook.batch.sizes import size
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
@@ -23,7 +24,6 @@ from driftbook.study.study_file import Study
 USUAL_STUDY = "audit"  # the study that is asked of an adapter that no study here trained
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{40})?")
 NO_JUDGE = "none"
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "nf4": 0.6}  # of a weight, as it is held
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 
@@ -246,14 +246,10 @@ def check_memory(models: Mapping[str, Base | Judge], study: Study) -> None:
     free, of the GPU where there is one. Activations and key/values need more.
     """
     free = _free_bytes()
-    held = {
-        name: sizes.size(one, study).weights
-        * BYTES[getattr(one, "quantization", None) or one.dtype]
-        for name, one in models.items()
-    }
+    held = {name: weight_bytes(one, study) for name, one in models.items()}
     if (needed := sum(held.values())) > free:
         largest = max(held, key=held.get)
-        most = free / BYTES[getattr(models[largest], "quantization", None) or models[largest].dtype]
+        most = size(models[largest], study).weights * free / held[largest]
         raise ValueError(
             f"{' and '.join(held)} need about {needed / 2**30:.1f} GiB for their weights, and"
             f" {free / 2**30:.1f} GiB are free: about {most / 1e9:.1f} billion weights would fit as"

@@ -84,9 +84,8 @@ def _loras(study: Study) -> dict[Variant, Path]:
 def _made() -> str:
     """The first LoRA of the first usual study, trained now."""
     name = USUAL_STUDIES[0]
-    print(
-        f"no adapter is named: the study {name} trains its first LoRA, in a few minutes", flush=True
-    )
+    said = f"no adapter is named: the study {name} trains its first LoRA, in a few minutes"
+    print(said, flush=True)
     variant, folder = next(iter(_loras(study_file.load(name)).items()))
     base, work = variant.base_model, folder_of({"name": "made"})
     work.mkdir(parents=True, exist_ok=True)
