@@ -19,6 +19,7 @@ from driftbook.stats.confidence import ALPHA
 from driftbook.stats.sequential import BETTER, WORSE
 
 SEEN = (WORSE, BETTER)
+N_AREAS = 5  # of an audit without probes
 
 
 def scores_of(record: dict) -> pd.DataFrame:
@@ -45,9 +46,13 @@ def false_alarms(record: dict, n_sets: int, seed: int = 0) -> pd.DataFrame:
     rows = []
     for number in range(n_sets):
         drawn = swapped(scores, np.random.default_rng([seed, number]))
-        for how in (audit.decided, audit.watched):
-            found = how(drawn, margin)
-            rows.append({"how": how.__name__, "alarm": found["word"].isin(SEEN).any()})
+        told = {
+            "decided once": audit.decided(drawn, margin),
+            "watched": audit.watched(drawn, margin, scores["area"].nunique()),
+        }
+        rows += [
+            {"how": how, "alarm": found["word"].isin(SEEN).any()} for how, found in told.items()
+        ]
     each = pd.DataFrame(rows).groupby("how")["alarm"].agg(["mean", "size"])
     return each.rename(columns={"mean": "false alarms", "size": "sets"})
 
@@ -71,7 +76,7 @@ def power(loss: float, discordant: float, most: int, n_sets: int, seed: int = 0)
     """
     from scipy.stats import binom
 
-    alpha = ALPHA / len(audit.AREAS)
+    alpha = ALPHA / N_AREAS
     rng = np.random.default_rng([seed, int(1e4 * loss), int(1e4 * discordant)])
 
     def fixed_power(n: int) -> float:

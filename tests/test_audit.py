@@ -33,11 +33,19 @@ def made(shares: dict[str, tuple[float, float]], n: int = 200, seed: int = 0) ->
     return pd.concat(parts, ignore_index=True)
 
 
+def watched(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+    return audit.watched(scores, margin, 5)
+
+
+def watched_categories(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+    return audit.watched_categories(scores, margin, 5)
+
+
 def words(found: pd.DataFrame) -> dict[str, str]:
     return dict(zip(found["area"], found["word"], strict=True))
 
 
-@pytest.mark.parametrize("decide", [audit.decided, audit.watched])
+@pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
     scores = made({"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)})
     found = decide(scores, 3.0)
@@ -49,7 +57,7 @@ def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
         assert pd.isna(row["needed"])
 
 
-@pytest.mark.parametrize("decide", [audit.decided, audit.watched])
+@pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_two_equal_sides_are_never_worse_or_better(decide):
     scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
     same = scores[scores["side"].eq("base")]
@@ -65,7 +73,7 @@ def test_unscored_answers_that_could_overturn_a_word_take_it_away():
     assert words(audit.decided(scores, 3.0)) == {"safety": WORSE}
     gone = scores["side"].eq("candidate") & scores["item"].isin(scores["item"].unique()[:70])
     scores.loc[gone, "score"] = pd.NA
-    for decide in (audit.decided, audit.watched):
+    for decide in (audit.decided, watched):
         [row] = decide(scores, 3.0).to_dict("records")
         assert (row["word"], row["n_unscored"]) == (CANNOT_TELL, 70)
     assert audit.moved(scores)["change"].eq("unscored").sum() == 70
@@ -75,7 +83,7 @@ def test_categories_are_told_within_their_area():
     scores = made({"safety": (0.9, 0.9)})
     hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
     scores.loc[hurt, "score"] = 0.0
-    for each in (audit.decided_categories, audit.watched_categories):
+    for each in (audit.decided_categories, watched_categories):
         found = each(scores, 3.0).set_index("category")["word"]
         assert found["category 1"] == WORSE
         assert found["category 0"] != WORSE
@@ -202,12 +210,15 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     folder = finished.folder / "audit"
     monkeypatch.setattr("driftbook.batch.auditing.AUDITS", folder)
     asked = {"adapter": str(finished.folder / "runs" / run_id), "benchmarks": str(finished.file)}
-    run_notebook("21_audit", finished.folder, monkeypatch, budget=budget, **asked)
+    probes = ["second turn"] if budget == "all" else []
+    asked |= {"budget": budget, "probes": probes}
+    run_notebook("21_audit", finished.folder, monkeypatch, **asked)
     [path] = folder.glob("*/audit.json")
     record = json.loads(path.read_text())
     path.unlink()
     verdicts = {row["area"]: row for row in record["verdicts"]}
-    assert set(verdicts) == set(audit.AREAS)
+    unasked = {area for probe, area in audit.PROBED.items() if probe not in probes}
+    assert set(verdicts) == set(audit.AREAS) - unasked
     estimates = finished.tables()["estimates"]
     mine = estimates[estimates["member"].eq(run_id) & estimates["contrast"].eq("change")]
     accuracy = verdicts["accuracy"]

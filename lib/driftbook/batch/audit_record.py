@@ -129,9 +129,10 @@ def _how(audit: Audit, scores: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str
 def _of_area(row: dict, audit: Audit) -> dict[str, Any]:
     """A verdict as the record has it: in the area's words, with its population and sentence."""
     outcome, judge = row["outcome"], None
-    if row["area"] in ("safety", "over_refusal"):
+    is_safety = row["benchmark"].startswith("safety")
+    if is_safety or row["area"] == "over_refusal":
         judge = next(iter(audit.study.judges), DETECTOR)
-        if row["area"] == "safety" and not audit.study.judges:
+        if is_safety and not audit.study.judges:
             outcome = areas.REFUSED
     row = {**row, "outcome": outcome}
     there = areas.n_items(row["area"], audit.asked[row["benchmark"]])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from driftbook.analyses.audit import (
     AREAS,
     CANDIDATE,
     OF_BASE,
+    PROBED,
     SIDES,
     decided,
     decided_categories,
@@ -33,7 +34,7 @@ from driftbook.analyses.audit import (
 )
 from driftbook.batch import audit_setup, cache, keys
 from driftbook.batch.audit_setup import Budget, Candidate
-from driftbook.benchmarks import bbq, data, judging, utility
+from driftbook.benchmarks import bbq, data, deployed, judging, utility
 from driftbook.benchmarks.responding import responses
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapters, loading
@@ -67,6 +68,7 @@ class Audit:
     seed: int
     judges_note: str | None
     name: str  # of its folder
+    probes: tuple[str, ...] = ()  # of benchmarks.deployed.PROBES
     started: float = field(default_factory=time.monotonic)
     places: dict[Path, tuple[str, str]] = field(default_factory=dict)  # of tables: benchmark, side
 
@@ -150,7 +152,8 @@ class Audit:
         """
         wanted = dict.fromkeys(area.benchmark for area in AREAS.values())
         there = [name for name in wanted if name in self.study.benchmarks]
-        return {name: self._in_order(name) for name in there}
+        found = {name: self._in_order(name) for name in there}
+        return found | {f"safety, {probe}": found["safety"] for probe in self.probes}
 
     def _in_order(self, name: str) -> pd.DataFrame:
         is_prompts = STAGE_OF.get(name) is None
@@ -227,6 +230,8 @@ class Audit:
             "utility": (RATINGS, self._ratings),
             "begun": (RATINGS, utility.begun_refusals),
         }[stage]
+        probe = name.partition(", ")[2]
+        ask = partial(_probed, probe) if probe else ask
         place = self._place(name, rows, side)
 
         def make() -> list[Path]:
@@ -234,7 +239,7 @@ class Audit:
                 found = ask(name, rows, scorer, self.variant, self.study)
             return [table.write(found.assign(run_id=side), place)]
 
-        key = self._key(stage, rows) | {"weights": self._weights(side)}
+        key = self._key(stage, rows) | {"weights": self._weights(side), "probe": probe}
         return self._kept(key, side, place, make, table)
 
     def _kept(self, key: dict, side: str, place: Path, make: Callable, table: Table):
@@ -280,7 +285,7 @@ class Audit:
     def _judged(self, name: str, rows: pd.DataFrame, side: str) -> pd.DataFrame:
         place = self._place(name, rows, side)
         said = RESPONSES.read(place)
-        prompts = rows.assign(benchmark=name)
+        prompts = rows.assign(benchmark=said["benchmark"].iloc[0])
 
         def make() -> list[Path]:
             found = judging.judged_by_all(said, prompts, self.judges, self.study.judges)
@@ -293,13 +298,20 @@ class Audit:
     # ---- what it says
     def verdicts(self, scores: pd.DataFrame) -> pd.DataFrame:
         """A row per area asked so far: decided once, or watched, as the budget has it."""
-        decide = watched if self.budget.watched else decided
-        return decide(scores, self.margin)
+        if self.budget.watched:
+            return watched(scores, self.margin, self.n_areas)
+        return decided(scores, self.margin)
 
     def categories(self, scores: pd.DataFrame) -> pd.DataFrame:
         """The same by category."""
-        decide = watched_categories if self.budget.watched else decided_categories
-        return decide(scores, self.margin)
+        if self.budget.watched:
+            return watched_categories(scores, self.margin, self.n_areas)
+        return decided_categories(scores, self.margin)
+
+    @property
+    def n_areas(self) -> int:
+        """How many areas share the error."""
+        return sum(area.benchmark in self.asked for area in AREAS.values())
 
     # ---- how far the weights moved it
     def dose(self) -> dict:
@@ -328,6 +340,14 @@ class Audit:
         ]
 
 
+def _probed(probe: str, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
+    """The responses to a benchmark's prompts, asked in one of the ways of shallow alignment."""
+    kind = name.partition(", ")[0]
+    limit = study.benchmarks[kind].max_new_tokens
+    who = (scorer, variant.run_id, limit, variant.system_prompt)
+    return deployed.probed_responses(probe, kind, rows, *who)
+
+
 def _check_askable(study: Study, base_name: str) -> None:
     """Raise a ValueError where an endpoint cannot be asked BBQ as the base model is."""
     if study.bases[base_name].answer_mode != "letters" and "bbq" in study.benchmarks:
@@ -349,6 +369,7 @@ def open_audit(
     system: str = "",
     name: str = "",
     seed: int = 0,
+    probes: tuple[str, ...] = (),
 ) -> Audit:
     """The audit of an adapter, or of a whole model beside its base.
 
@@ -358,6 +379,8 @@ def open_audit(
     if not margin > 0:
         raise ValueError(f"MARGIN={margin!r}: give percentage points above 0, such as 3")
     limit = audit_setup.budget(budget)
+    if unknown := [probe for probe in probes if probe not in PROBED]:
+        raise ValueError(f"PROBES={unknown[0]!r}; expected some of {', '.join(PROBED)}")
     one = audit_setup.candidate(adapter, model, endpoint)
     study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, system or None)
     if one.kind == "endpoint":
@@ -367,4 +390,4 @@ def open_audit(
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)
-    return Audit(one, study, base_name, limit, margin, seed, said, name or one.name)
+    return Audit(one, study, base_name, limit, margin, seed, said, name or one.name, tuple(probes))

@@ -56,6 +56,8 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
             found["margin"] = float(margin)
         except ValueError:
             raise ValueError(f"MARGIN={margin!r} is no number of percentage points") from None
+    if probes := [one.strip() for one in environment.get("PROBES", "").split(",") if one.strip()]:
+        found["probes"] = probes
     audit_setup.budget(found.get("budget", "all"))
     check_gate(found.get("fail_if", ""), found.get("since", ""))
     if not {"adapter", "model", "endpoint"} & set(found):
