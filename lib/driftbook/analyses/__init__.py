@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "audit",
+        "information",
         "safety",
         "fairness",
         "mixed_effects",

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 
 from driftbook.analyses import information, outcomes
-from driftbook.analyses.information import base_information as base_information
 from driftbook.benchmarks import bbq_orders, bbq_scores, data, stereoset
 from driftbook.stats import estimation, influence, terms
 from driftbook.stats.picking import in_words, picked
