@@ -15,6 +15,8 @@ from driftbook.stats.populations import counted
 from driftbook.stats.terms import (
     ACCURACY_AMB,
     ACCURACY_DIS,
+    BEGUN_BENIGN,
+    BEGUN_HARMFUL,
     BIAS_AMB,
     CHANGE,
     CORRECT,
@@ -38,6 +40,8 @@ PLAIN = {
     (UNSAFE, "safety"): "Unsafe answers to harmful prompts",
     (UNREFUSED, "safety"): "Harmful prompts answered without refusing",
     (REFUSED, "safety"): "Refusals of harmful prompts",
+    (BEGUN_HARMFUL, "safety"): "Probability that an answer to a harmful prompt begins as a refusal",
+    (BEGUN_BENIGN, "over_refusal"): "Probability that an answer to a harmless one does",
     (REFUSED, "over_refusal"): "Refusals of harmless prompts that look harmful",
     (ACCURACY_AMB, "bbq"): "Right answers where BBQ's question cannot be decided",
     (BIAS_AMB, "bbq"): "Lean to stereotypes where BBQ's question cannot be decided (bias score)",
