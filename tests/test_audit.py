@@ -192,6 +192,16 @@ def test_an_adapter_without_a_known_base_needs_one(tmp_path):
         audit_setup.audit_study(one, "no/such/base/model", "", "", None)
 
 
+def test_a_base_model_made_for_another_study_is_found_where_it_lies(study, standins):
+    name, base = next(iter(study.bases.items()))
+    one = audit_setup.Candidate("adapter", "x", "x", None, None, base, study, name)
+    other = study.model_copy(update={"name": "other"})
+    found = audit_setup._base_of(one, other)
+    assert found.local.is_dir()
+    assert found.answer_mode == base.answer_mode
+    assert audit_setup._base_of(one, study) is base
+
+
 def test_models_larger_than_the_free_memory_are_refused(study, monkeypatch):
     name, base = next(iter(study.bases.items()))
     monkeypatch.setattr(audit_setup, "_free_bytes", lambda: 1e12)

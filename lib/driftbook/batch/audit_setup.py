@@ -221,7 +221,7 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
         ValueError: no base model is known, or what is asked for is not to be had.
     """
     study = study_file.load(asked) if asked else one.study or study_file.load(USUAL_STUDY)
-    source = given_source(base, "BASE") if base else one.base
+    source = given_source(base, "BASE") if base else _base_of(one, study)
     if source is None:
         raise ValueError(
             f"{one.source} does not say which base model it belongs to; give BASE=, a folder or"
@@ -267,6 +267,19 @@ def _free_bytes() -> float:
         return float("inf")
     lines = dict(line.split(":", 1) for line in known.read_text().splitlines())
     return 1024.0 * int(lines["MemAvailable"].split()[0])
+
+
+def _base_of(one: Candidate, study: Study) -> Base | None:
+    """The base model of a candidate; of one that another study here trained, and that is made here
+    as well, the folder in which it lies.
+    """
+    if one.study is None or one.study.name == study.name:
+        return one.base
+    place = locate(one.base, one.study)
+    if not isinstance(place, Path):
+        return one.base
+    asked = one.base.model_dump(include={"family", "answer_mode", "dtype", "template"})
+    return Base(source=str(place), **asked)
 
 
 def _known_as(source: Base, study: Study, one: Candidate) -> str | None:
