@@ -390,8 +390,6 @@ def in_words(row: dict) -> str:
     )
     if row["word"] in (NO_WORSE, CANNOT_TELL):
         text += f" (margin {row['margin']:g} points)"
-    if row["word"] == CANNOT_TELL and not pd.isna(row["needed"]):
-        text += f"; about {row['needed']:,} items would tell, if it stays so"
     return with_minus(text) + "."
 
 
