@@ -17,7 +17,7 @@ from driftbook.models.requesting import Deployed
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
 from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
-from driftbook.study.sections import Base, Judge
+from driftbook.study.sections import Base, Benchmark, Judge
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
@@ -235,10 +235,18 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
     found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
     found |= {"twins": study.twins if keeps else {}, "grid": (), "primary": {}, "mitigations": {}}
     found |= {"drift": None, "analyses": (), "raters": {}}
+    found["benchmarks"] = {one: asked_once(part) for one, part in study.benchmarks.items()}
     found["judges"], said = _judges(study, judge)
     checked = Study(**found)
     loading.check_source(checked.bases[name], name, checked)
     return checked, name, said
+
+
+def asked_once(benchmark: Benchmark) -> Benchmark:
+    """The benchmark in its own wording, answered greedily: an audit counts each item once."""
+    more = {"wordings": {}, "samples": None, "permuted": None, "generated": None}
+    more = {name: value for name, value in more.items() if getattr(benchmark, name) != value}
+    return benchmark.model_copy(update=more)
 
 
 def check_memory(models: Mapping[str, Base | Judge], study: Study) -> None:
