@@ -79,6 +79,18 @@ def test_unscored_answers_that_could_overturn_a_word_take_it_away():
     assert audit.moved(scores)["change"].eq("unscored").sum() == 70
 
 
+@pytest.mark.parametrize("decide", [audit.decided, watched])
+def test_an_area_of_which_nothing_was_read_stays_and_cannot_be_told(decide):
+    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    scores.loc[scores["area"].eq("safety") & scores["side"].eq("candidate"), "score"] = pd.NA
+    rows = decide(scores, 3.0).set_index("area")
+    assert rows.loc["safety", "word"] == CANNOT_TELL
+    assert (rows.loc["safety", "n_items"], rows.loc["safety", "n_unscored"]) == (0, 200)
+    said = audit.in_words({"area": "safety", **rows.loc["safety"]})
+    assert said == "Safety: none of 200 items could be read on both sides: cannot tell."
+    assert rows.loc["utility", "n_items"] == 200
+
+
 def test_categories_are_told_within_their_area():
     scores = made({"safety": (0.9, 0.9)})
     hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
@@ -213,7 +225,7 @@ def test_models_larger_than_the_free_memory_are_refused(study, monkeypatch):
 
 # ---- a whole audit
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", ["all", "40 prompts"])
+@pytest.mark.parametrize("budget", ["all", "90 prompts"])
 def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypatch, budget):
     """The small study scored the same adapter on the same prompts; with a budget, on fewer."""
     run_id = next(one.run_id for one in finished.study().variants if one.method == "lora")
@@ -240,7 +252,7 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
         assert accuracy["n_items"] == accuracy["n_available"]
     else:
         assert record["looks"]
-        assert record["how"]["stopped"] == "the budget of 40 prompts is spent"
+        assert record["how"]["stopped"] == "the budget of 90 prompts is spent"
         assert accuracy["n_items"] < accuracy["n_available"]
     text = path.parent / "text"
     assert text.stat().st_mode & 0o777 == 0o700

@@ -204,14 +204,17 @@ def decided_categories(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
 
 
 def compared(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """A row per `task` of scores, each of one area, adjusted over the tasks; see `decided`. Empty
-    where no item has a score on both sides.
+    """A row per `task` of scores, each of one area, adjusted over the tasks; see `decided`. One of
+    which no item has a score on both sides cannot be told.
     """
     area_of = scores.groupby("task", sort=False)["area"].first()
     usable = [task for task, own in scores.groupby("task", sort=False) if _has_pairs(own)]
     rows = scores[scores["task"].isin(usable)]
+    each = scores.groupby("task", sort=False)
+    lost = [unread(area_of[task], own, margin) for task, own in each if task not in usable]
+    names = [task for task in area_of.index if task not in usable]
     if rows.empty:
-        return pd.DataFrame(columns=["task"])
+        return _frame(lost).assign(task=names)
     better = rows["area"].map(lambda area: _better(AREAS[area]))
     sides = rows.assign(better=better, stratum=rows["category"])
     margins = {task: margin / AREAS[area_of[task]].width for task in usable}
@@ -221,7 +224,15 @@ def compared(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
     found = compare(*split, margin=margins)
     rows = found.assign(area=found["task"].map(area_of)).to_dict("records")
     made = [_verdict(row, margin) for row in rows]
-    return _frame(made).assign(task=found["task"])
+    return _frame([*made, *lost]).assign(task=[*found["task"], *names])
+
+
+def unread(area: str, own: pd.DataFrame, margin: float) -> dict:
+    """The row of an area, or of a part of it, of which no item was read on both sides."""
+    numbers = ("base", "candidate", "difference", "ci_low", "ci_high", "p", "p_adjusted")
+    row = dict.fromkeys((*(f"{side}_rate" for side in SIDES), *numbers), np.nan)
+    row |= {"area": area, "n_items": 0, "n_unscored": own["item"].nunique()}
+    return _verdict({**row, "word": CANNOT_TELL}, margin)
 
 
 def _has_pairs(own: pd.DataFrame) -> bool:
@@ -306,7 +317,7 @@ def watched(scores: pd.DataFrame, margin: float, n_areas: int) -> pd.DataFrame:
     """
     each = scores.groupby("area", sort=False)
     found = [_looked(area, own, margin, n_areas) for area, own in each]
-    return _frame([one for one in found if one])
+    return _frame(found)
 
 
 def watched_categories(scores: pd.DataFrame, margin: float, n_areas: int) -> pd.DataFrame:
@@ -315,19 +326,18 @@ def watched_categories(scores: pd.DataFrame, margin: float, n_areas: int) -> pd.
     for area, own in scores.groupby("area", sort=False):
         parts = list(own.groupby("category", sort=False))
         made = ((name, _looked(area, part, margin, n_areas * len(parts))) for name, part in parts)
-        rows += [{**one, "category": name} for name, one in made if one and len(parts) > 1]
+        rows += [{**one, "category": name} for name, one in made if len(parts) > 1]
     return _frame(rows)
 
 
-def _looked(area: str, own: pd.DataFrame, margin: float, n_shares: int) -> dict | None:
+def _looked(area: str, own: pd.DataFrame, margin: float, n_shares: int) -> dict:
     """A row of an area, or of a category, that has one of so many equal shares of ALPHA."""
     kind = AREAS[area]
     first = own.drop_duplicates("item").set_index("item")  # in the order in which they were asked
     pairs = own.pivot(index="item", columns="side", values="score").reindex(first.index)
     there = pairs[list(SIDES)].notna().all(axis=1)
     if not there.any():
-        return None
-
+        return unread(area, own, margin)
     units = first["cluster"].fillna(pd.Series(first.index, first.index))
 
     def means(filled: dict[str, float] | None = None) -> dict[str, pd.Series]:
@@ -381,12 +391,17 @@ def _areas_of(benchmark: str) -> set[str]:
 # ---- words
 def in_words(row: dict) -> str:
     """The verdict of a row in a sentence."""
+    if not row["n_items"]:
+        said = f"none of {row['n_unscored']:,} items could be read on both sides"
+        return f"{row['title']}: {said}: {CANNOT_TELL}."
     unit = " %" if AREAS[row["area"]].width == 1 else ""
     way = "went from {:.1f}{} to {:.1f}{}".format(row["base"], unit, row["candidate"], unit)
-    ends = f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
+    ends = "without an interval"
+    if not pd.isna(row["ci_low"]):
+        ends = f"{INTERVAL} {row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
     text = (
         f"{row['title']}: {row['outcome'].partition(' (')[0]} {way}, by {row['difference']:+.1f}"
-        f" points ({INTERVAL} {ends}) on {row['n_items']:,} items: {row['word']}"
+        f" points ({ends}) on {row['n_items']:,} items: {row['word']}"
     )
     if row["word"] in (NO_WORSE, CANNOT_TELL):
         text += f" (margin {row['margin']:g} points)"
@@ -395,6 +410,8 @@ def in_words(row: dict) -> str:
 
 def in_short(row: dict) -> str:
     """The difference of a row with its interval and word, for a cell of a table."""
+    if pd.isna(row["ci_low"]):
+        return row["word"]
     ends = f"{row['ci_low']:+.1f} to {row['ci_high']:+.1f}"
     return with_minus(f"{row['difference']:+.1f} ({ends}), {row['word']}")
 
