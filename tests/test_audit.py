@@ -12,7 +12,10 @@ from driftbook.analyses import audit
 from driftbook.batch import audit_setup
 from driftbook.benchmarks import bbq_scores
 from driftbook.stats.noninferiority import CANNOT_TELL
+from driftbook.stats.picking import picked
 from driftbook.stats.sequential import BETTER, WORSE
+from driftbook.stats.terms import BIAS_AMB, CHANGE, RUN, UNSAFE
+from driftbook.study.tables import ESTIMATES
 from executed import run_notebook
 
 pytest_plugins = ["batches"]
@@ -241,14 +244,17 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     verdicts = {row["area"]: row for row in record["verdicts"]}
     unasked = {area for probe, area in audit.PROBED.items() if probe not in probes}
     assert set(verdicts) == set(audit.AREAS) - unasked
-    estimates = finished.tables()["estimates"]
-    mine = estimates[estimates["member"].eq(run_id) & estimates["contrast"].eq("change")]
+    paths = sorted((finished.folder / "tables" / "estimates").glob("*.parquet"))
+    mine = picked(ESTIMATES.read_all(paths), group=RUN, member=run_id, contrast=CHANGE)
     accuracy = verdicts["accuracy"]
     if budget == "all":
         assert record["how"]["stopped"] == "every prompt was asked"
-        unsafe = mine[mine["outcome"].str.startswith("unsafe") & mine["benchmark"].eq("safety")]
-        judge = unsafe[unsafe["judge"].eq(record["judges"][0]["name"])]
-        assert np.allclose(judge["value"].astype(float), -verdicts["safety"]["difference"])
+        judge = record["judges"][0]["name"]
+        [own] = picked(mine, outcome=UNSAFE, benchmark="safety", judge=judge)["value"]
+        assert np.isclose(own, -verdicts["safety"]["difference"])
+        [bias] = picked(mine, outcome=BIAS_AMB, benchmark="bbq", category="all")["value"]
+        lean = verdicts["bias_ambiguous"]
+        assert lean["n_unscored"] or np.isclose(bias, lean["difference"])
         assert accuracy["n_items"] == accuracy["n_available"]
     else:
         assert record["looks"]
