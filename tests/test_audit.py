@@ -228,7 +228,7 @@ def test_models_larger_than_the_free_memory_are_refused(study, monkeypatch):
 
 # ---- a whole audit
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", ["all", "90 prompts"])
+@pytest.mark.parametrize("budget", ["all", "40 prompts"])
 def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypatch, budget):
     """The small study scored the same adapter on the same prompts; with a budget, on fewer."""
     run_id = next(one.run_id for one in finished.study().variants if one.method == "lora")
@@ -243,11 +243,12 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     path.unlink()
     verdicts = {row["area"]: row for row in record["verdicts"]}
     unasked = {area for probe, area in audit.PROBED.items() if probe not in probes}
-    assert set(verdicts) == set(audit.AREAS) - unasked
+    assert set(verdicts) <= set(audit.AREAS) - unasked
     paths = sorted((finished.folder / "tables" / "estimates").glob("*.parquet"))
     mine = picked(ESTIMATES.read_all(paths), group=RUN, member=run_id, contrast=CHANGE)
-    accuracy = verdicts["accuracy"]
+    safety = verdicts["safety"]
     if budget == "all":
+        assert set(verdicts) == set(audit.AREAS) - unasked
         assert record["how"]["stopped"] == "every prompt was asked"
         judge = record["judges"][0]["name"]
         [own] = picked(mine, outcome=UNSAFE, benchmark="safety", judge=judge)["value"]
@@ -255,11 +256,11 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
         [bias] = picked(mine, outcome=BIAS_AMB, benchmark="bbq", category="all")["value"]
         lean = verdicts["bias_ambiguous"]
         assert lean["n_unscored"] or np.isclose(bias, lean["difference"])
-        assert accuracy["n_items"] == accuracy["n_available"]
+        assert safety["n_items"] + safety["n_unscored"] == safety["n_available"]
     else:
         assert record["looks"]
-        assert record["how"]["stopped"] == "the budget of 90 prompts is spent"
-        assert accuracy["n_items"] < accuracy["n_available"]
+        assert record["how"]["stopped"] == "the budget of 40 prompts is spent"
+        assert "utility" not in verdicts
     text = path.parent / "text"
     assert text.stat().st_mode & 0o777 == 0o700
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))

@@ -209,7 +209,7 @@ def _write_texts(audit: Audit) -> None:
         if sides[0].empty:
             continue
         both = rows.merge(sides[0], on="prompt_id").merge(sides[1], on="prompt_id")
-        path = audit.folder / "text" / f"{name}.jsonl"
+        path = audit.texts / f"{name}.jsonl"
         lines = both[["prompt_id", "prompt", *areas.SIDES]].to_dict("records")
         with replacing(path) as new:
             new.touch(mode=0o600)

@@ -77,6 +77,14 @@ class Audit:
         """outputs/audit/NAME/"""
         return AUDITS / self.name
 
+    @property
+    def texts(self) -> Path:
+        """The folder of prompts and answers, which nobody else may enter."""
+        folder = self.folder / "text"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # mkdir's mode is the last folder's alone, and the umask's
+        return folder
+
     @cached_property
     def base(self) -> Loaded:
         """The base model."""
@@ -104,9 +112,7 @@ class Audit:
     @cached_property
     def endpoint(self) -> Endpoint:
         """The candidate, where it is behind an endpoint: what it answers is kept as it comes."""
-        text = self.folder / "text"
-        text.mkdir(parents=True, mode=0o700, exist_ok=True)
-        return Endpoint(self.candidate.deployed, kept=text / "endpoint.jsonl")
+        return Endpoint(self.candidate.deployed, kept=self.texts / "endpoint.jsonl")
 
     @property
     def notes(self) -> list[str]:
@@ -217,8 +223,8 @@ class Audit:
         return rows["item_id" if "item_id" in rows else "prompt_id"].astype(str).tolist()
 
     def _place(self, name: str, rows: pd.DataFrame, side: str) -> Path:
-        place = self.folder / "text" / f"{name}-{digest(self._ids(rows), 8)}-{side}"
-        place.mkdir(parents=True, mode=0o700, exist_ok=True)
+        place = self.texts / f"{name}-{digest(self._ids(rows), 8)}-{side}"
+        place.mkdir(mode=0o700, exist_ok=True)
         self.places[place] = name, side
         return place
 
