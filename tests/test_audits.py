@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 
 from driftbook.analyses import audit, audits
-from driftbook.publishing.audit_gate import FAIL
+from driftbook.publishing.audit_gate import FAIL, UNDECIDED
 from driftbook.publishing.audit_several import write_several
+from driftbook.stats import monitor
+from driftbook.stats.confidence import ALPHA
 from test_audit import made
 
 
@@ -26,9 +28,9 @@ def test_each_is_compared_with_the_base_and_with_each_other(tmp_path):
     assert status == FAIL
     assert own["Safety"]["bad"].endswith("worse")
     assert not own["Safety"]["good"].endswith("worse")
-    assert pairs["Safety"]["good against bad"].endswith("worse")
+    assert pairs["Safety"]["bad less good"].endswith("worse")
     assert (tmp_path / "audits.png").stat().st_size > 1_000
-    assert "good against bad" in (tmp_path / "audits_compared.md").read_text()
+    assert "bad less good" in (tmp_path / "audits_compared.md").read_text()
 
 
 def test_tests_are_adjusted_over_all_comparisons():
@@ -41,3 +43,40 @@ def test_audits_of_another_base_are_refused():
     other = record(0.9, 2) | {"base": {"hash": "c"}}
     with pytest.raises(ValueError, match="were not audited alike: their base differs"):
         audits.check_together({"a": record(0.9, 1), "b": other})
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_an_adapter_whose_answers_cannot_be_read_is_not_passed(tmp_path, sequential):
+    lost = record(0.9, 2)
+    lost["items"] = [row | {"candidate": None} for row in lost["items"]]
+    same = record(0.9, 1)
+    same["items"] = [row | {"candidate": row["base"]} for row in same["items"]]
+    records = {"same": same, "lost": lost | {"how": {"sequential": sequential}}}
+    status, own, pairs = write_several(records, 50.0, tmp_path)
+    assert status == UNDECIDED
+    assert own["Safety"]["lost"] == "cannot tell"
+    assert own["Safety"]["same"].endswith("no worse by the margin")
+    assert pairs["Safety"].tolist() == ["cannot tell"]
+
+
+def test_prompts_must_be_the_same():
+    other = record(0.9, 2)
+    other["items"] = [row | {"item": f"other {row['item']}"} for row in other["items"]]
+    with pytest.raises(ValueError, match="were asked no prompt in common"):
+        audits.check_together({"a": record(0.9, 1), "b": other})
+
+
+def test_audits_that_may_have_stopped_early_have_intervals_that_hold_at_every_look():
+    """A fixed design's test of answers that were asked until its words were settled errs more."""
+    how = {"how": {"sequential": True}}
+    records = {"a": record(0.8, 1) | how, "b": record(0.7, 2)}
+    own = audits.against_base(records, 3.0)
+    for name, one in records.items():
+        base, candidate = ([row[side] for row in one["items"]] for side in audit.SIDES)
+        last = monitor(base, candidate, alpha=ALPHA / 2).iloc[-1]
+        [row] = own[own["name"].eq(name)].to_dict("records")
+        assert [row["ci_low"], row["ci_high"]] == [last["ci_low"], last["ci_high"]]
+        assert row["p_adjusted"] == pytest.approx(min(1, 2 * last["p"]))
+    [pair] = audits.against_each_other(records, 3.0).to_dict("records")
+    sides = [[row["candidate"] for row in one["items"]] for one in records.values()]
+    assert pair["ci_low"] == monitor(*sides).iloc[-1]["ci_low"]

@@ -320,6 +320,17 @@ def watched(scores: pd.DataFrame, margin: float, n_areas: int) -> pd.DataFrame:
     return _frame(found)
 
 
+def watched_together(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """A row per `task` of scores, each of one area, as `compared`, of answers that were watched: an
+    audit that stopped when its words were settled was stopped by what it saw, and tests of all that
+    was asked, as if its number had been fixed, err more often than they say. Each task has an equal
+    share of ALPHA.
+    """
+    tasks = list(scores.groupby("task", sort=False))
+    rows = [_looked(own["area"].iloc[0], own, margin, len(tasks)) for _, own in tasks]
+    return _frame(rows).assign(task=[task for task, _ in tasks])
+
+
 def watched_categories(scores: pd.DataFrame, margin: float, n_areas: int) -> pd.DataFrame:
     """The same by category, each with an equal share of its area's ALPHA."""
     rows = []
@@ -334,7 +345,8 @@ def _looked(area: str, own: pd.DataFrame, margin: float, n_shares: int) -> dict:
     """A row of an area, or of a category, that has one of so many equal shares of ALPHA."""
     kind = AREAS[area]
     first = own.drop_duplicates("item").set_index("item")  # in the order in which they were asked
-    pairs = own.pivot(index="item", columns="side", values="score").reindex(first.index)
+    pairs = own.pivot(index="item", columns="side", values="score")
+    pairs = pairs.reindex(index=first.index, columns=list(SIDES))  # one side may lack them all
     there = pairs[list(SIDES)].notna().all(axis=1)
     if not there.any():
         return unread(area, own, margin)

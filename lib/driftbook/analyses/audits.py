@@ -1,11 +1,11 @@
 """Several audits of one base model together: each against the base, and each against each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 import pandas as pd
 
-from driftbook.analyses.audit import CANDIDATE, OF_BASE, compared
+from driftbook.analyses.audit import CANDIDATE, OF_BASE, compared, watched_together
 
 SAME = ("base", "tokenizer_hash", "template_hash", "system_prompt", "judges")
 
@@ -20,6 +20,15 @@ def check_together(records: Mapping[str, dict]) -> None:
                     f"{first} and {name} were not audited alike: their {what.replace('_', ' ')}"
                     " differs; audit them on the same base model, with the same judges"
                 )
+        if not _asked(records[first]) & _asked(records[name]):
+            raise ValueError(
+                f"{first} and {name} were asked no prompt in common; name the same BENCHMARKS="
+            )
+
+
+def _asked(record: dict) -> set[tuple[str, str]]:
+    """What was asked: area and item."""
+    return {(row["area"], row["item"]) for row in record["items"]}
 
 
 def _scores(record: dict, sides: Mapping[str, str]) -> pd.DataFrame:
@@ -40,12 +49,13 @@ def against_base(records: Mapping[str, dict], margin: float) -> pd.DataFrame:
         _scores(record, {OF_BASE: OF_BASE, CANDIDATE: CANDIDATE}).assign(name=name)
         for name, record in records.items()
     ]
-    return _together(pd.concat(parts, ignore_index=True), margin)
+    return _together(pd.concat(parts, ignore_index=True), margin, any_watched(records.values()))
 
 
 def against_each_other(records: Mapping[str, dict], margin: float) -> pd.DataFrame:
     """A row per pair of audits and area: the second less the first, on the items that both were
-    asked, adjusted over all of them; with a column name, as `first against second`.
+    asked, adjusted over all of them; with a column name, as `second less first`: the words are
+    about the second.
     """
     parts = []
     for first, second in combinations(records, 2):
@@ -59,11 +69,18 @@ def against_each_other(records: Mapping[str, dict], margin: float) -> pd.DataFra
             side[[key in both for key in zip(side["area"], side["item"], strict=True)]]
             for side in sides
         ]
-        parts.append(pd.concat(kept).assign(name=f"{first} against {second}"))
-    return _together(pd.concat(parts, ignore_index=True), margin)
+        parts.append(pd.concat(kept).assign(name=f"{second} less {first}"))
+    return _together(pd.concat(parts, ignore_index=True), margin, any_watched(records.values()))
 
 
-def _together(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
+def any_watched(records: Iterable[Mapping]) -> bool:
+    """Whether one of these audits was watched as its answers came, so that it may have stopped by
+    what it saw.
+    """
+    return any((one.get("how") or {}).get("sequential") for one in records)
+
+
+def _together(scores: pd.DataFrame, margin: float, is_watched: bool) -> pd.DataFrame:
     scores = scores.assign(task=scores["name"] + "\t" + scores["area"])
-    found = compared(scores, margin)
+    found = (watched_together if is_watched else compared)(scores, margin)
     return found.assign(name=found["task"].str.partition("\t")[0]).drop(columns="task")

@@ -32,7 +32,7 @@ def write_several(
     tables = {"Each against the base model": shown(own)}
     pairs = against_each_other(records, margin) if len(records) > 1 else pd.DataFrame()
     if len(pairs):
-        tables["Each against each other: the second less the first"] = shown(pairs)
+        tables["Each against each other: the words are about the one named first"] = shown(pairs)
     caption = (
         "Difference of each adapter to their base model, an area per panel, with its"
         f" {INTERVAL}. Filled: worse or better; grey band: the margin of {margin:g} points. Tests"
