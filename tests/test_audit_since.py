@@ -30,7 +30,10 @@ def test_what_changed_by_area_and_by_item():
     (row,) = found["areas"]
     assert row["change_of_difference"] == pytest.approx(100 * (NOW.mean() - BEFORE.mean()))
     assert row["candidate_change"] == pytest.approx(row["change_of_difference"])
-    sides = [pd.DataFrame({"item": range(N), "score": one}) for one in (BEFORE, NOW)]
+    kinds = [f"kind {at % 4}" for at in range(N)]  # as audited.item has them
+    sides = [
+        pd.DataFrame({"item": range(N), "score": one, "stratum": kinds}) for one in (BEFORE, NOW)
+    ]
     expected = stats.compare(*sides, margin=3.0).iloc[0]
     assert [row["ci_low"], row["ci_high"]] == pytest.approx(
         expected[["ci_low", "ci_high"]].to_list()
@@ -146,3 +149,47 @@ def test_a_file_is_read_or_refused_in_a_sentence(tmp_path):
         with pytest.raises(ValueError) as error:
             since(audit(NOW), path)
         assert one_sentence(error.value)
+
+
+# ---- the same points, clusters and looks as the audits themselves
+def test_a_bias_score_changes_in_its_own_points():
+    """From -100 to 100: what leans to the stereotype in half of the contexts has a score of 0."""
+    was, is_ = np.zeros(40), np.r_[np.ones(20), np.zeros(20)]
+    now, before = (
+        audit(one, "bias_ambiguous", "rise")
+        | {"verdicts": [verdict("bias_ambiguous", 200 * one.mean() - 200, word="worse")]}
+        for one in (is_, was)
+    )
+    (row,) = since(now, before)["areas"]
+    assert row["candidate_change"] == row["change_of_difference"] == 100
+    assert row["word"] == "worse"
+
+
+def test_items_of_a_family_count_together():
+    def clustered(scores) -> dict:
+        one = audit(scores)
+        for at, row in enumerate(one["items"]):
+            row["cluster"] = f"family {at // 10}"
+        return one
+
+    alone, together = since(audit(NOW), audit(BEFORE)), since(clustered(NOW), clustered(BEFORE))
+    sides = [
+        pd.DataFrame({"item": range(N), "score": one}).assign(
+            cluster=[f"family {at // 10}" for at in range(N)],
+            stratum=[f"kind {at % 4}" for at in range(N)],
+        )
+        for one in (BEFORE, NOW)
+    ]
+    expected = stats.compare(*sides, margin=3.0).iloc[0]
+    (row,) = together["areas"]
+    assert [row["ci_low"], row["ci_high"]] == pytest.approx(
+        expected[["ci_low", "ci_high"]].to_list()
+    )
+    assert row["ci_low"] != alone["areas"][0]["ci_low"]
+
+
+def test_an_audit_that_may_have_stopped_early_has_an_interval_that_holds_at_every_look():
+    how = audit(NOW)["how"] | {"sequential": True}
+    (row,) = since(audit(NOW, how=how), audit(BEFORE))["areas"]
+    last = stats.monitor(BEFORE, NOW).iloc[-1]
+    assert [row["ci_low"], row["ci_high"]] == [last["ci_low"], last["ci_high"]]

@@ -3,7 +3,8 @@
 Both audits must have asked the same way: the same base, tokenizer, template, system prompt and
 judges, and prompts of which one audit has all (an audit that stopped early asked the first of
 them). Then the two candidates are compared on the prompts that both were asked, paired by prompt,
-by driftbook.stats.compare; base and earlier candidate need not be asked again.
+as analyses.audit compares a candidate with its base; base and earlier candidate need not be
+asked again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.analyses.audit import FALL, NO_WORSE, RISE
+from driftbook.analyses.audit import AREAS, FALL, NO_WORSE, RISE, SIDES, compared, watched_together
+from driftbook.analyses.audits import any_watched
 from driftbook.publishing.audit_record import checked_audit, number_of, read_audit
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
@@ -28,6 +30,7 @@ _JUDGED = ("name", "format", "threshold")
 _ASKED = {"tokenizer_hash": "tokenizers", "template_hash": "templates"}
 _NUMBERS = {"difference": "candidate_change", "ci_low": "ci_low", "ci_high": "ci_high"}
 _NUMBERS |= {"p_adjusted": "p_adjusted"}
+MARGIN = 3.0  # points, where a record does not say its own
 
 
 def since(record: Mapping[str, Any], before: Mapping[str, Any] | Path | str) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def since(record: Mapping[str, Any], before: Mapping[str, Any] | Path | str) -> 
     rows = [_verdicts(one) for one in (earlier, record)]
     _check_prompts(*items, *rows)
     moved = [*_moved(*items, rows[1])]
-    changes = _changes(*items, rows[1], record)
+    changes = _changes(*items, rows[1], record, any_watched((record, earlier)))
     keys = dict.fromkeys([*rows[1], *rows[0]])
     return {
         "before": {"name": earlier.get("name"), "made": earlier.get("made")},
@@ -162,37 +165,62 @@ def _moved(before: Items, now: Items, rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 def _changes(
-    before: Items, now: Items, rows: Rows, record: Mapping[str, Any]
+    before: Items, now: Items, rows: Rows, record: Mapping[str, Any], is_watched: bool
 ) -> dict[Key, dict[str, Any]]:
-    """By area and benchmark, the candidate's change on the prompts of both audits."""
+    """By area and benchmark, the candidate's change on the prompts of both audits, in the area's
+    own points. Where one of the audits was watched its end depends on what it saw: the intervals
+    are then those that hold at every look.
+    """
     parts = [
-        _scores(before, now, key, row).assign(task=str(number))
+        _scores(before, now, key, row).assign(task=str(number), area=key[0])
         for number, (key, row) in enumerate(rows.items())
     ]
-    table = pd.concat(parts) if parts else pd.DataFrame()
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if table.empty:
         return {}
-    sides = [
-        table.drop(columns=["was", "is"]).assign(score=table[name].astype(float))
-        for name in ("was", "is")
-    ]
-    margin = number_of(record["how"], "margin")
-    found = compare(*sides, **({} if margin is None else {"margin": margin}))
+    margin = number_of(record["how"], "margin") or MARGIN
+    if record["candidate"].get("kind") == "log" or not set(table["area"]) <= set(AREAS):
+        found = _of_logs(table, margin)
+    else:
+        sides = [
+            table.drop(columns=["was", "is"]).assign(side=side, score=table[name].astype("Float64"))
+            for side, name in zip(SIDES, ("was", "is"), strict=True)
+        ]
+        both = pd.concat(sides, ignore_index=True)
+        found = (watched_together if is_watched else compared)(both, margin)
     by_task = dict(zip(map(str, range(len(rows))), rows, strict=True))
     return {by_task[row["task"]]: row for row in found.to_dict("records")}
 
 
+def _of_logs(table: pd.DataFrame, margin: float) -> pd.DataFrame:
+    """The changes in areas that are tasks of logs, or that this version does not know."""
+    empty = [name for name in ("cluster", "stratum") if table[name].isna().all()]
+    sides = [
+        table.drop(columns=["was", "is", *empty]).assign(score=table[name].astype(float))
+        for name in ("was", "is")
+    ]
+    return compare(*sides, margin=margin)
+
+
 def _scores(before: Items, now: Items, key: Key, row: Mapping[str, Any]) -> pd.DataFrame:
-    """The candidate's scores before and now; none where they are no shares."""
+    """The candidate's scores before and now, with the items' clusters and strata; none where they
+    are no shares.
+    """
     shared = [
-        (name, number_of(a, "candidate"), number_of(b, "candidate"))
+        (
+            name,
+            *(number_of(one, "candidate") for one in (a, b)),
+            b.get("category"),
+            b.get("cluster"),
+        )
         for name, a, b in _shared(before, now, key)
     ]
-    known = [(was, is_) for _, was, is_ in shared if None not in (was, is_)]
+    known = [one[1:3] for one in shared if None not in one[1:3]]
     if not known or not all(0 <= one <= 1 for pair in known for one in pair):
         shared = []
-    frame = pd.DataFrame(shared, columns=["item", "was", "is"])
-    return frame.assign(better=LOWER_BETTER if row.get("worse") == RISE else HIGHER_BETTER)
+    frame = pd.DataFrame(shared, columns=["item", "was", "is", "category", "cluster"])
+    better = LOWER_BETTER if row.get("worse") == RISE else HIGHER_BETTER
+    return frame.assign(better=better, stratum=frame["category"])
 
 
 def _area(
