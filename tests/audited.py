@@ -34,7 +34,7 @@ def verdict(area: str = "safety", difference=-1.0, low=-2.0, high=0.5, word=NO_W
         "margin": 3.0,
         "n_items": MANY,
         "n_available": 2 * MANY,
-        "n_unscored": 1,
+        "n_unscored": 0,
         "p": 0.2,
         "p_adjusted": 0.4,
         "word": word,

@@ -5,15 +5,16 @@ condition is decided by the whole interval of the difference and not by its midd
 lies inside the condition's region (fail), outside of it (pass), or on both sides (cannot tell). So
 a model whose true difference lies outside a region is failed with at most half of the interval's
 error, 2.5 % at 95 %, for each condition; and a pass is as sure. Several conditions are not adjusted
-for one another.
+for one another. Unscored answers count at their worst, either way.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from driftbook.analyses import audit
 from driftbook.analyses.audit import NO_WORSE
 from driftbook.publishing.audit_record import AREAS, areas_of, number_of, rows_of
 from driftbook.stats.noninferiority import CANNOT_TELL
@@ -107,9 +108,13 @@ def gate(record: Mapping[str, Any], conditions: Sequence[Condition] = ()) -> tup
     tested = [*_tested(record, conditions)] if conditions else [*_by_words(record)]
     if not tested:
         return UNDECIDED, ["The audit has no verdict, so nothing can be decided."]
-    statuses = {status for status, _ in tested}
-    worst = next(one for one in (FAIL, UNDECIDED, PASS) if one in statuses)
-    return worst, [sentence for _, sentence in tested]
+    return worst(status for status, _ in tested), [sentence for _, sentence in tested]
+
+
+def worst(statuses: Iterable[int]) -> int:
+    """The status of several together: any failure fails, else any that is undecided is that."""
+    found = set(statuses)
+    return next(one for one in (FAIL, UNDECIDED, PASS) if one in found)
 
 
 def _tested(
@@ -125,9 +130,33 @@ def _tested(
                 f" {condition.area} (it has {has}).",
             )
         for row in rows:
-            low, high = (number_of(row, name) for name in ("ci_low", "ci_high"))
+            low, high = bounds(row, record["items"])
             status = condition.status(low, high)
             yield status, _sentence(condition, row, low, high, status)
+
+
+def bounds(
+    row: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, float | None]:
+    """The ends of a verdict's interval, moved out by the unscored answers at their worst either
+    way: a model whose answers cannot be read must not pass by those that can. Where one side of an
+    item has a score (0 to 1), `items` of the record say how far the other can be from it.
+    """
+    low, high = (number_of(row, name) for name in ("ci_low", "ci_high"))
+    n, lost = (number_of(row, name) or 0 for name in ("n_items", "n_unscored"))
+    if None in (low, high) or not lost:
+        return low, high
+    most = 100.0 * (audit.AREAS[row["area"]].width if row["area"] in audit.AREAS else 1)
+    key = row["area"], row.get("benchmark")
+    own = (one for one in items if (one["area"], one.get("benchmark")) == key)
+    ends = [[number_of(one, side) for side in audit.SIDES] for one in own]
+    ends = [pair for pair in ends if None in pair]
+    ends += [[None, None]] * (int(lost) - len(ends))
+    # of a side without a score the lowest, 0, and the highest, 1
+    least = sum((0 if new is None else new) - (1 if old is None else old) for old, new in ends)
+    largest = sum((1 if new is None else new) - (0 if old is None else old) for old, new in ends)
+    total = n + len(ends)
+    return (n * low + most * least) / total, (n * high + most * largest) / total
 
 
 def _sentence(
@@ -141,9 +170,12 @@ def _sentence(
         return f"{start}, since the difference has no interval."
     ends = " to ".join("unknown" if one is None else f"{one:.1f}" for one in (low, high))
     where = {FAIL: "lies wholly inside", PASS: "lies wholly outside", UNDECIDED: "reaches into"}
-    said = f"the interval of the difference, {ends} points, {where[status]} the region to fail in"
+    lost = number_of(row, "n_unscored")
+    more = f" with {lost:,.0f} unscored answers at their worst" if lost else ""
+    said = f"the interval of the difference{more}, {ends} points, {where[status]} the region to"
+    said += " fail in"
     if status == UNDECIDED:
-        said += f" and out of it{_to_know(condition, row, low, high)}"
+        said += f" and out of it{'' if lost else _to_know(condition, row, low, high)}"
     return f"{start}, since {with_minus(said)}."
 
 
