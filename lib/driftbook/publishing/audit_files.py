@@ -9,12 +9,11 @@ from driftbook.analyses.training_compute import provider_share
 from driftbook.batch.audit_record import audit_record
 from driftbook.batch.auditing import Audit
 from driftbook.publishing import licences
-from driftbook.publishing.audit_finish import finish_audit
+from driftbook.publishing.audit_finish import PAGE, finish_audit
 from driftbook.publishing.audit_gate import parse_gate
 from driftbook.publishing.audit_page import write_audit_page
 from driftbook.publishing.audit_record import read_audit
 
-PAGE = "audit.html"
 OF_AN_AUDIT = ("base model", "judge", "benchmark")  # roles whose licences a record holds
 
 

@@ -17,7 +17,7 @@ from driftbook.publishing.audit_record import areas_of, checked_audit
 from driftbook.publishing.audit_since import since
 from driftbook.study.files import replacing
 
-CI_FILE = "ci.json"
+CI_FILE, PAGE = "ci.json", "audit.html"
 
 
 def finish_audit(

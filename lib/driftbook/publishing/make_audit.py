@@ -6,22 +6,25 @@ GNU make has exit statuses of its own (2 for every failure), so the status also 
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from driftbook.batch import audit_setup
 from driftbook.batch.notebooks import NotebookError, execute
-from driftbook.publishing.audit_files import PAGE, check_gate
-from driftbook.publishing.audit_finish import CI_FILE, could_not_run
-from driftbook.publishing.audit_gate import COULD_NOT_RUN
+from driftbook.publishing.audit_files import check_gate
+from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run
+from driftbook.publishing.audit_formats import ci_json
+from driftbook.publishing.audit_gate import COULD_NOT_RUN, worst
 from driftbook.publishing.audit_logs import KEYS
 from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
-from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json
+from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json, replacing
 from driftbook.study.folders import adapter
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -39,6 +42,8 @@ GIVEN = (
     "FAIL_IF",
 )
 GIVEN += ("SINCE",)
+OF_MODELS = ("ADAPTER", "ADAPTERS", "ENDPOINT")  # what is asked, where no logs are read
+COMPARED = "compared"  # the folder of several audits together
 USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named
 
 
@@ -56,6 +61,8 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
             found["margin"] = float(margin)
         except ValueError:
             raise ValueError(f"MARGIN={margin!r} is no number of percentage points") from None
+        if not 0 < found["margin"] < 100:
+            raise ValueError(f"MARGIN={margin!r}: give percentage points above 0, such as 3")
     if probes := [one.strip() for one in environment.get("PROBES", "").split(",") if one.strip()]:
         found["probes"] = probes
     audit_setup.budget(found.get("budget", "all"))
@@ -105,11 +112,16 @@ def _made() -> str:
 def main() -> int:
     """Audit what the environment names; the exit status."""
     if os.environ.get("BASE_LOG") or os.environ.get("CANDIDATE_LOG"):
+        if both := next((name for name in OF_MODELS if os.environ.get(name)), None):
+            print(f"driftbook: give {both}= or two logs, not both", file=sys.stderr)
+            return COULD_NOT_RUN
         names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
+    adapters = os.environ.get("ADAPTERS", "").split()
+    _forget(adapters)
     try:
         check_path(ROOT, "the checkout")
-        if adapters := os.environ.get("ADAPTERS", "").split():
+        if adapters:
             return _several(adapters)
         given = parameters(os.environ)
         found = ran_through(run_audit(given))
@@ -122,21 +134,37 @@ def main() -> int:
     return found["status"]
 
 
+def _forget(adapters: list[str]) -> None:
+    """Take away what earlier audits of the same said of passing: where this one cannot even begin,
+    theirs would be read as its own.
+    """
+    others = [os.environ.get(name, "") for name in ("MODEL", "ENDPOINT")]
+    asked = [[one, *others] for one in adapters or [os.environ.get("ADAPTER", "")]]
+    names = [audit_setup.name_of(*one) for one in asked if any(one)]
+    for name in [*names, *[COMPARED] * bool(adapters)]:
+        (folder_of({"name": name}) / CI_FILE).unlink(missing_ok=True)
+
+
 def _several(adapters: list[str]) -> int:
     """Audit adapters of one base model, and compare them."""
     every = [parameters({**os.environ, "ADAPTER": one}) for one in adapters]
     names = [given["name"] for given in every]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"ADAPTERS names {twice[0]!r} twice; give folders of different names")
-    for given in every:
-        ran_through(run_audit(given), given["name"])
+    found = {given["name"]: ran_through(run_audit(given), given["name"]) for given in every}
     records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
-    folder = OUTPUTS / "audit" / "compared"
+    folder = folder_of({"name": COMPARED})
     folder.mkdir(parents=True, exist_ok=True)
     margin = records[names[0]]["how"]["margin"]
     status, *tables = write_several(records, margin, folder)
     for table in tables:
         print(table.to_string())
+    if any("fail_if" in given for given in every):  # then not the words decide, but what was said
+        status = worst(one["status"] for one in found.values())
+    said = [f"{name}: {sentence}" for name, one in found.items() for sentence in one["sentences"]]
+    print(*said, sep="\n")
+    with replacing(folder / CI_FILE) as new:
+        new.write_text(ci_json(None, status, said), encoding="utf-8")
     print(f"see {folder.relative_to(ROOT)}")
     return status
 
@@ -165,7 +193,9 @@ def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     try:
         with _quiet():
             execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
-    except (ValueError, NotebookError) as error:
+    except (
+        Exception
+    ) as error:  # also a kernel that was killed: no kind of it is a model that failed
         could_not_run(folder, _plain(error))
     return read_json(folder / CI_FILE)
 
@@ -185,9 +215,33 @@ def _quiet() -> Iterator[None]:
 
 def _plain(error: Exception) -> str:
     """The sentence itself, where a notebook stopped with one."""
+    if not isinstance(error, ValueError | NotebookError):
+        return f"the audit could not run: {type(error).__name__}: {str(error).strip()}"
     text = str(error)
-    return text.partition(": ValueError: ")[2].partition("; see /")[0] or text
+    stopped = _STOPPED.fullmatch(text)
+    if stopped is None:
+        return text
+    return stopped["said"] if stopped["kind"] in SENTENCES else stopped["all"]
+
+
+# what NotebookError says; of errors that are a ValueError the sentence alone
+_STOPPED = re.compile(
+    r"(?P<all>\S+ stopped in cell \d+: (?P<kind>\w+): (?P<said>.*)); see .*", re.DOTALL
+)
+SENTENCES = ("ValueError", "EndpointError", "StatusError", "ValidationError")
+
+
+def exit_status(work: Callable[[], int]) -> int:
+    """The status of some work, COULD_NOT_RUN where it breaks: Python itself would exit with 1,
+    which is read as a model that failed.
+    """
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        print(f"driftbook: the audit could not run ({type(error).__name__})", file=sys.stderr)
+        return COULD_NOT_RUN
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

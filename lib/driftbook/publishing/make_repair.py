@@ -15,7 +15,13 @@ from driftbook.batch import audit_setup
 from driftbook.batch.audit_setup import Candidate
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
 from driftbook.publishing.audit_record import read_audit
-from driftbook.publishing.make_audit import folder_of, parameters, ran_through, run_audit
+from driftbook.publishing.make_audit import (
+    exit_status,
+    folder_of,
+    parameters,
+    ran_through,
+    run_audit,
+)
 from driftbook.stats.picking import with_minus
 from driftbook.study.files import ROOT, check_path
 from driftbook.training import controls
@@ -34,9 +40,7 @@ def repaired(one: Candidate, given: Mapping[str, str], out: Path) -> float:
         ValueError: WITH or VALUE has no meaning, a checkpoint is missing, or the adapter has no
             update of weights.
     """
-    kind = given.get("WITH", "")
-    if kind not in KINDS:
-        raise ValueError(f"WITH={kind!r}: give {' or '.join(KINDS)}")
+    kind = checked_kind(given.get("WITH", ""))
     try:
         value = float(given.get("VALUE") or USUAL[kind])
     except ValueError:
@@ -48,6 +52,13 @@ def repaired(one: Candidate, given: Mapping[str, str], out: Path) -> float:
     rows = project(one.folder, *pair, out, value=value)
     kept = np.hypot.reduce(rows["share_kept"] * rows["norm_update"])
     return float(kept / np.hypot.reduce(rows["norm_update"]))
+
+
+def checked_kind(kind: str) -> str:
+    """WITH, where it is one of KINDS; a ValueError where it is not."""
+    if kind not in KINDS:
+        raise ValueError(f"WITH={kind!r}: give {' or '.join(KINDS)}")
+    return kind
 
 
 def _checkpoint(given: Mapping[str, str], name: str) -> Path | str:
@@ -67,14 +78,15 @@ def main() -> int:
         one = audit_setup.candidate(before.get("adapter", ""), before.get("model", ""))
         if one.kind != "adapter":
             raise ValueError("a repair is made of an adapter; give ADAPTER=")
+        kind = checked_kind(os.environ.get("WITH", ""))  # before it names a folder
         compared = {"before": before}
         folder, number = folder_of(before) / "repaired", 1
-        while (out := folder / f"{os.environ.get('WITH')}-{number}").exists():
+        while (out := folder / f"{kind}-{number}").exists():
             number += 1
         out.parent.mkdir(parents=True, exist_ok=True)
         kept = repaired(one, os.environ, out)
-        compared[os.environ["WITH"]] = _of(before, one, out)
-        if os.environ["WITH"] != "rescale":
+        compared[kind] = _of(before, one, out)
+        if kind != "rescale":
             smaller = folder / f"rescaled-as-{out.name}"
             controls.rescaled(one.folder, smaller, kept)
             compared[f"rescale {kept:.2f}"] = _of(before, one, smaller)
@@ -112,4 +124,4 @@ def table(records: Mapping[str, dict]) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -1,0 +1,118 @@
+"""The commands audit and repair: what broke is never read as a model that failed."""
+
+import json
+
+import pytest
+
+from driftbook.batch.notebooks import NotebookError
+from driftbook.publishing import make_audit, make_repair
+from driftbook.publishing.audit_gate import COULD_NOT_RUN, FAIL, PASS, UNDECIDED
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A place of its own for audits."""
+    for module in (make_audit, make_repair):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(make_audit, "OUTPUTS", tmp_path / "outputs")
+    return tmp_path
+
+
+def stops_with(monkeypatch, error: Exception) -> None:
+    def execute(*_):
+        raise error
+
+    monkeypatch.setattr(make_audit, "execute", execute)
+
+
+STOPPED = "21_audit stopped in cell 2: {}: {}; see /o/audit/x/21_audit.ipynb"
+ERRORS = {
+    "no such adapter; see the folder": NotebookError(
+        STOPPED.format("ValueError", "no such adapter; see the folder")
+    ),
+    "there is no server": NotebookError(STOPPED.format("EndpointError", "there is no server")),
+    "21_audit stopped in cell 2: KeyError: 'x'": NotebookError(STOPPED.format("KeyError", "'x'")),
+    "the audit could not run: RuntimeError: Kernel died": RuntimeError("Kernel died"),
+    "no parameter 'x'": ValueError("no parameter 'x'"),
+}
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_a_notebook_that_stops_could_not_run(here, monkeypatch, said):
+    stops_with(monkeypatch, ERRORS[said])
+    found = make_audit.run_audit({"name": "x"})
+    assert (found["status"], found["sentences"]) == (COULD_NOT_RUN, [said])
+
+
+def test_an_error_that_nobody_foresaw_is_no_failed_model(capsys):
+    def breaks() -> int:
+        raise KeyError("x")
+
+    assert make_audit.exit_status(breaks) == COULD_NOT_RUN
+    assert "the audit could not run (KeyError)" in capsys.readouterr().err
+    assert make_audit.exit_status(lambda: FAIL) == FAIL
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"), [((0, 2), UNDECIDED), ((1, 2), FAIL), ((0, 0), PASS)]
+)
+def test_conditions_decide_of_several_adapters_too(here, monkeypatch, capsys, statuses, expected):
+    """By words the first comparison fails; by FAIL_IF it is what its conditions say."""
+    monkeypatch.setenv("FAIL_IF", "safety<-50")
+    monkeypatch.setattr(
+        make_audit, "parameters", lambda env: {"name": env["ADAPTER"], "fail_if": env["FAIL_IF"]}
+    )
+    said = dict(zip("ab", statuses, strict=True))
+    monkeypatch.setattr(
+        make_audit,
+        "run_audit",
+        lambda given: {"status": said[given["name"]], "sentences": [f"{given['name']} is so"]},
+    )
+    monkeypatch.setattr(make_audit, "read_audit", lambda _: {"how": {"margin": 3.0}})
+    monkeypatch.setattr(make_audit, "write_several", lambda *_: (FAIL,))
+    assert make_audit._several(["a", "b"]) == expected
+    assert "a: a is so" in capsys.readouterr().out
+    ci = json.loads((here / "outputs" / "audit" / "compared" / "ci.json").read_text())
+    assert (ci["status"], ci["sentences"]) == (expected, ["a: a is so", "b: b is so"])
+
+
+@pytest.mark.parametrize("margin", ["nan", "inf", "0", "-3", "100", "wide"])
+def test_a_margin_that_means_nothing_is_refused(margin):
+    with pytest.raises(ValueError, match="MARGIN="):
+        make_audit.parameters({"MARGIN": margin, "ADAPTER": "x"})
+
+
+@pytest.mark.parametrize("kind", ["", "../../elsewhere", "resta"])
+def test_a_repair_is_known_before_it_names_a_folder(here, monkeypatch, capsys, kind):
+    monkeypatch.setenv("WITH", kind)
+    monkeypatch.setattr(make_repair, "parameters", lambda _: {"name": "x", "adapter": "x"})
+    one = make_repair.Candidate("adapter", "x", "x", here, None, None)
+    monkeypatch.setattr(make_repair.audit_setup, "candidate", lambda *_: one)
+    assert make_repair.main() == COULD_NOT_RUN
+    assert "give rescale or safe_lora" in capsys.readouterr().err
+    assert not [*here.iterdir()]
+
+
+def test_an_earlier_audit_is_not_read_as_one_that_could_not_begin(here, monkeypatch, capsys):
+    old = here / "outputs" / "audit" / "lora" / "ci.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"status": 0}')
+    monkeypatch.setenv("ADAPTER", "nowhere/lora")
+    monkeypatch.setenv("FAIL_IF", "saftey<-3")
+    assert make_audit.main() == COULD_NOT_RUN
+    assert "names no area" in capsys.readouterr().err
+    assert not old.exists()
+
+
+def test_logs_and_an_adapter_are_not_one_audit(here, monkeypatch, capsys):
+    monkeypatch.setenv("BASE_LOG", "a")
+    monkeypatch.setenv("ADAPTER", "b")
+    assert make_audit.main() == COULD_NOT_RUN
+    assert "give ADAPTER= or two logs" in capsys.readouterr().err
+
+
+def test_ci_reads_why_it_could_not_run(here, monkeypatch):
+    stops_with(monkeypatch, ValueError("no"))
+    make_audit.run_audit({"name": "x"})
+    value = json.loads((here / "outputs" / "audit" / "x" / "ci.json").read_text())
+    assert (value["status"], value["meaning"]) == (COULD_NOT_RUN, "could not run")
