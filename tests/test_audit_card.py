@@ -221,3 +221,26 @@ def test_json_for_ci():
     assert found["verdicts"][0]["ci_high"] == -10
     nothing = json.loads(ci_json(None, 3, ["No such adapter."]))
     assert (nothing["meaning"], nothing["verdicts"]) == ("could not run", [])
+
+
+def test_what_must_be_said_of_candidate_and_judge_is_said():
+    made = record(notes=["another model may stand behind the name"], judges_note="no judge")
+    assert "- another model may stand behind the name" in card_section(made)
+    assert "- no judge" in card_section(made)
+
+
+def test_a_bias_score_has_its_own_ends():
+    made = record([verdict("bias_ambiguous", -20.0, -30.0, -10.0), verdict("safety")])
+    ends = {
+        one["evaluation_result_id"].partition("#")[0] + one["evaluation_result_id"][-6:]: (
+            one["metric_config"]["min_score"],
+            one["metric_config"]["max_score"],
+        )
+        for one in every_eval_ever(made)["evaluation_results"]
+    }
+    assert ends == {
+        "bias_ambiguouserence": (-200, 200),
+        "bias_ambiguousdidate": (-100, 100),
+        "safetyerence": (-100, 100),
+        "safetydidate": (0, 100),
+    }

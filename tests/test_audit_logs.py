@@ -147,7 +147,9 @@ def test_the_exit_status_is_the_gates(here, status):
     folder = here / "outputs" / "audit" / "mine"
     assert json.loads((folder / "ci.json").read_text())["status"] == status
     names = {path.name for path in folder.iterdir()}
-    assert names == {"audit.json", "card.md", "model_card.md", "every_eval_ever.json", "ci.json"}
+    made = {"audit.json", "card.md", "model_card.md", "every_eval_ever.json", "ci.json"}
+    assert names == {*made, "audit.html"}
+    assert "The scores are those of the logs." in (folder / "audit.html").read_text()
 
 
 def test_the_last_accepted_audit_is_compared(here):

@@ -431,3 +431,10 @@ def test_all_but_the_items_is_there_without_scripts(page, path):
     assert "This table needs JavaScript" in shown
     for words in ("Categories that moved", "category 19", "make repair ADAPTER", "Jailbreaks."):
         assert words in shown
+
+
+def test_what_must_be_said_of_the_candidate_is_said(tmp_path):
+    note = "a note <b>of an endpoint"
+    told = audit_records.record() | {"notes": [note]}
+    page = write_audit_page(told, tmp_path / "audit.html").read_text()
+    assert "<p>A note &lt;b&gt;of an endpoint.</p>" in page

@@ -56,6 +56,10 @@ def card_section(record: Mapping[str, Any]) -> str:
         f"### Which files\n\n{_pairs(_files(record))}",
         f"### Compute and licences\n\n{_pairs(_terms(record))}",
     ]
+    if note := record.get("judges_note"):
+        parts.append(f"### Who judged\n\n{_list([note])}")
+    if notes := record.get("notes"):
+        parts.append(f"### What else to know\n\n{_list(notes)}")
     if findings := [one["sentence"] for one in _said(record, "doctor")]:
         parts.append(f"### What was found in the files\n\n{_list(findings)}")
     text = "\n\n".join([*parts, END])

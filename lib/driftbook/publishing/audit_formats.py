@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from driftbook.analyses.audit import RISE
+from driftbook.analyses.audit import AREAS, RISE
 from driftbook.publishing.audit_gate import MEANINGS
 from driftbook.publishing.audit_record import number_of
 from driftbook.stats.confidence import CONFIDENCE
@@ -208,7 +208,10 @@ def _results(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             },
             "evaluation_timestamp": str(record["made"]),
         }
-        for kind, low in (("difference", -100.0), ("candidate", 0.0)):
+        width = AREAS[row["area"]].width if row["area"] in AREAS else 1
+        # of a score that runs from -100 to 100 a difference may be twice as large
+        ends = {"difference": -100.0 * width, "candidate": -100.0 * (width - 1)}
+        for kind, low in ends.items():
             if (value := number_of(row, kind)) is not None:
                 benchmark = common["source_data"]["dataset_name"]
                 yield common | {
@@ -231,11 +234,11 @@ def _metric(row: Mapping[str, Any], kind: str, low: float) -> dict[str, Any]:
         "evaluation_description": f"{outcome}, {_DIFFERENCE}" if is_change else outcome,
         "metric_id": f"driftbook.{_file_name(row['area'])}{'_difference' if is_change else ''}",
         "metric_name": outcome,
-        "metric_unit": "points" if is_change else "percent",
+        "metric_unit": "points" if is_change or low < 0 else "percent",
         "lower_is_better": row.get("worse") == RISE,
         "score_type": "continuous",
         "min_score": low,
-        "max_score": 100.0,
+        "max_score": -low if is_change else 100.0,
     }
 
 

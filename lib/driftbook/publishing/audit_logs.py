@@ -20,8 +20,9 @@ from typing import Any
 import pandas as pd
 
 from driftbook.analyses.audit import AUDIT_FORMAT, FALL, NO_WORSE, RISE
-from driftbook.publishing.audit_finish import CI_FILE, could_not_run, finish_audit
+from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run, finish_audit
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS
+from driftbook.publishing.audit_page import write_audit_page
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.lm_eval_logs import LOWER_BETTER, RESULTS
 from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
@@ -260,6 +261,7 @@ def audit_logs(
         folder.name,
     )
     status, sentences = finish_audit(record, folder, fail_if, since)
+    write_audit_page(record, folder / PAGE)
     said = [row["sentence"] for row in record["verdicts"]]
     return status, said + sentences, folder
 

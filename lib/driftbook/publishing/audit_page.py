@@ -99,6 +99,7 @@ def _seen(record: Record) -> dict[str, Any]:
         "system_prompt": record.get("system_prompt"),
         "provider": (record.get("provider_share") or {}).get("sentence"),
         "judges_note": record.get("judges_note"),
+        "notes": [_whole(note) for note in record.get("notes") or ()],
         "licences": [[row["what"], row["licence"]] for row in record["licences"]],
         "versions": _versions(record["driftbook"]),
     }
@@ -342,7 +343,7 @@ def _how(record: Record, level: str) -> list[tuple[str, str]]:
         ("Decided", looks),
         ("Budget", how["budget"]),
         ("Stopped", how["stopped"]),
-        ("Seed of the order of prompts", str(how["seed"])),
+        ("Seed of the order of prompts", "not known" if how["seed"] is None else str(how["seed"])),
         ("Time", _duration(how["seconds"])),
         ("Made", _day(record["made"])),
     ]
