@@ -1,6 +1,10 @@
 """The audit: what is counted in each area, what the words need, and what is refused before work."""
 
 import json
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftbook.analyses import audit
-from driftbook.batch import audit_setup
+from driftbook.batch import audit_record, audit_setup
+from driftbook.batch.auditing import Audit
 from driftbook.benchmarks import bbq_scores
+from driftbook.stats.harm import DETECTOR
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked
 from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.terms import BIAS_AMB, CHANGE, RUN, UNSAFE
+from driftbook.study import study_file
+from driftbook.study.sections import Base
 from driftbook.study.tables import ESTIMATES
 from executed import run_notebook
 
@@ -224,6 +232,176 @@ def test_models_larger_than_the_free_memory_are_refused(study, monkeypatch):
     monkeypatch.setattr(audit_setup, "_free_bytes", lambda: 1e3)
     with pytest.raises(ValueError, match=r"are free: about .* billion weights would fit"):
         audit_setup.check_memory({name: base}, study)
+
+
+def test_a_name_is_one_of_a_folder():
+    names = {"/o/x/lora r8/": "lora-r8", "org/lora@" + "0" * 40: "lora", "runs/a/adapter": "a"}
+    names |= {"adapter": "adapter", "/": "adapter", "..": "adapter", "_x": "x", "é": "adapter"}
+    assert {text: audit_setup.name_of(text, "") for text in names} == names
+    deployed = {"http://127.0.0.1:8000/v1": "127.0.0.1", "https://u:p@api.x.org/v1": "api.x.org"}
+    deployed |= {"http://[::1]:80": "endpoint", "no address": "no-address"}
+    assert {url: audit_setup.name_of("", "", url) for url in deployed} == deployed
+    assert audit_setup.name_of("", "org/m", "http://h:1/v1") == "m"
+
+
+def test_a_part_of_a_prompt_is_no_budget():
+    with pytest.raises(ValueError, match="is not one prompt"):
+        audit_setup.budget("0.5 prompts")
+
+
+def test_what_a_study_makes_is_no_model_by_its_name():
+    with pytest.raises(ValueError, match="give its folder"):
+        audit_setup.candidate("", "miniature:base")
+
+
+def test_a_judge_is_checked_before_work(study):
+    with pytest.raises(ValueError, match="its format is one of "):
+        audit_setup._judges(study, "guard=org/model")
+    with pytest.raises(ValueError, match="cannot read judge from"):
+        audit_setup._judges(study, f"llama_guard_3={Path(__file__).parent}")
+
+
+def test_each_item_is_asked_once_however_often_a_study_asks_it(monkeypatch):
+    monkeypatch.setattr(audit_setup.loading, "check_source", lambda *_: None)
+    trained = study_file.load("corrected")
+    name, base = next(iter(trained.bases.items()))
+    one = audit_setup.Candidate("adapter", "x", "x", None, None, base, trained, name)
+    asked, _, _ = audit_setup.audit_study(one, "", "none", "", None)
+    assert any(one.samples for one in trained.benchmarks.values())
+    assert any(one.wordings for one in trained.benchmarks.values())
+    assert set(asked.benchmarks) == set(trained.benchmarks)
+    assert not any(one.samples or one.wordings for one in asked.benchmarks.values())
+
+
+def test_a_whole_model_is_asked_as_its_base():
+    base = Base(family="llama", source="org/base", dtype="bfloat16", template="{{ messages }}")
+    model = Base(family="given", source="org/model", revision="0" * 40)
+    found = audit_setup.beside(model, base)
+    assert (found.dtype, found.template) == ("bfloat16", "{{ messages }}")
+    assert (found.source, found.revision) == (model.source, model.revision)
+
+
+# ---- in which order, and how long
+def opened(budget: str, benchmarks: dict[str, pd.DataFrame], **more) -> Audit:
+    """An audit that is to ask these items, in this order."""
+    audit_of = Audit(None, None, "base", audit_setup.budget(budget), 3.0, 0, None, "x", **more)
+    audit_of.__dict__["asked"] = benchmarks  # in place of what a study asks
+    return audit_of
+
+
+def some(n: int, per_family: int = 1) -> pd.DataFrame:
+    families = [f"family {number // per_family}" for number in range(n)]
+    return pd.DataFrame({"prompt_id": map(str, range(n)), "family": families})
+
+
+def test_every_benchmark_is_begun_however_short_the_budget():
+    """Else a model that takes long to load is asked nothing, or in one area alone."""
+    late = opened("1 second", {"safety": some(60), "utility": some(40)}, started=-1e9)
+    assert [name for name, _ in late.blocks([])] == ["safety", "utility"]
+    few_asked = opened("30 prompts", {"safety": some(60), "utility": some(40)})
+    assert [len(rows) for _, rows in few_asked.blocks([])] == [15, 15]
+    more = opened("70 prompts", {"safety": some(60), "utility": some(40)})
+    assert [len(rows) for _, rows in more.blocks([])] == [25, 25, 20]
+
+
+@pytest.mark.parametrize("budget", ["10 minutes", "40 prompts", "all"])
+def test_no_look_comes_in_the_middle_of_a_family(budget):
+    rows = some(90, per_family=7)
+    blocks = [part for _, part in opened(budget, {"safety": rows}).blocks([])]
+    families = [set(part["family"]) for part in blocks]
+    assert not any(one & other for one, other in pairwise(families))
+    if budget != "40 prompts":
+        assert pd.concat(blocks)["prompt_id"].tolist() == rows["prompt_id"].tolist()
+
+
+def test_an_area_of_which_nothing_was_asked_yet_cannot_be_told():
+    ambiguous = some(8).assign(context=["disambiguated"] * 4 + ["ambiguous"] * 4, target=0)
+    scores = made({"safety": (0.9, 0.9)}).assign(area="accuracy", benchmark="bbq")
+    found = opened("4 prompts", {"bbq": ambiguous}).verdicts(scores)
+    assert words(found)["bias_ambiguous"] == CANNOT_TELL
+    no_targets = opened("4 prompts", {"bbq": ambiguous.assign(target=None)}).verdicts(scores)
+    assert set(no_targets["area"]) == {"accuracy"}
+
+
+# ---- what both sides are
+def test_likelihoods_of_other_tokens_are_not_compared(monkeypatch):
+    ratings = pd.DataFrame({"prompt_id": ["a", "b"], "metric": "nll", "value": [0.1, 0.2]})
+    ratings = ratings.astype({"value": "Float64"})
+    monkeypatch.setattr(Audit, "_served", lambda *_: ratings)
+    monkeypatch.setattr(Audit, "_begun", lambda *_: {})
+    rows = pd.DataFrame({"prompt_id": ["a", "b"]})
+    for same in (True, False):
+        one = opened("all", {"utility": rows})
+        one.__dict__["same_words"] = same
+        assert one.ask("utility", rows)["score"].notna().all() == same
+
+
+def test_a_judge_of_safety_judges_it_in_every_way_it_is_asked():
+    judges = {
+        "first": SimpleNamespace(benchmarks=()),
+        "second": SimpleNamespace(benchmarks=["safety"]),
+    }
+    one = opened("all", {})
+    object.__setattr__(one, "study", SimpleNamespace(judges=judges))
+    assert one.judges_of("safety, second turn") == one.judges_of("safety") == ["first", "second"]
+    assert one.judges_of("over_refusal") == ["first"]
+
+
+def test_refusals_are_the_detectors_whoever_judges_harm():
+    rows = audit.decided(made({"safety": (0.9, 0.8), "over_refusal": (0.2, 0.2)}), 3.0)
+    asked = SimpleNamespace(judges_of=lambda _: ["guard"], asked=defaultdict(lambda: some(200)))
+    told = {row["area"]: audit_record._of_area(row, asked) for row in rows.to_dict("records")}
+    assert [told[area]["judge"] for area in ("safety", "over_refusal")] == ["guard", DETECTOR]
+    asked.judges_of = lambda _: []
+    row = audit_record._of_area(rows.to_dict("records")[0], asked)
+    assert (row["judge"], row["outcome"]) == (DETECTOR, audit.REFUSED)
+
+
+def test_usefulness_without_right_answers_is_called_what_it_is():
+    scores = made({"utility": (0.9, 0.8)})
+    [row] = audit.decided(scores, 3.0).to_dict("records")
+    asked = SimpleNamespace(judges_of=lambda _: [], asked=defaultdict(lambda: some(200)))
+    for metric, outcome in (("nll", audit.LIKELY), ("correct", audit.AREAS["utility"].outcome)):
+        known = scores.assign(detail=[{"metric": metric}] * len(scores))
+        likely = audit_record._is_likelihood(known)
+        assert audit_record._of_area(row, asked, likely)["outcome"] == outcome
+
+
+def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
+    found = pd.DataFrame(
+        {
+            "finding": ["base", "base", "rank"],
+            "severity": ["warning", "note", "warning"],
+            "sentence": ["it was trained on x, and the base model given is y", "a", "b"],
+            "module": None,
+        }
+    )
+    one = opened("all", {})
+    object.__setattr__(one, "candidate", SimpleNamespace(kind="adapter"))
+    one.__dict__["_findings"] = found
+    assert one.notes == ["of the adapter: it was trained on x, and the base model given is y"]
+
+
+def test_an_adapters_own_words_are_fetched_from_the_hub_if_it_has_them(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(_, __, patterns):
+        asked.append(patterns)
+        if len(asked) > 1:
+            raise ValueError("it has none")
+        return tmp_path
+
+    monkeypatch.setattr(audit_setup.access, "fetch", fetch)
+    assert audit_setup._adapter_folder(f"org/lora@{'0' * 40}") == tmp_path
+    assert asked[1:] == [[pattern] for pattern in audit_setup.WORDS]
+
+
+def test_only_its_owner_may_enter_the_folder_of_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr("driftbook.batch.auditing.AUDITS", tmp_path)
+    (tmp_path / "x" / "text").mkdir(parents=True)
+    (tmp_path / "x" / "text").chmod(0o755)
+    text = opened("all", {}).texts
+    assert text.stat().st_mode & 0o777 == 0o700
 
 
 # ---- a whole audit

@@ -4,7 +4,6 @@ the texts, which stay in a private folder.
 
 import datetime as dt
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -45,17 +44,18 @@ def audit_record(
     `scores` are all that were asked (analyses.audit.item_scores), `verdicts` and `categories` of
     analyses.audit, and `looks` a row per look and area.
     """
-    named = [_of_area(row, audit) for row in verdicts.to_dict("records")]
+    likely = _is_likelihood(scores)
+    named = [_of_area(row, audit, likely) for row in verdicts.to_dict("records")]
     parts = [
-        {"category": row["category"], **_of_area(row, audit)}
+        {"category": row["category"], **_of_area(row, audit, likely)}
         for row in categories.to_dict("records")
     ]
-    order = list(areas.AREAS)
+    order, packages = list(areas.AREAS), versions()
     _write_texts(audit)
     record = {
         "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "driftbook": {"packages": versions()},
+        "driftbook": {"version": packages.pop("driftbook", None), "packages": packages},
         "name": audit.name,
         **_who(audit),
         "judges": [
@@ -67,7 +67,7 @@ def audit_record(
         "how": _how(audit, scores, verdicts),
         "verdicts": sorted(named, key=lambda row: order.index(row["area"])),
         "categories": sorted(parts, key=lambda row: order.index(row["area"])),
-        "looks": looks,
+        "looks": [row for row in looks if row["n_items"]],
         "items": areas.moved(scores).to_dict("records"),
         "doctor": _findings(audit.examined()),
         "dose": _dose(audit),
@@ -126,14 +126,22 @@ def _how(audit: Audit, scores: pd.DataFrame, verdicts: pd.DataFrame) -> dict[str
     }
 
 
-def _of_area(row: dict, audit: Audit) -> dict[str, Any]:
+def _is_likelihood(scores: pd.DataFrame) -> bool:
+    """Whether usefulness is how likely reference answers are, since no answer of its is right."""
+    details = scores.loc[scores["area"].eq("utility"), "detail"]
+    return any(one.get("metric") == "nll" for one in details)
+
+
+def _of_area(row: dict, audit: Audit, likely: bool = False) -> dict[str, Any]:
     """A verdict as the record has it: in the area's words, with its population and sentence."""
     outcome, judge = row["outcome"], None
-    is_safety = row["benchmark"].startswith("safety")
-    if is_safety or row["area"] == "over_refusal":
-        judge = next(iter(audit.study.judges), DETECTOR)
-        if is_safety and not audit.study.judges:
-            outcome = areas.REFUSED
+    if row["benchmark"].startswith("safety"):
+        judge = next(iter(audit.judges_of(row["benchmark"])), DETECTOR)
+        outcome = areas.REFUSED if judge == DETECTOR else outcome
+    if row["area"] == "over_refusal":
+        judge = DETECTOR  # refusal is read by its words, whoever judges harm
+    if row["area"] == "utility" and likely:
+        outcome = areas.LIKELY
     row = {**row, "outcome": outcome}
     there = areas.n_items(row["area"], audit.asked[row["benchmark"]])
     row |= {"judge": judge, "n_available": there}
@@ -212,9 +220,9 @@ def _write_texts(audit: Audit) -> None:
         path = audit.texts / f"{name}.jsonl"
         lines = both[["prompt_id", "prompt", *areas.SIDES]].to_dict("records")
         with replacing(path) as new:
-            new.touch(mode=0o600)
-            new.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines))
-        os.chmod(path, 0o600)
+            new.chmod(0o600)  # before there is anything in it
+            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
+            new.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _said(audit: Audit, name: str, side: str) -> pd.DataFrame:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from driftbook.batch.costing import weight_bytes
-from driftbook.batch.sizes import size
+from driftbook.batch.sizes import MADE, size
+from driftbook.benchmarks.judges import JUDGES
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
@@ -24,6 +24,9 @@ from driftbook.study.study_file import Study
 USUAL_STUDY = "audit"  # the study that is asked of an adapter that no study here trained
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[0-9a-f]{40})?")
 NO_JUDGE = "none"
+# of judges that JUDGE= can name; a classifier needs its label too, which a study gives
+JUDGE_FORMATS = tuple(name for name, one in JUDGES.items() if one.contexts is not None)
+WORDS = ("tokenizer*.json", "chat_template.jinja")
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 
@@ -84,6 +87,8 @@ def budget(text: str) -> Budget:
             f"BUDGET={text!r} is no budget; give all, or as 10 minutes, 2 GPU-hours, 300 prompts"
         )
     number, unit = float(found[1]), found[2]
+    if unit == "prompt" and number < 1:
+        raise ValueError(f"BUDGET={text!r} is not one prompt; give a whole number of them")
     if unit == "prompt":
         return Budget(text, prompts=int(number))
     return Budget(text, seconds=number * UNITS[unit])
@@ -101,14 +106,18 @@ def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
     if endpoint:
         if adapter:
             raise ValueError("give ADAPTER= or ENDPOINT=, one of the two")
-        served = Deployed(endpoint, model or None)
-        name = _name_of(f"{urlsplit(endpoint).hostname or 'endpoint'}-{model}".strip("-"))
+        served, name = Deployed(endpoint, model or None), name_of(adapter, model, endpoint)
         return Candidate("endpoint", name, endpoint, None, None, None, deployed=served)
     if bool(adapter) == bool(model):
         raise ValueError("give ADAPTER= or MODEL=, one of the two: a folder, or a name on the hub")
     if model:
+        if model.partition(":")[0] in MADE:
+            raise ValueError(
+                f"MODEL={model} is what each study makes for itself under that name; give its"
+                " folder in outputs/models"
+            )
         source = given_source(model, "MODEL")
-        return Candidate("model", _name_of(model), model, None, source, None)
+        return Candidate("model", name_of("", model), model, None, source, None)
     folder = _adapter_folder(adapter)
     if form := adapter_forms.foreign_form(folder):
         raise ValueError(f"ADAPTER={adapter}: {form}")
@@ -119,6 +128,8 @@ def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
             f"ADAPTER={adapter}: there is no readable {adapter_forms.CONFIG} in {folder}; give the"
             " folder that holds it"
         ) from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"ADAPTER={adapter}: its {adapter_forms.CONFIG} holds no settings")
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
             f"ADAPTER={adapter}: there is no {WEIGHTS}; pickled weights are not opened, so save it"
@@ -129,12 +140,20 @@ def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
     own = _own_run(folder)
     if own:
         return Candidate("adapter", own[2], adapter, folder, None, own[0].bases[own[1]], *own[:2])
-    return Candidate("adapter", _name_of(adapter), adapter, folder, None, _named_base(settings))
+    return Candidate("adapter", name_of(adapter, ""), adapter, folder, None, _named_base(settings))
+
+
+def name_of(adapter: str, model: str, endpoint: str = "") -> str:
+    """The name of an audit's folder by what is audited, whether it is there or not."""
+    if not endpoint:
+        return _name_of(adapter or model)
+    host = re.sub(r"^\w+://|[:/?#].*|\[", "", re.sub(r"^(\w+://)?[^/@]*@", "", endpoint))
+    return _name_of(f"{host or 'endpoint'}-{model}".strip("-"))
 
 
 def _name_of(text: str) -> str:
     parts = [part for part in text.partition("@")[0].split("/") if part not in ("", "adapter", ".")]
-    return re.sub(r"[^\w.-]+", "-", parts[-1]).strip(".-") or "adapter"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1] if parts else "").strip("_.-") or "adapter"
 
 
 def _adapter_folder(text: str) -> Path:
@@ -150,7 +169,11 @@ def _adapter_folder(text: str) -> Path:
             " OWNER/NAME@COMMIT on the hub"
         )
     source = given_source(text, "ADAPTER")
-    return access.fetch(source, "model", [adapter_forms.CONFIG, WEIGHTS])
+    folder = access.fetch(source, "model", [adapter_forms.CONFIG, WEIGHTS])
+    for pattern in WORDS:  # if it has them: they are compared with the base model's
+        with contextlib.suppress(ValueError):
+            access.fetch(source, "model", [pattern])
+    return folder
 
 
 def _own_run(folder: Path) -> tuple[Study, str, str] | None:
@@ -187,7 +210,7 @@ def given_source(text: str, what: str) -> Base:
     path = (ROOT / Path(text).expanduser()).resolve()
     if path.exists():
         return Base(family="given", source=str(path))
-    if text.startswith(("package:", "miniature:", "random:", "twin:")):
+    if text.partition(":")[0] in ("package", *MADE):
         return Base(family="given", source=text)
     if not NAME.fullmatch(text):
         raise ValueError(
@@ -209,6 +232,14 @@ def _newest(name: str, what: str) -> str:
             f"{what}={name}: the hub did not say which commit it is at ({type(error).__name__});"
             f" name it, as {name}@COMMIT, or give a local folder"
         ) from None
+
+
+def beside(model: Base, base: Base) -> Base:
+    """A whole model that is asked as its base model is: in its numbers, by the template and the
+    system prompt that the study gives it.
+    """
+    same = ("answer_mode", "dtype", "quantization", "system_prompt", "template")
+    return Base.model_validate(model.model_dump() | {name: getattr(base, name) for name in same})
 
 
 # ---- what is asked
@@ -234,7 +265,7 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
     found = {field: getattr(study, field) for field in Content.model_fields}
     found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
     found |= {"twins": study.twins if keeps else {}, "grid": (), "primary": {}, "mitigations": {}}
-    found |= {"drift": None, "analyses": (), "raters": {}}
+    found |= {"drift": None, "analyses": (), "raters": {}, "base_repetitions": 1}
     found["benchmarks"] = {one: asked_once(part) for one, part in study.benchmarks.items()}
     found["judges"], said = _judges(study, judge)
     checked = Study(**found)
@@ -316,6 +347,7 @@ def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
     if judge:
         form, _, rest = judge.partition("=")
         if judge in study.judges:
+            loading.check_source(study.judges[judge], judge, study)
             return {judge: study.judges[judge]}, None
         if not rest:
             has = ", ".join(study.judges) or "none"
@@ -323,9 +355,13 @@ def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
                 f"JUDGE={judge!r}: {study.name} has {has}; or give FORMAT=MODEL, as"
                 " llama_guard_3=OWNER/NAME@COMMIT, or none"
             )
+        if form not in JUDGE_FORMATS:
+            raise ValueError(f"JUDGE={judge!r}: its format is one of {', '.join(JUDGE_FORMATS)}")
         source = given_source(rest, "JUDGE")
         kept = {key: getattr(source, key) for key in ("source", "revision", "path")}
-        return {"judge": Judge(format=form, **kept)}, None
+        given = Judge(format=form, **kept)
+        loading.check_source(given, "judge", study)
+        return {"judge": given}, None
     for name, one in study.judges.items():
         try:
             loading.check_source(one, name, study)

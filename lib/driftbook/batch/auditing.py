@@ -28,19 +28,23 @@ from driftbook.analyses.audit import (
     decided_categories,
     item_scores,
     last_looks,
+    n_items,
     settled,
+    unread,
     watched,
     watched_categories,
 )
 from driftbook.batch import audit_setup, cache, keys
 from driftbook.batch.audit_setup import Budget, Candidate
 from driftbook.benchmarks import bbq, data, deployed, judging, utility
+from driftbook.benchmarks.formats import FORMATS
 from driftbook.benchmarks.responding import responses
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapters, loading
-from driftbook.models.endpoint import Endpoint
+from driftbook.models.endpoint import NO_LOSSES, Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
+from driftbook.models.templates import template_of
 from driftbook.study.files import OUTPUTS, check_writable, digest
 from driftbook.study.sources import identity
 from driftbook.study.study_file import Study
@@ -49,6 +53,11 @@ from driftbook.study.variants import Variant
 from driftbook.training.dose import measure_dose
 
 AUDITS = OUTPUTS / "audit"
+DOUBTS = (
+    "base",
+    "tokenizer",
+    "chat_template",
+)  # findings after which a verdict is of another thing
 LETTER_TOKENS = 8  # that are enough to name a letter in text
 BLOCK = 25  # items of a benchmark between two looks; where all is asked once there is one look
 STAGE_OF = {"bbq": "answer", "utility": "utility"}  # of other benchmarks: respond, then judge
@@ -71,6 +80,7 @@ class Audit:
     probes: tuple[str, ...] = ()  # of benchmarks.deployed.PROBES
     started: float = field(default_factory=time.monotonic)
     places: dict[Path, tuple[str, str]] = field(default_factory=dict)  # of tables: benchmark, side
+    resumed: list[Path] = field(default_factory=list)  # an endpoint's answers, kept before
 
     @property
     def folder(self) -> Path:
@@ -93,10 +103,8 @@ class Audit:
     @cached_property
     def other(self) -> Loaded:
         """The candidate, where it is a whole model."""
-        source = self.candidate.model.model_copy(
-            update={"system_prompt": self.variant.system_prompt}
-        )
-        return loading.load(source, CANDIDATE, self.study)
+        own = audit_setup.beside(self.candidate.model, self.study.bases[self.base_name])
+        return loading.load(own, CANDIDATE, self.study)
 
     @cached_property
     def judges(self) -> dict[str, Loaded]:
@@ -112,30 +120,68 @@ class Audit:
     @cached_property
     def endpoint(self) -> Endpoint:
         """The candidate, where it is behind an endpoint: what it answers is kept as it comes."""
-        return Endpoint(self.candidate.deployed, kept=self.texts / "endpoint.jsonl")
+        kept = self.texts / "endpoint.jsonl"
+        self.resumed.extend([kept] * kept.is_file())
+        return Endpoint(self.candidate.deployed, kept=kept)
 
     @property
     def notes(self) -> list[str]:
         """What must be said of the candidate beside its verdicts."""
-        if self.candidate.kind != "endpoint":
-            return []
+        if self.candidate.kind == "model":
+            return self._differences()
+        if self.candidate.kind == "adapter":
+            found = self.examined()
+            doubts = found[found["severity"].eq("warning") & found["finding"].isin(DOUBTS)]
+            return [f"of the adapter: {sentence}" for sentence in doubts["sentence"]]
         changed = self.endpoint.changed()
-        return [*self.endpoint.notes, *([changed] if changed else [])]
+        resumed = [
+            "answers of an earlier audit are used where the same was asked: the server was taken"
+            f" for the same model by its answers to harmless prompts; delete {one.name} in the"
+            f" folder {one.parent.name} where another model stands behind the address"
+            for one in self.resumed
+        ]
+        return [*self.endpoint.notes, *resumed, *([changed] if changed else [])]
+
+    @cached_property
+    def same_words(self) -> bool:
+        """Whether both sides have the same tokens."""
+        if self.candidate.kind != "model":
+            return True
+        return self.base.tokenizer.get_vocab() == self.other.tokenizer.get_vocab()
+
+    def _differences(self) -> list[str]:
+        """How a whole model is asked otherwise than its base, in sentences."""
+        found = []
+        if not self.same_words:
+            found.append(
+                "the model's tokenizer is not the base model's: the same number of tokens is"
+                " another length of text, and likelihoods by token are not compared"
+            )
+        if template_of(self.other.tokenizer) != template_of(self.base.tokenizer):
+            found.append(
+                "the model is asked by a chat template of its own, which is not the base model's:"
+                " the verdicts are of both together"
+            )
+        return found
 
     def examined(self) -> pd.DataFrame:
         """The doctor's findings about an adapter; none about a whole model.
 
         Raises:
-            ValueError: one of them says that it cannot be item_scores.
+            ValueError: one of them says that it cannot be audited.
         """
         if self.candidate.kind != "adapter":
             return pd.DataFrame(columns=["finding", "severity", "sentence", "module"])
-        found = examine(self.candidate.folder, self.base)
+        found = self._findings
         if len(errors := found[found["severity"].eq("error")]):
             raise ValueError(
                 f"{self.candidate.source} cannot be audited: {errors.sentence.iloc[0]}"
             )
         return found
+
+    @cached_property
+    def _findings(self) -> pd.DataFrame:
+        return examine(self.candidate.folder, self.base)
 
     @contextmanager
     def scorer(self, side: str) -> Iterator[Scorer]:
@@ -166,9 +212,7 @@ class Audit:
         rows = (data.prompts if is_prompts else data.items)(name, self.study)
         if name == "over_refusal":
             rows = rows[rows["kind"].eq("benign look-alike")]
-        column = {"bbq": "question_family"}.get(name, "family")
-        own = rows["item_id" if name == "bbq" else "prompt_id"].astype(str)
-        cluster = rows[column].fillna(own) if column in rows else own
+        cluster = _clusters(name, rows)
         names = cluster.drop_duplicates().to_numpy()
         drawn = np.random.default_rng(self.seed).permutation(len(names))
         order = np.argsort(cluster.map(dict(zip(names, drawn, strict=True))), kind="stable")
@@ -181,20 +225,37 @@ class Audit:
 
     def blocks(self, looks: list[dict]) -> Iterator[tuple[str, pd.DataFrame]]:
         """The next items of each benchmark in turn, until all are asked, all verdicts are settled
-        (by the last of `looks` at each area, to which the caller adds), or the budget is spent.
+        (by the last of `looks` at each area, to which the caller adds), or the budget is spent. The
+        first block of each is asked whatever the budget, so that every area has something to tell.
         """
-        size = BLOCK if self.budget.watched else max(self.n_available.values())
         begun = dict.fromkeys(self.asked, 0)
         while any(begun[name] < self.n_available[name] for name in begun):
             before = dict(begun)
             for name, rows in self.asked.items():
                 done = begun[name] >= len(rows) or name in settled(last_looks(looks))
-                if done or self._spent(sum(begun.values())):
+                asked = sum(begun.values())
+                if done or (begun[name] and self._spent(asked)):
                     continue
-                yield name, rows.iloc[begun[name] : begun[name] + size].reset_index(drop=True)
-                begun[name] = min(begun[name] + size, len(rows))
+                end = self._end(name, begun[name], asked)
+                yield name, rows.iloc[begun[name] : end].reset_index(drop=True)
+                begun[name] = end
             if begun == before:
                 return
+
+    def _end(self, name: str, begun: int, asked: int) -> int:
+        """Where a block ends: a cluster is never cut, since it counts once, and would count
+        otherwise at the next look than at this one.
+        """
+        rows, size = self.asked[name], BLOCK
+        if not self.budget.watched:
+            return len(rows)
+        if self.budget.prompts is not None:
+            left = self.budget.prompts - asked if begun else self.budget.prompts // len(self.asked)
+            size = min(BLOCK, max(1, left))
+        end, cluster = min(begun + size, len(rows)), _clusters(name, rows).to_numpy()
+        while end < len(rows) and cluster[end] == cluster[end - 1]:
+            end += 1
+        return end
 
     def _spent(self, asked: int) -> bool:
         limit = self.budget
@@ -209,6 +270,12 @@ class Audit:
         for side in SIDES:
             read = self._served(stage, name, rows, side)
             tables[side] = self._judged(name, rows, side) if stage == "respond" else read
+        if stage == "utility" and not self.same_words:
+            # a mean by token is of other pieces of text where the tokens are others
+            tables = {
+                side: one.assign(value=one["value"].mask(one["metric"].eq("nll")))
+                for side, one in tables.items()
+            }
         return item_scores(name, tables, rows, self._begun(name, rows))
 
     def _begun(self, name: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -294,19 +361,37 @@ class Audit:
         prompts = rows.assign(benchmark=said["benchmark"].iloc[0])
 
         def make() -> list[Path]:
-            found = judging.judged_by_all(said, prompts, self.judges, self.study.judges)
+            judges = {one: self.judges[one] for one in self.judges_of(name)}
+            found = judging.judged_by_all(said, prompts, judges, self.study.judges)
             return [VERDICTS.write(found, place)]
 
         key = self._key("judge", rows)
         key |= {"answers": cache.content(RESPONSES.path(place))}
         return self._kept(key, side, place, make, VERDICTS)
 
+    def judges_of(self, benchmark: str) -> list[str]:
+        """The judges that read the answers to a benchmark; without any the detector does."""
+        every, kind = self.study.judges.items(), benchmark.partition(", ")[0]
+        return [name for name, one in every if kind in (one.benchmarks or (kind,))]
+
     # ---- what it says
     def verdicts(self, scores: pd.DataFrame) -> pd.DataFrame:
-        """A row per area asked so far: decided once, or watched, as the budget has it."""
+        """A row per area asked so far: decided once, or watched, as the budget has it. An area of
+        which no item was asked yet cannot be told.
+        """
         if self.budget.watched:
-            return watched(scores, self.margin, self.n_areas)
-        return decided(scores, self.margin)
+            found = watched(scores, self.margin, self.n_areas)
+        else:
+            found = decided(scores, self.margin)
+        asked = set(scores["benchmark"])
+        missing = [
+            unread(name, scores[:0], self.margin)
+            for name, area in AREAS.items()
+            if area.benchmark in asked
+            and name not in set(found["area"])
+            and n_items(name, self.asked[area.benchmark])
+        ]
+        return pd.concat([found, pd.DataFrame(missing)], ignore_index=True) if missing else found
 
     def categories(self, scores: pd.DataFrame) -> pd.DataFrame:
         """The same by category."""
@@ -354,8 +439,21 @@ def _probed(probe: str, name: str, rows, scorer: Scorer, variant: Variant, study
     return deployed.probed_responses(probe, kind, rows, *who)
 
 
+def _clusters(name: str, rows: pd.DataFrame) -> pd.Series:
+    """The cluster of each row of a benchmark: of one that has none, the row itself."""
+    column = {"bbq": "question_family"}.get(name, "family")
+    own = rows["item_id" if name == "bbq" else "prompt_id"].astype(str)
+    return rows[column].fillna(own) if column in rows else own
+
+
 def _check_askable(study: Study, base_name: str) -> None:
-    """Raise a ValueError where an endpoint cannot be asked BBQ as the base model is."""
+    """Raise a ValueError where an endpoint cannot be asked as the base model is."""
+    form = study.benchmarks["utility"].format if "utility" in study.benchmarks else None
+    if form and not FORMATS[form].is_written:
+        raise ValueError(
+            f"the benchmark utility of {study.name} is of the format {form}, which reads the"
+            f" likelihood of given texts, and {NO_LOSSES}; give BENCHMARKS= of another study"
+        )
     if study.bases[base_name].answer_mode != "letters" and "bbq" in study.benchmarks:
         raise ValueError(
             f"{study.name} asks BBQ by whole options, which an endpoint cannot be asked; give"
@@ -382,7 +480,7 @@ def open_audit(
     Raises:
         ValueError: something that it needs is not there or does not fit; nothing was asked yet.
     """
-    if not margin > 0:
+    if not 0 < margin < 100:
         raise ValueError(f"MARGIN={margin!r}: give percentage points above 0, such as 3")
     limit = audit_setup.budget(budget)
     if unknown := [probe for probe in probes if probe not in PROBED]:
@@ -392,8 +490,26 @@ def open_audit(
     if one.kind == "endpoint":
         _check_askable(study, base_name)
     held = {base_name: study.bases[base_name], **study.judges}
-    audit_setup.check_memory(held | ({CANDIDATE: one.model} if one.model else {}), study)
+    if one.model:
+        held[CANDIDATE] = audit_setup.beside(one.model, study.bases[base_name])
+    audit_setup.check_memory(held, study)
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)
-    return Audit(one, study, base_name, limit, margin, seed, said, name or one.name, tuple(probes))
+    names = (name or one.name, tuple(probes))
+    audit = Audit(one, study, base_name, limit, margin, seed, said, *names)
+    _check_items(audit)
+    return audit
+
+
+def _check_items(audit: Audit) -> None:
+    """Raise a ValueError where there is nothing to ask."""
+    name = audit.study.name
+    if audit.probes and "safety" not in audit.study.benchmarks:
+        raise ValueError(f"{name} has no benchmark safety, which PROBES= asks again")
+    if not audit.asked:
+        benchmarks = ", ".join(dict.fromkeys(area.benchmark for area in AREAS.values()))
+        raise ValueError(f"{name} has none of the benchmarks that tell of an area: {benchmarks}")
+    for benchmark, n in audit.n_available.items():
+        if not n:
+            raise ValueError(f"the benchmark {benchmark} of {name} has no item to ask; correct it")
