@@ -421,12 +421,11 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     path.unlink()
     verdicts = {row["area"]: row for row in record["verdicts"]}
     unasked = {area for probe, area in audit.PROBED.items() if probe not in probes}
-    assert set(verdicts) <= set(audit.AREAS) - unasked
+    assert set(verdicts) == set(audit.AREAS) - unasked  # each is begun, however short the budget
     paths = sorted((finished.folder / "tables" / "estimates").glob("*.parquet"))
     mine = picked(ESTIMATES.read_all(paths), group=RUN, member=run_id, contrast=CHANGE)
     safety = verdicts["safety"]
     if budget == "all":
-        assert set(verdicts) == set(audit.AREAS) - unasked
         assert record["how"]["stopped"] == "every prompt was asked"
         judge = record["judges"][0]["name"]
         [own] = picked(mine, outcome=UNSAFE, benchmark="safety", judge=judge)["value"]
@@ -438,7 +437,7 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     else:
         assert record["looks"]
         assert record["how"]["stopped"] == "the budget of 40 prompts is spent"
-        assert "utility" not in verdicts
+        assert safety["n_items"] < safety["n_available"]
     text = path.parent / "text"
     assert text.stat().st_mode & 0o777 == 0o700
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
