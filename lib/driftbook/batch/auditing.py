@@ -435,6 +435,7 @@ def _probed(probe: str, name: str, rows, scorer: Scorer, variant: Variant, study
     """The responses to a benchmark's prompts, asked in one of the ways of shallow alignment."""
     kind = name.partition(", ")[0]
     limit = study.benchmarks[kind].max_new_tokens
+    rows = data.worded(rows, data.wordings(kind, study)["default"], study)
     who = (scorer, variant.run_id, limit, variant.system_prompt)
     return deployed.probed_responses(probe, kind, rows, *who)
 
