@@ -156,3 +156,11 @@ def rows(*populations_: str, ends=(0.0, 1.0)) -> pd.DataFrame:
 def test_intervals_are_for_what_the_estimates_say(given, words):
     assert populations.held_for(rows(*given)).startswith(words)
     assert populations.held_for(rows(*given, ends=(None, None))) == ""
+
+
+@pytest.mark.slow
+def test_training_says_what_it_did_where_a_base_model_stands_alone(finished, monkeypatch):
+    """Of a study that trains on other base models alone."""
+    base = next(one for one in finished.study().variants if one.method == "none")
+    asked = {"study": str(finished.file), "base_model": base.base_model, "run_ids": [base.run_id]}
+    run_notebook("02_train", finished.folder, monkeypatch, **asked)
