@@ -1,16 +1,18 @@
-# The one definition of the batch: a job is one notebook for one base model (or for all of them).
-# Its input is its key (batch/plan.py), which changes with all that it depends on, and its only
-# output is its mark.
+# The one definition of the batch: a job is one notebook for a shard of the variants of one base
+# model, or for all of them. Its input is its key, which changes with all that it depends on, and its
+# only output is its mark. `make study` plans before it runs this file (batch/plan.py): here only what
+# it planned is read, so that a node of a cluster that reads the file again changes nothing.
 import json
 import sys
 from pathlib import Path
 
-from driftbook.batch import keys, plan
+from driftbook.batch import keys, shards
 from driftbook.study.study_file import load
 
 try:
     STUDY = load(config["study"])
-    plan.write(STUDY)
+    if (SHARDS := shards.read(STUDY)) is None:
+        raise ValueError(f"the study {STUDY.name} is not planned; run make study")
 except ValueError as error:
     sys.exit(f"driftbook: {error}")
 
@@ -19,12 +21,13 @@ workdir: STUDY.folder
 
 
 STAGES, ANALYSES = keys.stages(STUDY), keys.analyses(STUDY)
-MAKING = STAGES[:-4]  # the stages that make adapters
-# the notebook writes the mark itself; :q quotes what a shell would read in a path
+JOBS = [job for stage in STAGES for base in STUDY.bases for job in SHARDS.jobs(stage, base)]
+# :q quotes what a shell would read in a path
 JOB = (
     "{sys.executable:q} -m driftbook.batch.warm notebook"
     " {params.notebook:q} {log:q} {params.parameters:q}"
 )
+MARKED = JOB + " {input.key:q} {output:q}"
 NEEDED = {"judge": STUDY.judges, "utility": STUDY.raters}
 
 
@@ -32,18 +35,17 @@ def notebook(name):
     return str(keys.notebook(name))
 
 
-def parameters(wildcards, stage=None, **more):
+def parameters(**more):
     """The notebook's parameters, as one JSON word of the shell."""
-    if stage:
-        variants = STUDY.of_stage(stage, wildcards.base)
-        more = {"base_model": wildcards.base, "run_ids": [one.run_id for one in variants]}
     return json.dumps({"study": str(config["study"]), **more})
 
 
 def made_before(stage):
-    """The jobs whose results a stage reads."""
-    making = MAKING[: STAGES.index(stage)]
-    return [f"jobs/{one}/{{base}}.json" for one in (["respond"] if stage == "judge" else making)]
+    """The marks of the jobs whose results a job of a stage reads."""
+    return lambda wildcards: [
+        f"jobs/{job}.json"
+        for job in SHARDS.before(f"{stage}/{wildcards.base}/{wildcards.shard}", STUDY)
+    ]
 
 
 def unprepared(stage):
@@ -71,7 +73,7 @@ rule prepare:
         "notebooks/01_prepare.{name}.ipynb",
     params:
         notebook=notebook("01_prepare"),
-        parameters=lambda wildcards: parameters(wildcards, models=[wildcards.name]),
+        parameters=lambda wildcards: parameters(models=[wildcards.name]),
     shell:
         JOB
 
@@ -82,35 +84,35 @@ for stage in STAGES:
         name:
             stage
         input:
-            f"keys/{stage}/{{base}}.json",
             made_before(stage),
             unprepared(stage),
+            key=f"keys/{stage}/{{base}}/{{shard}}.json",
         output:
-            f"jobs/{stage}/{{base}}.json",
+            f"jobs/{stage}/{{base}}/{{shard}}.json",
         log:
-            f"notebooks/{keys.NOTEBOOKS[stage]}.{{base}}.ipynb",
+            f"notebooks/{keys.NOTEBOOKS[stage]}.{{base}}.{{shard}}.ipynb",
         params:
             notebook=notebook(keys.NOTEBOOKS[stage]),
-            parameters=lambda wildcards, stage=stage: parameters(wildcards, stage),
+            parameters=lambda wildcards: parameters(base_model=wildcards.base),
         resources:
             gpu=1,
         shell:
-            JOB
+            MARKED
 
 
 rule collect:
     input:
         key="keys/collect.json",
-        jobs=expand("jobs/{stage}/{base}.json", stage=STAGES, base=STUDY.bases),
+        jobs=expand("jobs/{job}.json", job=JOBS),
     output:
         "jobs/collect.json",
     log:
         "notebooks/08_collect.ipynb",
     params:
         notebook=notebook("08_collect"),
-        parameters=lambda wildcards: parameters(wildcards),
+        parameters=lambda wildcards: parameters(),
     shell:
-        JOB + " {input.key:q} {output:q}"
+        MARKED
 
 
 for analysis, name in ANALYSES.items():
@@ -128,9 +130,9 @@ for analysis, name in ANALYSES.items():
             f"notebooks/{name}.ipynb",
         params:
             notebook=notebook(name),
-            parameters=lambda wildcards: parameters(wildcards),
+            parameters=lambda wildcards: parameters(),
         shell:
-            JOB + " {input.key:q} {output:q}"
+            MARKED
 
 
 rule report:
@@ -143,4 +145,4 @@ rule report:
         study=str(config["study"]),
     shell:
         "{sys.executable:q} -m driftbook.publishing.report {params.study:q}"
-        " && cp {input.key:q} {output:q}"
+        " {input.key:q} {output:q}"

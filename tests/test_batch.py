@@ -48,7 +48,7 @@ def test_the_small_study_ends_well(smoke):
         due = {base: {one.run_id for one in study.of_stage(stage, base)} for base in study.bases}
         assert set(smoke.marks(stage)) == set().union(*due.values())
         for base, run_ids in due.items():
-            done = read_json(smoke.folder / "jobs" / stage / f"{base}.json")
+            done = read_json(smoke.folder / "jobs" / stage / base / "0.json")
             assert set(done["runs"]) == run_ids
     assert {path.stem for path in (smoke.folder / "jobs" / "prepare").iterdir()} == {
         *study.bases,
@@ -240,7 +240,7 @@ def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):
     path = smoke.run_folder(run) / "adapter" / "adapter_model.safetensors"
     before, jobs, whole = (
         marks(smoke),
-        sorted(smoke.folder.glob("jobs/*/*.json")),
+        sorted(smoke.folder.glob("jobs/*/**/*.json")),
         path.read_bytes(),
     )
     path.write_bytes(whole[: len(whole) // 2])
@@ -253,7 +253,7 @@ def test_a_torn_adapter_is_named_before_work_starts_and_nothing_is_lost(smoke):
     assert "torn" in sentence
     assert run.run_id in sentence
     plan.write(smoke.study())  # with the whole file put back every job is still done
-    assert (marks(smoke), sorted(smoke.folder.glob("jobs/*/*.json"))) == (before, jobs)
+    assert (marks(smoke), sorted(smoke.folder.glob("jobs/*/**/*.json"))) == (before, jobs)
 
 
 def test_a_second_batch_at_the_same_time_is_refused(smoke):
@@ -347,7 +347,7 @@ def test_a_disk_that_is_full_for_a_small_file_is_said(monkeypatch, tmp_path):
 
 def test_a_damaged_key_or_mark_is_said(study, standins):
     plan.write(study)
-    path = study.folder / "keys" / "train" / "tiny-llama.json"
+    path = study.folder / "keys" / "train" / "tiny-llama" / "0.json"
     path.write_text(path.read_text()[:30])
     with pytest.raises(ValueError) as error:
         plan.write(study)
@@ -372,7 +372,7 @@ def test_keys_are_written_only_where_they_changed(make_study, content, standins)
         for path in paths
         if path.stat().st_mtime_ns != before[path]
     }
-    whole = {"judge/tiny-llama.json", *(f"{name}.json" for name in ("collect", *keys.ANALYSES))}
+    whole = {"judge/tiny-llama/0.json", *(f"{name}.json" for name in ("collect", *keys.ANALYSES))}
     assert whole <= changed <= whole | {"prepare/tiny-guard.json", "report.json"}
 
 

@@ -332,6 +332,8 @@ def surroundings(home: Path) -> dict[str, str]:
 
 def planned(home: Path, study: Path) -> dict[str, int]:
     """The jobs that `snakemake -n` would do in the copied project, by rule."""
+    code = [sys.executable, "-c", SAID, str(study)]
+    subprocess.run(code, env=surroundings(home), cwd=home, capture_output=True, check=True)
     command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--profile"]
     command += ["profiles/local", "--config", f"study={study}", "--dry-run", "--quiet", "rules"]
     ended = subprocess.run(

@@ -34,10 +34,13 @@ def checkout(tmp_path) -> Path:
 # what Snakemake would run, with a study in the odd folder
 CODE = """
 import subprocess, sys
+from driftbook.batch import plan
 from driftbook.batch.make_study import snakemake
 from driftbook.study.files import ROOT
+from driftbook.study.study_file import load
 study = ROOT / "my study # 1: ü $x.yaml"
 study.write_text((ROOT / "studies" / "miniature.yaml").read_text())
+plan.write(load(study))
 command = snakemake(study, "local", [])
 at = command.index("--")
 command[at:at] = ["--dry-run", "--printshellcmds"]

@@ -86,10 +86,7 @@ def test_a_failed_variant_is_recorded_and_the_job_goes_on(
     }
     mark = read_json(folders.folder(study, failed) / "train.done.json")
     assert "diverged" in one_sentence(mark["failure"])
-    assert (
-        read_json(study.folder / "jobs/train/tiny-llama.json")["runs"].keys()
-        == done.index.to_frame().T.to_dict().keys()
-    )
+    assert not (study.folder / "jobs").exists(), "it was not planned"
     assert jobs.failed_before(study, failed, "respond")
     again = run_job("respond", study, lambda variant, folder: [])
     assert failed.run_id not in set(again.run_id), (

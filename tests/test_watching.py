@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from driftbook.batch import keys, watching
+from driftbook.batch import keys, shards, watching
 from driftbook.batch.schedule import Piece, PlannedJob
 from driftbook.study import progress
 from driftbook.study.files import read_json, write_json
@@ -13,25 +13,25 @@ from driftbook.study.files import read_json, write_json
 
 def test_the_display_says_what_is_done_and_how_much_is_left():
     Part = watching.Part
-    done = Part("train", "a", 5, 5, False)
-    working = [Part("respond", "a", 2, 5, True), Part("answer", "b", 1, 5, True)]
-    waiting = Part("judge", "a", 0, 5, False)
+    done = Part("train/a", "train", "a", 5, 5, False)
+    working = [Part("respond/a", "respond", "a", 2, 5, True), Part("answer/b", "answer", "b", 1, 5, True)]
+    waiting = Part("judge/a", "judge", "a", 0, 5, False)
     text, n_done, n_all, left = watching.summary([done, waiting, *working])
     assert (text, n_done, n_all, left) == ("respond a", 8, 20, "")
     assert watching.summary([done, waiting])[0] == "judge a"
     assert watching.summary([done]) == ("finished", 5, 5, "")
-    both = [Part("respond", "a", 0, 5, True), Part("respond", "b", 0, 5, True)]
+    both = [Part("respond/a", "respond", "a", 0, 5, True), Part("respond/b", "respond", "b", 0, 5, True)]
     assert watching.summary(both)[0] == "respond a, b"
     plan = {
         "train/a": PlannedJob(2.0, {str(i): Piece(30.0, {"steps": (12, 30.0)}) for i in range(5)})
     }
     outlook = watching.Outlook(plan, 2)
     told = {"done": 1, "run_id": "1", "counts": {"steps": 6.5}, "seconds": {}, "since": 100.0}
-    running = Part("train", "a", 1, 5, True, told)
+    running = Part("train/a", "train", "a", 1, 5, True, told)
     text, *_, left = watching.summary([running], outlook, 116.25)
     assert text == "train a: train variant 2 of 5, 6 of 12 steps"
     assert left == "about 2 min left", "three and a half of 30 seconds, and what is around them"
-    assert watching.summary([Part("train", "a", 5, 5, False)], outlook, 116.25)[3] == ""
+    assert watching.summary([Part("train/a", "train", "a", 5, 5, False)], outlook, 116.25)[3] == ""
 
 
 def run_by_plan(speed: dict[str, float], at: float, counted: bool = True):
@@ -49,7 +49,7 @@ def run_by_plan(speed: dict[str, float], at: float, counted: bool = True):
         steps = {"steps": 40 * (at - since) / took} if counted else {}
         told |= {"run_id": str(done), "counts": steps, "since": since}
         active = done < 2 and began <= at
-        found.append(watching.Part(stage, "a", done, 2, active, told if began <= at else {}))
+        found.append(watching.Part(f"{stage}/a", stage, "a", done, 2, active, told if began <= at else {}))
         began += 2 * took
     return watching.Outlook(plan, 2).left(found, at), began - at
 
@@ -73,7 +73,7 @@ def test_a_line_comes_every_20_seconds_where_there_is_no_terminal(
 ):
     now = [1000.0]
     monkeypatch.setattr(watching.time, "time", lambda: now[0])
-    part = watching.Part("train", "a", 0, 2, True, {"counts": {"steps": 1}, "since": 1000.0})
+    part = watching.Part("train/a", "train", "a", 0, 2, True, {"counts": {"steps": 1}, "since": 1000.0})
     with watching.display(make_study(content), tmp_path / "none.json", 2) as show:
         for _ in range(100):
             show([part], 1000.0)
@@ -106,26 +106,31 @@ def test_parts_are_read_from_marks_and_this_batchs_progress(make_study, content,
     content["name"] = "parts"
     study = make_study(content)
     n, started = len(study.variants), time.time()
+    dealt = shards.dealt(study, 1)
+    job = "train/tiny-llama/0"
+    progress_of, mark, key = (
+        shards.path_of(study, kind, job) for kind in ("progress", "jobs", "keys")
+    )
 
     def found():
         return {
             (part.stage, part.about): (part.done, part.total, part.active)
-            for part in watching.parts(study, started)
+            for part in watching.parts(study, dealt, started)
         }
 
     assert found()["train", "tiny-llama"] == (0, n, False)
-    write_json(study.folder / "progress" / "train.tiny-llama.json", {"done": 3, "of": n})
+    write_json(progress_of, {"done": 3, "of": n})
     assert found()["train", "tiny-llama"] == (3, n, True)
-    os.utime(study.folder / "progress" / "train.tiny-llama.json", (1, 1))
+    os.utime(progress_of, (1, 1))
     assert found()["train", "tiny-llama"] == (0, n, False), (
         "an older batch's progress is no progress"
     )
-    write_json(study.folder / "jobs" / "train" / "tiny-llama.json", {})
+    write_json(mark, {})
     assert found()["train", "tiny-llama"] == (n, n, False)
-    write_json(study.folder / "keys" / "train" / "tiny-llama.json", {})
-    os.utime(study.folder / "keys" / "train" / "tiny-llama.json", (time.time() + 9,) * 2)
+    write_json(key, {})
+    os.utime(key, (time.time() + 9,) * 2)
     assert found()["train", "tiny-llama"] == (0, n, False), "a changed key asks for the job again"
-    assert {part.stage for part in watching.parts(study, started)} == {
+    assert {part.stage for part in watching.parts(study, dealt, started)} == {
         "prepare",
         *keys.STAGES,
         "collect",

@@ -23,6 +23,11 @@ def numbers() -> list[str]:
     )
 
 
+def at_once() -> int:
+    """How many jobs run at a time on this machine: one a GPU, else one a core."""
+    return len(numbers()) or os.cpu_count() or 1
+
+
 @contextlib.contextmanager
 def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
     """The number of a GPU that no other job of this user holds, waited for; None on a machine

@@ -3,13 +3,15 @@ and a finished one is skipped.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from driftbook.batch import cache, keys, plan
-from driftbook.models.sampling import VariantFailure
+from driftbook.batch import cache, devices, keys, leases, plan
+from driftbook.batch.shards import path_of
+from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.study import progress
 from driftbook.study.files import file_digest, read_json, write_json
 from driftbook.study.folders import folder
@@ -17,6 +19,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
 Work = Callable[[Variant, Path], list[Path]]
+WORKED, REUSED = "worked", "reused"
 
 
 def job_variants(
@@ -71,32 +74,59 @@ def run_variants(
     Raises:
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
-    shared, rows = keys.settings(stage, study, base_model), []
-    planned = plan.job_key(study, f"{stage}/{base_model}")
-    with progress.reported(progress_path(study, stage, base_model), len(variants)) as told:
-        for variant in variants:
-            told.begin(variant.run_id)
-            reused = True
-            if not failed_before(study, variant, stage):
-                key = keys.result_key(shared, variant)
-                reused = _is_finished(stage, study, variant, key, inputs)
-                status = (
-                    _mark(stage, study, variant)["status"]
-                    if reused
-                    else _do(stage, study, variant, shared, inputs, work)
-                )
-                rows.append((variant.run_id, status, reused))
-            told.end(variant.run_id, worked=not reused)
-    if {variant.run_id for variant in variants} == {
-        variant.run_id for variant in study.of_stage(stage, base_model)
-    }:
-        done = {
-            run_id: _mark(stage, study, variant)
-            for variant in variants
-            if (run_id := variant.run_id) in {row[0] for row in rows}
-        }
-        write_json(plan.job_mark(study, f"{stage}/{base_model}"), {**planned, "runs": done})
+    shared, found = keys.settings(stage, study, base_model), {}
+    job = plan.job_of(study, stage, base_model, {variant.run_id for variant in variants})
+    planned, watch = plan.job_key(study, job) if job else {}, leases.Watch()
+    # what another process died of, or works on, comes last
+    waiting = sorted(variants, key=lambda one: bool(leases.holder(folder(study, one), stage)))
+    with progress.reported(progress_path(study, job or stage), len(variants)) as told:
+        while waiting:
+            busy = []
+            for variant in waiting:
+                told.begin(variant.run_id)
+                try:
+                    found[variant.run_id] = _done(
+                        stage, study, variant, shared, inputs, work, watch
+                    )
+                    told.end(variant.run_id, worked=found[variant.run_id] == WORKED)
+                except leases.Lost:
+                    busy.append(variant)
+            if waiting := busy:  # others work on these, in another batch or for a lost one
+                time.sleep(leases.BEAT)
+    did = [variant for variant in variants if found[variant.run_id]]
+    marks = {variant.run_id: _mark(stage, study, variant) for variant in did}
+    if job:
+        write_json(plan.job_mark(study, job), {**planned, "runs": marks})
+    rows = [(name, mark["status"], found[name] == REUSED) for name, mark in marks.items()]
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
+
+
+def _done(
+    stage: str,
+    study: Study,
+    variant: Variant,
+    shared: dict,
+    inputs: Callable[[Variant], list[Path]],
+    work: Work,
+    watch: leases.Watch,
+) -> str:
+    """Do a variant unless it is finished: WORKED, REUSED, or nothing where there is nothing to do.
+
+    Raises:
+        leases.Lost: another process works on it.
+    """
+    if failed_before(study, variant, stage):
+        return ""
+    key, own = keys.result_key(shared, variant), folder(study, variant)
+    if _is_finished(stage, study, variant, key, inputs):
+        return REUSED
+    with leases.held(own, stage, watch) as lease:
+        if lease is None:
+            raise leases.Lost
+        if _is_finished(stage, study, variant, key, inputs):  # by who held it before
+            return REUSED
+        _do(stage, study, variant, shared, inputs, work, lease)
+    return WORKED
 
 
 def _mark_path(stage: str, study: Study, variant: Variant) -> Path:
@@ -118,7 +148,11 @@ def _is_finished(
         mark = read_json(path) if path.exists() else {}
     except ValueError:  # a torn mark is no mark
         return False
-    if mark.get("key") != key or mark["inputs"] != _digests(study, variant, inputs(variant)):
+    if not isinstance(mark, dict) or mark.get("key") != key:
+        return False
+    if mark["inputs"] != _digests(study, variant, inputs(variant)):
+        return False
+    if devices.has_more_than(mark.get("had")):
         return False
     found = {name: file_digest(folder(study, variant) / name) for name in mark["files"]}
     return all(found.values()) if stage == "train" else found == mark["files"]
@@ -131,31 +165,36 @@ def _do(
     shared: dict,
     inputs: Callable[[Variant], list[Path]],
     work: Work,
-) -> str:
-    path = _mark_path(stage, study, variant)
+    lease: leases.Lease,
+) -> None:
+    path, began = _mark_path(stage, study, variant), time.time()
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    read, failure, files = _digests(study, variant, inputs(variant)), None, []
+    read, failure, had, files = _digests(study, variant, inputs(variant)), None, None, []
     try:
         files = _work(stage, variant, path.parent, shared, inputs(variant), work)
     except VariantFailure as error:
         failure = str(error)
+        had = devices.memory() if isinstance(error, OutOfMemory) else None
     except Exception as error:
-        raise RuntimeError(
-            f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
-        ) from error
-    status = "ok" if failure is None else "failed"
+        if not devices.lacked_memory(error):
+            raise RuntimeError(
+                f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
+            ) from error
+        failure, had = f"out of memory: {error}", devices.memory()
+    lease.check()
     write_json(
         path,
         {
             "key": keys.result_key(shared, variant),
-            "status": status,
+            "status": "ok" if failure is None else "failed",
             "failure": failure,
+            **({} if had is None else {"had": had}),
             "inputs": read,
             "files": _digests(study, variant, files),
+            "work": {"host": lease.words["host"], "began": began, "seconds": time.time() - began},
         },
     )
-    return status
 
 
 def _work(
@@ -185,6 +224,6 @@ def _digests(study: Study, variant: Variant, paths: list[Path]) -> dict[str, str
     }  # of a repaired one also its parent's
 
 
-def progress_path(study: Study, stage: str, name: str) -> Path:
+def progress_path(study: Study, job: str) -> Path:
     """The file in which a job says how far it is, for the live display of make study."""
-    return study.folder / "progress" / f"{stage}.{name}.json"
+    return path_of(study, "progress", job)

@@ -1,18 +1,17 @@
 """`make plan`: what a study is, what it needs and what it will cost, before any work."""
 
 import os
-import subprocess
 import sys
+from collections import Counter
 
 import pandas as pd
 
-from driftbook.batch import checking, costing, keys, rates, schedule, sizes
+from driftbook.batch import checking, costing, gpus, keys, plan, rates, schedule, sizes
 from driftbook.batch.lengths import is_here
-from driftbook.batch.make_study import environment, snakemake
 from driftbook.batch.plan import read_mark
-from driftbook.batch.rates import Rates
+from driftbook.batch.rates import USUAL, Rates
+from driftbook.batch.shards import dealt
 from driftbook.study import access
-from driftbook.study.files import ROOT
 from driftbook.study.sections import Source
 from driftbook.study.study_file import Study, find, load
 
@@ -84,13 +83,13 @@ def chosen_rates(name: str | None, study: Study) -> Rates:
 LONG = 100.0  # hours on a CPU, beyond which a study is one for a GPU
 
 
-def pages(study: Study, found: Rates, price: float | None, dry_run: str = "") -> str:
+def pages(study: Study, found: Rates, price: float | None, to_run: str = "") -> str:
     """The plan in words and tables."""
     parts = [
         [f"{study.name}: {study.note}", *_variants(study)],
         _hours(study, found, price),
         [*_doubts(study), *_resources(study, found.on_cpu)],
-        [_finished(study), *([f"jobs to run: {dry_run}"] if dry_run else [])],
+        [_finished(study), *([f"jobs to run: {to_run}"] if to_run else [])],
         *_sources(study),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
@@ -115,11 +114,11 @@ def _variants(study: Study) -> list[str]:
 
 def _hours(study: Study, found: Rates, price: float | None) -> list[str]:
     table = costing.hours(study, found)
-    plan = schedule.jobs(study, found)
+    n = (os.cpu_count() or 1) if found.on_cpu else 1
+    plan = schedule.jobs(study, found, dealt(study, n, keep=False))
     total = sum(job.seconds for job in plan.values()) / 3600
     money = f", {_short(price * total)} at {price:g} an hour" if price else ""
     unit = "one core" if found.on_cpu else "one device"
-    n = (os.cpu_count() or 1) if found.on_cpu else 1
     at_once = schedule.finish(plan, n) / 3600
     return [
         f"planned for {found.name} ({found.how})"
@@ -199,23 +198,19 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
-def dry_run(study_file) -> str:
-    """The jobs that Snakemake would run, counted by rule."""
-    command = [part for part in snakemake(study_file, "local", []) if part != "--"]
-    said = subprocess.run(
-        [*command, "--dry-run", "--quiet", "rules"],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if said.returncode:
-        return f"not known ({(said.stderr.strip() or said.stdout.strip()).splitlines()[-1]})"
-    rows = (line.split() for line in said.stdout.splitlines())
-    counts = dict(row for row in rows if len(row) == 2 and row[1].isdigit())
-    jobs = [f"{name} {n}" for name, n in counts.items() if name != "all"]
-    return ", ".join(jobs) or "none: the study is finished"
+def to_run(study: Study) -> str:
+    """The jobs that make study would run, counted by stage and analysis."""
+    try:
+        shards = dealt(study, gpus.at_once(), keep=False)
+        rest = plan.due(study, shards)
+    except ValueError as error:
+        return f"not known ({error})"
+    jobs = schedule.jobs(study, USUAL, shards)
+    for name, job in jobs.items():  # in the order of the data: what a job waits for comes first
+        if rest.intersection(job.after):
+            rest.add(name)
+    counts = Counter(name.split("/")[0] for name in jobs if name in rest)
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none: the study is finished"
 
 
 def main(name: str, device: str = "", price: str = "") -> int:
@@ -223,7 +218,7 @@ def main(name: str, device: str = "", price: str = "") -> int:
     try:
         path = find(name)
         study, amount = load(path), _price(price)
-        print(pages(study, chosen_rates(device or None, study), amount, dry_run(path)))
+        print(pages(study, chosen_rates(device or None, study), amount, to_run(study)))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

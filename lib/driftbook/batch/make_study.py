@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from driftbook.batch import gpus, plan
+from driftbook.batch.leases import living
+from driftbook.batch.shards import dealt
 from driftbook.batch.watching import display, parts
 from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
-from driftbook.study.study_file import Study, find, load
+from driftbook.study.study_file import PLANNED, Study, find, identity, load
 
 
 @contextlib.contextmanager
@@ -28,7 +30,8 @@ def alone(study: Study) -> Iterator[None]:
     Raises:
         ValueError: another batch holds it.
     """
-    with (study.folder / ".lock").open("w") as lock:
+    file = os.open(study.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(file, "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -39,9 +42,13 @@ def alone(study: Study) -> Iterator[None]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Delete what a killed batch was writing; whole files have other names."""
+    """Delete what a killed batch was writing; whole files have other names. What a job of a lost
+    driver may still be writing on another machine stays.
+    """
+    alive = {lease.parent for lease in folder.glob("runs/*/.lease.*") if living(lease.parent)}
     for path in list(folder.rglob(".new-*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if alive.isdisjoint(path.parents):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -90,9 +97,9 @@ def _wait_for(socket: Path, server: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def environment() -> dict[str, str]:
+def environment(study: Study | None = None, study_file: Path | None = None) -> dict[str, str]:
     """The environment of every job: one thread per process on a CPU (two processes of one thread
-    each beat one of two), no telemetry.
+    each beat one of two), no telemetry; and what the study file said when the work was planned.
     """
     quiet = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -112,6 +119,7 @@ def environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "DRIFTBOOK_ROOT": str(ROOT),
         "DRIFTBOOK_OUTPUTS": str(OUTPUTS),
+        **({} if study is None else {PLANNED: f"{identity(study)} {study_file}"}),
     }
 
 
@@ -154,11 +162,6 @@ def _planned(
             process.wait()
 
 
-def _at_once() -> int:
-    """How many jobs run at a time."""
-    return len(gpus.numbers()) or os.cpu_count() or 1
-
-
 def _gpus() -> int:
     """How many jobs may hold a GPU at a time; without one, models run on the cores and nothing is
     held.
@@ -167,17 +170,23 @@ def _gpus() -> int:
 
 
 def _run_batch(
-    study: Study, study_file: Path, profile: str = "local", targets: tuple[str, ...] = ()
+    study: Study,
+    study_file: Path,
+    workers: int,
+    profile: str = "local",
+    targets: tuple[str, ...] = (),
 ) -> int:
     """Run the batch with a live display; Snakemake's exit status. Its own words go to snakemake.log
     in the study's folder.
     """
-    started, parent = time.time(), os.getppid()
-    finished = all(part.done == part.total for part in parts(study, started))
+    started, parent, shards = time.time(), os.getppid(), dealt(study, workers)
+    finished = all(part.done == part.total for part in parts(study, shards, started))
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
     with (
-        warm_kernels(environment(), study.folder / "warm.log", finished) as surroundings,
+        warm_kernels(
+            environment(study, study_file), study.folder / "warm.log", finished
+        ) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
         _planned(study_file, study.folder / "plan.json", surroundings, finished) as planned,
     ):
@@ -190,15 +199,15 @@ def _run_batch(
             start_new_session=True,
         )
         try:
-            with display(study, planned, _at_once()) as show:
+            with display(study, planned, workers) as show:
                 while process.poll() is None:
-                    show(parts(study, started), started)
+                    show(parts(study, shards, started), started)
                     if (
                         os.getppid() != parent
                     ):  # make was killed: end everything that was started for it
                         raise KeyboardInterrupt
                     time.sleep(0.5)
-                show(parts(study, started), started)
+                show(parts(study, shards, started), started)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -221,10 +230,11 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         check_writable(checked.folder)
         with alone(checked):
             clear_unfinished(checked.folder)
-            if again := plan.write(checked):  # the Snakefile plans too; what is wrong is said here
+            workers = gpus.at_once()
+            if again := plan.write(checked, workers):
                 print(again, flush=True)
             started = time.time()
-            status = _run_batch(checked, path, profile, targets)
+            status = _run_batch(checked, path, workers, profile, targets)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from driftbook.batch import gpus
-from driftbook.study.files import ROOT, replacing
+from driftbook.study.files import ROOT, WRITTEN, file_digest, read_json, replacing, write_json
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
+MADE = ("tables", "figures", "notebooks", "report.html")  # in a study's folder
 KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is unset
 
 
@@ -71,20 +74,51 @@ def _as_written(path: Path) -> str:
 
 
 def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mark: str = "") -> int:
-    """Execute with parameters in JSON, and write the mark with the key that it had at its start;
-    0, or 1 with one sentence on stderr and in a file beside the output.
+    """Execute with parameters in JSON, and write the mark with the key that it had at its start and
+    the files that it wrote; 0, or 1 with one sentence on stderr and in a file beside the output.
+
+    The variants of a stage's job stand in its key: its notebook gets their run_ids, and marks.
     """
     trace = Path(output).with_suffix(".error.txt")
     trace.unlink(missing_ok=True)
     try:
-        made_of = Path(key).read_text(encoding="utf-8") if key else ""
-        with gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext():
-            execute(Path(notebook), Path(output), json.loads(parameters))
-        if mark:
-            with replacing(Path(mark)) as new:
-                new.write_text(made_of)
+        made_of = read_json(Path(key)) if key else {}
+        given = json.loads(parameters)
+        if "variants" in made_of:
+            given["run_ids"] = list(made_of["variants"])
+        on_a_gpu = Path(notebook).stem in ON_A_GPU and not os.environ.get("SLURM_JOB_ID")
+        with gpus.held() if on_a_gpu else contextlib.nullcontext(), recorded() as names:
+            execute(Path(notebook), Path(output), given)
+        if mark and "variants" not in made_of:
+            write_mark(Path(mark), made_of, names())
     except (NotebookError, ValueError) as error:
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Callable[[], list[Path]]]:
+    """What this process and those that it starts write meanwhile (files.replacing), as a function
+    that lists it.
+    """
+    with tempfile.NamedTemporaryFile(prefix="driftbook-", mode="r", encoding="utf-8") as names:
+        os.environ[WRITTEN] = names.name
+        try:
+            yield lambda: [Path(line) for line in dict.fromkeys(names.read().splitlines())]
+        finally:
+            del os.environ[WRITTEN]
+
+
+def write_mark(mark: Path, made_of: dict, written: list[Path]) -> None:
+    """Write a job's mark: its key, and the digest of each file that it wrote in the study's folder
+    and that nobody is to edit.
+    """
+    folder = mark.absolute().parent.parent
+    files = {
+        str(path.relative_to(folder)): file_digest(path)
+        for path in written
+        if path.is_relative_to(folder) and path.relative_to(folder).parts[0] in MADE
+    }
+    write_json(mark, {**made_of, "files": files})

@@ -1,13 +1,20 @@
 """The plan of a study: the key of every job, written only where it changed, so that Snakemake
 redoes just what depends on the change; and in words, what is to be done again and why.
+
+A job is due where its mark does not hold the key that it has now, or what it made is no longer as
+the mark says: content decides. Snakemake goes by the times of files, and so the plan sets these:
+the mark of a job that is due is from 1970.
 """
 
+import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from driftbook.batch import keys
+from driftbook.batch import devices, keys
+from driftbook.batch.shards import Shards, dealt, path_of, read
 from driftbook.study import code, preregistration, sources
 from driftbook.study.consistency import TWIN
 from driftbook.study.environment import MAKING
@@ -18,15 +25,18 @@ from driftbook.study.files import (
     read_json,
     write_json,
 )
-from driftbook.study.study_file import Study
+from driftbook.study.study_file import Study, identity
 
 BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, rounded up
 SHOWN = 3  # changes that are named for a job
+DUE = 1.0  # the time of the mark of a job that is due: before that of any key
+HEAD = ("settings", "code", "packages", "base")  # of a stage's key what all its jobs share
 
 
-def write(study: Study) -> str:
-    """Write keys/<job>.json for every job of the study, and forget jobs whose files are no longer
-    what they recorded; a sentence on what is to be done again, empty where nothing is.
+def write(study: Study, workers: int = 1) -> str:
+    """Deal the study's variants to jobs for so many workers, write keys/<job>.json for every job,
+    and make those due whose files are no longer what they recorded; a sentence on what is to be
+    done again, empty where nothing is.
 
     Raises:
         ValueError: the output folder cannot be written, or a source is not to be had.
@@ -35,44 +45,140 @@ def write(study: Study) -> str:
     runs = study.folder / "runs"
     runs.mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
     preregistration.register(study)
+    shards = dealt(study, workers)
+    planned = dict(_keys(study, shards))
+    _deal_marks(study, shards, planned)
     changes: dict[str, list[str]] = {}
-    for job, value in _keys(study):
-        path, done = _path(study, "keys", job), job_mark(study, job)
-        made_of = read_mark(done)
+    for job, value in planned.items():
+        path, done = path_of(study, "keys", job), job_mark(study, job)
         if not path.exists() or read_json(path) != value:
             write_json(path, value)
+        made_of = read_mark(done)
         if made_of is None:
-            continue
-        known = {name: made_of.get(name) for name in value}
-        if known != value:
-            changes[job] = list(_differences(known, value))
-            if known.get("made") != value.get("made"):
+            done.unlink(missing_ok=True)  # a torn one
+        elif why := _why_due(study, job, value, made_of):
+            changes[job] = why
+            if made_of.get("made") != value.get("made"):
                 done.unlink()  # a model is to be made again, and is an input of all stages
-            elif path.stat().st_mtime <= done.stat().st_mtime:
-                os.utime(path)  # the code changed while the job ran
-        elif disturbed := _disturbed(study.folder, made_of.get("runs", {}), job.split("/")[0]):
-            changes[job] = [disturbed]
-            _forget(study.folder, done)
+            else:
+                os.utime(done, (DUE, DUE))
+        else:
+            now = min(done.stat().st_mtime, time.time())  # a clock may have been ahead
+            os.utime(done, (now, now))
+            os.utime(path, (now, now))
     return _in_words(changes, study)
+
+
+def due(study: Study, shards: Shards) -> set[str]:
+    """The jobs whose mark is not there or does not hold, were the study dealt so, without a change
+    to any file; what is made from what they make is to be done after them.
+
+    Raises:
+        ValueError: a source is not to be had.
+    """
+    found, pooled = set(), _pooled(study)
+    for job, value in _keys(study, shards):
+        made_of = _dealt_mark(pooled, value) if "variants" in value else None
+        made_of = made_of or read_mark(job_mark(study, job))
+        if made_of is None or _why_due(study, job, value, made_of):
+            found.add(job)
+    return found
+
+
+def _why_due(study: Study, job: str, value: dict, made_of: dict) -> list[str]:
+    """Why a job with a mark is to be done again, in words; empty where it is not."""
+    known = {name: made_of.get(name) for name in value}
+    if known != value:
+        return list(_differences(known, value))
+    disturbed = _disturbed(study.folder, made_of.get("runs", {}), job.split("/")[0])
+    return [disturbed] if disturbed else list(_lost(study.folder, made_of.get("files", {})))
 
 
 def job_mark(study: Study, job: str) -> Path:
     """The file that says that a job is done; it holds the key that the job had at its start."""
-    return _path(study, "jobs", job)
+    return path_of(study, "jobs", job)
 
 
 def job_key(study: Study, job: str) -> dict[str, Any]:
     """The key that a job has now; empty where the study was not planned."""
-    path = _path(study, "keys", job)
+    path = path_of(study, "keys", job)
     return read_json(path) if path.exists() else {}
 
 
-def _path(study: Study, kind: str, job: str) -> Path:
-    return study.folder / kind / f"{job}.json"
+def job_of(study: Study, stage: str, base_model: str, run_ids: set[str]) -> str | None:
+    """The job of the plan that does just these variants; None where there is none, or the study
+    file says something else than when it was planned.
+    """
+    shards = read(study)
+    if shards is None or shards.study != identity(study):
+        return None
+    jobs = shards.jobs(stage, base_model)
+    return next((job for job in jobs if set(shards.run_ids(job)) == run_ids), None)
 
 
-def _keys(study: Study) -> Iterator[tuple[str, Any]]:
-    """Every job and its key: a stage and a base model, a model to prepare, or an analysis."""
+# ---- the marks of another number of shards
+def _pooled(study: Study) -> dict[str, tuple[dict, dict]]:
+    """Of every variant in a mark of a stage's jobs: the mark, and the variant's own part of it, by
+    STAGE/BASE/RUN_ID.
+    """
+    found = {}
+    for path in sorted((study.folder / "jobs").glob("*/*/*.json")):
+        mark = read_mark(path)
+        stage, base = path.parts[-3:-1]
+        if isinstance(mark, dict) and mark.keys() >= {"variants", "runs"}:
+            for run_id in mark["variants"].keys() & mark["runs"].keys():
+                found[f"{stage}/{base}/{run_id}"] = mark, mark["runs"][run_id]
+    return found
+
+
+def _dealt_mark(pooled: dict[str, tuple[dict, dict]], value: dict) -> dict | None:
+    """The mark of a job that is put together from those that its variants are in; None where one of
+    them is in none, or they are of different keys.
+    """
+    stage, base = value["settings"]["stage"], value["base"]
+    names = {run_id: f"{stage}/{base}/{run_id}" for run_id in value["variants"]}
+    if not names or not all(name in pooled for name in names.values()):
+        return None
+    parts = {run_id: pooled[name] for run_id, name in names.items()}
+    heads = [{name: mark.get(name) for name in HEAD} for mark, _ in parts.values()]
+    if any(head != heads[0] for head in heads):
+        return None
+    variants = {run_id: mark["variants"][run_id] for run_id, (mark, _) in parts.items()}
+    return {
+        **heads[0],
+        "variants": variants,
+        "runs": {run_id: own for run_id, (_, own) in parts.items()},
+    }
+
+
+def _deal_marks(study: Study, shards: Shards, planned: dict[str, dict]) -> None:
+    """Marks for the present shards from those of other ones, so that nothing is done again because
+    it was dealt anew; files of jobs that are no longer planned go.
+    """
+    jobs = [job for job, value in planned.items() if "variants" in value]
+    kept = {job_mark(study, job) for job in jobs}
+    there = set((study.folder / "jobs").glob("*/*/*.json"))
+    moved = [job for job in jobs if _is_of_others(read_mark(job_mark(study, job)), planned[job])]
+    if moved or there - kept:
+        pooled = _pooled(study)
+        newest = max((path.stat().st_mtime for path in there), default=0.0)
+        for job in moved:
+            if (mark := _dealt_mark(pooled, planned[job])) is not None:
+                write_json(job_mark(study, job), mark)
+                os.utime(job_mark(study, job), (newest, newest))
+    for kind in ("jobs", "keys", "progress"):
+        for path in set((study.folder / kind).glob("*/*/*.json")):
+            if path not in {path_of(study, kind, job) for job in jobs}:
+                path.unlink()
+
+
+def _is_of_others(mark: dict | None, value: dict) -> bool:
+    """Whether a job's mark is not of the variants that the job has now."""
+    return mark is None or (mark.get("variants") or {}).keys() != value["variants"].keys()
+
+
+def _keys(study: Study, shards: Shards) -> Iterator[tuple[str, Any]]:
+    """Every job and its key: a shard of a stage and base model, a model to prepare, an analysis."""
     data = {
         name: sources.stated(part, study)
         for name, part in {**study.data, **study.benchmarks}.items()
@@ -100,7 +206,10 @@ def _keys(study: Study) -> Iterator[tuple[str, Any]]:
             del shared["packages"]
             texts = keys.texts_of([variant.fields() for variant in variants])
             found = _key(shared, keys.NOTEBOOKS[stage], MAKING, texts)
-            yield f"{stage}/{base_model}", {**found, "variants": wanted}
+            found["base"] = base_model
+            for job in shards.jobs(stage, base_model):
+                own = {run_id: wanted[run_id] for run_id in shards.run_ids(job)}
+                yield job, {**found, "variants": own}
     settings = study.model_dump(mode="json")
     for job, name in {"collect": "08_collect", **keys.analyses(study)}.items():
         yield job, _key(settings, name, keys.FITTING)
@@ -119,18 +228,10 @@ def _key(
 # ---- what is no longer as it was recorded
 def read_mark(path: Path) -> dict | None:
     """A mark; None where it is lost or torn, so that the work is done again."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _forget(folder: Path, job: Path) -> None:
-    """Delete a job's mark and those of all that is made from all jobs: for a target that is there,
-    Snakemake makes no missing input.
-    """
-    for path in (job, *(folder / "jobs").glob("*.json")):
-        path.unlink()
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found = read_json(path)
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
@@ -140,6 +241,8 @@ def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
     for run_id, result in runs.items():
         if read_mark(folder / "runs" / run_id / f"{stage}.done.json") != result:
             return f"the mark of {run_id} changed"
+        if devices.has_more_than(result.get("had")):
+            return f"{run_id} had not enough memory and there is more now"
         for name, known in {**result["inputs"], **result["files"]}.items():
             path = folder / "runs" / run_id / name
             found = file_digest(path)
@@ -149,6 +252,17 @@ def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
             if found != known and not (stage == "train" and found is not None):
                 return f"{path.name} of {run_id} changed"
     return ""
+
+
+def _lost(folder: Path, files: dict[str, str | None]) -> Iterator[str]:
+    """The first file of an analysis that is gone or is no longer as it was written; of an executed
+    notebook, which may have been opened and saved, only whether it is whole.
+    """
+    for name, known in files.items():
+        path = folder / name
+        if not (read_mark(path) if path.suffix == ".ipynb" else file_digest(path) == known):
+            yield f"{name} is {'changed' if path.exists() else 'gone'}"
+            return
 
 
 # ---- in words

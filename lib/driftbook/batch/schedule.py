@@ -8,6 +8,7 @@ from pathlib import Path
 
 from driftbook.batch import costing, gpus, keys, rates
 from driftbook.batch.rates import Rates
+from driftbook.batch.shards import Shards, read
 from driftbook.study.files import write_json
 from driftbook.study.study_file import Study, load
 
@@ -46,24 +47,22 @@ class PlannedJob:
         return self.overhead + sum(piece.seconds for piece in self.pieces.values())
 
 
-def jobs(study: Study, rates: Rates) -> dict[str, PlannedJob]:
-    """Every job of a study by its name, STAGE/BASE or NAME, in the order of the data."""
-    stages, analyses = keys.stages(study), keys.analyses(study)
+def jobs(study: Study, rates: Rates, shards: Shards) -> dict[str, PlannedJob]:
+    """Every job of a study by its name, STAGE/BASE/SHARD or NAME, in the order of the data."""
+    analyses, found = keys.analyses(study), {}
     pieces = _pieces(costing.seconds(study, rates))
-    found = {
-        f"prepare/{name}": PlannedJob(rates.job, pieces.get(("prepare", name), {}))
-        for name in study.models
-    }
-    making = stages[:-4]
-    for stage in stages:
+    for name in study.models:
+        found[f"prepare/{name}"] = PlannedJob(rates.job, pieces.get(("prepare", name), {}))
+    for stage in keys.stages(study):
         for base in study.bases:
-            before = ["respond"] if stage == "judge" else making[: stages.index(stage)]
             models = [base, *(study.judges if stage == "judge" else ())]
-            after = [f"{one}/{base}" for one in before]
-            after += [f"prepare/{one}" for one in models]
-            own = pieces.get((stage, base), {})
-            found[f"{stage}/{base}"] = PlannedJob(rates.job, own, tuple(after))
-    scored = tuple(f"{stage}/{base}" for stage in stages for base in study.bases)
+            prepared = [f"prepare/{one}" for one in models]
+            known = pieces.get((stage, base), {})
+            for job in shards.jobs(stage, base):
+                own = {run_id: known[run_id] for run_id in shards.run_ids(job) if run_id in known}
+                after = (*shards.before(job, study), *prepared)
+                found[job] = PlannedJob(rates.job, own, after)
+    scored = tuple(name for name in found if not name.startswith("prepare/"))
     found["collect"] = PlannedJob(rates.analysis, after=scored)
     for analysis in analyses:
         others = [one for one in keys.AFTER.get(analysis, ()) if one in analyses]
@@ -105,17 +104,19 @@ def finish(plan: Mapping[str, PlannedJob], n_at_once: int) -> float:
 
 
 def write_plan(study: Study, path: Path) -> None:
-    """Write the jobs of a study as they are on this machine: by its rates where they were measured,
-    else by those of a usual one, which the finished work corrects.
+    """Write the jobs of a planned study as they are on this machine: by its rates where they were
+    measured, else by those of a usual one, which the finished work corrects.
     """
-    usual = rates.published_rates() if gpus.numbers() else rates.USUAL
+    usual, shards = rates.published_rates() if gpus.numbers() else rates.USUAL, read(study)
+    if shards is None:
+        return
     kept = {
         name: {
             "overhead": job.overhead,
             "pieces": {one: [piece.seconds, piece.counts] for one, piece in job.pieces.items()},
             "after": job.after,
         }
-        for name, job in jobs(study, rates.here(study) or usual).items()
+        for name, job in jobs(study, rates.here(study) or usual, shards).items()
     }
     write_json(path, kept)
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from driftbook.batch import keys
 from driftbook.batch.schedule import Piece, PlannedJob, finish
+from driftbook.batch.shards import Shards, path_of
 from driftbook.study.study_file import Study
 
 LINE_EVERY = 20.0  # seconds between two lines where no terminal shows a bar
@@ -23,10 +24,11 @@ COUNTED = {"steps": "steps", "read": "texts read", "written": "answers written"}
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the work: its stage, what it is about, how many units are done and asked for,
-    whether it is being worked on, and what it says of itself (study/progress.py).
+    """A part of the work, a job of the plan: its stage, what it is about, how many units are done
+    and asked for, whether it is being worked on, and what it says of itself (study/progress.py).
     """
 
+    job: str
     stage: str
     about: str
     done: int
@@ -35,43 +37,46 @@ class Part:
     told: Mapping = field(default_factory=dict)
 
     @property
-    def job(self) -> str:
-        """The name of its job in the plan."""
-        return self.stage if self.stage == self.about else f"{self.stage}/{self.about}"
-
-    @property
     def counts(self) -> dict[str, float]:
         return self.told.get("counts") or {}
 
 
-def parts(study: Study, started: float) -> list[Part]:
+def parts(study: Study, shards: Shards, started: float) -> list[Part]:
     """All parts of the work, from the marks and progress files in the study's folder; `started`
     tells this batch's files from older ones.
     """
-    found = [_part(study, "prepare", name, 1, started) for name in study.models]
+    found = [_part(study, f"prepare/{name}", 1, started) for name in study.models]
     for stage in keys.stages(study):
-        found += [
-            _part(study, stage, base, len(study.of_stage(stage, base)), started)
-            for base in study.bases
-        ]
-    return found + [
-        _part(study, "", stage, 1, started)
-        for stage in ("collect", *keys.analyses(study), "report")
-    ]
+        for base in study.bases:
+            jobs = shards.jobs(stage, base)
+            found += [
+                _part(study, job, len(shards.run_ids(job)), started, len(jobs)) for job in jobs
+            ]
+    others = ("collect", *keys.analyses(study), "report")
+    return found + [_part(study, name, 1, started) for name in others]
 
 
-def _part(study: Study, stage: str, name: str, total: int, started: float) -> Part:
-    folder = study.folder
-    mark, key = folder / "jobs" / stage / f"{name}.json", folder / "keys" / stage / f"{name}.json"
-    progress = folder / "progress" / f"{stage}.{name}.json"
-    finished = mark.exists() and not (key.exists() and key.stat().st_mtime > mark.stat().st_mtime)
-    told = {}
+def _part(study: Study, job: str, total: int, started: float, shards: int = 1) -> Part:
+    stage, *names = job.split("/")
+    about = names[0] if names else stage
+    if shards > 1:
+        about += f" {int(names[1]) + 1}/{shards}"
+    told, progress = {}, path_of(study, "progress", job)
     if progress.exists() and progress.stat().st_mtime >= started:
         with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
             told = json.loads(progress.read_text())
-    if finished:
-        return Part(stage or name, name, total, total, False, told)
-    return Part(stage or name, name, told.get("done", 0), total, bool(told), told)
+    if is_done(study, job):
+        return Part(job, stage, about, total, total, False, told)
+    return Part(job, stage, about, told.get("done", 0), total, bool(told), told)
+
+
+def is_done(study: Study, job: str) -> bool:
+    """Whether a job has a mark that the plan did not call due."""
+    mark, key = path_of(study, "jobs", job), path_of(study, "keys", job)
+    with contextlib.suppress(FileNotFoundError):
+        when = mark.stat().st_mtime
+        return not (key.exists() and key.stat().st_mtime > when)
+    return False
 
 
 # ---- the time left

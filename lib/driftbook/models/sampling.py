@@ -16,6 +16,12 @@ class VariantFailure(Exception):
     """
 
 
+class OutOfMemory(VariantFailure):
+    """A failure for want of memory, which a larger device may mend: tried again where there is
+    one.
+    """
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn: from the most probable tokens that together have `top_p`, at a

@@ -19,7 +19,7 @@ from driftbook.models.engine import Engine, Ids
 from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
 from driftbook.models.loading import check_ids, context_length
 from driftbook.models.probe import found_ways, longer_ways
-from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
+from driftbook.models.sampling import OutOfMemory, Sampling, next_tokens, uniforms
 from driftbook.models.templates import Message, end_tokens, lead
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
 from driftbook.models.ways import adapter_kind, say
@@ -350,7 +350,7 @@ class Scorer:
             try:
                 logits, cache = self.engine.following(sequence, new, cache)
             except torch.OutOfMemoryError:
-                raise VariantFailure("out of memory with a single prompt") from None
+                raise OutOfMemory("out of memory with a single prompt") from None
             chosen = next_tokens(logits, sampling, None if draws is None else draws[:, step])
             sequence.append(int(chosen[0]))
             if chosen[0] in ends:
@@ -406,7 +406,7 @@ class Scorer:
             if len(batch) == 1:
                 batch = [[number] for number in batch[0]]
             if len(batch) == 1:
-                raise VariantFailure("out of memory with a single prompt") from None
+                raise OutOfMemory("out of memory with a single prompt") from None
         torch.cuda.empty_cache()
         middle = len(batch) // 2
         yield from self._halving(batch[:middle], work)

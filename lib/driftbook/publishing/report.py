@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.analyses import estimands, information, primary
+from driftbook.batch import notebooks
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, short_name, unit_of
 from driftbook.publishing import publish
@@ -49,7 +50,7 @@ from driftbook.stats.terms import (
     UNTRAINED,
 )
 from driftbook.study import environment, preregistration
-from driftbook.study.files import replacing
+from driftbook.study.files import read_json, replacing
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.nameless import nameless
 from driftbook.study.study_file import Study, load
@@ -558,5 +559,16 @@ def _caption(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
+def main(study: str, key: str = "", mark: str = "") -> None:
+    """Write the report of a study; as a job of the batch also its mark, with the key that it had at
+    its start.
+    """
+    made_of = read_json(Path(key)) if key else {}
+    with notebooks.recorded() as names:
+        print(write(load(study)))
+        if mark:
+            notebooks.write_mark(Path(mark), made_of, names())
+
+
 if __name__ == "__main__":
-    print(write(load(sys.argv[1])))
+    main(*sys.argv[1:])

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]))
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+WRITTEN = "DRIFTBOOK_WRITTEN"  # names the file in which a job's written files are listed
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 
@@ -31,6 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
         new.chmod(0o644)
         yield new
         os.replace(new, path)
+        if written := os.environ.get(WRITTEN):
+            with open(written, "a", encoding="utf-8") as names:
+                names.write(f"{path.absolute()}\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """A study file, checked, and the variants that it asks for."""
 
 import difflib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -9,7 +10,7 @@ from pydantic import ValidationError, model_validator
 
 from driftbook.study.consistency import check_consistent
 from driftbook.study.content import Content
-from driftbook.study.files import ROOT
+from driftbook.study.files import ROOT, digest
 from driftbook.study.grid import every_variant
 from driftbook.study.reading import yaml_value
 from driftbook.study.sections import (
@@ -29,6 +30,9 @@ from driftbook.study.sections import (
 )
 from driftbook.study.variants import Variant
 
+PLANNED = (
+    "DRIFTBOOK_PLANNED"  # in a batch: the identity of the study that was planned, and its file
+)
 SECTIONS = {
     "bases": Base,
     "twins": Twin,
@@ -96,7 +100,17 @@ def load(study: str | Path) -> Study:
         raise ValueError(f"{path.name}: {_sentence(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
+    planned, _, file = os.environ.get(PLANNED, "").partition(" ")
+    if file == str(path) and planned != identity(checked):
+        raise ValueError(
+            f"{path.name} was edited while the study runs; make study does what the edit asks for"
+        )
     return checked
+
+
+def identity(study: Study) -> str:
+    """The digest of all that a study file says."""
+    return digest(study.model_dump(mode="json"), 32)
 
 
 def find(study: str | Path) -> Path:

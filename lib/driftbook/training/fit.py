@@ -17,7 +17,7 @@ from trl import DPOConfig, SFTConfig
 from driftbook.doctors import adapter
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
-from driftbook.models.sampling import VariantFailure
+from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.study.environment import hardware, peak_memory, versions
 from driftbook.study.files import digest, file_digest, finite, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
@@ -86,7 +86,7 @@ def train(
         dose = measure_dose(model, initial, base, pairs)
         shutil.rmtree(_scratch(folder), ignore_errors=True)
     except torch.OutOfMemoryError:
-        raise VariantFailure(NO_MEMORY) from None
+        raise OutOfMemory(NO_MEMORY) from None
     except VariantFailure:
         shutil.rmtree(_scratch(folder), ignore_errors=True)  # it would fail again from there
         raise

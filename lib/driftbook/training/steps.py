@@ -38,7 +38,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from driftbook.models import adapters
 from driftbook.models.layout import causal, expanded, padded
-from driftbook.models.sampling import VariantFailure
+from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.models.scoring import LOGITS_AT_ONCE, engine_of
 from driftbook.models.trees import tree
 from driftbook.models.ways import say
@@ -288,7 +288,7 @@ class _Steps:
         return total
 
     def _use_less(self, lengths: list[int]) -> None:
-        """Half the tokens of a pass, then activations computed twice, then a VariantFailure."""
+        """Half the tokens of a pass, then activations computed twice, then OutOfMemory."""
         self.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         if self.tokens_per_pass > max(lengths):
@@ -296,7 +296,7 @@ class _Steps:
         elif not self.twice and self.forward.engine.virtual_cache is None:
             self._compute_twice()
         else:
-            raise VariantFailure(
+            raise OutOfMemory(
                 "out of memory while training on a single example; lower training.max_length, or"
                 " use a device with more memory"
             )

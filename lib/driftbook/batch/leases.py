@@ -1,0 +1,177 @@
+"""A lease: who works on a run in a stage, so that no two do, and nobody waits for the dead.
+
+A lease is a file in the run's folder that its holder rewrites every few seconds with a higher
+number. On the holder's own machine the process itself is asked. From any other, a lease whose
+number stands still for PATIENCE seconds, by the watcher's own clock, is one of the dead; clocks of
+two machines are never compared. It is taken over by making the next one, which only one watcher
+can; who was taken over all the same (it had been stopped, say) finds that out before it writes its
+result.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+BEAT = 5.0  # seconds between two numbers
+PATIENCE = 60.0  # seconds that a number may stand still: a shared folder shows it late
+
+
+class Lost(Exception):
+    """Another process has taken this work over."""
+
+
+@dataclass
+class Watch:
+    """What a process has seen of the leases of others: by file, their last words and since when."""
+
+    seen: dict[Path, tuple[str, float]] = field(default_factory=dict)
+
+    def is_dead(self, path: Path) -> bool:
+        """Whether the holder of a lease is dead, as far as can be told by now."""
+        try:
+            words = path.read_text(encoding="utf-8")
+        except OSError:
+            return False  # it was just given back
+        holder = _parsed(words)
+        if holder.get("machine") == machine():
+            return not _is_alive(holder)
+        known, since = self.seen.get(path, ("", 0.0))
+        if words != known:
+            self.seen[path] = words, time.monotonic()
+            return False
+        return time.monotonic() - since > PATIENCE
+
+
+class Lease:
+    """The lease that this process holds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.words = {
+            "machine": machine(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "token": uuid.uuid4().hex,
+            "beat": 0,
+        }
+
+    def check(self) -> None:
+        """Raises Lost where another process has taken over."""
+        if _leases(self.path.parent, _stage(self.path))[-1:] != [self.path]:
+            raise Lost
+
+    def beat(self) -> None:
+        """Show that this process lives."""
+        self.words["beat"] += 1
+        new = self.path.with_name(f".new-{self.words['token']}")
+        with contextlib.suppress(OSError):  # a full disk ends a work where its result is written
+            new.write_text(json.dumps(self.words), encoding="utf-8")
+            os.replace(new, self.path)
+
+
+@contextlib.contextmanager
+def held(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
+    """The lease of a run's stage; None where another process works on it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = _taken(folder, stage, watch)
+    if lease is None:
+        yield None
+        return
+    stop = threading.Event()
+
+    def keep() -> None:
+        while not stop.wait(BEAT):
+            lease.beat()
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        thread.join()
+        lease.path.unlink(missing_ok=True)
+
+
+def living(folder: Path) -> bool:
+    """Whether a process may be at work in a run's folder: it holds a lease and is not known to be
+    dead.
+    """
+    watch = Watch()
+    return any(not watch.is_dead(path) for path in folder.glob(".lease.*"))
+
+
+def holder(folder: Path, stage: str) -> dict:
+    """Who holds the lease of a stage: host, pid, job; empty where nobody does."""
+    found = _leases(folder, stage)
+    with contextlib.suppress(OSError):
+        return _parsed(found[-1].read_text(encoding="utf-8")) if found else {}
+    return {}
+
+
+def machine() -> str:
+    """What tells whether a process can be asked: this host and, in a container, its own ones."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _taken(folder: Path, stage: str, watch: Watch) -> Lease | None:
+    others = _leases(folder, stage)
+    if others and not watch.is_dead(others[-1]):
+        return None
+    number = 1 + (_number(others[-1]) if others else 0)
+    lease = Lease(folder / f".lease.{stage}.{number}")
+    try:
+        with lease.path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(lease.words))
+    except FileExistsError:
+        return None
+    for path in others:
+        path.unlink(missing_ok=True)
+    return lease
+
+
+def _leases(folder: Path, stage: str) -> list[Path]:
+    """The leases of a stage, the valid one last."""
+    found = [path for path in folder.glob(f".lease.{stage}.*") if _number(path)]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    found = re.fullmatch(r"\.lease\.\w+\.(\d+)", path.name)
+    return int(found[1]) if found else 0
+
+
+def _stage(path: Path) -> str:
+    return path.name.split(".")[2]
+
+
+def _parsed(words: str) -> dict:
+    try:
+        found = json.loads(words)
+    except ValueError:
+        return {}  # it is being written
+    return found if isinstance(found, dict) else {}
+
+
+def _is_alive(holder: dict) -> bool:
+    """Whether the process of a lease of this machine still runs; a later one may have its pid."""
+    try:
+        process = psutil.Process(holder["pid"])
+        same = abs(process.create_time() - holder["started"]) < 1
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return False
