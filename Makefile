@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
 LINT_IMPORTS := $(PY) -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
 CHECK := $(PY) -m ruff format --check --quiet . && $(PY) -m ruff check --quiet . && $(LINT_IMPORTS) --no-cache
-.PHONY: help study audit repair plan calibrate check test bench report reread export figures publish lab lint purge
+.PHONY: help study status audit repair plan calibrate check test bench report reread export figures publish lab lint purge
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -54,6 +54,9 @@ audit: $(READY) ## what an adapter did to its base model; ADAPTER=folder or OWNE
 
 repair: $(READY) ## a repaired copy of an adapter, audited before and after; ADAPTER=... WITH=rescale or safe_lora
 	@$(PY) -W ignore -m driftbook.publishing.make_repair
+
+status: $(READY) ## how far a study is, while it runs or after; STUDY=...
+	@$(PY) -W ignore -m driftbook.batch.make_status "$$STUDY"
 
 plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
 	@$(PY) -W ignore -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"

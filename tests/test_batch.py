@@ -475,19 +475,19 @@ def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, 
     trace = study.folder / "notebooks" / "02_train.tiny-llama.error.txt"
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text("02_train stopped in cell 5: ValueError: no; see somewhere\n")
-    assert batch_run.conclude(study, 1, 60.0) == 1
+    assert batch_run.conclude(study, "ended", 1, 60.0) == 1
     assert "02_train stopped" in one_sentence(capsys.readouterr().err)
     trace.unlink()
-    assert batch_run.conclude(study, 1, 60.0) == 1
+    assert batch_run.conclude(study, "ended", 1, 60.0) == 1
     assert "snakemake.log" in one_sentence(capsys.readouterr().err)
 
 
 def test_a_failed_variant_makes_the_exit_status_one(smoke_tables, capsys):
     study, runs = smoke_tables
-    assert batch_run.conclude(study, 0, 60.0) == 0
+    assert batch_run.conclude(study, "status", 0, 60.0) == 0
     runs.loc[0, ["status", "failure"]] = ["failed", "train: training diverged"]
     TABLES["runs"].write(runs, study.folder / "tables")
-    assert batch_run.conclude(study, 0, 60.0) == 1
+    assert batch_run.conclude(study, "status", 0, 60.0) == 1
     assert "1 failed" in capsys.readouterr().out
 
 

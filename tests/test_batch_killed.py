@@ -118,6 +118,29 @@ def test_training_does_not_depend_on_the_batch_or_on_the_order_of_variants(
     assert_same(uninterrupted, made, made)
 
 
+@pytest.mark.slow
+def test_where_there_are_gpus_the_jobs_of_a_killed_driver_end_with_it(new_batch):
+    """Kernels are not forked there, so nothing but the driver's pid ties a job to it."""
+    run = new_batch(OUTPUTS / "killed_on_gpus", KILLED)
+    run.environment["CUDA_VISIBLE_DEVICES"] = "0,1"  # as on a machine with two; torch finds none
+    driver = run.start(COLLECT)
+    deadline = time.time() + 120
+    while driver.poll() is None and not _kernels(run) and time.time() < deadline:
+        time.sleep(0.1)
+    assert _kernels(run)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert _gone(run, 20)
+
+
+def _kernels(run: Batch) -> list[int]:
+    """The batch's processes that are kernels of notebooks."""
+    lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in run.processes()}
+    with contextlib.suppress(OSError):
+        return [pid for pid, line in lines.items() if b"ipykernel" in line.read_bytes()]
+    return []
+
+
 def test_a_polite_end_ends_the_batch_and_says_so(new_batch):
     """SIGTERM, as `kill` and a scheduler send it; Ctrl-C and a closed terminal have its handler."""
     run = new_batch(OUTPUTS / "interrupt", KILLED)

@@ -14,13 +14,19 @@ from driftbook.study.files import read_json, write_json
 def test_the_display_says_what_is_done_and_how_much_is_left():
     Part = watching.Part
     done = Part("train/a", "train", "a", 5, 5, False)
-    working = [Part("respond/a", "respond", "a", 2, 5, True), Part("answer/b", "answer", "b", 1, 5, True)]
+    working = [
+        Part("respond/a", "respond", "a", 2, 5, True),
+        Part("answer/b", "answer", "b", 1, 5, True),
+    ]
     waiting = Part("judge/a", "judge", "a", 0, 5, False)
     text, n_done, n_all, left = watching.summary([done, waiting, *working])
     assert (text, n_done, n_all, left) == ("respond a", 8, 20, "")
     assert watching.summary([done, waiting])[0] == "judge a"
     assert watching.summary([done]) == ("finished", 5, 5, "")
-    both = [Part("respond/a", "respond", "a", 0, 5, True), Part("respond/b", "respond", "b", 0, 5, True)]
+    both = [
+        Part("respond/a", "respond", "a", 0, 5, True),
+        Part("respond/b", "respond", "b", 0, 5, True),
+    ]
     assert watching.summary(both)[0] == "respond a, b"
     plan = {
         "train/a": PlannedJob(2.0, {str(i): Piece(30.0, {"steps": (12, 30.0)}) for i in range(5)})
@@ -49,7 +55,9 @@ def run_by_plan(speed: dict[str, float], at: float, counted: bool = True):
         steps = {"steps": 40 * (at - since) / took} if counted else {}
         told |= {"run_id": str(done), "counts": steps, "since": since}
         active = done < 2 and began <= at
-        found.append(watching.Part(f"{stage}/a", stage, "a", done, 2, active, told if began <= at else {}))
+        found.append(
+            watching.Part(f"{stage}/a", stage, "a", done, 2, active, told if began <= at else {})
+        )
         began += 2 * took
     return watching.Outlook(plan, 2).left(found, at), began - at
 
@@ -73,7 +81,9 @@ def test_a_line_comes_every_20_seconds_where_there_is_no_terminal(
 ):
     now = [1000.0]
     monkeypatch.setattr(watching.time, "time", lambda: now[0])
-    part = watching.Part("train/a", "train", "a", 0, 2, True, {"counts": {"steps": 1}, "since": 1000.0})
+    part = watching.Part(
+        "train/a", "train", "a", 0, 2, True, {"counts": {"steps": 1}, "since": 1000.0}
+    )
     with watching.display(make_study(content), tmp_path / "none.json", 2) as show:
         for _ in range(100):
             show([part], 1000.0)

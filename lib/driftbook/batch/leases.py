@@ -39,13 +39,13 @@ class Watch:
     def is_dead(self, path: Path) -> bool:
         """Whether the holder of a lease is dead, as far as can be told by now."""
         try:
-            words = path.read_text(encoding="utf-8")
+            words = path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return False  # it was just given back
         holder = _parsed(words)
         if holder.get("machine") == machine():
             return not _is_alive(holder)
-        known, since = self.seen.get(path, ("", 0.0))
+        known, since = self.seen.get(path, (None, 0.0))
         if words != known:
             self.seen[path] = words, time.monotonic()
             return False
@@ -117,7 +117,7 @@ def holder(folder: Path, stage: str) -> dict:
     """Who holds the lease of a stage: host, pid, job; empty where nobody does."""
     found = _leases(folder, stage)
     with contextlib.suppress(OSError):
-        return _parsed(found[-1].read_text(encoding="utf-8")) if found else {}
+        return _parsed(found[-1].read_text(encoding="utf-8", errors="replace")) if found else {}
     return {}
 
 

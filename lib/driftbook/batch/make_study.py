@@ -15,9 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from driftbook.batch import gpus, plan
 from driftbook.batch.leases import living
+from driftbook.batch.make_status import failures
 from driftbook.batch.shards import dealt
+from driftbook.batch.warm import DRIVER
 from driftbook.batch.watching import display, parts
 from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
 from driftbook.study.study_file import PLANNED, Study, find, identity, load
@@ -119,6 +123,7 @@ def environment(study: Study | None = None, study_file: Path | None = None) -> d
         "PYTHONWARNINGS": "ignore",
         "DRIFTBOOK_ROOT": str(ROOT),
         "DRIFTBOOK_OUTPUTS": str(OUTPUTS),
+        DRIVER: f"{os.getpid()} {psutil.Process().create_time()}",
         **({} if study is None else {PLANNED: f"{identity(study)} {study_file}"}),
     }
 
@@ -241,23 +246,23 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
     except KeyboardInterrupt:
         print("stopped; make study goes on from here", file=sys.stderr)
         return 130
-    return conclude(checked, status, time.time() - started)
+    return conclude(checked, study, status, time.time() - started)
 
 
-def conclude(study: Study, status: int, seconds: float) -> int:
+def conclude(study: Study, name: str, status: int, seconds: float) -> int:
     """Say how it ended: the report, or what failed and where to look; the exit status."""
-    stopped = sorted(study.folder.glob("notebooks/*.error.txt"))
-    for trace in stopped:
-        print(f"driftbook: {trace.read_text().strip()}", file=sys.stderr)
-    if status and not stopped:
+    said = failures(study, name)
+    for line in said:
+        print(f"driftbook: {line}", file=sys.stderr)
+    if status and not said:
         print(
             f"driftbook: the batch stopped; see {study.folder / 'snakemake.log'}", file=sys.stderr
         )
     if status:
         return 1
-    from driftbook.batch.collecting import status as failures
+    from driftbook.batch.collecting import status as failed_runs
 
-    failed = failures(study)
+    failed = failed_runs(study)
     print(
         f"{study.name}: {len(study.variants)} variants in {seconds / 60:.1f} min"
         + (f", {failed} failed" if failed else "")

@@ -89,8 +89,8 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
         on_a_gpu = Path(notebook).stem in ON_A_GPU and not os.environ.get("SLURM_JOB_ID")
         with gpus.held() if on_a_gpu else contextlib.nullcontext(), recorded() as names:
             execute(Path(notebook), Path(output), given)
-        if mark and "variants" not in made_of:
-            write_mark(Path(mark), made_of, names())
+            if mark and "variants" not in made_of:
+                write_mark(Path(mark), made_of, names())
     except (NotebookError, ValueError) as error:
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)

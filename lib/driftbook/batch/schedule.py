@@ -1,16 +1,21 @@
 """When a study will be done: its jobs, what each waits for, and how they fall on the cores."""
 
+from __future__ import annotations
+
 import heapq
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from driftbook.batch import costing, gpus, keys, rates
-from driftbook.batch.rates import Rates
+from driftbook.batch import gpus, keys
 from driftbook.batch.shards import Shards, read
 from driftbook.study.files import write_json
 from driftbook.study.study_file import Study, load
+
+if TYPE_CHECKING:
+    from driftbook.batch.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class PlannedJob:
 
 def jobs(study: Study, rates: Rates, shards: Shards) -> dict[str, PlannedJob]:
     """Every job of a study by its name, STAGE/BASE/SHARD or NAME, in the order of the data."""
+    # here, since who shows what is left reads a plan and need not import models
+    from driftbook.batch import costing
+
     analyses, found = keys.analyses(study), {}
     pieces = _pieces(costing.seconds(study, rates))
     for name in study.models:
@@ -107,6 +115,8 @@ def write_plan(study: Study, path: Path) -> None:
     """Write the jobs of a planned study as they are on this machine: by its rates where they were
     measured, else by those of a usual one, which the finished work corrects.
     """
+    from driftbook.batch import rates
+
     usual, shards = rates.published_rates() if gpus.numbers() else rates.USUAL, read(study)
     if shards is None:
         return

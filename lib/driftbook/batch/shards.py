@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from driftbook.batch import costing, keys
-from driftbook.batch.rates import USUAL
+from driftbook.batch import keys
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import Study, identity
 
@@ -73,11 +72,11 @@ def dealt(study: Study, workers: int, keep: bool = True) -> Shards:
     if same and all(sorted(chain(*known.of[name])) == sorted(due[name]) for name in due):
         found = Shards(found.study, workers, known.of)
     else:
-        costs = _costs(study, due) if workers > 1 else {}
+        costs, start = _costs(study, due) if workers > 1 else ({}, 0.0)
         for stage in keys.stages(study):
             names = [f"{stage}/{base}" for base in study.bases]
             own = {name: [costs.get(name, {}).get(one, 0.0) for one in due[name]] for name in names}
-            counts = _counts([sum(own[name]) for name in names], workers)
+            counts = _counts([sum(own[name]) for name in names], workers, start)
             for name, n in zip(names, counts, strict=True):
                 found.of[name] = _deal(due[name], own[name], n)
     if keep and found != known:
@@ -93,24 +92,29 @@ def read(study: Study) -> Shards | None:
         return None
 
 
-def _costs(study: Study, due: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
-    """The planned seconds of each variant, by STAGE/BASE and run_id, on a usual core: only their
-    ratios matter here.
+def _costs(study: Study, due: Mapping[str, list[str]]) -> tuple[dict[str, dict[str, float]], float]:
+    """The planned seconds of each variant, by STAGE/BASE and run_id, on a usual core, since only
+    their ratios matter here; and those of a job's start.
     """
+    # here, since who only reads what was dealt need not import models, which takes seconds
+    from driftbook.batch import costing
+    from driftbook.batch.rates import USUAL
+
     try:
         rows = costing.seconds(study, USUAL)
     except (ValueError, OSError):
-        return {name: dict.fromkeys(run_ids, UNKNOWN) for name, run_ids in due.items()}
+        every = {name: dict.fromkeys(run_ids, UNKNOWN) for name, run_ids in due.items()}
+        return every, USUAL.job
     sums = rows.groupby(["stage", "base_model", "run_id"], sort=False).seconds.sum()
     found: dict[str, dict[str, float]] = {}
     for (stage, base, run_id), seconds in sums.items():
         found.setdefault(f"{stage}/{base}", {})[run_id] = float(seconds)
-    return found
+    return found, USUAL.job
 
 
-def _counts(costs: Sequence[float], workers: int) -> list[int]:
+def _counts(costs: Sequence[float], workers: int, start: float) -> list[int]:
     """How many shards each base model's part of a stage has: the fewest, since each loads its model
-    once, with which all are done nearly as soon as they can be.
+    once, with which all are done nearly as soon as they can be; none is shorter than a job's start.
     """
     whole = sum(costs)
     if workers == 1 or not whole:
@@ -122,17 +126,18 @@ def _counts(costs: Sequence[float], workers: int) -> list[int]:
         for n in range(max(1, math.floor(share) - SPREAD), math.ceil(share) + SPREAD + 1)
         if cost
     }
-    ways = [[max(1, math.ceil(cost / each - 1e-9)) for cost in costs] for each in tried]
-    ends = [_finish(costs, counts, workers) for counts in ways]
+    ways = [
+        [max(1, min(math.ceil(cost / each - 1e-9), math.floor(cost / start))) for cost in costs]
+        for each in tried
+    ]
+    ends = [_finish(costs, counts, workers, start) for counts in ways]
     near = [way for way, end in zip(ways, ends, strict=True) if end <= NEARLY * min(ends)]
     return min(near, key=sum)
 
 
-def _finish(costs: Sequence[float], counts: Sequence[int], workers: int) -> float:
+def _finish(costs: Sequence[float], counts: Sequence[int], workers: int, start: float) -> float:
     """Seconds until all shards are done, the longest first, each with the start of a job."""
-    lengths = [
-        cost / n + USUAL.job for cost, n in zip(costs, counts, strict=True) for _ in range(n)
-    ]
+    lengths = [cost / n + start for cost, n in zip(costs, counts, strict=True) for _ in range(n)]
     ends = [0.0] * workers
     for seconds in sorted(lengths, reverse=True):
         heapq.heapreplace(ends, ends[0] + seconds)

@@ -20,8 +20,10 @@ import socket
 import socketserver
 import sys
 import threading
+import time
 
 SOCKET = "DRIFTBOOK_WARM"
+DRIVER = "DRIFTBOOK_DRIVER"  # of make study: its pid, and when it began
 
 
 def ask(kind: str, arguments: list[str]) -> int:
@@ -171,6 +173,22 @@ def _end_with_parent(parent: int, stop: threading.Event | None = None) -> thread
     return thread
 
 
+def _end_with_driver(pid: str, began: str) -> None:
+    """A thread that ends this process, and by that its kernel, when make study has ended."""
+    import psutil
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.Error):
+            driver = psutil.Process(int(pid))
+            while driver.is_running() and abs(driver.create_time() - float(began)) < 1:
+                if driver.status() == psutil.STATUS_ZOMBIE:
+                    break
+                time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _fresh_randomness() -> None:
     """Forks would share the state of every generator; nothing here may depend on it, and so it is
     drawn anew.
@@ -192,6 +210,9 @@ if __name__ == "__main__":
     elif os.environ.get(SOCKET):
         sys.exit(ask(command, rest))
     else:
+        driver = os.environ.get(DRIVER)
+        if driver and "SLURM_JOB_ID" not in os.environ:  # else it may be on another machine
+            _end_with_driver(*driver.split())
         from driftbook.batch.notebooks import run_notebook
 
         sys.exit(run_notebook(*rest))

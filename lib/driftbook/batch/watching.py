@@ -215,13 +215,13 @@ def summary(
     if active:
         same = [part for part in active if part.stage == active[0].stage]
         text = f"{active[0].stage} {', '.join(part.about for part in same)}"
-        words = [_in_words(part, outlook) for part in active if part.counts]
+        words = [in_words(part, outlook) for part in active if part.counts]
         text += f": {'; '.join(words)}" if words else ""
-    left = "" if outlook is None else _left(outlook.left(found, now or time.time()))
+    left = "" if outlook is None else time_left(outlook.left(found, now or time.time()))
     return text, sum(part.done for part in found), sum(part.total for part in found), left
 
 
-def _in_words(part: Part, outlook: Outlook | None) -> str:
+def in_words(part: Part, outlook: Outlook | None) -> str:
     """What is counted in the piece that is being done: `variant 3 of 5, 12 of 24 steps`."""
     job = outlook and outlook.plan.get(part.job)
     piece = _current(part, job) if job else None
@@ -232,10 +232,12 @@ def _in_words(part: Part, outlook: Outlook | None) -> str:
         else f"{int(n)} {COUNTED.get(what, what)}"
         for what, n in part.counts.items()
     ]
-    return f"{part.stage} variant {part.done + 1} of {part.total}, {', '.join(counts)}"
+    place = f"{part.stage} variant {min(part.done + 1, part.total)} of {part.total}"
+    return ", ".join([place, *counts])
 
 
-def _left(seconds: float) -> str:
+def time_left(seconds: float) -> str:
+    """Seconds in words; nothing where none are left."""
     if seconds > 5400:
         return f"about {seconds / 3600:.1f} h left"
     if seconds > 90:

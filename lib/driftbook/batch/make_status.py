@@ -1,0 +1,117 @@
+"""`make status`: how far a study is, from its folder alone; safe while it runs, from any machine
+that sees the folder.
+"""
+
+import contextlib
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from driftbook.batch import gpus, keys, leases, shards
+from driftbook.batch.plan import read_mark
+from driftbook.batch.watching import Outlook, Part, in_words, parts, read_plan, time_left
+from driftbook.study.study_file import Study, load
+
+SHOWN = 10  # failures that are named
+
+
+def status(study: Study, name: str) -> list[str]:
+    """The lines of `make status STUDY=name`."""
+    dealt = shards.read(study)
+    if dealt is None:
+        return [f"{study.name}: not begun; {command(name)} begins it"]
+    found = parts(study, dealt, 0.0)
+    working = {part.job: how for part in found if (how := _holder(study, part))}
+    left = [part for part in found if part.done < part.total]
+    outlook = read_plan(study.folder / "plan.json")
+    outlook = Outlook(outlook, dealt.workers or gpus.at_once()) if outlook else None
+    seconds = time_left(outlook.left(found, time.time())) if outlook and working else ""
+    n, total = sum(part.done for part in found), sum(part.total for part in found)
+    lines = [f"{study.name}: {n:,} of {total:,} variants and steps done" + _after(", ", seconds)]
+    lines += [
+        f"running: {part.stage} {part.about}: {in_words(part, outlook)}; {working[part.job]}"
+        for part in found
+        if part.job in working
+    ]
+    lines += failures(study, name)
+    waiting = Counter()
+    for part in left:
+        if part.job not in working:
+            waiting[part.stage] += part.total - part.done
+    if waiting:
+        lines.append("to do: " + ", ".join(f"{stage} {n}" for stage, n in waiting.items()))
+    if left and not working:
+        lines.append(f"nothing runs; {command(name)} goes on")
+    elif not left:
+        lines.append(f"report: {study.folder / 'report.html'}")
+    return lines
+
+
+def _holder(study: Study, part: Part) -> str:
+    """Where the piece that a job does is worked on, how long, and that it is heard of; empty where
+    nobody works on it.
+    """
+    run_id = part.told.get("run_id")
+    if part.done >= part.total or not run_id:
+        return ""
+    folder = study.folder / "runs" / run_id
+    held = leases.holder(folder, part.stage)
+    if not held or not leases.living(folder):
+        return ""
+    where = held.get("host", "?") + _after(", Slurm job ", held.get("job") or "")
+    now = time.time()
+    with contextlib.suppress(OSError):
+        silent = now - max(path.stat().st_mtime for path in folder.glob(".lease.*"))
+        if silent > leases.PATIENCE:
+            return f"on {where}, which was last heard of {silent / 60:.0f} min ago"
+    return f"on {where}, for {(now - part.told['since']) / 60:.0f} min"
+
+
+def failures(study: Study, name: str) -> list[str]:
+    """What failed and why, a line each: variants, and notebooks that stopped."""
+    found = [*_failed_variants(study), *_stopped(study, name)]
+    more = [f"{len(found) - SHOWN:,} more failures"] if len(found) > SHOWN else []
+    return [*found[:SHOWN], *more]
+
+
+def _failed_variants(study: Study) -> Iterator[str]:
+    for path in sorted((study.folder / "jobs").glob("*/*/*.json")):
+        stage, base, number = path.parts[-3], path.parts[-2], path.stem
+        notebook = study.folder / "notebooks" / f"{keys.NOTEBOOKS[stage]}.{base}.{number}.ipynb"
+        for run_id, result in ((read_mark(path) or {}).get("runs") or {}).items():
+            if result["status"] == "failed":
+                again = "where there is more memory" if "had" in result else "with other settings"
+                yield (
+                    f"failed: {stage} of {run_id}: {result['failure']}; tried again {again}; see"
+                    f" {notebook}"
+                )
+
+
+def _stopped(study: Study, name: str) -> Iterator[str]:
+    for trace in sorted(study.folder.glob("notebooks/*.error.txt")):
+        yield f"stopped: {trace.read_text(encoding='utf-8').strip()}; {command(name)} tries again"
+
+
+def command(name: str) -> str:
+    """The command that runs a study, by the name or file that it was called by."""
+    return f"make study STUDY={shlex.quote(name)}"
+
+
+def _after(before: str, text: str) -> str:
+    return before + text if text else ""
+
+
+def main(name: str) -> int:
+    """Print the status of a study; 2 where its file is wrong."""
+    try:
+        print("\n".join(status(load(name), name)))
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
