@@ -22,7 +22,8 @@ from driftbook.study.files import ROOT
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 CLUSTER = "partition: test\njobs: 4\ngpu_memory: 80\nhours: 0.5\n"
-PATIENCE = 300  # seconds
+COLLECTED = "jobs/collect.json"  # all that runs a model, and no analysis
+PATIENCE = 600  # seconds
 
 
 def cluster(*words: str) -> None:
@@ -70,7 +71,7 @@ def running_on(batch: Batch, node: str) -> list[str]:
 
 
 def test_a_study_on_two_nodes_outlives_the_loss_of_one_and_ends_as_on_one_machine(batch, tmp_path):
-    process = batch.start()
+    process = batch.start(COLLECTED)
     lost = wait_for(lambda: running_on(batch, "n1"), process)
     cluster("lose", "n1")
     finish(process, batch)
@@ -79,7 +80,7 @@ def test_a_study_on_two_nodes_outlives_the_loss_of_one_and_ends_as_on_one_machin
     assert {ended[number] for number in lost} <= {("COMPLETED", "n1"), ("COMPLETED", "n2")}
     assert {state for state, _ in ended.values()} == {"COMPLETED"}
     alone = Batch(tmp_path / "alone", batch.content)
-    here = alone.run()
+    here = alone.run(COLLECTED)
     assert here.returncode == 0, said(here)
     assert batch.tables().keys() == alone.tables().keys()
     for name, table in alone.tables().items():
@@ -87,7 +88,7 @@ def test_a_study_on_two_nodes_outlives_the_loss_of_one_and_ends_as_on_one_machin
 
 
 def test_the_jobs_of_a_killed_driver_go_on_and_a_second_one_ends_the_study(batch):
-    first = batch.start()
+    first = batch.start(COLLECTED)
     left = set(wait_for(lambda: running_on(batch, "n1") + running_on(batch, "n2"), first))
     with contextlib.suppress(ProcessLookupError):
         os.killpg(first.pid, signal.SIGKILL)
@@ -95,13 +96,13 @@ def test_the_jobs_of_a_killed_driver_go_on_and_a_second_one_ends_the_study(batch
     time.sleep(2)
     known = {number: state for number, state, _ in jobs(batch)}
     assert {known[number] for number in left} <= {"RUNNING", "COMPLETED", "COMPLETING"}
-    finish(batch.start(), batch)
-    assert (batch.folder / "report.html").is_file()
+    finish(batch.start(COLLECTED), batch)
+    assert (batch.folder / COLLECTED).is_file()
 
 
 def test_a_driver_that_is_a_job_itself_starts_jobs_of_their_own_size(batch):
     log = batch.outputs / "driver.log"
-    script = f"#!/bin/sh\nexec {shlex.join(batch.command())}\n"
+    script = f"#!/bin/sh\nexec {shlex.join(batch.command(COLLECTED))}\n"
     command = ["sbatch", "--wait", "--mem=3000", "--gpus=1", f"--chdir={ROOT}", f"--output={log}"]
     ended = subprocess.run(
         command, input=script, text=True, env=batch.environment, timeout=PATIENCE

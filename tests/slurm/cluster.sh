@@ -66,7 +66,7 @@ ReturnToService=2
 SlurmdTimeout=10
 MinJobAge=300
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[27001-27002] CPUs=2 RealMemory=8000 Gres=gpu:$GPUS
+NodeName=n[1-2] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[27001-27002] CPUs=2 RealMemory=64000 Gres=gpu:$GPUS
 PartitionName=$PARTITION Nodes=n[1-2] Default=YES MaxTime=60 State=UP
 END
     echo "NodeName=n[1-2] Name=gpu File=$STATE/gpu[0-$((GPUS - 1))]" >$CONF/gres.conf
