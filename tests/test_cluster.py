@@ -172,11 +172,11 @@ def test_jobs_left_by_a_killed_driver_are_those_of_this_study_and_are_cancelled(
 def test_jobs_get_nothing_of_the_job_in_which_make_study_runs():
     given = {"SLURM_JOB_ID": "3", "SLURM_CONF": "slurm.conf", "SLURM_MEM_PER_NODE": "9"}
     given |= {"SBATCH_CPU_BIND": "q", gpus.VISIBLE: "0", "DRIFTBOOK_OUTPUTS": "here"}
-    found = cluster.environment(A100, given)
+    found = cluster.surroundings(A100, given)
     assert set(given) & set(found) == {"SLURM_CONF", "DRIFTBOOK_OUTPUTS"}
     assert found["OMP_NUM_THREADS"] == "4"
     outside = {"SBATCH_ACCOUNT": "us", gpus.VISIBLE: "0"}
-    assert outside.items() <= cluster.environment(A100, outside).items()
+    assert outside.items() <= cluster.surroundings(A100, outside).items()
 
 
 def test_a_job_on_a_cluster_keeps_all_gpus_that_it_was_given(tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def run_name(folder: Path) -> str:
     return f"driftbook_{digest(str(folder), 12)}"
 
 
-def environment(cluster: Cluster, found: Mapping[str, str]) -> dict[str, str]:
+def surroundings(cluster: Cluster, found: Mapping[str, str]) -> dict[str, str]:
     """The environment of jobs on a cluster, from that of `make study`: as many threads as cores,
     the GPUs that Slurm gave, and nothing of a Slurm job in which `make study` itself runs, whose
     size and GPUs are not theirs.
