@@ -11,7 +11,7 @@ import pytest
 from conftest import SMALL, one_sentence
 from driftbook.batch import cluster, costing, gpus, keys, schedule
 from driftbook.batch.cluster import Cluster
-from driftbook.study.files import ROOT
+from driftbook.study.files import ROOT, digest
 from driftbook.study.study_file import Study
 
 A100 = Cluster(partition="gpu", jobs=8, gpu_memory=80, hours=24, cores=4)
@@ -167,6 +167,31 @@ def test_jobs_left_by_a_killed_driver_are_those_of_this_study_and_are_cancelled(
     slurm("scancel", "")
     assert cluster.left(study) == ["12"]
     assert cluster.cancel(study) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "log", "words"),
+    [
+        ("7 FAILED n2", "", "it wrote no log"),
+        ("7 FAILED n2", "script: 2: .venv/bin/python: not found\n", "is the checkout"),
+        (
+            "7 TIMEOUT n2",
+            "x\nDUE TO TIME LIMIT\n\n",
+            "job 7 on n2 ended as TIMEOUT: DUE TO TIME LIMIT",
+        ),
+        ("7 COMPLETED n2", "", "their files are not here"),
+    ],
+)
+def test_what_a_job_could_not_say_itself_is_said(slurm, tmp_path, row, log, words):
+    study = Study(**SMALL | {"name": f"stopped_{digest(words, 6)}"})
+    own = cluster.run_name(study.folder)
+    slurm("squeue", f"{row} {own}_a\n8 FAILED n1 another\n9 RUNNING n1 {own}_a")
+    path = study.folder / "slurm" / "rule_train" / "7.log"
+    path.parent.mkdir(parents=True)
+    path.write_text(log)
+    (study.folder / "snakemake.log").write_text(cluster.UNSEEN if "COMPLETED" in row else "")
+    (found,) = cluster.stopped(study)
+    assert words in found
 
 
 def test_jobs_get_nothing_of_the_job_in_which_make_study_runs():

@@ -27,6 +27,8 @@ CUDA_BYTES = 3e9  # of a process on a GPU, in the memory of its node: torch's ow
 FINISHED_SECONDS = 120  # Slurm must remember a finished job so long, where no database does
 # What a job's environment says of that job alone; sbatch would read much of it as options.
 OF_A_JOB = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC)_|CUDA_VISIBLE_DEVICES$")
+NOT_FAILED = ("COMPLETED", "COMPLETING", "CONFIGURING", "PENDING", "RUNNING")
+UNSEEN = "completed successfully, but some output files are missing"  # Snakemake's words
 OF_A_CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS"}
 
 
@@ -237,29 +239,27 @@ def cancel(study: Study) -> int:
 
 
 def stopped(study: Study) -> list[str]:
-    """Why jobs of a study failed on the cluster, in sentences: for what a job itself could not say
-    because it did not begin. Slurm's logs of jobs that went well are deleted by the plugin.
+    """Why jobs of a study failed on the cluster, in sentences, where a job itself could not say it
+    since it did not begin, or not on the files that are here. The plugin deletes Slurm's logs of
+    jobs that went well.
     """
     rows = _said("squeue", "--me", "--noheader", "--states=all", "-o%A %T %B %j").splitlines()
     logs = {path.stem: path for path in study.folder.glob("slurm/**/*.log")}
+    shared = f"is {study.folder} on a file system that the nodes share with {os.uname().nodename}?"
     found = []
     for number, state, node, name in (row.split() for row in rows):
-        if not name.startswith(run_name(study.folder)) or state in (
-            "COMPLETED",
-            "RUNNING",
-            "PENDING",
-        ):
+        if not name.startswith(run_name(study.folder)) or state in NOT_FAILED:
             continue
         text = logs[number].read_text(errors="replace") if number in logs else ""
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        if number not in logs:
-            last = (
-                f"it wrote no log; is {study.folder} on a file system that this node shares with"
-                f" {os.uname().nodename}?"
-            )
-        elif "not found" in last or "No such file" in last:
-            last += f"; the checkout {ROOT} must be on a file system that all nodes share"
-        found.append(f"job {number} ended on {node} ({state.lower()}): {last}")
+        if not last:
+            last = f"it wrote no log; {shared}"
+        elif last.endswith("not found"):
+            last += f"; is the checkout {ROOT} on a file system that the nodes share?"
+        found.append(f"job {number} on {node} ended as {state}: {last}")
+    log = study.folder / "snakemake.log"
+    if log.exists() and UNSEEN in log.read_text(errors="replace"):
+        found.append(f"jobs ended well on the cluster and their files are not here; {shared}")
     return found
 
 
