@@ -68,7 +68,7 @@ check: $(READY) ## in 90 seconds, for work in progress: format, lint, imports, h
 	@$(CHECK) && $(PY) -m pytest -m "not slow"
 
 test-slurm: $(READY) ## run a study on a Slurm cluster of two nodes, started on this machine; needs root and Debian's packages
-	@tests/slurm/cluster.sh start && trap 'tests/slurm/cluster.sh stop' EXIT && $(PY) -m pytest -n 0 -m slurm tests/test_slurm.py
+	@trap 'tests/slurm/cluster.sh stop' EXIT; tests/slurm/cluster.sh start && $(PY) -m pytest -n 0 -m slurm tests/test_slurm.py
 
 bench: $(READY) ## measure scoring against lm-evaluation-harness and our goals; writes outputs/bench
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench
