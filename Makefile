@@ -27,10 +27,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .DEFAULT_GOAL := help
 LINT_IMPORTS := $(PY) -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
 CHECK := $(PY) -m ruff format --check --quiet . && $(PY) -m ruff check --quiet . && $(LINT_IMPORTS) --no-cache
-.PHONY: help study status audit repair plan calibrate check test bench report reread export figures publish lab lint purge
+.PHONY: help study status audit repair plan calibrate check test test-slurm bench report reread export figures publish lab lint purge
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 $(READY): requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "driftbook needs Python 3.11 or newer; install it, or say make PYTHON=/path/to/python"; exit 1; }
@@ -69,6 +69,9 @@ test: $(READY) ## run all checks and tests
 
 check: $(READY) ## in 90 seconds, for work in progress: format, lint, imports, hygiene and the fast laws
 	@$(CHECK) && $(PY) -m pytest -m "not slow"
+
+test-slurm: $(READY) ## run a study on a Slurm cluster of two nodes, started on this machine; needs root and Debian's packages
+	@trap 'tests/slurm/cluster.sh stop' EXIT; tests/slurm/cluster.sh start && $(PY) -m pytest -n 0 -m slurm tests/test_slurm.py
 
 bench: $(READY) ## measure scoring against lm-evaluation-harness and our goals; writes outputs/bench
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench

@@ -5,12 +5,14 @@
 import json
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 from driftbook.batch import keys, shards
 from driftbook.study.study_file import load
 
 try:
-    STUDY = load(config["study"])
+    STUDY_FILE = unquote(config["study"])  # quoted, so that no shell and no YAML reads it otherwise
+    STUDY = load(STUDY_FILE)
     if (SHARDS := shards.read(STUDY)) is None:
         raise ValueError(f"the study {STUDY.name} is not planned; run make study")
 except ValueError as error:
@@ -28,6 +30,9 @@ JOB = (
     " {params.notebook:q} {log:q} {params.parameters:q}"
 )
 MARKED = JOB + " {input.key:q} {output:q}"
+# what a job asks of a cluster, where make study wrote it
+REQUESTS = Path("requests.json")
+ASKED = json.loads(REQUESTS.read_text()) if REQUESTS.exists() else {}
 NEEDED = {"judge": STUDY.judges, "utility": STUDY.raters}
 
 
@@ -37,7 +42,7 @@ def notebook(name):
 
 def parameters(**more):
     """The notebook's parameters, as one JSON word of the shell."""
-    return json.dumps({"study": str(config["study"]), **more})
+    return json.dumps({"study": STUDY_FILE, **more})
 
 
 def made_before(stage):
@@ -58,6 +63,21 @@ def unprepared(stage):
     return lambda wildcards: others + [marks[name] for name in wanted & {wildcards.base}]
 
 
+def asks(stage):
+    """The resources of a rule's jobs: on a cluster from the plan, and on one machine a GPU each."""
+    jobs = {job: one for job, one in ASKED.items() if job.partition("/")[0] == stage}
+    if not jobs:
+        return {"gpu": 1} if stage in STAGES else {}
+
+    def value(wildcards, name):
+        return jobs["/".join([stage, *wildcards])][name]
+
+    return {
+        name: lambda wildcards, name=name: value(wildcards, name)
+        for name in next(iter(jobs.values()))
+    }
+
+
 rule all:
     input:
         "jobs/report.json",
@@ -74,6 +94,8 @@ rule prepare:
     params:
         notebook=notebook("01_prepare"),
         parameters=lambda wildcards: parameters(models=[wildcards.name]),
+    resources:
+        **asks("prepare"),
     shell:
         JOB
 
@@ -95,7 +117,7 @@ for stage in STAGES:
             notebook=notebook(keys.NOTEBOOKS[stage]),
             parameters=lambda wildcards: parameters(base_model=wildcards.base),
         resources:
-            gpu=1,
+            **asks(stage),
         shell:
             MARKED
 
@@ -111,6 +133,8 @@ rule collect:
     params:
         notebook=notebook("08_collect"),
         parameters=lambda wildcards: parameters(),
+    resources:
+        **asks("collect"),
     shell:
         MARKED
 
@@ -131,6 +155,8 @@ for analysis, name in ANALYSES.items():
         params:
             notebook=notebook(name),
             parameters=lambda wildcards: parameters(),
+        resources:
+            **asks(analysis),
         shell:
             MARKED
 
@@ -142,7 +168,9 @@ rule report:
     output:
         "jobs/report.json",
     params:
-        study=str(config["study"]),
+        study=STUDY_FILE,
+    resources:
+        **asks("report"),
     shell:
         "{sys.executable:q} -m driftbook.publishing.report {params.study:q}"
         " {input.key:q} {output:q}"

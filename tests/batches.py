@@ -126,6 +126,8 @@ for _name, _sizes in {
 class Batch:
     """A study and how to run it as `make study` does, in an output folder."""
 
+    profile = "local"
+
     def __init__(self, outputs: Path, content: dict):
         self.outputs, self.content = outputs, copy.deepcopy(content)
         outputs.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,7 @@ class Batch:
             "-m",
             "driftbook.batch.make_study",
             str(self.file),
-            "local",
+            self.profile,
             *targets,
         ]
 

@@ -259,10 +259,17 @@ def hours(study: Study, rates: Rates) -> pd.DataFrame:
 
 
 def memory(study: Study, on_cpu: bool = False) -> dict[str, float]:
-    """GiB by stage: weights, and activations or key/values of what is worked on at once; of a
-    process on a CPU also the packages, and the distributions of which a dose is the difference.
+    """GiB by stage, of the base model that needs most."""
+    found = memory_by_base(study, on_cpu).max()
+    return {stage: gib for stage, gib in found.items() if stage != "judge" or study.judges}
+
+
+def memory_by_base(study: Study, on_cpu: bool = False) -> pd.DataFrame:
+    """GiB by base model and stage: weights, and activations or key/values of what is worked on at
+    once; of a process on a CPU also the packages, and the distributions of which a dose is the
+    difference. A job of the stage judge loads all judges, whatever the base model.
     """
-    # the first judge is loaded while a model trains and is looked at; a job loads all its judges
+    # the first judge is loaded while a model trains and is looked at
     judges = [weight_bytes(judge, study) for judge in study.judges.values()]
     resident = 0.0 if study.drift is None else sum(judges[:1])
     process = PROCESS_BYTES if on_cpu else 0.0
@@ -286,9 +293,8 @@ def memory(study: Study, on_cpu: bool = False) -> dict[str, float]:
             asked = {stage: _cached(study, lengths, stage) for stage in asked}
         kv = 4 * own.layers * own.kv_width * each
         rows[-1] |= {stage: weights + kv * n for stage, n in asked.items()}
-    found = pd.DataFrame(rows).max() / 2**30
-    judged = {"judge": (sum(judges) + process) / 2**30} if judges else {}
-    return found.to_dict() | judged
+    judged = sum(judges) + process
+    return pd.DataFrame(rows, index=list(study.bases)).assign(judge=judged) / 2**30
 
 
 def _dose_bytes(own: Size, lengths: Lengths) -> float:
@@ -316,6 +322,11 @@ def weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
     """Bytes of a model's weights as they are held."""
     each = WEIGHT_BYTES[getattr(model, "quantization", None)]
     return size(model, study).weights * (each[model.dtype] if isinstance(each, dict) else each)
+
+
+def weight_bytes_read(model: Base | Judge | Rater, study: Study) -> float:
+    """Bytes of a model's weights as they are read, before they are quantised."""
+    return size(model, study).weights * WEIGHT_BYTES[None][model.dtype]
 
 
 def disk(study: Study) -> dict[str, float]:

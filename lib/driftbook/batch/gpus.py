@@ -1,4 +1,6 @@
-"""One worker per GPU: a job holds a GPU by a lock that its end releases, and sees no other."""
+"""One worker per GPU: a job holds a GPU by a lock that its end releases, and sees no other. On a
+cluster a job has what it was given.
+"""
 
 import contextlib
 import os
@@ -10,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+GIVEN = "DRIFTBOOK_GPUS_GIVEN"  # set where a cluster gives each job GPUs that no other job has
 
 
 def numbers() -> list[str]:
@@ -31,11 +34,12 @@ def at_once() -> int:
 @contextlib.contextmanager
 def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
     """The number of a GPU that no other job of this user holds, waited for; None on a machine
-    without one. Processes started meanwhile see it alone.
+    without one. Processes started meanwhile see it alone. None too where a cluster gives GPUs to
+    jobs: there the first one of every job may be called 0, and a job may have two.
     """
     folder = folder or Path(tempfile.gettempdir(), f"driftbook-gpus-{os.getuid()}")
     known = numbers()
-    if not known:
+    if not known or os.environ.get(GIVEN):
         yield None
         return
     folder.mkdir(mode=0o700, exist_ok=True)

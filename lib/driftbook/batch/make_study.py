@@ -12,19 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 
-from driftbook.batch import gpus, plan
+from driftbook.batch import cluster, gpus, plan
 from driftbook.batch.leases import living
 from driftbook.batch.make_status import failures
-from driftbook.batch.shards import dealt
+from driftbook.batch.shards import Shards, read
 from driftbook.batch.warm import DRIVER
 from driftbook.batch.watching import display, parts
-from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
+from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, write_json
 from driftbook.study.study_file import PLANNED, Study, find, identity, load
+
+REQUESTS = "requests.json"  # what each job asks of a cluster, as the Snakefile reads it
 
 
 @contextlib.contextmanager
@@ -123,13 +126,14 @@ def environment(study: Study | None = None, study_file: Path | None = None) -> d
         "PYTHONWARNINGS": "ignore",
         "DRIFTBOOK_ROOT": str(ROOT),
         "DRIFTBOOK_OUTPUTS": str(OUTPUTS),
-        DRIVER: f"{os.getpid()} {psutil.Process().create_time()}",
         **({} if study is None else {PLANNED: f"{identity(study)} {study_file}"}),
     }
 
 
-def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
-    """The command that runs the batch."""
+def snakemake(
+    study_file: Path, profile: str, targets: Sequence[str] = (), more: Sequence[str] = ()
+) -> list[str]:
+    """The command that runs the batch; `more` says what it may use."""
     return [
         sys.executable,
         "-m",
@@ -139,10 +143,9 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
         "--profile",
         str(ROOT / "profiles" / profile),
         "--config",
-        # Snakemake strips quotation marks at the ends, and then reads the value as YAML
-        f"study= {json.dumps(str(study_file), ensure_ascii=False)} ",
-        "--resources",
-        f"gpu={_gpus()}",
+        # neither a shell nor YAML reads anything else in it, here or on a node
+        f"study={quote(str(study_file))}",
+        *more,
         "--",
         *targets,
     ]
@@ -174,29 +177,44 @@ def _gpus() -> int:
     return len(gpus.numbers()) or 1024
 
 
+def _place(study: Study, study_file: Path, asked: cluster.Cluster | None, shards: Shards):
+    """Where jobs run: what Snakemake may use there, and their environment."""
+    here, requests = environment(study, study_file), study.folder / REQUESTS
+    requests.unlink(missing_ok=True)
+    if asked is None:
+        driver = f"{os.getpid()} {psutil.Process().create_time()}"
+        return ["--resources", f"gpu={_gpus()}"], here | {DRIVER: driver}
+    from driftbook.batch.cluster_jobs import requests as requested  # imports models: seconds
+
+    words = cluster.arguments(asked, study)
+    write_json(requests, requested(asked, study, shards))
+    cluster.cancel(study)  # of a driver that was lost: what they finished is kept
+    return words, cluster.surroundings(asked, here)
+
+
 def _run_batch(
     study: Study,
     study_file: Path,
-    workers: int,
-    profile: str = "local",
+    profile: str,
+    asked: cluster.Cluster | None,
     targets: tuple[str, ...] = (),
 ) -> int:
-    """Run the batch with a live display; Snakemake's exit status. Its own words go to snakemake.log
-    in the study's folder.
+    """Run the planned batch with a live display; Snakemake's exit status. Its own words go to
+    snakemake.log in the study's folder.
     """
-    started, parent, shards = time.time(), os.getppid(), dealt(study, workers)
+    started, parent, shards = time.time(), os.getppid(), read(study)
     finished = all(part.done == part.total for part in parts(study, shards, started))
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
+    more, here = _place(study, study_file, asked, shards)
+    log_of_forks = study.folder / "warm.log"
     with (
-        warm_kernels(
-            environment(study, study_file), study.folder / "warm.log", finished
-        ) as surroundings,
+        warm_kernels(here, log_of_forks, finished or asked is not None) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
         _planned(study_file, study.folder / "plan.json", surroundings, finished) as planned,
     ):
         process = subprocess.Popen(
-            snakemake(study_file, profile, list(targets)),
+            snakemake(study_file, profile, targets, more),
             env=surroundings,
             stdout=log,
             stderr=log,
@@ -204,7 +222,7 @@ def _run_batch(
             start_new_session=True,
         )
         try:
-            with display(study, planned, workers) as show:
+            with display(study, planned, shards.workers) as show:
                 while process.poll() is None:
                     show(parts(study, shards, started), started)
                     if (
@@ -216,6 +234,8 @@ def _run_batch(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if asked:
+                cluster.cancel(study)
     return process.returncode
 
 
@@ -232,20 +252,23 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
                 f"there is no profile {profile!r}; profiles/ has"
                 f" {', '.join(sorted(path.name for path in (ROOT / 'profiles').iterdir()))}"
             )
+        if asked := cluster.read(profile):
+            cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
         with alone(checked):
             clear_unfinished(checked.folder)
-            workers = gpus.at_once()
-            if again := plan.write(checked, workers):
+            if again := plan.write(checked, asked.jobs if asked else gpus.at_once()):
                 print(again, flush=True)
             started = time.time()
-            status = _run_batch(checked, path, workers, profile, targets)
+            status = _run_batch(checked, path, profile, asked, targets)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; make study goes on from here", file=sys.stderr)
         return 130
+    for line in cluster.stopped(checked) if asked and status else ():
+        print(f"driftbook: {line}", file=sys.stderr)
     return conclude(checked, study, status, time.time() - started)
 
 

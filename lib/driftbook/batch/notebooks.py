@@ -86,8 +86,8 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
         given = json.loads(parameters)
         if "variants" in made_of:
             given["run_ids"] = list(made_of["variants"])
-        on_a_gpu = Path(notebook).stem in ON_A_GPU and not os.environ.get("SLURM_JOB_ID")
-        with gpus.held() if on_a_gpu else contextlib.nullcontext(), recorded() as names:
+        on_a_gpu = gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext()
+        with on_a_gpu, recorded() as names:
             execute(Path(notebook), Path(output), given)
             if mark and "variants" not in made_of:
                 write_mark(Path(mark), made_of, names())

@@ -23,7 +23,7 @@ import threading
 import time
 
 SOCKET = "DRIFTBOOK_WARM"
-DRIVER = "DRIFTBOOK_DRIVER"  # of make study: its pid, and when it began
+DRIVER = "DRIFTBOOK_DRIVER"  # of make study on this machine: its pid, and when it began
 
 
 def ask(kind: str, arguments: list[str]) -> int:
@@ -210,8 +210,7 @@ if __name__ == "__main__":
     elif os.environ.get(SOCKET):
         sys.exit(ask(command, rest))
     else:
-        driver = os.environ.get(DRIVER)
-        if driver and "SLURM_JOB_ID" not in os.environ:  # else it may be on another machine
+        if driver := os.environ.get(DRIVER):
             _end_with_driver(*driver.split())
         from driftbook.batch.notebooks import run_notebook
 
