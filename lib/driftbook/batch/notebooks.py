@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from driftbook.batch import gpus
+from driftbook.batch import gpus, shards
 from driftbook.study.files import ROOT, WRITTEN, file_digest, read_json, replacing, write_json
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
@@ -85,7 +85,7 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
         made_of = read_json(Path(key)) if key else {}
         given = json.loads(parameters)
         if "variants" in made_of:
-            given["run_ids"] = list(made_of["variants"])
+            given["run_ids"] = shards.of_key(Path(key))
         on_a_gpu = gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext()
         with on_a_gpu, recorded() as names:
             execute(Path(notebook), Path(output), given)

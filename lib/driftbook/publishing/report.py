@@ -13,7 +13,7 @@ from driftbook.analyses import estimands, information, primary
 from driftbook.batch import notebooks
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, short_name, unit_of
-from driftbook.publishing import publish
+from driftbook.publishing import publish, timeline
 from driftbook.publishing.page_parts import rendered
 from driftbook.publishing.pages import notebook_pages
 from driftbook.publishing.story import (
@@ -370,6 +370,7 @@ def write(study: Study) -> Path:
         no_ops=no_ops(tables["variants"], tables["runs"]),
         unscored=unscored(tables["rates"], tables["estimates"]),
         made=made_with(tables["runs"]),
+        timeline=timeline.figure(study),
         notebooks=notebook_pages(study.folder / "notebooks"),
     )
     with replacing(study.folder / "report.html") as new:

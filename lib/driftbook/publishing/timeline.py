@@ -1,0 +1,54 @@
+"""The timeline of a study's jobs, for its report."""
+
+import base64
+from io import BytesIO
+
+import pandas as pd
+from matplotlib import pyplot as plt
+
+from driftbook.batch import keys, plan, shards
+from driftbook.figures import timeline as drawn
+from driftbook.study.study_file import Study
+
+SHOWN = 32  # lanes: more are not drawn, and their number is said
+
+
+def work(study: Study) -> pd.DataFrame:
+    """What was worked on, where and when: stage, base_model, run_id, host, began, seconds; a row a
+    variant and stage, from the marks.
+    """
+    dealt, rows = shards.read(study), []
+    for stage in keys.stages(study) if dealt else ():
+        for base in study.bases:
+            for job in dealt.jobs(stage, base):
+                mark = plan.read_mark(plan.job_mark(study, job)) or {}
+                rows += [
+                    {"stage": stage, "base_model": base, "run_id": run_id, **result["work"]}
+                    for run_id, result in mark.get("runs", {}).items()
+                    if "work" in result
+                ]
+    columns = ["stage", "base_model", "run_id", "host", "began", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def figure(study: Study) -> dict[str, str] | None:
+    """The timeline as a picture of the report, with its caption; None where nothing was done."""
+    rows = work(study)
+    if rows.empty:
+        return None
+    ordered = rows.sort_values("began", kind="stable")
+    n = max(drawn.lanes(ordered)) + 1
+    kept = rows[rows.index.isin(ordered.index[[lane < SHOWN for lane in drawn.lanes(ordered)]])]
+    picture = BytesIO()
+    fig = drawn.timeline(kept)
+    fig.savefig(picture, format="png")
+    plt.close(fig)
+    machines = rows.host.nunique()
+    caption = (
+        f"{len(rows):,} pieces of work (a variant in a stage) took"
+        f" {rows.seconds.sum() / 3600:.1f} hours in all, on"
+        f" {machines} machine{'s' if machines > 1 else ''}, at most {n} at once."
+        + (f" The first {SHOWN} lanes are drawn." if n > SHOWN else "")
+    )
+    image = base64.b64encode(picture.getvalue()).decode()
+    return {"image": image, "caption": caption}
