@@ -128,6 +128,15 @@ def test_a_job_waits_for_the_shards_that_made_its_variants_alone(many):
     }
 
 
+def test_a_job_has_its_variants_in_the_studys_order(many):
+    plan.write(many, 2)
+    order = [one.run_id for one in many.variants]
+    for job in shards.read(many).jobs("train", "tiny-llama"):
+        run_ids = shards.of_key(shards.path_of(many, "keys", job))
+        assert run_ids == [one for one in order if one in run_ids]
+        assert len(run_ids) > 1
+
+
 def test_content_decides_what_is_due_whatever_the_clocks_say(many):
     """Marks of a machine whose clock is ahead, an edit, and the edit taken back."""
     plan.write(many, 2)

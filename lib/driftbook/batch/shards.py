@@ -92,6 +92,12 @@ def read(study: Study) -> Shards | None:
         return None
 
 
+def of_key(path: Path) -> list[str]:
+    """The run_ids of the job whose key is in this file, in the study's order."""
+    stage, base, number = path.with_suffix("").parts[-3:]
+    return read_json(path.absolute().parents[3] / FILE)["of"][f"{stage}/{base}"][int(number)]
+
+
 def _costs(study: Study, due: Mapping[str, list[str]]) -> tuple[dict[str, dict[str, float]], float]:
     """The planned seconds of each variant, by STAGE/BASE and run_id, on a usual core, since only
     their ratios matter here; and those of a job's start.
