@@ -118,8 +118,12 @@ def _few_colours(picture: Picture.Image) -> Picture.Image:
 
 # ---- what to show
 def bases(tables: dict) -> list[str]:
-    """The study's base models in their order."""
-    return list(tables["variants"]["base_model"].unique())
+    """The study's base models in their order: those of which a variant was made, since of another
+    one a figure of changes shows nothing; all where none was.
+    """
+    variants = tables["variants"]
+    made = variants[variants["method"].ne("none")]
+    return list((made if len(made) else variants)["base_model"].unique())
 
 
 def pick(

@@ -157,7 +157,8 @@ def controls(tables: dict) -> tuple[Figure, str]:
     if rows.empty:
         return nothing("Nothing to draw: no repair has controls.")
     every = list(dict.fromkeys(zip(rows["member"], rows["against"], strict=True)))
-    columns, what = [*bases(tables), "all"], harm.COUNTED[harm.safety_outcome(rows)]
+    columns, what = bases(tables), harm.COUNTED[harm.safety_outcome(rows)]
+    columns += ["all"] * (len(columns) > 1)
     shown = [outcome for outcome in (*harm.OF_SAFETY, GAIN) if rows["outcome"].eq(outcome).any()]
     fig, axes = plt.subplots(
         len(shown),
