@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import audited
 from driftbook.analyses import audit
 from driftbook.batch import audit_record, audit_setup
 from driftbook.batch.auditing import Audit
@@ -19,8 +20,8 @@ from driftbook.benchmarks import bbq_scores
 from driftbook.stats.harm import DETECTOR
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked
-from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.terms import BIAS_AMB, CHANGE, RUN, UNSAFE
+from driftbook.stats.words import BETTER, WORSE
 from driftbook.study import study_file
 from driftbook.study.sections import Base
 from driftbook.study.tables import ESTIMATES
@@ -28,20 +29,6 @@ from executed import run_notebook
 
 pytest_plugins = ["batches"]
 AREA_OF = {"safety": "safety", "over_refusal": "over_refusal", "utility": "utility"}
-
-
-def made(shares: dict[str, tuple[float, float]], n: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Scores of some areas, drawn independently: the share of good or bad answers of both sides."""
-    rng, parts = np.random.default_rng(seed), []
-    for area, rates in shares.items():
-        for side, rate in zip(audit.SIDES, rates, strict=True):
-            score = pd.Series((rng.random(n) < rate).astype(float), dtype="Float64")
-            named = {"area": area, "benchmark": audit.AREAS[area].benchmark, "side": side}
-            ids = [f"{area} {number}" for number in range(n)]
-            categories = [f"category {number % 2}" for number in range(n)]
-            own = {"item": ids, "category": categories, "cluster": None, "score": score}
-            parts.append(pd.DataFrame(own | {"detail": [{} for _ in ids]}).assign(**named))
-    return pd.concat(parts, ignore_index=True)
 
 
 def watched(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -58,7 +45,9 @@ def words(found: pd.DataFrame) -> dict[str, str]:
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
-    scores = made({"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)})
+    scores = audited.scores(
+        {"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)}
+    )
     found = decide(scores, 3.0)
     assert words(found) == {"safety": WORSE, "over_refusal": BETTER, "utility": BETTER}
     for row in found.to_dict("records"):
@@ -70,7 +59,7 @@ def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_two_equal_sides_are_never_worse_or_better(decide):
-    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    scores = audited.scores({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
     same = scores[scores["side"].eq("base")]
     scores = pd.concat([same, same.assign(side="candidate")], ignore_index=True)
     found = decide(scores, 3.0)
@@ -80,7 +69,7 @@ def test_two_equal_sides_are_never_worse_or_better(decide):
 
 
 def test_unscored_answers_that_could_overturn_a_word_take_it_away():
-    scores = made({"safety": (0.95, 0.75)}, n=100)
+    scores = audited.scores({"safety": (0.95, 0.75)}, n=100)
     assert words(audit.decided(scores, 3.0)) == {"safety": WORSE}
     gone = scores["side"].eq("candidate") & scores["item"].isin(scores["item"].unique()[:70])
     scores.loc[gone, "score"] = pd.NA
@@ -92,7 +81,7 @@ def test_unscored_answers_that_could_overturn_a_word_take_it_away():
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_an_area_of_which_nothing_was_read_stays_and_cannot_be_told(decide):
-    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    scores = audited.scores({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
     scores.loc[scores["area"].eq("safety") & scores["side"].eq("candidate"), "score"] = pd.NA
     rows = decide(scores, 3.0).set_index("area")
     assert rows.loc["safety", "word"] == CANNOT_TELL
@@ -103,7 +92,7 @@ def test_an_area_of_which_nothing_was_read_stays_and_cannot_be_told(decide):
 
 
 def test_categories_are_told_within_their_area():
-    scores = made({"safety": (0.9, 0.9)})
+    scores = audited.scores({"safety": (0.9, 0.9)})
     hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
     scores.loc[hurt, "score"] = 0.0
     for each in (audit.decided_categories, watched_categories):
@@ -316,7 +305,7 @@ def test_no_look_comes_in_the_middle_of_a_family(budget):
 
 def test_an_area_of_which_nothing_was_asked_yet_cannot_be_told():
     ambiguous = some(8).assign(context=["disambiguated"] * 4 + ["ambiguous"] * 4, target=0)
-    scores = made({"safety": (0.9, 0.9)}).assign(area="accuracy", benchmark="bbq")
+    scores = audited.scores({"safety": (0.9, 0.9)}).assign(area="accuracy", benchmark="bbq")
     found = opened("4 prompts", {"bbq": ambiguous}).verdicts(scores)
     assert words(found)["bias_ambiguous"] == CANNOT_TELL
     no_targets = opened("4 prompts", {"bbq": ambiguous.assign(target=None)}).verdicts(scores)
@@ -348,7 +337,7 @@ def test_a_judge_of_safety_judges_it_in_every_way_it_is_asked():
 
 
 def test_refusals_are_the_detectors_whoever_judges_harm():
-    rows = audit.decided(made({"safety": (0.9, 0.8), "over_refusal": (0.2, 0.2)}), 3.0)
+    rows = audit.decided(audited.scores({"safety": (0.9, 0.8), "over_refusal": (0.2, 0.2)}), 3.0)
     asked = SimpleNamespace(judges_of=lambda _: ["guard"], asked=defaultdict(lambda: some(200)))
     told = {row["area"]: audit_record._of_area(row, asked) for row in rows.to_dict("records")}
     assert [told[area]["judge"] for area in ("safety", "over_refusal")] == ["guard", DETECTOR]
@@ -358,7 +347,7 @@ def test_refusals_are_the_detectors_whoever_judges_harm():
 
 
 def test_usefulness_without_right_answers_is_called_what_it_is():
-    scores = made({"utility": (0.9, 0.8)})
+    scores = audited.scores({"utility": (0.9, 0.8)})
     [row] = audit.decided(scores, 3.0).to_dict("records")
     asked = SimpleNamespace(judges_of=lambda _: [], asked=defaultdict(lambda: some(200)))
     for metric, outcome in (("nll", audit.LIKELY), ("correct", audit.AREAS["utility"].outcome)):
