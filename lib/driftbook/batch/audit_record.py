@@ -5,12 +5,12 @@ the texts, which stay in a private folder.
 import datetime as dt
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from driftbook.analyses import audit as areas
+from driftbook.batch import audit_setup
 from driftbook.batch.auditing import Audit
 from driftbook.models.templates import template_of
 from driftbook.stats.confidence import CONFIDENCE
@@ -80,7 +80,8 @@ def audit_record(
 
 def _who(audit: Audit) -> dict[str, Any]:
     base, one = audit.study.bases[audit.base_name], audit.candidate
-    tokenizer = audit.base.tokenizer
+    tokenizer, known_by = audit.base.tokenizer, identity(base, audit.study)
+    is_own = one.study is not None and known_by == identity(one.base, one.study)
     method = None
     if one.kind == "adapter":
         method = read_json(one.folder / "adapter_config.json").get("peft_type")
@@ -95,9 +96,9 @@ def _who(audit: Audit) -> dict[str, Any]:
             "hash": one.digest,
         },
         "base": {
-            "name": audit.base_name if one.study else Path(base.source).name,
+            "name": one.base_name if is_own else audit_setup.own_name(base),
             "source": base.source,
-            "hash": identity(base, audit.study),
+            "hash": known_by,
         },
         "tokenizer_hash": digest(known, 32),
         "template_hash": digest(template_of(tokenizer), 32),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from driftbook.analyses.audit import CANDIDATE
 from driftbook.batch.costing import weight_bytes
 from driftbook.batch.sizes import MADE, size
 from driftbook.benchmarks.judges import JUDGES
@@ -17,6 +18,7 @@ from driftbook.models.requesting import Deployed
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
 from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
+from driftbook.study.nameless import model_name
 from driftbook.study.sections import Base, Benchmark, Judge
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
@@ -27,6 +29,11 @@ NO_JUDGE = "none"
 # of judges that JUDGE= can name; a classifier needs its label too, which a study gives
 JUDGE_FORMATS = tuple(name for name, one in JUDGES.items() if one.contexts is not None)
 WORDS = ("tokenizer*.json", "chat_template.jinja")
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+OF_ANY = re.compile(  # a folder's name that says nothing of which model is in it
+    r"(?i)(un)?aligned|stage\d|base|(base|hf)?[_-]?models?|(checkpoint|step|epoch)[_-]?\d*|final"
+    r"|best|last|latest|merged|weights|outputs?|hf|main"
+)
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 
@@ -259,7 +266,7 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
             " OWNER/NAME@COMMIT"
         )
     name = _known_as(source, study, one)
-    keeps, name = name is not None, name or "base"
+    keeps, name = name is not None, name or _free_name(own_name(source), study)
     source = study.bases[name] if keeps else source
     given = {} if system is None else {"system_prompt": system}
     found = {field: getattr(study, field) for field in Content.model_fields}
@@ -334,6 +341,26 @@ def _known_as(source: Base, study: Study, one: Candidate) -> str | None:
             if source.local is not None and locate(known, study) == source.local:
                 return name
     return None
+
+
+def own_name(source: Base) -> str:
+    """The name that a base model has outside of any study: on the hub, of its GGUF file, or of its
+    folder; where a folder's name is that of any model (base, checkpoint-500, a commit) with that
+    of the folder above.
+    """
+    named = model_name(source.source)
+    parts = re.split(r"[/\\:]+", named if "/" in named else source.source.rstrip("/\\"))
+    while len(parts) > 1 and COMMIT.fullmatch(parts[-1]):
+        parts.pop()
+    name = re.sub(r"(?i)\.gguf$", "", parts[-1])
+    is_any = len(parts) > 1 and parts[-2] and OF_ANY.fullmatch(name)
+    return f"{parts[-2]}-{name}" if is_any else name or "base"
+
+
+def _free_name(name: str, study: Study) -> str:
+    """A name as a study's base models have them, which no other model of the study has."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "base"
+    return f"{name}-base" if name in {*study.models, CANDIDATE} else name
 
 
 def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:
