@@ -15,6 +15,7 @@ import pandas as pd
 
 from driftbook.stats import compare, monitor, with_harm
 from driftbook.stats.confidence import ALPHA, INTERVAL
+from driftbook.stats.harm import declined
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import with_minus
@@ -131,10 +132,11 @@ def _safety(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _over_refusal(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Whether harmless prompts are refused; null where an answer neither refuses nor answers, so
+    that a model which says nothing readable is no better for it.
+    """
     asked = _verdicts(table, rows)
-    return {
-        "over_refusal": asked.assign(score=asked["refusal"].astype("boolean").astype("Float64"))
-    }
+    return {"over_refusal": asked.assign(score=declined(asked).astype("Float64"))}
 
 
 def _bbq(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
