@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +15,17 @@ from hypothesis import strategies as st
 
 import audited
 from driftbook.analyses import audit
-from driftbook.batch import audit_record, audit_setup
+from driftbook.batch import audit_record, audit_setup, auditing
 from driftbook.batch.auditing import Audit
 from driftbook.benchmarks import bbq_scores
 from driftbook.stats.harm import DETECTOR
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked
-from driftbook.stats.terms import BIAS_AMB, CHANGE, RUN, UNSAFE
+from driftbook.stats.terms import BIAS_AMB, CHANGE, REFUSED, RUN, UNSAFE
 from driftbook.stats.words import BETTER, WORSE
 from driftbook.study import study_file
 from driftbook.study.sections import Base
-from driftbook.study.tables import ESTIMATES
+from driftbook.study.tables import ESTIMATES, RUNS
 from executed import run_notebook
 
 pytest_plugins = ["batches"]
@@ -378,6 +379,44 @@ def test_usefulness_without_right_answers_is_called_what_it_is():
         assert audit_record._of_area(row, asked, likely)["outcome"] == outcome
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_the_dose_is_on_answers_that_were_held_out_of_the_adapters_training(own, monkeypatch):
+    asked, trained = (SimpleNamespace(name=n, data={"heldout": 1}) for n in ("asked", "trained"))
+    read = []
+    monkeypatch.setattr(auditing, "held_out", lambda _, study: read.append(study) or ([1, 2], None))
+    monkeypatch.setattr(auditing.adapters, "attached", lambda *_: nullcontext())
+    found = {"nll_base": 2.0, "nll": 1.5, "kl_base": 0.25, "no_op": False}
+    monkeypatch.setattr(auditing, "measure_dose", lambda *_: found)
+    one = opened("all", {})
+    one.__dict__["base"] = SimpleNamespace(model=None)
+    one.__dict__["study"] = asked
+    given = SimpleNamespace(kind="adapter", folder=None, study=trained if own else None)
+    one.__dict__["candidate"] = given
+    told = audit_record._dose(one)
+    assert read == [trained if own else asked]
+    assert (told["kl"], told["loss_base"], told["loss_candidate"]) == (0.25, 2.0, 1.5)
+    assert told["sentence"].startswith(f"On 2 held-out answers of {read[0].name}")
+    assert ("if the adapter was not trained on them" in told["sentence"]) != own
+
+
+def test_a_dose_without_held_out_answers_is_not_known(study, monkeypatch):
+    def fails(*_):
+        raise ValueError("data.heldout: /home/her/x.json is not there")
+
+    one = opened("all", {})
+    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", study=None)
+    one.__dict__["base"] = None
+    one.__dict__["study"] = SimpleNamespace(name="mine", data={})
+    told = audit_record._dose(one)
+    assert told["sentence"].endswith("is not known: mine has no held-out answers.")
+    assert [told[name] for name in ("kl", "loss_base", "loss_candidate", "no_op")] == [None] * 4
+    monkeypatch.setattr(auditing, "held_out", fails)
+    one.__dict__["study"] = study
+    assert audit_record._dose(one)["sentence"].endswith(
+        "is not known: data.heldout: x.json is not there."
+    )
+
+
 def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
     found = pd.DataFrame(
         {
@@ -454,3 +493,10 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
     assert (path.parent / "ci.json").exists()
     assert record["base"]["name"] == "tiny-llama"
+    [run] = RUNS.read(finished.folder / "tables").query("run_id == @run_id").to_dict("records")
+    dose = record["dose"]
+    assert np.isclose(dose["kl"], run["kl_base"], rtol=1e-4)
+    assert np.isclose(dose["loss_base"] - dose["loss_candidate"], run["dose_nll"], atol=1e-4)
+    [refused] = picked(mine, outcome=REFUSED, benchmark="over_refusal", category="all")["value"]
+    over = verdicts["over_refusal"]
+    assert budget != "all" or over["n_unscored"] or np.isclose(refused, over["difference"])

@@ -17,7 +17,7 @@ from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.harm import DETECTOR
 from driftbook.study.environment import versions
 from driftbook.study.files import digest, finite, read_json, replacing
-from driftbook.study.nameless import nameless_value
+from driftbook.study.nameless import nameless, nameless_value
 from driftbook.study.sources import identity
 from driftbook.study.tables import RESPONSES
 
@@ -159,12 +159,13 @@ def _findings(found: pd.DataFrame) -> list[dict[str, str]]:
 
 def _dose(audit: Audit) -> dict[str, Any]:
     found = audit.dose()
+    said = found.pop("said")
     if found["kl"] is None:
-        said = "How far the weights moved the model was not measured: there are no held-out answers"
-        return found | {"sentence": f"{said}, or the candidate is no adapter."}
+        sentence = f"How far the weights moved the model is not known: {said}."
+        return found | {"sentence": nameless(sentence)}
     moved = found["loss_base"] - found["loss_candidate"]
     said = (
-        f"On held-out answers the loss went from {found['loss_base']:.2f} to"
+        f"On {said} the loss went from {found['loss_base']:.2f} to"
         f" {found['loss_candidate']:.2f} nats a token ({moved:+.2f} gained), and each token's"
         f" distribution moved by {found['kl']:.3f} nats (KL to the base)."
     )

@@ -51,6 +51,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, VERDICTS, Table
 from driftbook.study.variants import Variant
 from driftbook.training.dose import measure_dose
+from driftbook.training.examples import held_out
 
 AUDITS = OUTPUTS / "audit"
 DOUBTS = (
@@ -406,29 +407,30 @@ class Audit:
 
     # ---- how far the weights moved it
     def dose(self) -> dict:
-        """Held-out loss of both sides (nats per token), the divergence KL(candidate || base), and
-        whether the adapter changes nothing; all null where the study has no held-out answers, or
-        the candidate is a whole model.
+        """Loss of both sides on held-out answers (nats per token), the divergence KL(candidate ||
+        base), whether the adapter changes nothing, and `said`: whose answers they are. All are null
+        where it is not known, and `said` is why.
+
+        Where a study here trained the adapter its own held-out answers are taken, whatever is asked
+        of it: those of another study may be what it was trained on.
         """
         nothing = dict.fromkeys(("kl", "loss_base", "loss_candidate", "no_op"))
-        if self.candidate.kind != "adapter" or "heldout" not in self.study.data:
-            return nothing
-        pairs = self._held_out()
+        own = self.candidate.study
+        study = own or self.study
+        if self.candidate.kind != "adapter":
+            return nothing | {"said": "the candidate is no adapter"}
+        if "heldout" not in study.data:
+            return nothing | {"said": f"{study.name} has no held-out answers"}
+        try:
+            pairs, _ = held_out(self.base, study)
+        except ValueError as error:  # its file is not there, or no answer fits
+            return nothing | {"said": str(error)}
         with adapters.attached(self.base.model, self.candidate.folder) as model:
             found = measure_dose(model, None, self.base, pairs)
         losses = {"loss_base": found["nll_base"], "loss_candidate": found["nll"]}
-        return {"kl": found["kl_base"], **losses, "no_op": bool(found["no_op"])}
-
-    def _held_out(self) -> list:
-        examples = data.for_sft(data.training_examples("heldout", self.study))
-        scorer = Scorer(self.base.model, self.base.tokenizer)
-        single = [one for one in examples if len(one["prompt"]) == 1]
-        prompts = [one["prompt"][0]["content"] for one in single]
-        pairs = scorer.answered(prompts, [one["answer"] for one in single])
-        longest = self.study.training.max_length
-        return [
-            (context, answer) for context, answer in pairs if len(context) + len(answer) < longest
-        ]
+        whose = f"{len(pairs)} held-out answers of {study.name}"
+        whose += "" if own else ", which are held out if the adapter was not trained on them,"
+        return {"kl": found["kl_base"], **losses, "no_op": bool(found["no_op"]), "said": whose}
 
 
 def _probed(probe: str, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
