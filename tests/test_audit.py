@@ -23,7 +23,7 @@ from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked
 from driftbook.stats.terms import BIAS_AMB, CHANGE, REFUSED, RUN, UNSAFE
 from driftbook.stats.words import BETTER, WORSE
-from driftbook.study import study_file
+from driftbook.study import code, study_file
 from driftbook.study.sections import Base
 from driftbook.study.tables import ESTIMATES, RUNS
 from executed import run_notebook
@@ -346,6 +346,25 @@ def test_likelihoods_of_other_tokens_are_not_compared(monkeypatch):
         one = opened("all", {"utility": rows})
         one.__dict__["same_words"] = same
         assert one.ask("utility", rows)["score"].notna().all() == same
+
+
+def test_a_changed_probe_is_not_served_from_older_results(monkeypatch, tmp_path):
+    """The prefill, the dropped template and the benign first turn are in no stage's code."""
+    parts = code.closure({auditing.PROBES_CODE})
+    names = {name for module, name in parts if module == "driftbook.benchmarks.deployed"}
+    assert {"BEGINNING", "FIRST_TURN", "probed_contexts", "probed_responses"} <= names
+    found = []
+    monkeypatch.setattr(Audit, "_key", lambda *_: {})
+    monkeypatch.setattr(Audit, "_weights", lambda *_: [])
+    monkeypatch.setattr(Audit, "_place", lambda *_: tmp_path)
+    monkeypatch.setattr(Audit, "_kept", lambda _, key, *__: found.append(key))
+    one = opened("all", {})
+    for name in ("safety", "safety, second turn"):
+        for text in ("before", "after"):
+            monkeypatch.setattr(code, "fingerprint", lambda *_, text=text: text)
+            one._served("respond", name, some(1), "base")
+    assert found[0] == found[1]
+    assert found[2] != found[3]
 
 
 def test_a_judge_of_safety_judges_it_in_every_way_it_is_asked():

@@ -45,6 +45,7 @@ from driftbook.models.endpoint import NO_LOSSES, Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.models.templates import template_of
+from driftbook.study import code
 from driftbook.study.files import OUTPUTS, check_writable, digest
 from driftbook.study.sources import identity
 from driftbook.study.study_file import Study
@@ -54,6 +55,7 @@ from driftbook.training.dose import measure_dose
 from driftbook.training.examples import held_out
 
 AUDITS = OUTPUTS / "audit"
+PROBES_CODE = ("driftbook.batch.auditing", "_probed")  # no stage of a study leads to it
 DOUBTS = (
     "base",
     "tokenizer",
@@ -314,6 +316,7 @@ class Audit:
             return [table.write(found.assign(run_id=side), place)]
 
         key = self._key(stage, rows) | {"weights": self._weights(side), "probe": probe}
+        key |= {"code of probes": code.fingerprint({PROBES_CODE})} if probe else {}
         return self._kept(key, side, place, make, table)
 
     def _kept(self, key: dict, side: str, place: Path, make: Callable, table: Table):
