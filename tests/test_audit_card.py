@@ -5,8 +5,7 @@ import json
 import re
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +14,7 @@ from markdown_it import MarkdownIt
 from audited import record, verdict
 from driftbook.publishing.audit_card import BEGIN, END, audited_card, card_section, escaped_markdown
 from driftbook.publishing.audit_files import licences_of
-from driftbook.publishing.audit_formats import (
-    NOT_EVIDENCE,
-    ci_json,
-    eval_results,
-    eval_results_files,
-    every_eval_ever,
-)
+from driftbook.publishing.audit_formats import NOT_EVIDENCE, ci_json, eval_results, every_eval_ever
 from driftbook.publishing.audit_gate import gate, parse_gate
 from driftbook.publishing.audit_page import write_audit_page
 
@@ -160,28 +153,15 @@ def test_hostile_names_in_metadata_stay_texts():
     assert all("\n" not in one.metric_name for one in data.eval_results)
 
 
-# ---- .eval_results
-def test_files_of_eval_results_have_the_hubs_form():
-    made = record([verdict("safety"), verdict("utility", benchmark="gsm8k", n_items=50)])
-    files, left = eval_results_files(made, {"gsm8k": ("openai/gsm8k", "gsm8k")}, "https://e.org/a")
-    assert list(files) == [".eval_results/driftbook_utility_gsm8k.yaml"]
-    (entry,) = parse_eval_result_entries(yaml.safe_load(files.popitem()[1]))
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 79.0)
-    assert (entry.date, entry.source_url) == (made["made"], "https://e.org/a")
-    assert "50 of 200 prompts" in entry.notes
-    assert "-1.0 points (-2.0 to 0.5)" in entry.notes
-    assert left == ["safety set has no file in .eval_results, since it is no data set of the hub."]
-
-
-def test_names_of_files_are_safe_and_differ():
-    names = ["../x", "..\\x", "a b", "a_b"]
-    rows = [verdict(benchmark=name) for name in names]
-    files, _ = eval_results_files(record(rows), dict.fromkeys(names, ("o/d", "t")))
-    assert len(files) == len(names)
-    assert all(re.fullmatch(r"\.eval_results/driftbook_safety_\w+\.yaml", name) for name in files)
-
-
 # ---- every-eval-ever
+def test_ids_of_metrics_are_plain_and_differ():
+    names = ["../x", "..\\x", "a b", "a_b"]  # tasks of logs have names of their own
+    found = every_eval_ever(record([verdict(name) for name in names]))["evaluation_results"]
+    ids = {one["metric_config"]["metric_id"] for one in found}
+    assert len(ids) == 2 * len(names)
+    assert all(re.fullmatch(r"driftbook\.\w+", one) for one in ids)
+
+
 def test_an_every_eval_ever_record_has_intervals():
     row = verdict(worse="rise", area="over_refusal")
     made = every_eval_ever(record([row], categories=[row | {"category": "kind 1"}]), "me")
