@@ -234,6 +234,20 @@ def test_a_name_is_one_of_a_folder():
     assert audit_setup.name_of("", "org/m", "http://h:1/v1") == "m"
 
 
+def test_two_adapters_of_one_name_have_two_folders(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "lora")
+    places = [f"{tmp_path}/a/lora", f"{tmp_path}/b/lora", "a/lora", "org/lora@" + "0" * 40]
+    found = [audit_setup.place_of(one, "") for one in places]
+    assert len(set(found)) == len(found)
+    assert all(one.startswith("lora-") for one in found)
+    same = [f"{tmp_path}/b/../a/lora/adapter", f"{tmp_path}/a/lora/"]
+    assert {audit_setup.place_of(one, "") for one in same} == {found[0]}
+    assert audit_setup.place_of("./a/lora", "") == found[2]
+    assert audit_setup.place_of(f"{tmp_path}/link", "").endswith(found[0][-6:])
+    served = {audit_setup.place_of("", "", f"http://127.0.0.1:{port}/v1") for port in (8000, 8001)}
+    assert len(served) == 2
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
@@ -511,7 +525,7 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     assert text.stat().st_mode & 0o777 == 0o700
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
     assert (path.parent / "ci.json").exists()
-    assert record["base"]["name"] == "tiny-llama"
+    assert record["base"]["name"] == "llama-aligned"  # as its folder has it
     [run] = RUNS.read(finished.folder / "tables").query("run_id == @run_id").to_dict("records")
     dose = record["dose"]
     assert np.isclose(dose["kl"], run["kl_base"], rtol=1e-4)

@@ -94,14 +94,49 @@ def test_a_repair_is_known_before_it_names_a_folder(here, monkeypatch, capsys, k
 
 
 def test_an_earlier_audit_is_not_read_as_one_that_could_not_begin(here, monkeypatch, capsys):
-    old = here / "outputs" / "audit" / "lora" / "ci.json"
-    old.parent.mkdir(parents=True)
-    old.write_text('{"status": 0}')
+    folder = here / "outputs" / "audit" / make_audit.audit_setup.place_of("nowhere/lora", "")
+    folder.mkdir(parents=True)
+    for name in ("ci.json", "audit.html", "card.md", "model_card.md", "every_eval_ever.json"):
+        (folder / name).write_text('{"status": 0}')
+    (folder / "audit.json").write_text("an earlier record, which SINCE may name")
     monkeypatch.setenv("ADAPTER", "nowhere/lora")
     monkeypatch.setenv("FAIL_IF", "saftey<-3")
     assert make_audit.main() == COULD_NOT_RUN
     assert "names no area" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"ci.json", "audit.json"}
+    ci = json.loads((folder / "ci.json").read_text())
+    assert ci["status"] == COULD_NOT_RUN
+    assert "names no area" in ci["sentences"][0]
+
+
+def test_until_an_audit_ends_it_has_not_passed(here, monkeypatch):
+    """Whatever kills it: ci.json of the run before is gone, and says so."""
+    seen = []
+
+    def killed(*_):
+        seen.append(json.loads((here / "outputs/audit/x/ci.json").read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_audit, "execute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_audit.run_audit({"name": "x"})
+    assert seen[0]["status"] == COULD_NOT_RUN
+    assert "has not ended" in seen[0]["sentences"][0]
+
+
+def test_several_of_which_one_is_not_there_leave_nothing_that_looks_like_an_end(
+    here, monkeypatch, capsys
+):
+    old = here / "outputs" / "audit" / "compared" / "audits_compared.md"
+    old.parent.mkdir(parents=True)
+    old.write_text("an earlier comparison")
+    monkeypatch.setenv("ADAPTERS", "./a/lora ./b/lora")
+    assert make_audit.main() == COULD_NOT_RUN
+    assert "there is no such folder" in capsys.readouterr().err
     assert not old.exists()
+    cis = sorted((here / "outputs" / "audit").glob("*/ci.json"))
+    assert len(cis) == 3
+    assert all("no such folder" in json.loads(one.read_text())["sentences"][0] for one in cis)
 
 
 def test_logs_and_an_adapter_are_not_one_audit(here, monkeypatch, capsys):

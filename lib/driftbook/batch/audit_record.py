@@ -56,7 +56,7 @@ def audit_record(
         "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "driftbook": {"version": packages.pop("driftbook", None), "packages": packages},
-        "name": audit.name,
+        "name": audit.title,
         **_who(audit),
         "judges": [
             {"name": name, "format": one.format, "threshold": one.threshold, "error": None}
@@ -89,7 +89,7 @@ def _who(audit: Audit) -> dict[str, Any]:
     known = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return {
         "candidate": {
-            "name": one.name,
+            "name": audit.title,
             "kind": one.kind,
             "method": method,
             "source": one.source,

@@ -17,7 +17,7 @@ from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
-from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
+from driftbook.study.files import OUTPUTS, ROOT, digest, folder_digest, read_json
 from driftbook.study.nameless import model_name
 from driftbook.study.sections import Base, Benchmark, Judge
 from driftbook.study.sources import identity, locate
@@ -53,6 +53,13 @@ class Candidate:
     study: Study | None = None
     base_name: str | None = None
     deployed: Deployed | None = None
+
+    @property
+    def place(self) -> str:
+        """The name of the folder of its audit."""
+        if self.deployed:
+            return place_of("", self.deployed.model or "", self.source)
+        return place_of(self.source, "")
 
     @property
     def digest(self) -> str | None:
@@ -150,8 +157,19 @@ def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
     return Candidate("adapter", name_of(adapter, ""), adapter, folder, None, _named_base(settings))
 
 
+def place_of(adapter: str, model: str, endpoint: str = "") -> str:
+    """The name of an audit's folder by what is audited, whether it is there or not: its name, and
+    six digits of where it is, which another one of that name does not have.
+    """
+    path = (ROOT / Path(adapter or model).expanduser()).resolve()
+    path = path.parent if adapter and path.name == "adapter" else path
+    inside = path.is_relative_to(ROOT)  # then any other checkout names the folder alike
+    where = f"{endpoint} {model}" if endpoint else str(path.relative_to(ROOT) if inside else path)
+    return f"{name_of(adapter, model, endpoint)}-{digest(where, 6)}"
+
+
 def name_of(adapter: str, model: str, endpoint: str = "") -> str:
-    """The name of an audit's folder by what is audited, whether it is there or not."""
+    """The name of what is audited, whether it is there or not."""
     if not endpoint:
         return _name_of(adapter or model)
     host = re.sub(r"^\w+://|[:/?#].*|\[", "", re.sub(r"^(\w+://)?[^/@]*@", "", endpoint))

@@ -91,6 +91,11 @@ class Audit:
         return AUDITS / self.name
 
     @property
+    def title(self) -> str:
+        """The candidate's name, or that of the folder where it was given a name of its own."""
+        return self.candidate.name if self.name == self.candidate.place else self.name
+
+    @property
     def texts(self) -> Path:
         """The folder of prompts and answers, which nobody else may enter."""
         folder = self.folder / "text"
@@ -502,7 +507,7 @@ def open_audit(
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)
-    names = (name or one.name, tuple(probes))
+    names = (name or one.place, tuple(probes))
     audit = Audit(one, study, base_name, limit, margin, seed, said, *names)
     _check_items(audit)
     return audit

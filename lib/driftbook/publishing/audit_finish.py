@@ -14,9 +14,13 @@ from driftbook.publishing.audit_formats import ci_json, every_eval_ever
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, gate, parse_gate
 from driftbook.publishing.audit_record import areas_of, checked_audit
 from driftbook.publishing.audit_since import since
-from driftbook.study.files import replacing
+from driftbook.study.files import read_json, replacing
 
 CI_FILE, PAGE = "ci.json", "audit.html"
+# what is made of a record, which itself stays: SINCE may name it
+MADE = (PAGE, "card.md", "model_card.md", "every_eval_ever.json")
+MADE += ("audits_compared.md", "audits.png", "audits.md")  # of several together
+NOT_ENDED = "this audit has not ended: it is still running, or it was stopped"
 
 
 def finish_audit(
@@ -49,10 +53,22 @@ def finish_audit(
     return status, sentences
 
 
+def begin(folder: Path) -> None:
+    """Begin an audit in this folder: until it ends, ci.json says that it has not."""
+    could_not_run(folder, NOT_ENDED)
+
+
+def has_not_ended(folder: Path) -> bool:
+    """Whether the audit that was begun in this folder has said nothing since."""
+    return read_json(folder / CI_FILE)["sentences"] == [NOT_ENDED]
+
+
 def could_not_run(folder: Path, sentence: str) -> int:
-    """The exit status of an audit that could not run; ci.json says why, in place of an earlier
-    audit's that would be read as this one's.
+    """The exit status of an audit that could not run; ci.json says why, and what an earlier audit
+    made here goes, since it would be read as this one's.
     """
+    for name in MADE:
+        (folder / name).unlink(missing_ok=True)
     with replacing(folder / CI_FILE) as new:
         new.write_text(ci_json(None, COULD_NOT_RUN, [sentence]), encoding="utf-8")
     return COULD_NOT_RUN

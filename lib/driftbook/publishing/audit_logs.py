@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from driftbook.analyses.audit import AUDIT_FORMAT, FALL, RISE, item_change, needed
-from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run, finish_audit
+from driftbook.publishing.audit_finish import PAGE, begin, could_not_run, finish_audit
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS
 from driftbook.publishing.audit_page import write_audit_page
 from driftbook.stats.confidence import CONFIDENCE
@@ -289,7 +289,7 @@ def main(*pairs: str) -> int:
         if unknown := [key for key in given if key not in KEYS]:
             raise ValueError(f"{unknown[0]!r} is no setting; give {', '.join(KEYS)}")
         folder = _folder(given.get("NAME", ""))
-        (folder / CI_FILE).unlink(missing_ok=True)  # an earlier audit's is not this one's
+        begin(folder)
         wanted = {"BASE_LOG": "", "CANDIDATE_LOG": ""} | given
         status, sentences, folder = audit_logs(**{k.lower(): v for k, v in wanted.items()})
     except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from driftbook.batch import audit_setup
 from driftbook.batch.notebooks import NotebookError, execute
 from driftbook.publishing.audit_files import check_gate
-from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run
+from driftbook.publishing.audit_finish import CI_FILE, PAGE, begin, could_not_run, has_not_ended
 from driftbook.publishing.audit_formats import ci_json
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, worst
 from driftbook.publishing.audit_logs import KEYS
@@ -71,7 +71,7 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
         found["adapter"] = _usual_adapter()
     named = (found.get(name, "") for name in ("adapter", "model", "endpoint"))
     one = audit_setup.candidate(*named)
-    return {"name": one.name, **found}
+    return {"name": one.place, **found}
 
 
 def _usual_adapter() -> str:
@@ -118,7 +118,7 @@ def main() -> int:
         names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
     adapters = os.environ.get("ADAPTERS", "").split()
-    _forget(adapters)
+    folders = _begun(adapters)
     try:
         check_path(ROOT, "the checkout")
         if adapters:
@@ -127,6 +127,8 @@ def main() -> int:
         found = ran_through(run_audit(given))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
+        for folder in filter(has_not_ended, folders):
+            could_not_run(folder, str(error))
         return COULD_NOT_RUN
     for sentence in found["sentences"]:
         print(sentence)
@@ -134,15 +136,17 @@ def main() -> int:
     return found["status"]
 
 
-def _forget(adapters: list[str]) -> None:
-    """Take away what earlier audits of the same said of passing: where this one cannot even begin,
-    theirs would be read as its own.
+def _begun(adapters: list[str]) -> list[Path]:
+    """The folders of what is to be audited, in which the audits are begun: where one cannot even be
+    read, an earlier one would be taken for it.
     """
     others = [os.environ.get(name, "") for name in ("MODEL", "ENDPOINT")]
     asked = [[one, *others] for one in adapters or [os.environ.get("ADAPTER", "")]]
-    names = [audit_setup.name_of(*one) for one in asked if any(one)]
-    for name in [*names, *[COMPARED] * bool(adapters)]:
-        (folder_of({"name": name}) / CI_FILE).unlink(missing_ok=True)
+    names = [audit_setup.place_of(*one) for one in asked if any(one)]
+    folders = [folder_of({"name": name}) for name in [*names, *[COMPARED] * bool(adapters)]]
+    for folder in folders:
+        begin(folder)
+    return folders
 
 
 def _several(adapters: list[str]) -> int:
@@ -150,11 +154,13 @@ def _several(adapters: list[str]) -> int:
     every = [parameters({**os.environ, "ADAPTER": one}) for one in adapters]
     names = [given["name"] for given in every]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"ADAPTERS names {twice[0]!r} twice; give folders of different names")
-    found = {given["name"]: ran_through(run_audit(given), given["name"]) for given in every}
-    records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
+        raise ValueError(f"ADAPTERS names {twice[0]!r} twice; name each adapter once")
+    short = [name.rpartition("-")[0] or name for name in names]
+    names = names if len(set(short)) < len(short) else short
+    asked = dict(zip(names, every, strict=True))
+    found = {name: ran_through(run_audit(given), name) for name, given in asked.items()}
+    records = {name: read_audit(folder_of(given) / "audit.json") for name, given in asked.items()}
     folder = folder_of({"name": COMPARED})
-    folder.mkdir(parents=True, exist_ok=True)
     margin = records[names[0]]["how"]["margin"]
     status, *tables = write_several(records, margin, folder)
     for table in tables:
@@ -188,8 +194,7 @@ def folder_of(given: Mapping[str, Any]) -> Path:
 def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     """Run notebook 21 with these parameters; what ci.json then holds."""
     folder = folder_of(given)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CI_FILE).unlink(missing_ok=True)
+    begin(folder)
     try:
         with _quiet():
             execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
