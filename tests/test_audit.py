@@ -200,9 +200,9 @@ def test_an_adapter_without_a_known_base_needs_one(tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"")
     one = audit_setup.candidate(str(folder), "")
     with pytest.raises(ValueError, match="does not say which base model"):
-        audit_setup.audit_study(one, "", "", "", None)
+        audit_setup.audit_study(one, "", "", "", {})
     with pytest.raises(ValueError, match="there is no such folder or file"):
-        audit_setup.audit_study(one, "no/such/base/model", "", "", None)
+        audit_setup.audit_study(one, "no/such/base/model", "", "", {})
 
 
 def test_a_base_model_made_for_another_study_is_found_where_it_lies(study, standins):
@@ -292,7 +292,7 @@ def test_each_item_is_asked_once_however_often_a_study_asks_it(monkeypatch):
     trained = study_file.load("corrected")
     name, base = next(iter(trained.bases.items()))
     one = audit_setup.Candidate("adapter", "x", "x", None, None, base, trained, name)
-    asked, _, _ = audit_setup.audit_study(one, "", "none", "", None)
+    asked, _, _ = audit_setup.audit_study(one, "", "none", "", {})
     assert any(one.samples for one in trained.benchmarks.values())
     assert any(one.wordings for one in trained.benchmarks.values())
     assert set(asked.benchmarks) == set(trained.benchmarks)
@@ -463,6 +463,37 @@ def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
     object.__setattr__(one, "candidate", SimpleNamespace(kind="adapter"))
     one.__dict__["_findings"] = found
     assert one.notes == ["of the adapter: it was trained on x, and the base model given is y"]
+
+
+@pytest.mark.parametrize("template", ["", "base", "adapter"])
+def test_another_chat_template_stops_an_audit_unless_one_is_chosen(template):
+    said = "its chat template differs from the base model's"
+    row = {"finding": "chat_template", "severity": "warning", "sentence": said, "module": None}
+    one = opened("all", {}, template=template)
+    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", source="lora")
+    one.__dict__["_findings"] = pd.DataFrame([row] * (template != "adapter") or None, columns=row)
+    if template:
+        one.examined()
+        notes = {"base": f"of the adapter: {said}", "adapter": "both sides are asked by a chat"}
+        assert [note.startswith(notes[template]) for note in one.notes] == [True]
+    else:
+        with pytest.raises(ValueError, match=r"TEMPLATE=adapter .* or TEMPLATE=base"):
+            one.examined()
+
+
+def test_a_chosen_template_is_asked_of_both_sides(tmp_path, study, monkeypatch):
+    monkeypatch.setattr(audit_setup.loading, "check_source", lambda *_: None)
+    name, base = next(iter(study.bases.items()))
+    one = audit_setup.Candidate("adapter", "x", "x", tmp_path, None, base, study, name)
+    with pytest.raises(ValueError, match="no chat template beside x; give TEMPLATE=base"):
+        audit_setup.template_text("adapter", one)
+    (tmp_path / "chat_template.jinja").write_text("{{ mine }}")
+    assert audit_setup.template_text("adapter", one) == "{{ mine }}"
+    assert [audit_setup.template_text(text, one) for text in ("", "base")] == [None, None]
+    with pytest.raises(ValueError, match="is no file"):
+        audit_setup.audit_study(one, "", "none", "", {"template": "no/such.jinja"})
+    asked, known, _ = audit_setup.audit_study(one, "", "none", "", {"template": "{{ mine }}"})
+    assert asked.bases[known].chat_template == "{{ mine }}"
 
 
 def test_an_adapters_own_words_are_fetched_from_the_hub_if_it_has_them(tmp_path, monkeypatch):

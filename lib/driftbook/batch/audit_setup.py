@@ -12,6 +12,7 @@ from driftbook.analyses.audit import CANDIDATE
 from driftbook.batch.costing import weight_bytes
 from driftbook.batch.sizes import MADE, size
 from driftbook.benchmarks.judges import JUDGES
+from driftbook.doctors.adapter_files import reason_of, words_in
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
@@ -268,10 +269,35 @@ def beside(model: Base, base: Base) -> Base:
 
 
 # ---- what is asked
-def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str | None) -> tuple:
+def template_text(text: str, one: Candidate) -> str | None:
+    """The chat template that TEMPLATE= gives both sides, as a study's base model has it: `adapter`,
+    the one beside the adapter, or one of its own (Jinja, or the path of its file); None for `base`
+    and where nothing is given.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    if text != "adapter":
+        return None if text in ("", "base") else text
+    try:
+        found = words_in(one.folder).template if one.kind == "adapter" else None
+    except Exception as error:  # see words_in
+        raise ValueError(f"TEMPLATE=adapter: {reason_of(error, one.folder)}") from None
+    if found is None:
+        raise ValueError(
+            f"TEMPLATE=adapter: there is no chat template beside {one.source}; give TEMPLATE=base,"
+            " or the path of a template"
+        )
+    return found
+
+
+def audit_study(
+    one: Candidate, base: str, judge: str, asked: str, given: Mapping[str, str | None]
+) -> tuple:
     """The study that an audit asks: the benchmarks and judges of `asked` (that which trained the
     adapter, else USUAL_STUDY), for the base model alone; its name there; and what must be said of
-    judges.
+    judges. `given` holds what replaces the base model's own system_prompt and template, where it is
+    not null.
 
     Raises:
         ValueError: no base model is known, or what is asked for is not to be had.
@@ -286,14 +312,15 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
     name = _known_as(source, study, one)
     keeps, name = name is not None, name or _free_name(own_name(source), study)
     source = study.bases[name] if keeps else source
-    given = {} if system is None else {"system_prompt": system}
+    changes = {field: value for field, value in given.items() if value is not None}
     found = {field: getattr(study, field) for field in Content.model_fields}
-    found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
+    found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=changes)}}
     found |= {"twins": study.twins if keeps else {}, "grid": (), "primary": {}, "mitigations": {}}
     found |= {"drift": None, "analyses": (), "raters": {}, "base_repetitions": 1}
     found["benchmarks"] = {one: asked_once(part) for one, part in study.benchmarks.items()}
     found["judges"], said = _judges(study, judge)
     checked = Study(**found)
+    _ = checked.bases[name].chat_template  # a path of no file is refused now
     loading.check_source(checked.bases[name], name, checked)
     return checked, name, said
 

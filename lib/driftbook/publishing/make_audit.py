@@ -41,7 +41,7 @@ GIVEN = (
     "SYSTEM",
     "FAIL_IF",
 )
-GIVEN += ("SINCE",)
+GIVEN += ("SINCE", "TEMPLATE")
 OF_MODELS = ("ADAPTER", "ADAPTERS", "ENDPOINT")  # what is asked, where no logs are read
 COMPARED = "compared"  # the folder of several audits together
 USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named

@@ -105,6 +105,8 @@ def _of(before: dict, one: Candidate, out: Path) -> dict:
     """The audit of another adapter on the same base model and prompts."""
     benchmarks = before.get("benchmarks") or (one.study.name if one.study else "")
     given = before | {"adapter": str(out), "name": f"{before['name']}-{out.name}"}
+    if template := audit_setup.template_text(before.get("template", ""), one):
+        given["template"] = template  # the copy has no tokenizer beside it
     return given | ({"benchmarks": benchmarks} if benchmarks else {})
 
 
