@@ -469,7 +469,7 @@ def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
 def test_another_chat_template_stops_an_audit_unless_one_is_chosen(template):
     said = "its chat template differs from the base model's"
     row = {"finding": "chat_template", "severity": "warning", "sentence": said, "module": None}
-    one = opened("all", {}, template=template)
+    one = opened("all", {}, given={"TEMPLATE": template} if template else {})
     one.__dict__["candidate"] = SimpleNamespace(kind="adapter", source="lora")
     one.__dict__["_findings"] = pd.DataFrame([row] * (template != "adapter") or None, columns=row)
     if template:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from driftbook.analyses import audit as areas
 from driftbook.batch import audit_setup
+from driftbook.batch.audit_repairs import repairs
 from driftbook.batch.auditing import Audit
 from driftbook.models.templates import template_of
 from driftbook.stats.confidence import CONFIDENCE
@@ -71,11 +72,11 @@ def audit_record(
         "items": areas.moved(scores).to_dict("records"),
         "doctor": _findings(audit.examined()),
         "dose": _dose(audit),
-        "repairs": repairs(audit),
         "not_tested": list(NOT_TESTED),
         "text_folder": "text",
     }
-    return nameless_value(plain(record))
+    # commands name no folder of this machine, and must work as they are
+    return nameless_value(plain(record)) | {"repairs": repairs(audit)}
 
 
 def _who(audit: Audit) -> dict[str, Any]:
@@ -172,28 +173,6 @@ def _dose(audit: Audit) -> dict[str, Any]:
     if found["no_op"]:
         said += " The adapter changes next to nothing: no verdict here is about fine-tuning."
     return found | {"sentence": said}
-
-
-def repairs(audit: Audit) -> list[dict[str, str]]:
-    """The repairs of a finished adapter that apply to this one, with the command of each."""
-    if audit.candidate.kind != "adapter":
-        return []
-    kind = read_json(audit.candidate.folder / "adapter_config.json").get("peft_type")
-    if kind not in OF_WEIGHTS:
-        return []
-    command = f"make repair ADAPTER={audit.candidate.source} WITH="
-    return [
-        {"kind": name, "command": f"{command}{name}", "sentence": sentence}
-        for name, sentence in REPAIRS.items()
-    ]
-
-
-REPAIRS = {
-    "rescale": "makes the whole update smaller, which is what every other repair has to beat",
-    "safe_lora": "projects the update onto what alignment changed; it also needs ALIGNED= and"
-    " UNALIGNED=, the two checkpoints whose difference says what that is",
-}
-OF_WEIGHTS = ("LORA", "IA3")  # PEFT's types whose update of weights these repairs read
 
 
 # ---- files

@@ -178,6 +178,8 @@ def name_of(adapter: str, model: str, endpoint: str = "") -> str:
 
 
 def _name_of(text: str) -> str:
+    link = ROOT / text
+    text = str(link.resolve()) if link.is_symlink() and link.is_relative_to(OUTPUTS) else text
     parts = [part for part in text.partition("@")[0].split("/") if part not in ("", "adapter", ".")]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1] if parts else "").strip("_.-") or "adapter"
 

@@ -81,7 +81,7 @@ class Audit:
     judges_note: str | None
     name: str  # of its folder
     probes: tuple[str, ...] = ()  # of benchmarks.deployed.PROBES
-    template: str = ""  # as TEMPLATE= says it
+    given: dict[str, str] = field(default_factory=dict)  # as make's variables say it
     started: float = field(default_factory=time.monotonic)
     places: dict[Path, tuple[str, str]] = field(default_factory=dict)  # of tables: benchmark, side
     resumed: list[Path] = field(default_factory=list)  # an endpoint's answers, kept before
@@ -142,7 +142,7 @@ class Audit:
             found = self.examined()
             doubts = found[found["severity"].eq("warning") & found["finding"].isin(DOUBTS)]
             other = "both sides are asked by a chat template that is not the base model's own"
-            said = [other] if self.template not in ("", OF_BASE) else []
+            said = [other] if self.given.get("TEMPLATE", OF_BASE) != OF_BASE else []
             return [*said, *(f"of the adapter: {sentence}" for sentence in doubts["sentence"])]
         changed = self.endpoint.changed()
         resumed = [
@@ -189,7 +189,7 @@ class Audit:
                 f"{self.candidate.source} cannot be audited: {errors.sentence.iloc[0]}"
             )
         other = found[found["finding"].eq("chat_template") & found["severity"].eq("warning")]
-        if len(other) and not self.template:
+        if len(other) and "TEMPLATE" not in self.given:
             raise ValueError(
                 f"{self.candidate.source}: {other.sentence.iloc[0]}; give TEMPLATE=adapter to ask"
                 " both sides by the adapter's, or TEMPLATE=base to ask by the base model's all"
@@ -508,8 +508,8 @@ def open_audit(
     if unknown := [probe for probe in probes if probe not in PROBED]:
         raise ValueError(f"PROBES={unknown[0]!r}; expected some of {', '.join(PROBED)}")
     one = audit_setup.candidate(adapter, model, endpoint)
-    given = {"system_prompt": system or None, "template": audit_setup.template_text(template, one)}
-    study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, given)
+    own = {"system_prompt": system or None, "template": audit_setup.template_text(template, one)}
+    study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, own)
     if one.kind == "endpoint":
         _check_askable(study, base_name)
     held = {base_name: study.bases[base_name], **study.judges}
@@ -519,7 +519,9 @@ def open_audit(
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)
-    names = (name or one.place, tuple(probes), template)
+    given = {"BASE": base, "JUDGE": judge, "BENCHMARKS": benchmarks, "SYSTEM": system}
+    given = {what: text for what, text in (given | {"TEMPLATE": template}).items() if text}
+    names = (name or one.place, tuple(probes), given)
     audit = Audit(one, study, base_name, limit, margin, seed, said, *names)
     _check_items(audit)
     return audit
