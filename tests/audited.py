@@ -8,6 +8,7 @@ import pandas as pd
 
 from driftbook.analyses import audit
 from driftbook.analyses.audit import AREAS, AUDIT_FORMAT, FALL, item_change
+from driftbook.stats.harm import DETECTOR
 from driftbook.stats.words import BETTER, NO_WORSE, WORSE
 
 MANY = 100
@@ -106,6 +107,7 @@ def record(verdicts=None, items=None, **more) -> dict[str, Any]:
         "judges": [
             {"name": "guard", "format": "llama_guard_2", "threshold": 0.5, "error": "not known"}
         ],
+        "detector": {"name": DETECTOR, "error": "agrees with people on 90 % of 600 answers"},
         "how": dict(HOW),
         "verdicts": verdicts,
         "categories": [],

@@ -238,7 +238,8 @@ def test_licences_name_no_folder_of_this_machine(study, tmp_path):
     moved = {kind: {name: places[name] for name in getattr(study, kind)} for kind in kinds}
     places["bbq"] = study.benchmarks["bbq"].model_copy(update={"source": "github:nyu-mll/BBQ/data"})
     moved["benchmarks"]["bbq"] = places["bbq"]
-    found = licences_of(study.model_copy(update=moved))
+    moved["bases"]["another"] = study.bases["tiny-llama"]  # of the study, and not asked
+    found = licences_of(study.model_copy(update=moved), "tiny-llama")
     assert len(found) == len(places)
     assert "base model tiny-llama: tiny-llama-files" in [one["what"] for one in found]
     assert "benchmark bbq: github:nyu-mll/BBQ/data" in [one["what"] for one in found]

@@ -139,6 +139,26 @@ def test_several_of_which_one_is_not_there_leave_nothing_that_looks_like_an_end(
     assert all("no such folder" in json.loads(one.read_text())["sentences"][0] for one in cis)
 
 
+@pytest.mark.parametrize("fail_if", ["", "safety<-3"])
+def test_what_was_found_is_said_wherever_outputs_lie(
+    here, monkeypatch, capsys, tmp_path_factory, fail_if
+):
+    elsewhere = tmp_path_factory.mktemp("outputs")
+    monkeypatch.setattr(make_audit, "OUTPUTS", elsewhere)
+    given = {"name": "lora-0a1b2c"} | ({"fail_if": fail_if} if fail_if else {})
+    monkeypatch.setattr(make_audit, "parameters", lambda _: given)
+    found = {"status": UNDECIDED, "sentences": ["safety: cannot tell."]}
+    found["verdicts"] = [{"sentence": "Safety: it fell by 2 points."}]
+    monkeypatch.setattr(make_audit, "run_audit", lambda _: found)
+    assert make_audit.main() == UNDECIDED
+    said = capsys.readouterr().out
+    assert said.startswith("asking lora and the base model the same prompts")
+    assert "Safety: it fell by 2 points." in said
+    assert ("safety: cannot tell." in said) == bool(fail_if)
+    page = elsewhere / "audit" / "lora-0a1b2c" / "audit.html"
+    assert said.endswith(f"cannot tell (status 2 in ci.json); see {page}\n")
+
+
 def test_logs_and_an_adapter_are_not_one_audit(here, monkeypatch, capsys):
     monkeypatch.setenv("BASE_LOG", "a")
     monkeypatch.setenv("ADAPTER", "b")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from driftbook.analyses import audit as areas
 from driftbook.batch import audit_setup
+from driftbook.batch.audit_known import detector_error, judge_errors
 from driftbook.batch.audit_repairs import repairs
 from driftbook.batch.auditing import Audit
 from driftbook.models.templates import template_of
@@ -53,6 +54,7 @@ def audit_record(
     ]
     order, packages = list(areas.AREAS), versions()
     _write_texts(audit)
+    errors = judge_errors(audit)
     record = {
         "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -60,9 +62,10 @@ def audit_record(
         "name": audit.title,
         **_who(audit),
         "judges": [
-            {"name": name, "format": one.format, "threshold": one.threshold, "error": None}
+            {"name": name, "format": one.format, "threshold": one.threshold, "error": errors[name]}
             for name, one in audit.study.judges.items()
         ],
+        "detector": {"name": DETECTOR, "error": detector_error()},
         "judges_note": audit.judges_note,
         "notes": audit.notes,
         "how": _how(audit, scores, verdicts),

@@ -169,6 +169,11 @@ def place_of(adapter: str, model: str, endpoint: str = "") -> str:
     return f"{name_of(adapter, model, endpoint)}-{digest(where, 6)}"
 
 
+def without_digits(place: str) -> str:
+    """The name in a folder's name that place_of made."""
+    return re.sub(r"-[0-9a-f]{6}$", "", place)
+
+
 def name_of(adapter: str, model: str, endpoint: str = "") -> str:
     """The name of what is audited, whether it is there or not."""
     if not endpoint:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from driftbook.analyses.training_compute import provider_share
+from driftbook.batch.audit_known import trained_tokens
 from driftbook.batch.audit_record import audit_record
 from driftbook.batch.auditing import Audit
 from driftbook.publishing import licences
@@ -45,17 +46,24 @@ def write_audit(
     """
     record = audit_record(audit, scores, verdicts, categories, looks)
     frozen = record["candidate"]["kind"] == "adapter"
-    share = provider_share(record["base"]["source"], None, frozen)
-    record = {**record, "licences": licences_of(audit.study), "provider_share": share}
+    share = provider_share(record["base"]["source"], trained_tokens(audit), frozen)
+    record = {
+        **record,
+        "licences": licences_of(audit.study, audit.base_name),
+        "provider_share": share,
+    }
     _, sentences = finish_audit(record, audit.folder, fail_if, since)
     write_audit_page(record, audit.folder / PAGE)
     return record, sentences
 
 
-def licences_of(study: Study) -> list[dict[str, str | None]]:
-    """The licences behind an audit, as its record has them: of a folder the last part alone."""
+def licences_of(study: Study, base_name: str) -> list[dict[str, str | None]]:
+    """The licences behind an audit, as its record has them: of the one base model that was asked,
+    of judges and benchmarks; of a folder the last part alone.
+    """
     known = licences.of_study(study)
     known = known[known["role"].isin(OF_AN_AUDIT)].astype(object)
+    known = known[known["role"].ne("base model") | known["name"].eq(base_name)]
     rows = known.where(known.notna(), None).to_dict("records")
     for row in rows:  # github:OWNER/REPOSITORY/FOLDER is no path of this machine
         kept = re.match(r"[a-z]{2,}:", row["source"])

@@ -221,7 +221,7 @@ def ci_json(
     the difference to an earlier audit. Without a record the audit could not run.
     """
     rows = [] if record is None else record["verdicts"]
-    names = ("area", "benchmark", "judge", "difference", *_ARGS)
+    names = ("area", "benchmark", "judge", "difference", *_ARGS, "sentence")
     value = {
         "format": "driftbook audit ci 1",
         "status": status,

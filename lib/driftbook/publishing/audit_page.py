@@ -92,7 +92,7 @@ def _seen(record: Record) -> dict[str, Any]:
         "dose_sentence": record["dose"].get("sentence"),
         "not_tested": [_begun(text) for text in record["not_tested"]],
         "how": _how(record, level),
-        "judged": [_judge(judge) for judge in record["judges"]],
+        "judged": [*(_judge(one) for one in record["judges"]), *_detector(record)],
         "origins": _origins(record),
         "system_prompt": record.get("system_prompt"),
         "provider": (record.get("provider_share") or {}).get("sentence"),
@@ -166,8 +166,8 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
         f"base {_points(row['base'])} → candidate {_points(row['candidate'])}",
         asked,
         row["benchmark"],
-        f"judged by {row['judge']}" if row["judge"] else "no judge",
     ]
+    facts += [f"judged by {row['judge']}"] if row["judge"] else []
     facts += [] if row["p_adjusted"] is None else [f"adjusted p {_chance(row['p_adjusted'])}"]
     margin = row["margin"]
     return {
@@ -353,6 +353,14 @@ def _judge(judge: Record) -> list[Any]:
         "" if threshold is None else f"{threshold:g}",
         judge.get("error") or "not measured",
     ]
+
+
+def _detector(record: Record) -> list[list[Any]]:
+    """The refusal detector as a row of the table of judges: it reads over-refusal in every audit
+    of a model.
+    """
+    found = record.get("detector")
+    return [[found["name"], "words of the answer", "", found["error"]]] if found else []
 
 
 def _origins(record: Record) -> list[tuple[str, str]]:

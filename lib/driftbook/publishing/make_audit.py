@@ -18,7 +18,7 @@ from driftbook.batch.notebooks import NotebookError, execute
 from driftbook.publishing.audit_files import check_gate
 from driftbook.publishing.audit_finish import CI_FILE, PAGE, begin, could_not_run, has_not_ended
 from driftbook.publishing.audit_formats import ci_json
-from driftbook.publishing.audit_gate import COULD_NOT_RUN, worst
+from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS, worst
 from driftbook.publishing.audit_logs import KEYS
 from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
@@ -80,7 +80,7 @@ def _usual_adapter() -> str:
         study = study_file.load(name)
         for folder in _loras(study).values():
             if (folder / audit_setup.WEIGHTS).is_file():
-                return str(folder.parent.relative_to(ROOT))
+                return shown(folder.parent)
     return _made()
 
 
@@ -106,7 +106,7 @@ def _made() -> str:
                 execute(ROOT / "notebooks" / f"{notebook}.ipynb", work / f"{notebook}.ipynb", given)
         except NotebookError as error:
             raise ValueError(_plain(error)) from None
-    return str(folder.parent.relative_to(ROOT))
+    return shown(folder.parent)
 
 
 def main() -> int:
@@ -124,16 +124,35 @@ def main() -> int:
         if adapters:
             return _several(adapters)
         given = parameters(os.environ)
+        _announce([given])
         found = ran_through(run_audit(given))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         for folder in filter(has_not_ended, folders):
             could_not_run(folder, str(error))
         return COULD_NOT_RUN
-    for sentence in found["sentences"]:
-        print(sentence)
-    print(f"see {(folder_of(given) / PAGE).relative_to(ROOT)}")
+    print(*[row["sentence"] for row in found["verdicts"]], sep="\n")
+    if {"fail_if", "since"} & set(given):  # else the words above decide
+        print(*found["sentences"], sep="\n")
+    print(f"{_ended(found['status'])}; see {shown(folder_of(given) / PAGE)}")
     return found["status"]
+
+
+def _announce(every: list[dict[str, Any]]) -> None:
+    """Say what is being done, since nothing is heard of it until it ends."""
+    budget = every[0].get("budget") or "10 minutes"
+    names = " and ".join(audit_setup.without_digits(given["name"]) for given in every)
+    print(f"asking {names} and the base model the same prompts (BUDGET={budget}) ...", flush=True)
+
+
+def _ended(status: int) -> str:
+    """An exit status in words; make itself ends with 2 whatever it is."""
+    return f"{MEANINGS[status]} (status {status} in {CI_FILE})"
+
+
+def shown(path: Path) -> str:
+    """A path as it is printed: from the root of the checkout where it is inside."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def _begun(adapters: list[str]) -> list[Path]:
@@ -152,10 +171,11 @@ def _begun(adapters: list[str]) -> list[Path]:
 def _several(adapters: list[str]) -> int:
     """Audit adapters of one base model, and compare them."""
     every = [parameters({**os.environ, "ADAPTER": one}) for one in adapters]
+    _announce(every)
     names = [given["name"] for given in every]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"ADAPTERS names {twice[0]!r} twice; name each adapter once")
-    short = [name.rpartition("-")[0] or name for name in names]
+    short = [audit_setup.without_digits(name) for name in names]
     names = names if len(set(short)) < len(short) else short
     asked = dict(zip(names, every, strict=True))
     found = {name: ran_through(run_audit(given), name) for name, given in asked.items()}
@@ -171,7 +191,7 @@ def _several(adapters: list[str]) -> int:
     print(*said, sep="\n")
     with replacing(folder / CI_FILE) as new:
         new.write_text(ci_json(None, status, said), encoding="utf-8")
-    print(f"see {folder.relative_to(ROOT)}")
+    print(f"{_ended(status)}; see {shown(folder)}")
     return status
 
 

@@ -21,6 +21,7 @@ from driftbook.publishing.make_audit import (
     parameters,
     ran_through,
     run_audit,
+    shown,
 )
 from driftbook.stats.picking import with_minus
 from driftbook.study.files import ROOT, check_path
@@ -97,7 +98,7 @@ def main() -> int:
         return COULD_NOT_RUN
     found = {name: read_audit(folder_of(given) / "audit.json") for name, given in compared.items()}
     print(table(found).to_string())
-    print(f"the repaired adapter: {out.relative_to(ROOT)}")
+    print(f"the repaired adapter: {shown(out)}")
     return 0
 
 
