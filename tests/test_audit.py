@@ -434,7 +434,7 @@ def test_the_dose_is_on_answers_that_were_held_out_of_the_adapters_training(own,
 
 def test_a_dose_without_held_out_answers_is_not_known(study, monkeypatch):
     def fails(*_):
-        raise ValueError("data.heldout: /home/her/x.json is not there")
+        raise ValueError("data.heldout: /data/her/x.json is not there")
 
     one = opened("all", {})
     one.__dict__["candidate"] = SimpleNamespace(kind="adapter", study=None)

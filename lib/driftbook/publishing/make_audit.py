@@ -80,7 +80,7 @@ def _usual_adapter() -> str:
         study = study_file.load(name)
         for folder in _loras(study).values():
             if (folder / audit_setup.WEIGHTS).is_file():
-                return shown(folder.parent)
+                return as_printed(folder.parent)
     return _made()
 
 
@@ -106,7 +106,7 @@ def _made() -> str:
                 execute(ROOT / "notebooks" / f"{notebook}.ipynb", work / f"{notebook}.ipynb", given)
         except NotebookError as error:
             raise ValueError(_plain(error)) from None
-    return shown(folder.parent)
+    return as_printed(folder.parent)
 
 
 def main() -> int:
@@ -134,15 +134,17 @@ def main() -> int:
     print(*[row["sentence"] for row in found["verdicts"]], sep="\n")
     if {"fail_if", "since"} & set(given):  # else the words above decide
         print(*found["sentences"], sep="\n")
-    print(f"{_ended(found['status'])}; see {shown(folder_of(given) / PAGE)}")
+    print(f"{_ended(found['status'])}; see {as_printed(folder_of(given) / PAGE)}")
     return found["status"]
 
 
 def _announce(every: list[dict[str, Any]]) -> None:
     """Say what is being done, since nothing is heard of it until it ends."""
-    budget = every[0].get("budget") or "10 minutes"
     names = " and ".join(audit_setup.without_digits(given["name"]) for given in every)
-    print(f"asking {names} and the base model the same prompts (BUDGET={budget}) ...", flush=True)
+    how = f"BUDGET={every[0].get('budget') or '10 minutes'}"
+    if not how.endswith("all"):
+        how += "; BUDGET=all asks everything once, for narrower intervals"
+    print(f"asking {names} and the base model the same prompts ({how}) ...", flush=True)
 
 
 def _ended(status: int) -> str:
@@ -150,7 +152,7 @@ def _ended(status: int) -> str:
     return f"{MEANINGS[status]} (status {status} in {CI_FILE})"
 
 
-def shown(path: Path) -> str:
+def as_printed(path: Path) -> str:
     """A path as it is printed: from the root of the checkout where it is inside."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
@@ -191,7 +193,7 @@ def _several(adapters: list[str]) -> int:
     print(*said, sep="\n")
     with replacing(folder / CI_FILE) as new:
         new.write_text(ci_json(None, status, said), encoding="utf-8")
-    print(f"{_ended(status)}; see {shown(folder)}")
+    print(f"{_ended(status)}; see {as_printed(folder)}")
     return status
 
 

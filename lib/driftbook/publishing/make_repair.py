@@ -16,12 +16,12 @@ from driftbook.batch.audit_setup import Candidate
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.make_audit import (
+    as_printed,
     exit_status,
     folder_of,
     parameters,
     ran_through,
     run_audit,
-    shown,
 )
 from driftbook.stats.picking import with_minus
 from driftbook.study.files import ROOT, check_path
@@ -98,7 +98,7 @@ def main() -> int:
         return COULD_NOT_RUN
     found = {name: read_audit(folder_of(given) / "audit.json") for name, given in compared.items()}
     print(table(found).to_string())
-    print(f"the repaired adapter: {shown(out)}")
+    print(f"the repaired adapter: {as_printed(out)}")
     return 0
 
 
