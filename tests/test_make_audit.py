@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from conftest import one_sentence
 from driftbook.batch.notebooks import NotebookError
 from driftbook.publishing import make_audit, make_repair
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, FAIL, PASS, UNDECIDED
@@ -107,6 +108,13 @@ def test_an_earlier_audit_is_not_read_as_one_that_could_not_begin(here, monkeypa
     ci = json.loads((folder / "ci.json").read_text())
     assert ci["status"] == COULD_NOT_RUN
     assert "names no area" in ci["sentences"][0]
+
+
+def test_outputs_that_cannot_be_written_are_said_in_a_sentence(here, monkeypatch, capsys):
+    (here / "outputs").write_text("a file where the folder should be")
+    monkeypatch.setenv("ADAPTER", "lora")
+    assert make_audit.main() == COULD_NOT_RUN
+    assert one_sentence(capsys.readouterr().err).startswith("driftbook: ")
 
 
 def test_until_an_audit_ends_it_has_not_passed(here, monkeypatch):

@@ -24,7 +24,7 @@ from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
-from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json, replacing
+from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, read_json, replacing
 from driftbook.study.folders import adapter
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -118,9 +118,11 @@ def main() -> int:
         names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
     adapters = os.environ.get("ADAPTERS", "").split()
-    folders = _begun(adapters)
+    folders: list[Path] = []
     try:
         check_path(ROOT, "the checkout")
+        check_writable(OUTPUTS / "audit")
+        folders = _begun(adapters)
         if adapters:
             return _several(adapters)
         given = parameters(os.environ)
