@@ -64,9 +64,11 @@ def test_a_repair_is_audited_as_the_adapter_was(here, tmp_path):
     path = adapter(here / "lora")
     given = {"BASE": str(tmp_path / "base model"), "BENCHMARKS": "pocket", "SYSTEM": "Be kind."}
     given |= {"JUDGE": f"llama_guard_3={tmp_path / 'base model'}"}
+    given |= {"TEMPLATE": "{{ messages }}" * 400}  # longer than the name of a file may be
     _, found = commands(path, **given)
     told = found["rescale"]
     assert told == {**told, "WITH": "rescale", "BENCHMARKS": "pocket", "SYSTEM": "Be kind."}
+    assert told["TEMPLATE"] == given["TEMPLATE"]
     assert (here / told["BASE"]).resolve() == tmp_path / "base model"
     form, _, judge = told["JUDGE"].partition("=")
     assert form == "llama_guard_3"

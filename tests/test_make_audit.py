@@ -94,6 +94,20 @@ def test_a_repair_is_known_before_it_names_a_folder(here, monkeypatch, capsys, k
     assert not [*here.iterdir()]
 
 
+@pytest.mark.parametrize("template", ["", "base", "adapter"])
+def test_a_repaired_copy_is_asked_by_the_template_that_was_chosen(here, template):
+    """Each folder of an adapter may hold a template, which a repair does not copy."""
+    for name in ("lora", "out"):
+        (here / name).mkdir()
+    (here / "lora" / "chat_template.jinja").write_text("{{ mine }}")
+    one = make_repair.Candidate("adapter", "lora", "lora", here / "lora", None, None)
+    before = {"name": "lora", "adapter": "lora"} | ({"template": template} if template else {})
+    given = make_repair._of(before, one, here / "out")
+    assert given.get("template", "") == template
+    copied = (here / "out" / "chat_template.jinja").exists()
+    assert copied == (template == "adapter")
+
+
 def test_an_earlier_audit_is_not_read_as_one_that_could_not_begin(here, monkeypatch, capsys):
     folder = here / "outputs" / "audit" / make_audit.audit_setup.place_of("nowhere/lora", "")
     folder.mkdir(parents=True)

@@ -57,9 +57,11 @@ def _typed(audit: Audit, name: str, text: str) -> str:
     """A variable's value as it is typed in a shell; of a path one that begins in the checkout, or
     in the folder of outputs.
     """
+    if name == "SYSTEM" or "{{" in text:  # a prompt, or a template itself
+        return shlex.quote(text)
     form, sign, place = text.rpartition("=") if name == "JUDGE" else ("", "", text)
     path = Path(os.path.normpath(ROOT / Path(place).expanduser()))
-    if name == "SYSTEM" or not path.exists():  # a text; a name on the hub or of a study
+    if not path.exists():  # a name on the hub or of a study
         return shlex.quote(text)
     if not (path.is_relative_to(ROOT) or path.is_relative_to(OUTPUTS)):
         link = audit.folder / f"{name.lower()}{path.suffix if path.is_file() else ''}"

@@ -106,8 +106,9 @@ def _of(before: dict, one: Candidate, out: Path) -> dict:
     """The audit of another adapter on the same base model and prompts."""
     benchmarks = before.get("benchmarks") or (one.study.name if one.study else "")
     given = before | {"adapter": str(out), "name": f"{before['name']}-{out.name}"}
-    if template := audit_setup.template_text(before.get("template", ""), one):
-        given["template"] = template  # the copy has no tokenizer beside it
+    if before.get("template") == "adapter":  # which a repaired copy does not take with it
+        text = audit_setup.template_text("adapter", one)
+        (out / "chat_template.jinja").write_text(text, encoding="utf-8")
     return given | ({"benchmarks": benchmarks} if benchmarks else {})
 
 
