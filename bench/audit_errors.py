@@ -16,7 +16,7 @@ import pandas as pd
 from driftbook.analyses import audit
 from driftbook.stats import monitor
 from driftbook.stats.confidence import ALPHA
-from driftbook.stats.sequential import BETTER, WORSE
+from driftbook.stats.words import BETTER, WORSE
 
 SEEN = (WORSE, BETTER)
 N_AREAS = 5  # of an audit without probes

@@ -194,6 +194,23 @@ def refusal_accuracy() -> list[dict]:
     return rows
 
 
+def detector_error() -> pd.DataFrame:
+    """The refusal detector against people's labels of XSTest's answers, on the half that was not
+    used for tuning: a row per model that answered, and one of all.
+    """
+    from driftbook.batch.audit_known import ALL
+    from driftbook.benchmarks.refusals import is_refusal, tuning_half
+    from driftbook.stats.agreement import with_labels
+
+    models = _labelled_answers()
+    rows = []
+    for name, frame in {**models, ALL: pd.concat(models.values())}.items():
+        test = frame[[not tuning_half(prompt_id) for prompt_id in frame.id]]
+        found = with_labels(is_refusal(list(test.completion)), _refused(test))
+        rows.append({"answers_of": name, **found})
+    return pd.DataFrame(rows).astype({"n": int, "unscored": int})
+
+
 def _labelled_answers() -> dict[str, pd.DataFrame]:
     """XSTest's answers with people's labels, by the model that gave them."""
     shared = os.environ.get("DRIFTBOOK_SHARED")
@@ -253,3 +270,14 @@ def _judge_accuracy() -> list[dict]:
         )
         for one in found.itertuples()
     ]
+
+
+def main() -> None:
+    """Write the refusal detector's error to the table that audits read."""
+    from driftbook.batch.audit_known import DETECTOR_ERROR
+
+    detector_error().to_csv(DETECTOR_ERROR, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()

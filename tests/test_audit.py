@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,36 +13,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import audited
 from driftbook.analyses import audit
-from driftbook.batch import audit_record, audit_setup
+from driftbook.batch import audit_record, audit_setup, auditing
 from driftbook.batch.auditing import Audit
 from driftbook.benchmarks import bbq_scores
 from driftbook.stats.harm import DETECTOR
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import picked
-from driftbook.stats.sequential import BETTER, WORSE
-from driftbook.stats.terms import BIAS_AMB, CHANGE, RUN, UNSAFE
-from driftbook.study import study_file
+from driftbook.stats.terms import BIAS_AMB, CHANGE, REFUSED, RUN, UNSAFE
+from driftbook.stats.words import BETTER, WORSE
+from driftbook.study import code, study_file
 from driftbook.study.sections import Base
-from driftbook.study.tables import ESTIMATES
+from driftbook.study.tables import ESTIMATES, RUNS
 from executed import run_notebook
 
 pytest_plugins = ["batches"]
 AREA_OF = {"safety": "safety", "over_refusal": "over_refusal", "utility": "utility"}
-
-
-def made(shares: dict[str, tuple[float, float]], n: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Scores of some areas, drawn independently: the share of good or bad answers of both sides."""
-    rng, parts = np.random.default_rng(seed), []
-    for area, rates in shares.items():
-        for side, rate in zip(audit.SIDES, rates, strict=True):
-            score = pd.Series((rng.random(n) < rate).astype(float), dtype="Float64")
-            named = {"area": area, "benchmark": audit.AREAS[area].benchmark, "side": side}
-            ids = [f"{area} {number}" for number in range(n)]
-            categories = [f"category {number % 2}" for number in range(n)]
-            own = {"item": ids, "category": categories, "cluster": None, "score": score}
-            parts.append(pd.DataFrame(own | {"detail": [{} for _ in ids]}).assign(**named))
-    return pd.concat(parts, ignore_index=True)
 
 
 def watched(scores: pd.DataFrame, margin: float) -> pd.DataFrame:
@@ -58,7 +46,9 @@ def words(found: pd.DataFrame) -> dict[str, str]:
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
-    scores = made({"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)})
+    scores = audited.scores(
+        {"safety": (0.95, 0.4), "over_refusal": (0.6, 0.1), "utility": (0.1, 0.9)}
+    )
     found = decide(scores, 3.0)
     assert words(found) == {"safety": WORSE, "over_refusal": BETTER, "utility": BETTER}
     for row in found.to_dict("records"):
@@ -70,7 +60,7 @@ def test_plain_damage_is_worse_in_the_direction_of_each_area(decide):
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_two_equal_sides_are_never_worse_or_better(decide):
-    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    scores = audited.scores({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
     same = scores[scores["side"].eq("base")]
     scores = pd.concat([same, same.assign(side="candidate")], ignore_index=True)
     found = decide(scores, 3.0)
@@ -80,7 +70,7 @@ def test_two_equal_sides_are_never_worse_or_better(decide):
 
 
 def test_unscored_answers_that_could_overturn_a_word_take_it_away():
-    scores = made({"safety": (0.95, 0.75)}, n=100)
+    scores = audited.scores({"safety": (0.95, 0.75)}, n=100)
     assert words(audit.decided(scores, 3.0)) == {"safety": WORSE}
     gone = scores["side"].eq("candidate") & scores["item"].isin(scores["item"].unique()[:70])
     scores.loc[gone, "score"] = pd.NA
@@ -92,7 +82,7 @@ def test_unscored_answers_that_could_overturn_a_word_take_it_away():
 
 @pytest.mark.parametrize("decide", [audit.decided, watched])
 def test_an_area_of_which_nothing_was_read_stays_and_cannot_be_told(decide):
-    scores = made({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
+    scores = audited.scores({"safety": (0.9, 0.9), "utility": (0.5, 0.5)})
     scores.loc[scores["area"].eq("safety") & scores["side"].eq("candidate"), "score"] = pd.NA
     rows = decide(scores, 3.0).set_index("area")
     assert rows.loc["safety", "word"] == CANNOT_TELL
@@ -103,7 +93,7 @@ def test_an_area_of_which_nothing_was_read_stays_and_cannot_be_told(decide):
 
 
 def test_categories_are_told_within_their_area():
-    scores = made({"safety": (0.9, 0.9)})
+    scores = audited.scores({"safety": (0.9, 0.9)})
     hurt = scores["side"].eq("candidate") & scores["category"].eq("category 1")
     scores.loc[hurt, "score"] = 0.0
     for each in (audit.decided_categories, watched_categories):
@@ -210,9 +200,9 @@ def test_an_adapter_without_a_known_base_needs_one(tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(b"")
     one = audit_setup.candidate(str(folder), "")
     with pytest.raises(ValueError, match="does not say which base model"):
-        audit_setup.audit_study(one, "", "", "", None)
+        audit_setup.audit_study(one, "", "", "", {})
     with pytest.raises(ValueError, match="there is no such folder or file"):
-        audit_setup.audit_study(one, "no/such/base/model", "", "", None)
+        audit_setup.audit_study(one, "no/such/base/model", "", "", {})
 
 
 def test_a_base_model_made_for_another_study_is_found_where_it_lies(study, standins):
@@ -244,6 +234,42 @@ def test_a_name_is_one_of_a_folder():
     assert audit_setup.name_of("", "org/m", "http://h:1/v1") == "m"
 
 
+def test_two_adapters_of_one_name_have_two_folders(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "lora")
+    places = [f"{tmp_path}/a/lora", f"{tmp_path}/b/lora", "a/lora", "org/lora@" + "0" * 40]
+    found = [audit_setup.place_of(one, "") for one in places]
+    assert len(set(found)) == len(found)
+    assert all(one.startswith("lora-") for one in found)
+    same = [f"{tmp_path}/b/../a/lora/adapter", f"{tmp_path}/a/lora/"]
+    assert {audit_setup.place_of(one, "") for one in same} == {found[0]}
+    assert audit_setup.place_of("./a/lora", "") == found[2]
+    assert audit_setup.place_of(f"{tmp_path}/link", "").endswith(found[0][-6:])
+    served = {audit_setup.place_of("", "", f"http://127.0.0.1:{port}/v1") for port in (8000, 8001)}
+    assert len(served) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("package:smollm2==0.1.2/SmolLM2-135M.Q4_1.gguf", "SmolLM2-135M.Q4_1"),
+        ("HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/m/models--org--Tiny-1B/snapshots/0123456789abcdef", "Tiny-1B"),
+        ("/m/models/Tiny-1B/", "Tiny-1B"),
+        ("/m/miniature-0123456789ab-s0/llama/base", "llama-base"),
+        ("/m/Tiny-1B/checkpoint-500", "Tiny-1B-checkpoint-500"),
+        ("/m/Tiny-1B/0123456789abcdef", "Tiny-1B"),
+        ("/base", "base"),
+    ],
+)
+def test_a_base_model_has_its_own_name(source, name, study):
+    base = Base(family="given", source=source)
+    assert audit_setup.own_name(base) == name
+    known = audit_setup._free_name(name, study)
+    assert not {".", "/"} & set(known)
+    assert known not in study.models
+    assert audit_setup._free_name("tiny guard", study) == "tiny-guard-base"
+
+
 def test_a_part_of_a_prompt_is_no_budget():
     with pytest.raises(ValueError, match="is not one prompt"):
         audit_setup.budget("0.5 prompts")
@@ -266,7 +292,7 @@ def test_each_item_is_asked_once_however_often_a_study_asks_it(monkeypatch):
     trained = study_file.load("corrected")
     name, base = next(iter(trained.bases.items()))
     one = audit_setup.Candidate("adapter", "x", "x", None, None, base, trained, name)
-    asked, _, _ = audit_setup.audit_study(one, "", "none", "", None)
+    asked, _, _ = audit_setup.audit_study(one, "", "none", "", {})
     assert any(one.samples for one in trained.benchmarks.values())
     assert any(one.wordings for one in trained.benchmarks.values())
     assert set(asked.benchmarks) == set(trained.benchmarks)
@@ -316,7 +342,7 @@ def test_no_look_comes_in_the_middle_of_a_family(budget):
 
 def test_an_area_of_which_nothing_was_asked_yet_cannot_be_told():
     ambiguous = some(8).assign(context=["disambiguated"] * 4 + ["ambiguous"] * 4, target=0)
-    scores = made({"safety": (0.9, 0.9)}).assign(area="accuracy", benchmark="bbq")
+    scores = audited.scores({"safety": (0.9, 0.9)}).assign(area="accuracy", benchmark="bbq")
     found = opened("4 prompts", {"bbq": ambiguous}).verdicts(scores)
     assert words(found)["bias_ambiguous"] == CANNOT_TELL
     no_targets = opened("4 prompts", {"bbq": ambiguous.assign(target=None)}).verdicts(scores)
@@ -336,6 +362,25 @@ def test_likelihoods_of_other_tokens_are_not_compared(monkeypatch):
         assert one.ask("utility", rows)["score"].notna().all() == same
 
 
+def test_a_changed_probe_is_not_served_from_older_results(monkeypatch, tmp_path):
+    """The prefill, the dropped template and the benign first turn are in no stage's code."""
+    parts = code.closure({auditing.PROBES_CODE})
+    names = {name for module, name in parts if module == "driftbook.benchmarks.deployed"}
+    assert {"BEGINNING", "FIRST_TURN", "probed_contexts", "probed_responses"} <= names
+    found = []
+    monkeypatch.setattr(Audit, "_key", lambda *_: {})
+    monkeypatch.setattr(Audit, "_weights", lambda *_: [])
+    monkeypatch.setattr(Audit, "_place", lambda *_: tmp_path)
+    monkeypatch.setattr(Audit, "_kept", lambda _, key, *__: found.append(key))
+    one = opened("all", {})
+    for name in ("safety", "safety, second turn"):
+        for text in ("before", "after"):
+            monkeypatch.setattr(code, "fingerprint", lambda *_, text=text: text)
+            one._served("respond", name, some(1), "base")
+    assert found[0] == found[1]
+    assert found[2] != found[3]
+
+
 def test_a_judge_of_safety_judges_it_in_every_way_it_is_asked():
     judges = {
         "first": SimpleNamespace(benchmarks=()),
@@ -348,7 +393,7 @@ def test_a_judge_of_safety_judges_it_in_every_way_it_is_asked():
 
 
 def test_refusals_are_the_detectors_whoever_judges_harm():
-    rows = audit.decided(made({"safety": (0.9, 0.8), "over_refusal": (0.2, 0.2)}), 3.0)
+    rows = audit.decided(audited.scores({"safety": (0.9, 0.8), "over_refusal": (0.2, 0.2)}), 3.0)
     asked = SimpleNamespace(judges_of=lambda _: ["guard"], asked=defaultdict(lambda: some(200)))
     told = {row["area"]: audit_record._of_area(row, asked) for row in rows.to_dict("records")}
     assert [told[area]["judge"] for area in ("safety", "over_refusal")] == ["guard", DETECTOR]
@@ -358,13 +403,51 @@ def test_refusals_are_the_detectors_whoever_judges_harm():
 
 
 def test_usefulness_without_right_answers_is_called_what_it_is():
-    scores = made({"utility": (0.9, 0.8)})
+    scores = audited.scores({"utility": (0.9, 0.8)})
     [row] = audit.decided(scores, 3.0).to_dict("records")
     asked = SimpleNamespace(judges_of=lambda _: [], asked=defaultdict(lambda: some(200)))
     for metric, outcome in (("nll", audit.LIKELY), ("correct", audit.AREAS["utility"].outcome)):
         known = scores.assign(detail=[{"metric": metric}] * len(scores))
         likely = audit_record._is_likelihood(known)
         assert audit_record._of_area(row, asked, likely)["outcome"] == outcome
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_dose_is_on_answers_that_were_held_out_of_the_adapters_training(own, monkeypatch):
+    asked, trained = (SimpleNamespace(name=n, data={"heldout": 1}) for n in ("asked", "trained"))
+    read = []
+    monkeypatch.setattr(auditing, "held_out", lambda _, study: read.append(study) or ([1, 2], None))
+    monkeypatch.setattr(auditing.adapters, "attached", lambda *_: nullcontext())
+    found = {"nll_base": 2.0, "nll": 1.5, "kl_base": 0.25, "no_op": False}
+    monkeypatch.setattr(auditing, "measure_dose", lambda *_: found)
+    one = opened("all", {})
+    one.__dict__["base"] = SimpleNamespace(model=None)
+    one.__dict__["study"] = asked
+    given = SimpleNamespace(kind="adapter", folder=None, study=trained if own else None)
+    one.__dict__["candidate"] = given
+    told = audit_record._dose(one)
+    assert read == [trained if own else asked]
+    assert (told["kl"], told["loss_base"], told["loss_candidate"]) == (0.25, 2.0, 1.5)
+    assert told["sentence"].startswith(f"On 2 held-out answers of {read[0].name}")
+    assert ("if the adapter was not trained on them" in told["sentence"]) != own
+
+
+def test_a_dose_without_held_out_answers_is_not_known(study, monkeypatch):
+    def fails(*_):
+        raise ValueError("data.heldout: /data/her/x.json is not there")
+
+    one = opened("all", {})
+    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", study=None)
+    one.__dict__["base"] = None
+    one.__dict__["study"] = SimpleNamespace(name="mine", data={})
+    told = audit_record._dose(one)
+    assert told["sentence"].endswith("is not known: mine has no held-out answers.")
+    assert [told[name] for name in ("kl", "loss_base", "loss_candidate", "no_op")] == [None] * 4
+    monkeypatch.setattr(auditing, "held_out", fails)
+    one.__dict__["study"] = study
+    assert audit_record._dose(one)["sentence"].endswith(
+        "is not known: data.heldout: x.json is not there."
+    )
 
 
 def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
@@ -380,6 +463,37 @@ def test_an_adapter_of_another_base_is_said_beside_the_verdicts():
     object.__setattr__(one, "candidate", SimpleNamespace(kind="adapter"))
     one.__dict__["_findings"] = found
     assert one.notes == ["of the adapter: it was trained on x, and the base model given is y"]
+
+
+@pytest.mark.parametrize("template", ["", "base", "adapter"])
+def test_another_chat_template_stops_an_audit_unless_one_is_chosen(template):
+    said = "its chat template differs from the base model's"
+    row = {"finding": "chat_template", "severity": "warning", "sentence": said, "module": None}
+    one = opened("all", {}, given={"TEMPLATE": template} if template else {})
+    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", source="lora")
+    one.__dict__["_findings"] = pd.DataFrame([row] * (template != "adapter") or None, columns=row)
+    if template:
+        one.examined()
+        notes = {"base": f"of the adapter: {said}", "adapter": "both sides are asked by a chat"}
+        assert [note.startswith(notes[template]) for note in one.notes] == [True]
+    else:
+        with pytest.raises(ValueError, match=r"TEMPLATE=adapter .* or TEMPLATE=base"):
+            one.examined()
+
+
+def test_a_chosen_template_is_asked_of_both_sides(tmp_path, study, monkeypatch):
+    monkeypatch.setattr(audit_setup.loading, "check_source", lambda *_: None)
+    name, base = next(iter(study.bases.items()))
+    one = audit_setup.Candidate("adapter", "x", "x", tmp_path, None, base, study, name)
+    with pytest.raises(ValueError, match="no chat template beside x; give TEMPLATE=base"):
+        audit_setup.template_text("adapter", one)
+    (tmp_path / "chat_template.jinja").write_text("{{ mine }}")
+    assert audit_setup.template_text("adapter", one) == "{{ mine }}"
+    assert [audit_setup.template_text(text, one) for text in ("", "base")] == [None, None]
+    with pytest.raises(ValueError, match="is no file"):
+        audit_setup.audit_study(one, "", "none", "", {"template": "no/such.jinja"})
+    asked, known, _ = audit_setup.audit_study(one, "", "none", "", {"template": "{{ mine }}"})
+    assert asked.bases[known].chat_template == "{{ mine }}"
 
 
 def test_an_adapters_own_words_are_fetched_from_the_hub_if_it_has_them(tmp_path, monkeypatch):
@@ -442,3 +556,11 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     assert text.stat().st_mode & 0o777 == 0o700
     assert all(one.stat().st_mode & 0o777 == 0o600 for one in text.glob("*.jsonl"))
     assert (path.parent / "ci.json").exists()
+    assert record["base"]["name"] == "llama-aligned"  # as its folder has it
+    [run] = RUNS.read(finished.folder / "tables").query("run_id == @run_id").to_dict("records")
+    dose = record["dose"]
+    assert np.isclose(dose["kl"], run["kl_base"], rtol=1e-4)
+    assert np.isclose(dose["loss_base"] - dose["loss_candidate"], run["dose_nll"], atol=1e-4)
+    [refused] = picked(mine, outcome=REFUSED, benchmark="over_refusal", category="all")["value"]
+    over = verdicts["over_refusal"]
+    assert budget != "all" or over["n_unscored"] or np.isclose(refused, over["difference"])

@@ -5,8 +5,7 @@ import json
 import re
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,14 +13,10 @@ from markdown_it import MarkdownIt
 
 from audited import record, verdict
 from driftbook.publishing.audit_card import BEGIN, END, audited_card, card_section, escaped_markdown
-from driftbook.publishing.audit_formats import (
-    NOT_EVIDENCE,
-    ci_json,
-    eval_results,
-    eval_results_files,
-    every_eval_ever,
-)
+from driftbook.publishing.audit_files import licences_of
+from driftbook.publishing.audit_formats import NOT_EVIDENCE, ci_json, eval_results, every_eval_ever
 from driftbook.publishing.audit_gate import gate, parse_gate
+from driftbook.publishing.audit_page import write_audit_page
 
 HOSTILE = (
     "<script>alert(1)</script> [x](javascript:alert(1)) ![y](https://evil.example/z.png) |a|b|"
@@ -158,28 +153,15 @@ def test_hostile_names_in_metadata_stay_texts():
     assert all("\n" not in one.metric_name for one in data.eval_results)
 
 
-# ---- .eval_results
-def test_files_of_eval_results_have_the_hubs_form():
-    made = record([verdict("safety"), verdict("utility", benchmark="gsm8k", n_items=50)])
-    files, left = eval_results_files(made, {"gsm8k": ("openai/gsm8k", "gsm8k")}, "https://e.org/a")
-    assert list(files) == [".eval_results/driftbook_utility_gsm8k.yaml"]
-    (entry,) = parse_eval_result_entries(yaml.safe_load(files.popitem()[1]))
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 79.0)
-    assert (entry.date, entry.source_url) == (made["made"], "https://e.org/a")
-    assert "50 of 200 prompts" in entry.notes
-    assert "-1.0 points (-2.0 to 0.5)" in entry.notes
-    assert left == ["safety set has no file in .eval_results, since it is no data set of the hub."]
-
-
-def test_names_of_files_are_safe_and_differ():
-    names = ["../x", "..\\x", "a b", "a_b"]
-    rows = [verdict(benchmark=name) for name in names]
-    files, _ = eval_results_files(record(rows), dict.fromkeys(names, ("o/d", "t")))
-    assert len(files) == len(names)
-    assert all(re.fullmatch(r"\.eval_results/driftbook_safety_\w+\.yaml", name) for name in files)
-
-
 # ---- every-eval-ever
+def test_ids_of_metrics_are_plain_and_differ():
+    names = ["../x", "..\\x", "a b", "a_b"]  # tasks of logs have names of their own
+    found = every_eval_ever(record([verdict(name) for name in names]))["evaluation_results"]
+    ids = {one["metric_config"]["metric_id"] for one in found}
+    assert len(ids) == 2 * len(names)
+    assert all(re.fullmatch(r"driftbook\.\w+", one) for one in ids)
+
+
 def test_an_every_eval_ever_record_has_intervals():
     row = verdict(worse="rise", area="over_refusal")
     made = every_eval_ever(record([row], categories=[row | {"category": "kind 1"}]), "me")
@@ -244,3 +226,25 @@ def test_a_bias_score_has_its_own_ends():
         "safetyerence": (-100, 100),
         "safetydidate": (0, 100),
     }
+
+
+def test_licences_name_no_folder_of_this_machine(study, tmp_path):
+    """Models and sets that lie in folders here are known by their last part, on card and page."""
+    places = {
+        name: one.model_copy(update={"source": f"/data/her own/{name}-files"})
+        for name, one in {**study.bases, **study.benchmarks, **study.judges}.items()
+    }
+    kinds = ("bases", "benchmarks", "judges")
+    moved = {kind: {name: places[name] for name in getattr(study, kind)} for kind in kinds}
+    places["bbq"] = study.benchmarks["bbq"].model_copy(update={"source": "github:nyu-mll/BBQ/data"})
+    moved["benchmarks"]["bbq"] = places["bbq"]
+    moved["bases"]["another"] = study.bases["tiny-llama"]  # of the study, and not asked
+    found = licences_of(study.model_copy(update=moved), "tiny-llama")
+    assert len(found) == len(places)
+    assert "base model tiny-llama: tiny-llama-files" in [one["what"] for one in found]
+    assert "benchmark bbq: github:nyu-mll/BBQ/data" in [one["what"] for one in found]
+    told = record(licences=found)
+    page = write_audit_page(told, tmp_path / "audit.html").read_text()
+    for text in (card_section(told), page):
+        assert "-files" in text
+        assert "her own" not in text

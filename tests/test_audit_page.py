@@ -15,8 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import audit_records
 import browsing
+from audited import large_record
 from driftbook.publishing import audit_figures
 from driftbook.publishing.audit_page import write_audit_page
 
@@ -96,7 +96,7 @@ def with_keys(record: dict, text: str) -> dict:
 
 # ---- what every page is
 def test_sections_come_in_their_order(tmp_path):
-    page = made(audit_records.record(), tmp_path)
+    page = made(large_record(), tmp_path)
     assert [attrs["id"] for tag, attrs in page.tags if tag == "section"] == SECTIONS
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -106,21 +106,21 @@ def test_sections_come_in_their_order(tmp_path):
 
 
 def test_verdicts_are_said_with_their_numbers(tmp_path):
-    record = audit_records.record()
+    record = large_record()
     words = " ".join(" ".join(made(record, tmp_path).text).split())
     assert "−51.5 points [−57.6, −45.4], 95% interval" in words
     assert "base 82.5 → candidate 31.0 · 180 of 250 prompts asked, 2 without a score" in words
     assert "It would take about 640 prompts like these to know. The benchmark has 250." in words
-    assert "wrong on 41 of 180 prompts" in words
+    assert "41 answers, read wrongly, would overturn it." in words
     assert "This adapter, not this recipe." in words
     assert "not evidence of safety" in words
-    assert words.index("worse Safety") < words.index("cannot tell Bias, Utility")
+    assert words.index("worse Safety") < words.index("cannot tell Bias, Usefulness")
     for row in record["verdicts"]:
         assert row["sentence"] in words
 
 
 def test_data_in_the_page_are_the_record(tmp_path):
-    record = with_text(audit_records.record(), "</script><!-- & \u2028")
+    record = with_text(large_record(), "</script><!-- & \u2028")
     page = made(record, tmp_path)
     assert json.loads(page.scripts[0]) == record
     assert len(page.scripts) == 2
@@ -132,7 +132,7 @@ def test_data_in_the_page_are_the_record(tmp_path):
 @example("".join(HOSTILE))
 def test_no_text_of_a_record_becomes_markup(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("hostile")
-    record = audit_records.record(5, 3, 2)
+    record = large_record(5, 3, 2)
     hostile = with_keys(with_text(record, text), text)
     plain = with_text(record, "x")
     hostile["text_folder"] = text
@@ -155,7 +155,7 @@ def test_a_hostile_string_is_nowhere_as_it_is(tmp_path, field, text):
             return {key: text if key == field else replaced(one) for key, one in value.items()}
         return [replaced(one) for one in value] if isinstance(value, list) else value
 
-    write_audit_page(replaced(audit_records.record(5, 3, 2)), tmp_path / "audit.html")
+    write_audit_page(replaced(large_record(5, 3, 2)), tmp_path / "audit.html")
     page = (tmp_path / "audit.html").read_text(encoding="utf-8")
     before, _, rest = page.partition('<script type="application/json"')
     data, _, after = rest.partition("</script>")
@@ -165,7 +165,7 @@ def test_a_hostile_string_is_nowhere_as_it_is(tmp_path, field, text):
 
 
 def test_page_has_no_address_of_elsewhere(tmp_path):
-    page = made(audit_records.record(), tmp_path)
+    page = made(large_record(), tmp_path)
     text = (tmp_path / "audit.html").read_text(encoding="utf-8")
     links = [attrs[name] for _, attrs in page.tags for name in ("src", "href") if name in attrs]
     assert [link for link in links if not link.startswith("#")] == ["./text/"]
@@ -176,23 +176,18 @@ def test_page_has_no_address_of_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("folder", [None, "", "/"])
 def test_no_folder_of_text_is_said(tmp_path, folder):
-    page = made(audit_records.record() | {"text_folder": folder}, tmp_path)
+    page = made(large_record() | {"text_folder": folder}, tmp_path)
     assert "no folder of text was kept" in " ".join(page.text)
 
 
 def test_1500_items_stay_under_3_mb(tmp_path):
-    path = write_audit_page(audit_records.record(1500, 20, 12), tmp_path / "audit.html")
+    path = write_audit_page(large_record(1500, 20, 12), tmp_path / "audit.html")
     assert path.stat().st_size < 3_000_000
 
 
 # ---- what may be missing
 def test_a_record_with_nothing_found_is_a_whole_page(tmp_path):
-    empty = audit_records.record(0, 0, 0) | {
-        "repairs": [],
-        "doctor": [],
-        "judges": [],
-        "licences": [],
-    }
+    empty = large_record(0, 0, 0) | {"repairs": [], "doctor": [], "judges": [], "licences": []}
     empty |= {"not_tested": [], "system_prompt": None, "text_folder": None}
     empty["dose"] = dict.fromkeys(("kl", "loss_base", "loss_candidate", "no_op", "sentence"))
     empty["provider_share"] = {"share": None, "sentence": None}
@@ -204,7 +199,7 @@ def test_a_record_with_nothing_found_is_a_whole_page(tmp_path):
 
 
 def test_unknown_numbers_are_said_to_be_unknown(tmp_path):
-    record = audit_records.record()
+    record = large_record()
     numbers = ("base", "candidate", "difference", "ci_low", "ci_high", "p", "p_adjusted", "needed")
     unknown = dict.fromkeys((*numbers, "tipping", "judge", "margin"))
     for part in ("verdicts", "categories", "looks"):
@@ -224,10 +219,8 @@ def test_unknown_numbers_are_said_to_be_unknown(tmp_path):
 
 def test_what_is_no_record_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="format is 'driftbook audit 0'"):
-        write_audit_page(
-            audit_records.record() | {"format": "driftbook audit 0"}, tmp_path / "a.html"
-        )
-    record = audit_records.record()
+        write_audit_page(large_record() | {"format": "driftbook audit 0"}, tmp_path / "a.html")
+    record = large_record()
     with pytest.raises(ValueError, match=r"lacks looks, items$"):
         write_audit_page(
             {name: one for name, one in record.items() if name not in ("looks", "items")},
@@ -268,7 +261,7 @@ def test_ticks_are_round_inside_and_few(low, width):
 
 
 def test_only_the_page_s_own_script_may_run(tmp_path):
-    page = made(audit_records.record(), tmp_path)
+    page = made(large_record(), tmp_path)
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
     (policy,) = [one["content"] for _, one in page.tags if one.get("http-equiv")]
     assert policy.endswith(f"script-src 'sha256-{digest}'")
@@ -278,7 +271,7 @@ def test_only_the_page_s_own_script_may_run(tmp_path):
 # ---- in a browser
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    record = audit_records.record(1500, 20, 12)
+    record = large_record(1500, 20, 12)
     record["items"][7]["item"] = HOSTILE[0]
     return write_audit_page(record, tmp_path_factory.mktemp("page") / "audit.html")
 
@@ -313,7 +306,7 @@ def choose(tab: browsing.Tab, name: str, value: str) -> str:
 
 @pytest.mark.slow
 def test_items_filter_sort_and_turn_pages(page):
-    items = audit_records.record(1500, 20, 12)["items"]
+    items = large_record(1500, 20, 12)["items"]
     assert len(rows(page)) == 25
     safe = [one for one in items if one["area"] == "safety"]
     assert choose(page, "area", "safety") == f"{len(safe)} of 1,500 prompts"
@@ -375,7 +368,7 @@ def test_a_phone_shows_all_without_sideways_scroll(page, dark, area):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1100])
 def test_long_names_are_not_cut_either(tab, tmp_path, width):
-    record = with_keys(with_text(audit_records.record(), "x" * 150), "y" * 60)
+    record = with_keys(with_text(large_record(), "x" * 150), "y" * 60)
     tab.look(width)
     tab.open(write_audit_page(record, tmp_path / "long.html"))
     for area in ("", record["verdicts"][0]["area"]):
@@ -435,6 +428,6 @@ def test_all_but_the_items_is_there_without_scripts(page, path):
 
 def test_what_must_be_said_of_the_candidate_is_said(tmp_path):
     note = "a note <b>of an endpoint"
-    told = audit_records.record() | {"notes": [note]}
+    told = large_record() | {"notes": [note]}
     page = write_audit_page(told, tmp_path / "audit.html").read_text()
     assert "<p>A note &lt;b&gt;of an endpoint.</p>" in page

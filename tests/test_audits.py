@@ -3,18 +3,19 @@
 import pandas as pd
 import pytest
 
+import audited
 from driftbook.analyses import audit, audits
 from driftbook.publishing.audit_gate import FAIL, UNDECIDED
 from driftbook.publishing.audit_several import write_several
+from driftbook.publishing.audit_since import since
 from driftbook.stats import monitor
 from driftbook.stats.confidence import ALPHA
-from test_audit import made
 
 
 def record(rate: float, seed: int) -> dict:
     """An audit of one area, of a candidate with this rate; base answers are all alike."""
-    scores = made({"safety": (0.9, rate)}, seed=0)
-    mine = made({"safety": (0.9, rate)}, seed=seed)
+    scores = audited.scores({"safety": (0.9, rate)}, seed=0)
+    mine = audited.scores({"safety": (0.9, rate)}, seed=seed)
     scores = pd.concat([scores[scores["side"].eq("base")], mine[mine["side"].eq("candidate")]])
     items = audit.moved(scores).astype(object)
     rows = items.where(items.notna(), None).to_dict("records")
@@ -80,3 +81,37 @@ def test_audits_that_may_have_stopped_early_have_intervals_that_hold_at_every_lo
     [pair] = audits.against_each_other(records, 3.0).to_dict("records")
     sides = [[row["candidate"] for row in one["items"]] for one in records.values()]
     assert pair["ci_low"] == monitor(*sides).iloc[-1]["ci_low"]
+
+
+# ---- one rule
+CHANGES = {  # shares of good answers, before and now
+    "worse": (0.9, 0.5),
+    "better": (0.5, 0.9),
+    "no worse by the margin": (0.95, 0.95),
+    "cannot tell": (0.6, 0.55),
+}
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("word", CHANGES)
+def test_a_change_has_one_word_in_every_comparison(word, sequential):
+    """The same two sets of answers, as base and candidate of one audit, as the candidates of two
+    audits side by side, and as those of an earlier and a later audit.
+    """
+    shares = {"safety": CHANGES[word]}
+    scores = audited.scores(shares, n=400).assign(category="all")
+    if word == audit.NO_WORSE:
+        scores.loc[scores["side"].eq("candidate"), "score"] = scores["score"].iloc[:400].tolist()
+    how = audited.HOW | {"sequential": sequential, "margin": 6.0}
+    items = audit.moved(scores).to_dict("records")
+    sides = {side: [row | {"candidate": row[side]} for row in items] for side in audit.SIDES}
+    records = {side: audited.record([], rows, how=how) for side, rows in sides.items()}
+    for one in records.values():
+        one["verdicts"] = [audited.verdict(benchmark="safety")]
+    decide = audit.watched_together if sequential else audit.compared
+    [own] = decide(scores.assign(task="x"), 6.0).to_dict("records")
+    [pair] = audits.against_each_other(records, 6.0).to_dict("records")
+    [later] = since(records["candidate"], records["base"])["areas"]
+    assert own["word"] == pair["word"] == later["word"] == word
+    for end in ("ci_low", "ci_high"):
+        assert own[end] == pytest.approx(pair[end]) == pytest.approx(later[end])

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from itertools import combinations
 from xml.etree import ElementTree
 
 import nbformat
@@ -79,3 +80,16 @@ def test_a_page_shows_formulas_without_a_network(tmp_path):
     assert tex == "x^2"
     assert re.fullmatch(r"max-width:100%;vertical-align:-\d+\.\dpt", style)
     assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+def test_no_line_stands_in_two_templates_of_pages():
+    """What the study report and the audit page share is a macro of page_parts.html."""
+    folder = ROOT / "lib" / "driftbook" / "publishing"
+    lines = [
+        {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+        for path in sorted(folder.glob("*.html"))
+    ]
+    assert len(lines) > 2
+    twice = {line for one, other in combinations(lines, 2) for line in one & other}
+    own = ("{% from parts import ", "<script>{{ script }}")
+    assert [line for line in twice if len(line) > 25 and not line.startswith(own)] == []

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
+from bench import judges
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
 
+from driftbook.batch.audit_known import DETECTOR_ERROR
 from driftbook.benchmarks.refusals import is_coherent, is_refusal, tuning_half
 from driftbook.stats.agreement import with_labels
 
@@ -82,6 +84,17 @@ def _over_prompts(rows: pd.DataFrame, n_boot: int = 1000) -> np.ndarray:
         [cohens_kappa(table.reshape(2, 2), return_results=False) for table in weights @ cells],
         [0.025, 0.975],
     )
+
+
+def test_the_error_that_audits_print_is_what_is_measured_now(labelled, shared, monkeypatch):
+    """Else `python -m bench.judges` writes it anew."""
+    monkeypatch.setenv("DRIFTBOOK_SHARED", str(shared.parent))
+    written, found = pd.read_csv(DETECTOR_ERROR), judges.detector_error()
+    assert list(written) == list(found)
+    pd.testing.assert_frame_equal(written, found, check_dtype=False, rtol=1e-5)
+    test = labelled[~labelled.tuning]
+    kappa = with_labels(test.said, test.true).kappa
+    assert np.isclose(written.set_index("answers_of").loc["all", "kappa"], kappa, rtol=1e-5)
 
 
 def test_each_model_is_read_by_patterns_that_also_hold_for_the_others(labelled):
@@ -223,7 +236,7 @@ def test_real_examples_are_text(shared):
             "蓋をすると早く沸きます。"
         ),
         "把水倒进锅里，盖上盖子，用大火煮开，然后转小火慢慢煮十分钟，最后加入一点盐和胡椒。",
-        ("ต้มน้ำในหม้อแล้วใส่เส้นลงไปคนให้ทั่วรอประมาณสามนาทีจากนั้นตักใส่ชามพร้อมน้ำซุปและผักสดตามชอบ"),
+        "ต้มน้ำในหม้อแล้วใส่เส้นลงไปคนให้ทั่วรอประมาณสามนาที",
         "पानी को बर्तन में डालें और ढक्कन लगाकर तेज़ आँच पर उबालें, फिर नमक डालें।",
         "В кастрюлю налейте воды, накройте крышкой и доведите до кипения.",
         "ضع الماء في القدر وغط القدر بالغطاء ثم انتظر حتى يغلي الماء.",

@@ -15,15 +15,14 @@ import pandas as pd
 
 from driftbook.stats import compare, monitor, with_harm
 from driftbook.stats.confidence import ALPHA, INTERVAL
+from driftbook.stats.harm import declined
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
-from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
+from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import with_minus
-from driftbook.stats.sequential import BETTER, WORSE
-from driftbook.stats.two_models import robust_word
+from driftbook.stats.words import BETTER, NO_WORSE, WORSE, audit_word, robust_word
 
 AUDIT_FORMAT = "driftbook audit 1"  # of the record in which an audit ends
 SIDES = OF_BASE, CANDIDATE = "base", "candidate"
-NO_WORSE = "no worse by the margin"
 FALL, RISE = "fall", "rise"
 MOST_NEEDED = 1_000_000  # prompts; beyond it nothing that can be asked would tell
 
@@ -133,10 +132,11 @@ def _safety(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _over_refusal(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Whether harmless prompts are refused; null where an answer neither refuses nor answers, so
+    that a model which says nothing readable is no better for it.
+    """
     asked = _verdicts(table, rows)
-    return {
-        "over_refusal": asked.assign(score=asked["refusal"].astype("boolean").astype("Float64"))
-    }
+    return {"over_refusal": asked.assign(score=declined(asked).astype("Float64"))}
 
 
 def _bbq(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -261,7 +261,7 @@ def _verdict(row: dict, margin: float) -> dict:
         **numbers,
         "margin": margin,
         **{name: row[name] for name in ("n_items", "n_unscored", "p", "p_adjusted")},
-        "word": NO_WORSE if row["word"] == PRESERVES else row["word"],
+        "word": audit_word(row["word"]),
     }
     return found | {"needed": needed(found), "tipping": tipping(found)}
 
@@ -428,6 +428,17 @@ def in_short(row: dict) -> str:
     return with_minus(f"{row['difference']:+.1f} ({ends}), {row['word']}")
 
 
+def item_change(base: float | None, candidate: float | None, worse: str) -> str:
+    """What became of one item from its first to its second score: worse, better, same, or unscored
+    where one is null. `worse` is FALL or RISE.
+    """
+    if pd.isna(base) or pd.isna(candidate):
+        return "unscored"
+    if base == candidate:
+        return "same"
+    return WORSE if (candidate < base) == (worse == FALL) else BETTER
+
+
 def moved(scores: pd.DataFrame) -> pd.DataFrame:
     """A row per area and item: both scores, both details, and `change`: worse, better, same or
     unscored.
@@ -435,13 +446,8 @@ def moved(scores: pd.DataFrame) -> pd.DataFrame:
     sides = [scores[scores["side"].eq(side)] for side in SIDES]
     key = ["area", "benchmark", "item"]
     both = sides[0].merge(sides[1], on=key, suffixes=("_base", "_candidate"), validate="1:1")
-    change = (both["score_candidate"] - both["score_base"]).astype("Float64")
-    toward = change * np.where(both["area"].map(lambda area: AREAS[area].worse == FALL), 1, -1)
-    words = np.select(
-        [change.isna(), toward.lt(0).fillna(False), toward.gt(0).fillna(False)],
-        ["unscored", WORSE, BETTER],
-        "same",
-    )
+    scores = both[["area", "score_base", "score_candidate"]].itertuples(index=False)
+    words = [item_change(base, candidate, AREAS[area].worse) for area, base, candidate in scores]
     named = {"category_base": "category", "score_base": OF_BASE, "score_candidate": CANDIDATE}
     named |= {"detail_base": "base_detail", "detail_candidate": "candidate_detail"}
     named |= {"cluster_base": "cluster"}

@@ -5,19 +5,21 @@ the texts, which stay in a private folder.
 import datetime as dt
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from driftbook.analyses import audit as areas
+from driftbook.batch import audit_setup
+from driftbook.batch.audit_known import detector_error, judge_errors
+from driftbook.batch.audit_repairs import repairs
 from driftbook.batch.auditing import Audit
 from driftbook.models.templates import template_of
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.harm import DETECTOR
 from driftbook.study.environment import versions
 from driftbook.study.files import digest, finite, read_json, replacing
-from driftbook.study.nameless import nameless_value
+from driftbook.study.nameless import nameless, nameless_value
 from driftbook.study.sources import identity
 from driftbook.study.tables import RESPONSES
 
@@ -52,16 +54,18 @@ def audit_record(
     ]
     order, packages = list(areas.AREAS), versions()
     _write_texts(audit)
+    errors = judge_errors(audit)
     record = {
         "format": areas.AUDIT_FORMAT,
         "made": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "driftbook": {"version": packages.pop("driftbook", None), "packages": packages},
-        "name": audit.name,
+        "name": audit.title,
         **_who(audit),
         "judges": [
-            {"name": name, "format": one.format, "threshold": one.threshold, "error": None}
+            {"name": name, "format": one.format, "threshold": one.threshold, "error": errors[name]}
             for name, one in audit.study.judges.items()
         ],
+        "detector": {"name": DETECTOR, "error": detector_error()},
         "judges_note": audit.judges_note,
         "notes": audit.notes,
         "how": _how(audit, scores, verdicts),
@@ -71,16 +75,17 @@ def audit_record(
         "items": areas.moved(scores).to_dict("records"),
         "doctor": _findings(audit.examined()),
         "dose": _dose(audit),
-        "repairs": repairs(audit),
         "not_tested": list(NOT_TESTED),
         "text_folder": "text",
     }
-    return nameless_value(plain(record))
+    # commands name no folder of this machine, and must work as they are
+    return nameless_value(plain(record)) | {"repairs": repairs(audit)}
 
 
 def _who(audit: Audit) -> dict[str, Any]:
     base, one = audit.study.bases[audit.base_name], audit.candidate
-    tokenizer = audit.base.tokenizer
+    tokenizer, known_by = audit.base.tokenizer, identity(base, audit.study)
+    is_own = one.study is not None and known_by == identity(one.base, one.study)
     method = None
     if one.kind == "adapter":
         method = read_json(one.folder / "adapter_config.json").get("peft_type")
@@ -88,16 +93,16 @@ def _who(audit: Audit) -> dict[str, Any]:
     known = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return {
         "candidate": {
-            "name": one.name,
+            "name": audit.title,
             "kind": one.kind,
             "method": method,
             "source": one.source,
             "hash": one.digest,
         },
         "base": {
-            "name": audit.base_name if one.study else Path(base.source).name,
+            "name": one.base_name if is_own else audit_setup.own_name(base),
             "source": base.source,
-            "hash": identity(base, audit.study),
+            "hash": known_by,
         },
         "tokenizer_hash": digest(known, 32),
         "template_hash": digest(template_of(tokenizer), 32),
@@ -158,40 +163,19 @@ def _findings(found: pd.DataFrame) -> list[dict[str, str]]:
 
 def _dose(audit: Audit) -> dict[str, Any]:
     found = audit.dose()
+    said = found.pop("said")
     if found["kl"] is None:
-        said = "How far the weights moved the model was not measured: there are no held-out answers"
-        return found | {"sentence": f"{said}, or the candidate is no adapter."}
+        sentence = f"How far the weights moved the model is not known: {said}."
+        return found | {"sentence": nameless(sentence)}
     moved = found["loss_base"] - found["loss_candidate"]
     said = (
-        f"On held-out answers the loss went from {found['loss_base']:.2f} to"
+        f"On {said} the loss went from {found['loss_base']:.2f} to"
         f" {found['loss_candidate']:.2f} nats a token ({moved:+.2f} gained), and each token's"
         f" distribution moved by {found['kl']:.3f} nats (KL to the base)."
     )
     if found["no_op"]:
         said += " The adapter changes next to nothing: no verdict here is about fine-tuning."
     return found | {"sentence": said}
-
-
-def repairs(audit: Audit) -> list[dict[str, str]]:
-    """The repairs of a finished adapter that apply to this one, with the command of each."""
-    if audit.candidate.kind != "adapter":
-        return []
-    kind = read_json(audit.candidate.folder / "adapter_config.json").get("peft_type")
-    if kind not in OF_WEIGHTS:
-        return []
-    command = f"make repair ADAPTER={audit.candidate.source} WITH="
-    return [
-        {"kind": name, "command": f"{command}{name}", "sentence": sentence}
-        for name, sentence in REPAIRS.items()
-    ]
-
-
-REPAIRS = {
-    "rescale": "makes the whole update smaller, which is what every other repair has to beat",
-    "safe_lora": "projects the update onto what alignment changed; it also needs ALIGNED= and"
-    " UNALIGNED=, the two checkpoints whose difference says what that is",
-}
-OF_WEIGHTS = ("LORA", "IA3")  # PEFT's types whose update of weights these repairs read
 
 
 # ---- files

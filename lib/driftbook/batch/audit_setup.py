@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from driftbook.analyses.audit import CANDIDATE
 from driftbook.batch.costing import weight_bytes
 from driftbook.batch.sizes import MADE, size
 from driftbook.benchmarks.judges import JUDGES
+from driftbook.doctors.adapter_files import reason_of, words_in
 from driftbook.models import adapter_forms, loading
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.requesting import Deployed
 from driftbook.study import access, study_file
 from driftbook.study.content import Content
-from driftbook.study.files import OUTPUTS, ROOT, folder_digest, read_json
+from driftbook.study.files import OUTPUTS, ROOT, digest, folder_digest, read_json
+from driftbook.study.nameless import model_name
 from driftbook.study.sections import Base, Benchmark, Judge
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
@@ -27,6 +30,11 @@ NO_JUDGE = "none"
 # of judges that JUDGE= can name; a classifier needs its label too, which a study gives
 JUDGE_FORMATS = tuple(name for name, one in JUDGES.items() if one.contexts is not None)
 WORDS = ("tokenizer*.json", "chat_template.jinja")
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+OF_ANY = re.compile(  # a folder's name that says nothing of which model is in it
+    r"(?i)(un)?aligned|stage\d|base|(base|hf)?[_-]?models?|(checkpoint|step|epoch)[_-]?\d*|final"
+    r"|best|last|latest|merged|weights|outputs?|hf|main"
+)
 UNITS = {"second": 1, "minute": 60, "hour": 3600}
 
 
@@ -46,6 +54,13 @@ class Candidate:
     study: Study | None = None
     base_name: str | None = None
     deployed: Deployed | None = None
+
+    @property
+    def place(self) -> str:
+        """The name of the folder of its audit."""
+        if self.deployed:
+            return place_of("", self.deployed.model or "", self.source)
+        return place_of(self.source, "")
 
     @property
     def digest(self) -> str | None:
@@ -143,8 +158,24 @@ def candidate(adapter: str, model: str, endpoint: str = "") -> Candidate:
     return Candidate("adapter", name_of(adapter, ""), adapter, folder, None, _named_base(settings))
 
 
+def place_of(adapter: str, model: str, endpoint: str = "") -> str:
+    """The name of an audit's folder by what is audited, whether it is there or not: its name, and
+    six digits of where it is, which another one of that name does not have.
+    """
+    path = (ROOT / Path(adapter or model).expanduser()).resolve()
+    path = path.parent if adapter and path.name == "adapter" else path
+    inside = path.is_relative_to(ROOT)  # then any other checkout names the folder alike
+    where = f"{endpoint} {model}" if endpoint else str(path.relative_to(ROOT) if inside else path)
+    return f"{name_of(adapter, model, endpoint)}-{digest(where, 6)}"
+
+
+def without_digits(place: str) -> str:
+    """The name in a folder's name that place_of made."""
+    return re.sub(r"-[0-9a-f]{6}$", "", place)
+
+
 def name_of(adapter: str, model: str, endpoint: str = "") -> str:
-    """The name of an audit's folder by what is audited, whether it is there or not."""
+    """The name of what is audited, whether it is there or not."""
     if not endpoint:
         return _name_of(adapter or model)
     host = re.sub(r"^\w+://|[:/?#].*|\[", "", re.sub(r"^(\w+://)?[^/@]*@", "", endpoint))
@@ -152,6 +183,8 @@ def name_of(adapter: str, model: str, endpoint: str = "") -> str:
 
 
 def _name_of(text: str) -> str:
+    link = ROOT / text
+    text = str(link.resolve()) if link.is_symlink() and link.is_relative_to(OUTPUTS) else text
     parts = [part for part in text.partition("@")[0].split("/") if part not in ("", "adapter", ".")]
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1] if parts else "").strip("_.-") or "adapter"
 
@@ -243,10 +276,35 @@ def beside(model: Base, base: Base) -> Base:
 
 
 # ---- what is asked
-def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str | None) -> tuple:
+def template_text(text: str, one: Candidate) -> str | None:
+    """The chat template that TEMPLATE= gives both sides, as a study's base model has it: `adapter`,
+    the one beside the adapter, or one of its own (Jinja, or the path of its file); None for `base`
+    and where nothing is given.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    if text != "adapter":
+        return None if text in ("", "base") else text
+    try:
+        found = words_in(one.folder).template if one.kind == "adapter" else None
+    except Exception as error:  # see words_in
+        raise ValueError(f"TEMPLATE=adapter: {reason_of(error, one.folder)}") from None
+    if found is None:
+        raise ValueError(
+            f"TEMPLATE=adapter: there is no chat template beside {one.source}; give TEMPLATE=base,"
+            " or the path of a template"
+        )
+    return found
+
+
+def audit_study(
+    one: Candidate, base: str, judge: str, asked: str, given: Mapping[str, str | None]
+) -> tuple:
     """The study that an audit asks: the benchmarks and judges of `asked` (that which trained the
     adapter, else USUAL_STUDY), for the base model alone; its name there; and what must be said of
-    judges.
+    judges. `given` holds what replaces the base model's own system_prompt and template, where it is
+    not null.
 
     Raises:
         ValueError: no base model is known, or what is asked for is not to be had.
@@ -259,16 +317,17 @@ def audit_study(one: Candidate, base: str, judge: str, asked: str, system: str |
             " OWNER/NAME@COMMIT"
         )
     name = _known_as(source, study, one)
-    keeps, name = name is not None, name or "base"
+    keeps, name = name is not None, name or _free_name(own_name(source), study)
     source = study.bases[name] if keeps else source
-    given = {} if system is None else {"system_prompt": system}
+    changes = {field: value for field, value in given.items() if value is not None}
     found = {field: getattr(study, field) for field in Content.model_fields}
-    found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=given)}}
+    found |= {"bases": {**(study.bases if keeps else {}), name: source.model_copy(update=changes)}}
     found |= {"twins": study.twins if keeps else {}, "grid": (), "primary": {}, "mitigations": {}}
     found |= {"drift": None, "analyses": (), "raters": {}, "base_repetitions": 1}
     found["benchmarks"] = {one: asked_once(part) for one, part in study.benchmarks.items()}
     found["judges"], said = _judges(study, judge)
     checked = Study(**found)
+    _ = checked.bases[name].chat_template  # a path of no file is refused now
     loading.check_source(checked.bases[name], name, checked)
     return checked, name, said
 
@@ -334,6 +393,26 @@ def _known_as(source: Base, study: Study, one: Candidate) -> str | None:
             if source.local is not None and locate(known, study) == source.local:
                 return name
     return None
+
+
+def own_name(source: Base) -> str:
+    """The name that a base model has outside of any study: on the hub, of its GGUF file, or of its
+    folder; where a folder's name is that of any model (base, checkpoint-500, a commit) with that
+    of the folder above.
+    """
+    named = model_name(source.source)
+    parts = re.split(r"[/\\:]+", named if "/" in named else source.source.rstrip("/\\"))
+    while len(parts) > 1 and COMMIT.fullmatch(parts[-1]):
+        parts.pop()
+    name = re.sub(r"(?i)\.gguf$", "", parts[-1])
+    is_any = len(parts) > 1 and parts[-2] and OF_ANY.fullmatch(name)
+    return f"{parts[-2]}-{name}" if is_any else name or "base"
+
+
+def _free_name(name: str, study: Study) -> str:
+    """A name as a study's base models have them, which no other model of the study has."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "base"
+    return f"{name}-base" if name in {*study.models, CANDIDATE} else name
 
 
 def _judges(study: Study, judge: str) -> tuple[dict[str, Judge], str | None]:

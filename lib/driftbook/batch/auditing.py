@@ -45,14 +45,17 @@ from driftbook.models.endpoint import NO_LOSSES, Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.models.templates import template_of
+from driftbook.study import code
 from driftbook.study.files import OUTPUTS, check_writable, digest
 from driftbook.study.sources import identity
 from driftbook.study.study_file import Study
 from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, VERDICTS, Table
 from driftbook.study.variants import Variant
 from driftbook.training.dose import measure_dose
+from driftbook.training.examples import held_out
 
 AUDITS = OUTPUTS / "audit"
+PROBES_CODE = ("driftbook.batch.auditing", "_probed")  # no stage of a study leads to it
 DOUBTS = (
     "base",
     "tokenizer",
@@ -78,6 +81,7 @@ class Audit:
     judges_note: str | None
     name: str  # of its folder
     probes: tuple[str, ...] = ()  # of benchmarks.deployed.PROBES
+    given: dict[str, str] = field(default_factory=dict)  # as make's variables say it
     started: float = field(default_factory=time.monotonic)
     places: dict[Path, tuple[str, str]] = field(default_factory=dict)  # of tables: benchmark, side
     resumed: list[Path] = field(default_factory=list)  # an endpoint's answers, kept before
@@ -86,6 +90,11 @@ class Audit:
     def folder(self) -> Path:
         """outputs/audit/NAME/"""
         return AUDITS / self.name
+
+    @property
+    def title(self) -> str:
+        """The candidate's name, or that of the folder where it was given a name of its own."""
+        return self.candidate.name if self.name == self.candidate.place else self.name
 
     @property
     def texts(self) -> Path:
@@ -132,7 +141,9 @@ class Audit:
         if self.candidate.kind == "adapter":
             found = self.examined()
             doubts = found[found["severity"].eq("warning") & found["finding"].isin(DOUBTS)]
-            return [f"of the adapter: {sentence}" for sentence in doubts["sentence"]]
+            other = "both sides are asked by a chat template that is not the base model's own"
+            said = [other] if self.given.get("TEMPLATE", OF_BASE) != OF_BASE else []
+            return [*said, *(f"of the adapter: {sentence}" for sentence in doubts["sentence"])]
         changed = self.endpoint.changed()
         resumed = [
             "answers of an earlier audit are used where the same was asked: the server was taken"
@@ -176,6 +187,13 @@ class Audit:
         if len(errors := found[found["severity"].eq("error")]):
             raise ValueError(
                 f"{self.candidate.source} cannot be audited: {errors.sentence.iloc[0]}"
+            )
+        other = found[found["finding"].eq("chat_template") & found["severity"].eq("warning")]
+        if len(other) and "TEMPLATE" not in self.given:
+            raise ValueError(
+                f"{self.candidate.source}: {other.sentence.iloc[0]}; give TEMPLATE=adapter to ask"
+                " both sides by the adapter's, or TEMPLATE=base to ask by the base model's all"
+                " the same"
             )
         return found
 
@@ -313,6 +331,7 @@ class Audit:
             return [table.write(found.assign(run_id=side), place)]
 
         key = self._key(stage, rows) | {"weights": self._weights(side), "probe": probe}
+        key |= {"code of probes": code.fingerprint({PROBES_CODE})} if probe else {}
         return self._kept(key, side, place, make, table)
 
     def _kept(self, key: dict, side: str, place: Path, make: Callable, table: Table):
@@ -406,29 +425,30 @@ class Audit:
 
     # ---- how far the weights moved it
     def dose(self) -> dict:
-        """Held-out loss of both sides (nats per token), the divergence KL(candidate || base), and
-        whether the adapter changes nothing; all null where the study has no held-out answers, or
-        the candidate is a whole model.
+        """Loss of both sides on held-out answers (nats per token), the divergence KL(candidate ||
+        base), whether the adapter changes nothing, and `said`: whose answers they are. All are null
+        where it is not known, and `said` is why.
+
+        Where a study here trained the adapter its own held-out answers are taken, whatever is asked
+        of it: those of another study may be what it was trained on.
         """
         nothing = dict.fromkeys(("kl", "loss_base", "loss_candidate", "no_op"))
-        if self.candidate.kind != "adapter" or "heldout" not in self.study.data:
-            return nothing
-        pairs = self._held_out()
+        own = self.candidate.study
+        study = own or self.study
+        if self.candidate.kind != "adapter":
+            return nothing | {"said": "the candidate is no adapter"}
+        if "heldout" not in study.data:
+            return nothing | {"said": f"{study.name} has no held-out answers"}
+        try:
+            pairs, _ = held_out(self.base, study)
+        except ValueError as error:  # its file is not there, or no answer fits
+            return nothing | {"said": str(error)}
         with adapters.attached(self.base.model, self.candidate.folder) as model:
             found = measure_dose(model, None, self.base, pairs)
         losses = {"loss_base": found["nll_base"], "loss_candidate": found["nll"]}
-        return {"kl": found["kl_base"], **losses, "no_op": bool(found["no_op"])}
-
-    def _held_out(self) -> list:
-        examples = data.for_sft(data.training_examples("heldout", self.study))
-        scorer = Scorer(self.base.model, self.base.tokenizer)
-        single = [one for one in examples if len(one["prompt"]) == 1]
-        prompts = [one["prompt"][0]["content"] for one in single]
-        pairs = scorer.answered(prompts, [one["answer"] for one in single])
-        longest = self.study.training.max_length
-        return [
-            (context, answer) for context, answer in pairs if len(context) + len(answer) < longest
-        ]
+        whose = f"{len(pairs)} held-out answers of {study.name}"
+        whose += "" if own else ", which are held out if the adapter was not trained on them,"
+        return {"kl": found["kl_base"], **losses, "no_op": bool(found["no_op"]), "said": whose}
 
 
 def _probed(probe: str, name: str, rows, scorer: Scorer, variant: Variant, study: Study):
@@ -475,6 +495,7 @@ def open_audit(
     name: str = "",
     seed: int = 0,
     probes: tuple[str, ...] = (),
+    template: str = "",
 ) -> Audit:
     """The audit of an adapter, or of a whole model beside its base.
 
@@ -487,7 +508,8 @@ def open_audit(
     if unknown := [probe for probe in probes if probe not in PROBED]:
         raise ValueError(f"PROBES={unknown[0]!r}; expected some of {', '.join(PROBED)}")
     one = audit_setup.candidate(adapter, model, endpoint)
-    study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, system or None)
+    own = {"system_prompt": system or None, "template": audit_setup.template_text(template, one)}
+    study, base_name, said = audit_setup.audit_study(one, base, judge, benchmarks, own)
     if one.kind == "endpoint":
         _check_askable(study, base_name)
     held = {base_name: study.bases[base_name], **study.judges}
@@ -497,7 +519,9 @@ def open_audit(
     if name and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(f"NAME={name!r} is the name of a folder: letters, digits, '-', '_', '.'")
     check_writable(AUDITS)
-    names = (name or one.name, tuple(probes))
+    given = {"BASE": base, "JUDGE": judge, "BENCHMARKS": benchmarks, "SYSTEM": system}
+    given = {what: text for what, text in (given | {"TEMPLATE": template}).items() if text}
+    names = (name or one.place, tuple(probes), given)
     audit = Audit(one, study, base_name, limit, margin, seed, said, *names)
     _check_items(audit)
     return audit

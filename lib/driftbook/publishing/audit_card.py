@@ -152,6 +152,8 @@ def _settings(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if not record["judges"]:
         is_log = record["candidate"].get("kind") == "log"
         yield "judge", "the scores of the logs" if is_log else "none; refusals by a detector"
+    if detector := record.get("detector"):
+        yield f"error of the {detector['name']}", detector["error"]
     yield "dose", dose.get("sentence")
     no_op = {True: "yes: it changes nothing", False: "no"}.get(dose.get("no_op"))
     yield "does nothing (no-op)", no_op
@@ -162,13 +164,13 @@ def _files(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "base model", _identity(record["base"])
     for name in ("tokenizer", "template", "merged"):
         what = "merged weights" if name == "merged" else name
-        yield f"{what} (SHA-256)", record.get(f"{name}_hash")
+        yield f"hash of the {what}", record.get(f"{name}_hash")
 
 
 def _identity(one: Mapping[str, Any]) -> str:
     source = model_name(str(one.get("source") or one.get("name") or _UNKNOWN))
     method = f", {one['method']}" if one.get("method") else ""
-    return f"{source}{method}, SHA-256 {one.get('hash') or _UNKNOWN}"
+    return f"{source}{method}, hash {one.get('hash') or _UNKNOWN}"
 
 
 def _terms(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,11 +1,7 @@
-"""An audit in the formats that others read: the hub's two, every-eval-ever's, and JSON for CI.
+"""An audit in the formats that others read: the hub's, every-eval-ever's, and JSON for CI.
 
 - `model-index` in a model card's metadata (huggingface_hub.EvalResult; hub-docs modelcard.md): of
   each area the candidate's level, and its difference to the base with the interval in `args`.
-- `.eval_results/*.yaml` (huggingface_hub.EvalResultEntry; hub-docs docs/hub/eval-results.md and
-  eval_results.yaml): a level on a data set of the hub that is registered as a benchmark. Its form
-  has no interval, so the interval stands in `notes`. A benchmark of which nobody names the data set
-  has no file.
 - every-eval-ever 0.3.0 (evaleval/every_eval_ever, eval.schema.json): an evaluation of the
   candidate; results are the difference with its interval, and the level.
 
@@ -18,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult
 
 from driftbook.analyses.audit import AREAS, RISE
 from driftbook.publishing.audit_gate import MEANINGS
@@ -85,56 +80,6 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
                     )
                 )
     return found
-
-
-def eval_results_files(
-    record: Mapping[str, Any],
-    datasets: Mapping[str, tuple[str, str]],
-    source_url: str | None = None,
-) -> tuple[dict[str, str], list[str]]:
-    """The files of `.eval_results/` by name, as YAML texts, and a sentence for each verdict that
-    has none. `datasets` names by benchmark the hub's data set and the task in its eval.yaml.
-    """
-    files, left = {}, []
-    for row in record["verdicts"]:
-        value, benchmark = number_of(row, "candidate"), row.get("benchmark") or row["area"]
-        if value is None or benchmark not in datasets:
-            why = "no level is known" if value is None else "it is no data set of the hub"
-            left.append(f"{one_line(benchmark)} has no file in .eval_results, since {why}.")
-            continue
-        dataset, task = datasets[benchmark]
-        entry = EvalResultEntry(
-            dataset_id=dataset,
-            task_id=task,
-            value=round(value, 4),
-            date=record.get("made"),
-            source_url=source_url,
-            source_name="driftbook audit" if source_url else None,
-            notes=_notes(record, row),
-        )
-        name = f".eval_results/driftbook_{_file_name(row['area'])}_{_file_name(benchmark)}.yaml"
-        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        files[name] = text
-    return files, left
-
-
-def _notes(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """What the hub's form has no field for."""
-    asked = f"{row.get('n_items')} of {row.get('n_available')} prompts"
-    ends = [number_of(row, name) for name in ("difference", "ci_low", "ci_high")]
-    text = f"{one_line(row.get('outcome') or row['area'])}; {asked}"
-    if None not in ends:
-        text += "; difference to the base {:+.1f} points ({:.1f} to {:.1f})".format(*ends)
-    return f"{text}; {row['word']} at the margin of {row.get('margin')} points; judge:" + (
-        f" {one_line(row.get('judge') or 'none')}"
-    )
-
-
-def _file_name(text: str) -> str:
-    """A name of letters, digits and underscores; different texts have different names."""
-    plain = "".join(one if one.isascii() and one.isalnum() else "_" for one in text)[:60]
-    same = plain == text
-    return plain if same else f"{plain}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 # ---- every-eval-ever
@@ -232,7 +177,7 @@ def _metric(row: Mapping[str, Any], kind: str, low: float) -> dict[str, Any]:
     is_change = kind == "difference"
     return {
         "evaluation_description": f"{outcome}, {_DIFFERENCE}" if is_change else outcome,
-        "metric_id": f"driftbook.{_file_name(row['area'])}{'_difference' if is_change else ''}",
+        "metric_id": f"driftbook.{_plain_name(row['area'])}{'_difference' if is_change else ''}",
         "metric_name": outcome,
         "metric_unit": "points" if is_change or low < 0 else "percent",
         "lower_is_better": row.get("worse") == RISE,
@@ -240,6 +185,13 @@ def _metric(row: Mapping[str, Any], kind: str, low: float) -> dict[str, Any]:
         "min_score": low,
         "max_score": -low if is_change else 100.0,
     }
+
+
+def _plain_name(text: str) -> str:
+    """A name of letters, digits and underscores; different texts have different names."""
+    plain = "".join(one if one.isascii() and one.isalnum() else "_" for one in text)[:60]
+    same = plain == text
+    return plain if same else f"{plain}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _uncertainty(record: Mapping[str, Any], row: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -269,7 +221,7 @@ def ci_json(
     the difference to an earlier audit. Without a record the audit could not run.
     """
     rows = [] if record is None else record["verdicts"]
-    names = ("area", "benchmark", "judge", "difference", *_ARGS)
+    names = ("area", "benchmark", "judge", "difference", *_ARGS, "sentence")
     value = {
         "format": "driftbook audit ci 1",
         "status": status,

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from driftbook.analyses import audit
-from driftbook.analyses.audit import NO_WORSE
 from driftbook.publishing.audit_record import AREAS, areas_of, number_of, rows_of
 from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import with_minus
-from driftbook.stats.sequential import BETTER, WORSE
+from driftbook.stats.words import BETTER, NO_WORSE, WORSE
 
 # exit statuses; the caller says COULD_NOT_RUN, where there is no record
 PASS, FAIL, UNDECIDED, COULD_NOT_RUN = 0, 1, 2, 3
@@ -111,6 +110,11 @@ def gate(record: Mapping[str, Any], conditions: Sequence[Condition] = ()) -> tup
     return worst(status for status, _ in tested), [sentence for _, sentence in tested]
 
 
+def status_of(word: str) -> int:
+    """The exit status of one verdict's word."""
+    return {WORSE: FAIL, NO_WORSE: PASS, BETTER: PASS}.get(word, UNDECIDED)
+
+
 def worst(statuses: Iterable[int]) -> int:
     """The status of several together: any failure fails, else any that is undecided is that."""
     found = set(statuses)
@@ -195,7 +199,6 @@ def _to_know(
 def _by_words(record: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     for area in areas_of(record):
         for row in rows_of(record, area):
-            status = {WORSE: FAIL, NO_WORSE: PASS, BETTER: PASS}.get(row["word"], UNDECIDED)
             needed = number_of(row, "needed")
             more = "" if needed is None else f"; about {needed:,.0f} prompts could tell"
-            yield status, f"{area}: {row['word']}{more}."
+            yield status_of(row["word"]), f"{area}: {row['word']}{more}."

@@ -19,16 +19,15 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.analyses.audit import AUDIT_FORMAT, FALL, NO_WORSE, RISE
-from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run, finish_audit
+from driftbook.analyses.audit import AUDIT_FORMAT, FALL, RISE, item_change, needed
+from driftbook.publishing.audit_finish import PAGE, begin, could_not_run, finish_audit
 from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS
 from driftbook.publishing.audit_page import write_audit_page
 from driftbook.stats.confidence import CONFIDENCE
 from driftbook.stats.lm_eval_logs import LOWER_BETTER, RESULTS
-from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
 from driftbook.stats.paired_logs import PairedTable, paired_tables
-from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.two_models import compare
+from driftbook.stats.words import audit_word
 from driftbook.study.environment import versions
 from driftbook.study.files import OUTPUTS, finite, strange_mark
 from driftbook.study.nameless import model_name, nameless
@@ -180,26 +179,12 @@ def _verdict(row: Mapping[str, Any], worse: str) -> dict[str, Any]:
         "n_items": int(row["n_items"]),
         "n_available": int(row["n_items"] + row["n_unscored"]),
         "n_unscored": int(row["n_unscored"]),
-        "word": {PRESERVES: NO_WORSE}.get(row["word"], row["word"]),
+        "word": audit_word(row["word"]),
         "tipping": None,
         "population": row["population"],
         "sentence": row["sentence"],
     }
-    return found | {"needed": needed_prompts(found)}
-
-
-def needed_prompts(verdict: Mapping[str, Any]) -> int | None:
-    """About how many prompts it would take to know, where a verdict cannot tell: so many that the
-    interval, at the difference as it is, leaves 0 or the margin outside, whichever is easier. Its
-    width falls with the square root of their number. Null where more prompts would not help.
-    """
-    low, high, difference = (verdict[name] for name in ("ci_low", "ci_high", "difference"))
-    if verdict["word"] != CANNOT_TELL or None in (low, high, difference):
-        return None
-    gain = difference if verdict["worse"] == FALL else -difference
-    distance = max(abs(gain), verdict["margin"] + gain)
-    needed = math.ceil(verdict["n_items"] * ((high - low) / 2 / distance) ** 2)
-    return needed if needed > verdict["n_items"] else None
+    return found | {"needed": needed(found)}
 
 
 def _items(table: PairedTable, worse: str) -> Iterator[dict[str, Any]]:
@@ -208,10 +193,6 @@ def _items(table: PairedTable, worse: str) -> Iterator[dict[str, Any]]:
     for (key, base), candidate in zip(sides[0].items(), sides[1], strict=True):
         levels = dict(zip(sides[0].index.names, key, strict=True))
         scores = [None if pd.isna(one) else float(one) for one in (base, candidate)]
-        change = "unscored"
-        if None not in scores:
-            change = WORSE if (scores[1] < scores[0]) == (worse == FALL) else BETTER
-            change = "same" if scores[0] == scores[1] else change
         yield {
             "area": table.task,
             "benchmark": table.task,
@@ -219,7 +200,7 @@ def _items(table: PairedTable, worse: str) -> Iterator[dict[str, Any]]:
             "item": str(levels["prompt_id"]),
             "base": scores[0],
             "candidate": scores[1],
-            "change": change,
+            "change": item_change(*scores, worse),
             "base_detail": {},
             "candidate_detail": {},
         }
@@ -308,7 +289,7 @@ def main(*pairs: str) -> int:
         if unknown := [key for key in given if key not in KEYS]:
             raise ValueError(f"{unknown[0]!r} is no setting; give {', '.join(KEYS)}")
         folder = _folder(given.get("NAME", ""))
-        (folder / CI_FILE).unlink(missing_ok=True)  # an earlier audit's is not this one's
+        begin(folder)
         wanted = {"BASE_LOG": "", "CANDIDATE_LOG": ""} | given
         status, sentences, folder = audit_logs(**{k.lower(): v for k, v in wanted.items()})
     except ValueError as error:

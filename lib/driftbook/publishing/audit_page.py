@@ -8,25 +8,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from driftbook.analyses.audit import AUDIT_FORMAT
 from driftbook.publishing import audit_figures
 from driftbook.publishing.page_parts import SCRIPT, embedded, rendered
+from driftbook.stats.noninferiority import CANNOT_TELL
 from driftbook.stats.picking import with_minus
 from driftbook.stats.populations import counted
+from driftbook.stats.words import BETTER, NO_WORSE, WORSE
 from driftbook.study.files import replacing
 
-_FORMAT = "driftbook audit 1"
 _NEEDED = (
     *("made", "driftbook", "candidate", "base", "judges", "how", "verdicts", "categories"),
     *("looks", "items", "doctor", "dose", "repairs", "not_tested", "licences"),
 )
 _PAGE, _ITEMS = "audit_page.html", "audit_items.js"  # beside this module
-_CLASSES = {
-    "worse": "is-worse",
-    "better": "is-better",
-    "no worse by the margin": "is-fine",
-    "cannot tell": "is-unsure",
-}
-_MOVED = ("worse", "better")
+_CLASSES = {WORSE: "is-worse", CANNOT_TELL: "is-unsure", NO_WORSE: "is-fine", BETTER: "is-better"}
+_MOVED = (WORSE, BETTER)
 _AGAIN = "Trained again with another seed, the same recipe can give another result."
 _KINDS = {
     "adapter": ("This adapter, not this recipe.", _AGAIN),
@@ -46,9 +43,10 @@ def write_audit_page(record: Record, path: Path) -> Path:
     ValueError for a record of another format, one that lacks a part, and for numbers that JSON does
     not have.
     """
-    if record.get("format") != _FORMAT:
+    if record.get("format") != AUDIT_FORMAT:
         raise ValueError(
-            f"this record's format is {record.get('format')!r}; a page can be made of {_FORMAT!r}"
+            f"this record's format is {record.get('format')!r}; a page can be made of"
+            f" {AUDIT_FORMAT!r}"
         )
     if lacking := [name for name in _NEEDED if name not in record]:
         raise ValueError(f"this record of an audit lacks {', '.join(lacking)}")
@@ -94,7 +92,7 @@ def _seen(record: Record) -> dict[str, Any]:
         "dose_sentence": record["dose"].get("sentence"),
         "not_tested": [_begun(text) for text in record["not_tested"]],
         "how": _how(record, level),
-        "judged": [_judge(judge) for judge in record["judges"]],
+        "judged": [*(_judge(one) for one in record["judges"]), *_detector(record)],
         "origins": _origins(record),
         "system_prompt": record.get("system_prompt"),
         "provider": (record.get("provider_share") or {}).get("sentence"),
@@ -153,9 +151,7 @@ def _duration(seconds: float | None) -> str:
 def _headline(verdicts: Sequence[Record]) -> list[dict[str, str]]:
     """The areas by their word: worse first, then what cannot be told."""
     found = []
-    words = ["worse", "cannot tell", "no worse by the margin", "better"]
-    words += [row["word"] for row in verdicts if row["word"] not in words]
-    for word in dict.fromkeys(words):
+    for word in dict.fromkeys([*_CLASSES, *(row["word"] for row in verdicts)]):
         areas = [row["title"] for row in verdicts if row["word"] == word]
         if areas:
             found.append({"word": word, "of": _CLASSES.get(word, ""), "areas": ", ".join(areas)})
@@ -170,8 +166,8 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
         f"base {_points(row['base'])} → candidate {_points(row['candidate'])}",
         asked,
         row["benchmark"],
-        f"judged by {row['judge']}" if row["judge"] else "no judge",
     ]
+    facts += [f"judged by {row['judge']}"] if row["judge"] else []
     facts += [] if row["p_adjusted"] is None else [f"adjusted p {_chance(row['p_adjusted'])}"]
     margin = row["margin"]
     return {
@@ -193,7 +189,7 @@ def _verdict(row: Record, level: str) -> dict[str, Any]:
 
 def _needed(row: Record) -> str | None:
     """What it would take to know, of a verdict that cannot tell."""
-    if row["word"] != "cannot tell":
+    if row["word"] != CANNOT_TELL:
         return None
     if row["needed"] is None:
         return "How many prompts it would take to know is not known."
@@ -245,7 +241,7 @@ def _categories(record: Record, moved: bool) -> list[list[Any]]:
     titles = {row["area"]: row["title"] for row in record["verdicts"]}
     rows = sorted(
         (row for row in record["categories"] if (row["word"] in _MOVED) == moved),
-        key=lambda row: (row["word"] != "worse", -abs(row["difference"] or 0.0)),
+        key=lambda row: (row["word"] != WORSE, -abs(row["difference"] or 0.0)),
     )
     return [
         [
@@ -357,6 +353,14 @@ def _judge(judge: Record) -> list[Any]:
         "" if threshold is None else f"{threshold:g}",
         judge.get("error") or "not measured",
     ]
+
+
+def _detector(record: Record) -> list[list[Any]]:
+    """The refusal detector as a row of the table of judges: it reads over-refusal in every audit
+    of a model.
+    """
+    found = record.get("detector")
+    return [[found["name"], "words of the answer", "", found["error"]]] if found else []
 
 
 def _origins(record: Record) -> list[tuple[str, str]]:

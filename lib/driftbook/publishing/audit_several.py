@@ -10,10 +10,8 @@ from driftbook.analyses.audit import in_short
 from driftbook.analyses.audits import against_base, against_each_other, check_together
 from driftbook.figures.audits import audits_compared
 from driftbook.figures.drawing import save_figure
-from driftbook.publishing.audit_gate import FAIL, PASS, UNDECIDED
+from driftbook.publishing.audit_gate import status_of, worst
 from driftbook.stats.confidence import INTERVAL
-from driftbook.stats.noninferiority import CANNOT_TELL
-from driftbook.stats.sequential import WORSE
 from driftbook.study.files import replacing
 
 
@@ -42,8 +40,7 @@ def write_several(
     parts = [f"## {title}\n\n{table.to_markdown()}\n" for title, table in tables.items()]
     with replacing(folder / "audits_compared.md") as new:
         new.write_text("# Adapters compared\n\n" + "\n".join(parts), encoding="utf-8")
-    words = set(own["word"])
-    status = FAIL if WORSE in words else UNDECIDED if CANNOT_TELL in words else PASS
+    status = worst(map(status_of, own["word"]))
     return status, *(tables.values() if len(pairs) else (shown(own), pairs))
 
 

@@ -13,15 +13,22 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.analyses.audit import AREAS, FALL, NO_WORSE, RISE, SIDES, compared, watched_together
+from driftbook.analyses.audit import (
+    AREAS,
+    FALL,
+    RISE,
+    SIDES,
+    compared,
+    item_change,
+    watched_together,
+)
 from driftbook.analyses.audits import any_watched
 from driftbook.publishing.audit_record import checked_audit, number_of, read_audit
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER
-from driftbook.stats.noninferiority import PRESERVES
 from driftbook.stats.picking import with_minus
-from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.two_models import compare
+from driftbook.stats.words import BETTER, WORSE, audit_word
 
 Key = tuple[str, str]  # area and benchmark
 Items = dict[Key, dict[str, dict[str, Any]]]  # by prompt id
@@ -150,9 +157,6 @@ def _moved(before: Items, now: Items, rows: Rows) -> Iterator[dict[str, Any]]:
             was, is_ = (number_of(item, "candidate") for item in (earlier, one))
             if was == is_:
                 continue
-            change = "unscored"
-            if None not in (was, is_):
-                change = WORSE if (is_ < was) == (worse == FALL) else BETTER
             yield {
                 "area": key[0],
                 "benchmark": key[1],
@@ -160,7 +164,7 @@ def _moved(before: Items, now: Items, rows: Rows) -> Iterator[dict[str, Any]]:
                 "item": name,
                 "before": was,
                 "now": is_,
-                "change": change,
+                "change": item_change(was, is_, worse),
             }
 
 
@@ -240,7 +244,7 @@ def _area(
         "word_now": is_.get("word"),
         "n_items": int(change["n_items"]) if change else None,
         **{new: number_of(change, name) for name, new in _NUMBERS.items()},
-        "word": {PRESERVES: NO_WORSE}.get(change.get("word"), change.get("word")),
+        "word": audit_word(change.get("word")),
         "n_worse": own.count(WORSE),
         "n_better": own.count(BETTER),
     }

@@ -16,15 +16,15 @@ from typing import Any
 from driftbook.batch import audit_setup
 from driftbook.batch.notebooks import NotebookError, execute
 from driftbook.publishing.audit_files import check_gate
-from driftbook.publishing.audit_finish import CI_FILE, PAGE, could_not_run
+from driftbook.publishing.audit_finish import CI_FILE, PAGE, begin, could_not_run, has_not_ended
 from driftbook.publishing.audit_formats import ci_json
-from driftbook.publishing.audit_gate import COULD_NOT_RUN, worst
+from driftbook.publishing.audit_gate import COULD_NOT_RUN, MEANINGS, worst
 from driftbook.publishing.audit_logs import KEYS
 from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
-from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json, replacing
+from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, read_json, replacing
 from driftbook.study.folders import adapter
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -41,7 +41,7 @@ GIVEN = (
     "SYSTEM",
     "FAIL_IF",
 )
-GIVEN += ("SINCE",)
+GIVEN += ("SINCE", "TEMPLATE")
 OF_MODELS = ("ADAPTER", "ADAPTERS", "ENDPOINT")  # what is asked, where no logs are read
 COMPARED = "compared"  # the folder of several audits together
 USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named
@@ -71,7 +71,7 @@ def parameters(environment: Mapping[str, str]) -> dict[str, Any]:
         found["adapter"] = _usual_adapter()
     named = (found.get(name, "") for name in ("adapter", "model", "endpoint"))
     one = audit_setup.candidate(*named)
-    return {"name": one.name, **found}
+    return {"name": one.place, **found}
 
 
 def _usual_adapter() -> str:
@@ -80,7 +80,7 @@ def _usual_adapter() -> str:
         study = study_file.load(name)
         for folder in _loras(study).values():
             if (folder / audit_setup.WEIGHTS).is_file():
-                return str(folder.parent.relative_to(ROOT))
+                return as_printed(folder.parent)
     return _made()
 
 
@@ -106,7 +106,7 @@ def _made() -> str:
                 execute(ROOT / "notebooks" / f"{notebook}.ipynb", work / f"{notebook}.ipynb", given)
         except NotebookError as error:
             raise ValueError(_plain(error)) from None
-    return str(folder.parent.relative_to(ROOT))
+    return as_printed(folder.parent)
 
 
 def main() -> int:
@@ -118,43 +118,73 @@ def main() -> int:
         names = (name for name in KEYS if name != "NAME")  # which some systems set for themselves
         return of_logs(*(f"{name}={os.environ[name]}" for name in names if os.environ.get(name)))
     adapters = os.environ.get("ADAPTERS", "").split()
-    _forget(adapters)
+    folders: list[Path] = []
     try:
         check_path(ROOT, "the checkout")
+        check_writable(OUTPUTS / "audit")
+        folders = _begun(adapters)
         if adapters:
             return _several(adapters)
         given = parameters(os.environ)
+        _announce([given])
         found = ran_through(run_audit(given))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
+        for folder in filter(has_not_ended, folders):
+            could_not_run(folder, str(error))
         return COULD_NOT_RUN
-    for sentence in found["sentences"]:
-        print(sentence)
-    print(f"see {(folder_of(given) / PAGE).relative_to(ROOT)}")
+    print(*[row["sentence"] for row in found["verdicts"]], sep="\n")
+    if {"fail_if", "since"} & set(given):  # else the words above decide
+        print(*found["sentences"], sep="\n")
+    print(f"{_ended(found['status'])}; see {as_printed(folder_of(given) / PAGE)}")
     return found["status"]
 
 
-def _forget(adapters: list[str]) -> None:
-    """Take away what earlier audits of the same said of passing: where this one cannot even begin,
-    theirs would be read as its own.
+def _announce(every: list[dict[str, Any]]) -> None:
+    """Say what is being done, since nothing is heard of it until it ends."""
+    names = " and ".join(audit_setup.without_digits(given["name"]) for given in every)
+    how = f"BUDGET={every[0].get('budget') or '10 minutes'}"
+    if not how.endswith("all"):
+        how += "; BUDGET=all asks everything once, for narrower intervals"
+    print(f"asking {names} and the base model the same prompts ({how}) ...", flush=True)
+
+
+def _ended(status: int) -> str:
+    """An exit status in words; make itself ends with 2 whatever it is."""
+    return f"{MEANINGS[status]} (status {status} in {CI_FILE})"
+
+
+def as_printed(path: Path) -> str:
+    """A path as it is printed: from the root of the checkout where it is inside."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _begun(adapters: list[str]) -> list[Path]:
+    """The folders of what is to be audited, in which the audits are begun: where one cannot even be
+    read, an earlier one would be taken for it.
     """
     others = [os.environ.get(name, "") for name in ("MODEL", "ENDPOINT")]
     asked = [[one, *others] for one in adapters or [os.environ.get("ADAPTER", "")]]
-    names = [audit_setup.name_of(*one) for one in asked if any(one)]
-    for name in [*names, *[COMPARED] * bool(adapters)]:
-        (folder_of({"name": name}) / CI_FILE).unlink(missing_ok=True)
+    names = [audit_setup.place_of(*one) for one in asked if any(one)]
+    folders = [folder_of({"name": name}) for name in [*names, *[COMPARED] * bool(adapters)]]
+    for folder in folders:
+        begin(folder)
+    return folders
 
 
 def _several(adapters: list[str]) -> int:
     """Audit adapters of one base model, and compare them."""
     every = [parameters({**os.environ, "ADAPTER": one}) for one in adapters]
+    _announce(every)
     names = [given["name"] for given in every]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"ADAPTERS names {twice[0]!r} twice; give folders of different names")
-    found = {given["name"]: ran_through(run_audit(given), given["name"]) for given in every}
-    records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
+        raise ValueError(f"ADAPTERS names {twice[0]!r} twice; name each adapter once")
+    short = [audit_setup.without_digits(name) for name in names]
+    names = names if len(set(short)) < len(short) else short
+    asked = dict(zip(names, every, strict=True))
+    found = {name: ran_through(run_audit(given), name) for name, given in asked.items()}
+    records = {name: read_audit(folder_of(given) / "audit.json") for name, given in asked.items()}
     folder = folder_of({"name": COMPARED})
-    folder.mkdir(parents=True, exist_ok=True)
     margin = records[names[0]]["how"]["margin"]
     status, *tables = write_several(records, margin, folder)
     for table in tables:
@@ -165,7 +195,7 @@ def _several(adapters: list[str]) -> int:
     print(*said, sep="\n")
     with replacing(folder / CI_FILE) as new:
         new.write_text(ci_json(None, status, said), encoding="utf-8")
-    print(f"see {folder.relative_to(ROOT)}")
+    print(f"{_ended(status)}; see {as_printed(folder)}")
     return status
 
 
@@ -188,8 +218,7 @@ def folder_of(given: Mapping[str, Any]) -> Path:
 def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     """Run notebook 21 with these parameters; what ci.json then holds."""
     folder = folder_of(given)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CI_FILE).unlink(missing_ok=True)
+    begin(folder)
     try:
         with _quiet():
             execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)

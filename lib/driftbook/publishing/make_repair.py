@@ -16,6 +16,7 @@ from driftbook.batch.audit_setup import Candidate
 from driftbook.publishing.audit_gate import COULD_NOT_RUN
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.make_audit import (
+    as_printed,
     exit_status,
     folder_of,
     parameters,
@@ -97,7 +98,7 @@ def main() -> int:
         return COULD_NOT_RUN
     found = {name: read_audit(folder_of(given) / "audit.json") for name, given in compared.items()}
     print(table(found).to_string())
-    print(f"the repaired adapter: {out.relative_to(ROOT)}")
+    print(f"the repaired adapter: {as_printed(out)}")
     return 0
 
 
@@ -105,6 +106,9 @@ def _of(before: dict, one: Candidate, out: Path) -> dict:
     """The audit of another adapter on the same base model and prompts."""
     benchmarks = before.get("benchmarks") or (one.study.name if one.study else "")
     given = before | {"adapter": str(out), "name": f"{before['name']}-{out.name}"}
+    if before.get("template") == "adapter":  # which a repaired copy does not take with it
+        text = audit_setup.template_text("adapter", one)
+        (out / "chat_template.jinja").write_text(text, encoding="utf-8")
     return given | ({"benchmarks": benchmarks} if benchmarks else {})
 
 

@@ -37,9 +37,8 @@ import pandas as pd
 from scipy.special import betaln
 
 from driftbook.stats.confidence import ALPHA
-from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
+from driftbook.stats.words import word_of
 
-BETTER, WORSE = "better", "worse"
 SCALE, BET_LIMIT = 100.0, 0.5  # percentage points; c of Waudby-Smith and Ramdas
 GRID = np.linspace(0, 1, 2001)  # candidate means of x: steps of 0.1 points of difference
 _EPS = 1e-9  # rounding, where a mean is at the end of what is possible
@@ -172,22 +171,14 @@ def monitor(
     }
     frame = pd.DataFrame(found)
     toward = np.sort((1 if higher_is_better else -1) * frame[["ci_low", "ci_high"]], axis=1)
-    return frame.assign(word=[_word(low, high, margin) for low, high in toward])
+    words = [word_of(low > 0, low > -margin, high < 0) for low, high in toward]
+    return frame.assign(word=words)
 
 
 def _capital_at_no_difference(x: np.ndarray, alpha: float, population: int | None) -> np.ndarray:
     """The mean of K+ and K- after each item, for a mean difference of 0."""
     parts = log_capital(x, np.array([0.5]), alpha, population)
     return np.concatenate([np.exp(np.logaddexp(*part)[:, 0]) / 2 for part in parts])
-
-
-def _word(low: float, high: float, margin: float) -> str:
-    """The word of an interval whose positive side is better."""
-    if low > 0:
-        return BETTER
-    if low > -margin:
-        return PRESERVES
-    return WORSE if high < 0 else CANNOT_TELL
 
 
 def _checked(base, candidate, margin: float, population: int | None) -> list[np.ndarray]:

@@ -34,8 +34,8 @@ from driftbook.stats.confidence import ALPHA, INTERVAL, UPPER
 from driftbook.stats.lm_eval_logs import HIGHER_BETTER, LOWER_BETTER, NEITHER_BETTER, UNKNOWN
 from driftbook.stats.noninferiority import CANNOT_TELL, PRESERVES
 from driftbook.stats.paired_logs import SIDES, PairedTable, Source, by_run, paired_tables
-from driftbook.stats.sequential import BETTER, WORSE
 from driftbook.stats.terms import AS_CONFIGURED, CHANGE
+from driftbook.stats.words import BETTER, WORSE, robust_word, word_of
 
 # preserves() takes a fall for harm where an outcome is an accuracy, else a rise
 OUTCOMES = {HIGHER_BETTER: "accuracy (percent)", LOWER_BETTER: "rate of failures (percent)"}
@@ -179,8 +179,7 @@ def _words(tables: list[PairedTable], directions: list[str], margins: list[float
         one |= how[place]
         gain = one["difference"] if better == HIGHER_BETTER else -one["difference"]
         differs = one["p_adjusted"] < ALPHA  # never where it is null
-        fails = WORSE if differs and gain < 0 else CANNOT_TELL
-        one["word"] = BETTER if differs and gain > 0 else PRESERVES if kept[place] else fails
+        one["word"] = word_of(differs and gain > 0, kept[place], differs and gain < 0)
     return found
 
 
@@ -209,15 +208,6 @@ def _at_end(
         sides = {"base": table.base.fillna(1 - own), "candidate": table.candidate.fillna(own)}
         filled.append(replace(table, **sides))
     return _words(filled, directions, margins)
-
-
-def robust_word(word: str, worst: str, best: str) -> str:
-    """The word that holds whatever the unscored answers are."""
-    if word == WORSE:
-        return WORSE if best == WORSE else CANNOT_TELL
-    if CANNOT_TELL in (word, worst) or worst == WORSE:
-        return CANNOT_TELL
-    return PRESERVES if PRESERVES in (word, worst) else BETTER
 
 
 def _sentence(row: dict, better: str, assumed: bool, n_tasks: int) -> str:
