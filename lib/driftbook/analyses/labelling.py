@@ -20,6 +20,7 @@ from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import CHANGE, LEVEL, UNSAFE
 from driftbook.study.files import replacing
+from driftbook.study.parts import check_name
 from driftbook.study.reading import csv_frame
 from driftbook.study.tables import LABELS
 
@@ -192,8 +193,13 @@ def ask(
     left. An empty answer ends it, and the next call goes on.
 
     `show` gets HTML with the texts escaped.
+
+    Raises:
+        ValueError: the rater's name is no name of a file of labels.
     """
-    path = folder / f"{rater}.csv"
+    path = folder / f"{check_name(rater)}.csv"
+    if path.name in (SHEET, KEY):
+        raise ValueError(f"rater={rater!r} is the name of another file there; take another")
     frame = csv_frame(path if path.is_file() else folder / SHEET)
     for i in frame.index[frame["label"].eq("")]:
         prompt, answer = (html.escape(frame.at[i, name]) for name in ("prompt", "response"))
