@@ -19,7 +19,7 @@ from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import CHANGE, LEVEL, UNSAFE
-from driftbook.study.files import replacing
+from driftbook.study.files import private_folder, replacing
 from driftbook.study.parts import check_name
 from driftbook.study.reading import csv_frame
 from driftbook.study.tables import LABELS
@@ -119,8 +119,7 @@ def write_sheet(drawn: pd.DataFrame, texts: pd.DataFrame, folder: Path, seed: in
         for ids in frame[ANSWER].itertuples(index=False, name=None)
     ]
     frame = frame.sort_values("label_id").assign(label="")
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    private_folder(folder)
     plain = frame.assign(
         **{
             name: frame[name].map(lambda text: "'" + text if text[:1] in "=+-@\t\r" else text)
@@ -133,7 +132,6 @@ def write_sheet(drawn: pd.DataFrame, texts: pd.DataFrame, folder: Path, seed: in
     ):
         with replacing(folder / name) as new:
             rows[columns].to_csv(new, index=False, quoting=csv.QUOTE_NONNUMERIC)
-        (folder / name).chmod(0o600)
     return folder / SHEET
 
 
@@ -214,7 +212,6 @@ def ask(
         frame.at[i, "label"] = word
         with replacing(path) as new:
             frame.to_csv(new, index=False, quoting=csv.QUOTE_NONNUMERIC)
-        path.chmod(0o600)
     return int(frame["label"].eq("").sum())
 
 

@@ -5,7 +5,6 @@ An entry is a folder outputs/cache/<hash>/ with the tables and entry.json, writt
 the key in clear and a hash of each file. Nothing is served that is not whole.
 """
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from driftbook.study.files import (
     OUTPUTS,
     digest,
     file_digest,
+    private_folder,
     read_json,
     replacing_folder,
     write_json,
@@ -36,9 +36,7 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
     Two processes that want the same wait for each other: one does the work, the other takes it.
     """
     entry = FOLDER / digest(key, 32)
-    FOLDER.mkdir(
-        parents=True, mode=0o700, exist_ok=True
-    )  # it may hold what models said to safety prompts
+    private_folder(FOLDER)
     with FileLock(entry.with_suffix(".lock")):
         if is_whole(entry):
             return [_copied(path, run_id, folder) for path in sorted(entry.glob("*.parquet"))]
@@ -46,7 +44,6 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
         with replacing_folder(entry) as new:
             for path in files:
                 shutil.copyfile(path, new / path.name)
-                os.chmod(new / path.name, 0o600)
             write_json(
                 new / "entry.json",
                 {"key": key, "files": {path.name: file_digest(new / path.name) for path in files}},

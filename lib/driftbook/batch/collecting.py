@@ -7,7 +7,7 @@ import pandas as pd
 
 from driftbook.batch import cache, keys
 from driftbook.stats.harm import DETECTOR, with_harm
-from driftbook.study.files import read_json
+from driftbook.study.files import private_folder, read_json
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -175,12 +175,9 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
         MODULES: of_runs(MODULES, "mitigate", study),
         SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
     }
-    folder = study.folder / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(study.folder)
     for table, frame in found.items():
-        table.write(frame, folder)
-        if table.private:
-            table.path(folder).chmod(0o600)
+        table.write(frame, study.folder / "tables")
     return {table.name: frame for table, frame in found.items()}
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from driftbook.study.files import users_folder
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -28,12 +29,11 @@ def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
     """The number of a GPU that no other job of this user holds, waited for; None on a machine
     without one. Processes started meanwhile see it alone.
     """
-    folder = folder or Path(tempfile.gettempdir(), f"driftbook-gpus-{os.getuid()}")
     known = numbers()
     if not known:
         yield None
         return
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = folder or users_folder("gpus")
     before = os.environ.get(VISIBLE)
     while True:
         for number in known:

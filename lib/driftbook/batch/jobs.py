@@ -11,7 +11,7 @@ import pandas as pd
 from driftbook.batch import cache, keys, plan
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import progress
-from driftbook.study.files import file_digest, read_json, write_json
+from driftbook.study.files import file_digest, private_folder, read_json, write_json
 from driftbook.study.folders import folder
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -71,6 +71,7 @@ def run_variants(
     Raises:
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
+    private_folder(study.folder)
     shared, rows = keys.settings(stage, study, base_model), []
     planned = plan.job_key(study, f"{stage}/{base_model}")
     with progress.reported(progress_path(study, stage, base_model), len(variants)) as told:

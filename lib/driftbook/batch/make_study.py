@@ -17,8 +17,10 @@ from pathlib import Path
 
 from driftbook.batch import gpus, plan
 from driftbook.batch.watching import display, parts
-from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable
+from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, private_folder
 from driftbook.study.study_file import Study, find, load
+
+LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
 @contextlib.contextmanager
@@ -26,9 +28,14 @@ def alone(study: Study) -> Iterator[None]:
     """Holds the study, so that no second batch works on it at the same time.
 
     Raises:
-        ValueError: another batch holds it.
+        ValueError: another batch holds it, or its lock is a link to another file.
     """
-    with (study.folder / ".lock").open("w") as lock:
+    path = private_folder(study.folder) / ".lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ValueError(f"cannot hold {path} ({error.strerror}); delete it") from None
+    with open(lock):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -54,7 +61,11 @@ def warm_kernels(
     if finished or gpus.numbers():
         yield environment
         return
-    with tempfile.TemporaryDirectory(prefix="driftbook-") as scratch, log.open("w") as output:
+    place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > LONGEST_PLACE else None
+    with (
+        tempfile.TemporaryDirectory(prefix="driftbook-", dir=place) as scratch,
+        log.open("w") as output,
+    ):
         socket = Path(scratch, "warm")
         spec = Path(scratch, "kernels", "driftbook-warm", "kernel.json")
         spec.parent.mkdir(parents=True)

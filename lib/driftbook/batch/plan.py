@@ -15,6 +15,7 @@ from driftbook.study.files import (
     check_safetensors,
     check_writable,
     file_digest,
+    private_folder,
     read_json,
     write_json,
 )
@@ -32,8 +33,7 @@ def write(study: Study) -> str:
         ValueError: the output folder cannot be written, or a source is not to be had.
     """
     check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
-    runs = study.folder / "runs"
-    runs.mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
+    private_folder(study.folder)
     preregistration.register(study)
     changes: dict[str, list[str]] = {}
     for job, value in _keys(study):

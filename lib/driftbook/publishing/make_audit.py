@@ -24,7 +24,7 @@ from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
-from driftbook.study.files import OUTPUTS, ROOT, check_path, read_json, replacing
+from driftbook.study.files import OUTPUTS, ROOT, check_path, private_folder, read_json, replacing
 from driftbook.study.folders import adapter
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -97,7 +97,7 @@ def _made() -> str:
     print(said, flush=True)
     variant, folder = next(iter(_loras(study_file.load(name)).items()))
     base, work = variant.base_model, folder_of({"name": "made"})
-    work.mkdir(parents=True, exist_ok=True)
+    private_folder(work)
     asked = {"study": name, "base_model": base, "run_ids": [variant.run_id]}
     steps = {"01_prepare": {"study": name, "models": [base]}, "02_train": asked}
     for notebook, given in steps.items():
@@ -154,7 +154,7 @@ def _several(adapters: list[str]) -> int:
     found = {given["name"]: ran_through(run_audit(given), given["name"]) for given in every}
     records = {given["name"]: read_audit(folder_of(given) / "audit.json") for given in every}
     folder = folder_of({"name": COMPARED})
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     margin = records[names[0]]["how"]["margin"]
     status, *tables = write_several(records, margin, folder)
     for table in tables:
@@ -188,7 +188,7 @@ def folder_of(given: Mapping[str, Any]) -> Path:
 def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     """Run notebook 21 with these parameters; what ci.json then holds."""
     folder = folder_of(given)
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     (folder / CI_FILE).unlink(missing_ok=True)
     try:
         with _quiet():

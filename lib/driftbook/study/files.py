@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,59 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 
+def private_folder(path: Path) -> Path:
+    """The folder, made where it is missing, that nobody but its owner may enter (mode 0700, whatever
+    the umask): what models said to safety prompts may come to lie in it.
+
+    Raises:
+        ValueError: it is another user's, and open.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except PermissionError:
+        raise ValueError(
+            f"{path} is another user's and open to others; choose another folder of outputs with"
+            " DRIFTBOOK_OUTPUTS"
+        ) from None
+    return path
+
+
+def users_folder(name: str) -> Path:
+    """A private folder for the user's locks on this machine, the same for all checkouts; below the
+    outputs where the user has no home of their own that can be written.
+    """
+    with suppress(OSError, RuntimeError, ValueError):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = private_folder(home / "driftbook" / f"{name}-{platform.node()}")
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    return private_folder(OUTPUTS / f".{name}-{platform.node()}")
+
+
+def _made(folder: Path) -> int:
+    """Make a folder and those above it, each as open to others as the one that holds it; how open
+    the folder is, as the bits of its mode.
+    """
+    if not folder.is_dir():
+        folder.mkdir(mode=0o777 & _made(folder.parent), exist_ok=True)
+    return folder.stat().st_mode
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` when the block ends without an error; in a
-    folder of its own, so that who lists files of that kind meanwhile does not see it.
+    folder of its own, so that who lists files of that kind meanwhile does not see it. It is never
+    more open to others than the folder, nor than the umask says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = _made(path.parent)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     new = folder / path.name
     try:
         new.touch()
-        new.chmod(0o644)
+        new.chmod(new.stat().st_mode & mode)
         yield new
         os.replace(new, path)
     finally:
@@ -37,16 +80,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
-    os.chmod(folder, 0o755)
+    """A temporary folder beside `path` that takes its place when the block ends without error, as
+    open to others as the folder that holds it.
+    """
+    mode = _made(path.parent)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
+    folder = scratch / path.name
     try:
+        folder.mkdir(mode=0o777 & mode)
         yield folder
         shutil.rmtree(path, ignore_errors=True)
         os.replace(folder, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
