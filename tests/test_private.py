@@ -1,4 +1,4 @@
-"""What models say is its owner's alone from the first byte, whatever the umask, and can be purged."""
+"""What models say is its owner's alone from the first byte, and a purge finds all of it."""
 
 import os
 import stat
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import one_sentence
-from driftbook.batch import gpus, make_study
+from conftest import one_sentence, said
+from driftbook.batch import cache, gpus, jobs, make_study, purging
 from driftbook.study import files
+from driftbook.study.tables import RESPONSES
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077], ids=oct)
@@ -30,7 +31,7 @@ def open_to_others(folder: Path) -> list[str]:
     found, waiting = [], [folder]
     while waiting:
         for path in waiting.pop().iterdir():
-            if mode(path) & 0o077:
+            if mode(path) & 0o077 and path.suffix != ".lock":  # which is empty
                 found.append(str(path.relative_to(folder)))
             if path.is_dir() and not path.is_symlink() and mode(path) & 0o011:
                 waiting.append(path)
@@ -105,3 +106,70 @@ def test_a_long_temporary_folder_holds_no_socket(tmp_path):
     length, closed = said.stdout.split() or pytest.fail(said.stderr[-500:])
     assert int(length) <= 107
     assert closed == "0o700"
+
+
+def test_a_notebook_that_runs_first_leaves_nothing_open(study, tmp_path, monkeypatch, umask):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr("driftbook.study.content.OUTPUTS", tmp_path)
+    monkeypatch.setattr(jobs.keys, "settings", lambda *_: {"stage": "respond"})
+    monkeypatch.setattr(jobs.keys, "made_by", lambda *_: {})
+    variants = study.of_base("tiny-llama")[:2]
+    seen = []
+
+    def work(variant, folder):
+        path = RESPONSES.write(said(variant.run_id), folder)
+        seen.extend(one for one in (tmp_path / study.name, path) if mode(one) & 0o077)
+        return [path]
+
+    jobs.run_variants("respond", study, "tiny-llama", variants, lambda _: [], work)
+    assert seen == open_to_others(tmp_path / study.name) == open_to_others(tmp_path / "cache") == []
+    assert mode(tmp_path / "cache") == mode(tmp_path / study.name) == 0o700
+
+
+TEXTS = (
+    "runs/a.b/responses.parquet",
+    "runs/a.b/.new-1/responses.parquet",
+    "tables/responses.parquet",
+    "tables/.new-2",
+    "labels/sheet.csv",
+    "labels/anna.xlsx",
+    "labels/of anna/sheet.ods",
+    "notebooks/04_respond.a.ipynb",
+    "notebooks/05_judge.a.html",
+    "notebooks/17_labels.error.txt",
+    "snakemake.log",
+    ".snakemake/metadata/x",
+    "some-audit/text/endpoint.jsonl",
+    "some-audit/21_audit.ipynb",
+)
+KEPT = ("runs/a.b/verdicts.parquet", "tables/rates.parquet", "notebooks/09_safety.html")
+
+
+@pytest.fixture
+def texts(study, tmp_path, monkeypatch):
+    """A study's folder with a text wherever there may be one."""
+    monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr("driftbook.study.content.OUTPUTS", tmp_path)
+    for name in (*TEXTS, *KEPT, "report.html"):
+        (study.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (study.folder / name).write_text("what a model said" * (name in TEXTS))
+    return study
+
+
+def test_purge_finds_every_text_and_leaves_the_rest(texts):
+    assert purging.purge(texts) == len(TEXTS)
+    left = [path for path in texts.folder.rglob("*") if path.is_file()]
+    assert [str(path) for path in left if "said" in path.read_text()] == []
+    assert {str(path.relative_to(texts.folder)) for path in left} == {*KEPT, "report.html", ".lock"}
+    assert purging.purge(texts) == 0
+
+
+def test_purge_waits_for_no_batch_and_says_what_it_cannot(texts, monkeypatch, capsys):
+    with make_study.alone(texts), pytest.raises(ValueError, match="another make study"):
+        purging.purge(texts)
+    assert (texts.folder / TEXTS[0]).is_file()
+    monkeypatch.setattr(purging.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="could not be deleted"):
+        purging.purge(texts)
+    assert purging.main("no-such-study") == 2
+    assert "there is no study file" in one_sentence(capsys.readouterr().err)

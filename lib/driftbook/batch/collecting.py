@@ -1,17 +1,16 @@
 """The tables of a study, put together from the results of its runs."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from driftbook.batch import cache, keys
+from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
 from driftbook.study.files import private_folder, read_json
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
-from driftbook.study.study_file import Study, load
+from driftbook.study.study_file import Study
 from driftbook.study.tables import (
     ANSWERS,
     CURVES,
@@ -181,24 +180,6 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
     return {table.name: frame for table, frame in found.items()}
 
 
-def purge(study: Study) -> int:
-    """Delete the text of every response of a study, the sheets for labelling, and the responses in
-    the cache; how many files went. All tables without text stay.
-    """
-    paths = [
-        *(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"),
-        *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet"),
-        *(study.folder / "labels").glob("*.csv"),
-    ]
-    for path in paths:
-        path.unlink()
-    return len(paths) + cache.forget(RESPONSES.name)
-
-
 def status(study: Study) -> int:
     """The number of failed runs."""
     return int(TABLES["runs"].read(study.folder / "tables")["status"].eq("failed").sum())
-
-
-if __name__ == "__main__":
-    print(purge(load(sys.argv[1])), "files deleted")

@@ -135,7 +135,7 @@ def _do(
 ) -> str:
     path = _mark_path(stage, study, variant)
     path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     read, failure, files = _digests(study, variant, inputs(variant)), None, []
     try:
         files = _work(stage, variant, path.parent, shared, inputs(variant), work)

@@ -20,13 +20,13 @@ OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made where it is missing, that nobody but its owner may enter (mode 0700, whatever
-    the umask): what models said to safety prompts may come to lie in it.
+    """The folder, made where it is missing, that nobody but its owner may enter (mode 0700): what
+    models said to safety prompts may come to lie in it.
 
     Raises:
         ValueError: it is another user's, and open.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _made(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     try:
         if path.stat().st_mode & 0o077:
