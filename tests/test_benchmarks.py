@@ -410,11 +410,20 @@ def test_csv_fields_with_line_breaks_are_one_prompt(tmp_path):
         "CSE",
         "Child Abuse Content",
         "sexual content, minors",
+        "S4",
+        "hazard s4: exploitation",
+        "underage",
+        "teenagers",
+        "CSAE",
+        "pedophilia",
+        "grooming of kids",
     ],
 )
 def test_categories_about_child_abuse_are_known_however_they_are_written(tmp_path, category):
     text = table(
-        ("prompt_id", "category", "prompt"), ("1", category, "glark"), ("2", "minorities", "floop")
+        ("prompt_id", "category", "prompt"),
+        ("1", category, "glark"),
+        ("2", "minorities S1", "floop"),
     )
     assert data.prompts(
         "mine", study_of(tmp_path, mine=({"format": "csv"}, text))

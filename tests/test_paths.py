@@ -192,6 +192,19 @@ def test_every_other_name_is_checked_too(content):
     Study(**named(content, "data", "日本 (été) 1.5, a+b_c-d"))
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "my_password", "AWS_SECRET"])
+def test_no_path_holds_a_secret(monkeypatch, content, name):
+    monkeypatch.setenv(name, "s3cr3t")
+    for change in ({"path": f"${{{name}}}/x"}, {"source": f"${{{name}}}/x"}):
+        with pytest.raises(ValueError, match="secret by its name") as error:
+            Source(**{"source": "a/b", **change})
+        assert "s3cr3t" not in str(error.value)
+    content["bases"]["tiny-llama"]["template"] = f"${{{name}}}"
+    with pytest.raises(ValueError, match="secret by its name"):
+        Study(**content).bases["tiny-llama"].chat_template  # noqa: B018
+    assert expanded("a/b") == "a/b"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -22,6 +22,7 @@ from driftbook.study.files import (
     file_digest,
     private_folder,
     read_json,
+    read_object,
     replacing_folder,
     write_json,
 )
@@ -65,8 +66,8 @@ def _note(entry: Path, folder: Path) -> None:
 def _folders(entry: Path) -> list[str] | None:
     """The folders that an entry was made for or served to; None where that is not known."""
     try:
-        return read_json(entry / SERVED)
-    except (ValueError, OSError):
+        return [*map(str, read_json(entry / SERVED))]
+    except (ValueError, OSError, TypeError):
         return None
 
 
@@ -77,7 +78,7 @@ def is_whole(entry: Path) -> bool:
     if not entry.exists():
         return False
     try:
-        files = read_json(entry / "entry.json")["files"]
+        files = dict(read_object(entry / "entry.json")["files"])
     except (ValueError, OSError, KeyError, TypeError):
         files = None
     if files is None or any(file_digest(entry / name) != known for name, known in files.items()):

@@ -6,7 +6,7 @@ import pandas as pd
 
 from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
-from driftbook.study.files import private_folder, read_json
+from driftbook.study.files import private_folder, read_object
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -59,7 +59,7 @@ def marks(study: Study, stage: str) -> dict[str, dict]:
         variant.run_id: study.folder / "runs" / variant.run_id / f"{stage}.done.json"
         for variant in study.variants
     }
-    return {run_id: read_json(path) for run_id, path in paths.items() if path.exists()}
+    return {run_id: read_object(path) for run_id, path in paths.items() if path.exists()}
 
 
 def runs(study: Study) -> pd.DataFrame:

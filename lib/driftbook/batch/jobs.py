@@ -11,7 +11,7 @@ import pandas as pd
 from driftbook.batch import cache, keys, plan
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import progress
-from driftbook.study.files import file_digest, private_folder, read_json, write_json
+from driftbook.study.files import file_digest, private_folder, read_object, write_json
 from driftbook.study.folders import folder
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -50,7 +50,7 @@ def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     made = "mitigate" if variant.is_repaired else "train"
     needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
     marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
-    return any(mark.exists() and read_json(mark)["status"] == "failed" for mark in marks)
+    return any(mark.exists() and read_object(mark)["status"] == "failed" for mark in marks)
 
 
 def run_variants(
@@ -105,7 +105,7 @@ def _mark_path(stage: str, study: Study, variant: Variant) -> Path:
 
 
 def _mark(stage: str, study: Study, variant: Variant) -> dict:
-    return read_json(_mark_path(stage, study, variant))
+    return read_object(_mark_path(stage, study, variant))
 
 
 def _is_finished(
@@ -116,7 +116,7 @@ def _is_finished(
     """
     path = _mark_path(stage, study, variant)
     try:
-        mark = read_json(path) if path.exists() else {}
+        mark = read_object(path) if path.exists() else {}
     except ValueError:  # a torn mark is no mark
         return False
     if mark.get("key") != key or mark["inputs"] != _digests(study, variant, inputs(variant)):

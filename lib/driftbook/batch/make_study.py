@@ -4,6 +4,7 @@ itself is defined in the Snakefile.
 
 import contextlib
 import fcntl
+import getpass
 import json
 import os
 import shutil
@@ -117,6 +118,7 @@ def environment() -> dict[str, str]:
         else dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     )
     return {
+        **_named(),
         **os.environ,
         **quiet,
         **threads,
@@ -144,6 +146,15 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
         "--",
         *targets,
     ]
+
+
+def _named() -> dict[str, str]:
+    """A name for a user without one, which a container may run as and Snakemake asks for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        return {"USER": f"user-{os.getuid()}"}
+    return {}
 
 
 @contextlib.contextmanager
@@ -224,10 +235,10 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         for what, one in named.items():
             check_path(one, what)
         checked = load(path)
-        if not (ROOT / "profiles" / profile).is_dir():
+        profiles = sorted(path.name for path in (ROOT / "profiles").iterdir())
+        if profile not in profiles:
             raise ValueError(
-                f"there is no profile {profile!r}; profiles/ has"
-                f" {', '.join(sorted(path.name for path in (ROOT / 'profiles').iterdir()))}"
+                f"there is no profile {profile!r}; profiles/ has {', '.join(profiles)}"
             )
         check_writable(checked.folder)
         with alone(checked):

@@ -17,6 +17,7 @@ from driftbook.study.files import (
     file_digest,
     private_folder,
     read_json,
+    read_object,
     write_json,
 )
 from driftbook.study.study_file import Study
@@ -120,7 +121,7 @@ def _key(
 def read_mark(path: Path) -> dict | None:
     """A mark; None where it is lost or torn, so that the work is done again."""
     try:
-        return read_json(path)
+        return read_object(path)
     except (FileNotFoundError, ValueError):
         return None
 

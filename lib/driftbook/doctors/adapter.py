@@ -32,7 +32,7 @@ from driftbook.doctors.findings import Finding, error, named, note, plain_senten
 from driftbook.models.adapter_forms import CONFIG, foreign_form, nested_adapters
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.loading import Loaded
-from driftbook.study.files import check_safetensors, read_json
+from driftbook.study.files import check_safetensors, read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRAINERS = {  # files of trainers by stem
@@ -150,7 +150,7 @@ def _own_files(folder: Path) -> Iterator[Finding]:
 
 def _configuration(folder: Path) -> Iterator[Finding]:
     try:
-        kind = read_json(folder / CONFIG).get("peft_type")
+        kind = read_object(folder / CONFIG).get("peft_type")
         if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             yield error("peft_type", f"its peft_type {kind!r} is unknown to the installed PEFT")
         else:

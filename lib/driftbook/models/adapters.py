@@ -349,7 +349,7 @@ def check(folder: Path) -> None:
             else "give the folder that holds it"
         )
         raise ValueError(f"the adapter {folder} has no {WEIGHTS}: {hint}")
-    check_safetensors(path, remedy_of(folder.parent))
+    check_safetensors(path, remedy_of(folder.parent if folder.name == "adapter" else folder))
 
 
 def n_stored(folder: Path) -> int:

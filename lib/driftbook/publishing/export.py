@@ -49,4 +49,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ValueError as error:
-        sys.exit(str(error))
+        sys.exit(f"driftbook: {error}")

@@ -558,5 +558,15 @@ def _caption(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
+def main(name: str) -> int:
+    """Write a study's report; 1 where it cannot be."""
+    try:
+        print(write(load(name)))
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(write(load(sys.argv[1])))
+    sys.exit(main(sys.argv[1]))

@@ -74,7 +74,7 @@ class Content(Part):
     data: dict[Name, TrainingData]
     training: Training
     grid: tuple[Block, ...]
-    base_repetitions: Count = 1
+    base_repetitions: Annotated[Count, Field(le=1_000)] = 1
     benchmarks: dict[Name, Benchmark]
     primary: dict[Name, Family] = Field({})
     drift: Drift | None = None

@@ -16,6 +16,10 @@ from typing import Any
 
 ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]))
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+# names of variables that hold what no sentence may show, and so no path
+SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?<![A-Z])(API_?)?KEY|_KEY|AUTH", re.I
+)
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
 
@@ -109,9 +113,22 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or of its letters
         why = not_the_file(path) or f"it is damaged ({error}); {remedy_of(path)}"
         raise ValueError(f"{path}: {why}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file is torn, or holds anything else; the sentence names it.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{path}: it holds a {kind} and no object; {remedy_of(path)}")
+    return found
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -201,14 +218,24 @@ def strange_mark(name: str) -> str | None:
 def expanded(path: str) -> str | None:
     """A path with every ${NAME} replaced by that environment variable; None where one is not set or
     empty. Any other $ is part of the path.
+
+    Raises:
+        ValueError: by its name a variable holds a secret.
     """
-    values = [os.environ.get(name) for name in VARIABLE.findall(path)]
+    values = [os.environ.get(name) for name in _variables(path)]
     return VARIABLE.sub(lambda _: values.pop(0), path) if all(values) else None
 
 
 def unset_variables(path: str) -> list[str]:
     """The environment variables in a path that are not set, or empty."""
-    return [name for name in VARIABLE.findall(path) if not os.environ.get(name)]
+    return [name for name in _variables(path) if not os.environ.get(name)]
+
+
+def _variables(path: str) -> list[str]:
+    names = VARIABLE.findall(path)
+    if secret := next(filter(SECRET.search, names), None):
+        raise ValueError(f"${{{secret}}} holds a secret by its name and is no part of a path")
+    return names
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:

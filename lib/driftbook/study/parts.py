@@ -51,7 +51,7 @@ Method = Literal[METHODS[1:]]
 Name = Annotated[str, Strict(), AfterValidator(check_name)]
 Rate = Annotated[float, BeforeValidator(as_number), Field(gt=0, lt=1)]
 Count = Annotated[int, Strict(), Field(ge=1)]
-Seed = Annotated[int, Strict(), Field(ge=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -96,7 +96,10 @@ class Source(Part):
 
     @model_validator(mode="after")
     def _stays_in_its_folder(self) -> Self:
-        """What it names becomes part of a path, below the folder where it is made or fetched."""
+        """What it names becomes part of a path, below the folder where it is made or fetched;
+        and no path holds a secret.
+        """
+        unset_variables(self.path or self.source)
         named = [*self.files, *self.sha256, self.revision or ""]
         if self._own_path is None:
             named.append(self.source.partition(":")[2])

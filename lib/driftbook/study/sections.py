@@ -291,7 +291,7 @@ class Benchmark(Source):
     n: Count | None = None
     rows: Rows | None = None
     max_new_tokens: Count = 64
-    samples: Count | None = None
+    samples: Annotated[Count, Field(le=10_000)] | None = None
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     template: Text | None = None
