@@ -2,6 +2,7 @@
 
 import base64
 import re
+from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import nbformat
@@ -79,3 +80,65 @@ def test_a_page_shows_formulas_without_a_network(tmp_path):
     assert tex == "x^2"
     assert re.fullmatch(r"max-width:100%;vertical-align:-\d+\.\dpt", style)
     assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+ACTS = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[a](javascript:alert(1))",
+    "<a href='data:text/html,<script>alert(1)</script>'>a</a>",
+    "<iframe src=javascript:alert(1)></iframe>",
+    "<svg onload=alert(1)></svg>",
+    "<style>body{display:none}</style>",
+    "<form action=//x><input></form>",
+    "<meta http-equiv=refresh content='0;url=//x'>",
+    "<p onclick=alert(1) style='position:fixed'>a</p>",
+)
+
+
+class Acting(HTMLParser):
+    """What acts in a page: elements, attributes and addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        given = {name: value or "" for name, value in attributes}
+        acts = tag in ("iframe", "svg", "form", "input", "object", "embed")
+        acts |= tag == "meta" and given.get("http-equiv") == "refresh"
+        acts |= any(name.startswith("on") for name in given)
+        acts |= given.get("href", "").lower().startswith(("javascript:", "data:"))
+        acts |= tag == "img" and not given.get("src", "data:image").startswith("data:image")
+        acts |= "fixed" in given.get("style", "") or given.get("src", "").startswith("javascript")
+        self.found += [(tag, given)] * acts
+
+
+def test_nothing_that_a_notebook_shows_acts_in_its_page(tmp_path):
+    text = "\n\n".join(ACTS)
+    table = f"<style scoped>td {{}}</style><table><tr><td>{text}</td></tr></table>"
+    shown = [
+        {"text/markdown": text},
+        {"text/html": table},
+        {"image/svg+xml": "<svg onload='alert(1)'><script>alert(1)</script></svg>"},
+        {"text/latex": text},
+        {"application/javascript": "alert(1)"},
+        {"text/plain": text},
+    ]
+    made = [nbformat.v4.new_output("display_data", data=data) for data in shown]
+    made.append(nbformat.v4.new_output("error", ename=text, evalue=text, traceback=[text]))
+    cells = [nbformat.v4.new_markdown_cell(f"# 09\n\n{text}")]
+    cells.append(nbformat.v4.new_code_cell(repr(text), outputs=made))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
+    pages.notebook_pages(tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    head, _, body = page.partition("</head>")
+    acting = Acting()
+    acting.feed(body)
+    assert acting.found == []
+    assert "alert(1)</script>" not in body
+    assert "<h1" in body
+    assert "<td>" in body
+    assert head.index("Content-Security-Policy") < head.index("<script")
+    assert "default-src 'none'" in head
+    assert "script-src" not in head

@@ -36,7 +36,7 @@ def in_short(value: Any) -> str:
 
 def columns_of(names: Iterable[Any]) -> str:
     """The columns of a file, for a sentence."""
-    return ", ".join(map(in_short, names))
+    return ", ".join(in_short(name).strip("'") for name in names)
 
 
 def utf8_text(path: Path) -> str:
