@@ -142,3 +142,16 @@ def test_nothing_that_a_notebook_shows_acts_in_its_page(tmp_path):
     assert head.index("Content-Security-Policy") < head.index("<script")
     assert "default-src 'none'" in head
     assert "script-src" not in head
+
+
+def test_a_caption_is_no_html_and_no_link_and_the_report_shows_it_as_it_was(tmp_path):
+    import matplotlib.pyplot as plt
+
+    from driftbook.figures import drawing
+
+    caption = "\n\n".join(ACTS)
+    drawing.save_figure(plt.figure(figsize=(1, 1)), tmp_path, "name", caption, "a table")
+    kept = (tmp_path / "name.md").read_text()
+    assert "<" not in kept
+    assert "](" not in kept
+    assert drawing.plain_caption(kept) == f"{caption}\n\nMade by a table.\n"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from driftbook.analyses import estimands, information, primary
 from driftbook.doctors import study as study_check
-from driftbook.figures.drawing import ASKED, short_name, unit_of
+from driftbook.figures.drawing import ASKED, plain_caption, short_name, unit_of
 from driftbook.publishing import publish
 from driftbook.publishing.page_parts import rendered
 from driftbook.publishing.pages import notebook_pages
@@ -555,7 +555,7 @@ def _figures(folder: Path) -> tuple[list[tuple[str, list[dict[str, str]]]], list
 
 
 def _caption(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return plain_caption(path.read_text(encoding="utf-8").strip()) if path.is_file() else ""
 
 
 def main(name: str) -> int:
