@@ -29,7 +29,7 @@ from driftbook.doctors.adapter_fit import (
 )
 from driftbook.doctors.adapter_weights import ia3_scales, lora_updates, soft_prompt
 from driftbook.doctors.findings import Finding, error, named, note, plain_sentence
-from driftbook.models.adapter_forms import CONFIG, foreign_form, nested_adapters
+from driftbook.models.adapter_forms import CONFIG, check_patterns, foreign_form, nested_adapters
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.loading import Loaded
 from driftbook.study.files import check_safetensors, read_object
@@ -155,11 +155,20 @@ def _configuration(folder: Path) -> Iterator[Finding]:
             yield error("peft_type", f"its peft_type {kind!r} is unknown to the installed PEFT")
         else:
             PeftConfig.from_pretrained(str(folder))
+        check_patterns(read_object(folder / CONFIG), _modules(folder))
     except FileNotFoundError:
         text = f"it has no {CONFIG}, so neither its method nor its base model is known"
         yield error("config", text)
     except Exception as failure:  # whatever PEFT raises, this configuration cannot be used
         yield error("config", f"its {CONFIG} cannot be used: {reason_of(failure, folder)}")
+
+
+def _modules(folder: Path) -> list[str]:
+    """The modules that an adapter's file names; none where it cannot be read, as is said of it."""
+    try:
+        return list(filter(None, map(module_of, AdapterFiles(folder).shapes)))
+    except Exception:
+        return []
 
 
 def _weights(folder: Path) -> Iterator[Finding]:

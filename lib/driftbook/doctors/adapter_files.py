@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from driftbook.models.adapter_forms import CONFIG
 from driftbook.models.adapters import WEIGHTS
-from driftbook.models.loading import Loaded
+from driftbook.models.loading import Loaded, check_sizes
 from driftbook.study.files import read_object
 
 PREFIX = "base_model.model."  # of a module's name in an adapter's file
@@ -120,6 +120,7 @@ def open_base(base: Loaded | Path) -> BaseFiles:
 
 def _from_folder(folder: Path) -> BaseFiles:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_sizes(config)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     index: dict[str, Path] = {}

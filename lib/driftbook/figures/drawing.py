@@ -102,7 +102,7 @@ def save_figure(fig: Figure, folder: Path, name: str, caption: str, source: str)
 
 
 def inert_markdown(text: str) -> str:
-    """A caption as Markdown in which notes and categories from elsewhere are no HTML and no link."""
+    """A caption as Markdown in which notes and categories are no HTML and no link."""
     return html.escape(text, quote=False).replace("](", "]\\(")
 
 
