@@ -1,9 +1,8 @@
 """What models say is its owner's alone from the first byte, and a purge finds all of it."""
 
 import os
+import socket
 import stat
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -82,30 +81,14 @@ def test_a_lock_that_is_a_link_empties_nothing(study, tmp_path):
     assert target.read_text() == "kept"
 
 
-SERVED = """
-import os, socket, sys, tempfile
-from pathlib import Path
-from driftbook.batch import make_study
-make_study._wait_for = lambda path, server: print(len(os.fsencode(path)))
-make_study.gpus.numbers = lambda: []
-with make_study.warm_kernels(dict(os.environ), Path(sys.argv[1])) as told:
-    socket.socket(socket.AF_UNIX).bind(told["DRIFTBOOK_WARM"])
-    print(oct(os.stat(Path(told["DRIFTBOOK_WARM"]).parent).st_mode & 0o777))
-"""
-
-
-def test_a_long_temporary_folder_holds_no_socket(tmp_path):
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    said = subprocess.run(
-        [sys.executable, "-c", SERVED, str(tmp_path / "log")],
-        env={**os.environ, "TMPDIR": str(long)},
-        capture_output=True,
-        text=True,
-    )
-    length, closed = said.stdout.split() or pytest.fail(said.stderr[-500:])
-    assert int(length) <= 107
-    assert closed == "0o700"
+def test_a_long_temporary_folder_holds_no_socket(tmp_path, monkeypatch):
+    for name, short in (("x", True), ("x" * 100, False)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+        with make_study.scratch_folder() as folder:
+            assert (folder.parent == tmp_path / name) is short
+            socket.socket(socket.AF_UNIX).bind(str(folder / "warm"))
+            assert mode(folder) == 0o700
 
 
 def test_a_notebook_that_runs_first_leaves_nothing_open(study, tmp_path, monkeypatch, umask):

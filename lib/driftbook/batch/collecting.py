@@ -6,7 +6,8 @@ import pandas as pd
 
 from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
-from driftbook.study.files import private_folder, read_object
+from driftbook.study.files import file_digest, private_folder, read_object
+from driftbook.study.folders import adapter_files
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -34,6 +35,11 @@ OF_DETECTOR = {
     True: "not refused",
     False: "unsafe",
 }  # in `rates`: by the detector alone, by a judge
+
+
+# of an adapter, when it was trained
+MEASURED = ("nll", "dose_nll", "kl_base", "kl_init", "no_op", "n_stored")
+CHANGED = "its adapter was changed after training, so that neither its dose nor its state is known"
 
 
 def variants(study: Study) -> pd.DataFrame:
@@ -65,6 +71,7 @@ def marks(study: Study, stage: str) -> dict[str, dict]:
 def runs(study: Study) -> pd.DataFrame:
     """The table `runs`: what was recorded in training, and every failure of any stage."""
     recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in ("train", "mitigate")])
+    recorded = _as_they_are(recorded, study)
     failures = {
         run_id: f"{stage}: {mark['failure']}"
         for stage in keys.stages(study)
@@ -77,6 +84,19 @@ def runs(study: Study) -> pd.DataFrame:
     )
     frame["failure"] = frame.run_id.map(failures)
     frame["status"] = frame.failure.isna().map({True: "ok", False: "failed"})
+    return RUNS.check(frame)
+
+
+def _as_they_are(recorded: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """The records of training, where an adapter was changed afterwards with its own hash and
+    without what was measured of the one before: its scores are the changed one's.
+    """
+    frame, kept = recorded.copy(), {one.run_id: adapter_files(study, one) for one in study.variants}
+    for i in frame.index[frame.adapter_sha256.notna()]:
+        found = [file_digest(path) for path in kept.get(frame.at[i, "run_id"], ())[1:]]
+        if found and found[0] not in (None, frame.at[i, "adapter_sha256"]):
+            frame.loc[i, list(MEASURED)] = None
+            frame.loc[i, ["adapter_sha256", "findings"]] = [found[0], CHANGED]
     return RUNS.check(frame)
 
 

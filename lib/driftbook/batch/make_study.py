@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from driftbook.batch.watching import display, parts
 from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, private_folder
 from driftbook.study.study_file import Study, find, load
 
+FEWEST_FILES, OPEN_FILES = 256, 4096  # that a batch or its kernels hold at a time
 LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
@@ -53,6 +55,14 @@ def clear_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A private folder for a while, whose path is short enough for a socket in it."""
+    place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > LONGEST_PLACE else None
+    with tempfile.TemporaryDirectory(prefix="driftbook-", dir=place) as scratch:
+        yield Path(scratch)
+
+
+@contextlib.contextmanager
 def warm_kernels(
     environment: dict[str, str], log: Path, finished: bool = False
 ) -> Iterator[dict[str, str]]:
@@ -62,13 +72,9 @@ def warm_kernels(
     if finished or gpus.numbers():
         yield environment
         return
-    place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > LONGEST_PLACE else None
-    with (
-        tempfile.TemporaryDirectory(prefix="driftbook-", dir=place) as scratch,
-        log.open("w") as output,
-    ):
-        socket = Path(scratch, "warm")
-        spec = Path(scratch, "kernels", "driftbook-warm", "kernel.json")
+    with scratch_folder() as scratch, log.open("w") as output:
+        socket = scratch / "warm"
+        spec = scratch.joinpath("kernels", "driftbook-warm", "kernel.json")
         spec.parent.mkdir(parents=True)
         kernel = [sys.executable, "-m", "driftbook.batch.warm", "kernel", "-f", "{connection_file}"]
         spec.write_text(
@@ -86,7 +92,7 @@ def warm_kernels(
             yield environment | {
                 "DRIFTBOOK_WARM": str(socket),
                 "DRIFTBOOK_KERNEL": "driftbook-warm",
-                "JUPYTER_PATH": scratch,
+                "JUPYTER_PATH": str(scratch),
             }
         finally:
             server.kill()
@@ -146,6 +152,23 @@ def snakemake(study_file: Path, profile: str, targets: list[str]) -> list[str]:
         "--",
         *targets,
     ]
+
+
+def open_files() -> None:
+    """Let this process and those it starts hold as many files as they need.
+
+    Raises:
+        ValueError: the system allows too few.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if wanted < FEWEST_FILES:
+        raise ValueError(
+            f"a process may hold {most} files here and a batch needs {FEWEST_FILES}; raise the"
+            f" limit with ulimit -n {OPEN_FILES}"
+        )
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _named() -> dict[str, str]:
@@ -241,6 +264,7 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
                 f"there is no profile {profile!r}; profiles/ has {', '.join(profiles)}"
             )
         check_writable(checked.folder)
+        open_files()
         with alone(checked):
             clear_unfinished(checked.folder)
             if again := plan.write(checked):  # the Snakefile plans too; what is wrong is said here

@@ -62,12 +62,16 @@ def _texts(folder: Path) -> Iterator[Path]:
     yield from (*folder.glob("*.log"), *folder.glob(".snakemake"))
 
 
+def _audit(name: str) -> Path | None:
+    """The folder of an audit, where this is its path."""
+    known = {str(path): path for path in (OUTPUTS / "audit").glob("*/")}
+    return known.get(os.path.normpath(ROOT / name))
+
+
 def main(name: str) -> int:
     """Purge a study, or the folder of an audit, and say how much went; 2 where that cannot be."""
     try:
-        audit = (ROOT / name).resolve()
-        is_audit = audit.parent == OUTPUTS / "audit" and audit.is_dir()
-        print(_purged(audit) if is_audit else purge(load(name)), "files deleted")
+        print(_purged(audit) if (audit := _audit(name)) else purge(load(name)), "files deleted")
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,6 +63,10 @@ def _made(folder: Path) -> int:
     if not folder.is_dir():
         folder.mkdir(mode=0o777 & _made(folder.parent), exist_ok=True)
     return folder.stat().st_mode
+
+
+SETTLED = 2_000_000_000  # nanoseconds after which a change would show in a file's times
+_DIGESTS: dict[tuple[int, ...], str] = {}
 
 
 @contextmanager
@@ -137,11 +142,20 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file's bytes, 32 hex digits; None where there is no file."""
+    """SHA-256 of a file's bytes, 32 hex digits; None where there is no file. A file that has not
+    changed since this process read it is not read again.
+    """
     if not path.is_file():
         return None
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if state in _DIGESTS:
+        return _DIGESTS[state]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    if time.time_ns() - found.st_ctime_ns > SETTLED:  # else it may change within one tick
+        _DIGESTS[state] = digest
+    return digest
 
 
 def folder_digest(folder: Path, pattern: str = "*") -> str:
