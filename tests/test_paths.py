@@ -91,6 +91,15 @@ def test_make_hands_on_what_it_is_told(tmp_path):
         path, *arguments = ended.stdout.splitlines()
         assert arguments == ["-m", "driftbook.batch.make_study", study, "local"], ended.stderr
         assert path.startswith(f"{root}/.venv/bin:")
+    hostile = """x'"; touch ran; $(touch ran) `touch ran` $(shell touch ran) #"""
+    for target in ("plan", "calibrate", "export", "report", "publish", "purge", "audit", "repair"):
+        told = [f"{name}={hostile}" for name in ("STUDY", "PROFILE", "ADAPTER", "DEVICE")]
+        ended = subprocess.run(
+            ["make", target, *told], cwd=root, env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert target in ("audit", "repair") or hostile in ended.stdout.splitlines()
+        assert not (root / "ran").exists(), target
 
 
 def test_papermill_reads_a_notebook_in_braces(tmp_path):
