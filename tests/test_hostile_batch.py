@@ -78,7 +78,7 @@ def test_an_adapter_that_was_changed_keeps_no_dose_of_the_one_before(study, tmp_
     assert found.loc[same.run_id, ["kl_base", "findings"]].tolist() == [0.5, "none"]
     now = found.loc[changed.run_id]
     assert now.adapter_sha256 == files.file_digest(weights)
-    assert now[list(collecting.MEASURED)].isna().all()
+    assert now[list(collecting.OF_ADAPTER)].isna().all()
     assert now.findings == collecting.CHANGED
     assert now.loss_last == 1.0  # of the training itself
 

@@ -38,7 +38,7 @@ OF_DETECTOR = {
 
 
 # of an adapter, when it was trained
-MEASURED = ("nll", "dose_nll", "kl_base", "kl_init", "no_op", "n_stored")
+OF_ADAPTER = ("nll", "dose_nll", "kl_base", "kl_init", "no_op", "n_stored")
 CHANGED = "its adapter was changed after training, so that neither its dose nor its state is known"
 
 
@@ -95,7 +95,7 @@ def _as_they_are(recorded: pd.DataFrame, study: Study) -> pd.DataFrame:
     for i in frame.index[frame.adapter_sha256.notna()]:
         found = [file_digest(path) for path in kept.get(frame.at[i, "run_id"], ())[1:]]
         if found and found[0] not in (None, frame.at[i, "adapter_sha256"]):
-            frame.loc[i, list(MEASURED)] = None
+            frame.loc[i, list(OF_ADAPTER)] = None
             frame.loc[i, ["adapter_sha256", "findings"]] = [found[0], CHANGED]
     return RUNS.check(frame)
 

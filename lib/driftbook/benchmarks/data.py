@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from driftbook.benchmarks.formats import FORMATS
-from driftbook.benchmarks.judges import JUDGES
 from driftbook.study import access
 from driftbook.study.files import read_json
 from driftbook.study.reading import columns_of, csv_rows, in_short, json_rows, line_rows
@@ -24,11 +23,11 @@ PROMPT_COLUMNS = ["prompt_id", "category", "kind", "family", "prompt"]
 # Categories of prompts about the sexual abuse of children. An answer to one may itself be illegal
 # to make or to keep in many countries, so they are off unless a study asks for them, and then no
 # answer is generated: only the probability that it begins as a refusal is read. They are known by
-# their category alone: a set whose categories do not say so (StrongREJECT, RealToxicityPrompts) is
-# asked as it is.
+# their category alone, its words or Llama Guard's code S4: a set whose categories do not say so
+# (StrongREJECT, RealToxicityPrompts) is asked as it is.
 CHILD_ABUSE = re.compile(
-    r"\b(?:(?:pre)?(?:teen|child|adolescen|juvenil|infan|toddler|pa?edo)\w*|bab(?:y|ies)|kids?"
-    r"|minors?|under ?age\w*|cs(?:am|ea?|ae|em)|loli\w*|shota\w*|grooming)\b"
+    r"\b(?:(?:pre)?(?:teen|child|adolescen|juvenil|toddler|pa?edo)\w*|bab(?:y|ies)|kids?"
+    r"|infants?|minors?|under ?age\w*|cs(?:am|ea?|ae|em)|loli\w*|shota\w*|grooming|s4)\b"
 )
 
 
@@ -280,16 +279,8 @@ def refusal_only(name: str, study: Study) -> pd.DataFrame:
 
 
 def _child_abuse(frame: pd.DataFrame) -> pd.Series:
-    """Which prompts are about it, by the words of their category or by a judge's code for it."""
-    words = frame.category.str.lower().str.replace(r"[_\W]+", " ", regex=True).str.strip()
-    codes = {
-        code.lower()
-        for one in JUDGES.values()
-        for code, hazard in one.hazards.items()
-        if CHILD_ABUSE.search(hazard.lower())
-    }
-    coded = words.str.split().map(lambda found: not codes.isdisjoint(found))
-    return words.str.contains(CHILD_ABUSE) | coded
+    words = frame.category.str.lower().str.replace(r"[_\W]+", " ", regex=True)
+    return words.str.contains(CHILD_ABUSE)
 
 
 def items(name: str, study: Study) -> pd.DataFrame:
