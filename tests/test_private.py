@@ -147,6 +147,13 @@ def test_purge_finds_every_text_and_leaves_the_rest(texts):
     assert purging.purge(texts) == 0
 
 
+def test_what_a_killed_batch_was_writing_goes_also_where_it_lies_in_another(tmp_path):
+    (tmp_path / ".new-1" / "whole" / ".new-2").mkdir(parents=True)
+    (tmp_path / ".new-3").write_text("")
+    make_study.clear_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_purge_waits_for_no_batch_and_says_what_it_cannot(texts, monkeypatch, capsys):
     with make_study.alone(texts), pytest.raises(ValueError, match="another make study"):
         purging.purge(texts)

@@ -51,7 +51,7 @@ def alone(study: Study) -> Iterator[None]:
 def clear_unfinished(folder: Path) -> None:
     """Delete what a killed batch was writing; whole files have other names."""
     for path in list(folder.rglob(".new-*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

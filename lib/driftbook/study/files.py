@@ -19,7 +19,7 @@ ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 # names of variables that hold what no sentence may show, and so no path
 SECRET = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?<![A-Z])(API_?)?KEY|_KEY|AUTH", re.I
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?<![A-Z])(API_?)?KEY|_KEY|AUTH(?!OR)", re.I
 )
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
 
@@ -61,8 +61,8 @@ def _made(folder: Path) -> int:
     the folder is, as the bits of its mode.
     """
     if not folder.is_dir():
-        folder.mkdir(mode=0o777 & _made(folder.parent), exist_ok=True)
-    return folder.stat().st_mode
+        folder.mkdir(mode=_made(folder.parent), exist_ok=True)
+    return 0o700 | (folder.stat().st_mode & 0o777)
 
 
 SETTLED = 2_000_000_000  # nanoseconds after which a change would show in a file's times
@@ -96,7 +96,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     folder = scratch / path.name
     try:
-        folder.mkdir(mode=0o777 & mode)
+        folder.mkdir(mode=mode)
         yield folder
         shutil.rmtree(path, ignore_errors=True)
         os.replace(folder, path)
