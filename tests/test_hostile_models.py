@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from conftest import one_sentence
 from driftbook import doctor
+from driftbook.batch import preparing
 from driftbook.models import adapter_forms, adapters, loading
 from driftbook.study.limits import within
 from driftbook.study.sections import Base
+from driftbook.study.study_file import Study
 from small_chat import small_chat
 
 LOOP = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
@@ -136,3 +138,24 @@ def test_a_configuration_beyond_any_model_is_refused(chat, tmp_path, change, wor
         one_sentence(error.value)
         assert time.time() - started < 5
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_answer_longer_than_the_model_reads_is_refused_before_work(chat, tmp_path, content):
+    model, tokenizer = chat
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    content["bases"]["tiny-llama"]["path"] = str(tmp_path)
+    for where, n, words in (
+        (content["benchmarks"]["safety"], 1024, "benchmarks.safety.max_new_tokens = 1024"),
+        (content["methods"]["prompt_tuning"], 1020, "with 1020 virtual tokens"),
+    ):
+        key = "max_new_tokens" if "format" in where else "num_virtual_tokens"
+        before, where[key] = where[key], n
+        study = Study(**content)
+        with pytest.raises(ValueError) as error:
+            preparing.check_model("tiny-llama", study.bases["tiny-llama"], study)
+        assert words in one_sentence(error.value)
+        assert "reads 1024 tokens" in str(error.value)
+        where[key] = before
+    study = Study(**content)
+    preparing.check_model("tiny-llama", study.bases["tiny-llama"], study)
