@@ -163,3 +163,19 @@ def test_purge_waits_for_no_batch_and_says_what_it_cannot(texts, monkeypatch, ca
         purging.purge(texts)
     assert purging.main("no-such-study") == 2
     assert "there is no study file" in one_sentence(capsys.readouterr().err)
+
+
+def test_one_audit_is_purged_by_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(purging, "OUTPUTS", tmp_path)
+    for name in ("one", "other"):
+        files.write_json(tmp_path / "audit" / name / "text" / "safety.jsonl", "it is not safe")
+        files.write_json(tmp_path / "audit" / name / "audit.json", {})
+    assert purging.main(str(tmp_path / "audit" / "one")) == 0
+    assert "1 files deleted" in capsys.readouterr().out
+    left = [path.relative_to(tmp_path / "audit") for path in tmp_path.rglob("*.json*")]
+    assert sorted(map(str, left)) == [
+        "one/audit.json",
+        "other/audit.json",
+        "other/text/safety.jsonl",
+    ]
