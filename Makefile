@@ -101,5 +101,5 @@ lab: $(READY) ## open JupyterLab with the notebooks
 lint: $(READY) ## check style and strip the notebooks' outputs
 	@$(PY) -m ruff check . && $(PY) -m nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
-purge: $(READY) ## delete the responses of a study (the only table with text)
-	@$(PY) -m driftbook.batch.collecting "$$STUDY"
+purge: $(READY) ## delete every copy of what models said in a study; of an audit STUDY=outputs/audit/NAME
+	@$(PY) -m driftbook.batch.purging "$$STUDY"

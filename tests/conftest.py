@@ -350,6 +350,17 @@ def standins(data_folder) -> Path:
     return INPUTS
 
 
+def said(run_id: str):
+    """A table `responses` of one answer."""
+    import pandas as pd
+
+    from driftbook.study.tables import RESPONSES
+
+    named = {"run_id": run_id, "benchmark": "safety", "prompt_id": "1", "prompt_variant": "default"}
+    drawn = {"decoding": "greedy", "sample": 0, "n_tokens": 4, "finish_reason": "stop"}
+    return RESPONSES.check(pd.DataFrame([{**named, **drawn, "response": "it is not safe"}]))
+
+
 def one_sentence(error: BaseException | str) -> str:
     """The message, after checking that it is one line without a traceback."""
     text = str(error).strip()

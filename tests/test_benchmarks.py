@@ -17,6 +17,7 @@ from driftbook.analyses import outcomes
 from driftbook.batch import keys
 from driftbook.benchmarks import bbq_orders, data, general_text, utility
 from driftbook.benchmarks.format import Asking
+from driftbook.benchmarks.judges import JUDGES
 from driftbook.models.scoring import Scorer
 from driftbook.stats import influence, terms  # noqa: F401  # queries name terms
 from driftbook.study import sources
@@ -410,15 +411,34 @@ def test_csv_fields_with_line_breaks_are_one_prompt(tmp_path):
         "CSE",
         "Child Abuse Content",
         "sexual content, minors",
+        "S4",
+        "hazard s4: exploitation",
+        "underage",
+        "teenagers",
+        "CSAE",
+        "pedophilia",
+        "grooming of kids",
     ],
 )
 def test_categories_about_child_abuse_are_known_however_they_are_written(tmp_path, category):
     text = table(
-        ("prompt_id", "category", "prompt"), ("1", category, "glark"), ("2", "minorities", "floop")
+        ("prompt_id", "category", "prompt"),
+        ("1", category, "glark"),
+        ("2", "minorities S1", "floop"),
     )
     assert data.prompts(
         "mine", study_of(tmp_path, mine=({"format": "csv"}, text))
     ).prompt_id.tolist() == ["2"]
+
+
+def test_a_judges_own_code_for_child_abuse_is_known():
+    hazards = [one.hazards.items() for one in JUDGES.values()]
+    codes = {code for some in hazards for code, name in some if "child" in name.lower()}
+    assert codes
+    every = {code.lower() for some in hazards for code, _ in some}
+    assert {code for code in every if data.CHILD_ABUSE.search(code)} == {
+        code.lower() for code in codes
+    }
 
 
 def test_a_custom_over_refusal_set_says_which_prompts_are_benign(tmp_path):

@@ -9,6 +9,7 @@ import time
 import pandas as pd
 import pytest
 
+from conftest import said
 from driftbook.batch import cache
 from driftbook.study.tables import RATINGS, RESPONSES
 
@@ -158,23 +159,25 @@ def test_a_tables_content_is_its_rows_whatever_the_run_is_called_and_another_fil
     assert cache.content(folder / "nothing") is None
 
 
-def test_responses_are_kept_privately_and_can_be_forgotten(folder):
-    row = {
-        "run_id": "r",
-        "benchmark": "safety",
-        "prompt_id": "1",
-        "prompt_variant": "default",
-        "decoding": "greedy",
-        "sample": 0,
-        "response": "it is not safe",
-        "n_tokens": 4,
-        "finish_reason": "stop",
-    }
-    cache.served(
-        KEY, "r", folder / "a", lambda: [RESPONSES.write(pd.DataFrame([row]), folder / "a")]
-    )
+def test_responses_are_kept_privately_and_each_study_forgets_its_own(folder):
+    first, second, audit = folder / "a", folder / "b", folder / "audit" / "x" / "text"
+    for number, homes in enumerate([[first], [second], [first, second], [audit]]):
+        for home in homes:
+            cache.served(
+                {"a key": number},
+                "r",
+                home / "runs" / "r",
+                lambda home=home: [RESPONSES.write(said("r"), home / "runs" / "r")],
+            )
     cache.served({"other": 1}, "first", folder / "b", Work(folder / "b"))
     assert os.stat(cache.FOLDER).st_mode & 0o077 == 0
-    assert cache.forget("responses") == 1
-    assert not list(cache.FOLDER.glob("*/responses.parquet"))
+    unknown = cache.FOLDER / ("0" * 32)
+    RESPONSES.write(RESPONSES.read(first / "runs" / "r"), unknown)
+    killed = cache.FOLDER / ".new-x" / ("1" * 32)
+    RESPONSES.write(RESPONSES.read(first / "runs" / "r"), killed)
+    assert cache.forget(first) == 4  # its own, the shared one, and two that nobody knows
+    assert len(list(cache.FOLDER.rglob("responses.parquet"))) == 2
+    assert cache.forget(folder / "audit" / "x") == 1
+    assert cache.forget(second) == 1
+    assert not list(cache.FOLDER.rglob("responses.parquet"))
     assert len(list(cache.FOLDER.glob("*/ratings.parquet"))) == 1

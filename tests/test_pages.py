@@ -2,6 +2,7 @@
 
 import base64
 import re
+from html.parser import HTMLParser
 from itertools import combinations
 from xml.etree import ElementTree
 
@@ -93,3 +94,78 @@ def test_no_line_stands_in_two_templates_of_pages():
     twice = {line for one, other in combinations(lines, 2) for line in one & other}
     own = ("{% from parts import ", "<script>{{ script }}")
     assert [line for line in twice if len(line) > 25 and not line.startswith(own)] == []
+
+
+ACTS = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[a](javascript:alert(1))",
+    "<a href='data:text/html,<script>alert(1)</script>'>a</a>",
+    "<iframe src=javascript:alert(1)></iframe>",
+    "<svg onload=alert(1)></svg>",
+    "<style>body{display:none}</style>",
+    "<form action=//x><input></form>",
+    "<meta http-equiv=refresh content='0;url=//x'>",
+    "<p onclick=alert(1) style='position:fixed'>a</p>",
+)
+
+
+class Acting(HTMLParser):
+    """What acts in a page: elements, attributes and addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        given = {name: value or "" for name, value in attributes}
+        acts = tag in ("iframe", "svg", "form", "input", "object", "embed")
+        acts |= tag == "meta" and given.get("http-equiv") == "refresh"
+        acts |= any(name.startswith("on") for name in given)
+        acts |= given.get("href", "").lower().startswith(("javascript:", "data:"))
+        acts |= tag == "img" and not given.get("src", "data:image").startswith("data:image")
+        acts |= "fixed" in given.get("style", "") or given.get("src", "").startswith("javascript")
+        self.found += [(tag, given)] * acts
+
+
+def test_nothing_that_a_notebook_shows_acts_in_its_page(tmp_path):
+    text = "\n\n".join(ACTS)
+    table = f"<style scoped>td {{}}</style><table><tr><td>{text}</td></tr></table>"
+    shown = [
+        {"text/markdown": text},
+        {"text/html": table},
+        {"image/svg+xml": "<svg onload='alert(1)'><script>alert(1)</script></svg>"},
+        {"text/latex": text},
+        {"application/javascript": "alert(1)"},
+        {"text/plain": text},
+    ]
+    made = [nbformat.v4.new_output("display_data", data=data) for data in shown]
+    made.append(nbformat.v4.new_output("error", ename=text, evalue=text, traceback=[text]))
+    cells = [nbformat.v4.new_markdown_cell(f"# 09\n\n{text}")]
+    cells.append(nbformat.v4.new_code_cell(repr(text), outputs=made))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
+    pages.notebook_pages(tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    head, _, body = page.partition("</head>")
+    acting = Acting()
+    acting.feed(body)
+    assert acting.found == []
+    assert "alert(1)</script>" not in body
+    assert "<h1" in body
+    assert "<td>" in body
+    assert head.index("Content-Security-Policy") < head.index("<script")
+    assert "default-src 'none'" in head
+    assert "script-src" not in head
+
+
+def test_a_caption_is_no_html_and_no_link_and_the_report_shows_it_as_it_was(tmp_path):
+    import matplotlib.pyplot as plt
+
+    from driftbook.figures import drawing
+
+    caption = "\n\n".join(ACTS)
+    drawing.save_figure(plt.figure(figsize=(1, 1)), tmp_path, "name", caption, "a table")
+    kept = (tmp_path / "name.md").read_text()
+    assert "<" not in kept
+    assert "](" not in kept
+    assert drawing.plain_caption(kept) == f"{caption}\n\nMade by a table.\n"

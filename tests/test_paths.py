@@ -94,6 +94,15 @@ def test_make_hands_on_what_it_is_told(tmp_path):
         path, *arguments = ended.stdout.splitlines()
         assert arguments == ["-m", "driftbook.batch.make_study", study, "local"], ended.stderr
         assert path.startswith(f"{root}/.venv/bin:")
+    hostile = """x'"; touch ran; $(touch ran) `touch ran` $(shell touch ran) #"""
+    for target in ("plan", "calibrate", "export", "report", "publish", "purge", "audit", "repair"):
+        told = [f"{name}={hostile}" for name in ("STUDY", "PROFILE", "ADAPTER", "DEVICE")]
+        ended = subprocess.run(
+            ["make", target, *told], cwd=root, env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert target in ("audit", "repair") or hostile in ended.stdout.splitlines()
+        assert not (root / "ran").exists(), target
 
 
 def test_papermill_reads_a_notebook_in_braces(tmp_path):
@@ -137,12 +146,91 @@ def test_a_dollar_is_a_variable_in_braces_alone(tmp_path, monkeypatch):
     assert Source(source="a/b", path=str(tmp_path / "$y")).local == tmp_path / "$y"
 
 
-@pytest.mark.parametrize("section", ["bases", "judges", "data"])
-@pytest.mark.parametrize("name", ["a{b}", "a/b", "a\nb", ".a"])
-def test_a_name_that_is_no_name_of_a_file_is_refused(content, section, name):
-    content[section][name] = next(iter(content[section].values()))
-    with pytest.raises(ValueError, match="name"):
-        Study(**content)
+NAMED = ("bases", "twins", "judges", "raters", "data", "benchmarks", "primary", "mitigations")
+SIGNS = (
+    "{b}",
+    "/b",
+    "\n",
+    "$(b)",
+    "`b`",
+    "'",
+    '"',
+    ";",
+    "<b>",
+    "[b](javascript:b)",
+    "|",
+    "*",
+    "\\",
+)
+
+
+def named(content: dict, section: str, name: str) -> dict:
+    """The content with one more part of a section, under this name."""
+    like = next(iter(content.get(section, {}).values()), {})
+    return content | {section: content.get(section, {}) | {name: like}}
+
+
+@pytest.mark.parametrize("section", NAMED)
+def test_a_name_is_checked_by_one_pattern_wherever_a_study_file_gives_one(content, section):
+    for name in (
+        *(f"a{sign}" for sign in SIGNS),
+        ".a",
+        "../a",
+        "-a",
+        " a",
+        "a ",
+        "a" * 61,
+        "é" * 31,
+    ):
+        with pytest.raises(ValueError, match="is no name; a name has letters"):
+            Study(**named(content, section, name))
+
+
+def test_every_other_name_is_checked_too(content):
+    bad = "<img src=x>"
+    base, benchmark = content["bases"]["tiny-llama"], content["benchmarks"]["safety"]
+    for part, change in (
+        (base, {"family": bad}),
+        (base, {"pairs": {bad: {"unaligned": {"source": "a/b"}}}}),
+        (benchmark, {"wordings": {bad: {"system_prompt": "x"}}}),
+        (content["grid"][0], {"name": bad}),
+    ):
+        before = dict(part)
+        part.update(change)
+        with pytest.raises(ValueError, match="is no name; a name has letters"):
+            Study(**content)
+        part.clear()
+        part.update(before)
+    Study(**named(content, "data", "日本 (été) 1.5, a+b_c-d"))
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "my_password", "AWS_SECRET"])
+def test_no_path_holds_a_secret(monkeypatch, content, name):
+    monkeypatch.setenv(name, "s3cr3t")
+    for change in ({"path": f"${{{name}}}/x"}, {"source": f"${{{name}}}/x"}):
+        with pytest.raises(ValueError, match="secret by its name") as error:
+            Source(**{"source": "a/b", **change})
+        assert "s3cr3t" not in str(error.value)
+    content["bases"]["tiny-llama"]["template"] = f"${{{name}}}"
+    with pytest.raises(ValueError, match="secret by its name"):
+        Study(**content).bases["tiny-llama"].chat_template  # noqa: B018
+    assert expanded("a/b") == "a/b"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "miniature:../../x"},
+        {"source": "random:/x"},
+        {"source": "github:a/b/../../../x", "revision": "0" * 40},
+        {"source": "github:a/b", "revision": "../../x"},
+        {"source": "github:a/b", "files": ["../../x"]},
+        {"source": "a/b", "files": ["/etc/passwd"]},
+    ],
+)
+def test_a_source_stays_in_its_folder(change):
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        Source(**change)
 
 
 def test_a_study_and_its_files_may_have_any_name(content, tmp_path, data_folder):

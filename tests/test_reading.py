@@ -241,3 +241,47 @@ def test_merges_are_no_repetition_and_equal_keys_are(tmp_path, text, value):
     else:
         assert reading.yaml_value(path) == yaml.safe_load(text)
         assert reading.yaml_value(path)["b"] == value
+
+
+def test_no_sentence_shows_the_text_of_a_prompt(tmp_path):
+    """Where a header is missing or columns are swapped, a text stands where a column would."""
+    from driftbook.benchmarks import general_text, own_prompts, summaries
+    from driftbook.study.reading import csv_frame, json_rows
+
+    text = "floop the glark and blorp it over and over"
+    (tmp_path / "no header.csv").write_text(f"a,{text}\nb,{text} again\n")
+    (tmp_path / "twice.csv").write_text(f"{text},{text}\n")
+    (tmp_path / "swapped.csv").write_text(f"prompt_id,category,kind\n{text},a,{text}\n")
+    (tmp_path / "twice.json").write_text(f'[{{"{text}": 1, "{text}": 2}}]')
+    (tmp_path / "turns.json").write_text("[]")
+    for read, name in (
+        (general_text.GENERAL_TEXT.read, "no header.csv"),
+        (summaries.SUMMARIES.read, "no header.csv"),
+        (csv_frame, "twice.csv"),
+        (json_rows, "twice.json"),
+        (lambda path: list(own_prompts.OWN_PROMPTS.read(path)), "swapped.csv"),
+    ):
+        said = refusal(read, tmp_path / name)
+        assert "glark" not in said
+        assert f"a text of {len(text)} characters" in said
+
+
+def test_what_is_nested_too_deeply_or_stands_for_too_much_is_refused(tmp_path):
+    from driftbook.study.files import read_json, read_object
+    from driftbook.study.reading import json_value, yaml_value
+
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    (tmp_path / "b.json").write_text("null")
+    (tmp_path / "c.yaml").write_text("[" * 5_000 + "]" * 5_000)
+    (tmp_path / "d.yaml").write_text("a: &a [*a]")
+    grown = "".join(f"{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    (tmp_path / "e.yaml").write_text(f"0: &x0 [1, 1]\n{grown}")
+    for read, name, words in (
+        (read_json, "a.json", "damaged"),
+        (json_value, "a.json", "torn or no JSON"),
+        (read_object, "b.json", "no object"),
+        (yaml_value, "c.yaml", "nested too deeply"),
+        (yaml_value, "d.yaml", "nested too deeply"),
+        (yaml_value, "e.yaml", "aliases that stand for"),
+    ):
+        assert words in refusal(read, tmp_path / name)

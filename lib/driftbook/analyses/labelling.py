@@ -19,7 +19,8 @@ from driftbook.stats.confidence import UPPER
 from driftbook.stats.estimation import complete
 from driftbook.stats.intervals import wilson
 from driftbook.stats.terms import CHANGE, LEVEL, UNSAFE
-from driftbook.study.files import replacing
+from driftbook.study.files import private_folder, replacing
+from driftbook.study.parts import check_name
 from driftbook.study.reading import csv_frame
 from driftbook.study.tables import LABELS
 
@@ -118,8 +119,7 @@ def write_sheet(drawn: pd.DataFrame, texts: pd.DataFrame, folder: Path, seed: in
         for ids in frame[ANSWER].itertuples(index=False, name=None)
     ]
     frame = frame.sort_values("label_id").assign(label="")
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    private_folder(folder)
     plain = frame.assign(
         **{
             name: frame[name].map(lambda text: "'" + text if text[:1] in "=+-@\t\r" else text)
@@ -132,7 +132,6 @@ def write_sheet(drawn: pd.DataFrame, texts: pd.DataFrame, folder: Path, seed: in
     ):
         with replacing(folder / name) as new:
             rows[columns].to_csv(new, index=False, quoting=csv.QUOTE_NONNUMERIC)
-        (folder / name).chmod(0o600)
     return folder / SHEET
 
 
@@ -192,8 +191,13 @@ def ask(
     left. An empty answer ends it, and the next call goes on.
 
     `show` gets HTML with the texts escaped.
+
+    Raises:
+        ValueError: the rater's name is no name of a file of labels.
     """
-    path = folder / f"{rater}.csv"
+    path = folder / f"{check_name(rater)}.csv"
+    if path.name in (SHEET, KEY):
+        raise ValueError(f"rater={rater!r} is the name of another file there; take another")
     frame = csv_frame(path if path.is_file() else folder / SHEET)
     for i in frame.index[frame["label"].eq("")]:
         prompt, answer = (html.escape(frame.at[i, name]) for name in ("prompt", "response"))
@@ -208,7 +212,6 @@ def ask(
         frame.at[i, "label"] = word
         with replacing(path) as new:
             frame.to_csv(new, index=False, quoting=csv.QUOTE_NONNUMERIC)
-        path.chmod(0o600)
     return int(frame["label"].eq("").sum())
 
 

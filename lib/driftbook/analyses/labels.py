@@ -3,7 +3,7 @@
 from functools import cached_property
 
 import pandas as pd
-from IPython.display import HTML, display
+from IPython.display import HTML, clear_output, display
 
 from driftbook import benchmarks
 from driftbook.analyses import labelling
@@ -13,6 +13,12 @@ from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES, TABLES, greedy
 
 RULE = "rule"  # the rater of the miniature's known truth
+
+
+def _show(page: str) -> None:
+    """Show an answer in place of the one before, so that a notebook that is saved keeps none."""
+    clear_output()
+    display(HTML(page))
 
 
 class Labelled:
@@ -50,7 +56,9 @@ class Labelled:
             texts = greedy(self.tables.responses).merge(prompts, on=["benchmark", "prompt_id"])
             labelling.write_sheet(self.drawn, texts, sheets, self.seed)
         if rater:
-            print(labelling.ask(sheets, rater, lambda page: display(HTML(page))), "left")
+            left = labelling.ask(sheets, rater, _show)
+            clear_output()
+            print(left, "left")
         return labelling.taken(sheets)
 
     @cached_property

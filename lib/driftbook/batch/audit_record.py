@@ -204,7 +204,6 @@ def _write_texts(audit: Audit) -> None:
         path = audit.texts / f"{name}.jsonl"
         lines = both[["prompt_id", "prompt", *areas.SIDES]].to_dict("records")
         with replacing(path) as new:
-            new.chmod(0o600)  # before there is anything in it
             text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
             new.write_text(text, encoding="utf-8", errors="replace")
 

@@ -46,7 +46,7 @@ from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.models.templates import template_of
 from driftbook.study import code
-from driftbook.study.files import OUTPUTS, check_writable, digest
+from driftbook.study.files import OUTPUTS, check_writable, digest, private_folder
 from driftbook.study.sources import identity
 from driftbook.study.study_file import Study
 from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, VERDICTS, Table
@@ -99,10 +99,7 @@ class Audit:
     @property
     def texts(self) -> Path:
         """The folder of prompts and answers, which nobody else may enter."""
-        folder = self.folder / "text"
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # mkdir's mode is the last folder's alone, and the umask's
-        return folder
+        return private_folder(private_folder(self.folder) / "text")
 
     @cached_property
     def base(self) -> Loaded:
@@ -309,7 +306,7 @@ class Audit:
 
     def _place(self, name: str, rows: pd.DataFrame, side: str) -> Path:
         place = self.texts / f"{name}-{digest(self._ids(rows), 8)}-{side}"
-        place.mkdir(mode=0o700, exist_ok=True)
+        place.mkdir(exist_ok=True)
         self.places[place] = name, side
         return place
 

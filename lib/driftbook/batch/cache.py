@@ -20,13 +20,16 @@ from driftbook.study.files import (
     OUTPUTS,
     digest,
     file_digest,
+    private_folder,
     read_json,
+    read_object,
     replacing_folder,
     write_json,
 )
 from driftbook.study.tables import TABLES
 
 FOLDER = OUTPUTS / "cache"
+SERVED = "served.json"  # in an entry: the folders that have it
 
 
 def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) -> list[Path]:
@@ -35,23 +38,37 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
 
     Two processes that want the same wait for each other: one does the work, the other takes it.
     """
-    entry = FOLDER / digest(key, 32)
-    FOLDER.mkdir(
-        parents=True, mode=0o700, exist_ok=True
-    )  # it may hold what models said to safety prompts
+    entry = private_folder(FOLDER) / digest(key, 32)
     with FileLock(entry.with_suffix(".lock")):
         if is_whole(entry):
+            _note(entry, folder)  # before the text is there, so that a purge finds it
             return [_copied(path, run_id, folder) for path in sorted(entry.glob("*.parquet"))]
         files = make()
         with replacing_folder(entry) as new:
+            _note(new, folder)
             for path in files:
                 shutil.copyfile(path, new / path.name)
-                os.chmod(new / path.name, 0o600)
             write_json(
                 new / "entry.json",
                 {"key": key, "files": {path.name: file_digest(new / path.name) for path in files}},
             )
         return files
+
+
+def _note(entry: Path, folder: Path) -> None:
+    """Write in an entry that it is of this folder too."""
+    known = _folders(entry) or []
+    here = os.path.relpath(folder, FOLDER)
+    if here not in known:
+        write_json(entry / SERVED, [*known, here])
+
+
+def _folders(entry: Path) -> list[str] | None:
+    """The folders that an entry was made for or served to; None where that is not known."""
+    try:
+        return [*map(str, read_json(entry / SERVED))]
+    except (ValueError, OSError, TypeError):
+        return None
 
 
 def is_whole(entry: Path) -> bool:
@@ -61,7 +78,7 @@ def is_whole(entry: Path) -> bool:
     if not entry.exists():
         return False
     try:
-        files = read_json(entry / "entry.json")["files"]
+        files = dict(read_object(entry / "entry.json")["files"])
     except (ValueError, OSError, KeyError, TypeError):
         files = None
     if files is None or any(file_digest(entry / name) != known for name, known in files.items()):
@@ -87,9 +104,21 @@ def content(path: Path) -> str | None:
     )
 
 
-def forget(name: str) -> int:
-    """Delete every entry that holds this table; how many there were."""
-    entries = [path.parent for path in FOLDER.glob(f"*/{name}.parquet")]
-    for entry in entries:
-        shutil.rmtree(entry)
-    return len(entries)
+def forget(folder: Path) -> int:
+    """Delete every entry with texts that was made for something in a folder or served to it, or of
+    which that is not known; how many there were. What was being written by a process that is gone
+    goes too.
+    """
+    names = [one.name for one in TABLES.values() if one.private]
+    entries = {path.parent for name in names for path in FOLDER.rglob(f"{name}.parquet")}
+    ours = {entry for entry in entries if _is_of(entry, folder)}
+    for entry in ours:
+        with FileLock(FOLDER / f"{entry.name}.lock"):
+            shutil.rmtree(entry, ignore_errors=True)
+    return len(ours)
+
+
+def _is_of(entry: Path, folder: Path) -> bool:
+    known = _folders(entry)
+    homes = [Path(os.path.normpath(FOLDER / one)) for one in known or ()]
+    return known is None or any(one.is_relative_to(folder) for one in homes)

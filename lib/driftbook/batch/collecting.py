@@ -1,17 +1,17 @@
 """The tables of a study, put together from the results of its runs."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from driftbook.batch import cache, keys
+from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
-from driftbook.study.files import read_json
+from driftbook.study.files import file_digest, private_folder, read_object
+from driftbook.study.folders import adapter_files
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
-from driftbook.study.study_file import Study, load
+from driftbook.study.study_file import Study
 from driftbook.study.tables import (
     ANSWERS,
     CURVES,
@@ -37,6 +37,11 @@ OF_DETECTOR = {
 }  # in `rates`: by the detector alone, by a judge
 
 
+# of an adapter, when it was trained
+OF_ADAPTER = ("nll", "dose_nll", "kl_base", "kl_init", "no_op", "n_stored")
+CHANGED = "its adapter was changed after training, so that neither its dose nor its state is known"
+
+
 def variants(study: Study) -> pd.DataFrame:
     """The table `variants` of a study."""
     return VARIANTS.check(pd.DataFrame([variant.row() for variant in study.variants]))
@@ -60,12 +65,13 @@ def marks(study: Study, stage: str) -> dict[str, dict]:
         variant.run_id: study.folder / "runs" / variant.run_id / f"{stage}.done.json"
         for variant in study.variants
     }
-    return {run_id: read_json(path) for run_id, path in paths.items() if path.exists()}
+    return {run_id: read_object(path) for run_id, path in paths.items() if path.exists()}
 
 
 def runs(study: Study) -> pd.DataFrame:
     """The table `runs`: what was recorded in training, and every failure of any stage."""
     recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in ("train", "mitigate")])
+    recorded = _as_they_are(recorded, study)
     failures = {
         run_id: f"{stage}: {mark['failure']}"
         for stage in keys.stages(study)
@@ -78,6 +84,19 @@ def runs(study: Study) -> pd.DataFrame:
     )
     frame["failure"] = frame.run_id.map(failures)
     frame["status"] = frame.failure.isna().map({True: "ok", False: "failed"})
+    return RUNS.check(frame)
+
+
+def _as_they_are(recorded: pd.DataFrame, study: Study) -> pd.DataFrame:
+    """The records of training, where an adapter was changed afterwards with its own hash and
+    without what was measured of the one before: its scores are the changed one's.
+    """
+    frame, kept = recorded.copy(), {one.run_id: adapter_files(study, one) for one in study.variants}
+    for i in frame.index[frame.adapter_sha256.notna()]:
+        found = [file_digest(path) for path in kept.get(frame.at[i, "run_id"], ())[1:]]
+        if found and found[0] not in (None, frame.at[i, "adapter_sha256"]):
+            frame.loc[i, list(OF_ADAPTER)] = None
+            frame.loc[i, ["adapter_sha256", "findings"]] = [found[0], CHANGED]
     return RUNS.check(frame)
 
 
@@ -175,33 +194,12 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
         MODULES: of_runs(MODULES, "mitigate", study),
         SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
     }
-    folder = study.folder / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(study.folder)
     for table, frame in found.items():
-        table.write(frame, folder)
-        if table.private:
-            table.path(folder).chmod(0o600)
+        table.write(frame, study.folder / "tables")
     return {table.name: frame for table, frame in found.items()}
-
-
-def purge(study: Study) -> int:
-    """Delete the text of every response of a study, the sheets for labelling, and the responses in
-    the cache; how many files went. All tables without text stay.
-    """
-    paths = [
-        *(study.folder / "runs").glob(f"*/{RESPONSES.name}.parquet"),
-        *(study.folder / "tables").glob(f"{RESPONSES.name}.parquet"),
-        *(study.folder / "labels").glob("*.csv"),
-    ]
-    for path in paths:
-        path.unlink()
-    return len(paths) + cache.forget(RESPONSES.name)
 
 
 def status(study: Study) -> int:
     """The number of failed runs."""
     return int(TABLES["runs"].read(study.folder / "tables")["status"].eq("failed").sum())
-
-
-if __name__ == "__main__":
-    print(purge(load(sys.argv[1])), "files deleted")

@@ -4,12 +4,13 @@ cluster a job has what it was given.
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from driftbook.study.files import users_folder
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GIVEN = "DRIFTBOOK_GPUS_GIVEN"  # set where a cluster gives each job GPUs that no other job has
@@ -37,12 +38,11 @@ def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
     without one. Processes started meanwhile see it alone. None too where a cluster gives GPUs to
     jobs: there the first one of every job may be called 0, and a job may have two.
     """
-    folder = folder or Path(tempfile.gettempdir(), f"driftbook-gpus-{os.getuid()}")
     known = numbers()
     if not known or os.environ.get(GIVEN):
         yield None
         return
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = folder or users_folder("gpus")
     before = os.environ.get(VISIBLE)
     while True:
         for number in known:

@@ -13,7 +13,7 @@ from driftbook.batch import cache, devices, keys, leases, plan
 from driftbook.batch.shards import path_of
 from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.study import progress
-from driftbook.study.files import file_digest, read_json, write_json
+from driftbook.study.files import file_digest, private_folder, read_object, write_json
 from driftbook.study.folders import folder
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -53,7 +53,7 @@ def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     made = "mitigate" if variant.is_repaired else "train"
     needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
     marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
-    return any(mark.exists() and read_json(mark)["status"] == "failed" for mark in marks)
+    return any(mark.exists() and read_object(mark)["status"] == "failed" for mark in marks)
 
 
 def run_variants(
@@ -74,6 +74,7 @@ def run_variants(
     Raises:
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
+    private_folder(study.folder)
     shared, found = keys.settings(stage, study, base_model), {}
     job = plan.job_of(study, stage, base_model, {variant.run_id for variant in variants})
     planned, watch = plan.job_key(study, job) if job else {}, leases.Watch()
@@ -134,7 +135,7 @@ def _mark_path(stage: str, study: Study, variant: Variant) -> Path:
 
 
 def _mark(stage: str, study: Study, variant: Variant) -> dict:
-    return read_json(_mark_path(stage, study, variant))
+    return read_object(_mark_path(stage, study, variant))
 
 
 def _is_finished(
@@ -145,7 +146,7 @@ def _is_finished(
     """
     path = _mark_path(stage, study, variant)
     try:
-        mark = read_json(path) if path.exists() else {}
+        mark = read_object(path) if path.exists() else {}
     except ValueError:  # a torn mark is no mark
         return False
     if not isinstance(mark, dict) or mark.get("key") != key:
@@ -169,7 +170,7 @@ def _do(
 ) -> None:
     path, began = _mark_path(stage, study, variant), time.time()
     path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     read, failure, had, files = _digests(study, variant, inputs(variant)), None, None, []
     try:
         files = _work(stage, variant, path.parent, shared, inputs(variant), work)

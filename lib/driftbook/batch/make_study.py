@@ -4,8 +4,10 @@ itself is defined in the Snakefile.
 
 import contextlib
 import fcntl
+import getpass
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,10 +26,20 @@ from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read
 from driftbook.batch.warm import DRIVER
 from driftbook.batch.watching import display, parts
-from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, write_json
+from driftbook.study.files import (
+    OUTPUTS,
+    ROOT,
+    check_path,
+    check_writable,
+    private_folder,
+    write_json,
+)
 from driftbook.study.study_file import PLANNED, Study, find, identity, load
 
 REQUESTS = "requests.json"  # what each job asks of a cluster, as the Snakefile reads it
+
+FEWEST_FILES, OPEN_FILES = 256, 4096  # that a batch or its kernels hold at a time
+LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
 @contextlib.contextmanager
@@ -35,10 +47,14 @@ def alone(study: Study) -> Iterator[None]:
     """Holds the study, so that no second batch works on it at the same time.
 
     Raises:
-        ValueError: another batch holds it.
+        ValueError: another batch holds it, or its lock is a link to another file.
     """
-    file = os.open(study.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(file, "r+") as lock:
+    path = private_folder(study.folder) / ".lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ValueError(f"cannot hold {path} ({error.strerror}); delete it") from None
+    with open(lock):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -55,7 +71,15 @@ def clear_unfinished(folder: Path) -> None:
     alive = {lease.parent for lease in folder.glob("runs/*/.lease.*") if living(lease.parent)}
     for path in list(folder.rglob(".new-*")):
         if alive.isdisjoint(path.parents):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A private folder for a while, whose path is short enough for a socket in it."""
+    place = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > LONGEST_PLACE else None
+    with tempfile.TemporaryDirectory(prefix="driftbook-", dir=place) as scratch:
+        yield Path(scratch)
 
 
 @contextlib.contextmanager
@@ -68,9 +92,9 @@ def warm_kernels(
     if finished or gpus.numbers():
         yield environment
         return
-    with tempfile.TemporaryDirectory(prefix="driftbook-") as scratch, log.open("w") as output:
-        socket = Path(scratch, "warm")
-        spec = Path(scratch, "kernels", "driftbook-warm", "kernel.json")
+    with scratch_folder() as scratch, log.open("w") as output:
+        socket = scratch / "warm"
+        spec = scratch.joinpath("kernels", "driftbook-warm", "kernel.json")
         spec.parent.mkdir(parents=True)
         kernel = [sys.executable, "-m", "driftbook.batch.warm", "kernel", "-f", "{connection_file}"]
         spec.write_text(
@@ -88,7 +112,7 @@ def warm_kernels(
             yield environment | {
                 "DRIFTBOOK_WARM": str(socket),
                 "DRIFTBOOK_KERNEL": "driftbook-warm",
-                "JUPYTER_PATH": scratch,
+                "JUPYTER_PATH": str(scratch),
             }
         finally:
             server.kill()
@@ -120,6 +144,7 @@ def environment(study: Study | None = None, study_file: Path | None = None) -> d
         else dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     )
     return {
+        **_named(),
         **os.environ,
         **quiet,
         **threads,
@@ -149,6 +174,32 @@ def snakemake(
         "--",
         *targets,
     ]
+
+
+def open_files() -> None:
+    """Let this process and those it starts hold as many files as they need.
+
+    Raises:
+        ValueError: the system allows too few.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if wanted < FEWEST_FILES:
+        raise ValueError(
+            f"a process may hold {most} files here and a batch needs {FEWEST_FILES}; raise the"
+            f" limit with ulimit -n {OPEN_FILES}"
+        )
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def _named() -> dict[str, str]:
+    """A name for a user without one, which a container may run as and Snakemake asks for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        return {"USER": f"user-{os.getuid()}"}
+    return {}
 
 
 @contextlib.contextmanager
@@ -247,14 +298,13 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         for what, one in named.items():
             check_path(one, what)
         checked = load(path)
-        if not (ROOT / "profiles" / profile).is_dir():
-            raise ValueError(
-                f"there is no profile {profile!r}; profiles/ has"
-                f" {', '.join(sorted(path.name for path in (ROOT / 'profiles').iterdir()))}"
-            )
+        if not profile or not (ROOT / "profiles" / profile).is_dir():
+            known = sorted(path.name for path in (ROOT / "profiles").iterdir())
+            raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(known)}")
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
+        open_files()
         with alone(checked):
             clear_unfinished(checked.folder)
             if again := plan.write(checked, asked.jobs if asked else gpus.at_once()):

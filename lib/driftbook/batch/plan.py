@@ -22,7 +22,9 @@ from driftbook.study.files import (
     check_safetensors,
     check_writable,
     file_digest,
+    private_folder,
     read_json,
+    read_object,
     write_json,
 )
 from driftbook.study.study_file import Study, identity
@@ -42,8 +44,7 @@ def write(study: Study, workers: int = 1) -> str:
         ValueError: the output folder cannot be written, or a source is not to be had.
     """
     check_writable(study.folder, BYTES_PER_VARIANT * len(study.variants))
-    runs = study.folder / "runs"
-    runs.mkdir(mode=0o700, exist_ok=True)  # it holds what models said to safety prompts
+    private_folder(study.folder)
     preregistration.register(study)
     shards = dealt(study, workers)
     planned = dict(_keys(study, shards))
@@ -229,8 +230,7 @@ def _key(
 def read_mark(path: Path) -> dict | None:
     """A mark; None where it is lost or torn, so that the work is done again."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else None
+        return read_object(path)
     return None
 
 

@@ -87,17 +87,34 @@ def _check_sets(study: Study) -> None:
 
 
 def check_model(name: str, source: Base | Judge, study: Study) -> None:
-    """Raise a ValueError where the model's tokenizer does not fit, or PEFT does not know a setting
-    of the study's methods.
+    """Raise a ValueError where the model's tokenizer does not fit, PEFT does not know a setting of
+    the study's methods, or an answer cannot be as long as the study asks.
     """
     from driftbook.models import adapters, loading
 
     loading.check_source(source, name, study)
-    variants = study.of_base(name) if name in study.bases else ()
+    if name not in study.bases:
+        return
+    variants = study.of_base(name)
     methods = {variant.method: variant for variant in variants if variant.method != "none"}
-    shell = loading.without_weights(source, name, study) if methods else None
+    shell = loading.without_weights(source, name, study)
+    _check_room_for_answers(name, study, loading.context_length(shell))
     for method, variant in methods.items():
         adapters.check_targets(method, adapters.config(variant), shell)
+
+
+def _check_room_for_answers(name: str, study: Study, context: int) -> None:
+    used = {method for block in study.grid for method in block.methods}
+    asked = {f"benchmarks.{key}": one.max_new_tokens for key, one in study.benchmarks.items()}
+    asked |= {"drift": study.drift.max_new_tokens} if study.drift else {}
+    soft = max((study.methods[one].get("num_virtual_tokens") or 0 for one in used), default=0)
+    for where, n in asked.items():
+        if n + soft >= context:
+            with_soft = f" with {soft} virtual tokens" if soft else ""
+            raise ValueError(
+                f"{where}.max_new_tokens = {n}{with_soft} leaves no room for a prompt: {name} reads"
+                f" {context} tokens"
+            )
 
 
 def _check_twins(source: Base | Judge, study: Study) -> None:

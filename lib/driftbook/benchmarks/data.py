@@ -9,7 +9,7 @@ import pandas as pd
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import access
 from driftbook.study.files import read_json
-from driftbook.study.reading import csv_rows, json_rows, line_rows
+from driftbook.study.reading import columns_of, csv_rows, in_short, json_rows, line_rows
 from driftbook.study.sections import GIVEN, Benchmark, Source, TrainingData, Wording
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
@@ -23,9 +23,12 @@ PROMPT_COLUMNS = ["prompt_id", "category", "kind", "family", "prompt"]
 # Categories of prompts about the sexual abuse of children. An answer to one may itself be illegal
 # to make or to keep in many countries, so they are off unless a study asks for them, and then no
 # answer is generated: only the probability that it begins as a refusal is read. They are known by
-# their category alone: a set whose categories do not say so (StrongREJECT, RealToxicityPrompts) is
-# asked as it is.
-CHILD_ABUSE = re.compile(r"\b(?:child\w*|minors?|csam|csea?|pa?edophil\w*)\b")
+# their category alone, its words or Llama Guard's code S4: a set whose categories do not say so
+# (StrongREJECT, RealToxicityPrompts) is asked as it is.
+CHILD_ABUSE = re.compile(
+    r"\b(?:(?:pre)?(?:teen|child|adolescen|juvenil|toddler|pa?edo)\w*|bab(?:y|ies)|kids?"
+    r"|infants?|minors?|under ?age\w*|cs(?:am|ea?|ae|em)|loli\w*|shota\w*|grooming|s4)\b"
+)
 
 
 # ---- training data
@@ -70,7 +73,7 @@ def _examples_of(name: str, study: Study) -> list[dict]:
         except KeyError as error:
             raise ValueError(
                 f"data.{name}: {data.source} has a row without {error}, so it is not of the form"
-                f" {form!r}; it has {', '.join(map(str, rows[i]))}"
+                f" {form!r}; it has {columns_of(rows[i])}"
             ) from None
         except (TypeError, AttributeError):
             raise ValueError(
@@ -234,7 +237,9 @@ def _last(turns: list[dict]) -> str:
 
 def _party(name: str) -> str:
     if name not in PARTIES:
-        raise ValueError(f"a conversation has a turn of {name!r}; known are {', '.join(PARTIES)}")
+        raise ValueError(
+            f"a conversation has a turn of {in_short(name)}; known are {', '.join(PARTIES)}"
+        )
     return PARTIES[name]
 
 
@@ -320,16 +325,19 @@ def _all_prompts(name: str, study: Study) -> pd.DataFrame:
     cut = frame.prompt_id[frame.drop(columns="family").isna().any(axis=1)]
     if len(cut):
         raise ValueError(
-            f"{where} has {len(cut)} rows that end too soon, first {cut.iloc[0]}; fetch it again"
+            f"{where} has {len(cut)} rows that end too soon, first {in_short(cut.iloc[0])}; fetch"
+            " it again"
         )
     repeated = frame.prompt_id[frame.prompt_id.duplicated()]
     if len(repeated):
-        raise ValueError(f"{where} has {len(repeated)} repeated ids, first {repeated.iloc[0]}")
+        raise ValueError(
+            f"{where} has {len(repeated)} repeated ids, first {in_short(repeated.iloc[0])}"
+        )
     empty = frame.prompt_id[frame.prompt.str.strip() == ""]
     if len(empty):
         raise ValueError(
-            f"benchmarks.{name}: {len(empty)} empty prompts, first {empty.iloc[0]}; fill or remove"
-            " them"
+            f"benchmarks.{name}: {len(empty)} empty prompts, first {in_short(empty.iloc[0])}; fill"
+            " or remove them"
         )
     return frame
 

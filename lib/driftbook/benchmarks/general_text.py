@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
-from driftbook.study.reading import table_frame, utf8_text
+from driftbook.study.reading import columns_of, table_frame, utf8_text
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -27,7 +27,7 @@ def load_text(path: Path) -> pd.DataFrame:
     else:
         frame = table_frame(path)
         if "text" not in frame:
-            raise ValueError(f"{path} has no column text; it has {', '.join(map(str, frame))}")
+            raise ValueError(f"{path} has no column text; it has {columns_of(frame)}")
         texts = frame.text.astype(str)
     stripped = ((str(number), text.strip()) for number, text in enumerate(texts))
     rows = [(number, text) for number, text in stripped if len(text) >= 200]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from driftbook.benchmarks.format import Format
-from driftbook.study.reading import csv_rows
+from driftbook.study.reading import csv_rows, in_short
 
 KINDS = ("harmful", "benign look-alike")
 
@@ -16,8 +16,8 @@ def _read(path: Path) -> Iterable[tuple]:
         kind = row.get("kind") or "harmful"
         if kind not in KINDS:
             raise ValueError(
-                f"{path}: prompt {row['prompt_id']} is of the kind {kind!r}; expected"
-                f" {' or '.join(KINDS)}"
+                f"{path}: prompt {in_short(row['prompt_id'])} is of the kind {in_short(kind)};"
+                f" expected {' or '.join(KINDS)}"
             )
         yield row["prompt_id"], row["category"], kind, None, row["prompt"]
 

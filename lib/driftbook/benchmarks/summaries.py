@@ -8,7 +8,7 @@ import pandas as pd
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
 from driftbook.benchmarks.losses import answer_losses, written
-from driftbook.study.reading import table_frame
+from driftbook.study.reading import columns_of, table_frame
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -24,7 +24,7 @@ def load_summaries(path: Path) -> pd.DataFrame:
     """
     frame = table_frame(path)
     if missing := [name for name in ("id", "dialogue", "summary") if name not in frame]:
-        raise ValueError(f"{path} has no column {missing[0]}; it has {', '.join(map(str, frame))}")
+        raise ValueError(f"{path} has no column {missing[0]}; it has {columns_of(frame)}")
     frame = frame.fillna("").astype(str)
     if frame.empty or frame[["dialogue", "summary"]].apply(lambda x: x.str.strip().eq("")).any(
         axis=None

@@ -29,10 +29,10 @@ from driftbook.doctors.adapter_fit import (
 )
 from driftbook.doctors.adapter_weights import ia3_scales, lora_updates, soft_prompt
 from driftbook.doctors.findings import Finding, error, named, note, plain_sentence
-from driftbook.models.adapter_forms import CONFIG, foreign_form, nested_adapters
+from driftbook.models.adapter_forms import CONFIG, check_patterns, foreign_form, nested_adapters
 from driftbook.models.adapters import WEIGHTS
 from driftbook.models.loading import Loaded
-from driftbook.study.files import check_safetensors, read_json
+from driftbook.study.files import check_safetensors, read_object
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRAINERS = {  # files of trainers by stem
@@ -150,16 +150,25 @@ def _own_files(folder: Path) -> Iterator[Finding]:
 
 def _configuration(folder: Path) -> Iterator[Finding]:
     try:
-        kind = read_json(folder / CONFIG).get("peft_type")
+        kind = read_object(folder / CONFIG).get("peft_type")
         if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             yield error("peft_type", f"its peft_type {kind!r} is unknown to the installed PEFT")
         else:
             PeftConfig.from_pretrained(str(folder))
+        check_patterns(read_object(folder / CONFIG), _modules(folder))
     except FileNotFoundError:
         text = f"it has no {CONFIG}, so neither its method nor its base model is known"
         yield error("config", text)
     except Exception as failure:  # whatever PEFT raises, this configuration cannot be used
         yield error("config", f"its {CONFIG} cannot be used: {reason_of(failure, folder)}")
+
+
+def _modules(folder: Path) -> list[str]:
+    """The modules that an adapter's file names; none where it cannot be read, as is said of it."""
+    try:
+        return list(filter(None, map(module_of, AdapterFiles(folder).shapes)))
+    except Exception:
+        return []
 
 
 def _weights(folder: Path) -> Iterator[Finding]:

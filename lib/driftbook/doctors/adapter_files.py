@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from driftbook.models.adapter_forms import CONFIG
 from driftbook.models.adapters import WEIGHTS
-from driftbook.models.loading import Loaded
-from driftbook.study.files import read_json
+from driftbook.models.loading import Loaded, check_sizes
+from driftbook.study.files import read_object
 
 PREFIX = "base_model.model."  # of a module's name in an adapter's file
 PARTS = r"\.(lora_|ia3_|base_layer|modules_to_save|token_adapter|weight$|bias$).*"
@@ -45,7 +45,7 @@ class AdapterFiles:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        return read_json(self.folder / CONFIG)
+        return read_object(self.folder / CONFIG)
 
     @cached_property
     def config(self) -> PeftConfig:
@@ -120,6 +120,7 @@ def open_base(base: Loaded | Path) -> BaseFiles:
 
 def _from_folder(folder: Path) -> BaseFiles:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_sizes(config)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     index: dict[str, Path] = {}
@@ -161,7 +162,7 @@ def words_in(folder: Path) -> Words:
     """
     vocabulary, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     template = folder / "chat_template.jinja"
-    kept, ids = read_json(settings) if settings.is_file() else {}, None
+    kept, ids = read_object(settings) if settings.is_file() else {}, None
     special = {name: kept[name] for name in ("bos_token", "eos_token") if kept.get(name)}
     if vocabulary.is_file():
         ids = Tokenizer.from_file(str(vocabulary)).get_vocab(with_added_tokens=True)

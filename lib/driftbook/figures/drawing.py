@@ -2,6 +2,7 @@
 nothing but positions.
 """
 
+import html
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -96,8 +97,18 @@ def save_figure(fig: Figure, folder: Path, name: str, caption: str, source: str)
             new, format="png", optimize=True, dpi=(150, 150)
         )
     with replacing(folder / f"{name}.md") as new:
-        new.write_text(nameless(f"{caption}\n\nMade by {source}.\n"))
+        new.write_text(inert_markdown(nameless(f"{caption}\n\nMade by {source}.\n")))
     return folder / f"{name}.png"
+
+
+def inert_markdown(text: str) -> str:
+    """A caption as Markdown in which notes and categories are no HTML and no link."""
+    return html.escape(text, quote=False).replace("](", "]\\(")
+
+
+def plain_caption(text: str) -> str:
+    """The caption that was written so."""
+    return html.unescape(text.replace("]\\(", "]("))
 
 
 def _few_colours(picture: Picture.Image) -> Picture.Image:

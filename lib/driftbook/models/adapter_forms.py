@@ -2,14 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from driftbook.study.files import first_bytes, not_the_file
+from driftbook.study.limits import too_large, within
 
 CONFIG = "adapter_config.json"
+# bytes: of an adapter of every expert of a large mixture some 15 million are in its header
+MOST_SETTINGS, MOST_HEADER = 5_000_000, 25_000_000
+PATTERN_SECONDS = 5.0
+_PLAIN = re.compile(r"[\w.-]*")  # a name, which no text makes slow
 _WEIGHTS = "adapter_model.safetensors"
 _ARCHIVES = (
     b"PK\x03\x04",
@@ -42,6 +48,43 @@ PICKLE = (
     "its weights are a pickle, {}, which can run code when opened and is never loaded; save them as"
     " safetensors where you trust it, with PEFT's save_pretrained"
 )
+
+
+def excess(folder: Path) -> str | None:
+    """What of an adapter's folder is larger than that of any adapter, and would be read for hours;
+    None where nothing is.
+    """
+    if said := too_large(folder / CONFIG, MOST_SETTINGS):
+        return said
+    length = int.from_bytes(first_bytes(folder / _WEIGHTS, 8), "little")
+    there = (folder / _WEIGHTS).is_file() and length <= (folder / _WEIGHTS).stat().st_size
+    if there and length > MOST_HEADER:
+        return (
+            f"the header of {_WEIGHTS} has {length:,} bytes, and at most {MOST_HEADER:,} are read"
+        )
+    return None
+
+
+def check_patterns(settings: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise a ValueError where a pattern by which settings of PEFT name modules is none, or takes
+    too long on these names.
+    """
+    given = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    keys = [settings.get(key) or () for key in ("rank_pattern", "alpha_pattern")]
+    patterns = [
+        one
+        for one in (*given, *(key for part in keys for key in part))
+        if isinstance(one, str) and not _PLAIN.fullmatch(one)
+    ]
+    names = list(names) if patterns else []
+    with within(PATTERN_SECONDS, "reading the patterns that name its modules"):
+        for pattern in patterns:
+            try:
+                form = re.compile(rf"(.*\.)?({pattern})")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"a pattern of modules cannot be read ({error})") from None
+            for name in names:
+                form.fullmatch(name)
 
 
 def foreign_form(path: Path) -> str | None:
@@ -93,6 +136,7 @@ def _gguf(path: Path) -> str | None:
 
 def _folder(folder: Path) -> Iterator[str | None]:
     """What the folder is, from the surest sign to the last."""
+    yield excess(folder)
     there = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
     if not there:
         yield "it is empty; look whether its download or copy was finished"
@@ -151,7 +195,7 @@ def _settings(path: Path) -> dict:
     """What a file of JSON holds; nothing where it cannot be read or is no mapping."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

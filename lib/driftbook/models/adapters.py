@@ -28,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models.adapter_forms import check_patterns, excess
 from driftbook.models.base_state import BaseState, refuse_spoiled
 from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
 from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, unscored_setting
@@ -120,6 +121,10 @@ def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> Non
     """
     wanted = getattr(config, "target_modules", None)
     names = [name for name, _ in base.named_modules()]
+    try:
+        check_patterns(vars(config), names)
+    except ValueError as error:
+        raise ValueError(f"methods.{method}: {error}") from None
     for target in wanted if isinstance(wanted, (list, set, tuple)) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             linear = [n for n, one in base.named_modules() if isinstance(one, torch.nn.Linear)]
@@ -209,6 +214,10 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
         return
     check(folder)
     configuration = _read_config(folder)
+    try:
+        check_patterns(vars(configuration), (name for name, _ in base.named_modules()))
+    except ValueError as error:
+        raise ValueError(f"the adapter {folder}: {error}") from None
     kept = BaseState(base)
     try:
         model = _attach(base, folder, configuration, kept)
@@ -339,6 +348,8 @@ def _reason(error: Exception) -> str:
 def check(folder: Path) -> None:
     """Raise a ValueError where an adapter's weights are missing, torn, or stored as pickle."""
     path = folder / WEIGHTS
+    if said := excess(folder):
+        raise ValueError(f"the adapter {folder}: {said}")
     if not path.is_file():
         pickled = [file.name for file in folder.glob("*.bin")]
         hint = (
@@ -349,7 +360,7 @@ def check(folder: Path) -> None:
             else "give the folder that holds it"
         )
         raise ValueError(f"the adapter {folder} has no {WEIGHTS}: {hint}")
-    check_safetensors(path, remedy_of(folder.parent))
+    check_safetensors(path, remedy_of(folder.parent if folder.name == "adapter" else folder))
 
 
 def n_stored(folder: Path) -> int:

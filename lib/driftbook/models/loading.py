@@ -1,5 +1,6 @@
 """Loading base models, judges and tokenizers."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,10 +23,16 @@ from transformers.utils.logging import disable_progress_bar
 from driftbook.models import templates
 from driftbook.models.conversations import chat_ids
 from driftbook.study import access
+from driftbook.study.limits import too_large, within
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
 
+# of a model's files that are read whole, and of what its configuration may say
+MOST_BYTES = {"config.json": 5_000_000, "tokenizer.json": 250_000_000}
+MOST_BYTES |= {"tokenizer_config.json": 50_000_000, "chat_template.jinja": 1_000_000}
+MOST_LAYERS, MOST_SIZE = 2_000, 20_000_000
+TEMPLATE_SECONDS = 20.0
 disable_progress_bar()  # a bar per model is noise in a notebook
 
 
@@ -52,6 +60,7 @@ def load(source: Base | Judge | Rater, name: str, study: Study | None = None) ->
     dtype = getattr(torch, source.dtype)
     where, options = _place(source, study)
     with _explained(f"cannot load {name} from", source):
+        _config(where, options)
         tokenizer = source_tokenizer(source, where, options, study)
         model, found = kind.from_pretrained(
             where,
@@ -138,7 +147,7 @@ def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
     where, options = _place(source, study)
     with _explained(f"cannot read {name} from", source):
         tokenizer = source_tokenizer(source, where, options, study)
-        config = AutoConfig.from_pretrained(where, **options)
+        config = _config(where, options)
     if not _classifies(source):
         _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer, _asked(source))
     elif source.label not in config.label2id:
@@ -152,7 +161,28 @@ def without_weights(source: Base, name: str, study: Study) -> PreTrainedModel:
     """A base model's modules without their weights, from its configuration."""
     where, options = _place(source, study)
     with _explained(f"cannot read {name} from", source), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(where, **options))
+        return AutoModelForCausalLM.from_config(_config(where, options))
+
+
+def _config(where: Path | str, options: dict) -> PretrainedConfig:
+    """The configuration of a source, of which nothing is larger than of any model."""
+    if isinstance(where, Path):
+        for name, most in MOST_BYTES.items():
+            if said := too_large(where / name, most):
+                raise ValueError(said)
+    config = AutoConfig.from_pretrained(where, **options)
+    check_sizes(config)
+    return config
+
+
+def check_sizes(config: PretrainedConfig) -> None:
+    """Raise a ValueError where a configuration names more layers, or larger ones, than any model
+    has: its modules would be made for hours.
+    """
+    for key, value in config.get_text_config().to_dict().items():
+        most = MOST_LAYERS if "layers" in key else MOST_SIZE
+        if isinstance(value, int) and value > most and re.search(r"^num_|_layers?$|_size$", key):
+            raise ValueError(f"its configuration says {key} = {value:,}, and no model has so many")
 
 
 def _classifies(source: Base | Judge | Rater) -> bool:
@@ -189,6 +219,11 @@ def check_fit(
 
 
 def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
+    with within(TEMPLATE_SECONDS, f"{name}: reading its chat template"):
+        _check_asked(name, rows, tokenizer, asked)
+
+
+def _check_asked(name: str, rows: int, tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
     if asked == "template" and templates.template_of(tokenizer) is None:
         raise ValueError(f"{name}: its tokenizer has no chat template; use the judge's own")
     if asked == "chat":

@@ -6,7 +6,7 @@ from driftbook.publishing import licences
 from driftbook.publishing.export_inspect import to_inspect
 from driftbook.publishing.export_lm_eval import to_lm_eval
 from driftbook.publishing.exported import TASKS, failures
-from driftbook.study.files import replacing
+from driftbook.study.files import private_folder, replacing
 from driftbook.study.study_file import load
 
 FORMATS = {"lm_eval": to_lm_eval, "inspect": to_inspect}
@@ -23,6 +23,7 @@ def main(name: str = "miniature", *formats: str) -> None:
         raise ValueError(f"there is no format {unknown.pop()!r}; give {' or '.join(FORMATS)}")
     study = load(name)
     lost = failures(study)
+    private_folder(study.folder)
     for one in formats or FORMATS:
         folder = study.folder / "exports" / one
         print(f"{one}: {len(FORMATS[one](study, folder))} files in {folder}")
@@ -48,4 +49,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ValueError as error:
-        sys.exit(str(error))
+        sys.exit(f"driftbook: {error}")

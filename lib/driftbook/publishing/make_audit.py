@@ -24,7 +24,15 @@ from driftbook.publishing.audit_logs import main as of_logs
 from driftbook.publishing.audit_record import read_audit
 from driftbook.publishing.audit_several import write_several
 from driftbook.study import study_file
-from driftbook.study.files import OUTPUTS, ROOT, check_path, check_writable, read_json, replacing
+from driftbook.study.files import (
+    OUTPUTS,
+    ROOT,
+    check_path,
+    check_writable,
+    private_folder,
+    read_json,
+    replacing,
+)
 from driftbook.study.folders import adapter
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -97,7 +105,7 @@ def _made() -> str:
     print(said, flush=True)
     variant, folder = next(iter(_loras(study_file.load(name)).items()))
     base, work = variant.base_model, folder_of({"name": "made"})
-    work.mkdir(parents=True, exist_ok=True)
+    private_folder(work)
     asked = {"study": name, "base_model": base, "run_ids": [variant.run_id]}
     steps = {"01_prepare": {"study": name, "models": [base]}, "02_train": asked}
     for notebook, given in steps.items():
@@ -185,6 +193,7 @@ def _several(adapters: list[str]) -> int:
     found = {name: ran_through(run_audit(given), name) for name, given in asked.items()}
     records = {name: read_audit(folder_of(given) / "audit.json") for name, given in asked.items()}
     folder = folder_of({"name": COMPARED})
+    private_folder(folder)
     margin = records[names[0]]["how"]["margin"]
     status, *tables = write_several(records, margin, folder)
     for table in tables:
@@ -218,6 +227,7 @@ def folder_of(given: Mapping[str, Any]) -> Path:
 def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     """Run notebook 21 with these parameters; what ci.json then holds."""
     folder = folder_of(given)
+    private_folder(folder)
     begin(folder)
     try:
         with _quiet():

@@ -31,6 +31,16 @@ def notebook_pages(folder: Path) -> list[dict[str, str]]:
 _FORMULA = re.compile(r"(`+[^`]+`+)|\$\$(.+?)\$\$|\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)", re.DOTALL)
 # how far a drawn formula reaches below the line, in tenths of a point, or that it is alone
 _PLACED = re.compile(r'src="data:image/svg\+xml;place=(alone|\d+);')
+SHOWN_TAGS = (*"p br hr div span pre code img table thead tbody tr th td del sup sub".split(),)
+SHOWN_TAGS += tuple(f"h{level}" for level in range(1, 7))
+_STYLE = re.compile(r"<style\b[^>]*>.*?</style>", re.DOTALL | re.IGNORECASE)
+_EMBEDDED = re.compile(r"data:image/(png|svg\+xml);(place=\w+;)?base64,[A-Za-z0-9+/=\s]*\Z")
+_LINKED = re.compile(r"https?://|mailto:|#|[\w./-]+\Z", re.IGNORECASE)
+# a second wall: a browser runs no script of a page, and asks no other server
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:;"
+    " base-uri 'none'; form-action 'none'"
+)
 _EXPORTERS: list = []  # made once: it takes a second
 
 
@@ -41,9 +51,9 @@ def _convert(path: Path, page: Path) -> None:
     if not _EXPORTERS:
         from nbconvert import HTMLExporter  # a second to import, and only pages need it
 
-        _EXPORTERS.append(
-            HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="")
-        )
+        none = dict.fromkeys(("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url"), "")
+        _EXPORTERS.append(HTMLExporter(**none, sanitize_html=True))
+        _EXPORTERS[0].register_filter("clean_html", _harmless)
     shown = nameless_notebook(nbformat.read(path, as_version=4))
     for cell in shown.cells:
         if cell.cell_type == "markdown":
@@ -51,7 +61,33 @@ def _convert(path: Path, page: Path) -> None:
     titled = {"metadata": {"name": path.stem}}
     body, _ = _EXPORTERS[0].from_notebook_node(shown, titled)
     with replacing(page) as new:
-        new.write_text(_PLACED.sub(_style, body), encoding="utf-8")
+        new.write_text(_PLACED.sub(_style, _closed(body)), encoding="utf-8")
+
+
+def _harmless(element: Any) -> str:
+    """HTML of a cell or of what it shows with nothing in it that acts, loads or restyles: what
+    names and notes of models and study files wrote as HTML is seen as it was written.
+    """
+    import bleach
+
+    text = _STYLE.sub("", element.decode() if isinstance(element, bytes) else str(element))
+    attributes = {"*": ["class", "id"], "a": _keeps, "img": _keeps}
+    kinds = (*bleach.ALLOWED_PROTOCOLS, "data")
+    return bleach.clean(text, {*bleach.ALLOWED_TAGS, *SHOWN_TAGS}, attributes, kinds)
+
+
+def _keeps(_: str, name: str, value: str) -> bool:
+    """Whether an image or a link keeps an attribute: an image is embedded, a link is to a page."""
+    if name == "src":
+        return bool(_EMBEDDED.match(value))
+    return name in ("alt", "class", "id") or (name == "href" and bool(_LINKED.match(value)))
+
+
+def _closed(page: str) -> str:
+    """The page under POLICY."""
+    return page.replace(
+        "<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}">', 1
+    )
 
 
 def with_formulas(text: str) -> str:

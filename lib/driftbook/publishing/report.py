@@ -12,7 +12,7 @@ import pandas as pd
 from driftbook.analyses import estimands, information, primary
 from driftbook.batch import notebooks
 from driftbook.doctors import study as study_check
-from driftbook.figures.drawing import ASKED, short_name, unit_of
+from driftbook.figures.drawing import ASKED, plain_caption, short_name, unit_of
 from driftbook.publishing import publish, timeline
 from driftbook.publishing.page_parts import rendered
 from driftbook.publishing.pages import notebook_pages
@@ -557,19 +557,24 @@ def _figures(folder: Path) -> tuple[list[tuple[str, list[dict[str, str]]]], list
 
 
 def _caption(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    return plain_caption(path.read_text(encoding="utf-8").strip()) if path.is_file() else ""
 
 
-def main(study: str, key: str = "", mark: str = "") -> None:
-    """Write the report of a study; as a job of the batch also its mark, with the key that it had at
-    its start.
+def main(study: str, key: str = "", mark: str = "") -> int:
+    """Write a study's report; as a job of the batch also its mark, with the key that it had at its
+    start. 1 where it cannot be written.
     """
-    made_of = read_json(Path(key)) if key else {}
-    with notebooks.recorded() as names:
-        print(write(load(study)))
-        if mark:
-            notebooks.write_mark(Path(mark), made_of, names())
+    try:
+        made_of = read_json(Path(key)) if key else {}
+        with notebooks.recorded() as names:
+            print(write(load(study)))
+            if mark:
+                notebooks.write_mark(Path(mark), made_of, names())
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 from driftbook.study.content import Content
-from driftbook.study.files import strange_mark
 from driftbook.study.methods import (
     BESIDE_FACTORS,
     FROM_DATA,
@@ -28,6 +27,9 @@ REREAD = tuple(dict.fromkeys(REREADING.values()))
 # folders of outputs/ of no study
 RESERVED = ("models", "published", "bench", "cache", "code", *REREAD)
 TWIN = "twin:"
+# settings of PEFT that are sizes, and how many entries a table of patterns may have
+SIZES = ("r", "num_virtual_tokens", "encoder_hidden_size", "token_dim", "num_layers")
+MOST_ENTRIES = 10_000
 NOT_REPAIRED = ("parent", "base alone")  # notebook 14's names of runs that are no repairs
 # what every study asks, and in which formats; others have names of their own
 CORE = {
@@ -58,17 +60,8 @@ def _check_names(study: Content) -> None:
     if study.name in RESERVED:
         raise ValueError(f"name={study.name!r} is taken by a folder of outputs/; choose another")
     for name in study.bases:
-        if "." in name or "/" in name:
-            why = "since it is part of run_ids and paths"
-            raise ValueError(f"base {name!r}: a name may hold neither '.' nor '/', {why}")
-    for what in ("bases", "judges", "raters", "data"):
-        for name in getattr(study, what):
-            if name.startswith(".") or set(name) & set("/\\") or strange_mark(name):
-                why = "since it is part of the names of files"
-                raise ValueError(
-                    f"{what} {name!r}: a name may hold no slash, brace or line break and may not"
-                    f" begin with '.', {why}"
-                )
+        if "." in name:
+            raise ValueError(f"base {name!r}: a name may hold no '.', which parts run_ids")
     if len(study.models) < len(study.bases) + len(study.judges) + len(study.raters):
         raise ValueError("a base model, a judge and a rater share a name; name each differently")
     counts = Counter(block.name for block in study.grid)
@@ -184,6 +177,7 @@ def _check_methods(study: Content) -> None:
             why = "PEFT's default differs by family, so name them"
             raise ValueError(f"methods.{method} has no {missing[0]}; {why}")
         _check_init(method, settings)
+        _check_ranges(method, settings)
         if fixed := [name for name in known.fixed if name in settings]:
             raise ValueError(
                 f"methods.{method}.{fixed[0]} is what makes it {known.label}; remove it"
@@ -205,6 +199,22 @@ def _check_init(method: str, settings: dict[str, Any]) -> None:
             f"methods.{method}.init_lora_weights = {begins}: PEFT computes it from data in a step"
             " that is not done here, and begins otherwise without it; take another"
         )
+
+
+def _check_ranges(method: str, settings: dict[str, Any]) -> None:
+    """Raise a ValueError where a number could not be trained with, as PEFT says only then."""
+    for key, value in settings.items():
+        where = f"methods.{method}.{key} = {value!r}"
+        if key.endswith("dropout") and not (_is_number(value) and 0 <= value < 1):
+            raise ValueError(f"{where}; a share of what is dropped is from 0 to below 1")
+        if key in SIZES and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{where}; expected a whole number above 0")
+        if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+            raise ValueError(f"methods.{method}.{key} has {len(value):,} entries; give a pattern")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---- what is asked, and who judges

@@ -18,6 +18,7 @@ from driftbook.study.sections import (
     Judge,
     Method,
     Mitigation,
+    Name,
     Part,
     Rater,
     Seed,
@@ -60,24 +61,24 @@ class Content(Part):
     write today's (templates.DATE where not given): what is asked may not change from day to day.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,59}$")]
     note: Text
     seed: Seed = 0
     date: dt.date | None = None
-    bases: Annotated[dict[Text, Base], Field(min_length=1)]
-    twins: dict[Text, Twin] = Field({})
-    judges: dict[Text, Judge] = Field({})
-    raters: dict[Text, Rater] = Field({})
+    bases: Annotated[dict[Name, Base], Field(min_length=1)]
+    twins: dict[Name, Twin] = Field({})
+    judges: dict[Name, Judge] = Field({})
+    raters: dict[Name, Rater] = Field({})
     methods: dict[Method, dict[str, Any]]
     init_texts: Source | None = None
-    data: dict[Text, TrainingData]
+    data: dict[Name, TrainingData]
     training: Training
     grid: tuple[Block, ...]
-    base_repetitions: Count = 1
-    benchmarks: dict[Text, Benchmark]
-    primary: dict[Text, Family] = Field({})
+    base_repetitions: Annotated[Count, Field(le=1_000)] = 1
+    benchmarks: dict[Name, Benchmark]
+    primary: dict[Name, Family] = Field({})
     drift: Drift | None = None
-    mitigations: dict[Text, Mitigation] = Field({})
+    mitigations: dict[Name, Mitigation] = Field({})
     analyses: tuple[Literal[(*ANALYSES, *OF_REPAIRS)], ...] = ()
     licences: dict[Text, Text] = Field({})
 

@@ -4,32 +4,84 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(os.environ.get("DRIFTBOOK_ROOT", Path(__file__).resolve().parents[3]))
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 WRITTEN = "DRIFTBOOK_WRITTEN"  # names the file in which a job's written files are listed
+# names of variables that hold what no sentence may show, and so no path
+SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?<![A-Z])(API_?)?KEY|_KEY|AUTH(?!OR)", re.I
+)
 OUTPUTS = Path(os.environ.get("DRIFTBOOK_OUTPUTS", ROOT / "outputs")).resolve()
+
+
+def private_folder(path: Path) -> Path:
+    """The folder, made where it is missing, that nobody but its owner may enter (mode 0700): what
+    models said to safety prompts may come to lie in it.
+
+    Raises:
+        ValueError: it is another user's, and open.
+    """
+    _made(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except PermissionError:
+        raise ValueError(
+            f"{path} is another user's and open to others; choose another folder of outputs with"
+            " DRIFTBOOK_OUTPUTS"
+        ) from None
+    return path
+
+
+def users_folder(name: str) -> Path:
+    """A private folder for the user's locks on this machine, the same for all checkouts; below the
+    outputs where the user has no home of their own that can be written.
+    """
+    with suppress(OSError, RuntimeError, ValueError):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = private_folder(home / "driftbook" / f"{name}-{platform.node()}")
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    return private_folder(OUTPUTS / f".{name}-{platform.node()}")
+
+
+def _made(folder: Path) -> int:
+    """Make a folder and those above it, each as open to others as the one that holds it; how open
+    the folder is, as the bits of its mode.
+    """
+    if not folder.is_dir():
+        folder.mkdir(mode=_made(folder.parent), exist_ok=True)
+    return 0o700 | (folder.stat().st_mode & 0o777)
+
+
+SETTLED = 2_000_000_000  # nanoseconds after which a change would show in a file's times
+_DIGESTS: dict[tuple[int, ...], str] = {}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` when the block ends without an error; in a
-    folder of its own, so that who lists files of that kind meanwhile does not see it.
+    folder of its own, so that who lists files of that kind meanwhile does not see it. It is never
+    more open to others than the folder, nor than the umask says.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = _made(path.parent)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
     new = folder / path.name
     try:
         new.touch()
-        new.chmod(0o644)
+        new.chmod(new.stat().st_mode & mode)
         yield new
         os.replace(new, path)
         if written := os.environ.get(WRITTEN):
@@ -41,16 +93,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
-    os.chmod(folder, 0o755)
+    """A temporary folder beside `path` that takes its place when the block ends without error, as
+    open to others as the folder that holds it.
+    """
+    mode = _made(path.parent)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
+    folder = scratch / path.name
     try:
+        folder.mkdir(mode=mode)
         yield folder
         shutil.rmtree(path, ignore_errors=True)
         os.replace(folder, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,9 +122,22 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or of its letters
         why = not_the_file(path) or f"it is damaged ({error}); {remedy_of(path)}"
         raise ValueError(f"{path}: {why}") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file is torn, or holds anything else; the sentence names it.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise ValueError(f"{path}: it holds a {kind} and no object; {remedy_of(path)}")
+    return found
 
 
 def digest(value: Any, length: int = 16) -> str:
@@ -78,11 +146,20 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def file_digest(path: Path) -> str | None:
-    """SHA-256 of a file's bytes, 32 hex digits; None where there is no file."""
+    """SHA-256 of a file's bytes, 32 hex digits; None where there is no file. A file that has not
+    changed since this process read it is not read again.
+    """
     if not path.is_file():
         return None
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if state in _DIGESTS:
+        return _DIGESTS[state]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    if time.time_ns() - found.st_ctime_ns > SETTLED:  # else it may change within one tick
+        _DIGESTS[state] = digest
+    return digest
 
 
 def folder_digest(folder: Path, pattern: str = "*") -> str:
@@ -159,14 +236,24 @@ def strange_mark(name: str) -> str | None:
 def expanded(path: str) -> str | None:
     """A path with every ${NAME} replaced by that environment variable; None where one is not set or
     empty. Any other $ is part of the path.
+
+    Raises:
+        ValueError: by its name a variable holds a secret.
     """
-    values = [os.environ.get(name) for name in VARIABLE.findall(path)]
+    values = [os.environ.get(name) for name in _variables(path)]
     return VARIABLE.sub(lambda _: values.pop(0), path) if all(values) else None
 
 
 def unset_variables(path: str) -> list[str]:
     """The environment variables in a path that are not set, or empty."""
-    return [name for name in VARIABLE.findall(path) if not os.environ.get(name)]
+    return [name for name in _variables(path) if not os.environ.get(name)]
+
+
+def _variables(path: str) -> list[str]:
+    names = VARIABLE.findall(path)
+    if secret := next(filter(SECRET.search, names), None):
+        raise ValueError(f"${{{secret}}} holds a secret by its name and is no part of a path")
+    return names
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:

@@ -13,11 +13,16 @@ from driftbook.study.sections import Base, Block, Mitigation
 from driftbook.study.trainer_arguments import of_objective
 from driftbook.study.variants import Variant
 
+MOST_VARIANTS = 100_000
 Way = tuple[str | None, float | None, int | None]  # data, learning rate and epochs
 
 
 def every_variant(study: Content) -> tuple[Variant, ...]:
     """The base models themselves, then every cell of the grid once, then their repairs."""
+    if (n := _at_most(study)) > MOST_VARIANTS:
+        raise ValueError(
+            f"the study asks for up to {n:,} variants; at most {MOST_VARIANTS:,} are made"
+        )
     found = {}
     for name in study.bases:
         every = [base_variant(study, name, n + 1) for n in range(study.base_repetitions)]
@@ -30,6 +35,27 @@ def every_variant(study: Content) -> tuple[Variant, ...]:
             every += _repaired(study, name, label, mitigation, trained)
         found |= {variant.run_id: variant for variant in every}
     return tuple(found.values())
+
+
+def _at_most(study: Content) -> int:
+    """How many variants a study has, where none is asked for twice."""
+    cells = {
+        block.name: len(block.methods)
+        * len(block.objectives)
+        * len(block.epochs)
+        * len(block.seeds)
+        * max(1, len(block.data))
+        * max(1, len(block.inits))
+        * max([1, *map(len, block.learning_rates.values())])
+        * len(study.bases_of(block))
+        for block in study.grid
+    }
+    repairs = (
+        cells[block] * max(1, len(one.values)) * (1 + len(one.controls))
+        for one in study.mitigations.values()
+        for block in one.blocks
+    )
+    return len(study.bases) * study.base_repetitions + sum(cells.values()) + sum(repairs)
 
 
 def base_variant(study: Content, name: str, repetition: int = 1) -> Variant:

@@ -27,10 +27,31 @@ def as_number(value: Any) -> float:
     return value
 
 
+NAME = re.compile(r"\w([\w .,()+-]*[\w)+])?")
+LONGEST_NAME = 60  # bytes: three of them and the settings are one name of a folder, of at most 255
+
+
+def check_name(name: str) -> str:
+    """The name that a study file gives to one of its parts, checked. It may become the name of a
+    file, a word of a command, of a table and of a page, so no sign that means something there is
+    in it.
+
+    Raises:
+        ValueError: it has another sign, or is too long.
+    """
+    if NAME.fullmatch(name) and len(name.encode()) <= LONGEST_NAME:
+        return name
+    signs = "letters, digits, spaces and _ - + . , ( ), with a letter or digit first"
+    raise ValueError(
+        f"{name[:80]!r} is no name; a name has {signs}, and at most {LONGEST_NAME} bytes"
+    )
+
+
 Method = Literal[METHODS[1:]]
+Name = Annotated[str, Strict(), AfterValidator(check_name)]
 Rate = Annotated[float, BeforeValidator(as_number), Field(gt=0, lt=1)]
 Count = Annotated[int, Strict(), Field(ge=1)]
-Seed = Annotated[int, Strict(), Field(ge=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]  # numpy takes no larger one
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -72,6 +93,20 @@ class Source(Part):
         if isinstance(content, dict) and content.get("path") and "source" not in content:
             return {"source": content["path"], **content}
         return content
+
+    @model_validator(mode="after")
+    def _stays_in_its_folder(self) -> Self:
+        """What it names becomes part of a path, below the folder where it is made or fetched;
+        and no path holds a secret.
+        """
+        unset_variables(self.path or self.source)
+        named = [*self.files, *self.sha256, self.revision or ""]
+        if self._own_path is None:
+            named.append(self.source.partition(":")[2])
+        for one in named:
+            if one.startswith(("/", "~")) or ".." in re.split(r"[/\\\s]", one):
+                raise ValueError(f"{one!r} leads out of its folder; name what is in it")
+        return self
 
     @model_validator(mode="after")
     def _package_is_named(self) -> Self:

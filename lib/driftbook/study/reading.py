@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,23 @@ if TYPE_CHECKING:
 
 MERGE = "tag:yaml.org,2002:merge"
 DELIMITERS = ",;\t"
+LONGEST_WORD = 40  # characters
+MOST_NODES = 1_000_000  # values of a study file; the largest here has some hundreds
 LONGEST_FIELD = 2**31 - 1  # characters; csv itself stops at 131,072
+
+
+def in_short(value: Any) -> str:
+    """A column, an id or a word of a file, for a sentence; its length alone where it may be the
+    text of a prompt, which no sentence shows (columns may be swapped, or a header missing).
+    """
+    text = str(value)
+    is_text = len(text) > LONGEST_WORD or len(text.split()) > 3
+    return f"a text of {len(text)} characters" if is_text else repr(text)
+
+
+def columns_of(names: Iterable[Any]) -> str:
+    """The columns of a file, for a sentence."""
+    return ", ".join(in_short(name).strip("'") for name in names)
 
 
 def utf8_text(path: Path) -> str:
@@ -120,7 +136,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice; keep one of them")
+        raise ValueError(f"an object has the key {in_short(twice)} twice; keep one of them")
     return made
 
 
@@ -160,7 +176,7 @@ def _csv(path: Path) -> tuple[list[str], list[list[str]]]:
         return [], []
     header = rows[0][1]
     if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(f"{path} has the column {twice[0]!r} twice; rename or remove one")
+        raise ValueError(f"{path} has the column {in_short(twice[0])} twice; rename or remove one")
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise ValueError(
@@ -203,11 +219,28 @@ def yaml_value(path: Path) -> Any:
         if node is None:
             return None
         _check_keys(loader, node, path, "", set())
+        if (n := _expanded(node, {})) > MOST_NODES:
+            raise ValueError(f"{path.name} has aliases that stand for {n:,} values; write fewer")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply; no study needs that") from None
     finally:
         loader.dispose()
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node has with every alias in it written out.
+
+    Raises:
+        RecursionError: it holds itself.
+    """
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        each = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_expanded(one, known) for one in each)
+    return known[id(node)]
 
 
 def _check_keys(

@@ -13,6 +13,7 @@ from driftbook.study.parts import (
     Count,
     Dtype,
     Method,
+    Name,
     Part,
     Points,
     Positive,
@@ -64,12 +65,12 @@ class Base(Source):
     that has none or one that cannot be used.
     """
 
-    family: Text  # of its architecture; the same word for base models that are alike
+    family: Name  # of its architecture; the same word for base models that are alike
     answer_mode: Literal["letters", "options"] = "letters"  # of BBQ
     dtype: Dtype = "float32"
     quantization: Literal["nf4", "int8"] | None = None
     system_prompt: str | None = None
-    pairs: dict[Text, Pair] = {}
+    pairs: dict[Name, Pair] = {}
     template: Text | None = None
 
     @cached_property
@@ -290,7 +291,7 @@ class Benchmark(Source):
     n: Count | None = None
     rows: Rows | None = None
     max_new_tokens: Count = 64
-    samples: Count | None = None
+    samples: Annotated[Count, Field(le=10_000)] | None = None
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     template: Text | None = None
@@ -298,7 +299,7 @@ class Benchmark(Source):
     min_mass: Share | None = None
     permuted: Count | None = None
     generated: Count | None = None
-    wordings: dict[Text, Wording] = {}
+    wordings: dict[Name, Wording] = {}
     child_abuse: Annotated[
         Literal["off", "refusal probability", "fictional"],
         BeforeValidator(lambda value: "off" if value is False else value),
@@ -397,7 +398,7 @@ class Block(Part):
     seed, so that their spread says nothing about seeds.
     """
 
-    name: Text
+    name: Name
     bases: tuple[Text, ...] = ()
     methods: Annotated[tuple[Method, ...], Field(min_length=1)]
     objectives: Annotated[tuple[Literal["sft", "dpo", "untrained"], ...], Field(min_length=1)]

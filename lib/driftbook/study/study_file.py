@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -116,10 +117,11 @@ def identity(study: Study) -> str:
 def find(study: str | Path) -> Path:
     """The path of a study file, given as a path or as the name of a file in studies/."""
     for path in (Path(study), ROOT / study, ROOT / "studies" / f"{study}.yaml"):
-        if path.is_file():
-            return path.resolve()
+        with suppress(OSError, ValueError):  # what is too long for a path, or none
+            if path.is_file():
+                return path.resolve()
     known = ", ".join(sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
-    raise ValueError(f"there is no study file {study}; studies/ has {known}")
+    raise ValueError(f"there is no study file {str(study)[:200]}; studies/ has {known}")
 
 
 def _sentence(error: ValidationError) -> str:

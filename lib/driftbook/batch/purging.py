@@ -1,0 +1,82 @@
+"""`make purge`: deletes every copy of what models said, of a study or of an audit."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from driftbook.batch import cache, keys
+from driftbook.batch.make_study import alone
+from driftbook.study.files import OUTPUTS, ROOT
+from driftbook.study.study_file import Study, load
+from driftbook.study.tables import TABLES
+
+READING = (*keys.NOTEBOOKS.values(), "01_prepare", "08_collect", "17_labels", "21_audit")
+
+
+def purge(study: Study) -> int:
+    """Delete all that a study keeps of what models said; how many files and folders went. Tables,
+    figures, the report and the pages of what analyses say have no text, and stay.
+
+    Raises:
+        ValueError: the study is being run.
+    """
+    if not study.folder.is_dir():
+        return 0
+    with alone(study):
+        return _purged(study.folder)
+
+
+def _purged(folder: Path) -> int:
+    """Delete all texts in a study's or an audit's folder, and the entries of the cache that were
+    made for it or served to it.
+
+    Raises:
+        ValueError: one could not be deleted.
+    """
+    every = set(_texts(folder))
+    for path in every:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if left := sorted(path for path in every if os.path.lexists(path)):
+        raise ValueError(f"{len(left)} of {len(every)} could not be deleted, first {left[0]}")
+    return len(every) + cache.forget(folder)
+
+
+def _texts(folder: Path) -> Iterator[Path]:
+    """Where texts are, or may be: tables, what was being written when a batch was killed, sheets of
+    any kind for labelling, audits' texts, and executed notebooks that read them and batches' logs,
+    for an error may quote them.
+    """
+    for name in (one.name for one in TABLES.values() if one.private):
+        yield from folder.glob(f"runs/*/{name}.parquet")
+        yield from folder.glob(f"tables/{name}.parquet")
+    yield from (*folder.rglob(".new-*"), *folder.glob("labels/*"))
+    for part in (folder, *folder.glob("*/")):  # audits lie in one folder
+        yield from part.glob("text")
+        for name in READING:
+            yield from part.glob(f"{name}*")
+    yield from (*folder.glob("*.log"), *folder.glob(".snakemake"))
+
+
+def _audit(name: str) -> Path | None:
+    """The folder of an audit, where this is its path."""
+    known = {str(path): path for path in (OUTPUTS / "audit").glob("*/")}
+    return known.get(os.path.normpath(ROOT / name))
+
+
+def main(name: str) -> int:
+    """Purge a study, or the folder of an audit, and say how much went; 2 where that cannot be."""
+    try:
+        print(_purged(audit) if (audit := _audit(name)) else purge(load(name)), "files deleted")
+    except ValueError as error:
+        print(f"driftbook: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
