@@ -24,6 +24,8 @@ pytest_plugins = ["batches"]
 KILLED = copy.deepcopy(SMOKE) | {"name": "killed", "grid": SMOKE["grid"][:3]}
 del KILLED["mitigations"], KILLED["bases"]["tiny-other"], KILLED["benchmarks"]["safety"]["truth"]
 COLLECT = "jobs/collect.json"
+N_KILLS = int(os.environ.get("DRIFTBOOK_KILLS", 2))  # 50 for the whole trial, some 20 minutes
+VICTIMS = ("all", "driver", "one")
 WRITTEN = ("variants", "runs", "prompts", "responses", "verdicts", "answers", "ratings")
 
 
@@ -51,46 +53,75 @@ def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(
     uninterrupted, finished, new_batch
 ):
     """First everything is killed at once, as by a loss of power; then the driver alone, whose
-    children must end by themselves.
+    children must end by themselves; then, where more kills are asked for, any one process, after
+    which the batch ends by itself. What was finished by then is never done again.
     """
     run = new_batch(OUTPUTS / "interrupted", KILLED)
     seed = int.from_bytes(os.urandom(4))
     print(f"moments of this run: random.Random({seed})")
     rng = random.Random(seed)
     n_files = 40 + sum(1 for one in RUN_IDS for _ in (finished.folder / "runs" / one).rglob("*"))
-    for whole in (True, False):
+    done: dict[Path, int] = {}
+    for number in range(N_KILLS):
         driver = run.start(COLLECT)
-        _wait_for_files(run, driver, rng.randrange(9, int(0.8 * n_files)))
+        there = sum(path.is_file() for path in run.folder.rglob("*"))
+        least = 9 if number < 2 else there - 5  # a start alone is a moment too
+        _wait_for_files(
+            run,
+            driver,
+            rng.randrange(least, max(least + 1, int(0.8 * n_files))),
+            600 if number < 2 else 30,
+        )
         time.sleep(rng.random())
-        os.kill(driver.pid, signal.SIGKILL)
-        if whole:
+        victim = VICTIMS[number % len(VICTIMS)]
+        if victim == "one" and (others := [pid for pid in run.processes() if pid != driver.pid]):
+            _kill(rng.choice(others))
+        else:
+            _kill(driver.pid)
+        if victim == "all":
             _kill_all(run)
-        driver.wait()
+        driver.wait(300)
         assert _gone(run, 20), (
             f"seed {seed}: still there:"
             f" {[Path(f'/proc/{pid}/cmdline').read_bytes()[-200:] for pid in run.processes()]}"
         )
+        marks = {path: path.stat().st_mtime_ns for path in run.folder.glob("runs/*/*.done.json")}
+        again = [path for path, when in done.items() if marks.get(path) != when]
+        assert not again, f"seed {seed}, kill {number} ({victim}): done again: {again}"
+        done = marks
     ended = run.run(COLLECT)
     assert ended.returncode == 0, f"seed {seed}: {said(ended)}"
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), f"seed {seed}"
     tables = run.tables()
     assert set(tables) >= {*WRITTEN, "curves", "rates"}
     # the truth gives labels and a mitigation gives spectra, of which this study has neither
     assert_same(uninterrupted, tables, set(tables) - {"labels", "spectra"}, f"(seed {seed})")
     left = [str(path.relative_to(run.folder)) for path in run.folder.rglob(".new-*")]
     assert not left, f"seed {seed}: half-written files stay behind"
+    leases = list(run.folder.rglob(".lease.*"))
+    assert not leases, f"seed {seed}: leases stay behind: {leases}"
 
 
-def _wait_for_files(run: Batch, driver: subprocess.Popen, n: int) -> None:
-    """Until the study's folder has n files, or the batch is through."""
-    while driver.poll() is None and sum(path.is_file() for path in run.folder.rglob("*")) < n:
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for_files(run: Batch, driver: subprocess.Popen, n: int, seconds: float = 600) -> None:
+    """Until the study's folder has n files, or the batch is through, or so long."""
+    deadline = time.time() + seconds
+    while (
+        driver.poll() is None
+        and time.time() < deadline
+        and sum(path.is_file() for path in run.folder.rglob("*")) < n
+    ):
         time.sleep(0.05)
 
 
 def _kill_all(run: Batch) -> None:
     while found := run.processes():
         for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid)
 
 
 def _gone(run: Batch, seconds: float) -> bool:
