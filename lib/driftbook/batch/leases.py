@@ -113,6 +113,13 @@ def living(folder: Path) -> bool:
     return any(not watch.is_dead(path) for path in folder.glob(".lease.*"))
 
 
+def clear_finished(folder: Path) -> None:
+    """Delete the leases of the dead on what they had finished."""
+    for path in folder.glob(".lease.*"):
+        if (folder / f"{_stage(path)}.done.json").exists():
+            path.unlink(missing_ok=True)
+
+
 def holder(folder: Path, stage: str) -> dict:
     """Who holds the lease of a stage: host, pid, job; empty where nobody does."""
     found = _leases(folder, stage)

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import psutil
 
 from driftbook.batch import cluster, gpus, plan
-from driftbook.batch.leases import living
+from driftbook.batch.leases import clear_finished, living
 from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read
 from driftbook.batch.warm import DRIVER
@@ -68,7 +68,10 @@ def clear_unfinished(folder: Path) -> None:
     """Delete what a killed batch was writing; whole files have other names. What a job of a lost
     driver may still be writing on another machine stays.
     """
-    alive = {lease.parent for lease in folder.glob("runs/*/.lease.*") if living(lease.parent)}
+    leased = {lease.parent for lease in folder.glob("runs/*/.lease.*")}
+    alive = {one for one in leased if living(one)}
+    for one in leased - alive:
+        clear_finished(one)
     for path in list(folder.rglob(".new-*")):
         if alive.isdisjoint(path.parents):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
