@@ -65,13 +65,8 @@ def test_a_kill_at_any_moment_ends_in_equal_tables_and_leaves_no_process(
     for number in range(N_KILLS):
         driver = run.start(COLLECT)
         there = sum(path.is_file() for path in run.folder.rglob("*"))
-        least = 9 if number < 2 else there - 5  # a start alone is a moment too
-        _wait_for_files(
-            run,
-            driver,
-            rng.randrange(least, max(least + 1, int(0.8 * n_files))),
-            600 if number < 2 else 30,
-        )
+        most = max(there + 5, int(0.8 * n_files))
+        _wait_for_files(run, driver, rng.randrange(max(9, there - 5), most), 30 if number else 600)
         time.sleep(rng.random())
         victim = VICTIMS[number % len(VICTIMS)]
         if victim == "one" and (others := [pid for pid in run.processes() if pid != driver.pid]):
