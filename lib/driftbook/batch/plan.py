@@ -64,10 +64,19 @@ def write(study: Study, workers: int = 1) -> str:
             else:
                 os.utime(done, (DUE, DUE))
         else:
-            now = min(done.stat().st_mtime, time.time())  # a clock may have been ahead
-            os.utime(done, (now, now))
-            os.utime(path, (now, now))
+            _in_order(path, done)
     return _in_words(changes, study)
+
+
+def _in_order(key: Path, mark: Path) -> None:
+    """Give the key and the mark of a job that is not due times by which Snakemake sees that: a
+    clock may have been ahead, and a key may have been written again as it was.
+    """
+    when, now = mark.stat().st_mtime, time.time()
+    if when > now:
+        os.utime(mark, (now, now))
+    if key.stat().st_mtime > min(when, now):
+        os.utime(key, (DUE, DUE))
 
 
 def due(study: Study, shards: Shards) -> set[str]:
