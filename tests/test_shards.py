@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SMALL, write_study
-from driftbook.batch import jobs, keys, plan, schedule, shards
+from conftest import SMALL, one_sentence, write_study
+from driftbook.batch import jobs, keys, notebooks, plan, schedule, shards
 from driftbook.batch.rates import USUAL
 from driftbook.study.files import read_json, write_json
-from driftbook.study.study_file import load
+from driftbook.study.study_file import PLANNED, identity, load
 
 START = USUAL.job
 COSTS = st.lists(st.floats(0.0, 1e5), min_size=1, max_size=40)
@@ -161,3 +161,57 @@ def test_content_decides_what_is_due_whatever_the_clocks_say(many):
         plan.job_mark(many, one).write_text(torn)
         plan.write(many, 2)
         assert one in plan.due(many, shards.read(many))
+
+
+def test_a_study_file_that_is_edited_while_the_study_runs_stops_its_jobs(
+    many, tmp_path, monkeypatch
+):
+    path = tmp_path / "study.yaml"
+    monkeypatch.setenv(PLANNED, f"{identity(many)} {path}")
+    text = path.read_text()
+    assert load(path).name == "many"
+    path.write_text(text.replace("max_new_tokens: ", "max_new_tokens: 1"))
+    assert path.read_text() != text
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert "edited while the study runs" in one_sentence(error.value)
+    path.write_text(f"# a comment\n{text}")
+    assert load(path).name == "many", "it says the same"
+
+
+def test_what_a_notebook_made_by_hand_of_an_edited_file_is_no_job_of_the_plan(many, monkeypatch):
+    """Edited, a notebook opened by hand, and edited back: the edit's results are not served."""
+    plan.write(many, 1)
+    edited = many.model_copy(update={"seed": 7})
+    assert identity(edited) != identity(many)
+    job = "train/tiny-llama/0"
+    wanted = jobs.job_variants(edited, "tiny-llama", shards.read(many).run_ids(job), "train")
+    jobs.run_variants("train", edited, "tiny-llama", wanted, lambda variant: [], lambda one, at: [])
+    assert job in plan.due(many, shards.read(many))
+    assert len(finish(many, "train")) == len(wanted), "of another seed, so all anew"
+
+
+def test_what_an_analysis_wrote_is_made_again_where_it_is_gone_or_torn(many):
+    made = {"tables/a.parquet": b"table", "figures/a.png": b"figure", "report.html": b"page"}
+    made["notebooks/09_safety.ipynb"] = b'{"cells": []}'
+    for name, content in made.items():
+        (many.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (many.folder / name).write_bytes(content)
+    plan.write(many, 1)
+    mark = plan.job_mark(many, "safety")
+    key = read_json(shards.path_of(many, "keys", "safety"))
+    elsewhere = many.folder / "labels" / "sheet.csv"
+    notebooks.write_mark(mark, key, [*(many.folder / name for name in made), elsewhere])
+    assert read_json(mark)["files"].keys() == made.keys(), "sheets are edited by people"
+    assert plan.write(many, 1) == ""
+    for name, content in made.items():
+        path = many.folder / name
+        path.unlink()
+        assert plan.write(many, 1) == f"to do again: safety ({name} is gone)"
+        path.write_bytes(content[:3])
+        assert f"safety ({name} is changed)" in plan.write(many, 1)
+        assert "safety" in plan.due(many, shards.read(many))
+        path.write_bytes(content)
+        assert plan.write(many, 1) == ""
+    (many.folder / "notebooks" / "09_safety.ipynb").write_text('{"cells": [], "metadata": {}}')
+    assert plan.write(many, 1) == "", "it was opened and saved"
