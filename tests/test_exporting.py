@@ -530,7 +530,7 @@ def test_command_without_tables_exits_with_one_sentence(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("there is no table")
+    assert done.stderr.startswith("driftbook: there is no table")
     assert done.stderr.count("\n") == 1
     with pytest.raises(ValueError, match="there is no format 'helm'; give lm_eval or inspect"):
         export.main("miniature", "helm")
