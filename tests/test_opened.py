@@ -5,6 +5,7 @@ import pytest
 
 from driftbook.batch.opened import Job
 from driftbook.study import folders
+from driftbook.study.files import digest
 from driftbook.study.tables import RESPONSES, VERDICTS
 
 
@@ -15,7 +16,7 @@ def job(make_study, content, monkeypatch, request):
     monkeypatch.setattr(
         "driftbook.batch.cache.served", lambda key, run_id, folder, make: make()
     )  # nothing of another test is taken
-    study = make_study(content | {"name": request.node.name})  # its own folder
+    study = make_study(content | {"name": f"opened-{digest(request.node.name)}"})  # its own folder
     base_model = next(iter(study.bases))
     return Job("judge", study, base_model, list(study.of_base(base_model)))
 

@@ -39,6 +39,11 @@ class Cluster(Part):
     qos: Text | None = None
     extra: Text | None = None
 
+    @property
+    def memory(self) -> float:
+        """Bytes of memory that a job's device has; without a GPU nothing is known before."""
+        return self.gpu_memory * 1e9
+
 
 def read(profile: str) -> Cluster | None:
     """The cluster of a profile; None for one without a cluster.yaml, which is this machine.
@@ -143,7 +148,10 @@ def check_paths(paths: Mapping[str, Path]) -> None:
 
 def left(study: Study) -> list[str]:
     """The numbers of a study's jobs that still wait or run, as after a driver was killed."""
-    rows = (line.split() for line in _said("squeue", "--me", "--noheader", "-o%A %j").splitlines())
+    rows = (
+        line.split(maxsplit=1)
+        for line in _said("squeue", "--me", "--noheader", "-o%A %j").splitlines()
+    )
     return [number for number, name in rows if name.startswith(run_name(study.folder))]
 
 
@@ -164,7 +172,7 @@ def stopped(study: Study) -> list[str]:
     logs = {path.stem: path for path in study.folder.glob("slurm/**/*.log")}
     shared = f"is {study.folder} on a file system that the nodes share with {os.uname().nodename}?"
     found = []
-    for number, state, node, name in (row.split() for row in rows):
+    for number, state, node, name in (row.split(maxsplit=3) for row in rows):
         if not name.startswith(run_name(study.folder)) or state in NOT_FAILED:
             continue
         text = logs[number].read_text(errors="replace") if number in logs else ""

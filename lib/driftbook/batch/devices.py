@@ -1,5 +1,6 @@
 """The memory of the device on which models run here."""
 
+import errno
 from functools import cache
 
 import psutil
@@ -20,16 +21,18 @@ def memory() -> int:
     return psutil.virtual_memory().total
 
 
-def has_more_than(had: int | None) -> bool:
-    """Whether there is clearly more memory here than a failed work had; False where it did not fail
-    for want of it.
+def has_more_than(had: int | None, there: float | None = None) -> bool:
+    """Whether there is clearly more memory, here or where jobs will run, than a failed work had;
+    False where it did not fail for want of it.
     """
-    return had is not None and memory() > MORE * had
+    return had is not None and (memory() if there is None else there) > MORE * had
 
 
 def lacked_memory(error: BaseException) -> bool:
     """Whether an error is a failed allocation; on a CPU torch has no class of its own for it."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or (isinstance(error, RuntimeError) and any(one in str(error) for one in words))
     )

@@ -3,6 +3,7 @@ and a finished one is skipped.
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
 Work = Callable[[Variant, Path], list[Path]]
+DEATHS = 3  # of a kernel at one piece of work, after which that is its failure
 WORKED, REUSED = "worked", "reused"
 
 
@@ -48,7 +50,7 @@ def job_variants(
 
 def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     """Whether a stage that this one builds on recorded a failure of this variant, so that there is
-    nothing to score.
+    nothing to score; a repair says itself that what it is made from failed.
     """
     made = "mitigate" if variant.is_repaired else "train"
     needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
@@ -96,7 +98,7 @@ def run_variants(
                 time.sleep(leases.BEAT)
     did = [variant for variant in variants if found[variant.run_id]]
     marks = {variant.run_id: _mark(stage, study, variant) for variant in did}
-    if job:
+    if job and plan.job_key(study, job) == planned:  # else it was dealt anew meanwhile
         write_json(plan.job_mark(study, job), {**planned, "runs": marks})
     rows = [(name, mark["status"], found[name] == REUSED) for name, mark in marks.items()]
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
@@ -117,6 +119,7 @@ def _done(
         leases.Lost: another process works on it.
     """
     if failed_before(study, variant, stage):
+        _mark_path(stage, study, variant).unlink(missing_ok=True)  # of when it had not failed
         return ""
     key, own = keys.result_key(shared, variant), folder(study, variant)
     if _is_finished(stage, study, variant, key, inputs):
@@ -126,8 +129,18 @@ def _done(
             raise leases.Lost
         if _is_finished(stage, study, variant, key, inputs):  # by who held it before
             return REUSED
+        if leases.deaths(own, stage) >= DEATHS:
+            work = _died
         _do(stage, study, variant, shared, inputs, work, lease)
+        leases.forget_deaths(own, stage)
     return WORKED
+
+
+def _died(variant: Variant, folder: Path) -> list[Path]:
+    raise OutOfMemory(
+        f"the process that worked on it was killed {DEATHS} times; probably there was too little"
+        " memory"
+    )
 
 
 def _mark_path(stage: str, study: Study, variant: Variant) -> Path:
@@ -156,7 +169,10 @@ def _is_finished(
     if devices.has_more_than(mark.get("had")):
         return False
     found = {name: file_digest(folder(study, variant) / name) for name in mark["files"]}
-    return all(found.values()) if stage == "train" else found == mark["files"]
+    return all(
+        found[name] == known or plan.may_change(stage, name, found[name])
+        for name, known in mark["files"].items()
+    )
 
 
 def _do(
@@ -183,6 +199,9 @@ def _do(
                 f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
             ) from error
         failure, had = f"out of memory: {error}", devices.memory()
+    if failure is not None and stage in ("train", "mitigate"):  # nothing is made of an older one
+        for name in ("adapter", "adapter.snapshots"):
+            shutil.rmtree(path.parent / name, ignore_errors=True)
     lease.check()
     write_json(
         path,

@@ -4,8 +4,8 @@ A lease is a file in the run's folder that its holder rewrites every few seconds
 number. On the holder's own machine the process itself is asked. From any other, a lease whose
 number stands still for PATIENCE seconds, by the watcher's own clock, is one of the dead; clocks of
 two machines are never compared. It is taken over by making the next one, which only one watcher
-can; who was taken over all the same (it had been stopped, say) finds that out before it writes its
-result.
+can; who was taken over all the same (it had been stopped, say) finds that out before it marks its
+result, whose files are the same bytes whoever writes them.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Watch:
             return False  # it was just given back
         holder = _parsed(words)
         if holder.get("machine") == machine():
-            return not _is_alive(holder)
+            return not is_alive(holder)
         known, since = self.seen.get(path, (None, 0.0))
         if words != known:
             self.seen[path] = words, time.monotonic()
@@ -57,11 +57,7 @@ class Lease:
 
     def __init__(self, path: Path):
         self.path = path
-        self.words = {
-            "machine": machine(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
+        self.words = own_words() | {
             "job": os.environ.get("SLURM_JOB_ID"),
             "token": uuid.uuid4().hex,
             "beat": 0,
@@ -69,11 +65,23 @@ class Lease:
 
     def check(self) -> None:
         """Raises Lost where another process has taken over."""
-        if _leases(self.path.parent, _stage(self.path))[-1:] != [self.path]:
+        last = _leases(self.path.parent, _stage(self.path))[-1:]
+        if last != [self.path] or not self.is_own():
             raise Lost
+
+    def is_own(self) -> bool:
+        """Whether its file still holds this process's words."""
+        return words_of(self.path).get("token") == self.words["token"]
+
+    def give_back(self) -> None:
+        """Delete its file, unless another process has it by now."""
+        if self.is_own():
+            self.path.unlink(missing_ok=True)
 
     def beat(self) -> None:
         """Show that this process lives."""
+        if not self.is_own():
+            return
         self.words["beat"] += 1
         new = self.path.with_name(f".new-{self.words['token']}")
         with contextlib.suppress(OSError):  # a full disk ends a work where its result is written
@@ -102,7 +110,7 @@ def held(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
     finally:
         stop.set()
         thread.join()
-        lease.path.unlink(missing_ok=True)
+        lease.give_back()
 
 
 def living(folder: Path) -> bool:
@@ -123,9 +131,34 @@ def clear_finished(folder: Path) -> None:
 def holder(folder: Path, stage: str) -> dict:
     """Who holds the lease of a stage: host, pid, job; empty where nobody does."""
     found = _leases(folder, stage)
-    with contextlib.suppress(OSError):
-        return _parsed(found[-1].read_text(encoding="utf-8", errors="replace")) if found else {}
-    return {}
+    return words_of(found[-1]) if found else {}
+
+
+def record_death(folder: Path, stage: str) -> None:
+    """Count a kernel that died while it worked on a run, where its job is there to say so."""
+    for path in _leases(folder, stage):
+        if Watch().is_dead(path):
+            number = deaths(folder, stage) + 1
+            (folder / f".deaths.{stage}").write_text(str(number), encoding="utf-8")
+            return
+
+
+def deaths(folder: Path, stage: str) -> int:
+    """How many kernels died at a run's stage since it was last done."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / f".deaths.{stage}").read_text(encoding="utf-8"))
+    return 0
+
+
+def forget_deaths(folder: Path, stage: str) -> None:
+    """Forget them."""
+    (folder / f".deaths.{stage}").unlink(missing_ok=True)
+
+
+def own_words() -> dict:
+    """What tells this process from any other: machine, host, pid, and when it began."""
+    here = {"machine": machine(), "host": socket.gethostname()}
+    return here | {"pid": os.getpid(), "started": began(os.getpid())}
 
 
 def machine() -> str:
@@ -142,10 +175,15 @@ def _taken(folder: Path, stage: str, watch: Watch) -> Lease | None:
     number = 1 + (_number(others[-1]) if others else 0)
     lease = Lease(folder / f".lease.{stage}.{number}")
     try:
-        with lease.path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(lease.words))
+        file = lease.path.open("x", encoding="utf-8")
     except FileExistsError:
         return None
+    try:
+        with file:
+            file.write(json.dumps(lease.words))
+    except OSError:  # a full disk
+        lease.path.unlink(missing_ok=True)
+        raise
     for path in others:
         path.unlink(missing_ok=True)
     return lease
@@ -174,11 +212,33 @@ def _parsed(words: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _is_alive(holder: dict) -> bool:
-    """Whether the process of a lease of this machine still runs; a later one may have its pid."""
+def words_of(path: Path) -> dict:
+    """What a lease or a lock says; empty where it is gone."""
+    with contextlib.suppress(OSError):
+        return _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    return {}
+
+
+def is_alive(holder: dict) -> bool:
+    """Whether a process of this machine, by pid and start (`began`), still runs; a later one may
+    have its pid.
+    """
     try:
         process = psutil.Process(holder["pid"])
-        same = abs(process.create_time() - holder["started"]) < 1
+        same = began(holder["pid"]) == holder["started"]
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, KeyError, TypeError, ValueError):
+    except (psutil.Error, OSError, KeyError, TypeError, ValueError):
         return False
+
+
+def began(pid: int) -> float:
+    """When a process began, as a number that no change of the clock moves: ticks since the machine
+    started, where the system says them.
+
+    Raises:
+        OSError, psutil.Error: there is no such process.
+    """
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.joinpath("self").exists():
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return psutil.Process(pid).create_time()

@@ -165,8 +165,10 @@ def _resources(study: Study, on_cpu: bool) -> list[str]:
 
 
 def _finished(study: Study) -> str:
-    of = len(study.variants)
-    counts = (f"{stage} {n} of {of}" for stage, n in finished(study).items())
+    counts = (
+        f"{stage} {n} of {sum(len(study.of_stage(stage, base)) for base in study.bases)}"
+        for stage, n in finished(study).items()
+    )
     return "finished: " + ", ".join(counts)
 
 

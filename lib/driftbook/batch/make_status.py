@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from driftbook.batch import gpus, keys, leases, shards
 from driftbook.batch.plan import read_mark
 from driftbook.batch.watching import Outlook, Part, in_words, parts, read_plan, time_left
-from driftbook.study.study_file import Study, load
+from driftbook.study.study_file import Study, identity, load
 
 SHOWN = 10  # failures that are named
 
@@ -22,6 +22,8 @@ def status(study: Study, name: str) -> list[str]:
     dealt = shards.read(study)
     if dealt is None:
         return [f"{study.name}: not begun; {command(name)} begins it"]
+    if dealt.study != identity(study):
+        return [f"{study.name} was edited since it was planned; {command(name)} does what changed"]
     found = parts(study, dealt, 0.0)
     working = {part.job: how for part in found if (how := _holder(study, part))}
     left = [part for part in found if part.done < part.total]
@@ -43,7 +45,8 @@ def status(study: Study, name: str) -> list[str]:
     if waiting:
         lines.append("to do: " + ", ".join(f"{stage} {n}" for stage, n in waiting.items()))
     if left and not working:
-        lines.append(f"nothing runs; {command(name)} goes on")
+        runs = is_held(study)
+        lines.append("make study runs" if runs else f"nothing runs; {command(name)} goes on")
     elif not left:
         lines.append(f"report: {study.folder / 'report.html'}")
     return lines
@@ -63,10 +66,17 @@ def _holder(study: Study, part: Part) -> str:
     where = held.get("host", "?") + _after(", Slurm job ", held.get("job") or "")
     now = time.time()
     with contextlib.suppress(OSError):
-        silent = now - max(path.stat().st_mtime for path in folder.glob(".lease.*"))
+        signs = [path.stat().st_mtime for path in folder.glob(".lease.*")]
+        silent = now - max(signs, default=now)
         if silent > leases.PATIENCE:
             return f"on {where}, which was last heard of {silent / 60:.0f} min ago"
     return f"on {where}, for {(now - part.told['since']) / 60:.0f} min"
+
+
+def is_held(study: Study) -> bool:
+    """Whether a make study of this machine works on the study now, as its lock says."""
+    held = leases.words_of(study.folder / ".lock")
+    return held.get("machine") == leases.machine() and leases.is_alive(held)
 
 
 def failures(study: Study, name: str) -> list[str]:

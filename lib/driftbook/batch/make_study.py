@@ -3,6 +3,7 @@ itself is defined in the Snakefile.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import getpass
 import json
@@ -18,10 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-import psutil
-
 from driftbook.batch import cluster, gpus, plan
-from driftbook.batch.leases import clear_finished, living
+from driftbook.batch.leases import began, clear_finished, living, own_words
 from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read
 from driftbook.batch.warm import DRIVER
@@ -39,6 +38,7 @@ from driftbook.study.study_file import PLANNED, Study, find, identity, load
 REQUESTS = "requests.json"  # what each job asks of a cluster, as the Snakefile reads it
 
 FEWEST_FILES, OPEN_FILES = 256, 4096  # that a batch or its kernels hold at a time
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
@@ -57,11 +57,21 @@ def alone(study: Study) -> Iterator[None]:
     with open(lock):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"the study {study.name} is being run by another make study; wait for it or stop it"
             ) from None
-        yield
+        except OSError as error:
+            raise ValueError(
+                f"cannot lock {path} ({error.strerror}); put the outputs on a file system with"
+                " locks (DRIFTBOOK_OUTPUTS)"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(own_words()).encode(), 0)  # for make status
+        try:
+            yield
+        finally:
+            os.ftruncate(lock, 0)
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -72,7 +82,7 @@ def clear_unfinished(folder: Path) -> None:
     alive = {one for one in leased if living(one)}
     for one in leased - alive:
         clear_finished(one)
-    for path in list(folder.rglob(".new-*")):
+    for path in list((folder / "runs" if alive else folder).rglob(".new-*")):
         if alive.isdisjoint(path.parents):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
 
@@ -236,14 +246,21 @@ def _place(study: Study, study_file: Path, asked: cluster.Cluster | None, shards
     here, requests = environment(study, study_file), study.folder / REQUESTS
     requests.unlink(missing_ok=True)
     if asked is None:
-        driver = f"{os.getpid()} {psutil.Process().create_time()}"
+        driver = f"{os.getpid()} {began(os.getpid())}"
         return ["--resources", f"gpu={_gpus()}"], here | {DRIVER: driver}
     from driftbook.batch.cluster_jobs import requests as requested  # imports models: seconds
 
     words = cluster.arguments(asked, study)
     write_json(requests, requested(asked, study, shards))
-    cluster.cancel(study)  # of a driver that was lost: what they finished is kept
     return words, cluster.surroundings(asked, here)
+
+
+def _end_with_this_process() -> None:
+    """In a child before it begins: let the system end it with its parent, where it can (Linux), so
+    that no Snakemake goes on submitting jobs of a killed `make study`.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run_batch(
@@ -274,6 +291,7 @@ def _run_batch(
             stderr=log,
             cwd=ROOT,
             start_new_session=True,
+            preexec_fn=_end_with_this_process,
         )
         try:
             with display(study, planned, shards.workers) as show:
@@ -310,7 +328,10 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         open_files()
         with alone(checked):
             clear_unfinished(checked.folder)
-            if again := plan.write(checked, asked.jobs if asked else gpus.at_once()):
+            if asked:  # a lost driver's jobs: what they finished is kept
+                cluster.cancel(checked)
+            workers, memory = (asked.jobs, asked.memory) if asked else (gpus.at_once(), None)
+            if again := plan.write(checked, workers, memory):
                 print(again, flush=True)
             started = time.time()
             status = _run_batch(checked, path, profile, asked, targets)

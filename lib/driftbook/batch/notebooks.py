@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from driftbook.batch import gpus, shards
+from driftbook.batch import gpus, leases, shards
 from driftbook.study.files import ROOT, WRITTEN, file_digest, read_json, replacing, write_json
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
@@ -23,6 +23,10 @@ class NotebookError(Exception):
     """A notebook stopped; the sentence names it, its work, and where its executed form is."""
 
 
+class KernelDied(NotebookError):
+    """A notebook's kernel was killed."""
+
+
 def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook by papermill and keep the executed form at `output`, also where it
     stopped.
@@ -32,6 +36,7 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
         NotebookError: a cell raised.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     check_parameters(notebook, parameters)
@@ -47,6 +52,11 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any]) -> None:
                 cwd=str(ROOT),
             )
             error = None
+        except DeadKernelError:
+            error = KernelDied(
+                f"{notebook.stem} stopped: its kernel was killed, perhaps because there was too"
+                f" little memory; see {output}"
+            )
         except PapermillExecutionError as stopped:
             error = NotebookError(
                 f"{notebook.stem} stopped in cell {stopped.exec_count}: {stopped.ename}:"
@@ -92,6 +102,10 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
             if mark and "variants" not in made_of:
                 write_mark(Path(mark), made_of, names())
     except (NotebookError, ValueError) as error:
+        if isinstance(error, KernelDied) and "variants" in made_of:
+            for run_id in made_of["variants"]:
+                folder = Path(key).absolute().parents[3] / "runs" / run_id
+                leases.record_death(folder, made_of["settings"]["stage"])
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)
         return 1

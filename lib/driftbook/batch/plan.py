@@ -3,7 +3,7 @@ redoes just what depends on the change; and in words, what is to be done again a
 
 A job is due where its mark does not hold the key that it has now, or what it made is no longer as
 the mark says: content decides. Snakemake goes by the times of files, and so the plan sets these:
-the mark of a job that is due is from 1970.
+the key of a job that is due is newer than its mark, and that of any other is not.
 """
 
 import contextlib
@@ -31,14 +31,15 @@ from driftbook.study.study_file import Study, identity
 
 BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, rounded up
 SHOWN = 3  # changes that are named for a job
-DUE = 1.0  # the time of the mark of a job that is due: before that of any key
+LONG_AGO = 1.0  # before any mark
 HEAD = ("settings", "code", "packages", "base")  # of a stage's key what all its jobs share
 
 
-def write(study: Study, workers: int = 1) -> str:
+def write(study: Study, workers: int = 1, memory: float | None = None) -> str:
     """Deal the study's variants to jobs for so many workers, write keys/<job>.json for every job,
     and make those due whose files are no longer what they recorded; a sentence on what is to be
-    done again, empty where nothing is.
+    done again, empty where nothing is. `memory` is that of the devices that jobs will run on, in
+    bytes, where it is not this machine's.
 
     Raises:
         ValueError: the output folder cannot be written, or a source is not to be had.
@@ -52,20 +53,29 @@ def write(study: Study, workers: int = 1) -> str:
     changes: dict[str, list[str]] = {}
     for job, value in planned.items():
         path, done = path_of(study, "keys", job), job_mark(study, job)
-        if not path.exists() or read_json(path) != value:
+        if read_mark(path) != value:
             write_json(path, value)
         made_of = read_mark(done)
         if made_of is None:
             done.unlink(missing_ok=True)  # a torn one
-        elif why := _why_due(study, job, value, made_of):
+        elif why := _why_due(study, job, value, made_of, memory):
             changes[job] = why
             if made_of.get("made") != value.get("made"):
                 done.unlink()  # a model is to be made again, and is an input of all stages
             else:
-                os.utime(done, (DUE, DUE))
+                _make_due(study, job)
         else:
             _in_order(path, done)
     return _in_words(changes, study)
+
+
+def _make_due(study: Study, job: str) -> None:
+    """Have Snakemake do a job that has a mark; what it last said of itself is of no more use."""
+    done, now = job_mark(study, job), time.time()
+    when = min(done.stat().st_mtime, now - 1)
+    os.utime(done, (when, when))
+    os.utime(path_of(study, "keys", job), (now, now))
+    path_of(study, "progress", job).unlink(missing_ok=True)
 
 
 def _in_order(key: Path, mark: Path) -> None:
@@ -76,7 +86,7 @@ def _in_order(key: Path, mark: Path) -> None:
     if when > now:
         os.utime(mark, (now, now))
     if key.stat().st_mtime > min(when, now):
-        os.utime(key, (DUE, DUE))
+        os.utime(key, (LONG_AGO, LONG_AGO))
 
 
 def due(study: Study, shards: Shards) -> set[str]:
@@ -95,12 +105,14 @@ def due(study: Study, shards: Shards) -> set[str]:
     return found
 
 
-def _why_due(study: Study, job: str, value: dict, made_of: dict) -> list[str]:
+def _why_due(
+    study: Study, job: str, value: dict, made_of: dict, memory: float | None = None
+) -> list[str]:
     """Why a job with a mark is to be done again, in words; empty where it is not."""
     known = {name: made_of.get(name) for name in value}
     if known != value:
         return list(_differences(known, value))
-    disturbed = _disturbed(study.folder, made_of.get("runs", {}), job.split("/")[0])
+    disturbed = _disturbed(study.folder, made_of.get("runs", {}), job.split("/")[0], memory)
     return [disturbed] if disturbed else list(_lost(study.folder, made_of.get("files", {})))
 
 
@@ -136,8 +148,8 @@ def _pooled(study: Study) -> dict[str, tuple[dict, dict]]:
         mark = read_mark(path)
         stage, base = path.parts[-3:-1]
         if isinstance(mark, dict) and mark.keys() >= {"variants", "runs"}:
-            for run_id in mark["variants"].keys() & mark["runs"].keys():
-                found[f"{stage}/{base}/{run_id}"] = mark, mark["runs"][run_id]
+            for run_id in mark["variants"]:
+                found[f"{stage}/{base}/{run_id}"] = mark, mark["runs"].get(run_id)
     return found
 
 
@@ -157,7 +169,7 @@ def _dealt_mark(pooled: dict[str, tuple[dict, dict]], value: dict) -> dict | Non
     return {
         **heads[0],
         "variants": variants,
-        "runs": {run_id: own for run_id, (_, own) in parts.items()},
+        "runs": {run_id: own for run_id, (_, own) in parts.items() if own is not None},
     }
 
 
@@ -175,6 +187,9 @@ def _deal_marks(study: Study, shards: Shards, planned: dict[str, dict]) -> None:
         for job in moved:
             if (mark := _dealt_mark(pooled, planned[job])) is not None:
                 write_json(job_mark(study, job), mark)
+        # of one time, so that none looks older than what it was made from: content says what is
+        for job in jobs if pooled else ():
+            if job_mark(study, job).exists():
                 os.utime(job_mark(study, job), (newest, newest))
     for kind in ("jobs", "keys", "progress"):
         for path in set((study.folder / kind).glob("*/*/*.json")):
@@ -243,14 +258,14 @@ def read_mark(path: Path) -> dict | None:
     return None
 
 
-def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
+def _disturbed(folder: Path, runs: dict[str, dict], stage: str, memory: float | None = None) -> str:
     """Which run of a job has a file that changed since the job read or wrote it, in words; an
     adapter that was changed on purpose stays as it is.
     """
     for run_id, result in runs.items():
         if read_mark(folder / "runs" / run_id / f"{stage}.done.json") != result:
             return f"the mark of {run_id} changed"
-        if devices.has_more_than(result.get("had")):
+        if devices.has_more_than(result.get("had"), memory):
             return f"{run_id} had not enough memory and there is more now"
         for name, known in {**result["inputs"], **result["files"]}.items():
             path = folder / "runs" / run_id / name
@@ -258,9 +273,16 @@ def _disturbed(folder: Path, runs: dict[str, dict], stage: str) -> str:
             if found is not None and found != known and path.suffix == ".safetensors":
                 remedy = f"put the whole file back, or delete {path.parents[1]} to train it again"
                 check_safetensors(path, remedy)
-            if found != known and not (stage == "train" and found is not None):
+            if found != known and not may_change(stage, name, found):
                 return f"{path.name} of {run_id} changed"
     return ""
+
+
+def may_change(stage: str, name: str, found: str | None) -> bool:
+    """Whether a file that a stage made may be another by now: an adapter that was changed on
+    purpose stays as it is, and is scored.
+    """
+    return stage == "train" and name.startswith("adapter/") and found is not None
 
 
 def _lost(folder: Path, files: dict[str, str | None]) -> Iterator[str]:

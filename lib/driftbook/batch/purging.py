@@ -59,7 +59,7 @@ def _texts(folder: Path) -> Iterator[Path]:
         yield from part.glob("text")
         for name in READING:
             yield from part.glob(f"{name}*")
-    yield from (*folder.glob("*.log"), *folder.glob(".snakemake"))
+    yield from (*folder.glob("*.log"), *folder.glob(".snakemake"), *folder.glob("slurm"))
 
 
 def _audit(name: str) -> Path | None:

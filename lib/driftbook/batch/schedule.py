@@ -80,13 +80,15 @@ def jobs(study: Study, rates: Rates, shards: Shards) -> dict[str, PlannedJob]:
 
 def _pieces(rows) -> dict[tuple[str, str], dict[str, Piece]]:
     """The pieces of each stage and base model."""
-    found: dict[tuple[str, str], dict[str, Piece]] = {}
     by = ["stage", "base_model", "run_id"]
-    for (stage, base, run_id), part in rows.groupby(by, sort=False):
-        counts = part[part.what.ne("")].groupby("what")[["n", "seconds"]].sum()
-        told = {what: (float(one.n), float(one.seconds)) for what, one in counts.iterrows()}
-        own = found.setdefault((stage, base), {})
-        own[run_id] = Piece(float(part.seconds.sum()), told)
+    told: dict[tuple, dict[str, tuple[float, float]]] = {}
+    counted = rows[rows.what.ne("")].groupby([*by, "what"], sort=False)[["n", "seconds"]].sum()
+    for (*piece, what), n, seconds in counted.itertuples():
+        told.setdefault(tuple(piece), {})[what] = float(n), float(seconds)
+    found: dict[tuple[str, str], dict[str, Piece]] = {}
+    for (stage, base, run_id), seconds in rows.groupby(by, sort=False).seconds.sum().items():
+        piece = Piece(float(seconds), told.get((stage, base, run_id), {}))
+        found.setdefault((stage, base), {})[run_id] = piece
     return found
 
 

@@ -175,15 +175,11 @@ def _end_with_parent(parent: int, stop: threading.Event | None = None) -> thread
 
 def _end_with_driver(pid: str, began: str) -> None:
     """A thread that ends this process, and by that its kernel, when make study has ended."""
-    import psutil
+    from driftbook.batch import leases
 
     def watch() -> None:
-        with contextlib.suppress(psutil.Error):
-            driver = psutil.Process(int(pid))
-            while driver.is_running() and abs(driver.create_time() - float(began)) < 1:
-                if driver.status() == psutil.STATUS_ZOMBIE:
-                    break
-                time.sleep(0.5)
+        while leases.is_alive({"pid": int(pid), "started": float(began)}):
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

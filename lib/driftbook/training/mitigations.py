@@ -81,6 +81,8 @@ def snapshots(study: Study, variant: Variant) -> list[Path]:
     folder = folders.adapter(study, parent(study, variant))
     every = sorted(Path(f"{folder}.snapshots").glob("step-*"))
     steps = [int(one.name.removeprefix("step-")) for one in every]
+    if not steps:  # that training failed
+        return []
     first = (1 - variant.repair["value"]) * steps[-1]
     pairs = zip(every, steps, strict=True)
     return [one for one, step in pairs if step > first or step == steps[-1]]

@@ -66,11 +66,13 @@ def repair_variant(variant: Variant, base: Loaded, study: Study) -> list[Path]:
     return files + folders.adapter_files(study, variant)
 
 
-def pair_spectra(variants: Sequence[Variant], base_model: str, study: Study) -> pd.DataFrame:
+def pair_spectra(base_model: str, study: Study) -> pd.DataFrame:
     """The table `spectra` of a base model's pairs, written for the study: of the modules that the
-    first parent of these variants updates; empty where there is none, or no pair.
+    first parent of its repairs updates, whatever shard is at work; empty where there is none, or no
+    pair.
     """
-    parents = [mitigations.parent(study, one) for one in variants]
+    repaired = study.of_stage("mitigate", base_model)
+    parents = [mitigations.parent(study, one) for one in repaired]
     made = [
         folders.adapter(study, one)
         for one in parents
