@@ -13,7 +13,7 @@ from driftbook.study.study_file import load
 try:
     STUDY_FILE = unquote(config["study"])  # quoted, so that no shell and no YAML reads it otherwise
     STUDY = load(STUDY_FILE)
-    if (SHARDS := shards.read(STUDY)) is None:
+    if (SHARDS := shards.read_shards(STUDY)) is None:
         raise ValueError(f"the study {STUDY.name} is not planned; run make study")
 except ValueError as error:
     sys.exit(f"driftbook: {error}")

@@ -66,8 +66,8 @@ def finish(study, fail=lambda stage, variant: None, stages=None) -> list[tuple[s
         def inputs(variant, stage=stage):
             return [] if stage == "train" else [jobs.folder(study, variant) / "train.made"]
 
-        for job in shards.read(study).jobs(stage, BASE):
-            wanted = jobs.job_variants(study, BASE, shards.read(study).run_ids(job), stage)
+        for job in shards.read_shards(study).jobs(stage, BASE):
+            wanted = jobs.job_variants(study, BASE, shards.read_shards(study).run_ids(job), stage)
             jobs.run_variants(stage, study, BASE, wanted, inputs, work)
             time.sleep(0.01)
     return worked
@@ -77,7 +77,7 @@ def snakemakes(study) -> list[str]:
     """The jobs of stages that Snakemake would do: without a mark, or with an older one than their
     key or a mark that they read.
     """
-    dealt, found = shards.read(study), []
+    dealt, found = shards.read_shards(study), []
     for stage in keys.stages(study):
         for job in dealt.jobs(stage, BASE):
             mark, key = plan.job_mark(study, job), shards.path_of(study, "keys", job)
@@ -100,7 +100,7 @@ def test_another_deal_of_one_stage_has_nothing_after_it_done_again(due):
     assert plan.write(due, 2) == ""
     assert snakemakes(due) == []
     assert plan.write(due, 4) == ""
-    dealt = shards.read(due)
+    dealt = shards.read_shards(due)
     assert len(dealt.jobs("train", BASE)) > len(dealt.jobs("respond", BASE)) == 1
     assert snakemakes(due) == []
 
@@ -128,7 +128,7 @@ def test_what_is_lost_after_another_deal_or_an_edit_taken_back_is_made_again(due
     back = load(write_study(tmp_path, content()))
     assert plan.write(back, 4) == ""
     assert snakemakes(back) == []
-    first = shards.read(due).run_ids("train/tiny-llama/0")[0]
+    first = shards.read_shards(due).run_ids("train/tiny-llama/0")[0]
     (due.folder / "runs" / first / "train.made").unlink()
     assert "train" in plan.write(back, 4)
     assert "train/tiny-llama/0" in snakemakes(back)
@@ -166,7 +166,7 @@ def test_a_variant_whose_training_fails_now_keeps_no_older_score(due, tmp_path):
 def test_a_job_that_ends_after_another_deal_marks_nothing(due):
     plan.write(due, 2)
     job = "train/tiny-llama/0"
-    run_ids = shards.read(due).run_ids(job)
+    run_ids = shards.read_shards(due).run_ids(job)
 
     def work(variant, folder):
         if variant.run_id == run_ids[-1]:
@@ -190,9 +190,9 @@ def test_a_torn_key_is_written_again(due):
 
 def test_memory_is_that_of_where_jobs_run(due, monkeypatch):
     plan.write(due, 1)
-    monkeypatch.setattr(devices, "memory", lambda: 24_000_000_000)
+    monkeypatch.setattr(devices, "device_memory", lambda: 24_000_000_000)
     finish(due, failing(due.variants[3].run_id, OutOfMemory("out of memory")), ["train"])
-    monkeypatch.setattr(devices, "memory", lambda: 256_000_000_000)  # a login node's
+    monkeypatch.setattr(devices, "device_memory", lambda: 256_000_000_000)  # a login node's
     assert plan.write(due, 1, 24e9) == ""
     assert "more now" in plan.write(due, 1, 80e9)
     assert "more now" in plan.write(due, 1)
@@ -271,12 +271,12 @@ def test_a_shard_in_which_every_training_failed_runs_to_its_end(
 def test_status_counts_no_work_of_before_an_edit_and_says_so_of_an_unplanned_one(due, tmp_path):
     plan.write(due, 2)
     finish(due)
-    before = make_status.status(due, "due")[0]
+    before = make_status.status_lines(due, "due")[0]
     edited = load(write_study(tmp_path, content(n=10)))
-    [line] = make_status.status(edited, "due")
+    [line] = make_status.status_lines(edited, "due")
     assert line == "due was edited since it was planned; make study STUDY=due does what changed"
     plan.write(edited, 2)
-    after = make_status.status(edited, "due")
+    after = make_status.status_lines(edited, "due")
     assert after[0] != before
     assert f"train {len(due.variants)}" in next(one for one in after if one.startswith("to do"))
 
@@ -284,13 +284,13 @@ def test_status_counts_no_work_of_before_an_edit_and_says_so_of_an_unplanned_one
 def test_status_knows_a_make_study_that_runs_no_variant_yet(due):
     plan.write(due, 2)
     with alone(due):
-        assert make_status.status(due, "due")[-1] == "make study runs"
-    assert "nothing runs" in make_status.status(due, "due")[-1]
+        assert make_status.status_lines(due, "due")[-1] == "make study runs"
+    assert "nothing runs" in make_status.status_lines(due, "due")[-1]
 
 
 # ---- leases and the rest
 def test_a_lease_that_another_took_gave_back_and_a_third_holds_is_lost(tmp_path):
-    with leases.held(tmp_path, "train", leases.Watch()) as first:
+    with leases.leased(tmp_path, "train", leases.Watch()) as first:
         first.path.unlink()
         third = leases.Lease(first.path)
         third.path.write_text(json.dumps(third.words))
@@ -308,7 +308,7 @@ def test_a_full_disk_leaves_no_lease(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(leases.json, "dumps", full)
         with pytest.raises(OSError, match="No space"):
-            leases.held(tmp_path, "train", leases.Watch()).__enter__()
+            leases.leased(tmp_path, "train", leases.Watch()).__enter__()
     assert not list(tmp_path.iterdir())
 
 

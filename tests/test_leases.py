@@ -18,14 +18,14 @@ HELD = """
 import sys, time
 from pathlib import Path
 from driftbook.batch import leases
-with leases.held(Path(sys.argv[1]), "train", leases.Watch()) as lease:
+with leases.leased(Path(sys.argv[1]), "train", leases.Watch()) as lease:
     print(lease is not None, flush=True)
     time.sleep(60)
 """
 
 
 def take(folder, watch=None):
-    return leases.held(folder, "train", watch or leases.Watch())
+    return leases.leased(folder, "train", watch or leases.Watch())
 
 
 def elsewhere(folder, beat, number=1, stage="train"):
@@ -47,7 +47,7 @@ def test_a_lease_is_held_by_one_and_given_back(tmp_path):
         assert first is not None
         with take(tmp_path) as second:
             assert second is None
-        with leases.held(tmp_path, "respond", leases.Watch()) as other:
+        with leases.leased(tmp_path, "respond", leases.Watch()) as other:
             assert other is not None, "another stage is other work"
         assert leases.holder(tmp_path, "train")["pid"] == os.getpid()
         assert leases.living(tmp_path)

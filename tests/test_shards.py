@@ -12,7 +12,7 @@ from conftest import SMALL, one_sentence, write_study
 from driftbook.batch import jobs, keys, notebooks, plan, schedule, shards
 from driftbook.batch.rates import USUAL
 from driftbook.study.files import read_json, write_json
-from driftbook.study.study_file import PLANNED, identity, load
+from driftbook.study.study_file import PLANNED, load, study_digest
 
 START = USUAL.job
 COSTS = st.lists(st.floats(0.0, 1e5), min_size=1, max_size=40)
@@ -80,8 +80,10 @@ def finish(study, stage):
         (folder / "made").write_text(variant.run_id)
         return [folder / "made"]
 
-    for job in shards.read(study).jobs(stage, "tiny-llama"):
-        wanted = jobs.job_variants(study, "tiny-llama", shards.read(study).run_ids(job), stage)
+    for job in shards.read_shards(study).jobs(stage, "tiny-llama"):
+        wanted = jobs.job_variants(
+            study, "tiny-llama", shards.read_shards(study).run_ids(job), stage
+        )
         jobs.run_variants(stage, study, "tiny-llama", wanted, lambda variant: [], work)
     return worked
 
@@ -91,7 +93,7 @@ def test_another_number_of_shards_does_nothing_again(many):
     assert len(finish(many, "train")) == len(many.variants)
     for workers in (2, 5, 1, 4):
         assert plan.write(many, workers) == ""
-        dealt = shards.read(many)
+        dealt = shards.read_shards(many)
         assert len(dealt.jobs("train", "tiny-llama")) == workers
         for job in dealt.jobs("train", "tiny-llama"):
             mark, key = plan.job_mark(many, job), shards.path_of(many, "keys", job)
@@ -105,17 +107,17 @@ def test_another_number_of_shards_does_nothing_again(many):
 
 def test_a_finished_variant_is_kept_where_others_of_its_shard_are_due(many):
     plan.write(many, 4)
-    first = shards.read(many).run_ids("train/tiny-llama/0")
+    first = shards.read_shards(many).run_ids("train/tiny-llama/0")
     wanted = jobs.job_variants(many, "tiny-llama", first, "train")
     jobs.run_variants("train", many, "tiny-llama", wanted, lambda variant: [], lambda one, at: [])
     plan.write(many, 1)
-    assert "train/tiny-llama/0" in plan.due(many, shards.read(many))
+    assert "train/tiny-llama/0" in plan.due(many, shards.read_shards(many))
     assert set(finish(many, "train")) == {one.run_id for one in many.variants} - set(first)
 
 
 def test_a_job_waits_for_the_shards_that_made_its_variants_alone(many):
     plan.write(many, 4)
-    dealt = shards.read(many)
+    dealt = shards.read_shards(many)
     for job in dealt.jobs("respond", "tiny-llama"):
         made = {one for name in dealt.before(job, many) for one in dealt.run_ids(name)}
         assert set(dealt.run_ids(job)) <= made
@@ -131,7 +133,7 @@ def test_a_job_waits_for_the_shards_that_made_its_variants_alone(many):
 def test_a_job_has_its_variants_in_the_studys_order(many):
     plan.write(many, 2)
     order = [one.run_id for one in many.variants]
-    for job in shards.read(many).jobs("train", "tiny-llama"):
+    for job in shards.read_shards(many).jobs("train", "tiny-llama"):
         run_ids = shards.of_key(shards.path_of(many, "keys", job))
         assert run_ids == [one for one in order if one in run_ids]
         assert len(run_ids) > 1
@@ -141,7 +143,7 @@ def test_content_decides_what_is_due_whatever_the_clocks_say(many):
     """Marks of a machine whose clock is ahead, an edit, and the edit taken back."""
     plan.write(many, 2)
     finish(many, "train")
-    [one, other] = shards.read(many).jobs("train", "tiny-llama")
+    [one, other] = shards.read_shards(many).jobs("train", "tiny-llama")
     ahead = plan.job_mark(many, one).stat().st_mtime + 86_400
     for job in (one, other):
         os.utime(plan.job_mark(many, job), (ahead, ahead))
@@ -153,21 +155,21 @@ def test_content_decides_what_is_due_whatever_the_clocks_say(many):
     write_json(plan.job_mark(many, other), mark | {"settings": "others"})
     os.utime(plan.job_mark(many, other), (ahead, ahead))
     assert "train" in plan.write(many, 2)
-    assert plan.due(many, shards.read(many)) >= {other}
-    assert one not in plan.due(many, shards.read(many))
+    assert plan.due(many, shards.read_shards(many)) >= {other}
+    assert one not in plan.due(many, shards.read_shards(many))
     key = shards.path_of(many, "keys", other)
     assert plan.job_mark(many, other).stat().st_mtime < key.stat().st_mtime
     for torn in ("[]", "null", "{", ""):
         plan.job_mark(many, one).write_text(torn)
         plan.write(many, 2)
-        assert one in plan.due(many, shards.read(many))
+        assert one in plan.due(many, shards.read_shards(many))
 
 
 def test_a_study_file_that_is_edited_while_the_study_runs_stops_its_jobs(
     many, tmp_path, monkeypatch
 ):
     path = tmp_path / "study.yaml"
-    monkeypatch.setenv(PLANNED, f"{identity(many)} {path}")
+    monkeypatch.setenv(PLANNED, f"{study_digest(many)} {path}")
     text = path.read_text()
     assert load(path).name == "many"
     path.write_text(text.replace("max_new_tokens: ", "max_new_tokens: 1"))
@@ -183,11 +185,11 @@ def test_what_a_notebook_made_by_hand_of_an_edited_file_is_no_job_of_the_plan(ma
     """Edited, a notebook opened by hand, and edited back: the edit's results are not served."""
     plan.write(many, 1)
     edited = many.model_copy(update={"seed": 7})
-    assert identity(edited) != identity(many)
+    assert study_digest(edited) != study_digest(many)
     job = "train/tiny-llama/0"
-    wanted = jobs.job_variants(edited, "tiny-llama", shards.read(many).run_ids(job), "train")
+    wanted = jobs.job_variants(edited, "tiny-llama", shards.read_shards(many).run_ids(job), "train")
     jobs.run_variants("train", edited, "tiny-llama", wanted, lambda variant: [], lambda one, at: [])
-    assert job in plan.due(many, shards.read(many))
+    assert job in plan.due(many, shards.read_shards(many))
     assert len(finish(many, "train")) == len(wanted), "of another seed, so all anew"
 
 
@@ -210,7 +212,7 @@ def test_what_an_analysis_wrote_is_made_again_where_it_is_gone_or_torn(many):
         assert plan.write(many, 1) == f"to do again: safety ({name} is gone)"
         path.write_bytes(content[:3])
         assert f"safety ({name} is changed)" in plan.write(many, 1)
-        assert "safety" in plan.due(many, shards.read(many))
+        assert "safety" in plan.due(many, shards.read_shards(many))
         path.write_bytes(content)
         assert plan.write(many, 1) == ""
     (many.folder / "notebooks" / "09_safety.ipynb").write_text('{"cells": [], "metadata": {}}')

@@ -57,4 +57,4 @@ def test_the_report_shows_what_the_marks_say(many):  # noqa: F811
         one.sort_values("began", ignore_index=True) for one in (timeline.work(many), work)
     )
     pd.testing.assert_frame_equal(again, once)
-    assert shards.read(many).workers == 1
+    assert shards.read_shards(many).workers == 1

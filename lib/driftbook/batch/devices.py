@@ -11,7 +11,7 @@ MORE = 1.1  # times the memory: no other count of the same machine
 
 
 @cache
-def memory() -> int:
+def device_memory() -> int:
     """Bytes of the GPU that this process sees, or of this machine where it sees none."""
     if gpus.numbers():
         import torch
@@ -25,7 +25,7 @@ def has_more_than(had: int | None, there: float | None = None) -> bool:
     """Whether there is clearly more memory, here or where jobs will run, than a failed work had;
     False where it did not fail for want of it.
     """
-    return had is not None and (memory() if there is None else there) > MORE * had
+    return had is not None and (device_memory() if there is None else there) > MORE * had
 
 
 def lacked_memory(error: BaseException) -> bool:

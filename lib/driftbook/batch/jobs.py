@@ -124,7 +124,7 @@ def _done(
     key, own = keys.result_key(shared, variant), folder(study, variant)
     if _is_finished(stage, study, variant, key, inputs):
         return REUSED
-    with leases.held(own, stage, watch) as lease:
+    with leases.leased(own, stage, watch) as lease:
         if lease is None:
             raise leases.Lost
         if _is_finished(stage, study, variant, key, inputs):  # by who held it before
@@ -192,13 +192,13 @@ def _do(
         files = _work(stage, variant, path.parent, shared, inputs(variant), work)
     except VariantFailure as error:
         failure = str(error)
-        had = devices.memory() if isinstance(error, OutOfMemory) else None
+        had = devices.device_memory() if isinstance(error, OutOfMemory) else None
     except Exception as error:
         if not devices.lacked_memory(error):
             raise RuntimeError(
                 f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
             ) from error
-        failure, had = f"out of memory: {error}", devices.memory()
+        failure, had = f"out of memory: {error}", devices.device_memory()
     if failure is not None and stage in ("train", "mitigate"):  # nothing is made of an older one
         for name in ("adapter", "adapter.snapshots"):
             shutil.rmtree(path.parent / name, ignore_errors=True)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from driftbook.study.files import private_folder
+
 BEAT = 5.0  # seconds between two numbers
 PATIENCE = 60.0  # seconds that a number may stand still: a shared folder shows it late
 
@@ -90,9 +92,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
+def leased(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
     """The lease of a run's stage; None where another process works on it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     lease = _taken(folder, stage, watch)
     if lease is None:
         yield None

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 
 from driftbook.batch import gpus, keys, leases, shards
 from driftbook.batch.plan import read_mark
-from driftbook.batch.watching import Outlook, Part, in_words, parts, read_plan, time_left
-from driftbook.study.study_file import Study, identity, load
+from driftbook.batch.watching import Outlook, Part, parts, progress_words, read_plan, time_left
+from driftbook.study.study_file import Study, load, study_digest
 
-SHOWN = 10  # failures that are named
+MOST_NAMED = 10  # failures that are named
 
 
-def status(study: Study, name: str) -> list[str]:
+def status_lines(study: Study, name: str) -> list[str]:
     """The lines of `make status STUDY=name`."""
-    dealt = shards.read(study)
+    dealt = shards.read_shards(study)
     if dealt is None:
         return [f"{study.name}: not begun; {command(name)} begins it"]
-    if dealt.study != identity(study):
+    if dealt.study != study_digest(study):
         return [f"{study.name} was edited since it was planned; {command(name)} does what changed"]
     found = parts(study, dealt, 0.0)
     working = {part.job: how for part in found if (how := _holder(study, part))}
@@ -33,7 +33,7 @@ def status(study: Study, name: str) -> list[str]:
     n, total = sum(part.done for part in found), sum(part.total for part in found)
     lines = [f"{study.name}: {n:,} of {total:,} variants and steps done" + _after(", ", seconds)]
     lines += [
-        f"running: {part.stage} {part.about}: {in_words(part, outlook)}; {working[part.job]}"
+        f"running: {part.stage} {part.about}: {progress_words(part, outlook)}; {working[part.job]}"
         for part in found
         if part.job in working
     ]
@@ -82,8 +82,8 @@ def is_held(study: Study) -> bool:
 def failures(study: Study, name: str) -> list[str]:
     """What failed and why, a line each: variants, and notebooks that stopped."""
     found = [*_failed_variants(study), *_stopped(study, name)]
-    more = [f"{len(found) - SHOWN:,} more failures"] if len(found) > SHOWN else []
-    return [*found[:SHOWN], *more]
+    more = [f"{len(found) - MOST_NAMED:,} more failures"] if len(found) > MOST_NAMED else []
+    return [*found[:MOST_NAMED], *more]
 
 
 def _failed_variants(study: Study) -> Iterator[str]:
@@ -116,7 +116,7 @@ def _after(before: str, text: str) -> str:
 def main(name: str) -> int:
     """Print the status of a study; 2 where its file is wrong."""
     try:
-        print("\n".join(status(load(name), name)))
+        print("\n".join(status_lines(load(name), name)))
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from driftbook.batch import cluster, gpus, plan
 from driftbook.batch.leases import began, clear_finished, living, own_words
 from driftbook.batch.make_status import failures
-from driftbook.batch.shards import Shards, read
+from driftbook.batch.shards import Shards, read_shards
 from driftbook.batch.warm import DRIVER
 from driftbook.batch.watching import display, parts
 from driftbook.study.files import (
@@ -33,7 +33,7 @@ from driftbook.study.files import (
     private_folder,
     write_json,
 )
-from driftbook.study.study_file import PLANNED, Study, find, identity, load
+from driftbook.study.study_file import PLANNED, Study, find, load, study_digest
 
 REQUESTS = "requests.json"  # what each job asks of a cluster, as the Snakefile reads it
 
@@ -164,7 +164,7 @@ def environment(study: Study | None = None, study_file: Path | None = None) -> d
         "PYTHONWARNINGS": "ignore",
         "DRIFTBOOK_ROOT": str(ROOT),
         "DRIFTBOOK_OUTPUTS": str(OUTPUTS),
-        **({} if study is None else {PLANNED: f"{identity(study)} {study_file}"}),
+        **({} if study is None else {PLANNED: f"{study_digest(study)} {study_file}"}),
     }
 
 
@@ -273,7 +273,7 @@ def _run_batch(
     """Run the planned batch with a live display; Snakemake's exit status. Its own words go to
     snakemake.log in the study's folder.
     """
-    started, parent, shards = time.time(), os.getppid(), read(study)
+    started, parent, shards = time.time(), os.getppid(), read_shards(study)
     finished = all(part.done == part.total for part in parts(study, shards, started))
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
@@ -319,8 +319,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         for what, one in named.items():
             check_path(one, what)
         checked = load(path)
-        if not profile or not (ROOT / "profiles" / profile).is_dir():
-            known = sorted(path.name for path in (ROOT / "profiles").iterdir())
+        known = sorted(path.name for path in (ROOT / "profiles").iterdir())
+        if profile not in known and not (os.path.isabs(profile) and Path(profile).is_dir()):
             raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(known)}")
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})

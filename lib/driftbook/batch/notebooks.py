@@ -15,7 +15,7 @@ from driftbook.batch import gpus, leases, shards
 from driftbook.study.files import ROOT, WRITTEN, file_digest, read_json, replacing, write_json
 
 ON_A_GPU = ("01_prepare", "02_train", "04_respond", "05_judge", "06_answer", "07_utility")
-MADE = ("tables", "figures", "notebooks", "report.html")  # in a study's folder
+RECORDED = ("tables", "figures", "notebooks", "report.html")  # in a study's folder
 KERNEL = "DRIFTBOOK_KERNEL"  # name of the kernel that make study offers; python3 where it is unset
 
 
@@ -133,6 +133,6 @@ def write_mark(mark: Path, made_of: dict, written: list[Path]) -> None:
     files = {
         str(path.relative_to(folder)): file_digest(path)
         for path in written
-        if path.is_relative_to(folder) and path.relative_to(folder).parts[0] in MADE
+        if path.is_relative_to(folder) and path.relative_to(folder).parts[0] in RECORDED
     }
     write_json(mark, {**made_of, "files": files})

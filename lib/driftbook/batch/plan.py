@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from driftbook.batch import devices, keys
-from driftbook.batch.shards import Shards, dealt, path_of, read
+from driftbook.batch.shards import Shards, dealt, path_of, read_shards
 from driftbook.study import code, preregistration, sources
 from driftbook.study.consistency import TWIN
 from driftbook.study.environment import MAKING
@@ -27,12 +27,12 @@ from driftbook.study.files import (
     read_object,
     write_json,
 )
-from driftbook.study.study_file import Study, identity
+from driftbook.study.study_file import Study, study_digest
 
 BYTES_PER_VARIANT = 2_000_000  # adapter and tables of one miniature variant, rounded up
 SHOWN = 3  # changes that are named for a job
 LONG_AGO = 1.0  # before any mark
-HEAD = ("settings", "code", "packages", "base")  # of a stage's key what all its jobs share
+COMMON = ("settings", "code", "packages", "base")  # of a stage's key what all its jobs share
 
 
 def write(study: Study, workers: int = 1, memory: float | None = None) -> str:
@@ -131,8 +131,8 @@ def job_of(study: Study, stage: str, base_model: str, run_ids: set[str]) -> str 
     """The job of the plan that does just these variants; None where there is none, or the study
     file says something else than when it was planned.
     """
-    shards = read(study)
-    if shards is None or shards.study != identity(study):
+    shards = read_shards(study)
+    if shards is None or shards.study != study_digest(study):
         return None
     jobs = shards.jobs(stage, base_model)
     return next((job for job in jobs if set(shards.run_ids(job)) == run_ids), None)
@@ -162,7 +162,7 @@ def _dealt_mark(pooled: dict[str, tuple[dict, dict]], value: dict) -> dict | Non
     if not names or not all(name in pooled for name in names.values()):
         return None
     parts = {run_id: pooled[name] for run_id, name in names.items()}
-    heads = [{name: mark.get(name) for name in HEAD} for mark, _ in parts.values()]
+    heads = [{name: mark.get(name) for name in COMMON} for mark, _ in parts.values()]
     if any(head != heads[0] for head in heads):
         return None
     variants = {run_id: mark["variants"][run_id] for run_id, (mark, _) in parts.items()}

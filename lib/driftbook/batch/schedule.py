@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from driftbook.batch import gpus, keys
-from driftbook.batch.shards import Shards, read
+from driftbook.batch.shards import Shards, read_shards
 from driftbook.study.files import write_json
 from driftbook.study.study_file import Study, load
 
@@ -119,7 +119,7 @@ def write_plan(study: Study, path: Path) -> None:
     """
     from driftbook.batch import rates
 
-    usual, shards = rates.published_rates() if gpus.numbers() else rates.USUAL, read(study)
+    usual, shards = rates.published_rates() if gpus.numbers() else rates.USUAL, read_shards(study)
     if shards is None:
         return
     kept = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from driftbook.batch import keys
 from driftbook.study.files import read_json, write_json
-from driftbook.study.study_file import Study, identity
+from driftbook.study.study_file import Study, study_digest
 
 FILE = "shards.json"
 UNKNOWN = 60.0  # seconds of a variant whose cost cannot be planned: its model is not at hand
@@ -67,7 +67,7 @@ def dealt(study: Study, workers: int, keep: bool = True) -> Shards:
         for stage in keys.stages(study)
         for base in study.bases
     }
-    known, found = read(study), Shards(identity(study), workers, {})
+    known, found = read_shards(study), Shards(study_digest(study), workers, {})
     same = known and known.workers == workers and known.of.keys() == due.keys()
     if same and all(sorted(chain(*known.of[name])) == sorted(due[name]) for name in due):
         found = Shards(found.study, workers, known.of)
@@ -84,7 +84,7 @@ def dealt(study: Study, workers: int, keep: bool = True) -> Shards:
     return found
 
 
-def read(study: Study) -> Shards | None:
+def read_shards(study: Study) -> Shards | None:
     """The shards that a study was last dealt to; None where it was not, or they cannot be read."""
     try:
         return Shards(**read_json(study.folder / FILE))

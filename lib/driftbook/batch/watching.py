@@ -215,13 +215,13 @@ def summary(
     if active:
         same = [part for part in active if part.stage == active[0].stage]
         text = f"{active[0].stage} {', '.join(part.about for part in same)}"
-        words = [in_words(part, outlook) for part in active if part.counts]
+        words = [progress_words(part, outlook) for part in active if part.counts]
         text += f": {'; '.join(words)}" if words else ""
     left = "" if outlook is None else time_left(outlook.left(found, now or time.time()))
     return text, sum(part.done for part in found), sum(part.total for part in found), left
 
 
-def in_words(part: Part, outlook: Outlook | None) -> str:
+def progress_words(part: Part, outlook: Outlook | None) -> str:
     """What is counted in the piece that is being done: `variant 3 of 5, 12 of 24 steps`."""
     job = outlook and outlook.plan.get(part.job)
     piece = _current(part, job) if job else None

@@ -17,7 +17,7 @@ def work(study: Study) -> pd.DataFrame:
     """What was worked on, where and when: stage, base_model, run_id, host, began, seconds; a row a
     variant and stage, from the marks.
     """
-    dealt, rows = shards.read(study), []
+    dealt, rows = shards.read_shards(study), []
     for stage in keys.stages(study) if dealt else ():
         for base in study.bases:
             for job in dealt.jobs(stage, base):

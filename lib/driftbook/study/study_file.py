@@ -31,9 +31,7 @@ from driftbook.study.sections import (
 )
 from driftbook.study.variants import Variant
 
-PLANNED = (
-    "DRIFTBOOK_PLANNED"  # in a batch: the identity of the study that was planned, and its file
-)
+PLANNED = "DRIFTBOOK_PLANNED"  # in a batch: the digest of the planned study, and its file
 SECTIONS = {
     "bases": Base,
     "twins": Twin,
@@ -102,14 +100,14 @@ def load(study: str | Path) -> Study:
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
     planned, _, file = os.environ.get(PLANNED, "").partition(" ")
-    if file == str(path) and planned != identity(checked):
+    if file == str(path) and planned != study_digest(checked):
         raise ValueError(
             f"{path.name} was edited while the study runs; make study does what the edit asks for"
         )
     return checked
 
 
-def identity(study: Study) -> str:
+def study_digest(study: Study) -> str:
     """The digest of all that a study file says."""
     return digest(study.model_dump(mode="json"), 32)
 
