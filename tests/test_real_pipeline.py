@@ -127,7 +127,8 @@ def test_drift_was_looked_at_while_it_trained(study, tables):
 def test_packs_are_in_the_record_and_the_data_doctor_was_asked(study, tables):
     packed = tables["runs"].merge(tables["variants"], on="run_id").query("objective == 'sft'")
     assert (packed.steps < -(-24 // 8)).all(), "a step takes eight packs of several examples"
-    text = (study.folder / "notebooks" / "02_train.random-llama.ipynb").read_text()
+    pages = (study.folder / "notebooks").glob("02_train.random-llama.*.ipynb")
+    text = "".join(page.read_text() for page in pages)
     assert "Are the examples fit to train on?" in text
 
 
