@@ -345,16 +345,6 @@ def test_a_disk_that_is_full_for_a_small_file_is_said(monkeypatch, tmp_path):
     assert "No space left" in one_sentence(error.value)
 
 
-def test_a_damaged_key_or_mark_is_said(study, standins):
-    plan.write(study)
-    path = study.folder / "keys" / "train" / "tiny-llama" / "0.json"
-    path.write_text(path.read_text()[:30])
-    with pytest.raises(ValueError) as error:
-        plan.write(study)
-    assert str(path) in one_sentence(error.value)
-    path.unlink()
-
-
 # ---- keys
 def test_keys_are_written_only_where_they_changed(make_study, content, standins):
     content["name"] = "keys"
