@@ -215,7 +215,7 @@ def test_purging_deletes_every_text_and_nothing_else(study, tables, tmp_path):
     content = yaml.safe_load(FILE.read_text())
     assert content["name"] == copy.name
     ended = subprocess.run(
-        [sys.executable, "-m", "driftbook.batch.collecting", str(FILE)],
+        [sys.executable, "-m", "driftbook.batch.purging", str(FILE)],
         env={**os.environ, "DRIFTBOOK_OUTPUTS": str(tmp_path / "outputs")},
         capture_output=True,
         text=True,
