@@ -112,7 +112,12 @@ lose() {
 
 regain() {
     daemon "$1" >/dev/null || slurmd -N "$1"
-    scontrol update nodename="$1" state=resume
+    for _ in $(seq 50); do  # it may come back by itself, and is then refused as resumed
+        scontrol update nodename="$1" state=resume 2>/dev/null || true
+        [ "$(sinfo -h -n "$1" -o %t)" = idle ] && return
+        sleep 0.2
+    done
+    fail "$1 does not come back"
 }
 
 stop() {
