@@ -82,9 +82,18 @@ def clear_unfinished(folder: Path) -> None:
     alive = {one for one in leased if living(one)}
     for one in leased - alive:
         clear_finished(one)
-    for path in list((folder / "runs" if alive else folder).rglob(".new-*")):
+    for path in _half_written(folder / "runs" if alive else folder):
         if alive.isdisjoint(path.parents):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+
+
+def _half_written(folder: Path) -> list[Path]:
+    """What is being written below a folder; others may finish it while this is listed."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        found += [Path(place, name) for name in (*folders, *files) if name.startswith(".new-")]
+        folders[:] = [name for name in folders if not name.startswith(".new-")]
+    return found
 
 
 @contextlib.contextmanager
