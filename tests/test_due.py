@@ -201,19 +201,23 @@ def test_memory_is_that_of_where_jobs_run(due, monkeypatch):
 def test_a_piece_of_work_at_which_kernels_die_is_a_failure_in_the_end(due):
     plan.write(due, 1)
     bad = due.variants[3]
-    folder = jobs.folder(due, bad)
+    folder, key = (
+        jobs.folder(due, bad),
+        plan.job_key(due, "train/tiny-llama/0")["variants"][bad.run_id],
+    )
     folder.mkdir(parents=True)
     for number in range(jobs.DEATHS):
         dead = leases.own_words() | {"pid": 2**22 + 1}
         (folder / f".lease.train.{number + 1}").write_text(json.dumps(dead))
-        leases.record_death(folder, "train")
-        assert leases.deaths(folder, "train") == number + 1
+        leases.record_death(folder, "train", key)
+        assert leases.deaths(folder, "train", key) == number + 1
+    assert leases.deaths(folder, "train", "another") == 0, "an edit is tried anew"
     worked = finish(due, stages=["train"])
     mark = read_json(jobs.folder(due, bad) / "train.done.json")
     assert f"killed {jobs.DEATHS} times" in mark["failure"]
     assert "had" in mark
     assert {run_id for _, run_id in worked} == {one.run_id for one in due.variants} - {bad.run_id}
-    assert leases.deaths(jobs.folder(due, bad), "train") == 0
+    assert leases.deaths(folder, "train", key) == 0
     assert "train/tiny-llama/0" not in snakemakes(due)
 
 
@@ -236,7 +240,7 @@ def test_a_killed_kernel_is_said_in_a_sentence_and_counted(tmp_path):
     words = [str(tmp_path / "dying.ipynb"), str(tmp_path / "out.ipynb"), "{}", str(key)]
     assert notebooks.run_notebook(*words) == 1
     assert "its kernel was killed" in (tmp_path / "out.error.txt").read_text()
-    assert leases.deaths(folder, "train") == 1
+    assert leases.deaths(folder, "train", "k") == 1
 
 
 @pytest.mark.parametrize("name", ["02_train", "04_respond", "05_judge", "06_answer", "07_utility"])
@@ -299,6 +303,25 @@ def test_a_lease_that_another_took_gave_back_and_a_third_holds_is_lost(tmp_path)
             first.check()
         third.check()
     third.check()
+
+
+def test_a_training_that_was_taken_over_takes_no_adapter_of_its_successor(due):
+    plan.write(due, 1)
+    variant = due.variants[3]
+    adapter = jobs.folder(due, variant) / "adapter"
+
+    def work(one, folder):
+        for lease in folder.glob(".lease.train.*"):  # another process has it by now, and is through
+            lease.unlink()
+        adapter.mkdir()
+        raise VariantFailure("training diverged")
+
+    task = jobs._Task("train", due, {"stage": "train"}, lambda one: [], work)
+    held = leases.leased(adapter.parent, "train", leases.Watch())
+    with held as lease, pytest.raises(leases.Lost):
+        jobs._do(task, variant, lease)
+    assert adapter.is_dir()
+    assert not (adapter.parent / "train.done.json").exists()
 
 
 def test_a_full_disk_leaves_no_lease(tmp_path, monkeypatch):

@@ -22,10 +22,11 @@ from driftbook.batch.costing import operations
 from driftbook.batch.lengths import Amount
 from driftbook.batch.rates import Rates
 from driftbook.batch.sizes import Size
+from driftbook.study.commands import command
 from driftbook.study.environment import gpu_name, processor
 from driftbook.study.files import write_json
 from driftbook.study.methods import PEFT_METHODS
-from driftbook.study.study_file import Study, find, load
+from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
 
 if TYPE_CHECKING:
@@ -271,16 +272,12 @@ def _overheads(study: Study, on_cpu: bool) -> tuple[float, float]:
     return max(0.0, seconds[8] - step), step
 
 
-def main(name: str) -> int:
-    """Measure this machine for a study, again; 2 where its file is wrong."""
-    try:
-        found = machine_rates(load(find(name)), again=True)
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 2
+@command(wrong=2)
+def main(name: str) -> None:
+    """Measure this machine for a study, again."""
+    found = machine_rates(load(name), again=True)
     shown = ", ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in found.flops.items())
     print(f"{found.name}: {found.how}; thousand million operations a second: {shown}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,19 @@ from driftbook.study.variants import Variant
 Work = Callable[[Variant, Path], list[Path]]
 DEATHS = 3  # of a kernel at one piece of work, after which that is its failure
 WORKED, REUSED = "worked", "reused"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a job does for each variant: its stage and study, the settings that its variants share,
+    the files that are read of a variant, and the work itself.
+    """
+
+    stage: str
+    study: Study
+    shared: dict
+    inputs: Callable[[Variant], list[Path]]
+    work: Work
 
 
 def job_variants(
@@ -77,7 +91,7 @@ def run_variants(
         RuntimeError: anything else that goes wrong; the sentence names the variant.
     """
     private_folder(study.folder)
-    shared, found = keys.settings(stage, study, base_model), {}
+    task, found = _Task(stage, study, keys.settings(stage, study, base_model), inputs, work), {}
     job = plan.job_of(study, stage, base_model, {variant.run_id for variant in variants})
     planned, watch = plan.job_key(study, job) if job else {}, leases.Watch()
     # what another process died of, or works on, comes last
@@ -88,9 +102,7 @@ def run_variants(
             for variant in waiting:
                 told.begin(variant.run_id)
                 try:
-                    found[variant.run_id] = _done(
-                        stage, study, variant, shared, inputs, work, watch
-                    )
+                    found[variant.run_id] = _done(task, variant, planned, watch)
                     told.end(variant.run_id, worked=found[variant.run_id] == WORKED)
                 except leases.Lost:
                     busy.append(variant)
@@ -104,34 +116,26 @@ def run_variants(
     return pd.DataFrame(rows, columns=["run_id", "status", "reused"])
 
 
-def _done(
-    stage: str,
-    study: Study,
-    variant: Variant,
-    shared: dict,
-    inputs: Callable[[Variant], list[Path]],
-    work: Work,
-    watch: leases.Watch,
-) -> str:
+def _done(task: _Task, variant: Variant, planned: dict, watch: leases.Watch) -> str:
     """Do a variant unless it is finished: WORKED, REUSED, or nothing where there is nothing to do.
 
     Raises:
         leases.Lost: another process works on it.
     """
-    if failed_before(study, variant, stage):
-        _mark_path(stage, study, variant).unlink(missing_ok=True)  # of when it had not failed
+    stage, own = task.stage, folder(task.study, variant)
+    if failed_before(task.study, variant, stage):
+        _mark_path(stage, task.study, variant).unlink(missing_ok=True)  # of when it had not failed
         return ""
-    key, own = keys.result_key(shared, variant), folder(study, variant)
-    if _is_finished(stage, study, variant, key, inputs):
+    if _is_finished(task, variant):
         return REUSED
     with leases.leased(own, stage, watch) as lease:
         if lease is None:
             raise leases.Lost
-        if _is_finished(stage, study, variant, key, inputs):  # by who held it before
+        if _is_finished(task, variant):  # by who held it before
             return REUSED
-        if leases.deaths(own, stage) >= DEATHS:
-            work = _died
-        _do(stage, study, variant, shared, inputs, work, lease)
+        key = planned.get("variants", {}).get(variant.run_id)
+        died = leases.deaths(own, stage, key) >= DEATHS
+        _do(replace(task, work=_died) if died else task, variant, lease)
         leases.forget_deaths(own, stage)
     return WORKED
 
@@ -151,45 +155,36 @@ def _mark(stage: str, study: Study, variant: Variant) -> dict:
     return read_object(_mark_path(stage, study, variant))
 
 
-def _is_finished(
-    stage: str, study: Study, variant: Variant, key: str, inputs: Callable[[Variant], list[Path]]
-) -> bool:
-    """Whether the mark is of this key and nothing it names has changed. An adapter changed after
-    training is not trained again.
+def _is_finished(task: _Task, variant: Variant) -> bool:
+    """Whether the mark is of the variant's key and nothing it names has changed. An adapter changed
+    after training is not trained again.
     """
-    path = _mark_path(stage, study, variant)
+    path = _mark_path(task.stage, task.study, variant)
     try:
         mark = read_object(path) if path.exists() else {}
     except ValueError:  # a torn mark is no mark
         return False
-    if not isinstance(mark, dict) or mark.get("key") != key:
+    if mark.get("key") != keys.result_key(task.shared, variant):
         return False
-    if mark["inputs"] != _digests(study, variant, inputs(variant)):
+    if mark["inputs"] != _digests(task.study, variant, task.inputs(variant)):
         return False
     if devices.has_more_than(mark.get("had")):
         return False
-    found = {name: file_digest(folder(study, variant) / name) for name in mark["files"]}
+    found = {name: file_digest(path.parent / name) for name in mark["files"]}
     return all(
-        found[name] == known or plan.may_change(stage, name, found[name])
+        found[name] == known or plan.may_change(task.stage, name, found[name])
         for name, known in mark["files"].items()
     )
 
 
-def _do(
-    stage: str,
-    study: Study,
-    variant: Variant,
-    shared: dict,
-    inputs: Callable[[Variant], list[Path]],
-    work: Work,
-    lease: leases.Lease,
-) -> None:
+def _do(task: _Task, variant: Variant, lease: leases.Lease) -> None:
+    stage, study = task.stage, task.study
     path, began = _mark_path(stage, study, variant), time.time()
     path.unlink(missing_ok=True)
     private_folder(path.parent)
-    read, failure, had, files = _digests(study, variant, inputs(variant)), None, None, []
+    read, failure, had, files = _digests(study, variant, task.inputs(variant)), None, None, []
     try:
-        files = _work(stage, variant, path.parent, shared, inputs(variant), work)
+        files = _work(task, variant, path.parent)
     except VariantFailure as error:
         failure = str(error)
         had = devices.device_memory() if isinstance(error, OutOfMemory) else None
@@ -199,14 +194,14 @@ def _do(
                 f"{stage} of {variant.run_id}: {type(error).__name__}: {error}"
             ) from error
         failure, had = f"out of memory: {error}", devices.device_memory()
+    lease.check()
     if failure is not None and stage in ("train", "mitigate"):  # nothing is made of an older one
         for name in ("adapter", "adapter.snapshots"):
             shutil.rmtree(path.parent / name, ignore_errors=True)
-    lease.check()
     write_json(
         path,
         {
-            "key": keys.result_key(shared, variant),
+            "key": keys.result_key(task.shared, variant),
             "status": "ok" if failure is None else "failed",
             "failure": failure,
             **({} if had is None else {"had": had}),
@@ -217,25 +212,23 @@ def _do(
     )
 
 
-def _work(
-    stage: str, variant: Variant, folder: Path, shared: dict, inputs: list[Path], work: Work
-) -> list[Path]:
+def _work(task: _Task, variant: Variant, folder: Path) -> list[Path]:
     """The files of a piece of work. What is scored is kept for all studies by what it depends on,
     whatever the variant is called there.
     """
-    if stage in ("train", "mitigate"):
-        return work(variant, folder)
+    if task.stage in ("train", "mitigate"):
+        return task.work(variant, folder)
     key = {
-        "settings": keys.made_by(shared, variant),
+        "settings": keys.made_by(task.shared, variant),
         "system_prompt": variant.system_prompt,
         "template": variant.template,
-        "inputs": {path.name: cache.content(path) for path in inputs},
+        "inputs": {path.name: cache.content(path) for path in task.inputs(variant)},
     }
-    if stage == "respond" and any(
-        isinstance(part, dict) and part.get("samples") for part in shared.values()
+    if task.stage == "respond" and any(
+        isinstance(part, dict) and part.get("samples") for part in task.shared.values()
     ):
         key["repetition"] = variant.repetition  # each draws answers of its own
-    return cache.served(key, variant.run_id, folder, lambda: work(variant, folder))
+    return cache.served(key, variant.run_id, folder, lambda: task.work(variant, folder))
 
 
 def _digests(study: Study, variant: Variant, paths: list[Path]) -> dict[str, str | None]:

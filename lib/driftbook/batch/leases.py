@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from driftbook.study.files import private_folder
+from driftbook.study.files import private_folder, write_json
 
 BEAT = 5.0  # seconds between two numbers
 PATIENCE = 60.0  # seconds that a number may stand still: a shared folder shows it late
@@ -136,25 +136,26 @@ def holder(folder: Path, stage: str) -> dict:
     return words_of(found[-1]) if found else {}
 
 
-def record_death(folder: Path, stage: str) -> None:
-    """Count a kernel that died while it worked on a run, where its job is there to say so."""
+def record_death(folder: Path, stage: str, key: str | None) -> None:
+    """Count a kernel that died while it worked on a run, where its job is there to say so; `key` is
+    that of the planned result.
+    """
     for path in _leases(folder, stage):
         if Watch().is_dead(path):
-            number = deaths(folder, stage) + 1
-            (folder / f".deaths.{stage}").write_text(str(number), encoding="utf-8")
+            died = {"key": key, "n": deaths(folder, stage, key) + 1}
+            write_json(folder / f".deaths.{stage}.json", died)
             return
 
 
-def deaths(folder: Path, stage: str) -> int:
-    """How many kernels died at a run's stage since it was last done."""
-    with contextlib.suppress(OSError, ValueError):
-        return int((folder / f".deaths.{stage}").read_text(encoding="utf-8"))
-    return 0
+def deaths(folder: Path, stage: str, key: str | None) -> int:
+    """How many kernels died at a run's stage, of this key, since it was last done."""
+    known = words_of(folder / f".deaths.{stage}.json")
+    return known.get("n", 0) if known.get("key") == key else 0
 
 
 def forget_deaths(folder: Path, stage: str) -> None:
     """Forget them."""
-    (folder / f".deaths.{stage}").unlink(missing_ok=True)
+    (folder / f".deaths.{stage}.json").unlink(missing_ok=True)
 
 
 def own_words() -> dict:

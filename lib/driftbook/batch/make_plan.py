@@ -12,8 +12,9 @@ from driftbook.batch.plan import read_mark
 from driftbook.batch.rates import USUAL, Rates
 from driftbook.batch.shards import dealt
 from driftbook.study import access
+from driftbook.study.commands import command
 from driftbook.study.sections import Source
-from driftbook.study.study_file import Study, find, load
+from driftbook.study.study_file import Study, load
 
 
 def finished(study: Study) -> pd.Series:
@@ -215,16 +216,11 @@ def to_run(study: Study) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none: the study is finished"
 
 
-def main(name: str, device: str = "", price: str = "") -> int:
-    """Print the plan of a study; 2 where its file is wrong."""
-    try:
-        path = find(name)
-        study, amount = load(path), _price(price)
-        print(pages(study, chosen_rates(device or None, study), amount, to_run(study)))
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 2
-    return 0
+@command(wrong=2)
+def main(name: str, device: str = "", price: str = "") -> None:
+    """Print the plan of a study."""
+    study, amount = load(name), _price(price)
+    print(pages(study, chosen_rates(device or None, study), amount, to_run(study)))
 
 
 def _price(text: str) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from driftbook.batch import gpus, keys, leases, shards
 from driftbook.batch.plan import read_mark
 from driftbook.batch.watching import Outlook, Part, parts, progress_words, read_plan, time_left
+from driftbook.study.commands import command
 from driftbook.study.study_file import Study, load, study_digest
 
 MOST_NAMED = 10  # failures that are named
@@ -21,9 +22,9 @@ def status_lines(study: Study, name: str) -> list[str]:
     """The lines of `make status STUDY=name`."""
     dealt = shards.read_shards(study)
     if dealt is None:
-        return [f"{study.name}: not begun; {command(name)} begins it"]
+        return [f"{study.name}: not begun; {as_run(name)} begins it"]
     if dealt.study != study_digest(study):
-        return [f"{study.name} was edited since it was planned; {command(name)} does what changed"]
+        return [f"{study.name} was edited since it was planned; {as_run(name)} does what changed"]
     found = parts(study, dealt, 0.0)
     working = {part.job: how for part in found if (how := _holder(study, part))}
     left = [part for part in found if part.done < part.total]
@@ -46,7 +47,7 @@ def status_lines(study: Study, name: str) -> list[str]:
         lines.append("to do: " + ", ".join(f"{stage} {n}" for stage, n in waiting.items()))
     if left and not working:
         runs = is_held(study)
-        lines.append("make study runs" if runs else f"nothing runs; {command(name)} goes on")
+        lines.append("make study runs" if runs else f"nothing runs; {as_run(name)} goes on")
     elif not left:
         lines.append(f"report: {study.folder / 'report.html'}")
     return lines
@@ -101,10 +102,10 @@ def _failed_variants(study: Study) -> Iterator[str]:
 
 def _stopped(study: Study, name: str) -> Iterator[str]:
     for trace in sorted(study.folder.glob("notebooks/*.error.txt")):
-        yield f"stopped: {trace.read_text(encoding='utf-8').strip()}; {command(name)} tries again"
+        yield f"stopped: {trace.read_text(encoding='utf-8').strip()}; {as_run(name)} tries again"
 
 
-def command(name: str) -> str:
+def as_run(name: str) -> str:
     """The command that runs a study, by the name or file that it was called by."""
     return f"make study STUDY={shlex.quote(name)}"
 
@@ -113,14 +114,10 @@ def _after(before: str, text: str) -> str:
     return before + text if text else ""
 
 
-def main(name: str) -> int:
-    """Print the status of a study; 2 where its file is wrong."""
-    try:
-        print("\n".join(status_lines(load(name), name)))
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 2
-    return 0
+@command(wrong=2)
+def main(name: str) -> None:
+    """Print the status of a study."""
+    print("\n".join(status_lines(load(name), name)))
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
                 write_mark(Path(mark), made_of, names())
     except (NotebookError, ValueError) as error:
         if isinstance(error, KernelDied) and "variants" in made_of:
-            for run_id in made_of["variants"]:
+            for run_id, planned in made_of["variants"].items():
                 folder = Path(key).absolute().parents[3] / "runs" / run_id
-                leases.record_death(folder, made_of["settings"]["stage"])
+                leases.record_death(folder, made_of["settings"]["stage"], planned)
         trace.write_text(f"{error}\n")
         print(error, file=sys.stderr)
         return 1

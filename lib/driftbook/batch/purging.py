@@ -8,6 +8,7 @@ from pathlib import Path
 
 from driftbook.batch import cache, keys
 from driftbook.batch.make_study import alone
+from driftbook.study.commands import command
 from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
@@ -68,14 +69,10 @@ def _audit(name: str) -> Path | None:
     return known.get(os.path.normpath(ROOT / name))
 
 
-def main(name: str) -> int:
-    """Purge a study, or the folder of an audit, and say how much went; 2 where that cannot be."""
-    try:
-        print(_purged(audit) if (audit := _audit(name)) else purge(load(name)), "files deleted")
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 2
-    return 0
+@command(wrong=2)
+def main(name: str) -> None:
+    """Purge a study, or the folder of an audit, and say how much went."""
+    print(_purged(audit) if (audit := _audit(name)) else purge(load(name)), "files deleted")
 
 
 if __name__ == "__main__":

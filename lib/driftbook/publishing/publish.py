@@ -9,6 +9,7 @@ from pathlib import Path
 
 from driftbook.publishing import licences
 from driftbook.stats import estimation
+from driftbook.study.commands import command
 from driftbook.study.consistency import REREAD
 from driftbook.study.files import OUTPUTS, ROOT, read_json, replacing_folder, write_json
 from driftbook.study.nameless import nameless
@@ -135,19 +136,15 @@ def made(name: str) -> tuple[Path, str, Study | None]:
     return this.folder, this.note, this
 
 
-def main(name: str) -> int:
-    """Publish a study; 1 where it cannot be."""
-    try:
-        folder, note, study = made(name)
-        written = publish(folder, OUTPUTS / "published" / folder.name, note, study=study)
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 1
+@command(wrong=1)
+def main(name: str) -> None:
+    """Publish a study."""
+    folder, note, study = made(name)
+    written = publish(folder, OUTPUTS / "published" / folder.name, note, study=study)
     print(
         f"{len(written)} files, {sum(path.stat().st_size for path in written) / 1e6:.1f} MB, in"
         f" {OUTPUTS / 'published' / folder.name}"
     )
-    return 0
 
 
 if __name__ == "__main__":

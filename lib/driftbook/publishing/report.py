@@ -50,6 +50,7 @@ from driftbook.stats.terms import (
     UNTRAINED,
 )
 from driftbook.study import environment, preregistration
+from driftbook.study.commands import command
 from driftbook.study.files import read_json, replacing
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.nameless import nameless
@@ -560,20 +561,16 @@ def _caption(path: Path) -> str:
     return plain_caption(path.read_text(encoding="utf-8").strip()) if path.is_file() else ""
 
 
-def main(study: str, key: str = "", mark: str = "") -> int:
+@command(wrong=1)
+def main(study: str, key: str = "", mark: str = "") -> None:
     """Write a study's report; as a job of the batch also its mark, with the key that it had at its
-    start. 1 where it cannot be written.
+    start.
     """
-    try:
-        made_of = read_json(Path(key)) if key else {}
-        with notebooks.recorded() as names:
-            print(write(load(study)))
-            if mark:
-                notebooks.write_mark(Path(mark), made_of, names())
-    except ValueError as error:
-        print(f"driftbook: {error}", file=sys.stderr)
-        return 1
-    return 0
+    made_of = read_json(Path(key)) if key else {}
+    with notebooks.recorded() as names:
+        print(write(load(study)))
+        if mark:
+            notebooks.write_mark(Path(mark), made_of, names())
 
 
 if __name__ == "__main__":
