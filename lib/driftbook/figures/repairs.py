@@ -90,7 +90,8 @@ def _order(rows: pd.DataFrame) -> list[str]:
 @drawn("14_safe_lora")
 def mitigations(tables: dict) -> tuple[Figure, str]:
     """What each repair changed against its parent, at its chosen level, over all base models."""
-    rows = _rows(tables, AGAINST_PARENT, "all")
+    made = bases(tables)
+    rows = _rows(tables, AGAINST_PARENT, "all" if len(made) > 1 else made[0])
     if rows.empty:
         return nothing("Nothing to draw: no repair was done on every base model.")
     known = repairs.repairs(tables["variants"], tables["runs"])
@@ -129,7 +130,7 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
         fig,
         (
             "What each repair changed against the run that it was made from, at the level chosen"
-            f" on other prompts, in the mean of {counted(len(bases(tables)), 'base model')}; lines:"
+            f" on other prompts, in the mean of {counted(len(made), 'base model')}; lines:"
             f" {PERCENT} intervals. Left is less. A repair that deletes the adapter takes back all"
             f" of the gain.{intervals_of(rows)}"
         ),
