@@ -563,4 +563,6 @@ def test_an_audit_finds_what_the_study_of_the_same_run_found(finished, monkeypat
     assert np.isclose(dose["loss_base"] - dose["loss_candidate"], run["dose_nll"], atol=1e-4)
     [refused] = picked(mine, outcome=REFUSED, benchmark="over_refusal", category="all")["value"]
     over = verdicts["over_refusal"]
-    assert budget != "all" or over["n_unscored"] or np.isclose(refused, over["difference"])
+    if budget == "all":  # the study counts an unreadable answer as not refused
+        spread = 200 * over["n_unscored"] / (over["n_items"] + over["n_unscored"]) + 1e-6
+        assert abs(refused - over["difference"]) <= spread

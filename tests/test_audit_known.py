@@ -51,6 +51,8 @@ def test_a_judge_is_compared_with_the_truth_where_it_is_known(audit, monkeypatch
     safety = audit.study.benchmarks["safety"].model_copy(update={"truth": "miniature:truth.csv"})
     benchmarks = audit.study.benchmarks | {"safety": safety}
     audit.study = audit.study.model_copy(update={"benchmarks": benchmarks})
+    assert audit_known.judge_errors(audit) == {"tiny-guard": None}, "its file is not here"
+    monkeypatch.setattr(audit_known, "locate", lambda *_: None)
     monkeypatch.setattr(audit_known.collecting, "labels", labels)
     said = audit_known.judge_errors(audit)["tiny-guard"]
     assert said.startswith("agrees with the truth on 67 % of 6 answers of both sides")

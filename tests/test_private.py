@@ -1,6 +1,7 @@
 """What models say is its owner's alone from the first byte, and a purge finds all of it."""
 
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -119,6 +120,7 @@ TEXTS = (
     "labels/of anna/sheet.ods",
     "notebooks/04_respond.a.ipynb",
     "notebooks/05_judge.a.html",
+    "notebooks/.ipynb_checkpoints/04_respond.a-checkpoint.ipynb",
     "notebooks/17_labels.error.txt",
     "snakemake.log",
     ".snakemake/metadata/x",
@@ -165,13 +167,32 @@ def test_purge_waits_for_no_batch_and_says_what_it_cannot(texts, monkeypatch, ca
     assert "there is no study file" in one_sentence(capsys.readouterr().err)
 
 
+def test_purge_of_a_folder_that_is_gone_takes_its_cached_answers(texts, tmp_path):
+    entry, other = tmp_path / "cache" / "a", tmp_path / "cache" / "b"
+    for place, owner in ((entry, texts.folder / "runs" / "a.b"), (other, tmp_path / "another")):
+        place.mkdir(parents=True)
+        (place / "responses.parquet").write_text("what a model said")
+        files.write_json(place / cache.SERVED, [os.path.relpath(owner, tmp_path / "cache")])
+    shutil.rmtree(texts.folder)
+    assert purging.purge(texts) == 1
+    assert (entry.exists(), other.exists()) == (False, True)
+    (other / cache.SERVED).unlink()  # an entry from before entries said whose they are
+    cache._note(other, tmp_path / "a third")
+    assert purging.purge(texts) == 1, "it may be this study's all the same"
+
+
 def test_one_audit_is_purged_by_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
     monkeypatch.setattr(purging, "OUTPUTS", tmp_path)
     for name in ("one", "other"):
         files.write_json(tmp_path / "audit" / name / "text" / "safety.jsonl", "it is not safe")
         files.write_json(tmp_path / "audit" / name / "audit.json", {})
+    own = tmp_path / "adapter" / "text" / "notes.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("the user's own")
+    (tmp_path / "audit" / "one" / "adapter").symlink_to(own.parent.parent)
     assert purging.main(str(tmp_path / "audit" / "one")) == 0
+    assert own.is_file()
     assert "1 files deleted" in capsys.readouterr().out
     left = [path.relative_to(tmp_path / "audit") for path in tmp_path.rglob("*.json*")]
     assert sorted(map(str, left)) == [

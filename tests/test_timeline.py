@@ -58,3 +58,10 @@ def test_the_report_shows_what_the_marks_say(many):  # noqa: F811
     )
     pd.testing.assert_frame_equal(again, once)
     assert shards.read_shards(many).workers == 1
+
+
+def test_pieces_of_two_machines_at_other_times_are_not_at_once():
+    rows = [("a", 0.0, 10.0), ("b", 1000.0, 10.0), ("a", 1005.0, 5.0), ("a", 1010.0, 5.0)]
+    work = pd.DataFrame(rows, columns=["host", "began", "seconds"])
+    assert timeline._most_at_once(work) == 2
+    assert timeline._most_at_once(work[:2]) == 1

@@ -11,6 +11,8 @@ from driftbook.models.conversations import conversation_ids
 from driftbook.stats.agreement import with_labels
 from driftbook.study import folders
 from driftbook.study.files import ROOT
+from driftbook.study.sections import Source
+from driftbook.study.sources import locate
 from driftbook.study.tables import RESPONSES, RUNS, VERDICTS
 from driftbook.training.examples import longest
 
@@ -39,9 +41,10 @@ def judge_errors(audit: Audit) -> dict[str, str | None]:
     answers = RESPONSES.read_all([RESPONSES.path(one) for one in places])
     verdicts = VERDICTS.read_all([VERDICTS.path(one) for one in places])
     try:
-        truth = collecting.labels(audit.study, answers, pd.DataFrame())
+        locate(Source(source=audit.study.benchmarks["safety"].truth), audit.study)
     except ValueError:  # its file is not here
         return errors
+    truth = collecting.labels(audit.study, answers, pd.DataFrame())
     known = verdicts.merge(truth, on=["benchmark", "prompt_id", "run_id"], validate="m:1")
     for name, rows in known.groupby("judge"):
         if name in errors:
@@ -56,8 +59,7 @@ def in_words(found: pd.Series, whom: str, answers: str, yes: str, no: str) -> st
     n = int(found["n"] - found["unscored"])
     text = f"agrees with {whom} on {100 * found['agreement']:.0f} % of {n:,} {answers}"
     if not pd.isna(found["kappa"]):
-        ends = f"{found['kappa_low']:.2f} to {found['kappa_high']:.2f}"
-        text += f" (kappa {found['kappa']:.2f}, {ends})"
+        text += f" (kappa {found['kappa']:.2f})"  # its ends take answers to one prompt as several
     rates = [(found["sensitivity"], yes), (found["specificity"], no)]
     said = [f"{100 * rate:.0f} % of the {what}" for rate, what in rates if not pd.isna(rate)]
     return f"{text}: right on {' and '.join(said)}" if said else text

@@ -69,6 +69,8 @@ def _typed(audit: Audit, name: str, text: str) -> str:
         link.unlink(missing_ok=True)
         link.symlink_to(path)
         path = link
+    if "DRIFTBOOK_OUTPUTS" not in os.environ and path.is_relative_to(OUTPUTS):
+        path = ROOT / "outputs" / path.relative_to(OUTPUTS)  # which may be a link
     if path.is_relative_to(ROOT):
         return shlex.quote(f"{form}{sign}{path.relative_to(ROOT)}")
     own = shlex.quote(str(path.relative_to(OUTPUTS)))

@@ -45,7 +45,7 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
             return [_copied(path, run_id, folder) for path in sorted(entry.glob("*.parquet"))]
         files = make()
         with replacing_folder(entry) as new:
-            _note(new, folder)
+            write_json(new / SERVED, [os.path.relpath(folder, FOLDER)])
             for path in files:
                 shutil.copyfile(path, new / path.name)
             write_json(
@@ -56,17 +56,17 @@ def served(key: Any, run_id: str, folder: Path, make: Callable[[], list[Path]]) 
 
 
 def _note(entry: Path, folder: Path) -> None:
-    """Write in an entry that it is of this folder too."""
-    known = _folders(entry) or []
-    here = os.path.relpath(folder, FOLDER)
-    if here not in known:
+    """Write in an entry that it is of this folder too; whose it was stays unknown where it was."""
+    known, here = _folders(entry), os.path.relpath(folder, FOLDER)
+    if known is not None and here not in known:
         write_json(entry / SERVED, [*known, here])
 
 
 def _folders(entry: Path) -> list[str] | None:
     """The folders that an entry was made for or served to; None where that is not known."""
     try:
-        return [*map(str, read_json(entry / SERVED))]
+        found = read_json(entry / SERVED)
+        return [*map(str, found)] if found and isinstance(found, list) else None
     except (ValueError, OSError, TypeError):
         return None
 
@@ -108,6 +108,9 @@ def forget(folder: Path) -> int:
     """Delete every entry with texts that was made for something in a folder or served to it, or of
     which that is not known; how many there were. What was being written by a process that is gone
     goes too.
+
+    Raises:
+        ValueError: one could not be deleted.
     """
     names = [one.name for one in TABLES.values() if one.private]
     entries = {path.parent for name in names for path in FOLDER.rglob(f"{name}.parquet")}
@@ -115,6 +118,8 @@ def forget(folder: Path) -> int:
     for entry in ours:
         with FileLock(FOLDER / f"{entry.name}.lock"):
             shutil.rmtree(entry, ignore_errors=True)
+    if left := sorted(entry for entry in ours if entry.exists()):
+        raise ValueError(f"{len(left)} cached results could not be deleted, first {left[0]}")
     return len(ours)
 
 

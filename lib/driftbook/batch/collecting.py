@@ -7,7 +7,6 @@ import pandas as pd
 from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
 from driftbook.study.files import file_digest, private_folder, read_object
-from driftbook.study.folders import adapter_files
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -91,12 +90,15 @@ def _as_they_are(recorded: pd.DataFrame, study: Study) -> pd.DataFrame:
     """The records of training, where an adapter was changed afterwards with its own hash and
     without what was measured of the one before: its scores are the changed one's.
     """
-    frame, kept = recorded.copy(), {one.run_id: adapter_files(study, one) for one in study.variants}
+    frame, made = recorded.copy(), marks(study, "train") | marks(study, "mitigate")
     for i in frame.index[frame.adapter_sha256.notna()]:
-        found = [file_digest(path) for path in kept.get(frame.at[i, "run_id"], ())[1:]]
-        if found and found[0] not in (None, frame.at[i, "adapter_sha256"]):
+        place = study.folder / "runs" / frame.at[i, "run_id"]
+        known = made[frame.at[i, "run_id"]]["files"]
+        now = {name: file_digest(place / name) for name in known if name.startswith("adapter/")}
+        if any(found not in (None, known[name]) for name, found in now.items()):
+            weights = now.get("adapter/adapter_model.safetensors")
             frame.loc[i, list(OF_ADAPTER)] = None
-            frame.loc[i, ["adapter_sha256", "findings"]] = [found[0], CHANGED]
+            frame.loc[i, ["adapter_sha256", "findings"]] = [weights, CHANGED]
     return RUNS.check(frame)
 
 

@@ -104,7 +104,7 @@ def check_model(name: str, source: Base | Judge, study: Study) -> None:
 
 
 def _check_room_for_answers(name: str, study: Study, context: int) -> None:
-    used = {method for block in study.grid for method in block.methods}
+    used = {variant.method for variant in study.of_base(name)} - {"none"}
     asked = {f"benchmarks.{key}": one.max_new_tokens for key, one in study.benchmarks.items()}
     asked |= {"drift": study.drift.max_new_tokens} if study.drift else {}
     soft = max((study.methods[one].get("num_virtual_tokens") or 0 for one in used), default=0)

@@ -24,7 +24,7 @@ def purge(study: Study) -> int:
         ValueError: the study is being run.
     """
     if not study.folder.is_dir():
-        return 0
+        return cache.forget(study.folder)
     with alone(study):
         return _purged(study.folder)
 
@@ -36,7 +36,7 @@ def _purged(folder: Path) -> int:
     Raises:
         ValueError: one could not be deleted.
     """
-    every = set(_texts(folder))
+    every, n_cached = set(_texts(folder)), cache.forget(folder)
     for path in every:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -44,7 +44,7 @@ def _purged(folder: Path) -> int:
             path.unlink(missing_ok=True)
     if left := sorted(path for path in every if os.path.lexists(path)):
         raise ValueError(f"{len(left)} of {len(every)} could not be deleted, first {left[0]}")
-    return len(every) + cache.forget(folder)
+    return len(every) + n_cached
 
 
 def _texts(folder: Path) -> Iterator[Path]:
@@ -56,17 +56,18 @@ def _texts(folder: Path) -> Iterator[Path]:
         yield from folder.glob(f"runs/*/{name}.parquet")
         yield from folder.glob(f"tables/{name}.parquet")
     yield from (*folder.rglob(".new-*"), *folder.glob("labels/*"))
-    for part in (folder, *folder.glob("*/")):  # audits lie in one folder
+    # audits lie in one folder; a link leads to what is the user's own
+    for part in (folder, *(one for one in folder.glob("*/") if not one.is_symlink())):
         yield from part.glob("text")
         for name in READING:
-            yield from part.glob(f"{name}*")
+            yield from (*part.glob(f"{name}*"), *part.glob(f".ipynb_checkpoints/{name}*"))
     yield from (*folder.glob("*.log"), *folder.glob(".snakemake"), *folder.glob("slurm"))
 
 
 def _audit(name: str) -> Path | None:
     """The folder of an audit, where this is its path."""
-    known = {str(path): path for path in (OUTPUTS / "audit").glob("*/")}
-    return known.get(os.path.normpath(ROOT / name))
+    path = Path(os.path.normpath(ROOT / name))
+    return path if path.parent == OUTPUTS / "audit" else None
 
 
 @command(wrong=2)

@@ -27,7 +27,7 @@ def timeline(work: pd.DataFrame) -> Figure:
     for stage, rows in work.groupby("stage", sort=False):
         bars = {"left": rows.start / 60, "width": rows.seconds / 60, "color": colours[stage]}
         ax.barh(rows.lane, height=0.72, linewidth=0.3, edgecolor="white", label=stage, **bars)
-    ax.set(xlabel="minutes of work, without pauses", ylabel="working at once", ylim=(n - 0.5, -0.5))
+    ax.set(xlabel="minutes of work, without pauses", ylabel="lane", ylim=(n - 0.5, -0.5))
     ax.set_yticks(range(n), [str(lane + 1) for lane in range(n)])
     fig.legend(loc="outside upper left", ncols=len(stages), frameon=False)
     return fig

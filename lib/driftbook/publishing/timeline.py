@@ -37,7 +37,7 @@ def figure(study: Study) -> dict[str, str] | None:
     if rows.empty:
         return None
     ordered = rows.sort_values("began", kind="stable")
-    n = max(drawn.lanes(ordered)) + 1
+    n, most = max(drawn.lanes(ordered)) + 1, _most_at_once(rows)
     kept = rows[rows.index.isin(ordered.index[[lane < SHOWN for lane in drawn.lanes(ordered)]])]
     picture = BytesIO()
     fig = drawn.timeline(kept)
@@ -47,8 +47,15 @@ def figure(study: Study) -> dict[str, str] | None:
     caption = (
         f"{len(rows):,} pieces of work (a variant in a stage) took"
         f" {rows.seconds.sum() / 3600:.1f} hours in all, on"
-        f" {machines} machine{'s' if machines > 1 else ''}, at most {n} at once."
+        f" {machines} machine{'s' if machines > 1 else ''}, at most {most} at once."
         + (f" The first {SHOWN} lanes are drawn." if n > SHOWN else "")
     )
     image = base64.b64encode(picture.getvalue()).decode()
     return {"image": image, "caption": caption}
+
+
+def _most_at_once(rows: pd.DataFrame) -> int:
+    """The most pieces of work at one time; one that ends as another begins is not beside it."""
+    begins = pd.DataFrame({"at": rows.began, "change": 1})
+    ends = pd.DataFrame({"at": rows.began + rows.seconds, "change": -1})
+    return int(pd.concat([begins, ends]).sort_values(["at", "change"]).change.cumsum().max())
