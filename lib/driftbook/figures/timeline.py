@@ -9,6 +9,7 @@ from driftbook.figures import drawing
 
 PAUSE = 120.0  # seconds without any work that are left out, as between two runs of make study
 ROW = 0.3  # inches
+OUTLINED = 60  # bars of a lane
 
 
 def timeline(work: pd.DataFrame) -> Figure:
@@ -23,10 +24,12 @@ def timeline(work: pd.DataFrame) -> Figure:
     stages = list(dict.fromkeys(work.stage))
     colours = dict(zip(stages, sns.color_palette("colorblind", len(stages)), strict=True))
     n = work.lane.nunique()
+    # Of thin bars only the outline would be seen.
+    outline = 0.3 if len(work) < OUTLINED * n else 0.0
     fig, ax = plt.subplots(figsize=(8, 1.1 + ROW * n))
     for stage, rows in work.groupby("stage", sort=False):
         bars = {"left": rows.start / 60, "width": rows.seconds / 60, "color": colours[stage]}
-        ax.barh(rows.lane, height=0.72, linewidth=0.3, edgecolor="white", label=stage, **bars)
+        ax.barh(rows.lane, height=0.72, linewidth=outline, edgecolor="white", label=stage, **bars)
     ax.set(xlabel="minutes of work, without pauses", ylabel="lane", ylim=(n - 0.5, -0.5))
     ax.set_yticks(range(n), [str(lane + 1) for lane in range(n)])
     fig.legend(loc="outside upper left", ncols=len(stages), frameon=False)

@@ -46,12 +46,16 @@ def figure(study: Study) -> dict[str, str] | None:
     machines = rows.host.nunique()
     caption = (
         f"{len(rows):,} pieces of work (a variant in a stage) took"
-        f" {rows.seconds.sum() / 3600:.1f} hours in all, on"
+        f" {_duration(rows.seconds.sum())} in all, on"
         f" {machines} machine{'s' if machines > 1 else ''}, at most {most} at once."
         + (f" The first {SHOWN} lanes are drawn." if n > SHOWN else "")
     )
     image = base64.b64encode(picture.getvalue()).decode()
     return {"image": image, "caption": caption}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 7200 else f"{seconds / 60:.0f} minutes"
 
 
 def _most_at_once(rows: pd.DataFrame) -> int:
