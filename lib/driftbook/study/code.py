@@ -175,7 +175,9 @@ def source(module: str) -> ModuleCode:
         for name in _bound(node):
             parts.setdefault(name, []).append(node)
     defined = (node for node in tree.body if isinstance(node, DEFINED))
-    registered = {node.name for node in defined if _decorators(node) & set(imports)}
+    # the package `study` has no decorator that registers a function
+    registering = {name for name, what in imports.items() if not what.startswith(VOCABULARY)}
+    registered = {node.name for node in defined if _decorators(node) & registering}
     by_text = {ACTS: {name: name for name in registered}}
     for name, entries in _tables(tree.body):
         parts |= {f"{name}[]": []} | {f"{name}[{key}]": [node] for key, node in entries.items()}
