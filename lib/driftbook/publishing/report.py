@@ -14,6 +14,7 @@ from driftbook.batch import notebooks
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, plain_caption, short_name, unit_of
 from driftbook.publishing import publish, timeline
+from driftbook.publishing.guidance import guidance
 from driftbook.publishing.page_parts import rendered
 from driftbook.publishing.pages import notebook_pages
 from driftbook.publishing.story import (
@@ -364,6 +365,7 @@ def write(study: Study) -> Path:
         checked=checked(study),
         summary=shown,
         compared=BASE in shown,
+        guidance=guidance(tables["estimates"], told(tables["estimates"])),
         figures=drawn,
         undrawn=undrawn,
         overview=overview(tables["variants"], tables["runs"]),
