@@ -41,7 +41,7 @@ class Cluster(Part):
 
     @property
     def memory(self) -> float:
-        """Bytes of memory that a job's device has; without a GPU nothing is known before."""
+        """Bytes of memory that a job's GPU has; 0 where models run on cores."""
         return self.gpu_memory * 1e9
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from driftbook.batch import cluster, gpus, plan
+from driftbook.batch import cluster, gpus, plan, sizes
 from driftbook.batch.leases import began, clear_finished, living, own_words
 from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read_shards
@@ -334,6 +334,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
+        if memory := asked.memory if asked else gpus.memory():
+            sizes.check_fits(checked, memory)
         open_files()
         with alone(checked):
             clear_unfinished(checked.folder)
