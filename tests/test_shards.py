@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook.batch import jobs, keys, notebooks, plan, schedule, shards
+from driftbook.batch import gpus, jobs, keys, make_plan, notebooks, plan, rates, schedule, shards
+from driftbook.batch.cluster import Cluster
 from driftbook.batch.rates import USUAL
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import PLANNED, load, study_digest
@@ -103,6 +104,24 @@ def test_another_number_of_shards_does_nothing_again(many):
         assert len(list((many.folder / "keys" / "train").rglob("*.json"))) == workers
         assert not any(job.startswith("train/") for job in plan.due(many, dealt))
     assert finish(many, "train") == []
+
+
+def test_a_plan_for_a_cluster_is_dealt_and_counted_for_it(many, monkeypatch):
+    asked = Cluster(partition="gpu", jobs=6, gpu_memory=80, hours=1)
+    monkeypatch.setattr(gpus, "at_once", lambda: 2)
+    assert make_plan.to_run(many).startswith("prepare 2, train 2,")
+    assert make_plan.to_run(many, asked).startswith("prepare 2, train 6,")
+    said = make_plan._hours(many, USUAL, None, asked)[-1]
+    assert "on the cluster, 6 jobs at a time" in said
+    plan.write(many, 6)
+    with monkeypatch.context() as on_a_node:
+        on_a_node.setattr(keys, "device", lambda: "cuda")
+        finish(many, "train")
+    assert make_plan.finished(many)["train"] == 0, "this login node has no GPU"
+    assert make_plan.finished(many, asked.device)["train"] == len(many.variants)
+    monkeypatch.setattr(rates, "here", lambda _: "this machine's")
+    assert schedule.known_rates(many, None) == "this machine's"
+    assert schedule.known_rates(many, asked).name == rates.PUBLISHED_GPU
 
 
 def test_a_finished_variant_is_kept_where_others_of_its_shard_are_due(many):

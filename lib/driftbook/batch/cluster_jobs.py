@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.batch import costing, rates, schedule, sizes
+from driftbook.batch import costing, schedule, sizes
 from driftbook.batch.cluster import Cluster
 from driftbook.batch.shards import Shards
 from driftbook.study.study_file import Study
@@ -22,7 +22,7 @@ def requests(cluster: Cluster, study: Study, shards: Shards) -> dict[str, dict[s
     the plugin ask for no task a GPU.
     """
     on_cpu = not cluster.gpu_memory
-    known = rates.here(study) or rates.USUAL if on_cpu else rates.published_rates()
+    known = schedule.known_rates(study, cluster)
     place = {
         "slurm_partition": cluster.partition,
         "slurm_account": cluster.account,

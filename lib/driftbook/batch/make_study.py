@@ -226,13 +226,14 @@ def _named() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _planned(
-    study_file: Path, path: Path, surroundings: dict[str, str], finished: bool
+    study_file: Path, path: Path, profile: str, surroundings: dict[str, str], finished: bool
 ) -> Iterator[Path]:
     """The file in which the plan of the time left will be, made in a process of its own: it reads
     the study's texts and tokenizers, which takes seconds.
     """
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "driftbook.batch.schedule", str(study_file), str(path)]
+    words = [str(study_file), str(path), profile]
+    command = [sys.executable, "-m", "driftbook.batch.schedule", *words]
     quiet = {"env": surroundings, "cwd": ROOT, "stdout": subprocess.DEVNULL}
     process = None if finished else subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
     try:
@@ -291,7 +292,9 @@ def _run_batch(
     with (
         warm_kernels(here, log_of_forks, finished or asked is not None) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
-        _planned(study_file, study.folder / "plan.json", surroundings, finished) as planned,
+        _planned(
+            study_file, study.folder / "plan.json", profile, surroundings, finished
+        ) as planned,
     ):
         process = subprocess.Popen(
             snakemake(study_file, profile, targets, more),
@@ -328,9 +331,6 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         for what, one in named.items():
             check_path(one, what)
         checked = load(path)
-        known = sorted(path.name for path in (ROOT / "profiles").iterdir())
-        if profile not in known and not (os.path.isabs(profile) and Path(profile).is_dir()):
-            raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(known)}")
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
