@@ -20,11 +20,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from driftbook.batch import cluster, gpus, plan, sizes
-from driftbook.batch.leases import began, clear_finished, living, own_words
+from driftbook.batch.leases import JOBS, Watch, began, clear_dead, living, own_words
 from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read_shards
 from driftbook.batch.warm import DRIVER
-from driftbook.batch.watching import display, parts
+from driftbook.batch.watching import Part, clock_of, display, parts
 from driftbook.study.files import (
     OUTPUTS,
     ROOT,
@@ -74,17 +74,20 @@ def alone(study: Study) -> Iterator[None]:
             os.ftruncate(lock, 0)
 
 
-def clear_unfinished(folder: Path) -> None:
+def clear_unfinished(folder: Path, watch: Watch | None = None) -> bool:
     """Delete what a killed batch was writing; whole files have other names. What a job of a lost
-    driver may still be writing on another machine stays.
+    driver may still be writing on another machine stays: the run that it works on, and beside the
+    runs everything while any job lives. Whether any does, as far as `watch` saw of it.
     """
-    leased = {lease.parent for lease in folder.glob("runs/*/.lease.*")}
-    alive = {one for one in leased if living(one)}
+    places = (*folder.glob("runs/*/.lease.*"), *folder.glob(f"{JOBS}/.lease.*"))
+    leased = {lease.parent for lease in places}
+    alive = {one for one in leased if living(one, watch)}
     for one in leased - alive:
-        clear_finished(one)
+        clear_dead(one)
     for path in _half_written(folder / "runs" if alive else folder):
         if alive.isdisjoint(path.parents):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+    return bool(alive)
 
 
 def _half_written(folder: Path) -> list[Path]:
@@ -283,8 +286,13 @@ def _run_batch(
     """Run the planned batch with a live display; Snakemake's exit status. Its own words go to
     snakemake.log in the study's folder.
     """
-    started, parent, shards = time.time(), os.getppid(), read_shards(study)
-    finished = all(part.done == part.total for part in parts(study, shards, started))
+    clock, parent, shards = clock_of(study.folder), os.getppid(), read_shards(study)
+    started = clock()
+
+    def now() -> tuple[list[Part], float]:
+        return parts(study, shards, started, clock()), clock() - started
+
+    finished = all(part.done == part.total for part in now()[0])
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
     more, here = _place(study, study_file, asked, shards)
@@ -308,13 +316,13 @@ def _run_batch(
         try:
             with display(study, planned, shards.workers) as show:
                 while process.poll() is None:
-                    show(parts(study, shards, started), started)
+                    show(*now())
                     if (
                         os.getppid() != parent
                     ):  # make was killed: end everything that was started for it
                         raise KeyboardInterrupt
                     time.sleep(0.5)
-                show(parts(study, shards, started), started)
+                show(*now())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -338,7 +346,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
             sizes.check_fits(checked, memory)
         open_files()
         with alone(checked):
-            clear_unfinished(checked.folder)
+            watch = Watch()
+            others = clear_unfinished(checked.folder, watch)
             if asked:  # a lost driver's jobs: what they finished is kept
                 cluster.cancel(checked)
             workers, memory = (asked.jobs, asked.memory) if asked else (gpus.at_once(), None)
@@ -346,6 +355,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
                 print(again, flush=True)
             started = time.time()
             status = _run_batch(checked, path, profile, asked, targets)
+            if others:  # by now it shows which of them were dead
+                clear_unfinished(checked.folder, watch)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2
