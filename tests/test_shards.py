@@ -2,14 +2,27 @@
 
 import copy
 import os
+from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook.batch import gpus, jobs, keys, make_plan, notebooks, plan, rates, schedule, shards
+from driftbook.batch import (
+    costing,
+    gpus,
+    jobs,
+    keys,
+    make_plan,
+    notebooks,
+    plan,
+    rates,
+    schedule,
+    shards,
+)
 from driftbook.batch.cluster import Cluster
 from driftbook.batch.rates import USUAL
 from driftbook.study.files import read_json, write_json
@@ -53,6 +66,31 @@ def test_no_deal_keeps_a_worker_waiting_for_long(costs, workers):
     counts = shards._counts(costs, workers, START)
     ideal = (sum(costs) + START * sum(counts)) / workers
     assert shards._finish(costs, counts, workers, START) <= 1.25 * ideal + 2 * START
+
+
+@pytest.mark.parametrize(("error", "least"), [(0.0, 0.95), (0.1, 0.85)])
+def test_eight_workers_spend_their_time_in_variants(monkeypatch, error, least):
+    """The jobs of `quick`, an hour for eight workers of a CPU, played: what each waits for, the
+    start of each, and seconds that are not as planned by 10 % (a standard deviation).
+    """
+    study, workers = load("quick"), 8
+    rows = costing.seconds(study, USUAL)
+    hour = 3600 * workers / rows.seconds.sum()
+    monkeypatch.setattr(costing, "seconds", lambda *_: rows.assign(seconds=rows.seconds * hour))
+    planned = schedule.jobs(study, USUAL, shards.dealt(study, workers, keep=False))
+    for rng in map(np.random.default_rng, range(10)):
+        took = {
+            name: replace(
+                job,
+                pieces={
+                    run_id: replace(piece, seconds=piece.seconds * rng.lognormal(0, error))
+                    for run_id, piece in job.pieces.items()
+                },
+            )
+            for name, job in planned.items()
+        }
+        worked = sum(job.seconds - job.overhead for job in took.values())
+        assert worked / (workers * schedule.finish(took, workers)) >= least
 
 
 @pytest.fixture
