@@ -42,14 +42,19 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
+def alone(study: Study) -> contextlib.AbstractContextManager[None]:
+    """Holds the study, so that no second batch works on it at the same time; see `held`."""
+    return held(study.folder, f"the study {study.name} is being run by another make study")
+
+
 @contextlib.contextmanager
-def alone(study: Study) -> Iterator[None]:
-    """Holds the study, so that no second batch works on it at the same time.
+def held(folder: Path, busy: str) -> Iterator[None]:
+    """Holds the folder of a study or an audit.
 
     Raises:
-        ValueError: another batch holds it, or its lock is a link to another file.
+        ValueError: another process holds it, as `busy` says, or its lock is a link to another file.
     """
-    path = private_folder(study.folder) / ".lock"
+    path = private_folder(folder) / ".lock"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -58,9 +63,7 @@ def alone(study: Study) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"the study {study.name} is being run by another make study; wait for it or stop it"
-            ) from None
+            raise ValueError(f"{busy}; wait for it or stop it") from None
         except OSError as error:
             raise ValueError(
                 f"cannot lock {path} ({error.strerror}); put the outputs on a file system with"
