@@ -58,8 +58,8 @@ repair: $(READY) ## a repaired copy of an adapter, audited before and after; ADA
 status: $(READY) ## how far a study is, while it runs or after; STUDY=...
 	@$(PY) -W ignore -m driftbook.batch.make_status "$$STUDY"
 
-plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PRICE=2.5 DEVICE=L40S
-	@$(PY) -W ignore -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE"
+plan: $(READY) ## say what a study needs: variants, hours, money, memory, disk, access; STUDY=... PROFILE=... PRICE=2.5 DEVICE=L40S
+	@$(PY) -W ignore -m driftbook.batch.make_plan "$$STUDY" "$$DEVICE" "$$PRICE" "$$PROFILE"
 
 calibrate: $(READY) ## measure this machine for make plan of a STUDY again (it does so once by itself); under a minute
 	@HF_HUB_OFFLINE=1 $(PY) -W ignore -m driftbook.batch.calibrating "$$STUDY"

@@ -9,13 +9,23 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL, one_sentence
-from driftbook.batch import cluster, cluster_jobs, costing, gpus, keys, rates, schedule, shards
+from driftbook.batch import (
+    cluster,
+    cluster_jobs,
+    costing,
+    gpus,
+    keys,
+    rates,
+    schedule,
+    shards,
+    sizes,
+)
 from driftbook.batch.cluster import Cluster
 from driftbook.study.files import ROOT, digest
 from driftbook.study.study_file import Study
 
 A100 = Cluster(partition="gpu", jobs=8, gpu_memory=80, hours=24, cores=4)
-LARGE = {"family": "llama", "answer_mode": "letters", "source": "no/Such-70B", "revision": "0" * 40}
+LARGE = {"family": "llama", "answer_mode": "letters", "source": "no/Such-30B", "revision": "0" * 40}
 
 
 def _requests(study: Study, asked: Cluster = A100) -> dict:
@@ -84,16 +94,37 @@ def test_every_job_of_the_plan_asks_and_only_models_get_a_gpu(bases):
         assert "slurm_account" not in asked
 
 
-def test_a_large_base_asks_for_several_gpus_on_one_node_and_more_memory(bases):
+def test_a_large_base_asks_for_one_gpu_and_more_memory(bases):
     small = _requests(Study(**SMALL))["train/tiny-llama/0"]
-    study = study_with(LARGE)
+    study = study_with(LARGE | {"dtype": "bfloat16"})
     large = _requests(study)["train/tiny-llama/0"]
-    weights = costing.weight_bytes(study.bases["tiny-llama"], study)
-    assert small["gpu"] == 1
-    assert weights / 80e9 < large["gpu"] <= 2 * weights / 80e9 + 1
-    assert (large["tasks"], large["nodes"]) == (0, 1)
+    weights = sizes.weight_bytes(study.bases["tiny-llama"], study)
+    assert (small["gpu"], large["gpu"], large["tasks"]) == (1, 1, 0)
     assert large["mem_mb"] > weights / 1e6 > small["mem_mb"]
     assert large["runtime"] > small["runtime"]
+
+
+def test_weights_that_one_gpu_cannot_hold_are_refused_before_any_work(bases, slurm, monkeypatch):
+    def refused(base, memory=80e9):
+        try:
+            sizes.check_fits(study_with(LARGE | base), memory)
+        except ValueError as error:
+            return one_sentence(error)
+        return ""
+
+    assert "tiny-llama take 120 GB and one GPU has 80 GB" in refused({})
+    assert not refused({"dtype": "bfloat16"})
+    assert refused({"source": "no/Such-8B"}, memory=20e9)
+    assert not refused({"source": "no/such"}, memory=20e9), "nothing tells its size"
+    judge = {"format": "wildguard", "source": "no/Such-7B", "revision": "0" * 40}
+    two = {"a": judge, "b": judge | {"source": "no/Other-7B"}}
+    with pytest.raises(ValueError, match="the weights of a and b take 56 GB"):
+        sizes.check_fits(Study(**SMALL | {"judges": two, "primary": {}}), 24e9)
+    slurm("nvidia-smi", "81559\n24564")
+    monkeypatch.setenv(gpus.VISIBLE, "0,1")
+    assert gpus.memory() == 24564 * 2**20
+    monkeypatch.setenv(gpus.VISIBLE, "")
+    assert gpus.memory() is None
 
 
 def test_without_gpus_a_job_asks_for_the_memory_of_its_processes(bases):

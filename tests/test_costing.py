@@ -209,7 +209,7 @@ def test_memory_grows_with_the_weights_and_shrinks_with_their_bits(make_study, c
     four = costing.memory(make_study(content))
     assert whole["respond"] - half["respond"] == pytest.approx(8e9 * 2 / 2**30)
     assert half["respond"] - four["respond"] == pytest.approx(
-        8e9 * (2 - costing.WEIGHT_BYTES["nf4"]) / 2**30
+        8e9 * (2 - sizes.WEIGHT_BYTES["nf4"]) / 2**30
     )
 
 

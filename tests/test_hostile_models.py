@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-import signal
+import os
+import re
 import threading
 import time
 
@@ -14,7 +15,7 @@ from conftest import one_sentence
 from driftbook import doctor
 from driftbook.batch import preparing
 from driftbook.models import adapter_forms, adapters, loading
-from driftbook.study.limits import within
+from driftbook.study.limits import tried
 from driftbook.study.sections import Base
 from driftbook.study.study_file import Study
 from small_chat import small_chat
@@ -45,29 +46,76 @@ def test_a_template_that_never_ends_is_refused(chat, monkeypatch, template):
     assert time.time() - started < 10
 
 
-def test_a_limit_is_taken_off_and_holds_in_no_other_thread():
-    before = signal.getsignal(signal.SIGALRM)
+@pytest.mark.parametrize("template", ["{{ 9 ** (9 ** 9) }}", "{{ 'x' * 9 }}" + "{{ (9" * 400])
+def test_a_template_whose_work_is_not_pythons_own_is_refused(chat, monkeypatch, template):
+    """In a thread too: no signal comes between the digits of a number."""
+    model, tokenizer = chat
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    said = []
 
-    def count():
-        with within(0.05, "counting"):
-            while True:
-                with contextlib.suppress(Exception):  # a limit is none
-                    sum(range(1000))
+    def check():
+        try:
+            loading.check_fit("mine", model, tokenizer)
+        except ValueError as error:
+            said.append(one_sentence(error))
 
-    with pytest.raises(ValueError, match="counting takes longer"):
-        count()
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    done = []
-
-    def work():
-        with within(0.05, "counting"):
-            done.append(True)
-
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=check)
+    started = time.time()
     thread.start()
     thread.join()
-    assert done
+    assert "template" in said[0]
+    assert time.time() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("where", "pattern"),
+    [
+        ("pre_tokenizer", r"(a+)+$"),
+        ("pre_tokenizer", r"(\w+\s?)+!$"),
+        ("normalizer", r"(x*x*x*x*x*)*y"),
+    ],
+)
+def test_a_tokenizer_whose_patterns_backtrack_is_refused(
+    chat, tmp_path, monkeypatch, where, pattern
+):
+    model, tokenizer = chat
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    part = {"type": "Split", "behavior": "Isolated", "invert": False}
+    part = part if where == "pre_tokenizer" else {"type": "Replace", "content": "z"}
+    part |= {"pattern": {"Regex": pattern}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {where: part}))
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 1.5)
+    source = Base(source=str(tmp_path), family="llama")
+    started = time.time()
+    with pytest.raises(ValueError, match=r"cannot load mine from .*: reading a text") as error:
+        loading.load(source, "mine", None)
+    one_sentence(error.value)
+    assert time.time() - started < 10
+
+
+def test_work_is_tried_in_a_process_of_its_own():
+    started, made = time.time(), []
+
+    def count():
+        while True:
+            with contextlib.suppress(Exception):  # a limit is none
+                sum(range(1000))
+
+    for work, words in (
+        (count, "counting takes longer than 0.2 s; give another"),
+        (lambda: time.sleep(60), "counting takes longer"),  # of which a machine may be too busy
+        (lambda: os._exit(3), "counting ends its process"),
+        (lambda: bytearray(2**40), "counting fails (MemoryError"),
+        (lambda: int("x"), "invalid literal"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            tried(0.2, "counting", work)
+    tried(0.5, "counting", lambda: made.append(1))
+    assert not made
+    assert time.time() - started < 20
 
 
 SLOW = r"(\w+\.?)+!"

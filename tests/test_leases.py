@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driftbook.batch import leases
+from driftbook.batch import leases, make_study, notebooks
 
 HELD = """
 import sys, time
@@ -112,6 +112,37 @@ def test_a_lease_of_another_machine_expires_by_the_watchers_clock_alone(tmp_path
     with take(tmp_path, watch) as lease:
         assert lease is not None
         assert lease.path.name.endswith(".2")
+
+
+def test_what_a_job_elsewhere_is_writing_stays_until_it_is_known_to_be_dead(tmp_path, clock):
+    """A notebook and a progress file, of which no run's lease says anything."""
+    (tmp_path / "runs" / "a" / ".new-1").mkdir(parents=True)
+    written = [tmp_path / leases.JOBS / ".new-2", tmp_path / "progress" / "train" / ".new-3"]
+    for path in written:
+        path.mkdir(parents=True)
+    watch = leases.Watch()
+    for beat in range(1, 4):
+        elsewhere(tmp_path / leases.JOBS, beat)
+        assert make_study.clear_unfinished(tmp_path, watch)
+        clock[0] += leases.PATIENCE + 1
+        assert all(path.is_dir() for path in written)
+    assert not (tmp_path / "runs" / "a" / ".new-1").exists(), "nobody works on this run"
+    assert not make_study.clear_unfinished(tmp_path, watch)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_job_shows_that_it_lives_while_its_notebook_is_written(tmp_path, monkeypatch):
+    output, seen = tmp_path / leases.JOBS / "02_train.a.0.ipynb", []
+
+    def execute(notebook, written, parameters):
+        seen.append(leases.living(output.parent))
+        with leases.shown(output.parent, output.name):  # nor does it keep anybody from the job
+            seen.append(len(list(output.parent.glob(".lease.*"))))
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    assert notebooks.run_notebook("02_train.ipynb", str(output), "{}") == 0
+    assert seen == [True, 1]
+    assert not list(output.parent.iterdir())
 
 
 def test_who_was_stopped_and_taken_over_finds_out_before_it_writes(tmp_path):

@@ -55,6 +55,17 @@ def test_an_error_that_nobody_foresaw_is_no_failed_model(capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("ADAPTER", 5000 * "x"), ("MODEL", f"/{300 * 'x'}"), ("ADAPTERS", f"a {300 * 'x'}")],
+)
+def test_a_name_that_is_too_long_for_any_path_is_one_sentence(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    assert make_audit.exit_status(make_audit.main) == COULD_NOT_RUN
+    said = one_sentence(capsys.readouterr().err)
+    assert f"{name} has {len(value.split()[-1]):,} characters" in said
+
+
+@pytest.mark.parametrize(
     ("statuses", "expected"), [((0, 2), UNDECIDED), ((1, 2), FAIL), ((0, 0), PASS)]
 )
 def test_conditions_decide_of_several_adapters_too(here, monkeypatch, capsys, statuses, expected):

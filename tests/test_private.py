@@ -1,5 +1,6 @@
 """What models say is its owner's alone from the first byte, and a purge finds all of it."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import pytest
 
 from conftest import one_sentence, said
 from driftbook.batch import cache, gpus, jobs, make_study, purging
+from driftbook.publishing import make_audit
 from driftbook.study import files
 from driftbook.study.tables import RESPONSES
 
@@ -179,6 +181,36 @@ def test_purge_of_a_folder_that_is_gone_takes_its_cached_answers(texts, tmp_path
     (other / cache.SERVED).unlink()  # an entry from before entries said whose they are
     cache._note(other, tmp_path / "a third")
     assert purging.purge(texts) == 1, "it may be this study's all the same"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_audit_that_runs_is_not_purged(tmp_path, monkeypatch, capsys, whole):
+    """Nor is the folder of all audits."""
+    monkeypatch.setattr(purging, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(make_audit, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(cache, "FOLDER", tmp_path / "cache")
+    text = tmp_path / "audit" / "one" / "text" / "safety.jsonl"
+    given, said = {"name": "one"}, []
+
+    def purge():
+        if whole:
+            return purging._alone(tmp_path / "audit")
+        return purging.main(str(tmp_path / "audit" / "one"))
+
+    def execute(*_):
+        files.write_json(text, "it is not safe")
+        with contextlib.suppress(ValueError):
+            said.append(purge())
+        with pytest.raises(ValueError, match="in use by another make audit"):
+            make_audit.run_audit(given)
+
+    monkeypatch.setattr(make_audit, "execute", execute)
+    make_audit.run_audit(given)
+    assert said == ([] if whole else [2])
+    assert whole or "in use by another" in one_sentence(capsys.readouterr().err)
+    assert text.is_file()
+    purge()
+    assert not text.exists()
 
 
 def test_one_audit_is_purged_by_its_folder(tmp_path, monkeypatch, capsys):

@@ -2,14 +2,28 @@
 
 import copy
 import os
+from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SMALL, one_sentence, write_study
-from driftbook.batch import jobs, keys, notebooks, plan, schedule, shards
+from driftbook.batch import (
+    costing,
+    gpus,
+    jobs,
+    keys,
+    make_plan,
+    notebooks,
+    plan,
+    rates,
+    schedule,
+    shards,
+)
+from driftbook.batch.cluster import Cluster
 from driftbook.batch.rates import USUAL
 from driftbook.study.files import read_json, write_json
 from driftbook.study.study_file import PLANNED, load, study_digest
@@ -52,6 +66,31 @@ def test_no_deal_keeps_a_worker_waiting_for_long(costs, workers):
     counts = shards._counts(costs, workers, START)
     ideal = (sum(costs) + START * sum(counts)) / workers
     assert shards._finish(costs, counts, workers, START) <= 1.25 * ideal + 2 * START
+
+
+@pytest.mark.parametrize(("error", "least"), [(0.0, 0.95), (0.1, 0.85)])
+def test_eight_workers_spend_their_time_in_variants(monkeypatch, error, least):
+    """The jobs of `quick`, an hour for eight workers of a CPU, played: what each waits for, the
+    start of each, and seconds that are not as planned by 10 % (a standard deviation).
+    """
+    study, workers = load("quick"), 8
+    rows = costing.seconds(study, USUAL)
+    hour = 3600 * workers / rows.seconds.sum()
+    monkeypatch.setattr(costing, "seconds", lambda *_: rows.assign(seconds=rows.seconds * hour))
+    planned = schedule.jobs(study, USUAL, shards.dealt(study, workers, keep=False))
+    for rng in map(np.random.default_rng, range(10)):
+        took = {
+            name: replace(
+                job,
+                pieces={
+                    run_id: replace(piece, seconds=piece.seconds * rng.lognormal(0, error))
+                    for run_id, piece in job.pieces.items()
+                },
+            )
+            for name, job in planned.items()
+        }
+        worked = sum(job.seconds - job.overhead for job in took.values())
+        assert worked / (workers * schedule.finish(took, workers)) >= least
 
 
 @pytest.fixture
@@ -103,6 +142,24 @@ def test_another_number_of_shards_does_nothing_again(many):
         assert len(list((many.folder / "keys" / "train").rglob("*.json"))) == workers
         assert not any(job.startswith("train/") for job in plan.due(many, dealt))
     assert finish(many, "train") == []
+
+
+def test_a_plan_for_a_cluster_is_dealt_and_counted_for_it(many, monkeypatch):
+    asked = Cluster(partition="gpu", jobs=6, gpu_memory=80, hours=1)
+    monkeypatch.setattr(gpus, "at_once", lambda: 2)
+    assert make_plan.to_run(many).startswith("prepare 2, train 2,")
+    assert make_plan.to_run(many, asked).startswith("prepare 2, train 6,")
+    said = make_plan._hours(many, USUAL, None, asked)[-1]
+    assert "on the cluster, 6 jobs at a time" in said
+    plan.write(many, 6)
+    with monkeypatch.context() as on_a_node:
+        on_a_node.setattr(keys, "device", lambda: "cuda")
+        finish(many, "train")
+    assert make_plan.finished(many)["train"] == 0, "this login node has no GPU"
+    assert make_plan.finished(many, asked.device)["train"] == len(many.variants)
+    monkeypatch.setattr(rates, "here", lambda _: "this machine's")
+    assert schedule.known_rates(many, None) == "this machine's"
+    assert schedule.known_rates(many, asked).name == rates.PUBLISHED_GPU
 
 
 def test_a_finished_variant_is_kept_where_others_of_its_shard_are_due(many):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -72,6 +73,16 @@ def test_what_runs_is_named_with_its_host_and_how_far_it_is(many, monkeypatch): 
             os.utime(lease.path, (1.7e9, 1.7e9))
             [line] = [one for one in status_lines(many, "many") if one.startswith("running")]
             assert "n2, Slurm job 77, which was last heard of" in line
+            for wrong in (-7200, 7200):  # this machine's clock against that of the folder
+                now, real = time.time(), time.time
+                with monkeypatch.context() as skewed:
+                    skewed.setattr(time, "time", lambda real=real, wrong=wrong: real() + wrong)
+                    lease.path.write_text(json.dumps(elsewhere | {"held": 600.0}))
+                    [line] = [one for one in status_lines(many, "many") if "running" in one]
+                    assert line.endswith("on n2, Slurm job 77, for 10 min")
+                    os.utime(lease.path, (now - 180, now - 180))
+                    [line] = [one for one in status_lines(many, "many") if "running" in one]
+                    assert line.endswith("which was last heard of 3 min ago")
         assert not [one for one in status_lines(many, "many") if one.startswith("running")]
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from driftbook.analyses.audit import CANDIDATE
-from driftbook.batch.costing import weight_bytes
-from driftbook.batch.sizes import MADE, size
+from driftbook.batch.sizes import MADE, size, weight_bytes
 from driftbook.benchmarks.judges import JUDGES
 from driftbook.doctors.adapter_files import reason_of, words_in
 from driftbook.models import adapter_forms, loading

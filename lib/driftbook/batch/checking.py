@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from driftbook.batch.lengths import is_here
+from driftbook.batch.sizes import check_fits
 from driftbook.benchmarks import data
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.study import gguf_models, sources
@@ -18,9 +19,11 @@ from driftbook.study.study_file import Study
 ROOM = 1.1  # times what is written, since a file is whole before it takes the place of another
 
 
-def refusals(study: Study, needed: dict[str, float]) -> dict[str, str]:
+def refusals(
+    study: Study, needed: dict[str, float], gpu_memory: float | None = None
+) -> dict[str, str]:
     """By the name of a model or set one sentence on why it would be refused; `needed` are the GB
-    that the study writes and fetches.
+    that the study writes and fetches, `gpu_memory` the bytes of one GPU where models run on one.
     """
     found: dict[str, str] = {}
     for name, model in study.models.items():
@@ -32,6 +35,8 @@ def refusals(study: Study, needed: dict[str, float]) -> dict[str, str]:
         if is_here(one, study):
             _try(found, f"benchmarks.{name}", lambda name=name: _read(name, study))
     _try(found, "disk", lambda: _check_room(needed))
+    if gpu_memory:
+        _try(found, "memory", lambda: check_fits(study, gpu_memory))
     return found
 
 

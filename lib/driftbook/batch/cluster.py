@@ -40,8 +40,13 @@ class Cluster(Part):
     extra: Text | None = None
 
     @property
+    def device(self) -> str:
+        """The kind of device on which models run, as `keys.device` names it."""
+        return "cuda" if self.gpu_memory else "cpu"
+
+    @property
     def memory(self) -> float:
-        """Bytes of memory that a job's device has; without a GPU nothing is known before."""
+        """Bytes of memory that a job's GPU has; 0 where models run on cores."""
         return self.gpu_memory * 1e9
 
 
@@ -49,8 +54,11 @@ def read(profile: str) -> Cluster | None:
     """The cluster of a profile; None for one without a cluster.yaml, which is this machine.
 
     Raises:
-        ValueError: what is wrong in the file, in one sentence.
+        ValueError: there is no such profile, or what is wrong in the file, in one sentence.
     """
+    known = sorted(path.name for path in (ROOT / "profiles").iterdir())
+    if profile not in known and not (os.path.isabs(profile) and Path(profile).is_dir()):
+        raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(known)}")
     path = ROOT / "profiles" / profile / "cluster.yaml"
     return from_file(path) if path.is_file() else None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from driftbook.batch import costing, rates, schedule
+from driftbook.batch import costing, schedule, sizes
 from driftbook.batch.cluster import Cluster
 from driftbook.batch.shards import Shards
 from driftbook.study.study_file import Study
@@ -18,13 +18,11 @@ CUDA_BYTES = 3e9  # of a process on a GPU, in the memory of its node: torch's ow
 
 def requests(cluster: Cluster, study: Study, shards: Shards) -> dict[str, dict[str, Any]]:
     """What every job of a study asks for, by its name in the plan, as Snakemake's resources: gpu,
-    mem_mb, runtime in minutes, and where it may run. No GPU for what runs no model.
-
-    GPUs are counted by the memory that a stage needs for a base model; `nodes` keeps two on one
-    node, and `tasks` 0 has the plugin ask for no task a GPU.
+    mem_mb, runtime in minutes, and where it may run. One GPU for what runs a model; `tasks` 0 has
+    the plugin ask for no task a GPU.
     """
     on_cpu = not cluster.gpu_memory
-    known = rates.here(study) or rates.USUAL if on_cpu else rates.published_rates()
+    known = schedule.known_rates(study, cluster)
     place = {
         "slurm_partition": cluster.partition,
         "slurm_account": cluster.account,
@@ -38,12 +36,11 @@ def requests(cluster: Cluster, study: Study, shards: Shards) -> dict[str, dict[s
     for name, job in schedule.jobs(study, known, shards).items():
         model = _model(name, study)
         needed = _device_bytes(name, study, memory) * MEMORY_FACTOR
-        n_gpus = 0 if on_cpu or model is None else math.ceil(needed / (cluster.gpu_memory * 1e9))
+        n_gpus = 0 if on_cpu or model is None else 1
         host = needed if on_cpu else _host_bytes(name, study) * MEMORY_FACTOR
         found[name] = {
             "gpu": n_gpus,
             "tasks": 0 if n_gpus else 1,
-            "nodes": 1,
             "cpus_per_task": cluster.cores,
             "mem_mb": math.ceil(host / 1e6),
             "runtime": minutes(job.seconds, cluster),
@@ -75,7 +72,7 @@ def _device_bytes(job: str, study: Study, memory: pd.DataFrame) -> float:
         known = memory.loc[name]
         return float(known.get(stage, known["train"])) * 2**30
     if name in study.models:
-        return costing.PROCESS_BYTES + costing.weight_bytes(study.models[name], study)
+        return costing.PROCESS_BYTES + sizes.weight_bytes(study.models[name], study)
     return 2 * costing.PROCESS_BYTES  # an analysis: packages and tables
 
 
@@ -87,6 +84,6 @@ def _host_bytes(job: str, study: Study) -> float:
     name = rest.partition("/")[0]
     models = list(study.judges.values()) if stage == "judge" else []
     models += [study.models[name]] if name in study.models else []
-    through = max((costing.weight_bytes_read(one, study) for one in models), default=0.0)
+    through = max((sizes.weight_bytes_read(one, study) for one in models), default=0.0)
     pairs = len(getattr(study.models.get(name), "checkpoints", {})) if stage == "mitigate" else 0
     return CUDA_BYTES + costing.PROCESS_BYTES + (1 + pairs) * through

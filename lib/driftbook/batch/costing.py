@@ -23,13 +23,13 @@ from driftbook.batch.lengths import (
     n_items,
 )
 from driftbook.batch.rates import Rates
-from driftbook.batch.sizes import Size, is_made_here, size
+from driftbook.batch.sizes import WEIGHT_BYTES, Size, is_made_here, size, weight_bytes
 from driftbook.benchmarks.format import PROMPT_TOKENS
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.benchmarks.utility import REFUSALS
 from driftbook.study import sources
 from driftbook.study.grid import twin_variant
-from driftbook.study.sections import Base, Judge, Rater
+from driftbook.study.sections import Judge
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
@@ -43,7 +43,6 @@ DISTRIBUTIONS_AT_ONCE = 2**27  # numbers: see training/dose.py
 # On disk: a row of the miniature's runs, the rest of a run without its adapter, and a character of
 # English answers (parquet, zstd).
 BYTES = {"verdict": 42, "answer": 37, "run": 27_000, "character": 0.41}
-WEIGHT_BYTES = {None: {"float32": 4, "bfloat16": 2}, "int8": 1.1, "nf4": 0.56}
 COLUMNS = ["base_model", "stage", "run_id", "what", "n", "steps", "kind", "operations"]
 
 
@@ -316,17 +315,6 @@ def _cached(study: Study, lengths: Lengths, stage: str) -> float:
     ]
     most = max((min(CACHED_TOKENS, one.tokens + one.new) for one in written), default=0.0)
     return 2 * max(most, float(PASS_TOKENS))
-
-
-def weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
-    """Bytes of a model's weights as they are held."""
-    each = WEIGHT_BYTES[getattr(model, "quantization", None)]
-    return size(model, study).weights * (each[model.dtype] if isinstance(each, dict) else each)
-
-
-def weight_bytes_read(model: Base | Judge | Rater, study: Study) -> float:
-    """Bytes of a model's weights as they are read, before they are quantised."""
-    return size(model, study).weights * WEIGHT_BYTES[None][model.dtype]
 
 
 def disk(study: Study) -> dict[str, float]:

@@ -4,6 +4,7 @@ cluster a job has what it was given.
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,21 @@ def numbers() -> list[str]:
     )
 
 
+def memory() -> float | None:
+    """Bytes of the smallest GPU that may be used, as the driver says, since torch takes seconds to
+    import; None without one, or where no driver answers.
+    """
+    if not (known := numbers()):
+        return None
+    query = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={','.join(known)}", *query]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return min(float(line) for line in said.stdout.splitlines()) * 2**20
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
 def at_once() -> int:
     """How many jobs run at a time on this machine: one a GPU, else one a core."""
     return len(numbers()) or os.cpu_count() or 1
@@ -36,7 +52,7 @@ def at_once() -> int:
 def held(folder: Path | None = None, wait: float = 5.0) -> Iterator[str | None]:
     """The number of a GPU that no other job of this user holds, waited for; None on a machine
     without one. Processes started meanwhile see it alone. None too where a cluster gives GPUs to
-    jobs: there the first one of every job may be called 0, and a job may have two.
+    jobs: there the one of every job may be called 0.
     """
     known = numbers()
     if not known or os.environ.get(GIVEN):

@@ -124,10 +124,15 @@ Content = Callable[[Source, Study], str]
 
 
 def settings(
-    stage: str, study: Study, base_model: str, content: Content = sources.identity
+    stage: str,
+    study: Study,
+    base_model: str,
+    content: Content = sources.identity,
+    on: str | None = None,
 ) -> dict[str, Any]:
     """All that a stage's results for one base model depend on, except for code, adapters and the
-    results of earlier stages. By declared content it is known on any machine, so without a device.
+    results of earlier stages. By declared content it is known on any machine, so without a device;
+    `on` is the kind of device on which jobs run, where it is not this machine's.
     """
     elsewhere = {"path", "source", "sha256", "files", "revision", "truth", "pairs"}
     elsewhere |= set() if stage == "answer" else {"answer_mode"}
@@ -152,7 +157,8 @@ def settings(
     if stage == "utility" and study.asked_to_begin:
         shared = {"asked to begin": list(study.asked_to_begin)}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
-    made_by = {"packages": versions()} | ({} if content is sources.stated else {"device": device()})
+    of_device = {} if content is sources.stated else {"device": on or device()}
+    made_by = {"packages": versions()} | of_device
     return found | made_by
 
 

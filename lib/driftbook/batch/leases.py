@@ -22,8 +22,9 @@ from pathlib import Path
 
 import psutil
 
-from driftbook.study.files import private_folder, write_json
+from driftbook.study.files import digest, private_folder, write_json
 
+JOBS = "notebooks"  # the folder of a study in which its jobs are shown
 BEAT = 5.0  # seconds between two numbers
 PATIENCE = 60.0  # seconds that a number may stand still: a shared folder shows it late
 
@@ -63,7 +64,9 @@ class Lease:
             "job": os.environ.get("SLURM_JOB_ID"),
             "token": uuid.uuid4().hex,
             "beat": 0,
+            "held": 0.0,  # seconds
         }
+        self._since = time.monotonic()
 
     def check(self) -> None:
         """Raises Lost where another process has taken over."""
@@ -85,6 +88,7 @@ class Lease:
         if not self.is_own():
             return
         self.words["beat"] += 1
+        self.words["held"] = time.monotonic() - self._since
         new = self.path.with_name(f".new-{self.words['token']}")
         with contextlib.suppress(OSError):  # a full disk ends a work where its result is written
             new.write_text(json.dumps(self.words), encoding="utf-8")
@@ -99,6 +103,25 @@ def leased(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
     if lease is None:
         yield None
         return
+    with _beating(lease):
+        yield lease
+
+
+@contextlib.contextmanager
+def shown(folder: Path, job: str) -> Iterator[None]:
+    """As long as the block lasts, a lease says in a folder that a job lives, of whose half-written
+    files none is to be taken away; it keeps nobody from the same job.
+    """
+    lease = Lease(folder / f".lease.{digest(job)}.1")
+    with contextlib.suppress(OSError):  # a full disk is said where results are written
+        write_json(lease.path, lease.words)
+    with _beating(lease):
+        yield
+
+
+@contextlib.contextmanager
+def _beating(lease: Lease) -> Iterator[None]:
+    """Rewrites a lease every BEAT seconds, and deletes it at the end."""
     stop = threading.Event()
 
     def keep() -> None:
@@ -108,25 +131,29 @@ def leased(folder: Path, stage: str, watch: Watch) -> Iterator[Lease | None]:
     thread = threading.Thread(target=keep, daemon=True)
     thread.start()
     try:
-        yield lease
+        yield
     finally:
         stop.set()
         thread.join()
         lease.give_back()
 
 
-def living(folder: Path) -> bool:
-    """Whether a process may be at work in a run's folder: it holds a lease and is not known to be
+def living(folder: Path, watch: Watch | None = None) -> bool:
+    """Whether a process may be at work in a folder: it holds a lease and is not known to be
     dead.
     """
-    watch = Watch()
-    return any(not watch.is_dead(path) for path in folder.glob(".lease.*"))
+    watch = watch or Watch()
+    dead = [watch.is_dead(path) for path in folder.glob(".lease.*")]  # each is to be seen
+    return not all(dead)
 
 
-def clear_finished(folder: Path) -> None:
-    """Delete the leases of the dead on what they had finished."""
+def clear_dead(folder: Path) -> None:
+    """Delete the leases of a folder in which nobody lives: of jobs, and of runs that were
+    finished.
+    """
+    of_jobs = folder.name == JOBS
     for path in folder.glob(".lease.*"):
-        if (folder / f"{_stage(path)}.done.json").exists():
+        if of_jobs or (folder / f"{_stage(path)}.done.json").exists():
             path.unlink(missing_ok=True)
 
 

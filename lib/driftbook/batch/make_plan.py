@@ -6,7 +6,8 @@ from collections import Counter
 
 import pandas as pd
 
-from driftbook.batch import checking, costing, gpus, keys, plan, rates, schedule, sizes
+from driftbook.batch import checking, cluster, costing, gpus, keys, plan, rates, schedule, sizes
+from driftbook.batch.cluster import Cluster
 from driftbook.batch.lengths import is_here
 from driftbook.batch.plan import read_mark
 from driftbook.batch.rates import USUAL, Rates
@@ -17,15 +18,17 @@ from driftbook.study.sections import Source
 from driftbook.study.study_file import Study, load
 
 
-def finished(study: Study) -> pd.Series:
-    """Variants whose result is there and still holds, by stage."""
+def finished(study: Study, on: str | None = None) -> pd.Series:
+    """Variants whose result is there and still holds, by stage; `on` is the kind of device on which
+    jobs run, where it is not this machine's.
+    """
     counts = dict.fromkeys(keys.stages(study), 0)
     for stage in counts:
         if not any((study.folder / "runs").glob(f"*/{stage}.done.json")):
             continue  # what a key is made of may have to be fetched first
         for base_model in study.bases:
             try:
-                shared = keys.settings(stage, study, base_model)
+                shared = keys.settings(stage, study, base_model, on=on)
             except ValueError:  # a model or set that is not there yet: nothing can be finished
                 continue
             for variant in study.of_stage(stage, base_model):
@@ -55,13 +58,14 @@ def _read_data(study: Study) -> list[str]:
     return [name for name in study.data if name in read]
 
 
-def chosen_rates(name: str | None, study: Study) -> Rates:
-    """The rates of a device by name; where none is given those of this machine, which are measured
-    where they are not known yet.
+def chosen_rates(name: str | None, study: Study, asked: Cluster | None = None) -> Rates:
+    """The rates of a device by name; where none is given those of a cluster's GPU, as published, or
+    of this machine, which are measured where they are not known yet.
 
     Raises:
         ValueError: its rates are not known.
     """
+    name = name or ("L40S" if asked and asked.gpu_memory else None)
     known = {"here": None, "L40S": rates.published_rates}
     if name and name not in known:
         raise ValueError(
@@ -84,14 +88,17 @@ def chosen_rates(name: str | None, study: Study) -> Rates:
 LONG = 100.0  # hours on a CPU, beyond which a study is one for a GPU
 
 
-def pages(study: Study, found: Rates, price: float | None, to_run: str = "") -> str:
-    """The plan in words and tables."""
+def pages(
+    study: Study, found: Rates, price: float | None, to_run: str = "", asked: Cluster | None = None
+) -> str:
+    """The plan in words and tables, for this machine or for a cluster."""
+    on, memory = (asked.device, asked.memory) if asked else (None, gpus.memory())
     parts = [
         [f"{study.name}: {study.note}", *_variants(study)],
-        _hours(study, found, price),
+        _hours(study, found, price, asked),
         [*_doubts(study), *_resources(study, found.on_cpu)],
-        [_finished(study), *([f"jobs to run: {to_run}"] if to_run else [])],
-        *_sources(study),
+        [_finished(study, on), *([f"jobs to run: {to_run}"] if to_run else [])],
+        *_sources(study, memory),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -113,9 +120,9 @@ def _variants(study: Study) -> list[str]:
     return [counted, "", by_method.to_string()]
 
 
-def _hours(study: Study, found: Rates, price: float | None) -> list[str]:
+def _hours(study: Study, found: Rates, price: float | None, asked: Cluster | None) -> list[str]:
     table = costing.hours(study, found)
-    n = (os.cpu_count() or 1) if found.on_cpu else 1
+    n, where = _at_once(found, asked)
     plan = schedule.jobs(study, found, dealt(study, n, keep=False))
     total = sum(job.seconds for job in plan.values()) / 3600
     money = f", {_short(price * total)} at {price:g} an hour" if price else ""
@@ -129,10 +136,18 @@ def _hours(study: Study, found: Rates, price: float | None) -> list[str]:
         "",
         f"in all {_short(total)} hours of {unit}, with preparing and analyses"
         + (money or " (PRICE=... of an hour gives money)"),
-        f"about {_duration(at_once)} on {n} cores, at the end of which the report is there"
-        if found.on_cpu
-        else f"about {_duration(at_once)} on one device",
+        f"about {_duration(at_once)} on {where}, at the end of which the report is there",
     ]
+
+
+def _at_once(found: Rates, asked: Cluster | None) -> tuple[int, str]:
+    """How many jobs run at a time where these rates hold, and where that is in words."""
+    if asked:
+        return asked.jobs, f"the cluster, {asked.jobs} jobs at a time, once they have begun"
+    if found.on_cpu:
+        return (n := os.cpu_count() or 1), f"{n} cores"
+    n = 1 if found.name == rates.PUBLISHED_GPU else gpus.at_once()
+    return n, "one device" if n == 1 else f"{n} devices"
 
 
 def _duration(hours: float) -> str:
@@ -165,18 +180,18 @@ def _resources(study: Study, on_cpu: bool) -> list[str]:
     ]
 
 
-def _finished(study: Study) -> str:
+def _finished(study: Study, on: str | None) -> str:
     counts = (
         f"{stage} {n} of {sum(len(study.of_stage(stage, base)) for base in study.bases)}"
-        for stage, n in finished(study).items()
+        for stage, n in finished(study, on).items()
     )
     return "finished: " + ", ".join(counts)
 
 
-def _sources(study: Study) -> tuple[list[str], list[str]]:
+def _sources(study: Study, memory: float | None) -> tuple[list[str], list[str]]:
     """Whether each model and set can be had and would be used, and a last line on all of them."""
     found = access.check_all(needed(study), workers=32)
-    refused = checking.refusals(study, costing.disk(study))
+    refused = checking.refusals(study, costing.disk(study), memory)
     reasons = {**dict(zip(found.name[~found.ok], found.sentence[~found.ok], strict=True))}
     reasons = {name: refused[name] for name in refused if name not in reasons} | reasons
     rows = [
@@ -201,11 +216,12 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
 
 
-def to_run(study: Study) -> str:
-    """The jobs that make study would run, counted by stage and analysis."""
+def to_run(study: Study, asked: Cluster | None = None) -> str:
+    """The jobs that make study would run here or on a cluster, counted by stage and analysis."""
+    workers, memory = (asked.jobs, asked.memory) if asked else (gpus.at_once(), None)
     try:
-        shards = dealt(study, gpus.at_once(), keep=False)
-        rest = plan.due(study, shards)
+        shards = dealt(study, workers, keep=False)
+        rest = plan.due(study, shards, memory)
     except ValueError as error:
         return f"not known ({error})"
     jobs = schedule.jobs(study, USUAL, shards)
@@ -217,10 +233,11 @@ def to_run(study: Study) -> str:
 
 
 @command(wrong=2)
-def main(name: str, device: str = "", price: str = "") -> None:
+def main(name: str, device: str = "", price: str = "", profile: str = "local") -> None:
     """Print the plan of a study."""
-    study, amount = load(name), _price(price)
-    print(pages(study, chosen_rates(device or None, study), amount, to_run(study)))
+    study, amount, asked = load(name), _price(price), cluster.read(profile)
+    found = chosen_rates(device or None, study, asked)
+    print(pages(study, found, amount, to_run(study, asked), asked))
 
 
 def _price(text: str) -> float | None:

@@ -5,13 +5,20 @@ that sees the folder.
 import contextlib
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 
 from driftbook.batch import gpus, keys, leases, shards
 from driftbook.batch.plan import read_mark
-from driftbook.batch.watching import Outlook, Part, parts, progress_words, read_plan, time_left
+from driftbook.batch.watching import (
+    Outlook,
+    Part,
+    clock_of,
+    parts,
+    progress_words,
+    read_plan,
+    time_left,
+)
 from driftbook.study.commands import command
 from driftbook.study.study_file import Study, load, study_digest
 
@@ -25,12 +32,13 @@ def status_lines(study: Study, name: str) -> list[str]:
         return [f"{study.name}: not begun; {as_run(name)} begins it"]
     if dealt.study != study_digest(study):
         return [f"{study.name} was edited since it was planned; {as_run(name)} does what changed"]
-    found = parts(study, dealt, 0.0)
-    working = {part.job: how for part in found if (how := _holder(study, part))}
+    now = clock_of(study.folder)()
+    found = parts(study, dealt, 0.0, now)
+    working = {part.job: how for part in found if (how := _holder(study, part, now))}
     left = [part for part in found if part.done < part.total]
     outlook = read_plan(study.folder / "plan.json")
     outlook = Outlook(outlook, dealt.workers or gpus.at_once()) if outlook else None
-    seconds = time_left(outlook.left(found, time.time())) if outlook and working else ""
+    seconds = time_left(outlook.left(found)) if outlook and working else ""
     n, total = sum(part.done for part in found), sum(part.total for part in found)
     lines = [f"{study.name}: {n:,} of {total:,} variants and steps done" + _after(", ", seconds)]
     lines += [
@@ -53,9 +61,10 @@ def status_lines(study: Study, name: str) -> list[str]:
     return lines
 
 
-def _holder(study: Study, part: Part) -> str:
+def _holder(study: Study, part: Part, now: float) -> str:
     """Where the piece that a job does is worked on, how long, and that it is heard of; empty where
-    nobody works on it.
+    nobody works on it. How long its holder says by its own clock, and when it last said so the
+    folder's, as does `now`: no two clocks are compared.
     """
     run_id = part.told.get("run_id")
     if part.done >= part.total or not run_id:
@@ -65,13 +74,12 @@ def _holder(study: Study, part: Part) -> str:
     if not held or not leases.living(folder):
         return ""
     where = held.get("host", "?") + _after(", Slurm job ", held.get("job") or "")
-    now = time.time()
     with contextlib.suppress(OSError):
         signs = [path.stat().st_mtime for path in folder.glob(".lease.*")]
         silent = now - max(signs, default=now)
         if silent > leases.PATIENCE:
             return f"on {where}, which was last heard of {silent / 60:.0f} min ago"
-    return f"on {where}, for {(now - part.told['since']) / 60:.0f} min"
+    return f"on {where}, for {held.get('held', 0.0) / 60:.0f} min"
 
 
 def is_held(study: Study) -> bool:

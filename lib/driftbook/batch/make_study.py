@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from driftbook.batch import cluster, gpus, plan
-from driftbook.batch.leases import began, clear_finished, living, own_words
+from driftbook.batch import cluster, gpus, plan, sizes
+from driftbook.batch.leases import JOBS, Watch, began, clear_dead, living, own_words
 from driftbook.batch.make_status import failures
 from driftbook.batch.shards import Shards, read_shards
 from driftbook.batch.warm import DRIVER
-from driftbook.batch.watching import display, parts
+from driftbook.batch.watching import Part, clock_of, display, parts
 from driftbook.study.files import (
     OUTPUTS,
     ROOT,
@@ -42,14 +42,19 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
+def alone(study: Study) -> contextlib.AbstractContextManager[None]:
+    """Holds the study, so that no second batch works on it at the same time; see `held`."""
+    return held(study.folder, f"the study {study.name} is being run by another make study")
+
+
 @contextlib.contextmanager
-def alone(study: Study) -> Iterator[None]:
-    """Holds the study, so that no second batch works on it at the same time.
+def held(folder: Path, busy: str) -> Iterator[None]:
+    """Holds the folder of a study or an audit.
 
     Raises:
-        ValueError: another batch holds it, or its lock is a link to another file.
+        ValueError: another process holds it, as `busy` says, or its lock is a link to another file.
     """
-    path = private_folder(study.folder) / ".lock"
+    path = private_folder(folder) / ".lock"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -58,9 +63,7 @@ def alone(study: Study) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"the study {study.name} is being run by another make study; wait for it or stop it"
-            ) from None
+            raise ValueError(f"{busy}; wait for it or stop it") from None
         except OSError as error:
             raise ValueError(
                 f"cannot lock {path} ({error.strerror}); put the outputs on a file system with"
@@ -74,17 +77,20 @@ def alone(study: Study) -> Iterator[None]:
             os.ftruncate(lock, 0)
 
 
-def clear_unfinished(folder: Path) -> None:
+def clear_unfinished(folder: Path, watch: Watch | None = None) -> bool:
     """Delete what a killed batch was writing; whole files have other names. What a job of a lost
-    driver may still be writing on another machine stays.
+    driver may still be writing on another machine stays: the run that it works on, and beside the
+    runs everything while any job lives. Whether any does, as far as `watch` saw of it.
     """
-    leased = {lease.parent for lease in folder.glob("runs/*/.lease.*")}
-    alive = {one for one in leased if living(one)}
+    places = (*folder.glob("runs/*/.lease.*"), *folder.glob(f"{JOBS}/.lease.*"))
+    leased = {lease.parent for lease in places}
+    alive = {one for one in leased if living(one, watch)}
     for one in leased - alive:
-        clear_finished(one)
+        clear_dead(one)
     for path in _half_written(folder / "runs" if alive else folder):
         if alive.isdisjoint(path.parents):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
+    return bool(alive)
 
 
 def _half_written(folder: Path) -> list[Path]:
@@ -226,13 +232,14 @@ def _named() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _planned(
-    study_file: Path, path: Path, surroundings: dict[str, str], finished: bool
+    study_file: Path, path: Path, profile: str, surroundings: dict[str, str], finished: bool
 ) -> Iterator[Path]:
     """The file in which the plan of the time left will be, made in a process of its own: it reads
     the study's texts and tokenizers, which takes seconds.
     """
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "driftbook.batch.schedule", str(study_file), str(path)]
+    words = [str(study_file), str(path), profile]
+    command = [sys.executable, "-m", "driftbook.batch.schedule", *words]
     quiet = {"env": surroundings, "cwd": ROOT, "stdout": subprocess.DEVNULL}
     process = None if finished else subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
     try:
@@ -282,8 +289,13 @@ def _run_batch(
     """Run the planned batch with a live display; Snakemake's exit status. Its own words go to
     snakemake.log in the study's folder.
     """
-    started, parent, shards = time.time(), os.getppid(), read_shards(study)
-    finished = all(part.done == part.total for part in parts(study, shards, started))
+    clock, parent, shards = clock_of(study.folder), os.getppid(), read_shards(study)
+    started = clock()
+
+    def now() -> tuple[list[Part], float]:
+        return parts(study, shards, started, clock()), clock() - started
+
+    finished = all(part.done == part.total for part in now()[0])
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
     more, here = _place(study, study_file, asked, shards)
@@ -291,7 +303,9 @@ def _run_batch(
     with (
         warm_kernels(here, log_of_forks, finished or asked is not None) as surroundings,
         (study.folder / "snakemake.log").open("w") as log,
-        _planned(study_file, study.folder / "plan.json", surroundings, finished) as planned,
+        _planned(
+            study_file, study.folder / "plan.json", profile, surroundings, finished
+        ) as planned,
     ):
         process = subprocess.Popen(
             snakemake(study_file, profile, targets, more),
@@ -305,13 +319,13 @@ def _run_batch(
         try:
             with display(study, planned, shards.workers) as show:
                 while process.poll() is None:
-                    show(parts(study, shards, started), started)
+                    show(*now())
                     if (
                         os.getppid() != parent
                     ):  # make was killed: end everything that was started for it
                         raise KeyboardInterrupt
                     time.sleep(0.5)
-                show(parts(study, shards, started), started)
+                show(*now())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -328,15 +342,15 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         for what, one in named.items():
             check_path(one, what)
         checked = load(path)
-        known = sorted(path.name for path in (ROOT / "profiles").iterdir())
-        if profile not in known and not (os.path.isabs(profile) and Path(profile).is_dir()):
-            raise ValueError(f"there is no profile {profile!r}; profiles/ has {', '.join(known)}")
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
+        if memory := asked.memory if asked else gpus.memory():
+            sizes.check_fits(checked, memory)
         open_files()
         with alone(checked):
-            clear_unfinished(checked.folder)
+            watch = Watch()
+            others = clear_unfinished(checked.folder, watch)
             if asked:  # a lost driver's jobs: what they finished is kept
                 cluster.cancel(checked)
             workers, memory = (asked.jobs, asked.memory) if asked else (gpus.at_once(), None)
@@ -344,6 +358,8 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
                 print(again, flush=True)
             started = time.time()
             status = _run_batch(checked, path, profile, asked, targets)
+            if others:  # by now it shows which of them were dead
+                clear_unfinished(checked.folder, watch)
     except ValueError as error:
         print(f"driftbook: {error}", file=sys.stderr)
         return 2

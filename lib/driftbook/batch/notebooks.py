@@ -97,7 +97,8 @@ def run_notebook(notebook: str, output: str, parameters: str, key: str = "", mar
         if "variants" in made_of:
             given["run_ids"] = shards.of_key(Path(key))
         on_a_gpu = gpus.held() if Path(notebook).stem in ON_A_GPU else contextlib.nullcontext()
-        with on_a_gpu, recorded() as names:
+        place = Path(output)
+        with on_a_gpu, leases.shown(place.parent, place.name), recorded() as names:
             execute(Path(notebook), Path(output), given)
             if mark and "variants" not in made_of:
                 write_mark(Path(mark), made_of, names())

@@ -89,9 +89,9 @@ def _in_order(key: Path, mark: Path) -> None:
         os.utime(key, (LONG_AGO, LONG_AGO))
 
 
-def due(study: Study, shards: Shards) -> set[str]:
+def due(study: Study, shards: Shards, memory: float | None = None) -> set[str]:
     """The jobs whose mark is not there or does not hold, were the study dealt so, without a change
-    to any file; what is made from what they make is to be done after them.
+    to any file; what is made from what they make is to be done after them. `memory` as of `write`.
 
     Raises:
         ValueError: a source is not to be had.
@@ -100,7 +100,7 @@ def due(study: Study, shards: Shards) -> set[str]:
     for job, value in _keys(study, shards):
         made_of = _dealt_mark(pooled, value) if "variants" in value else None
         made_of = made_of or read_mark(job_mark(study, job))
-        if made_of is None or _why_due(study, job, value, made_of):
+        if made_of is None or _why_due(study, job, value, made_of, memory):
             found.add(job)
     return found
 

@@ -1,5 +1,6 @@
 """`make purge`: deletes every copy of what models said, of a study or of an audit."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from driftbook.batch import cache, keys
-from driftbook.batch.make_study import alone
+from driftbook.batch.make_study import held
 from driftbook.study.commands import command
 from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.study_file import Study, load
@@ -23,10 +24,19 @@ def purge(study: Study) -> int:
     Raises:
         ValueError: the study is being run.
     """
-    if not study.folder.is_dir():
-        return cache.forget(study.folder)
-    with alone(study):
-        return _purged(study.folder)
+    return _alone(study.folder) if study.folder.is_dir() else cache.forget(study.folder)
+
+
+def _alone(folder: Path) -> int:
+    """`_purged`, while nobody runs the study or the audit, nor any audit in the folder.
+
+    Raises:
+        ValueError: somebody does, or a text could not be deleted.
+    """
+    with contextlib.ExitStack() as stack:
+        for one in (folder, *(lock.parent for lock in folder.glob("*/.lock"))):
+            stack.enter_context(held(one, f"{one} is in use by another make study or make audit"))
+        return _purged(folder)
 
 
 def _purged(folder: Path) -> int:
@@ -73,7 +83,8 @@ def _audit(name: str) -> Path | None:
 @command(wrong=2)
 def main(name: str) -> None:
     """Purge a study, or the folder of an audit, and say how much went."""
-    print(_purged(audit) if (audit := _audit(name)) else purge(load(name)), "files deleted")
+    audit = _audit(name)
+    print(_alone(audit) if audit and audit.is_dir() else purge(load(name)), "files deleted")
 
 
 if __name__ == "__main__":

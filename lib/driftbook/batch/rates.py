@@ -17,6 +17,7 @@ from driftbook.study.study_file import Study
 
 MEASURED = OUTPUTS / "rates"  # by fingerprint of machine and model shape
 PUBLISHED = ROOT / "outputs" / "published" / "peft_results" / "tables"
+PUBLISHED_GPU = "NVIDIA L40S"
 PEFT_WEIGHTS = 2.8e9  # of Llama-3.2-3B without its embeddings
 # Seconds of a CPU, measured on pocket studies: of a variant in a stage (its adapter put on and
 # taken off, its files), of a job (its notebook, its model), of an analysis.
@@ -118,4 +119,4 @@ def published_rates() -> Rates:
         " inferred from its training"
     )
     flops |= {"dpo lora": lora, "read": lora, "write": lora / 4}
-    return Rates("NVIDIA L40S", flops, 30.0, 0.0, how, job=60.0)
+    return Rates(PUBLISHED_GPU, flops, 30.0, 0.0, how, job=60.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from driftbook.batch import gpus, keys
+from driftbook.batch import cluster, gpus, keys
 from driftbook.batch.shards import Shards, read_shards
 from driftbook.study.files import write_json
 from driftbook.study.study_file import Study, load
@@ -113,13 +113,22 @@ def finish(plan: Mapping[str, PlannedJob], n_at_once: int) -> float:
     return now
 
 
-def write_plan(study: Study, path: Path) -> None:
-    """Write the jobs of a planned study as they are on this machine: by its rates where they were
-    measured, else by those of a usual one, which the finished work corrects.
+def known_rates(study: Study, asked: cluster.Cluster | None) -> Rates:
+    """The rates by which jobs are planned: those of this machine where they were measured, else of
+    a usual core or a published GPU, which the finished work corrects. This machine's say nothing of
+    a cluster's GPUs.
     """
     from driftbook.batch import rates
 
-    usual, shards = rates.published_rates() if gpus.numbers() else rates.USUAL, read_shards(study)
+    if asked and asked.gpu_memory:
+        return rates.published_rates()
+    on_cpu = asked or not gpus.numbers()
+    return rates.here(study) or (rates.USUAL if on_cpu else rates.published_rates())
+
+
+def write_plan(study: Study, path: Path, asked: cluster.Cluster | None = None) -> None:
+    """Write the jobs of a planned study as they are on this machine, or on a cluster."""
+    shards = read_shards(study)
     if shards is None:
         return
     kept = {
@@ -128,10 +137,10 @@ def write_plan(study: Study, path: Path) -> None:
             "pieces": {one: [piece.seconds, piece.counts] for one, piece in job.pieces.items()},
             "after": job.after,
         }
-        for name, job in jobs(study, rates.here(study) or usual, shards).items()
+        for name, job in jobs(study, known_rates(study, asked), shards).items()
     }
     write_json(path, kept)
 
 
 if __name__ == "__main__":
-    write_plan(load(sys.argv[1]), Path(sys.argv[2]))
+    write_plan(load(sys.argv[1]), Path(sys.argv[2]), cluster.read(sys.argv[3]))

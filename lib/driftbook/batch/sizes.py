@@ -13,6 +13,8 @@ from driftbook.study.gguf_files import TABLE, Header, read_header
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.study_file import Study
 
+WEIGHT_BYTES = {None: {"float32": 4, "bfloat16": 2}, "int8": 1.1, "nf4": 0.56}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -94,15 +96,49 @@ def size(source: Base | Judge | Rater, study: Study) -> Size:
         return BERT if is_classifier else guessed_size(source.source)
 
 
+def weight_bytes(model: Base | Judge | Rater, study: Study) -> float:
+    """Bytes of a model's weights as they are held."""
+    each = WEIGHT_BYTES[getattr(model, "quantization", None)]
+    return size(model, study).weights * (each[model.dtype] if isinstance(each, dict) else each)
+
+
+def weight_bytes_read(model: Base | Judge | Rater, study: Study) -> float:
+    """Bytes of a model's weights as they are read, before they are quantised."""
+    return size(model, study).weights * WEIGHT_BYTES[None][model.dtype]
+
+
+def check_fits(study: Study, memory: float) -> None:
+    """Raise a ValueError where one GPU, of so many bytes, cannot hold the weights that a job loads:
+    a base model, and all judges together. No model is spread over several GPUs. A model of which
+    neither a file nor its name tells the size is let pass.
+    """
+    needed = {name: [base] for name, base in study.bases.items()}
+    needed |= {" and ".join(study.judges): list(study.judges.values())} if study.judges else {}
+    for names, models in needed.items():
+        told = [one for one in models if size(one, study).known or _named_size(one.source)]
+        held = sum(weight_bytes(one, study) for one in told)
+        if held > memory:
+            raise ValueError(
+                f"the weights of {names} take {held / 1e9:.0f} GB and one GPU has"
+                f" {memory / 1e9:.0f} GB; models are not spread over several GPUs: take a smaller"
+                " model, hold a base model in 4 bits (quantization: nf4), or use a larger GPU"
+            )
+
+
+def _named_size(name: str) -> float | None:
+    """The billions of weights in a model's name; None where it names none."""
+    billion = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-z])", name)
+    million = re.search(r"(\d+)\s*[mM](?![a-zA-Z])", name)
+    return float(billion[1]) if billion else float(million[1]) / 1000 if million else None
+
+
 def guessed_size(name: str) -> Size:
     """The size of a model by the billions or millions in its name; 8 billion, as of most judges,
     where it names none.
     """
     if name.startswith(("miniature:", "random:")):
         return Size(3e5, 1e5, 2, 96, 48, 500, known=False)
-    billion = re.search(r"(\d+(?:\.\d+)?)\s*[bB](?![a-z])", name)
-    million = re.search(r"(\d+)\s*[mM](?![a-zA-Z])", name)
-    eighths = (float(billion[1]) if billion else float(million[1]) / 1000 if million else 8.0) / 8
+    eighths = (_named_size(name) or 8.0) / 8
     layers, *widths = (full * eighths ** (1 / 3) for full in (32, 4096, 1024))
     layers, (width, kv) = max(1, round(layers)), (max(1, round(one / 64)) * 64 for one in widths)
     return Size(7e9 * eighths, 1e9 * eighths, layers, width, kv, 128_000, known=False)

@@ -4,8 +4,10 @@ and by how long the work took that is done by now.
 
 import contextlib
 import json
+import os
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,30 +43,47 @@ class Part:
         return self.told.get("counts") or {}
 
 
-def parts(study: Study, shards: Shards, started: float) -> list[Part]:
-    """All parts of the work, from the marks and progress files in the study's folder; `started`
-    tells this batch's files from older ones.
+def clock_of(folder: Path) -> Callable[[], float]:
+    """The clock by which the files of a folder get their times: that of the machine which holds
+    them, and this one's where nothing can be written there.
     """
-    found = [_part(study, f"prepare/{name}", 1, started) for name in study.models]
+    now = time.time()
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"now")
+        file.flush()
+        now = os.fstat(file.fileno()).st_mtime
+    ahead = now - time.monotonic()
+    return lambda: time.monotonic() + ahead
+
+
+def parts(study: Study, shards: Shards, started: float, now: float) -> list[Part]:
+    """All parts of the work, from the marks and progress files in the study's folder; `started`
+    tells this batch's files from older ones. Both times are of the folder's clock.
+    """
+
+    def part(job: str, total: int, n_shards: int = 1) -> Part:
+        return _part(study, job, total, n_shards, started, now)
+
+    found = [part(f"prepare/{name}", 1) for name in study.models]
     for stage in keys.stages(study):
         for base in study.bases:
             jobs = shards.jobs(stage, base)
-            found += [
-                _part(study, job, len(shards.run_ids(job)), started, len(jobs)) for job in jobs
-            ]
+            found += [part(job, len(shards.run_ids(job)), len(jobs)) for job in jobs]
     others = ("collect", *keys.analyses(study), "report")
-    return found + [_part(study, name, 1, started) for name in others]
+    return found + [part(name, 1) for name in others]
 
 
-def _part(study: Study, job: str, total: int, started: float, shards: int = 1) -> Part:
+def _part(study: Study, job: str, total: int, shards: int, started: float, now: float) -> Part:
     stage, *names = job.split("/")
     about = names[0] if names else stage
     if shards > 1:
         about += f" {int(names[1]) + 1}/{shards}"
     told, progress = {}, path_of(study, "progress", job)
-    if progress.exists() and progress.stat().st_mtime >= started:
-        with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
+    with contextlib.suppress(json.JSONDecodeError, FileNotFoundError):
+        if (when := progress.stat().st_mtime) >= started:
             told = json.loads(progress.read_text())
+            # by the job's own clock until it said so, and by the folder's since then
+            told["spent"] = told.get("spent", 0.0) + max(0.0, now - when)
     if is_done(study, job):
         return Part(job, stage, about, total, total, False, told)
     return Part(job, stage, about, told.get("done", 0), total, bool(told), told)
@@ -86,18 +105,18 @@ class Outlook:
     def __init__(self, plan: Mapping[str, PlannedJob], n_at_once: int):
         self.plan, self.n_at_once = plan, n_at_once
 
-    def left(self, found: Sequence[Part], now: float) -> float:
+    def left(self, found: Sequence[Part]) -> float:
         """Seconds until all is done."""
-        factors = self.factors(found, now)
+        factors = self.factors(found)
         usual = factors[""]
         rest: dict[str, PlannedJob] = {}
         for part in sorted(found, key=lambda one: not one.active):
             if part.done < part.total and part.job in self.plan:
                 factor = factors.get(part.stage, usual)
-                rest[part.job] = _rest(self.plan[part.job], part, factor, min(usual, 2.0), now)
+                rest[part.job] = _rest(self.plan[part.job], part, factor, min(usual, 2.0))
         return finish(rest, self.n_at_once)
 
-    def factors(self, found: Sequence[Part], now: float) -> dict[str, float]:
+    def factors(self, found: Sequence[Part]) -> dict[str, float]:
         """How many times as long as planned the pieces of a stage took; of all stages under "".
 
         With little done the plan counts as TRUST seconds of work that took as long as planned, and
@@ -106,7 +125,7 @@ class Outlook:
         took: dict[str, float] = {}
         planned: dict[str, float] = {}
         for part in found:
-            for seconds, expected in _taken(part, self.plan.get(part.job), now):
+            for seconds, expected in _taken(part, self.plan.get(part.job)):
                 took[part.stage] = took.get(part.stage, 0.0) + seconds
                 planned[part.stage] = planned.get(part.stage, 0.0) + expected
         usual = (sum(took.values()) + TRUST) / (sum(planned.values()) + TRUST)
@@ -116,7 +135,7 @@ class Outlook:
         return factors | {"": usual}
 
 
-def _taken(part: Part, job: PlannedJob | None, now: float) -> Iterator[tuple[float, float]]:
+def _taken(part: Part, job: PlannedJob | None) -> Iterator[tuple[float, float]]:
     """Seconds that pieces took, and those planned for what of them is done."""
     if job is None:
         return
@@ -125,7 +144,7 @@ def _taken(part: Part, job: PlannedJob | None, now: float) -> Iterator[tuple[flo
             yield seconds, job.pieces[run_id].seconds
     piece = _current(part, job)
     if piece and (share := piece.share(part.counts)):
-        yield now - part.told["since"], share * piece.seconds
+        yield part.told["spent"], share * piece.seconds
 
 
 def _current(part: Part, job: PlannedJob) -> Piece | None:
@@ -133,7 +152,7 @@ def _current(part: Part, job: PlannedJob) -> Piece | None:
     return job.pieces.get(part.told.get("run_id")) if part.active else None
 
 
-def _rest(job: PlannedJob, part: Part, factor: float, usual: float, now: float) -> PlannedJob:
+def _rest(job: PlannedJob, part: Part, factor: float, usual: float) -> PlannedJob:
     """What is left of a job, its pieces `factor` times as long as planned."""
     left = dict(list(job.pieces.items())[part.done :])
     pieces = {name: replace(one, seconds=one.seconds * factor) for name, one in left.items()}
@@ -141,7 +160,7 @@ def _rest(job: PlannedJob, part: Part, factor: float, usual: float, now: float) 
         whole, share = piece.seconds * factor, piece.share(part.counts)
         seconds = whole * (1 - share)
         if not share:  # nothing of it is counted yet
-            seconds = max(whole - (now - part.told["since"]), whole / 10)
+            seconds = max(whole - part.told["spent"], whole / 10)
         pieces[part.told["run_id"]] = replace(piece, seconds=seconds)
     overhead = job.overhead * usual * (0.2 if part.active else 1.0)
     return replace(job, overhead=overhead, pieces=pieces)
@@ -166,8 +185,9 @@ def read_plan(path: Path) -> dict[str, PlannedJob] | None:
 # ---- the display
 @contextlib.contextmanager
 def display(study: Study, plan: Path, n_at_once: int) -> Iterator:
-    """A function that shows the state of the work: a live bar on a terminal; elsewhere a line when
-    the stage changes, and every LINE_EVERY seconds. The plan is read once it is there.
+    """A function that shows the state of the work so many seconds after its start: a live bar on a
+    terminal; elsewhere a line when the stage changes, and every LINE_EVERY seconds. The plan is
+    read once it is there.
     """
     console = Console()
     columns = (
@@ -183,30 +203,27 @@ def display(study: Study, plan: Path, n_at_once: int) -> Iterator:
         task = progress.add_task(study.name, total=None, left="")
         shown, known = {"stage": "", "at": 0.0}, {"outlook": None}
 
-        def show(found: list[Part], started: float) -> None:
-            now = time.time()
+        def show(found: list[Part], seconds: float) -> None:
             if known["outlook"] is None and (jobs := read_plan(plan)):
                 known["outlook"] = Outlook(jobs, n_at_once)
-            text, done, total, left = summary(found, known["outlook"], now)
+            text, done, total, left = summary(found, known["outlook"])
             progress.update(task, description=text, completed=done, total=total, left=left)
             stage = text.partition(" ")[0]
-            due = stage != shown["stage"] or now - shown["at"] >= LINE_EVERY
+            due = stage != shown["stage"] or seconds - shown["at"] >= LINE_EVERY
             if not console.is_terminal and due:
                 console.print(
-                    f"{now - started:5.0f} s  {text}  ({done} of {total} done"
+                    f"{seconds:5.0f} s  {text}  ({done} of {total} done"
                     f"{', ' + left if left else ''})",
                     highlight=False,
                     soft_wrap=True,
                 )
-                shown["at"] = now
+                shown["at"] = seconds
             shown["stage"] = stage
 
         yield show
 
 
-def summary(
-    found: Sequence[Part], outlook: Outlook | None = None, now: float | None = None
-) -> tuple[str, int, int, str]:
+def summary(found: Sequence[Part], outlook: Outlook | None = None) -> tuple[str, int, int, str]:
     """What is being done in words, variants and steps done, all of them, and the time left."""
     active = [part for part in found if part.active] or [
         part for part in found if part.done < part.total
@@ -217,7 +234,7 @@ def summary(
         text = f"{active[0].stage} {', '.join(part.about for part in same)}"
         words = [progress_words(part, outlook) for part in active if part.counts]
         text += f": {'; '.join(words)}" if words else ""
-    left = "" if outlook is None else time_left(outlook.left(found, now or time.time()))
+    left = "" if outlook is None else time_left(outlook.left(found))
     return text, sum(part.done for part in found), sum(part.total for part in found), left
 
 

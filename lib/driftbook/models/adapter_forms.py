@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from driftbook.study.files import first_bytes, not_the_file
-from driftbook.study.limits import too_large, within
+from driftbook.study.limits import too_large, tried
 
 CONFIG = "adapter_config.json"
 # bytes: of an adapter of every expert of a large mixture some 15 million are in its header
@@ -76,8 +76,11 @@ def check_patterns(settings: Mapping[str, Any], names: Iterable[str]) -> None:
         for one in (*given, *(key for part in keys for key in part))
         if isinstance(one, str) and not _PLAIN.fullmatch(one)
     ]
-    names = list(names) if patterns else []
-    with within(PATTERN_SECONDS, "reading the patterns that name its modules"):
+    if not patterns:
+        return
+    names = list(names)
+
+    def read() -> None:
         for pattern in patterns:
             try:
                 form = re.compile(rf"(.*\.)?({pattern})")
@@ -85,6 +88,8 @@ def check_patterns(settings: Mapping[str, Any], names: Iterable[str]) -> None:
                 raise ValueError(f"a pattern of modules cannot be read ({error})") from None
             for name in names:
                 form.fullmatch(name)
+
+    tried(PATTERN_SECONDS, "reading the patterns that name its modules", read)
 
 
 def foreign_form(path: Path) -> str | None:

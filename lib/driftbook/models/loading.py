@@ -1,12 +1,15 @@
 """Loading base models, judges and tokenizers."""
 
 import re
+import string
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from transformers import (
@@ -23,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from driftbook.models import templates
 from driftbook.models.conversations import chat_ids
 from driftbook.study import access
-from driftbook.study.limits import too_large, within
+from driftbook.study.limits import too_large, tried
 from driftbook.study.sections import Base, Judge, Rater, Source
 from driftbook.study.sources import identity, locate
 from driftbook.study.study_file import Study
@@ -33,6 +36,10 @@ MOST_BYTES = {"config.json": 5_000_000, "tokenizer.json": 250_000_000}
 MOST_BYTES |= {"tokenizer_config.json": 50_000_000, "chat_template.jinja": 1_000_000}
 MOST_LAYERS, MOST_SIZE = 2_000, 20_000_000
 TEMPLATE_SECONDS = 20.0
+# for nested repetitions of any kind of character long runs, which end with others
+RUNS = "".join(
+    200 * one + end for one in (*string.printable, "é", "я", "中") for end in ("!\n", "! x\n")
+)
 disable_progress_bar()  # a bar per model is noise in a notebook
 
 
@@ -198,12 +205,30 @@ def _asked(source: Base | Judge | Rater) -> str:
 def source_tokenizer(
     source: Base | Judge | Rater, where: Path | str, options: dict, study: Study | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source, with the template and the date that the study gives it."""
+    """The tokenizer of a source, with the template and the date that the study gives it, after both
+    were tried.
+
+    Raises:
+        ValueError: its patterns or its template take too long, too much memory, or fail.
+    """
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if given := getattr(source, "chat_template", None):
         tokenizer.chat_template = given
     templates.fix_date(tokenizer, study.date if study else None)
+    tried(TEMPLATE_SECONDS, "reading a text and its chat template", lambda: _read(tokenizer))
     return tokenizer
+
+
+def _read(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read what patterns that backtrack take longest for, and render one turn. An error of a kind
+    that Python knows is said where what is asked of a model is checked.
+    """
+    for read in (
+        lambda: tokenizer.encode(RUNS),
+        lambda: templates.render(tokenizer, [{"role": "user", "content": "?"}], True),
+    ):
+        with suppress(ValueError, TypeError, LookupError, AttributeError, jinja2.TemplateError):
+            read()
 
 
 def check_fit(
@@ -219,8 +244,8 @@ def check_fit(
 
 
 def _check_tokenizer(name: str, rows: int, tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
-    with within(TEMPLATE_SECONDS, f"{name}: reading its chat template"):
-        _check_asked(name, rows, tokenizer, asked)
+    work = partial(_check_asked, name, rows, tokenizer, asked)
+    tried(TEMPLATE_SECONDS, f"{name}: reading its chat template", work)
 
 
 def _check_asked(name: str, rows: int, tokenizer: PreTrainedTokenizerBase, asked: str) -> None:

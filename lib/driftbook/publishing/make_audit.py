@@ -5,6 +5,7 @@ GNU make has exit statuses of its own (2 for every failure), so the status also 
 """
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from driftbook.batch import audit_setup
+from driftbook.batch.make_study import held
 from driftbook.batch.notebooks import NotebookError, execute
 from driftbook.publishing.audit_files import check_gate
 from driftbook.publishing.audit_finish import CI_FILE, PAGE, begin, could_not_run, has_not_ended
@@ -51,6 +53,8 @@ GIVEN = (
 )
 GIVEN += ("SINCE", "TEMPLATE")
 OF_MODELS = ("ADAPTER", "ADAPTERS", "ENDPOINT")  # what is asked, where no logs are read
+PLACES = ("ADAPTER", "MODEL", "BASE", "JUDGE", "BENCHMARKS", "SINCE")
+PLACES += ("BASE_LOG", "CANDIDATE_LOG", "ALIGNED", "UNALIGNED")  # paths, or names on the hub
 COMPARED = "compared"  # the folder of several audits together
 USUAL_STUDIES = ("pocket", "miniature")  # where an adapter is taken from if none is named
 
@@ -225,18 +229,21 @@ def folder_of(given: Mapping[str, Any]) -> Path:
 
 
 def run_audit(given: dict[str, Any]) -> dict[str, Any]:
-    """Run notebook 21 with these parameters; what ci.json then holds."""
+    """Run notebook 21 with these parameters; what ci.json then holds.
+
+    Raises:
+        ValueError: another process runs or purges this audit.
+    """
     folder = folder_of(given)
-    private_folder(folder)
-    begin(folder)
-    try:
-        with _quiet():
-            execute(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", folder / f"{NOTEBOOK}.ipynb", given)
-    except (
-        Exception
-    ) as error:  # also a kernel that was killed: no kind of it is a model that failed
-        could_not_run(folder, _plain(error))
-    return read_json(folder / CI_FILE)
+    output = folder / f"{NOTEBOOK}.ipynb"
+    with held(folder, f"the audit {folder} is in use by another make audit or make purge"):
+        begin(folder)
+        try:
+            with _quiet():
+                execute(ROOT / "notebooks" / output.name, output, given)
+        except Exception as error:  # a killed kernel too: no kind of it is a model that failed
+            could_not_run(folder, _plain(error))
+        return read_json(folder / CI_FILE)
 
 
 @contextlib.contextmanager
@@ -270,10 +277,26 @@ _STOPPED = re.compile(
 SENTENCES = ("ValueError", "EndpointError", "StatusError", "ValidationError")
 
 
+def _too_long(environment: Mapping[str, str]) -> str | None:
+    """In words which of what is given is longer than any path or name; None where nothing is."""
+    every = {name: [environment.get(name, "")] for name in PLACES}
+    every["ADAPTERS"] = environment.get("ADAPTERS", "").split()
+    for name, value in ((name, one) for name, given in every.items() for one in given):
+        try:
+            os.stat(ROOT / value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return f"{name} has {len(value):,} characters, and no path or name has so many"
+    return None
+
+
 def exit_status(work: Callable[[], int]) -> int:
     """The status of some work, COULD_NOT_RUN where it breaks: Python itself would exit with 1,
     which is read as a model that failed.
     """
+    if said := _too_long(os.environ):
+        print(f"driftbook: {said}", file=sys.stderr)
+        return COULD_NOT_RUN
     try:
         return work()
     except Exception as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.analyses import estimands, information, primary
-from driftbook.batch import notebooks
+from driftbook.batch import leases, notebooks
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, plain_caption, short_name, unit_of
 from driftbook.publishing import publish, timeline
@@ -568,9 +568,9 @@ def main(study: str, key: str = "", mark: str = "") -> None:
     """Write a study's report; as a job of the batch also its mark, with the key that it had at its
     start.
     """
-    made_of = read_json(Path(key)) if key else {}
-    with notebooks.recorded() as names:
-        print(write(load(study)))
+    made_of, of = read_json(Path(key)) if key else {}, load(study)
+    with leases.shown(of.folder / leases.JOBS, "report"), notebooks.recorded() as names:
+        print(write(of))
         if mark:
             notebooks.write_mark(Path(mark), made_of, names())
 

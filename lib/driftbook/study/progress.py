@@ -25,31 +25,31 @@ class Progress:
         self.run_id: str | None = None
         self.counts: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self._since = self._written = 0.0
+        self._since = self._written = 0.0  # by a clock that nobody sets
 
     def begin(self, run_id: str) -> None:
         """A piece of work begins."""
-        self.run_id, self.counts, self._since = run_id, {}, time.time()
+        self.run_id, self.counts, self._since = run_id, {}, time.monotonic()
         self._write()
 
     def end(self, run_id: str, worked: bool) -> None:
         """It ended; `worked` says that it was not there already."""
         if worked:
-            self.seconds[run_id] = time.time() - self._since
+            self.seconds[run_id] = time.monotonic() - self._since
         self.run_id, self.counts, self.done = None, {}, self.done + 1
         self._write()
 
     def reach(self, what: str, n: float) -> None:
         """So much of a count is done by now."""
         self.counts[what] = n
-        if time.time() - self._written >= EVERY:
+        if time.monotonic() - self._written >= EVERY:
             self._write()
 
     def _write(self) -> None:
-        self._written = time.time()
+        self._written = time.monotonic()
         told = {"done": self.done, "of": self.of, "seconds": self.seconds}
-        current = {"run_id": self.run_id, "counts": self.counts, "since": self._since}
-        write_json(self.path, told | current | {"at": self._written})
+        current = {"run_id": self.run_id, "counts": self.counts}
+        write_json(self.path, told | current | {"spent": self._written - self._since})
 
 
 _current: list[Progress] = []  # of this process, which does one job at a time
