@@ -27,6 +27,7 @@ from driftbook.study.variants import Variant
 from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
+from driftbook.training.dro import optimised
 from driftbook.training.examples import Prepared, held_out, init_text
 
 RECORDED = """
@@ -73,7 +74,8 @@ def train(
             for a single example.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    model = adapters.create(variant, base.model, base.tokenizer, init_text(variant, study))
+    text, rows = init_text(variant, study), optimised(variant, base, study)
+    model = adapters.create(variant, base.model, base.tokenizer, text, rows)
     try:
         initial, facts, curve = adapters.state(model), {}, _curve(variant, [])
         if prepared is not None:
