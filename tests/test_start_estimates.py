@@ -77,7 +77,7 @@ def test_the_contrasts_are_what_they_are_by_hand():
     null = one(found, **wanted | {"against": starts.NULL}, base_model="all", contrast=starts.AFTER)
     assert null["how"].endswith("mean over a, b")
     gain = one(
-        found, **wanted | {"outcome": starts.GAIN}, base_model="all", contrast=starts.BY_TRAINING
+        found, **wanted | {"outcome": starts.GAINED}, base_model="all", contrast=starts.BY_TRAINING
     )
     value = arms.assign(value=runs["dose_nll"]).groupby(["init", "objective"])["value"].mean()
     sides = [value[init, "sft"] - value[init, "untrained"] for init in ("safety_text", "random")]

@@ -35,14 +35,14 @@ TESTED = (
     terms.BIAS_AMB,
     terms.CORRECT,
 )  # a family for each method; doses say how far a training went, and are not in it
-GAIN, KL = "gain on held-out answers (nats per token)", "KL to the base model (nats per token)"
-DOSES = {"dose_nll": GAIN, "kl_base": KL}
-BENCHMARK = {
+GAINED, KL = "gain on held-out answers (nats per token)", "KL to the base model (nats per token)"
+DOSE_OUTCOMES = {"dose_nll": GAINED, "kl_base": KL}
+BENCHMARK_OF = {
     **dict.fromkeys(harm.OF_SAFETY, "safety"),
     terms.REFUSED: "over_refusal",
     terms.CORRECT: "utility",
     terms.LOSS: "utility",
-    **dict.fromkeys((GAIN, KL), "heldout"),
+    **dict.fromkeys((GAINED, KL), "heldout"),
 }  # all others: bbq
 
 
@@ -83,10 +83,15 @@ def start_estimates(
     """
     frame, found = started(arms), []
     scores = {outcome: change for outcome, (_, change) in measured.items()}
-    scores |= {outcome: _of_record(runs, column) for column, outcome in DOSES.items()}
+    scores |= {outcome: _of_record(runs, column) for column, outcome in DOSE_OUTCOMES.items()}
     for outcome, change in scores.items():
         judged = {"judge": judge if outcome in harm.OF_SAFETY else "none"}
-        names = {"outcome": outcome, "benchmark": BENCHMARK.get(outcome, "bbq"), **judged, **labels}
+        names = {
+            "outcome": outcome,
+            "benchmark": BENCHMARK_OF.get(outcome, "bbq"),
+            **judged,
+            **labels,
+        }
         low, high = change.limits  # a difference of two differences may be twice as large
         twice = replace(change, limits=(2 * low, 2 * high))
         for key, weighed in _weighed(frame):

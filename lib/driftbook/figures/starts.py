@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from driftbook.analyses.starts import BEFORE, BY_TRAINING, GAIN, NULL, named, start_sentence, told
+from driftbook.analyses.starts import BEFORE, BY_TRAINING, GAINED, NULL, named, start_sentence, told
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
@@ -26,7 +26,7 @@ from driftbook.figures.drawing import (
 from driftbook.stats import terms
 from driftbook.stats.confidence import ALPHA, BELOW, PERCENT
 
-AGAINST = {terms.REFUSED: "refusals of benign look-alikes", GAIN: "gain on held-out answers"}
+AGAINST = {terms.REFUSED: "refusals of benign look-alikes", GAINED: "gain on held-out answers"}
 SHIFT = 0.17  # of the two marks of a row
 
 
@@ -39,7 +39,7 @@ def starts(tables: dict) -> tuple[Figure, str]:
         terms.ACCURACY_AMB,
         terms.BIAS_AMB,
         terms.CORRECT,
-        GAIN,
+        GAINED,
     )
     trained, untrained = (floats(told(estimates, one)) for one in (BY_TRAINING, BEFORE))
     shown = [outcome for outcome in wanted if trained["outcome"].eq(outcome).any()]
@@ -64,13 +64,14 @@ def starts(tables: dict) -> tuple[Figure, str]:
     above(
         fig, [*marks, handle("untrained prompts", COLOURS["none"], ls="-", lw=1, marker="s", ms=3)]
     )
+    tested = trained[trained["outcome"].ne(GAINED)]
     text = (
         "What a soft prompt begins as, against the random start (last rows: the safety text against"
         " itself with its coordinates permuted), in the mean over base models. Coloured: how much"
         " more a trained prompt moved from the untrained prompt of its own start than one with the"
         f" other start did; filled where Holm's adjusted p value is {BELOW} (a family for each"
         " method, gains apart). Grey: how much the untrained prompts differ. Lines are"
-        f" {PERCENT} intervals, not adjusted.{intervals_of(trained[trained['outcome'].ne(GAIN)])} "
+        f" {PERCENT} intervals, not adjusted.{intervals_of(tested)} "
         f"{start_sentence(estimates)}"
     )
     return fig, text
