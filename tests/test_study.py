@@ -267,7 +267,7 @@ def test_a_rate_that_yaml_reads_as_text_is_refused_as_it_stands_in_a_file(tmp_pa
     assert "5e-3" in one_sentence(error.value)
 
 
-def test_text_inits_need_texts_and_p_tuning_has_one_init(tmp_path, content):
+def test_text_inits_need_texts_and_prefix_tuning_has_one_init(tmp_path, content):
     block = content["grid"][0]
     block |= {"methods": ["prompt_tuning"], "inits": ["safety_text"]}
     assert len(load(write_study(tmp_path, content)).variants) == 3
@@ -275,13 +275,15 @@ def test_text_inits_need_texts_and_p_tuning_has_one_init(tmp_path, content):
     with pytest.raises(ValueError) as error:
         load(write_study(tmp_path, content))
     assert "init_texts" in one_sentence(error.value)
-    block |= {"methods": ["p_tuning"], "inits": ["vocabulary"]}
+    content["methods"]["prefix_tuning"] = {"num_virtual_tokens": 4}
+    block |= {"methods": ["prefix_tuning"], "inits": ["vocabulary"]}
+    block["learning_rates"]["prefix_tuning"] = [0.01]
     with pytest.raises(ValueError) as error:
         load(write_study(tmp_path, content))
-    assert "p_tuning" in one_sentence(error.value)
+    assert "prefix_tuning" in one_sentence(error.value)
 
 
-@pytest.mark.parametrize("init", ["vocabulary", "task_text", "no such"])
+@pytest.mark.parametrize("init", ["safety_frozen", "no such"])
 def test_an_init_under_methods_is_checked_too(tmp_path, content, init):
     content["methods"]["p_tuning"]["init"] = init
     with pytest.raises(ValueError) as error:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from driftbook.analyses import correlations, information, outcomes, tradeoffs
+from driftbook.analyses import correlations, information, outcomes, starts, tradeoffs
 from driftbook.stats import estimation, harm, influence, terms
 from driftbook.stats.picking import in_words, picked
 from driftbook.study.opening import Tables
@@ -11,7 +11,7 @@ from driftbook.study.tables import ESTIMATES
 
 def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> pd.DataFrame:
     """Every estimate of notebook 12: utility and other ratings, probabilities of the Pareto front,
-    correlations of changes, and slopes of harm on costs."""
+    correlations of changes, starts of soft prompts, and slopes of harm on costs."""
     names = {"study": tables.study.name, "notebook": "12_tradeoffs"}
     arms = influence.arms(tables.variants, tables.runs)
     cells = influence.cells(arms)
@@ -32,8 +32,9 @@ def tradeoff_estimates(tables: Tables, n_draws: int, n_boot: int, seed: int) -> 
         parts.append(found)
     safety = harm.safety_of(measured)
     parts.append(correlations.correlations(measured, arms, safety, n_boot, seed, **names))
+    judge = tables.verdicts["judge"].iloc[0] if safety in measured else "none"
+    parts.append(starts.start_estimates(measured, arms, tables.runs, judge, **names))
     if safety in measured:
-        judge = tables.verdicts["judge"].iloc[0]
         own = {"outcome": safety, "benchmark": "safety", "judge": judge, **names}
         parts.append(tradeoffs.slopes(measured[safety][1], arms, tables.runs, **own))
     return ESTIMATES.concat(parts)

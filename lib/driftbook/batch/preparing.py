@@ -20,6 +20,7 @@ from driftbook.study.files import (
     replacing_folder,
     write_json,
 )
+from driftbook.study.methods import TEXT_INITS
 from driftbook.study.sections import PROMPT_FORMATS, Base, Judge
 from driftbook.study.sources import MODELS, identity, locate, made_folder, twin_folder
 from driftbook.study.study_file import Study
@@ -98,16 +99,36 @@ def check_model(name: str, source: Base | Judge, study: Study) -> None:
     variants = study.of_base(name)
     methods = {variant.method: variant for variant in variants if variant.method != "none"}
     shell = loading.without_weights(source, name, study)
-    _check_room_for_answers(name, study, loading.context_length(shell))
+    front = _check_starts(name, source, study)
+    _check_room_for_answers(name, study, loading.context_length(shell), front)
     for method, variant in methods.items():
         adapters.check_targets(method, adapters.config(variant), shell)
 
 
-def _check_room_for_answers(name: str, study: Study, context: int) -> None:
+def _check_starts(name: str, source: Base, study: Study) -> int:
+    """Raise a ValueError where a soft prompt cannot begin as the study says: a text is missing or
+    has no tokens, or a safety prompt would be optimised on what a benchmark asks. How many tokens
+    are frozen in front of one.
+    """
+    if not (wanted := study.inits & set(TEXT_INITS)):
+        return 0
+    from driftbook.models import loading, starts
+    from driftbook.training import examples
+
+    tokenizer = loading.tokenizer_of(source, name, study)
+    texts = {init: examples.start_text(init, study) for init in sorted(wanted)}
+    lengths = {init: len(starts.token_ids(tokenizer, text)) for init, text in texts.items()}
+    for role in ("harmful", "harmless") if study.dro else ():
+        examples.check_apart(f"dro.{role} is", getattr(study.dro, role), study)
+    return lengths.get("safety_frozen", 0)
+
+
+def _check_room_for_answers(name: str, study: Study, context: int, front: int) -> None:
     used = {variant.method for variant in study.of_base(name)} - {"none"}
     asked = {f"benchmarks.{key}": one.max_new_tokens for key, one in study.benchmarks.items()}
     asked |= {"drift": study.drift.max_new_tokens} if study.drift else {}
     soft = max((study.methods[one].get("num_virtual_tokens") or 0 for one in used), default=0)
+    soft += front if "prompt_tuning" in used else 0
     for where, n in asked.items():
         if n + soft >= context:
             with_soft = f" with {soft} virtual tokens" if soft else ""

@@ -21,6 +21,7 @@ from driftbook.figures import (
     repairs,
     safety,
     specifications,
+    starts,
     tradeoffs,
 )
 from driftbook.figures.drawing import FIGURES, SOURCES, WIDTH, Drawing, save_figure, style
@@ -35,6 +36,7 @@ MODULES = (
     frontier,
     mixed_effects,
     tradeoffs,
+    starts,
     repairs,
     factors_and_doses,
     power,

@@ -20,6 +20,7 @@ from peft import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftConfig,
     PeftModel,
+    PeftType,
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -28,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models import starts
 from driftbook.models.adapter_forms import check_patterns, excess
 from driftbook.models.base_state import BaseState, refuse_spoiled
 from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
@@ -65,7 +67,7 @@ def config(variant: Variant) -> PeftConfig:
     """
     method = PEFT_METHODS[variant.method]
     settings = json.loads(variant.settings)["peft"] | method.fixed
-    if variant.init == "vocabulary":
+    if variant.init in ("vocabulary", "safety_frozen") and variant.method == "prompt_tuning":
         settings["prompt_tuning_init"] = "SAMPLE_VOCAB"
     kind = getattr(peft, method.config)
     if _allocates(kind, settings):
@@ -89,22 +91,25 @@ def create(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     init_text: str | None = None,
+    rows: torch.Tensor | None = None,
 ) -> PeftModel:
     """A new adapter of the variant on the base model, its init drawn by the variant's seed; its
     weights are fp32 whatever the base's are.
 
     `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual
-    tokens.
+    tokens; or `rows` [virtual tokens, width] are. See `starts.begin`.
     """
     made = config(variant)
+    if variant.init == "safety_frozen":  # the text is in front of the tokens that are trained
+        made.num_virtual_tokens += len(starts.token_ids(tokenizer, init_text))
     check_targets(variant.method, made, base)
     kept = BaseState(base)
     try:
         _keep_rewritten(base, made, kept)
         torch.manual_seed(variant.seed)
         model = get_peft_model(base, made)
-        if init_text is not None:
-            _start_from_text(model, tokenizer, init_text)
+        if variant.init is not None and made.peft_type != PeftType.PREFIX_TUNING:
+            starts.begin(model, variant.init, variant.seed, tokenizer, init_text, rows)
     except Exception as error:  # PEFT raises many kinds for settings of the wrong kind
         kept.restore(f"methods.{variant.method}, which was refused,")
         if isinstance(error, torch.OutOfMemoryError):
@@ -133,15 +138,6 @@ def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> Non
                 f"methods.{method}.target_modules names {target!r}, and {type(base).__name__} has"
                 f" no such module; it has {', '.join(known)}"
             )
-
-
-@torch.no_grad()
-def _start_from_text(model: PeftModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    weight = model.prompt_encoder["default"].embedding.weight
-    repeated = (ids * (len(weight) // len(ids) + 1))[: len(weight)]
-    embedding = model.get_base_model().get_input_embeddings()
-    weight.copy_(embedding(torch.tensor(repeated, device=weight.device)))
 
 
 def state(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -147,13 +147,20 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def tokenizer_of(source: Base | Judge | Rater, name: str, study: Study) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of the study, without the model."""
+    where, options = _place(source, study)
+    with _explained(f"cannot read {name} from", source):
+        return source_tokenizer(source, where, options, study)
+
+
 def check_source(source: Base | Judge | Rater, name: str, study: Study) -> None:
     """Raise a ValueError where a model's tokenizer and configuration cannot be had or do not fit,
     without loading its weights.
     """
+    tokenizer = tokenizer_of(source, name, study)
     where, options = _place(source, study)
     with _explained(f"cannot read {name} from", source):
-        tokenizer = source_tokenizer(source, where, options, study)
         config = _config(where, options)
     if not _classifies(source):
         _check_tokenizer(name, config.get_text_config().vocab_size, tokenizer, _asked(source))

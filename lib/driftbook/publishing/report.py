@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from driftbook.analyses import estimands, information, primary
+from driftbook.analyses.starts import start_sentence
 from driftbook.batch import leases, notebooks
 from driftbook.doctors import study as study_check
 from driftbook.figures.drawing import ASKED, plain_caption, short_name, unit_of
@@ -104,6 +105,7 @@ TITLES = {  # of figures, by theme: the report's tabs
         "mixed_terms": "Objective and learning rate",
         "models_compared": "The same change by several estimators",
         "variance_shares": "What moves a run",
+        "starts": "What a soft prompt begins as",
         "power": "What the grid could tell",
     },
     "Training": {
@@ -175,10 +177,12 @@ def cost_sentence(estimates: pd.DataFrame, arms: pd.DataFrame, runs: pd.DataFram
         f"{_cost(row)}: {number(row.value, row.ci_low, row.ci_high, 'points')}"
         for row in known.itertuples()
     ]
+    of_starts = start_sentence(estimates)
     return (
         f"Change in the {short_name(safety)}, trained runs without no-ops"
         + (", from the fewest trainable parameters to the most" if len(words) > 1 else "")
         + f" (medians): {'; '.join(words)}."
+        + (f" {of_starts}" if of_starts else "")
     )
 
 
@@ -212,6 +216,7 @@ def findings(tables: dict[str, pd.DataFrame]) -> list[tuple[str, str]]:
     found += [
         ("Extremes", _extreme_cell(estimates)),
         ("Controls", _controls(estimates)),
+        ("Starts", start_sentence(estimates)),
         ("No-ops", _no_ops(arms)),
     ]
     costs = [_cost(row) for row in _costs(estimates, arms, runs).itertuples()]

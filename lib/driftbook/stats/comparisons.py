@@ -34,7 +34,7 @@ ODDS = "odds ratio against the base model"
 FEWEST = 5  # answers of the rarer kind, below which the delta method's interval does not hold
 DELTA, DELTA_BASE = "Cliff's delta", "Cliff's delta against the base model"
 GROUPS = (AS_CONFIGURED, TRAINED)
-_RUN_COLUMNS = [
+RUN_COLUMNS = [
     "run_id",
     "base_model",
     "method",
@@ -45,8 +45,8 @@ SAME = ["study", "notebook", "outcome", "benchmark", "judge"]
 
 
 # ---- contrasts of runs
-def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
-    """The estimate of sum(weight * score) over the rows of `frame` (_RUN_COLUMNS and weight); None
+def contrast_of(scores: Scores, frame: pd.DataFrame) -> dict | None:
+    """The estimate of sum(weight * score) over the rows of `frame` (RUN_COLUMNS and weight); None
     where no run has a score.
     """
     at = scores.at(frame["run_id"])
@@ -61,13 +61,13 @@ def _contrast(scores: Scores, frame: pd.DataFrame) -> dict | None:
 def _of(cells: pd.DataFrame, base_model: str, method: str, group: str) -> pd.DataFrame:
     """The runs of a cell, under their own base model, with their weights."""
     own = cells["base_model"].eq(base_model) & cells["method"].eq(method) & cells["group"].eq(group)
-    return cells[own].assign(base_model=cells["pool"])[[*_RUN_COLUMNS, "weight"]]
+    return cells[own].assign(base_model=cells["pool"])[[*RUN_COLUMNS, "weight"]]
 
 
 def _minus(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """The runs of both with the weights of the difference; a run of both sides has one row."""
     both = pd.concat([one, other.assign(weight=-other["weight"])], ignore_index=True)
-    return both.groupby(_RUN_COLUMNS, sort=False, as_index=False)["weight"].sum()
+    return both.groupby(RUN_COLUMNS, sort=False, as_index=False)["weight"].sum()
 
 
 def _rows(found: dict[tuple, dict | None], **labels: str) -> pd.DataFrame:
@@ -105,7 +105,7 @@ def between(
     for (base_model, group), part in cells.groupby(["base_model", "group"], sort=False):
         for method, other in combinations(_ordered(part["method"]), 2):
             runs = _minus(*(_of(part, base_model, name, group) for name in (method, other)))
-            found[base_model, method, group, DIFFERENCE, other] = _contrast(scores, runs)
+            found[base_model, method, group, DIFFERENCE, other] = contrast_of(scores, runs)
     return _rows(found, **labels)
 
 
@@ -122,7 +122,7 @@ def interactions(
         bases = dict.fromkeys(everywhere["base_model"])
         for base_model in bases if len(bases) > 1 else ():
             runs = _minus(_of(cells, base_model, method, group), everywhere)
-            found[base_model, method, group, INTERACTION] = _contrast(scores, runs)
+            found[base_model, method, group, INTERACTION] = contrast_of(scores, runs)
     return _rows(found, **labels)
 
 
@@ -147,7 +147,7 @@ def settings(scores: Scores, arms: pd.DataFrame, **labels: str) -> pd.DataFrame:
             if all(map(len, every)) and set(parts) == set(arms["base_model"]):
                 parts["all"] = pd.concat(every)
             for base, part in parts.items():
-                found[base, method, AS_CONFIGURED, contrast] = _contrast(scores, part)
+                found[base, method, AS_CONFIGURED, contrast] = contrast_of(scores, part)
     return _rows(found, **labels)
 
 
@@ -161,7 +161,7 @@ def _matched(runs: pd.DataFrame, name: str, equal: list[str]) -> pd.DataFrame:
         for level, sign in ((levels[-1], 1), (levels[0], -1)) if len(levels) > 1 else ():
             at = own[own[name].eq(level)]
             parts.append(at.assign(weight=sign / len(at)))
-    found = pd.concat(parts)[[*_RUN_COLUMNS, "weight"]]
+    found = pd.concat(parts)[[*RUN_COLUMNS, "weight"]]
     return found.assign(weight=found["weight"] / max((len(parts) - 1) / 2, 1))
 
 
@@ -304,7 +304,7 @@ def _odds_ratio(changes: Scores, own: Scores, base: Scores, cell: pd.DataFrame) 
     moved = slope[:, None] * own.influence[at] - base_slope[:, None] * base.influence[at]
     counts = (changes.n_items[at], changes.n_unscored[at])
     linear = Scores(changes.runs[at], changes.strata, logit, moved, *counts, family=changes.family)
-    found, names = _contrast(linear, cell), ("value", "ci_low", "ci_high")
+    found, names = contrast_of(linear, cell), ("value", "ci_low", "ci_high")
     ends = {name: None if found[name] is None else np.exp(found[name]) for name in names}
     how = "marginal odds ratio, delta method on the log odds; " + found["how"]
     return {**found, **ends, "how": how}

@@ -14,7 +14,7 @@ from driftbook.study.methods import (
     TEXT_INITS,
     unscored_setting,
 )
-from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitigation
+from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Dro, Mitigation
 
 # notebooks that read again what others published, and the folders of outputs/ that they write
 REREADING = {
@@ -182,11 +182,31 @@ def _check_methods(study: Content) -> None:
             raise ValueError(
                 f"methods.{method}.{fixed[0]} is what makes it {known.label}; remove it"
             )
-    chosen = {init for block in study.grid for init in block.inits}
-    chosen |= {settings.get("init") for settings in study.methods.values()}
-    if chosen & set(TEXT_INITS) and study.init_texts is None:
+    if study.inits & set(TEXT_INITS) and study.init_texts is None:
         keys = "a JSON file with the keys task and safety"
         raise ValueError(f"an init from text needs init_texts, {keys}")
+    if "dro" in study.inits and study.dro is None:
+        names = (
+            "{harmful: NAME, harmless: NAME}, names under data of prompts that it is optimised on"
+        )
+        raise ValueError(f"the init dro needs dro: {names}")
+    if study.dro is not None:
+        _check_anchors(study, study.dro)
+
+
+def _check_anchors(study: Content, dro: Dro) -> None:
+    for role in ("harmful", "harmless"):
+        name = getattr(dro, role)
+        if name not in study.data or name == "heldout":
+            has = ", ".join(one for one in study.data if one != "heldout")
+            raise ValueError(f"dro.{role} = {name!r}; expected a set of prompts under data: {has}")
+        if (n := study.data[name].n) < (least := 2 * dro.dimensions):
+            few = f"too few for a space of {dro.dimensions} dimensions"
+            raise ValueError(f"dro.{role} names data.{name}, whose n = {n} is {few}; give {least}")
+    if dro.harmful == dro.harmless:
+        raise ValueError(f"dro names data.{dro.harmful} twice; give harmful and harmless prompts")
+    if "dro" not in study.inits:
+        raise ValueError("dro is given, and no soft prompt begins so; name it under inits")
 
 
 def _check_init(method: str, settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from driftbook.study.sections import (
     Block,
     Count,
     Drift,
+    Dro,
     Family,
     Judge,
     Method,
@@ -71,6 +72,7 @@ class Content(Part):
     raters: dict[Name, Rater] = Field({})
     methods: dict[Method, dict[str, Any]]
     init_texts: Source | None = None
+    dro: Dro | None = None
     data: dict[Name, TrainingData]
     training: Training
     grid: tuple[Block, ...]
@@ -104,6 +106,12 @@ class Content(Part):
     def of_safety(self) -> str:
         """What safety is in a study without judges, in a sentence; nothing where a judge says."""
         return "" if self.judges else WITHOUT_JUDGE
+
+    @property
+    def inits(self) -> set[str]:
+        """How the soft prompts of the grid begin."""
+        of_methods = (settings.get("init") for settings in self.methods.values())
+        return {init for block in self.grid for init in block.inits} | set(filter(None, of_methods))
 
     @property
     def n_snapshots(self) -> int:

@@ -151,6 +151,9 @@ def _settings(
     }
     if init in TEXT_INITS:
         settings["init_texts"] = study.init_texts.model_dump(exclude={"path"}, mode="json")
+    if init == "dro":
+        anchors = {name: _of_data(study, name) for name in (study.dro.harmful, study.dro.harmless)}
+        settings["dro"] = {**study.dro.model_dump(mode="json"), "data": anchors}
     if data:
         settings |= _of_training(study, objective, data)
         settings |= {"date": study.date.isoformat()} if study.date else {}

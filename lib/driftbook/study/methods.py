@@ -22,8 +22,15 @@ class PeftMethod:
     quantized: bool = False  # trained on a base model in 4 or 8 bits
 
 
-TEXT_INITS = ("task_text", "safety_text")
+# How a soft prompt may begin. Of those from a text: which of init_texts each takes. Permuted: the
+# coordinates of its embeddings, alike for all tokens; frozen: in front of as many trainable tokens;
+# dro: optimised for safety before (training/dro.py).
+TEXT_INITS = {"task_text": "task"} | dict.fromkeys(
+    ("safety_text", "safety_permuted", "safety_frozen", "dro"), "safety"
+)
 INITS = ("random", "vocabulary", *TEXT_INITS)
+# an encoder makes all virtual tokens, so none of them can be frozen
+ENCODED_INITS = tuple(init for init in INITS if init != "safety_frozen")
 _RANDOM = {"inits": ("random",)}
 _TARGETS = {"needs": ("target_modules",)}
 # A method is one entry. Figures draw methods in this order: adapters in blues, prompts in oranges.
@@ -34,7 +41,9 @@ PEFT_METHODS = {
     "prompt_tuning": PeftMethod(
         "Prompt-Tuning", "prompt", "PromptTuningConfig", "#D55E00", inits=INITS
     ),
-    "p_tuning": PeftMethod("P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", **_RANDOM),
+    "p_tuning": PeftMethod(
+        "P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", inits=ENCODED_INITS
+    ),
     "qlora": PeftMethod("QLoRA", "adapter", "LoraConfig", "#003D73", quantized=True),
     "dora": PeftMethod("DoRA", "adapter", "LoraConfig", "#009E9E", {"use_dora": True}),
     "rslora": PeftMethod("rsLoRA", "adapter", "LoraConfig", "#6A8FD8", {"use_rslora": True}),

@@ -384,6 +384,23 @@ class Drift(Part):
         return {name: limit for name in names if (limit := getattr(self, name)) is not None}
 
 
+class Dro(Part):
+    """A safety prompt that is optimised for the base model before any training, where a soft prompt
+    begins as `dro` (Directed Representation Optimization; see training/dro.py).
+
+    `harmful` and `harmless` are names under the study's `data`, of which the prompts alone are
+    read: the anchors. `dimensions` of the space of their states, `steps` and `learning_rate` are
+    the paper's where not given.
+    """
+
+    harmful: Text
+    harmless: Text
+    dimensions: Annotated[Count, Field(le=64)] = 4
+    steps: Annotated[Count, Field(le=10_000)] = 160
+    learning_rate: Rate = 1e-3
+    max_new_tokens: Count = 24  # of the answers that are read for a refusal
+
+
 class Block(Part):
     """A product of factors; the grid is the union of its blocks.
 
@@ -435,9 +452,9 @@ class Block(Part):
         strange = [init for init in self.inits if init not in known]
         if strange and len(known) == 1:
             only = f"its only init is {known[0]}"
-            raise ValueError(f"{method}'s prompt comes out of an encoder: {only}")
+            raise ValueError(f"{method}'s prompt is keys and values, no tokens: {only}")
         if strange:
-            raise ValueError(f"{method} has no init {strange[0]!r}")
+            raise ValueError(f"{method} has no init {strange[0]!r}; it has {', '.join(known)}")
 
 
 class Mitigation(Part):

@@ -11,7 +11,9 @@ from driftbook.doctors.data import equal_answers, examine_data
 from driftbook.models.conversations import conversation_ids, counted_ids
 from driftbook.models.loading import Loaded, check_ids, context_length
 from driftbook.models.scoring import Ids, Scorer
-from driftbook.study.files import digest, read_json
+from driftbook.models.starts import token_ids
+from driftbook.study.files import digest, read_object
+from driftbook.study.methods import TEXT_INITS
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS
 from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
@@ -19,6 +21,7 @@ from driftbook.study.variants import Variant
 from driftbook.training import steps
 from driftbook.training.steps import Conversation, Pair
 
+OVERLAPS = ("benchmark_overlap", "near_benchmark")  # the data doctor's findings
 Way = tuple[str, str, tuple[str, float] | None, tuple[float, ...] | None]
 
 
@@ -237,6 +240,13 @@ def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
     return examine_data(training_examples(name, study), asked, prepared.lengths, limit)
 
 
+def check_apart(said: str, name: str, study: Study) -> None:
+    """Raise a ValueError where a name under `data` holds what a benchmark asks."""
+    found = examine_data(training_examples(name, study), asked_texts(study))
+    for row in found[found.finding.isin(OVERLAPS) & found.n.gt(0)].itertuples():
+        raise ValueError(f"{said} data.{name}, where {row.sentence}")
+
+
 def held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | None]:
     """The held-out answers on which every variant's dose is measured, (prompt, answer) in token
     ids, cut as the examples are; and a note of what was cut or left out.
@@ -259,13 +269,31 @@ def held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | N
 
 
 def longest(base: Loaded, study: Study) -> int:
-    """The most tokens of an example: max_length, or the context less the longest soft prompt."""
+    """The most tokens of an example: max_length, or the context less the longest soft prompt and
+    the text that is frozen in front of one.
+    """
     soft = [int(settings.get("num_virtual_tokens", 0)) for settings in study.methods.values()]
-    return min(study.training.max_length, context_length(base.model) - max(soft, default=0))
+    front = 0
+    if "safety_frozen" in study.inits:
+        front = len(token_ids(base.tokenizer, start_text("safety_frozen", study)))
+    room = context_length(base.model) - max(soft, default=0) - front
+    return min(study.training.max_length, room)
 
 
 def init_text(variant: Variant, study: Study) -> str | None:
     """The text a variant's soft prompt starts from, None where it starts otherwise."""
-    if variant.init not in ("task_text", "safety_text"):
-        return None
-    return read_json(Path(locate(study.init_texts, study)))[variant.init.removesuffix("_text")]
+    return start_text(variant.init, study) if variant.init in TEXT_INITS else None
+
+
+def start_text(init: str, study: Study) -> str:
+    """The text of init_texts that an init takes.
+
+    Raises:
+        ValueError: the file has no such text, or a blank one.
+    """
+    texts = read_object(Path(locate(study.init_texts, study)))
+    text = texts.get(TEXT_INITS[init])
+    if not isinstance(text, str) or not text.strip():
+        lacks = f"init_texts ({study.init_texts.source}) has no text under {TEXT_INITS[init]!r}"
+        raise ValueError(f"{lacks}, which the init {init} begins as; give it one")
+    return text

