@@ -80,6 +80,13 @@ MITIGATIONS = {
     },
     "mixing": {"kind": "mixing", "blocks": ["main"], "data": "safety", "values": [0.2]},
     "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
+    "again": {
+        "kind": "second_tuning",
+        "blocks": ["main"],
+        "of": ["resta", "mixing"],
+        "data": "sft",
+        "values": [5.0e-3],
+    },
 }
 
 SMOKE = copy.deepcopy(SMALL) | {"name": "smoke", "mitigations": MITIGATIONS}

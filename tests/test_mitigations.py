@@ -15,7 +15,7 @@ from driftbook.batch import collecting, jobs, keys, preparing
 from driftbook.models import loading
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
-from driftbook.study.methods import MITIGATION_KINDS
+from driftbook.study.methods import MADE_IN, MITIGATION_KINDS
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
 from driftbook.training import mitigations, repairs
@@ -65,7 +65,7 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
             one.seed,
             one.objective,
         )
-        assert one.is_repaired == (MITIGATION_KINDS[one.repair["kind"]].when != "training")
+        assert one.made_in == MADE_IN[MITIGATION_KINDS[one.repair["kind"]].when]
         assert json.loads(one.settings) == json.loads(parent.settings) | {"mitigation": one.repair}
 
 
@@ -270,13 +270,7 @@ def test_every_kind_and_control_is_made_and_scored(finished):
         scored = {path.name for path in finished.run_folder(variant).glob("*.done.json")}
         assert scored == {
             f"{stage}.done.json"
-            for stage in (
-                "mitigate" if variant.is_repaired else "train",
-                "respond",
-                "judge",
-                "answer",
-                "utility",
-            )
+            for stage in (variant.made_in, "respond", "judge", "answer", "utility")
         }
 
 

@@ -56,11 +56,11 @@ class MitigationKind:
     which methods, and what a study file says of it.
 
     Of the times, `training` trains runs of their own; `after` and `test` make new variants of a
-    trained run.
+    trained run; `again` goes on training it, whether it was repaired or not.
     """
 
     label: str
-    when: Literal["training", "after", "test"]
+    when: Literal["training", "after", "test", "again"]
     methods: tuple[str, ...] = tuple(PEFT_METHODS)
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
@@ -70,6 +70,9 @@ class MitigationKind:
     keeps_bias: bool = False  # a trained bias of LoRA's modules is repaired with them, or deleted
 
 
+# the stage that makes a variant by when its mitigation is done, in the order of the stages
+MADE_IN = {"training": "train", "after": "mitigate", "test": "mitigate", "again": "retune"}
+MAKING_STAGES = tuple(dict.fromkeys(MADE_IN.values()))
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
 _PLAIN = (*_LORA, "dora", "ia3")
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
@@ -136,6 +139,14 @@ MITIGATION_KINDS = {
         open_ends=(0, 1),
     ),
     "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
+    "second_tuning": MitigationKind(
+        "tuned once more on benign data",
+        "again",
+        (*_PLAIN, "prompt_tuning"),
+        needs=("of", "data", "values"),
+        takes=("of", "data", "epochs", "values"),
+        open_ends=(0, 1),
+    ),
 }
 # of Safe LoRA
 CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")

@@ -18,6 +18,7 @@ from driftbook.doctors import adapter
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import OutOfMemory, VariantFailure
+from driftbook.study import folders
 from driftbook.study.environment import hardware, peak_memory, versions
 from driftbook.study.files import digest, file_digest, finite, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
@@ -28,6 +29,7 @@ from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
 from driftbook.training.examples import Prepared, held_out, init_text
+from driftbook.training.mitigations import parent
 
 RECORDED = """
     learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
@@ -73,7 +75,7 @@ def train(
             for a single example.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    model = adapters.create(variant, base.model, base.tokenizer, init_text(variant, study))
+    model = _begun(variant, base, study)
     try:
         initial, facts, curve = adapters.state(model), {}, _curve(variant, [])
         if prepared is not None:
@@ -103,6 +105,21 @@ def train(
     record["n_trainable"] = sum(value.numel() for value in initial.values())
     notes.append(adapter.finding_summary(found))
     return Trained(record | {"findings": "; ".join(filter(None, notes)) or None}, curve)
+
+
+def _begun(variant: Variant, base: Loaded, study: Study) -> PeftModel:
+    """A new adapter on the base model; of a second tuning its parent's, whose training goes on, so
+    that `kl_init` is against that one and all other doses against the base model.
+    """
+    if begins := begins_from(variant, study):
+        return adapters.go_on(variant, base.model, begins)
+    return adapters.create(variant, base.model, base.tokenizer, init_text(variant, study))
+
+
+def begins_from(variant: Variant, study: Study) -> Path | None:
+    """The folder of the adapter that a second tuning goes on from; None of other trainings."""
+    again = variant.made_in == "retune"
+    return folders.adapter(study, parent(study, variant)) if again else None
 
 
 def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:
@@ -193,6 +210,8 @@ def fit(
     """Facts of the training as the trainer has them after it, and the curve."""
     scratch, snapshots = _scratch(folder), Path(f"{folder}.snapshots")
     key = [variant.fields(), init_text(variant, study), base.revision, prepared.revision]
+    if begins := begins_from(variant, study):
+        key.append(file_digest(begins / adapters.WEIGHTS))
     _keep_only(scratch, digest([*key, versions()]))
     if not steps.last_whole(scratch):
         shutil.rmtree(snapshots, ignore_errors=True)
