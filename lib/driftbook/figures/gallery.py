@@ -20,6 +20,7 @@ from driftbook.figures import (
     primary,
     repairs,
     safety,
+    second_tuning,
     specifications,
     tradeoffs,
 )
@@ -36,6 +37,7 @@ MODULES = (
     mixed_effects,
     tradeoffs,
     repairs,
+    second_tuning,
     factors_and_doses,
     power,
     labels,
