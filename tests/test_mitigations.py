@@ -42,7 +42,7 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
     study = Study(**CONTENT)
     variants = {variant.run_id: variant for variant in study.variants}
     assert len(variants) == len(study.variants)
-    repaired = [variant for variant in variants.values() if variant.mitigation]
+    repaired = [one for one in variants.values() if one.mitigation and one.made_in != "retune"]
     main = [one for one in repaired if variants[one.parent_run_id].method == "lora"]
     assert {one.mitigation for one in main} >= {
         "safe_lora 2",
@@ -79,15 +79,17 @@ def test_a_parent_is_the_same_variant_with_and_without_mitigations():
 
 def test_a_stage_gets_what_it_makes():
     study = Study(**CONTENT)
-    trained, repaired, every = (
-        study.of_stage(stage, "tiny-llama") for stage in ("train", "mitigate", "respond")
+    making = ("train", "mitigate", "retune")
+    trained, repaired, again, every = (
+        study.of_stage(stage, "tiny-llama") for stage in (*making, "respond")
     )
-    assert keys.stages(study) == ("train", "mitigate", "respond", "judge", "answer", "utility")
-    assert set(trained) | set(repaired) == set(every)
-    assert not set(trained) & set(repaired)
+    assert keys.stages(study) == (*making, "respond", "judge", "answer", "utility")
+    assert set(trained) | set(repaired) | set(again) == set(every)
+    assert len(trained) + len(repaired) + len(again) == len(every)
     assert {one.repair["kind"] for one in trained if one.mitigation} == {
         "mixing",
         "constrained_sft",
+        "safegrad",
     }
     assert set(keys.analyses(study)) == {"safe_lora"}
 
@@ -431,7 +433,7 @@ def test_spectra_of_every_pair_are_there(finished):
 
 
 def test_a_mitigation_is_one_entry_and_one_function_of_its_name():
-    after = {kind for kind, known in MITIGATION_KINDS.items() if known.when != "training"}
+    after = {kind for kind, known in MITIGATION_KINDS.items() if known.when in ("after", "test")}
     assert after == {
         name
         for name, one in vars(mitigations).items()

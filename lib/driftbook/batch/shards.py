@@ -151,9 +151,9 @@ def _finish(costs: Sequence[float], counts: Sequence[int], workers: int, start: 
 
 def _deal(run_ids: Sequence[str], costs: Sequence[float], n: int) -> list[list[str]]:
     """n shards, or as many as there are variants, with about equal costs: the dearest first, each
-    to the shard that has the least.
+    to the shard that has the least. Where a base model has nothing to do in a stage it has no job.
     """
-    n = max(1, min(n, len(run_ids)))
+    n = min(n, len(run_ids))
     heap, owner = [(0.0, number) for number in range(n)], {}
     for place in sorted(range(len(run_ids)), key=lambda place: (-costs[place], place)):
         load, number = heap[0]

@@ -286,7 +286,7 @@ def _check_mitigations(study: Content) -> None:
             if MITIGATION_KINDS[mitigation.kind].when == "after":
                 _check_repairable(study, said, mitigation, block)
             if mitigation.data and mitigation.kind != "second_tuning":
-                _check_mixed(study, said, mitigation.data, block)
+                _check_data_named(study, said, mitigation, block)
             for base in study.bases_of(block) if mitigation.pair else ():
                 _check_pair(study, said, mitigation.pair, base)
 
@@ -305,8 +305,7 @@ def _check_named(said: str, name: str, mitigation: Mitigation, blocks: dict[str,
 def _check_applies(said: str, mitigation: Mitigation, block: Block) -> None:
     """The kind can be done to the block's objectives and methods."""
     known = MITIGATION_KINDS[mitigation.kind]
-    refused = {"untrained"} | ({"dpo"} if mitigation.kind == "constrained_sft" else set())
-    if wrong := sorted(refused & set(block.objectives), reverse=True):
+    if wrong := sorted(set(block.objectives) - set(known.objectives), reverse=True):
         done = f"cannot be done to the block {block.name!r}, which has runs by {wrong[0]}"
         raise ValueError(f"{said} ({known.label}) {done}; name others")
     if wrong := [method for method in block.methods if method not in known.methods]:
@@ -319,12 +318,14 @@ def _check_applies(said: str, mitigation: Mitigation, block: Block) -> None:
         raise ValueError(f"{said}: {done}{only}")
 
 
-def _check_mixed(study: Content, said: str, data: str, block: Block) -> None:
+def _check_data_named(study: Content, said: str, mitigation: Mitigation, block: Block) -> None:
+    data, mixed = mitigation.data, mitigation.kind == "mixing"
+    said = f"{said} mixes in" if mixed else f"{said} has the alignment examples"
     if data == "heldout":
-        raise ValueError(f"{said} mixes in data.heldout, the held-out answers")
+        raise ValueError(f"{said} data.heldout, the held-out answers")
     if data not in study.data:
-        raise ValueError(f"{said} mixes in data.{data}, which the study does not have")
-    if "dpo" in block.objectives and not study.data[data].is_preference:
+        raise ValueError(f"{said} data.{data}, which the study does not have")
+    if mixed and "dpo" in block.objectives and not study.data[data].is_preference:
         lacks = "and it has no chosen and rejected answers"
         raise ValueError(f"{said} mixes data.{data} into a training by dpo, {lacks}")
 

@@ -68,6 +68,7 @@ class MitigationKind:
     open_ends: tuple[float, ...] = ()  # of these ends, those at which nothing is left
     combines_factors: bool = False  # so that the update must be a product of A and B
     keeps_bias: bool = False  # a trained bias of LoRA's modules is repaired with them, or deleted
+    objectives: tuple[str, ...] = ("sft", "dpo")  # by which a run was trained, or is
 
 
 # the stage that makes a variant by when its mitigation is done, in the order of the stages
@@ -75,9 +76,12 @@ MADE_IN = {"training": "train", "after": "mitigate", "test": "mitigate", "again"
 MAKING_STAGES = tuple(dict.fromkeys(MADE_IN.values()))
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
 _PLAIN = (*_LORA, "dora", "ia3")
+# of a second objective in training: what its value is says sections.Mitigation
+_BETA = {"needs": ("data", "values"), "takes": ("data", "values")}
+_BETA |= {"values": (0.0, 1_000.0), "open_ends": (0,)}
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
 # A mitigation is one entry, and one function of its name in training/mitigations.py (of those in
-# training: in training/examples.py).
+# training: in training/examples.py and training/objectives.py).
 MITIGATION_KINDS = {
     "safe_lora": MitigationKind(
         "Safe LoRA", "after", _PLAIN, ("pair", "values"), _SELECTS, keeps_bias=True
@@ -117,6 +121,15 @@ MITIGATION_KINDS = {
         takes=("safety", "pair", "select", "weight", "values"),
         combines_factors=True,
     ),
+    "soup": MitigationKind(
+        "soup of two updates",
+        "after",
+        _LORA,
+        needs=("safety", "values"),
+        takes=("safety", "values"),
+        open_ends=(0, 1),
+        combines_factors=True,
+    ),
     "reduce_intruders": MitigationKind(
         "intruder dimensions reduced",
         "after",
@@ -138,7 +151,20 @@ MITIGATION_KINDS = {
         takes=("data", "values"),
         open_ends=(0, 1),
     ),
-    "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
+    "constrained_sft": MitigationKind(
+        "constrained SFT", "training", takes=("betas",), objectives=("sft",)
+    ),
+    "kl": MitigationKind("KL to the base model", "training", **_BETA),
+    "safegrad": MitigationKind("SafeGrad", "training", **_BETA),
+    "pcgrad": MitigationKind("PCGrad", "training", needs=("data",), takes=("data",)),
+    "mgda": MitigationKind("MGDA", "training", needs=("data",), takes=("data",)),
+    "drift_budget": MitigationKind(
+        "drift budget",
+        "training",
+        needs=("data", "values"),
+        takes=("data", "values", "eta"),
+        values=(0.0, 100.0),
+    ),
     "second_tuning": MitigationKind(
         "tuned once more on benign data",
         "again",

@@ -28,8 +28,9 @@ from driftbook.study.variants import Variant
 from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
-from driftbook.training.examples import Prepared, held_out, init_text
+from driftbook.training.examples import Prepared, change, held_out, init_text
 from driftbook.training.mitigations import parent
+from driftbook.training.objectives import Second
 
 RECORDED = """
     learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
@@ -219,7 +220,10 @@ def fit(
     averaged = variant.method in MITIGATION_KINDS["average"].methods
     if study.n_snapshots and variant.mitigation is None and averaged:
         callbacks.append(steps.Snapshots(snapshots, study.n_snapshots))
-    kind = steps.Dpo if variant.objective == "dpo" else steps.Sft
+    kind, second = steps.Dpo if variant.objective == "dpo" else steps.Sft, None
+    if prepared.alignment is not None:
+        own = prepared.alignment, prepared.n_aligned
+        second = Second(change(variant), *own, variant.seed)
     if variant.objective != "dpo" and prepared.examples[0].reference is not None:
         kind = steps.ConstrainedSft
     trainer = kind(
@@ -231,6 +235,7 @@ def fit(
         forward=steps.Forward(model, study.training.autocast),
         examples=prepared.examples,
         tokens_per_pass=study.training.tokens_per_batch,
+        second=second,
     )
     if "ref" in model.peft_config:  # of TRL's DPO; our reference is the base model, known already
         model.delete_adapter("ref")
@@ -252,6 +257,7 @@ def _facts(trainer: Any, log: list[dict], prepared: Prepared, study: Study) -> d
         "activations_computed_twice": trainer.twice,
         "autocast": trainer.forward.autocast,
     }
+    said |= trainer.second.record() if trainer.second else {}
     at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return {
         "trained_learning_rate": max(entry["learning_rate"] for entry in log),
