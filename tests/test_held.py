@@ -11,9 +11,9 @@ from driftbook.analyses.second_tuning import (
     MORE_LEFT,
     NO_EFFECT,
     ONCE,
-    PLAIN,
     TWICE,
     UNCLEAR,
+    UNDEFENDED,
 )
 from driftbook.figures import drawing, gallery
 from driftbook.stats import terms
@@ -87,7 +87,13 @@ def found():
     again = second_tuning.second_tunings(tables.variants, tables.runs)
     mean = second_tuning.at_each_rate(again, second_tuning.levels(tables, again, 0))
     worst = second_tuning.worst_rates(mean)
-    return tables, again, mean, worst, second_tuning.compared(tables, again, worst, 0, **LABELS)
+    return (
+        tables,
+        again,
+        mean,
+        worst,
+        second_tuning.defences_compared(tables, again, worst, 0, **LABELS),
+    )
 
 
 def test_each_is_compared_with_the_plain_run_tuned_alike(found):
@@ -96,7 +102,7 @@ def test_each_is_compared_with_the_plain_run_tuned_alike(found):
     for row in again.itertuples():
         assert row.again_run_id == f"{row.plain_run_id}.again {row.rate}"
         assert row.parent_run_id == row.run_id.removesuffix(f".again {row.rate}")
-        assert row.name == row.parent_run_id.partition(f"{row.plain_run_id}.")[2] or PLAIN
+        assert row.name == row.parent_run_id.partition(f"{row.plain_run_id}.")[2] or UNDEFENDED
         assert (row.dataset, row.objective) == ("d", "dpo")  # of the first tuning
     assert not set(again["run_id"]) & set(
         repairs.repairs(tables.variants, tables.runs)["run_id"]
@@ -129,7 +135,7 @@ def test_the_worst_rate_never_sees_the_report_half(found):
 
 def test_the_words_follow_from_what_was_put_in(found):
     *_, worst, estimates = found
-    held = second_tuning.held(estimates, worst).set_index("defence")
+    held = second_tuning.what_holds(estimates, worst).set_index("defence")
     assert held["word"].to_dict() == {
         "lasting 1": HOLDS_TWICE,
         "brief 0.5": HOLDS_ONCE,

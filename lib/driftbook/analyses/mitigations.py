@@ -61,7 +61,7 @@ class Repaired:
         parts = [pairs, dimensions, beside]
         if len(self.again):
             chosen = (self.own, self.again, self.worst_rates, self.study.seed)
-            parts.append(second_tuning.compared(*chosen, **names))
+            parts.append(second_tuning.defences_compared(*chosen, **names))
         return ESTIMATES.concat(parts)
 
     # ---- second tunings
@@ -82,7 +82,9 @@ class Repaired:
 
     def held(self, estimates: pd.DataFrame) -> pd.DataFrame:
         """What holds once and what holds twice; empty where the study tunes nothing again."""
-        return second_tuning.held(estimates, self.worst_rates) if len(self.again) else self.again
+        if self.again.empty:
+            return self.again
+        return second_tuning.what_holds(estimates, self.worst_rates)
 
     def held_sentences(self, estimates: pd.DataFrame) -> str:
         """The same in words."""

@@ -73,7 +73,7 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
 
 
 def _kinds(known: pd.DataFrame) -> list:
-    rows = known[known["kind"].ne(second_tuning.PLAIN)].drop_duplicates("name")
+    rows = known[known["kind"].ne(second_tuning.UNDEFENDED)].drop_duplicates("name")
     return list(rows[["name", "kind"]].itertuples(index=False, name="Kind"))
 
 
