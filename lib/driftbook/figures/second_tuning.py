@@ -55,7 +55,7 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
     name_rows(axes[0, 0], [name.replace("_", " ") for name in order])
     axes[0, 0].tick_params(axis="y", labelsize=7)
     outcome = harm.COUNTED[harm.safety_outcome(rows)]
-    under(axes[0], f"{outcome} minus those of the plain run (percentage points, {INTERVAL})")
+    under(axes[0], f"{outcome.capitalize()} minus the plain run's (points, {INTERVAL})")
     there = [one for one in WHEN if one in when.values()]
     small_legend(fig, [handle(WHEN[one][1], WHEN[one][0]) for one in there], len(there))
     return (
@@ -67,7 +67,8 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
             " alike; at each of its rates, and at the worst one at which that tuning still does"
             f" its work, which was chosen on other prompts. Lines: {PERCENT} intervals. Open: may"
             " be chance after Holm's adjustment over all defences (of single rates nothing is"
-            f" tested). A defence holds twice where its dots stay left of zero.{intervals_of(rows)}"
+            " tested). A defence holds twice where more than"
+            f" {second_tuning.LEFT:.0%} of its first effect is left.{intervals_of(rows)}"
         ),
     )
 
