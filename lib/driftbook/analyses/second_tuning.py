@@ -213,7 +213,7 @@ def _span(rates: pd.Series) -> str:
 
 
 def _word(by: pd.DataFrame, works: bool) -> str:
-    """The word of a defence, by the rule of this module; whether its second tuning does its work."""
+    """The word of a defence, whose second tuning does its work or does not, by the rule above."""
     if not (by.at[ONCE, "value"] < 0 and by.at[ONCE, "p_adjusted"] < ALPHA):
         return NO_EFFECT
     if not (works and by.at[MORE_LEFT, "p_adjusted"] < ALPHA):
