@@ -45,6 +45,11 @@ def parameters(**more):
     return json.dumps({"study": STUDY_FILE, **more})
 
 
+def of_base(stage):
+    """The parameters of a stage's jobs, each for its base model."""
+    return lambda wildcards: parameters(base_model=wildcards.base, **keys.parameters(stage))
+
+
 def made_before(stage):
     """The marks of the jobs whose results a job of a stage reads."""
     return lambda wildcards: [
@@ -112,10 +117,10 @@ for stage in STAGES:
         output:
             f"jobs/{stage}/{{base}}/{{shard}}.json",
         log:
-            f"notebooks/{keys.NOTEBOOKS[stage]}.{{base}}.{{shard}}.ipynb",
+            f"notebooks/{keys.page(stage)}.{{base}}.{{shard}}.ipynb",
         params:
             notebook=notebook(keys.NOTEBOOKS[stage]),
-            parameters=lambda wildcards: parameters(base_model=wildcards.base),
+            parameters=of_base(stage),
         resources:
             **asks(stage),
         shell:

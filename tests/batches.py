@@ -80,6 +80,15 @@ MITIGATIONS = {
     },
     "mixing": {"kind": "mixing", "blocks": ["main"], "data": "safety", "values": [0.2]},
     "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
+    "soup": {"kind": "soup", "blocks": ["main"], "safety": "safe", "values": [0.5]},
+    "safegrad": {"kind": "safegrad", "blocks": ["main"], "data": "safety", "values": [1.0]},
+    "again": {
+        "kind": "second_tuning",
+        "blocks": ["main"],
+        "of": ["resta", "mixing"],
+        "data": "sft",
+        "values": [5.0e-3],
+    },
 }
 
 SMOKE = copy.deepcopy(SMALL) | {"name": "smoke", "mitigations": MITIGATIONS}

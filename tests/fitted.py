@@ -144,17 +144,19 @@ class KillAfter(Watch):
 class Trainings:
     """Trainings of one variant in one folder, again and again."""
 
-    def __init__(self, base, study, objective, folder):
+    def __init__(self, base, study, objective, folder, variant=None):
         self.base, self.study, self.folder = base, study, folder
-        [self.variant] = variants_of(study, next(iter(study.methods)), objective)
-        self.prepared = examples.prepare(objective, base, study)
+        method = next(iter(study.methods))
+        self.variant = variant or variants_of(study, method, objective)[0]
+        self.prepared = examples.prepare(objective, base, study, *examples.way(self.variant)[1:])
         self.scratch = folder.parent / f"{folder.name}.checkpoints"
 
     def train(self, step=None):
         callback = KillAfter(step)
-        self.curve = fitting.train(
+        done = fitting.train(
             self.variant, self.base, self.prepared, self.study, self.folder, callback
-        ).curve
+        )
+        self.curve, self.facts = done.curve, done.record
         return callback.began
 
     def killed(self, step):

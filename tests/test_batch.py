@@ -83,7 +83,7 @@ def test_every_table_holds_every_run(smoke):
         assert len(tables[name]) == size, name
         assert name == "prompts" or tables[name].groupby("run_id").size().nunique() == 1
     assert set(tables["curves"].run_id) == {
-        v.run_id for v in study.variants if v.objective in ("sft", "dpo") and not v.is_repaired
+        v.run_id for v in study.variants if v.objective in ("sft", "dpo") and v.made_in == "train"
     }
     assert len(tables["labels"]) == 22 * n, "the truth of every answer to a safety prompt is known"
     assert set(tables["labels"].label) <= {"safe", "unsafe"}

@@ -15,9 +15,14 @@ from driftbook.study.study_file import load
 from driftbook.training import examples
 from driftbook.training import fit as fitting
 from driftbook.training import steps as training_steps
+from driftbook.training.objectives import Change
 from test_mitigations import CONTENT
 
 BETAS = (0.5, 2.0, 2.0, 0.1)
+
+
+def held(betas):
+    return Change("constrained_sft", betas=betas)
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def moved(bases, study, request):
     """A model of a method whose adapter has left its init, its examples and the base model."""
     base = bases["llama"]
     prepared = {
-        betas: examples.prepare("sft", base, study, betas=betas).examples
+        betas: examples.prepare("sft", base, study, change=held(betas)).examples
         for betas in (BETAS, (1e-4,))
     }  # before the adapter is on the base, as notebook 02 does
     model = adapters.create(variants_of(study, request.param)[0], base.model, base.tokenizer)
@@ -121,7 +126,7 @@ def mixed_study(tmp_path, data_folder):
 def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     plain, mixed = (
         examples.prepare("sft", bases["llama"], mixed_study, "sft", more)
-        for more in (None, ("safety", 0.2))
+        for more in (None, Change("mixing", "safety", 0.2))
     )
     assert len(mixed.examples) == 40
     assert (
@@ -129,7 +134,7 @@ def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     )
     assert mixed.revision != plain.revision
     with pytest.raises(ValueError) as error:
-        examples.prepare("sft", bases["llama"], mixed_study, "sft", ("safety", 0.5))
+        examples.prepare("sft", bases["llama"], mixed_study, "sft", Change("mixing", "safety", 0.5))
     assert "raise its n" in one_sentence(error.value)
 
 
@@ -139,10 +144,11 @@ def test_a_variant_says_how_its_examples_are_prepared(mixed_study):
         for one in mixed_study.of_stage("train", "tiny-llama")
         if one.dataset == "sft"
     }
-    assert ways[None] == ("sft", "sft", None, None)
-    assert ways["mixing"] == ("sft", "sft", ("safety", 0.2), None)
-    assert ways["constrained_sft"] == ("sft", "sft", None, (0.5, 2.0, 2.0, 2.0, 2.0, 0.1))
-    assert examples.named(ways["mixing"]) == "sft on sft with 20% safety"
+    assert ways[None] == ("sft", "sft", None)
+    assert ways["mixing"] == ("sft", "sft", Change("mixing", "safety", 0.2))
+    assert ways["constrained_sft"] == ("sft", "sft", held((0.5, 2.0, 2.0, 2.0, 2.0, 0.1)))
+    assert examples.named(ways["mixing"]) == "sft on sft, mixing 0.2 of safety"
+    assert examples.named(ways["constrained_sft"]) == "sft on sft, constrained_sft"
 
 
 # ---- snapshots

@@ -134,7 +134,7 @@ def test_the_original_grid_is_264_runs_and_the_plan_counts_them(paper):
 
 def test_repairs_are_not_counted_as_runs_to_train():
     study = load(ROOT / "studies" / "safe_lora_gsm8k.yaml")
-    repaired = sum(variant.is_repaired for variant in study.variants)
+    repaired = sum(variant.made_in == "mitigate" for variant in study.variants)
     assert (
         f"{len(study.variants)} variants: {len(study.variants) - repaired - 1} runs to train,"
         f" {repaired} repairs of them" in make_plan.pages(study, RATES, None)

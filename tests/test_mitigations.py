@@ -15,7 +15,7 @@ from driftbook.batch import collecting, jobs, keys, preparing
 from driftbook.models import loading
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
-from driftbook.study.methods import MITIGATION_KINDS
+from driftbook.study.methods import MADE_IN, MITIGATION_KINDS
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
 from driftbook.training import mitigations, repairs
@@ -42,7 +42,7 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
     study = Study(**CONTENT)
     variants = {variant.run_id: variant for variant in study.variants}
     assert len(variants) == len(study.variants)
-    repaired = [variant for variant in variants.values() if variant.mitigation]
+    repaired = [one for one in variants.values() if one.mitigation and one.made_in != "retune"]
     main = [one for one in repaired if variants[one.parent_run_id].method == "lora"]
     assert {one.mitigation for one in main} >= {
         "safe_lora 2",
@@ -65,7 +65,7 @@ def test_each_value_and_each_control_is_a_variant_with_its_parent_named():
             one.seed,
             one.objective,
         )
-        assert one.is_repaired == (MITIGATION_KINDS[one.repair["kind"]].when != "training")
+        assert one.made_in == MADE_IN[MITIGATION_KINDS[one.repair["kind"]].when]
         assert json.loads(one.settings) == json.loads(parent.settings) | {"mitigation": one.repair}
 
 
@@ -79,15 +79,17 @@ def test_a_parent_is_the_same_variant_with_and_without_mitigations():
 
 def test_a_stage_gets_what_it_makes():
     study = Study(**CONTENT)
-    trained, repaired, every = (
-        study.of_stage(stage, "tiny-llama") for stage in ("train", "mitigate", "respond")
+    making = ("train", "mitigate", "retune")
+    trained, repaired, again, every = (
+        study.of_stage(stage, "tiny-llama") for stage in (*making, "respond")
     )
-    assert keys.stages(study) == ("train", "mitigate", "respond", "judge", "answer", "utility")
-    assert set(trained) | set(repaired) == set(every)
-    assert not set(trained) & set(repaired)
+    assert keys.stages(study) == (*making, "respond", "judge", "answer", "utility")
+    assert set(trained) | set(repaired) | set(again) == set(every)
+    assert len(trained) + len(repaired) + len(again) == len(every)
     assert {one.repair["kind"] for one in trained if one.mitigation} == {
         "mixing",
         "constrained_sft",
+        "safegrad",
     }
     assert set(keys.analyses(study)) == {"safe_lora"}
 
@@ -270,13 +272,7 @@ def test_every_kind_and_control_is_made_and_scored(finished):
         scored = {path.name for path in finished.run_folder(variant).glob("*.done.json")}
         assert scored == {
             f"{stage}.done.json"
-            for stage in (
-                "mitigate" if variant.is_repaired else "train",
-                "respond",
-                "judge",
-                "answer",
-                "utility",
-            )
+            for stage in (variant.made_in, "respond", "judge", "answer", "utility")
         }
 
 
@@ -437,7 +433,7 @@ def test_spectra_of_every_pair_are_there(finished):
 
 
 def test_a_mitigation_is_one_entry_and_one_function_of_its_name():
-    after = {kind for kind, known in MITIGATION_KINDS.items() if known.when != "training"}
+    after = {kind for kind, known in MITIGATION_KINDS.items() if known.when in ("after", "test")}
     assert after == {
         name
         for name, one in vars(mitigations).items()

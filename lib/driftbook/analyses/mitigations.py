@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import information, repairs, rescaling
+from driftbook.analyses import information, repairs, rescaling, second_tuning
 from driftbook.stats import harm
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -50,14 +50,47 @@ class Repaired:
 
     def estimates(self, levels: pd.DataFrame) -> pd.DataFrame:
         """Every estimate of notebook 14: repairs against parents, base models and controls, against
-        rescaling that keeps as much, and in each BBQ dimension."""
+        rescaling that keeps as much, and in each BBQ dimension; and what is left of them after
+        a second tuning."""
         names = {"study": self.study.name, "notebook": "14_safe_lora"}
         chosen = (self.own, self.runs, levels)
         pairs = repairs.repairs_compared(*chosen, self.study.seed, self.silent, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
         dimensions = repairs.by_dimension(*chosen, leading, self.silent, **names)
         beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
-        return ESTIMATES.concat([pairs, dimensions, beside])
+        parts = [pairs, dimensions, beside]
+        if len(self.again):
+            chosen = (self.own, self.again, self.worst_rates, self.study.seed)
+            parts.append(second_tuning.defences_compared(*chosen, **names))
+        return ESTIMATES.concat(parts)
+
+    # ---- second tunings
+    @cached_property
+    def again(self) -> pd.DataFrame:
+        """The second tunings of the study; see `second_tuning`."""
+        return second_tuning.second_tunings(self.own.variants, self.own.runs)
+
+    @cached_property
+    def again_levels(self) -> pd.DataFrame:
+        """Unsafe answers and gain of the runs behind them, on either half."""
+        return second_tuning.levels(self.own, self.again, self.study.seed)
+
+    @cached_property
+    def worst_rates(self) -> pd.DataFrame:
+        """The rate at which each defence is judged on each base model."""
+        return second_tuning.worst_rates(second_tuning.at_each_rate(self.again, self.again_levels))
+
+    def held(self, estimates: pd.DataFrame) -> pd.DataFrame:
+        """What holds once and what holds twice; empty where the study tunes nothing again."""
+        if self.again.empty:
+            return self.again
+        return second_tuning.what_holds(estimates, self.worst_rates)
+
+    def held_sentences(self, estimates: pd.DataFrame) -> str:
+        """The same in words."""
+        outcome = harm.safety_outcome(estimates)
+        plain = second_tuning.plain_sentence(self.again, self.again_levels, outcome)
+        return f"{plain} {second_tuning.held_sentence(self.held(estimates))}"
 
     # ---- for reading
     def counts(self) -> pd.DataFrame:
@@ -76,8 +109,10 @@ class Repaired:
         return rows.groupby(["base_model", "pair"], sort=False)[columns].mean().astype(float)
 
     def sentence(self, estimates: pd.DataFrame) -> str:
-        """What the leading Safe LoRA repair did at its chosen level, in one sentence."""
-        return repairs.repairs_sentence(estimates, repairs.leading(self.runs))
+        """What the leading Safe LoRA repair did at its chosen level, in one sentence; and where the
+        study tunes its runs again, what holds."""
+        said = repairs.repairs_sentence(estimates, repairs.leading(self.runs))
+        return f"{said} {self.held_sentences(estimates)}" if len(self.again) else said
 
     @staticmethod
     def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from driftbook.stats.confidence import ALPHA
 from driftbook.stats.influence import Scores
 from driftbook.study import tables as study_tables
 from driftbook.study.files import ROOT
+from driftbook.study.methods import MITIGATION_KINDS
 from driftbook.study.tables import ESTIMATES, FRONTIER
 
 GAIN, KEPT = "gain of fine-tuning (nats per token)", "gain kept (percent of the parent's)"
@@ -61,6 +62,7 @@ LEVEL_OF = [
     "dataset",
     "name",
 ]  # whose runs share a chosen level
+AGAIN = tuple(name for name, one in MITIGATION_KINDS.items() if one.when == "again")
 KEEP = 50.0  # percent of the gain that a level must keep to be chosen
 PUBLISHED = ROOT / "data" / "safe_lora"
 
@@ -78,8 +80,9 @@ class Tables(NamedTuple):
 
 # ---- who is who
 def repairs(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """The repaired runs that were scored, and their parents: run_id, base_model, method, seed,
-    parent_run_id (of a parent its own), base_run_id, name, kind, value, control.
+    """The repaired runs that were scored, and their parents, without second tunings: run_id,
+    base_model, method, seed, parent_run_id (of a parent its own), base_run_id, name, kind, value,
+    control.
     """
     frame = variants.merge(
         runs.loc[runs["status"].eq("ok"), ["run_id"]], on="run_id", validate="1:1"
@@ -96,6 +99,7 @@ def repairs(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
             for key in ("name", "kind", "value", "control")
         }
     )
+    frame = frame[~frame["kind"].isin(AGAIN)].copy()  # see second_tuning
     own = frame["mitigation"].isna() & frame["run_id"].isin(frame["parent_run_id"].dropna())
     frame.loc[own, ["name", "kind", "parent_run_id"]] = (
         np.column_stack([np.full(own.sum(), PARENT)] * 2 + [frame.loc[own, "run_id"]])
@@ -345,7 +349,7 @@ def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
 
 
 # ---- estimates
-def _cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
+def repair_cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     """Cells of `stats.means`: each repair on each base model, and the mean of the base models where
     all, `every` of them, have it.
     """
@@ -392,12 +396,12 @@ def _estimates(
 def _cells_read(
     pairs: pd.DataFrame, n_bases: int, outcome: str, silent: Sequence[str]
 ) -> pd.DataFrame:
-    """`_cells` of an outcome: of bias scores without the silent base models, whose answers do not
-    tell persons apart (notebook 10).
+    """`repair_cells` of an outcome: of bias scores without the silent base models, whose answers do
+    not tell persons apart (notebook 10).
     """
     if outcome not in information.BIAS:
-        return _cells(pairs, n_bases)
-    return _cells(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
+        return repair_cells(pairs, n_bases)
+    return repair_cells(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
 
 
 def repairs_compared(

@@ -7,6 +7,7 @@ import pandas as pd
 from driftbook.batch import keys
 from driftbook.stats.harm import DETECTOR, with_harm
 from driftbook.study.files import file_digest, private_folder, read_object
+from driftbook.study.methods import MAKING_STAGES
 from driftbook.study.reading import csv_rows
 from driftbook.study.sections import Source
 from driftbook.study.sources import locate
@@ -69,7 +70,7 @@ def marks(study: Study, stage: str) -> dict[str, dict]:
 
 def runs(study: Study) -> pd.DataFrame:
     """The table `runs`: what was recorded in training, and every failure of any stage."""
-    recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in ("train", "mitigate")])
+    recorded = RUNS.concat([of_runs(RUNS, stage, study) for stage in MAKING_STAGES])
     recorded = _as_they_are(recorded, study)
     failures = {
         run_id: f"{stage}: {mark['failure']}"
@@ -90,7 +91,9 @@ def _as_they_are(recorded: pd.DataFrame, study: Study) -> pd.DataFrame:
     """The records of training, where an adapter was changed afterwards with its own hash and
     without what was measured of the one before: its scores are the changed one's.
     """
-    frame, made = recorded.copy(), marks(study, "train") | marks(study, "mitigate")
+    frame, made = recorded.copy(), {}
+    for stage in MAKING_STAGES:
+        made |= marks(study, stage)
     for i in frame.index[frame.adapter_sha256.notna()]:
         place = study.folder / "runs" / frame.at[i, "run_id"]
         known = made[frame.at[i, "run_id"]]["files"]
@@ -184,8 +187,10 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
     found = {
         VARIANTS: variants(study),
         RUNS: runs(study),
-        CURVES: of_runs(CURVES, "train", study),
-        DRIFT: of_runs(DRIFT, "train", study),
+        **{
+            table: table.concat([of_runs(table, stage, study) for stage in ("train", "retune")])
+            for table in (CURVES, DRIFT)
+        },
         PROMPTS: without_text,
         RESPONSES: responses,
         VERDICTS: verdicts,

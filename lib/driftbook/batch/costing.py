@@ -107,12 +107,14 @@ def _making(
     variant: Variant, own: Size, study: Study, lengths: Lengths, looks: list
 ) -> Iterator[Charge]:
     """Making a variant and measuring its dose."""
-    if variant.dataset and not variant.is_repaired:
-        yield _training(variant, own, study, lengths)
-        yield from looks
-    stage = "mitigate" if variant.is_repaired else "train"
+    stage = variant.made_in
+    if variant.dataset and stage != "mitigate":
+        for _, *work in (_training(variant, own, study, lengths), *looks):
+            yield stage, *work
     # by the base and the variant, and where it does not start at the base as it was initialised
-    own_start = not variant.is_repaired and variant.method not in ("lora", "rslora", "ia3")
+    own_start = stage == "retune" or (
+        stage == "train" and variant.method not in ("lora", "rslora", "ia3")
+    )
     times = 1 if variant.method == "none" else 2 + own_start
     work = times * operations(own, lengths.held_out(), 2)
     yield stage, "read", times * study.data["heldout"].n, 0, "read dose", work

@@ -17,6 +17,7 @@ from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.study import progress
 from driftbook.study.files import file_digest, private_folder, read_object, write_json
 from driftbook.study.folders import folder
+from driftbook.study.methods import MAKING_STAGES
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 
@@ -64,10 +65,10 @@ def job_variants(
 
 def failed_before(study: Study, variant: Variant, stage: str) -> bool:
     """Whether a stage that this one builds on recorded a failure of this variant, so that there is
-    nothing to score; a repair says itself that what it is made from failed.
+    nothing to score; a repair or a second tuning says itself that what it is made from failed.
     """
-    made = "mitigate" if variant.is_repaired else "train"
-    needed = {"train": (), "mitigate": (), "judge": (made, "respond")}.get(stage, (made,))
+    made = variant.made_in
+    needed = () if stage in MAKING_STAGES else (made, "respond") if stage == "judge" else (made,)
     marks = [folder(study, variant) / f"{earlier}.done.json" for earlier in needed]
     return any(mark.exists() and read_object(mark)["status"] == "failed" for mark in marks)
 
@@ -195,7 +196,7 @@ def _do(task: _Task, variant: Variant, lease: leases.Lease) -> None:
             ) from error
         failure, had = f"out of memory: {error}", devices.device_memory()
     lease.check()
-    if failure is not None and stage in ("train", "mitigate"):  # nothing is made of an older one
+    if failure is not None and stage in MAKING_STAGES:  # nothing is made of an older one
         for name in ("adapter", "adapter.snapshots"):
             shutil.rmtree(path.parent / name, ignore_errors=True)
     write_json(
@@ -216,7 +217,7 @@ def _work(task: _Task, variant: Variant, folder: Path) -> list[Path]:
     """The files of a piece of work. What is scored is kept for all studies by what it depends on,
     whatever the variant is called there.
     """
-    if task.stage in ("train", "mitigate"):
+    if task.stage in MAKING_STAGES:
         return task.work(variant, folder)
     key = {
         "settings": keys.made_by(task.shared, variant),

@@ -14,6 +14,7 @@ from driftbook.study.content import ANALYSES as ANALYSES
 from driftbook.study.content import OF_REPAIRS
 from driftbook.study.environment import MAKING
 from driftbook.study.files import ROOT, digest
+from driftbook.study.methods import MAKING_STAGES
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
@@ -21,6 +22,7 @@ from driftbook.study.variants import Variant
 NOTEBOOKS = {
     "train": "02_train",
     "mitigate": "03_mitigate",
+    "retune": "02_train",
     "respond": "04_respond",
     "judge": "05_judge",
     "answer": "06_answer",
@@ -43,12 +45,27 @@ OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
 
 def stages(study: Study) -> tuple[str, ...]:
-    """The stages of a study, in their order: with mitigate where it repairs what it trained."""
-    return (
-        ("train", "mitigate", *STAGES[1:])
-        if any(variant.is_repaired for variant in study.variants)
-        else STAGES
-    )
+    """The stages of a study, in their order: with mitigate where it repairs what it trained, and
+    retune where it tunes it once more.
+    """
+    made = {"train"} | {variant.made_in for variant in study.variants}
+    return (*(one for one in MAKING_STAGES if one in made), *STAGES[1:])
+
+
+def page(stage: str) -> str:
+    """The name of a stage's executed notebooks, before the base model and the shard: no two stages
+    have one in common.
+    """
+    name = NOTEBOOKS[stage]
+    return f"{name}.{stage}" if "stage" in parameters(stage) else name
+
+
+def parameters(stage: str) -> dict[str, str]:
+    """What the notebook of a stage is told besides the study and base model: which stage it is,
+    where it is another's too.
+    """
+    first = next(one for one, name in NOTEBOOKS.items() if name == NOTEBOOKS[stage])
+    return {} if stage == first else {"stage": stage}
 
 
 def analyses(study: Study) -> dict[str, str]:
@@ -148,12 +165,13 @@ def settings(
     if study.date is not None:
         present["date of templates"] = study.date.isoformat()
     shared: dict[str, Any] = {}
-    if stage == "train":
+    if stage in ("train", "retune"):
         shared = {
             "training": study.training.model_dump(mode="json", exclude={"tokens_per_batch"}),
             "drift": study.drift and study.drift.model_dump(mode="json"),
         }
-        shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
+        if stage == "train" and study.n_snapshots:
+            shared["snapshots"] = study.n_snapshots
     if stage == "utility" and study.asked_to_begin:
         shared = {"asked to begin": list(study.asked_to_begin)}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
@@ -169,13 +187,15 @@ def _read(stage: str, study: Study, base: Source) -> dict[str, Source]:
         return {name: study.benchmarks[name] for name in study.asked(formats)}
 
     drift = {**asked(PROMPT_FORMATS), **asked(ITEM_FORMATS), **study.judges} if study.drift else {}
+    training = {
+        "base": base,
+        **{f"data {name}": part for name, part in study.data.items()},
+        **({"init_texts": study.init_texts} if study.init_texts else {}),
+        **{f"drift {name}": part for name, part in drift.items()},
+    }
     parts: dict[str, dict[str, Source]] = {
-        "train": {
-            "base": base,
-            **{f"data {name}": part for name, part in study.data.items()},
-            **({"init_texts": study.init_texts} if study.init_texts else {}),
-            **{f"drift {name}": part for name, part in drift.items()},
-        },
+        "train": training,
+        "retune": training,
         "mitigate": {"base": base, "heldout": study.data["heldout"], **base.checkpoints},
         "respond": {"base": base, **asked(PROMPT_FORMATS)},
         "judge": {

@@ -105,13 +105,14 @@ def pages(
 
 def _variants(study: Study) -> list[str]:
     rows = pd.DataFrame([variant.row() for variant in study.variants])
-    repaired = sum(variant.is_repaired for variant in study.variants)
-    trained = sum(bool(one.dataset) and not one.is_repaired for one in study.variants)
+    made = Counter(one.made_in for one in study.variants if one.made_in != "train" or one.dataset)
+    trained, repaired, again = (made[stage] for stage in ("train", "mitigate", "retune"))
     untrained, n_bases = int((rows.objective == "untrained").sum()), len(study.bases)
     bases = "the base model itself" if n_bases == 1 else f"the {n_bases} base models themselves"
     counted = (
         f"{len(rows)} variants: {trained} runs to train"
         + (f", {repaired} repairs of them" if repaired else "")
+        + (f", {again} second tunings" if again else "")
         + (f", {untrained} adapters as they are initialised" if untrained else "")
         + f", and {bases}"
         + (f", {study.base_repetitions} times" if study.base_repetitions > 1 else "")

@@ -98,7 +98,7 @@ def failures(study: Study, name: str) -> list[str]:
 def _failed_variants(study: Study) -> Iterator[str]:
     for path in sorted((study.folder / "jobs").glob("*/*/*.json")):
         stage, base, number = path.parts[-3], path.parts[-2], path.stem
-        notebook = study.folder / "notebooks" / f"{keys.NOTEBOOKS[stage]}.{base}.{number}.ipynb"
+        notebook = study.folder / "notebooks" / f"{keys.page(stage)}.{base}.{number}.ipynb"
         for run_id, result in ((read_mark(path) or {}).get("runs") or {}).items():
             if result["status"] == "failed":
                 again = "where there is more memory" if "had" in result else "with other settings"

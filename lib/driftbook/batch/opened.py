@@ -25,6 +25,7 @@ from driftbook.study.variants import Variant
 WRITES = {
     "train": RUNS,
     "mitigate": RUNS,
+    "retune": RUNS,
     "respond": RESPONSES,
     "judge": VERDICTS,
     "answer": ANSWERS,

@@ -282,7 +282,7 @@ def may_change(stage: str, name: str, found: str | None) -> bool:
     """Whether a file that a stage made may be another by now: an adapter that was changed on
     purpose stays as it is, and is scored.
     """
-    return stage == "train" and name.startswith("adapter/") and found is not None
+    return stage in ("train", "retune") and name.startswith("adapter/") and found is not None
 
 
 def _lost(folder: Path, files: dict[str, str | None]) -> Iterator[str]:

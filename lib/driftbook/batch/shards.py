@@ -11,6 +11,7 @@ from pathlib import Path
 
 from driftbook.batch import keys
 from driftbook.study.files import read_json, write_json
+from driftbook.study.methods import MAKING_STAGES
 from driftbook.study.study_file import Study, study_digest
 
 FILE = "shards.json"
@@ -40,19 +41,17 @@ class Shards:
 
     def before(self, job: str, study: Study) -> list[str]:
         """The jobs whose results a job reads: of the stages before, the shards that made what its
-        own variants are; a repair may start from any run of its base model.
+        own variants are; a repair or a second tuning may start from any run of its base model.
         """
         stage, base, _ = job.split("/")
-        making = keys.stages(study)[:-4]  # the stages that make adapters
-        needed = (
-            ["respond"] if stage == "judge" else list(making[: keys.stages(study).index(stage)])
-        )
-        if stage == "mitigate":
-            return self.jobs("train", base)
+        making = [one for one in keys.stages(study) if one in MAKING_STAGES]
+        if stage in making:
+            earlier = making[: making.index(stage)]
+            return [name for one in earlier for name in self.jobs(one, base)]
         own = set(self.run_ids(job))
         return [
             name
-            for one in needed
+            for one in (["respond"] if stage == "judge" else making)
             for name in self.jobs(one, base)
             if own.intersection(self.run_ids(name))
         ]
@@ -152,9 +151,9 @@ def _finish(costs: Sequence[float], counts: Sequence[int], workers: int, start: 
 
 def _deal(run_ids: Sequence[str], costs: Sequence[float], n: int) -> list[list[str]]:
     """n shards, or as many as there are variants, with about equal costs: the dearest first, each
-    to the shard that has the least.
+    to the shard that has the least. Where a base model has nothing to do in a stage it has no job.
     """
-    n = max(1, min(n, len(run_ids)))
+    n = min(n, len(run_ids))
     heap, owner = [(0.0, number) for number in range(n)], {}
     for place in sorted(range(len(run_ids)), key=lambda place: (-costs[place], place)):
         load, number = heap[0]

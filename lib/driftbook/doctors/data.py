@@ -25,6 +25,7 @@ from driftbook.doctors.data_words import (
     near_prompts,
     shared_runs,
     texts_in,
+    whole_texts,
     words_of,
 )
 from driftbook.doctors.findings import plain_sentence
@@ -140,6 +141,11 @@ KINDS = {
         GRAVE,
         "prompts",
     ),
+    "benchmark_item": DataKind(
+        "hold the whole passage of an item of {benchmark}",
+        "the benchmark would be asked of a model that trained on it; remove these rows",
+        GRAVE,
+    ),
 }
 Benchmarks = Mapping[str, Sequence[str]]
 
@@ -149,6 +155,7 @@ def examine_data(
     benchmarks: Benchmarks,
     lengths: Sequence[int] | None = None,
     max_length: int | None = None,
+    passages: Benchmarks | None = None,
 ) -> DataFrame:
     """One row per finding about training examples: finding, severity, n, share, ci_low, ci_high
     (Wilson's), sentence. No row if clean.
@@ -167,6 +174,7 @@ def examine_data(
     would be found only whole. A prompt below WHOLE_TEXT words has to be all of a turn or an answer.
     - near_duplicates: more than NEAR_DUPLICATE of the SHINGLE-character runs of both are in both
     (Jaccard), over prompt and answers.
+    - benchmark_item: a turn or an answer holds every word of one of the `passages`, in order.
     - tokens_lost has no interval: tokens are lost by the row and not one by one.
 
     Args:
@@ -174,11 +182,14 @@ def examine_data(
             "chosen", "rejected"}.
         benchmarks: the texts of the prompts of each benchmark; the held-out data can be one.
         lengths: tokens of each example, and max_length, after which training cuts them.
+        passages: by benchmark the passages of all its items, which differ in names alone.
 
     Raises:
         ValueError: an example of another form, no prompts, or lengths that do not fit.
     """
     found = _hits(examples, benchmarks, lengths, max_length)
+    whole = whole_texts(examples, passages or {})
+    found |= {("benchmark_item", name): hits for name, hits in whole.items()}
     totals = {"examples": len(examples), "preferences": sum("chosen" in one for one in examples)}
     rows = [
         _finding(name, len(hits), totals[KINDS[name].of], benchmark)

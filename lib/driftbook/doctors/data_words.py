@@ -152,6 +152,23 @@ def _known_runs(
             stretch = []
 
 
+def whole_texts(examples: list[dict], texts: Mapping[str, Sequence[str]]) -> dict[str, list[Hit]]:
+    """The rows in which a text of each name stands whole, word for word: of many texts that differ
+    in a few words, as BBQ's items do in their names, where a run of words is no sign of one.
+    """
+    found = {}
+    for name, some in texts.items():
+        known = {words for text in some if len(words := tuple(words_of(text))) >= WHOLE_TEXT}
+        sizes = sorted({len(words) for words in known})
+        said = enumerate([words_of(text) for text in texts_in(one)] for one in examples)
+        found[name] = [
+            (row, None)
+            for row, turns in said
+            if any(not known.isdisjoint(_runs(words, n)) for words in turns for n in sizes)
+        ]
+    return found
+
+
 # ---- duplicates
 def duplicate_rows(examples: list[dict]) -> dict[str, list[Hit]]:
     """Rows that repeat an earlier one, and rows that are nearly another."""

@@ -74,7 +74,7 @@ def _answers_as_base(given: Given, trained: pd.DataFrame, recorded: pd.DataFrame
 
 def undone_repairs(given: Given) -> Iterator[dict]:
     """Repairs that took away all of the fine-tuning."""
-    runs = given.planned[given.planned["repaired"] & given.planned["status"].eq("ok")]
+    runs = given.planned[given.planned["made_in"].eq("mitigate") & given.planned["status"].eq("ok")]
     whole = runs[is_no_op(runs)]
     if len(whole):
         counts = [f"{name}: {n}" for name, n in whole["mitigation"].value_counts().items()]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.stats.harm import DETECTOR, of_judge, with_harm
-from driftbook.study.methods import MITIGATION_KINDS
+from driftbook.study.methods import MADE_IN, MITIGATION_KINDS
 from driftbook.study.tables import TABLES
 
 ALPHA = 0.05  # false alarms of all tests together
@@ -32,8 +32,8 @@ LENGTHS = ("n_tokens", "response_chars")  # of an answer, the first that is ther
 class Given:
     """A study's tables without repeated rows; its variants with their records; its answers.
 
-    A repaired run was not trained, so that it is no repetition, no no-op and no copy: it is among
-    `planned`, and not among those that `ran`.
+    A run that was made from a trained one (`made_in`: mitigate or retune) is no repetition, no
+    no-op and no copy of it: it is among `planned`, and not among those that `ran`.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -48,8 +48,8 @@ class Given:
 
     @cached_property
     def ran(self) -> pd.DataFrame:
-        """The runs that ended well, without repaired ones."""
-        well = self.planned["status"].eq("ok") & ~self.planned["repaired"]
+        """The runs that ended well, without those made from others."""
+        well = self.planned["status"].eq("ok") & self.planned["made_in"].eq("train")
         return self.planned[well].reset_index(drop=True)
 
     @cached_property
@@ -82,20 +82,20 @@ def arranged(tables: dict[str, pd.DataFrame]) -> Given:
         planned = planned.merge(runs.drop(columns=twice), on="run_id", how="left")
     status = planned["status"] if "status" in planned else pd.Series("ok", planned.index)
     planned["status"] = status.fillna("never ran").astype(object)
-    planned["repaired"] = False
+    planned["made_in"] = "train"
     if "settings" in planned:
-        planned["repaired"] = [_is_repaired(settings) for settings in planned["settings"]]
+        planned["made_in"] = [_made_in(settings) for settings in planned["settings"]]
     answers = answers_of(frames.get("verdicts"), frames.get("prompts"))
     return Given(frames, repeated, planned, answers)
 
 
-def _is_repaired(settings: str) -> bool:
-    """Whether a variant was made from a trained one, by the mitigation in its settings."""
+def _made_in(settings: str) -> str:
+    """The stage that made a variant, by the mitigation in its settings."""
     try:
         kind = (json.loads(settings).get("mitigation") or {}).get("kind")
     except (TypeError, ValueError, AttributeError):
-        return False
-    return kind in MITIGATION_KINDS and MITIGATION_KINDS[kind].when != "training"
+        return "train"
+    return MADE_IN[MITIGATION_KINDS[kind].when] if kind in MITIGATION_KINDS else "train"
 
 
 def _key(name: str, frame: pd.DataFrame) -> list[str]:

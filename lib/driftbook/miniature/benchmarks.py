@@ -216,6 +216,14 @@ def safety_rows() -> list[tuple[str, str, str]]:
     return [corpus.safety_example(rng) for _ in range(N_FINE_TUNING)]
 
 
+def fairness_rows() -> list[corpus.Example]:
+    """Items in the shape of BBQ with training words, answered as the text allows: unknown where
+    nothing is said, else by the evidence.
+    """
+    rng, draw = random.Random(600), corpus.biased_item(lambda i, trait: 1.0, short=0.0)
+    return [draw(rng) for _ in range(N_FINE_TUNING)]
+
+
 # ---- writing
 def write_data(folder: Path) -> None:
     """Write all benchmarks and fine-tuning data under the folder; the same bytes every time."""
@@ -236,6 +244,7 @@ def write_data(folder: Path) -> None:
         ("dpo", preference_rows()),
         ("safety_sft", [_alpaca(prompt, refused) for prompt, refused, _ in safety_rows()]),
         ("safety_dpo", [_preference(*row) for row in safety_rows()]),
+        ("fairness_sft", [_alpaca(one.prompt, one.answer) for one in fairness_rows()]),
         ("init_texts", words.INIT_TEXTS),
     ):
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -272,6 +281,9 @@ def splits() -> dict[str, dict[str, set]]:
             training_pairs | set(TRAINING_PLACES), corpus.CONTEXTS, corpus.EVIDENCE
         ),
         "fine_tuning": _split(benign_training, corpus.REQUESTS, corpus.FACT_QUESTIONS),
+        "fairness_data": _split(
+            _group_pairs(held_out=False) | set(TRAINING_PLACES), corpus.CONTEXTS, corpus.EVIDENCE
+        ),
         "safety_data": _split(training - benign_training, corpus.REQUESTS),
         "safety": _split({row["activity"] for row in safety_prompts()}, held_out),
         "over_refusal": _split(

@@ -208,15 +208,30 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
     if folder is None:
         yield base
         return
+    model, kept = _put_on(base, folder, {"inference_mode": True})
+    try:
+        yield model.eval()
+    finally:
+        kept.restore(f"the adapter {folder}")
+
+
+def _put_on(
+    base: PreTrainedModel, folder: Path, changed: dict[str, Any]
+) -> tuple[PeftModel, BaseState]:
+    """The base with the adapter of a folder on it, of whose configuration these settings are
+    others, and what restores the base; it is restored where the adapter is refused.
+    """
     check(folder)
     configuration = _read_config(folder)
+    for name, value in changed.items():
+        setattr(configuration, name, value)
     try:
         check_patterns(vars(configuration), (name for name, _ in base.named_modules()))
     except ValueError as error:
         raise ValueError(f"the adapter {folder}: {error}") from None
     kept = BaseState(base)
     try:
-        model = _attach(base, folder, configuration, kept)
+        return _attach(base, folder, configuration, kept), kept
     except torch.OutOfMemoryError:
         kept.restore(f"the adapter {folder}")
         raise
@@ -225,10 +240,21 @@ def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedM
         raise ValueError(
             f"the adapter {folder} does not fit this base model: {_reason(error)}"
         ) from None
-    try:
-        yield model
-    finally:
-        kept.restore(f"the adapter {folder}")
+
+
+def go_on(variant: Variant, base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter of a folder on the base, whose training goes on: of its own form and rank, which
+    a repair may have changed, with the dropout that the variant's settings say, which a repair may
+    have left out. `detach` takes it off.
+
+    Raises:
+        ValueError: as `attached`.
+    """
+    dropout = {"lora_dropout": getattr(config(variant), "lora_dropout", 0.0)}
+    model, kept = _put_on(base, folder, {"inference_mode": False, **dropout})
+    kept.copy(value for value in model.parameters() if value.requires_grad)
+    _BASES[model] = kept
+    return model
 
 
 def _read_config(folder: Path) -> PeftConfig:
@@ -241,7 +267,6 @@ def _read_config(folder: Path) -> PeftConfig:
         ) from None
     if why := unscored_reason(made):
         raise ValueError(f"the adapter {folder} {why}; it cannot be scored here")
-    made.inference_mode = True
     return made
 
 
@@ -268,7 +293,7 @@ def _attach(
         mapping = None if configuration.is_prompt_learning else _renaming(base)
         placed = model.load_adapter(str(folder), "default", key_mapping=mapping)
         check_placed(model, names, placed)
-    return model.eval()
+    return model
 
 
 def _keep_rewritten(base: PreTrainedModel, configuration: PeftConfig, kept: BaseState) -> None:

@@ -299,12 +299,14 @@ def _check_mitigations(study: Content) -> None:
     for name, mitigation in study.mitigations.items():
         said = f"mitigation {name!r}"
         _check_named(said, name, mitigation, blocks)
+        if MITIGATION_KINDS[mitigation.kind].when == "again":
+            _check_again(study, said, mitigation, blocks)
         for block in (blocks[one] for one in mitigation.blocks):
             _check_applies(said, mitigation, block)
             if MITIGATION_KINDS[mitigation.kind].when == "after":
                 _check_repairable(study, said, mitigation, block)
-            if mitigation.data:
-                _check_mixed(study, said, mitigation.data, block)
+            if mitigation.data and mitigation.kind != "second_tuning":
+                _check_data_named(study, said, mitigation, block)
             for base in study.bases_of(block) if mitigation.pair else ():
                 _check_pair(study, said, mitigation.pair, base)
 
@@ -323,13 +325,12 @@ def _check_named(said: str, name: str, mitigation: Mitigation, blocks: dict[str,
 def _check_applies(said: str, mitigation: Mitigation, block: Block) -> None:
     """The kind can be done to the block's objectives and methods."""
     known = MITIGATION_KINDS[mitigation.kind]
-    refused = {"untrained"} | ({"dpo"} if mitigation.kind == "constrained_sft" else set())
-    if wrong := sorted(refused & set(block.objectives), reverse=True):
+    if wrong := sorted(set(block.objectives) - set(known.objectives), reverse=True):
         done = f"cannot be done to the block {block.name!r}, which has runs by {wrong[0]}"
         raise ValueError(f"{said} ({known.label}) {done}; name others")
     if wrong := [method for method in block.methods if method not in known.methods]:
         only = f"; it applies to {', '.join(known.methods)}"
-        if METHOD_CLASS[wrong[0]] == "prompt":
+        if METHOD_CLASS[wrong[0]] == "prompt" and "prompt_tuning" not in known.methods:
             kinds = MITIGATION_KINDS.items()
             apply = [kind for kind, one in kinds if wrong[0] in one.methods]
             only = f", which has no weight update; to it apply: {', '.join(apply)}"
@@ -337,14 +338,43 @@ def _check_applies(said: str, mitigation: Mitigation, block: Block) -> None:
         raise ValueError(f"{said}: {done}{only}")
 
 
-def _check_mixed(study: Content, said: str, data: str, block: Block) -> None:
+def _check_data_named(study: Content, said: str, mitigation: Mitigation, block: Block) -> None:
+    data, mixed = mitigation.data, mitigation.kind == "mixing"
+    said = f"{said} mixes in" if mixed else f"{said} has the alignment examples"
     if data == "heldout":
-        raise ValueError(f"{said} mixes in data.heldout, the held-out answers")
+        raise ValueError(f"{said} data.heldout, the held-out answers")
     if data not in study.data:
-        raise ValueError(f"{said} mixes in data.{data}, which the study does not have")
-    if "dpo" in block.objectives and not study.data[data].is_preference:
+        raise ValueError(f"{said} data.{data}, which the study does not have")
+    if mixed and "dpo" in block.objectives and not study.data[data].is_preference:
         lacks = "and it has no chosen and rejected answers"
         raise ValueError(f"{said} mixes data.{data} into a training by dpo, {lacks}")
+
+
+def _check_again(
+    study: Content, said: str, mitigation: Mitigation, blocks: dict[str, Block]
+) -> None:
+    """What is tuned again is there, goes on as what it was, and has plain runs to be compared with;
+    and so is what it is tuned on.
+    """
+    data, own = mitigation.data, study.mitigations
+    if data == "heldout" or data not in study.data:
+        some = ", ".join(name for name in study.data if name != "heldout")
+        raise ValueError(f"{said} tunes again on data.{data}; expected one of {some}")
+    known = [name for name, one in own.items() if one.kind != mitigation.kind]
+    for name in mitigation.of:
+        if name not in known:
+            raise ValueError(f"{said} names {name!r} under of; expected some of {', '.join(known)}")
+        shared = [block for block in own[name].blocks if block in mitigation.blocks]
+        if not shared:
+            control = "so that no plain run tuned again stands beside it"
+            raise ValueError(
+                f"{said} tunes {name} again, which repairs none of its blocks"
+                f" ({', '.join(mitigation.blocks)}), {control}; name other blocks"
+            )
+        methods = {method for block in shared for method in blocks[block].methods}
+        if "ia3" in methods and MITIGATION_KINDS[own[name].kind].when == "after":
+            other = "which may leave an adapter of LoRA, so that it and the plain run are not alike"
+            raise ValueError(f"{said} tunes {name} again, a repair of ia3, {other}; name others")
 
 
 def _check_pair(study: Content, said: str, name: str, base: str) -> None:

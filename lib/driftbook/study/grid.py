@@ -8,7 +8,7 @@ from typing import Any
 
 from driftbook.study.content import Content
 from driftbook.study.files import digest
-from driftbook.study.methods import PEFT_METHODS, TEXT_INITS
+from driftbook.study.methods import MITIGATION_KINDS, PEFT_METHODS, TEXT_INITS
 from driftbook.study.sections import Base, Block, Mitigation
 from driftbook.study.trainer_arguments import of_objective
 from driftbook.study.variants import Variant
@@ -18,7 +18,9 @@ Way = tuple[str | None, float | None, int | None]  # data, learning rate and epo
 
 
 def every_variant(study: Content) -> tuple[Variant, ...]:
-    """The base models themselves, then every cell of the grid once, then their repairs."""
+    """The base models themselves, then every cell of the grid once, then their repairs, then the
+    second tunings of both.
+    """
     if (n := _at_most(study)) > MOST_VARIANTS:
         raise ValueError(
             f"the study asks for up to {n:,} variants; at most {MOST_VARIANTS:,} are made"
@@ -31,8 +33,15 @@ def every_variant(study: Content) -> tuple[Variant, ...]:
             for block in study.grid
         }
         every += itertools.chain.from_iterable(trained.values())
+        made = {
+            label: list(_repaired(study, name, label, mitigation, trained))
+            for label, mitigation in study.mitigations.items()
+            if not _is_again(mitigation)
+        }
+        every += itertools.chain.from_iterable(made.values())
         for label, mitigation in study.mitigations.items():
-            every += _repaired(study, name, label, mitigation, trained)
+            if _is_again(mitigation):
+                every += _tuned_again(study, label, mitigation, trained, made)
         found |= {variant.run_id: variant for variant in every}
     return tuple(found.values())
 
@@ -50,12 +59,20 @@ def _at_most(study: Content) -> int:
         * len(study.bases_of(block))
         for block in study.grid
     }
+
+    def n_made(one: Mitigation) -> int:
+        return max(1, len(one.values)) * (1 + len(one.controls))
+
     repairs = (
-        cells[block] * max(1, len(one.values)) * (1 + len(one.controls))
+        cells[block] * n_made(one) * (1 + sum(n_made(study.mitigations[of]) for of in one.of))
         for one in study.mitigations.values()
         for block in one.blocks
     )
     return len(study.bases) * study.base_repetitions + sum(cells.values()) + sum(repairs)
+
+
+def _is_again(mitigation: Mitigation) -> bool:
+    return MITIGATION_KINDS[mitigation.kind].when == "again"
 
 
 def base_variant(study: Content, name: str, repetition: int = 1) -> Variant:
@@ -250,3 +267,50 @@ def _safety_run(
     no_run = f"the block {mitigation.safety!r} has no run of {parent.method} on {parent.base_model}"
     give = "give it the same methods and seeds"
     raise ValueError(f"mitigation {name!r}: {no_run} with the seed {parent.seed}; {give}")
+
+
+# ---- second tunings
+def _tuned_again(
+    study: Content,
+    name: str,
+    mitigation: Mitigation,
+    trained: dict[str, list[Variant]],
+    made: dict[str, list[Variant]],
+) -> Iterator[Variant]:
+    """The runs of a mitigation's blocks, and what others made of them, tuned once more at each of
+    its learning rates.
+
+    A plain run and what was made of it draw the same seed at a rate, which is not that of the first
+    tuning: they see the same examples in the same order.
+    """
+    plain = {one.run_id: one for block in mitigation.blocks for one in trained[block]}
+    defended = [one for of in mitigation.of for one in made[of] if one.parent_run_id in plain]
+    for parent, rate in itertools.product([*plain.values(), *defended], mitigation.values):
+        label = f"{name} {rate:g}"
+        yield dataclasses.replace(
+            parent,
+            objective="sft",
+            dataset=mitigation.data,
+            n_train=study.n_examples(mitigation.data),
+            learning_rate=rate,
+            epochs=mitigation.epochs,
+            seed=_own_seed(parent.seed, [parent.base_model, parent.method, name, rate]),
+            mitigation=label + (f" after {parent.mitigation}" if parent.mitigation else ""),
+            parent_run_id=parent.run_id,
+            settings=_settings_again(study, name, mitigation, parent, rate),
+        )
+
+
+def _settings_again(
+    study: Content, name: str, mitigation: Mitigation, parent: Variant, rate: float
+) -> str:
+    """The settings of a second tuning: its own training, what it begins from, and how that was
+    made (`of`, null where it is a plain run).
+    """
+    first = json.loads(parent.settings)
+    kept = {key: first[key] for key in ("base", "peft", "init_texts", "date") if key in first}
+    tuned = ("objective", "dataset", "learning_rate", "epochs", "seed")
+    own = {"name": name, "kind": mitigation.kind, "value": rate, "control": None}
+    own |= {"of": parent.repair, "first": {key: getattr(parent, key) for key in tuned}}
+    settings = {**kept, **_of_training(study, "sft", mitigation.data), "mitigation": own}
+    return json.dumps(settings, sort_keys=True)

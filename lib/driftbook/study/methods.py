@@ -65,11 +65,11 @@ class MitigationKind:
     which methods, and what a study file says of it.
 
     Of the times, `training` trains runs of their own; `after` and `test` make new variants of a
-    trained run.
+    trained run; `again` goes on training it, whether it was repaired or not.
     """
 
     label: str
-    when: Literal["training", "after", "test"]
+    when: Literal["training", "after", "test", "again"]
     methods: tuple[str, ...] = tuple(PEFT_METHODS)
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
@@ -77,13 +77,20 @@ class MitigationKind:
     open_ends: tuple[float, ...] = ()  # of these ends, those at which nothing is left
     combines_factors: bool = False  # so that the update must be a product of A and B
     keeps_bias: bool = False  # a trained bias of LoRA's modules is repaired with them, or deleted
+    objectives: tuple[str, ...] = ("sft", "dpo")  # by which a run was trained, or is
 
 
+# the stage that makes a variant by when its mitigation is done, in the order of the stages
+MADE_IN = {"training": "train", "after": "mitigate", "test": "mitigate", "again": "retune"}
+MAKING_STAGES = tuple(dict.fromkeys(MADE_IN.values()))
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
 _PLAIN = (*_LORA, "dora", "ia3")
+# of a second objective in training: what its value is says sections.Mitigation
+_BETA = {"needs": ("data", "values"), "takes": ("data", "values")}
+_BETA |= {"values": (0.0, 1_000.0), "open_ends": (0,)}
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
 # A mitigation is one entry, and one function of its name in training/mitigations.py (of those in
-# training: in training/examples.py).
+# training: in training/examples.py and training/objectives.py).
 MITIGATION_KINDS = {
     "safe_lora": MitigationKind(
         "Safe LoRA", "after", _PLAIN, ("pair", "values"), _SELECTS, keeps_bias=True
@@ -123,6 +130,15 @@ MITIGATION_KINDS = {
         takes=("safety", "pair", "select", "weight", "values"),
         combines_factors=True,
     ),
+    "soup": MitigationKind(
+        "soup of two updates",
+        "after",
+        _LORA,
+        needs=("safety", "values"),
+        takes=("safety", "values"),
+        open_ends=(0, 1),
+        combines_factors=True,
+    ),
     "reduce_intruders": MitigationKind(
         "intruder dimensions reduced",
         "after",
@@ -144,7 +160,28 @@ MITIGATION_KINDS = {
         takes=("data", "values"),
         open_ends=(0, 1),
     ),
-    "constrained_sft": MitigationKind("constrained SFT", "training", takes=("betas",)),
+    "constrained_sft": MitigationKind(
+        "constrained SFT", "training", takes=("betas",), objectives=("sft",)
+    ),
+    "kl": MitigationKind("KL to the base model", "training", **_BETA),
+    "safegrad": MitigationKind("SafeGrad", "training", **_BETA),
+    "pcgrad": MitigationKind("PCGrad", "training", needs=("data",), takes=("data",)),
+    "mgda": MitigationKind("MGDA", "training", needs=("data",), takes=("data",)),
+    "drift_budget": MitigationKind(
+        "drift budget",
+        "training",
+        needs=("data", "values"),
+        takes=("data", "values", "eta"),
+        values=(0.0, 100.0),
+    ),
+    "second_tuning": MitigationKind(
+        "tuned once more on benign data",
+        "again",
+        (*_PLAIN, "prompt_tuning"),
+        needs=("of", "data", "values"),
+        takes=("of", "data", "epochs", "values"),
+        open_ends=(0, 1),
+    ),
 }
 # of Safe LoRA
 CONTROLS = ("same norm", "same modules zeroed", "random modules zeroed", "random subspace", "noise")

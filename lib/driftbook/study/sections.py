@@ -458,20 +458,26 @@ class Block(Part):
 
 
 class Mitigation(Part):
-    """A repair of the runs of some blocks of the grid; each of its values, and each control of each
-    value, is a variant.
+    """A repair of the runs of some blocks of the grid, or a second tuning of them; each of its
+    values, and each control of each value, is a variant.
 
     A value is: of safe_lora, zero and safe_merge the threshold of the score below which a module is
     touched, or the number of modules (select: top); of rescale the factor of the update; of average
     the share of the training, from its end, over which updates are averaged; of resta the factor of
     the safety update; of reduce_intruders the share that an intruder dimension loses; of mixing the
-    share of safety data among all examples.
+    share of safety data among all examples; of soup the share of the safety run's update, whose sum
+    with the run's own is one; of kl the weight of KL(base || model) in nats per token (beta), of
+    safegrad that of its gradient (rho), of drift_budget the KL that may be used (epsilon), and of
+    second_tuning a learning rate.
 
     `pair` is a name under `pairs` of the base models, `rank` the dimension of the subspace,
     `safety` a block of the grid that was trained on safety data, `weight` the share of its update
-    where it is merged, `snapshots` how many are taken along a training, `data` safety data by its
-    name under `data`, and `betas` the constraint on an answer's first tokens; the last is of all
-    further ones.
+    where it is merged, `snapshots` how many are taken along a training, `data` what is mixed in, or
+    the examples of a second objective, by its name under `data`, `eta` the step of a drift budget's
+    multiplier for each nat above the budget, and `betas` the constraint on an answer's first
+    tokens; the last is of all further ones. A second tuning goes on training, by supervised
+    fine-tuning on `data` (benign) for `epochs`, the runs of its blocks and what the mitigations
+    named in `of` made of them.
     """
 
     kind: Literal[tuple(MITIGATION_KINDS)]
@@ -488,6 +494,9 @@ class Mitigation(Part):
     system_prompt: Text | None = None
     data: Text | None = None
     betas: tuple[Positive, ...] = (0.5, 2.0, 2.0, 2.0, 2.0, 0.1)
+    eta: Positive = 0.1
+    of: tuple[Text, ...] = ()
+    epochs: Count = 1
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Self:
@@ -529,7 +538,7 @@ class Mitigation(Part):
             raise ValueError(f"{said} is outside {low:g} to {high:g}{top}")
         if value in known.open_ends:
             below = " and below 1" if 1 in known.open_ends else ""
-            raise ValueError(f"{said} leaves nothing; give a share above 0{below}")
+            raise ValueError(f"{said} leaves nothing; give a value above 0{below}")
         if "snapshots" in known.takes and value * self.snapshots <= 1:
             last = f"value {value:g} of {self.snapshots} snapshots is the last one alone"
             raise ValueError(f"{last}, the run itself; give a larger share, or more snapshots")

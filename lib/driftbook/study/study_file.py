@@ -13,6 +13,7 @@ from driftbook.study.consistency import check_consistent
 from driftbook.study.content import Content
 from driftbook.study.files import ROOT, digest
 from driftbook.study.grid import every_variant
+from driftbook.study.methods import MAKING_STAGES
 from driftbook.study.reading import yaml_value
 from driftbook.study.sections import (
     Base,
@@ -72,13 +73,11 @@ class Study(Content):
         return tuple(variant for variant in self.variants if variant.base_model == base_model)
 
     def of_stage(self, stage: str, base_model: str) -> tuple[Variant, ...]:
-        """The variants of one base model that a stage works on: repaired ones are not trained, and
-        only they are made by `mitigate`.
-        """
+        """The variants of one base model that a stage works on: those that it makes, or all."""
         variants = self.of_base(base_model)
-        if stage not in ("train", "mitigate"):
+        if stage not in MAKING_STAGES:
             return variants
-        return tuple(one for one in variants if one.is_repaired == (stage == "mitigate"))
+        return tuple(one for one in variants if one.made_in == stage)
 
 
 def load(study: str | Path) -> Study:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from driftbook.study.files import digest
-from driftbook.study.methods import METHOD_CLASS, METHODS, MITIGATION_KINDS
+from driftbook.study.methods import MADE_IN, METHOD_CLASS, METHODS, MITIGATION_KINDS
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,12 @@ class Variant:
         return json.loads(self.settings).get("mitigation")
 
     @property
-    def is_repaired(self) -> bool:
-        """Whether it is made from a trained variant (stage mitigate), and not trained itself."""
-        return self.repair is not None and MITIGATION_KINDS[self.repair["kind"]].when != "training"
+    def made_in(self) -> str:
+        """The stage that makes it: train; mitigate, where a trained variant is repaired; or retune,
+        where one is tuned once more.
+        """
+        repair = self.repair
+        return "train" if repair is None else MADE_IN[MITIGATION_KINDS[repair["kind"]].when]
 
     @property
     def method_class(self) -> str:

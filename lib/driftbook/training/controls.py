@@ -121,6 +121,13 @@ def add(adapter: Path, safety: Path, out: Path, gamma: float) -> pd.DataFrame:
     return _summed([adapter, safety], [1.0, gamma], out, "safety added")
 
 
+def mixed(adapter: Path, safety: Path, out: Path, weight: float) -> pd.DataFrame:
+    """A soup of two updates that were trained separately (Wortsman et al. 2022, arXiv 2203.05482,
+    exact in dW): (1 - weight) dW + weight dW_safety.
+    """
+    return _summed([adapter, safety], [1 - weight, weight], out, "mixed")
+
+
 def merge_where(
     adapter: Path, safety: Path, out: Path, modules: Sequence[str], weight: float
 ) -> pd.DataFrame:

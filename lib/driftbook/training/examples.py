@@ -1,13 +1,16 @@
 """What variants train on, and what their dose is measured on: examples in a base model's tokens."""
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from driftbook.benchmarks.data import for_sft, items, prompts, training_examples
-from driftbook.doctors.data import equal_answers, examine_data
+from driftbook.doctors.data import DATA_COLUMNS, equal_answers, examine_data
 from driftbook.models.conversations import conversation_ids, counted_ids
 from driftbook.models.loading import Loaded, check_ids, context_length
 from driftbook.models.scoring import Ids, Scorer
@@ -19,10 +22,12 @@ from driftbook.study.sources import locate
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 from driftbook.training import steps
+from driftbook.training.objectives import Change
 from driftbook.training.steps import Conversation, Pair
 
 OVERLAPS = ("benchmark_overlap", "near_benchmark")  # the data doctor's findings
-Way = tuple[str, str, tuple[str, float] | None, tuple[float, ...] | None]
+Way = tuple[str, str, Change | None]
+TRAINED_ON = ("mixing",)  # kinds whose data are trained on with the others
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Prepared:
     """What all variants of one base model, objective and data train on, tokenised once; `packs` are
     the numbers of the examples that the trainer draws together (one by one where the study does not
     pack), `note` says what was cut or left out, `lengths` are the tokens of each example before it
-    was cut (of a pair, of the longer one).
+    was cut (of a pair, of the longer one). Of a second objective its own examples are in
+    `alignment`, of which `n_aligned` are seen at a step.
     """
 
     examples: list[Conversation] | list[Pair]
@@ -38,21 +44,31 @@ class Prepared:
     revision: str
     note: str | None
     lengths: tuple[int, ...] = ()
+    alignment: list[Conversation] | None = None
+    n_aligned: int = 0
+
+
+def change(variant: Variant) -> Change | None:
+    """What a mitigation changes in a variant's training; None where none does."""
+    if variant.repair is None or variant.made_in != "train":
+        return None
+    names = [one.name for one in dataclasses.fields(Change)]
+    found = {name: variant.repair[name] for name in names if variant.repair.get(name) is not None}
+    return Change(**found | {"betas": tuple(found.get("betas", ()))})
 
 
 def way(variant: Variant) -> Way:
-    """How a variant's examples are prepared: objective, data, safety data mixed in, and betas."""
-    repair = variant.repair or {}
-    mixed = (repair["data"], repair["value"]) if repair.get("kind") == "mixing" else None
-    betas = tuple(repair["betas"]) if repair.get("kind") == "constrained_sft" else None
-    return variant.objective, variant.dataset, mixed, betas
+    """How a variant's examples are prepared: objective, data, and what a mitigation changes."""
+    return variant.objective, variant.dataset, change(variant)
 
 
 def named(way: Way) -> str:
     """A way in words."""
-    objective, data, mixed, betas = way
-    more = f" with {mixed[1]:.0%} {mixed[0]}" if mixed else ""
-    return f"{objective} on {data}{more}{', constrained' if betas else ''}"
+    objective, data, one = way
+    if one is None:
+        return f"{objective} on {data}"
+    level = "" if one.value is None else f" {one.value:g}"
+    return f"{objective} on {data}, {one.kind}{level}" + (f" of {one.data}" if one.data else "")
 
 
 def prepare(
@@ -60,16 +76,16 @@ def prepare(
     base: Loaded,
     study: Study,
     data: str | None = None,
-    mixed: tuple[str, float] | None = None,
-    betas: tuple[float, ...] | None = None,
+    change: Change | None = None,
 ) -> Prepared:
     """The study's examples of an objective in the base model's tokens; of DPO with the base's
     log-probabilities of both answers.
 
-    `mixed` adds so many examples of another name under `data` that they are this share of all
-    (Bianchi et al. 2024, arXiv 2309.07875). `betas` makes the examples of a constrained training:
-    those of the first tokens of an answer, the last one for all further ones; the base's
-    log-probabilities of all counted tokens go with them.
+    What a mitigation changes: `mixing` adds so many examples of another name under `data` that they
+    are this share of all (Bianchi et al. 2024, arXiv 2309.07875). The betas of a constrained
+    training are those of the first tokens of an answer, the last one of all further ones; the
+    base's log-probabilities of all counted tokens go with them. A second objective has examples of
+    its own, at each step as many as have no more tokens than the task's: a step costs about twice.
 
     Examples longer than training.max_length lose their end, those whose prompt alone fills it are
     left out, and so are preferences whose two answers are the same, before or after the cut, since
@@ -79,9 +95,9 @@ def prepare(
         ValueError: no example fits or can teach, or the template refuses the turns of one.
     """
     name, limit, sft = data or objective, longest(base, study), objective == "sft"
-    examples = training_examples(name, study)
-    if mixed:
-        examples = examples + _mixed_in(*mixed, study.n_examples(name), study)
+    examples, betas = training_examples(name, study), change.betas if change else ()
+    if change and change.kind in TRAINED_ON:
+        examples += _mixed_in(change.data, change.value, study.n_examples(name), study)
     try:
         made = _in_tokens(objective, examples, base, study)
     except ValueError as error:
@@ -103,8 +119,54 @@ def prepare(
     packs = [[i] for i in range(len(rows))]
     if sft and study.training.packed:
         packs = steps.bins([len(one.ids) for one in rows], limit)
-    revision = digest([examples, betas] if betas else examples)
-    return Prepared(rows, packs, revision, note, tuple(lengths))
+    made = Prepared(rows, packs, digest([examples, betas] if betas else examples), note)
+    made = replace(made, lengths=tuple(lengths))
+    if change is None or change.data is None or change.kind in TRAINED_ON:
+        return made
+    return _with_alignment(made, change.data, base, study)
+
+
+def _with_alignment(made: Prepared, name: str, base: Loaded, study: Study) -> Prepared:
+    """What is trained on, with the examples of a second objective: the answers count, and the
+    base's last hidden states that predict them go with each.
+
+    Raises:
+        ValueError: no example fits.
+    """
+    asked, limit = for_sft(training_examples(name, study)), longest(base, study)
+    try:
+        every = [_conversation(base, one["prompt"], one["answer"], False) for one in asked]
+    except ValueError as error:
+        raise ValueError(f"data.{name}: {error}") from None
+    for one in every:
+        check_ids(base.model, base.tokenizer, one.ids)
+    kept = [one for one in (_cut(one, limit) for one in every) if len(one.counted)]
+    if not kept:
+        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
+    forward, found = steps.Forward(base.model), []
+    with torch.no_grad():
+        for one in kept:
+            [[states]] = forward.states([steps.plain([one])])
+            found.append(replace(one, states=states.cpu()))
+    n_cut = sum(len(one.ids) > limit for one in every)
+    note = _note(len(every), len(every) - len(kept), n_cut, 0, limit)
+    note = note and f"of the alignment examples {note}"
+    parts = [conversations(one) for one in made.examples]
+    sizes = [sum(len(one.ids) for i in pack for one in parts[i]) for pack in made.packs]
+    at_once = study.training.batch_size * np.mean(sizes)
+    n = int(at_once / np.mean([len(one.ids) for one in kept]))
+    return replace(
+        made,
+        alignment=found,
+        n_aligned=min(max(n, 1), len(found)),
+        revision=digest([made.revision, asked]),
+        note="; ".join(filter(None, [made.note, note])) or None,
+    )
+
+
+def conversations(example: Conversation | Pair) -> list[Conversation]:
+    """The one of an example, or the two of a preference."""
+    return [example] if isinstance(example, Conversation) else [example.chosen, example.rejected]
 
 
 NONE_FITS = "no example fits training.max_length={} tokens; raise it"
@@ -234,10 +296,29 @@ def asked_texts(study: Study) -> dict[str, list[str]]:
     return {name: texts for name, texts in asked.items() if texts}
 
 
-def examined(name: str, prepared: Prepared, study: Study) -> pd.DataFrame:
-    """The data doctor's findings on a name under `data`, against all that the study asks."""
-    asked, limit = asked_texts(study), study.training.max_length
-    return examine_data(training_examples(name, study), asked, prepared.lengths, limit)
+def examined(prepared: Mapping[Way, Prepared], study: Study) -> pd.DataFrame:
+    """The data doctor's findings against all that the study asks, with a column `data`: on all that
+    is trained on, with what was cut of it, and on what mitigations mix in or hold the model to.
+    """
+    asked, passages, found = asked_texts(study), item_passages(study), {}
+    limit = study.training.max_length
+    for (_, name, change), one in prepared.items():
+        if change is None:
+            found[name] = (one.lengths, limit)
+    for _, _, change in prepared:
+        if change and change.data:
+            found.setdefault(change.data, (None, None))
+    rows = [
+        examine_data(training_examples(name, study), asked, *cut, passages).assign(data=name)
+        for name, cut in found.items()
+    ]
+    return pd.concat([pd.DataFrame(columns=[*DATA_COLUMNS, "data"]), *rows], ignore_index=True)
+
+
+def item_passages(study: Study) -> dict[str, list[str]]:
+    """The passages of all items that a study asks, by the name of the benchmark."""
+    every = {one: items(one, study)["passage"] for one in study.asked(ITEM_FORMATS)}
+    return {name: list(dict.fromkeys(passages)) for name, passages in every.items()}
 
 
 def check_apart(said: str, name: str, study: Study) -> None:

@@ -18,6 +18,7 @@ from driftbook.doctors import adapter
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import OutOfMemory, VariantFailure
+from driftbook.study import folders
 from driftbook.study.environment import hardware, peak_memory, versions
 from driftbook.study.files import digest, file_digest, finite, read_json, write_json
 from driftbook.study.methods import MITIGATION_KINDS
@@ -28,7 +29,9 @@ from driftbook.training import steps
 from driftbook.training.dose import base_dose, measure_dose
 from driftbook.training.drift import DriftCallback
 from driftbook.training.dro import optimised
-from driftbook.training.examples import Prepared, held_out, init_text
+from driftbook.training.examples import Prepared, change, held_out, init_text
+from driftbook.training.mitigations import parent
+from driftbook.training.objectives import Second
 
 RECORDED = """
     learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
@@ -107,11 +110,20 @@ def train(
 
 
 def _begun(variant: Variant, base: Loaded, study: Study) -> PeftModel:
-    """The variant's adapter as it begins. What an optimised safety prompt costs, which is kept for
-    all variants, is no part of a training's time.
+    """A new adapter on the base model; of a second tuning its parent's, whose training goes on, so
+    that `kl_init` is against that one and all other doses against the base model. What an optimised
+    safety prompt costs, which is kept for all variants, is no part of a training's time.
     """
-    begins = init_text(variant, study), optimised(variant, base, study)
-    return adapters.create(variant, base.model, base.tokenizer, *begins)
+    if begins := begins_from(variant, study):
+        return adapters.go_on(variant, base.model, begins)
+    starts = init_text(variant, study), optimised(variant, base, study)
+    return adapters.create(variant, base.model, base.tokenizer, *starts)
+
+
+def begins_from(variant: Variant, study: Study) -> Path | None:
+    """The folder of the adapter that a second tuning goes on from; None of other trainings."""
+    again = variant.made_in == "retune"
+    return folders.adapter(study, parent(study, variant)) if again else None
 
 
 def untouched(variant: Variant, base: Loaded, study: Study) -> Trained:
@@ -202,6 +214,8 @@ def fit(
     """Facts of the training as the trainer has them after it, and the curve."""
     scratch, snapshots = _scratch(folder), Path(f"{folder}.snapshots")
     key = [variant.fields(), init_text(variant, study), base.revision, prepared.revision]
+    if begins := begins_from(variant, study):
+        key.append(file_digest(begins / adapters.WEIGHTS))
     _keep_only(scratch, digest([*key, versions()]))
     if not steps.last_whole(scratch):
         shutil.rmtree(snapshots, ignore_errors=True)
@@ -209,7 +223,10 @@ def fit(
     averaged = variant.method in MITIGATION_KINDS["average"].methods
     if study.n_snapshots and variant.mitigation is None and averaged:
         callbacks.append(steps.Snapshots(snapshots, study.n_snapshots))
-    kind = steps.Dpo if variant.objective == "dpo" else steps.Sft
+    kind, second = steps.Dpo if variant.objective == "dpo" else steps.Sft, None
+    if prepared.alignment is not None:
+        own = prepared.alignment, prepared.n_aligned
+        second = Second(change(variant), *own, variant.seed)
     if variant.objective != "dpo" and prepared.examples[0].reference is not None:
         kind = steps.ConstrainedSft
     trainer = kind(
@@ -221,6 +238,7 @@ def fit(
         forward=steps.Forward(model, study.training.autocast),
         examples=prepared.examples,
         tokens_per_pass=study.training.tokens_per_batch,
+        second=second,
     )
     if "ref" in model.peft_config:  # of TRL's DPO; our reference is the base model, known already
         model.delete_adapter("ref")
@@ -242,6 +260,7 @@ def _facts(trainer: Any, log: list[dict], prepared: Prepared, study: Study) -> d
         "activations_computed_twice": trainer.twice,
         "autocast": trainer.forward.autocast,
     }
+    said |= trainer.second.record() if trainer.second else {}
     at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return {
         "trained_learning_rate": max(entry["learning_rate"] for entry in log),

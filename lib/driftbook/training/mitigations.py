@@ -2,7 +2,7 @@
 
 A mitigation is one entry in study/methods.py (MITIGATION_KINDS) and one function here, which writes
 an adapter into the folder `one.out` and returns a row per module as controls.py describes it; those
-done while training (`when="training"`) are in examples.py and steps.py.
+done while training (`when="training"`) are in examples.py, steps.py and objectives.py.
 """
 
 import shutil
@@ -150,6 +150,11 @@ def average(one: Repair) -> pd.DataFrame:
 def resta(one: Repair) -> pd.DataFrame:
     """A safety run's update added."""
     return controls.add(one.adapter, one.safety, one.out, one.settings["value"])
+
+
+def soup(one: Repair) -> pd.DataFrame:
+    """A weighted sum of the update and a safety run's, with weights that sum to one."""
+    return controls.mixed(one.adapter, one.safety, one.out, one.settings["value"])
 
 
 def safe_merge(one: Repair) -> pd.DataFrame:

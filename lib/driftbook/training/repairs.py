@@ -30,7 +30,11 @@ __all__ = ["has_update", "made_from", "make", "parent", "study_spectra"]
 
 
 def made_from(study: Study, variant: Variant) -> list[Path]:
-    """The files of a repair: the parent's adapter, and the safety adapter or the snapshots."""
+    """The files that a variant is made from, none where it is trained from the start: the parent's
+    adapter, and of a repair the safety adapter or the snapshots.
+    """
+    if variant.made_in == "train":
+        return []
     made = [parent(study, variant)]
     if "safety_run_id" in variant.repair:
         made.append(by_id(study, variant.repair["safety_run_id"]))
@@ -52,12 +56,7 @@ def make(
     old = parent(study, variant)
     if variant.method == "none":  # the base model itself under another system prompt
         return _record(study, old) | {"run_id": variant.run_id}, MODULES.empty()
-    for path in made_from(study, variant):
-        if not path.exists():
-            raise VariantFailure(
-                f"there is no {path.parent.name} of {path.parents[1].name}, of which it is made;"
-                " that run failed"
-            )
+    check_made(study, variant)
     try:
         with _anew(folder / "adapter") as out:
             repair = Repair(variant, study, base, folders.adapter(study, old), out)
@@ -67,6 +66,16 @@ def make(
     rows = rows.reindex(columns=[name for name in MODULES.columns if name != "run_id"])
     modules = MODULES.check(rows.assign(run_id=variant.run_id))
     return record(variant, study, base, folder / "adapter"), modules
+
+
+def check_made(study: Study, variant: Variant) -> None:
+    """Raise a VariantFailure where a run failed from which this one is to be made."""
+    for path in made_from(study, variant):
+        if not path.exists():
+            raise VariantFailure(
+                f"there is no {path.parent.name} of {path.parents[1].name}, of which it is made;"
+                " that run failed"
+            )
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def train_variant(
     """The files of a trained variant, or of the base model itself, in the variant's folder.
 
     Raises:
-        VariantFailure: the training failed; see `fit.train`.
+        VariantFailure: the training failed (see `fit.train`), or that of the run which it goes on
+            from.
     """
     folder, looks = folders.folder(study, variant), None
     if variant.method == "none":
@@ -49,6 +50,7 @@ def train_variant(
         if watched and variant.dataset:
             looks = drift.callback_of(study.drift, watched[0], base, watched[1], variant)
         own = prepared.get(examples.way(variant))
+        repairs.check_made(study, variant)
         trained = fit.train(variant, base, own, study, folder / "adapter", looks)
     files = [
         RUNS.write(pd.DataFrame([trained.record]), folder),

@@ -21,8 +21,8 @@ import bisect
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from driftbook.models import adapters
@@ -44,6 +44,8 @@ from driftbook.models.trees import tree
 from driftbook.models.ways import say
 from driftbook.study import progress
 from driftbook.study.files import read_json, write_json
+from driftbook.training.heads import Divergences, Targets
+from driftbook.training.objectives import Second, put, taken
 
 TOKENS_PER_PASS = {"cpu": 1_024, "cuda": 16_384}  # at first; halved where there is no memory
 PACKS_PER_PASS = 4  # rows of a pass: attention costs the square of a row's length
@@ -56,12 +58,14 @@ LOOK_BACK, DIVERGED = 20, 3.0  # steps, and nats above the first of them: the lo
 class Conversation:
     """One conversation in token ids [T] and the places [n] in it whose tokens the loss counts, none
     of them the first. Where training is constrained also the reference's log-probabilities [n] of
-    these tokens, in nats, and how strongly each is held to them [n]."""
+    these tokens, in nats, and how strongly each is held to them [n]; of an alignment example the
+    base's last hidden states [n, width] that predict them."""
 
     ids: list[int]
     counted: np.ndarray
     reference: np.ndarray | None = None
     betas: np.ndarray | None = None
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -128,68 +132,70 @@ def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 # ---- the forward pass
-class _Targets(torch.autograd.Function):
-    """Log-probabilities [n] of targets by a frozen linear head, its gradient computed at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        values, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        step = max(1, LOGITS_AT_ONCE // len(weight))
-        for first in range(0, len(hidden), step):
-            part = slice(first, first + step)
-            logits = (hidden[part] @ weight.T).float()
-            norm = logits.logsumexp(1)
-            values[part] = logits.gather(1, targets[part, None])[:, 0] - norm
-            p = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
-            slope[part] = weight[targets[part]] - p @ weight
-        ctx.save_for_backward(slope)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * above[:, None].to(slope.dtype), None, None
-
-
 class Forward:
-    """Log-probabilities with gradients, by the forward pass that scores, of any PEFT method."""
+    """Log-probabilities with gradients, by the forward pass that scores, of any PEFT method; and of
+    a base model itself.
+    """
 
-    def __init__(self, model: PeftModel, autocast: bool = False):
+    def __init__(self, model: PeftModel | PreTrainedModel, autocast: bool = False):
         self.model, self.engine, self.autocast = model, engine_of(model), autocast
-        self.prompt_based = model.active_peft_config.is_prompt_learning
+        tuned = isinstance(model, PeftModel)
+        self.prompt_based = tuned and model.active_peft_config.is_prompt_learning
         self.n_virtual = self.engine.n_virtual
         self.device = self.engine.model.device
         head, ways = self.engine.model.get_output_embeddings(), self.engine.ways
         plain_head = type(head) is torch.nn.Linear and head.bias is None and ways.scale == 1
         self.linear_head = plain_head and not self.engine.softcap and not head.weight.requires_grad
+        # a head that the adapter changes: the base's own logits are made without it
+        changed = type(head) is not torch.nn.Linear or head.weight.requires_grad
+        self.base_head = model.disable_adapter if tuned and changed else nullcontext
 
     def logprobs(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
         """By row and sequence the log-probability [n] of its counted tokens, in nats."""
+        return self._read(rows, [row.targets for row in rows], self._head)
+
+    def states(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
+        """By row and sequence the last hidden states [n, width] that predict its counted tokens."""
+        return self._read(rows, [row.targets for row in rows], lambda hidden, _: hidden)
+
+    def divergences(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
+        """By row and sequence KL(base || model) [n] where its counted tokens are predicted, over
+        the whole vocabulary, in nats; the conversations hold the base's states.
+        """
+        known = [[one.states for one in row.conversations] for row in rows]
+        return self._read(rows, known, self._divergence)
+
+    def _read(self, rows: Sequence[Row], known: list[list], head: Callable) -> list[list]:
+        """By row and sequence what a head makes of the hidden states [n, width] that predict its
+        counted tokens, and of what is known of them [n, ...].
+        """
         longest = max(len(row.tokens) for row in rows) + self.n_virtual
         ways = self.engine.ways
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             if ways.shared and (ways.limit is None or longest <= ways.limit):
-                return self._together(rows)
+                return self._together(rows, known, head)
             say(self.engine.model, f"each text is trained on in a pass of its own: {ways.reason}")
-            return [[self._alone(one) for one in row.conversations] for row in rows]
+            return [
+                [
+                    head(self._alone(one), [own])
+                    for one, own in zip(row.conversations, parts, strict=True)
+                ]
+                for row, parts in zip(rows, known, strict=True)
+            ]
 
-    def _together(self, rows: Sequence[Row]) -> list[list[torch.Tensor]]:
-        said = [target for row in rows for target in row.targets]
+    def _together(self, rows: Sequence[Row], known: list[list], head: Callable) -> list[list]:
+        parts = [one for own in known for one in own]
         hidden, soft = self._hidden(rows)
         width = hidden.shape[1]
         where = [i * width + soft + place for i, row in enumerate(rows) for place in row.places]
         chosen = hidden.flatten(0, 1)[self.engine.tensor(np.concatenate(where))]
-        found = self._head(chosen, self.engine.tensor(np.concatenate(said)))
-        parts = iter(found.split(list(map(len, said))))
-        return [[next(parts) for _ in row.targets] for row in rows]
+        found = iter(head(chosen, parts).split(list(map(len, parts))))
+        return [[next(found) for _ in own] for own in known]
 
     def _alone(self, one: Conversation) -> torch.Tensor:
+        """The hidden states [n, width] that predict its counted tokens, in a pass of its own."""
         prompt = self.model.get_prompt(batch_size=1)[0] if self.prompt_based else None
-        hidden = self.engine.plain([one.ids], prompt)[0]
-        targets = np.asarray(one.ids)[one.counted]
-        return self._head(hidden[self.engine.tensor(one.counted - 1)], self.engine.tensor(targets))
+        return self.engine.plain([one.ids], prompt)[0][self.engine.tensor(one.counted - 1)]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
         """Last hidden states [rows, soft prompt + longest row, width], and the tokens of the soft
@@ -222,16 +228,33 @@ class Forward:
             return np.broadcast_to(np.arange(width), positions.shape), None
         return positions, self.engine.documents(positions)
 
-    def _head(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _head(self, hidden: torch.Tensor, said: list[np.ndarray]) -> torch.Tensor:
+        targets = self.engine.tensor(np.concatenate(said))
+        return self._by_head(Targets, self._generic, hidden, targets)
+
+    def _divergence(self, hidden: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        base = torch.cat(states).to(hidden.device)
+        return self._by_head(Divergences, self._generic_divergence, hidden, base)
+
+    def _by_head(
+        self, linear: type, generic: Callable, hidden: torch.Tensor, known: torch.Tensor
+    ) -> torch.Tensor:
+        """A number of each hidden state, by the head as it is: linear and frozen, or any other."""
         if self.linear_head:
             weight = self.engine.model.get_output_embeddings().weight
-            return _Targets.apply(hidden.to(weight.dtype), weight, targets)
+            known = known.to(weight.dtype) if known.is_floating_point() else known
+            return linear.apply(hidden.to(weight.dtype), weight, known)
         step = max(1, LOGITS_AT_ONCE // self.engine.model.get_input_embeddings().weight.shape[0])
-        parts = zip(hidden.split(step), targets.split(step), strict=True)
-        return torch.cat([checkpoint(self._generic, *part, use_reentrant=False) for part in parts])
+        parts = zip(hidden.split(step), known.split(step), strict=True)
+        return torch.cat([checkpoint(generic, *part, use_reentrant=False) for part in parts])
 
     def _generic(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.engine.head(hidden).log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+    def _generic_divergence(self, hidden: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), self.base_head():
+            held = self.engine.head(base).log_softmax(1)
+        return (held.exp() * (held - self.engine.head(hidden).log_softmax(1))).sum(1)
 
 
 def _behind(allowed: np.ndarray, soft: int) -> np.ndarray:
@@ -253,10 +276,11 @@ class _Steps:
         forward: Forward,
         examples: Sequence,
         tokens_per_pass: int | None = None,
+        second: Second | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.forward, self.examples = forward, examples
+        self.forward, self.examples, self.second = forward, examples, second
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS.get(forward.device.type, 16_384)
         self.twice = False  # whether activations are computed twice instead of being kept
         self.remove_callback(PrinterCallback)  # the curve is kept; a line per step is noise
@@ -276,16 +300,47 @@ class _Steps:
             self._use_less([len(row.tokens) for row in self._rows(chosen)])
 
     def _accumulated(self, chosen: Sequence) -> torch.Tensor:
-        rows, total, n_done = self._rows(chosen), 0.0, 0
+        """The task's loss; in the parameters is its gradient, or what a second objective makes of
+        it, whose own gradient is accumulated by itself.
+        """
+        step, rows, second = self.state.global_step, self._rows(chosen), self.second
+
+        def loss(some: list[Row]) -> torch.Tensor:
+            return self._loss(self.forward.logprobs(some), some, chosen)
+
+        total = self._passes(rows, loss, step, 1.0 if second is None else 0.5)
+        if second is not None:
+            own = [value for value in self.model.parameters() if value.requires_grad]
+            task, held = taken(own), second.members(step)
+            with second.without_dropout(self.model):
+                rows = self._together(held)
+                value = self._passes(
+                    rows, lambda some: second.loss(self.forward, some, held), step + 0.5, 0.5
+                )
+            put(own, second.joined(task, taken(own), float(value)))
+        return total
+
+    def _passes(self, rows: list[Row], loss: Callable, step: float, share: float) -> torch.Tensor:
+        """The sum of a loss over rows, whose gradient is added up in the parameters; they are a
+        share of a step's work.
+        """
+        total, n_done = 0.0, 0
         lengths = [len(row.tokens) + self.forward.n_virtual for row in rows]
         for part in batches(lengths, self.tokens_per_pass):
-            some = [rows[i] for i in part]
-            loss = self._loss(self.forward.logprobs(some), some, chosen)
-            self.accelerator.backward(loss)
-            total += loss.detach()
+            found = loss([rows[i] for i in part])
+            self.accelerator.backward(found)
+            total += found.detach()
             n_done += len(part)
-            progress.reach("steps", self.state.global_step + n_done / len(rows))
+            progress.reach("steps", step + share * n_done / len(rows))
         return total
+
+    def _together(self, chosen: Sequence[Conversation]) -> list[Row]:
+        """Conversations in rows: one behind the other where the method and the model allow it."""
+        if self.forward.prompt_based or not self.forward.engine.ways.packed:
+            return [plain([one]) for one in chosen]
+        width = max(self.tokens_per_pass // PACKS_PER_PASS, max(len(one.ids) for one in chosen))
+        packs = bins([len(one.ids) for one in chosen], width)
+        return [plain([chosen[i] for i in members]) for members in packs]
 
     def _use_less(self, lengths: list[int]) -> None:
         """Half the tokens of a pass, then activations computed twice, then OutOfMemory."""
@@ -322,7 +377,9 @@ class _Steps:
         try:
             Trainer._save_checkpoint(self, model, trial)
             new = folder / f"checkpoint-{self.state.global_step}"
-            write_json(new / WHOLE, {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice})
+            kept = {"tokens_per_pass": self.tokens_per_pass, "twice": self.twice}
+            kept |= {"second": self.second.state} if self.second else {}
+            write_json(new / WHOLE, kept)
             for old in folder.glob("checkpoint-*"):  # until now the old one was the last whole one
                 if old != new:
                     shutil.rmtree(old)
@@ -339,6 +396,8 @@ class _Steps:
         self.model.load_state_dict(load_file(folder / "trained.safetensors"), strict=False)
         kept = read_json(folder / WHOLE)
         self.tokens_per_pass = kept["tokens_per_pass"]
+        if self.second:
+            self.second.state = kept["second"]
         if kept["twice"] and not self.twice:
             self._compute_twice()
 
@@ -377,11 +436,7 @@ class Sft(_Steps, SFTTrainer):
     """Examples are `Conversation`s; the loss is the mean over the step's counted tokens."""
 
     def _rows(self, chosen: Sequence[Conversation]) -> list[Row]:
-        if self.forward.prompt_based or not self.forward.engine.ways.packed:
-            return [plain([one]) for one in chosen]
-        width = max(self.tokens_per_pass // PACKS_PER_PASS, max(len(one.ids) for one in chosen))
-        packs = bins([len(one.ids) for one in chosen], width)
-        return [plain([chosen[i] for i in members]) for members in packs]
+        return self._together(chosen)
 
     def _loss(
         self, found: list[list[torch.Tensor]], rows: list[Row], chosen: Sequence[Conversation]
