@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import information, repairs, rescaling
+from driftbook.analyses import information, joint, repairs, rescaling
 from driftbook.stats import harm
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -50,14 +50,15 @@ class Repaired:
 
     def estimates(self, levels: pd.DataFrame) -> pd.DataFrame:
         """Every estimate of notebook 14: repairs against parents, base models and controls, against
-        rescaling that keeps as much, and in each BBQ dimension."""
+        rescaling that keeps as much, in each BBQ dimension, and in all goals at once."""
         names = {"study": self.study.name, "notebook": "14_safe_lora"}
         chosen = (self.own, self.runs, levels)
         pairs = repairs.repairs_compared(*chosen, self.study.seed, self.silent, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
         dimensions = repairs.by_dimension(*chosen, leading, self.silent, **names)
         beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
-        return ESTIMATES.concat([pairs, dimensions, beside])
+        at_once = joint.joint(*chosen, pairs, self.study.seed, self.silent, **names)
+        return ESTIMATES.concat([pairs, dimensions, beside, at_once])
 
     # ---- for reading
     def counts(self) -> pd.DataFrame:
@@ -76,8 +77,12 @@ class Repaired:
         return rows.groupby(["base_model", "pair"], sort=False)[columns].mean().astype(float)
 
     def sentence(self, estimates: pd.DataFrame) -> str:
-        """What the leading Safe LoRA repair did at its chosen level, in one sentence."""
-        return repairs.repairs_sentence(estimates, repairs.leading(self.runs))
+        """What the leading Safe LoRA repair did at its chosen level, and whether any arm gains in
+        everything at once.
+        """
+        name = repairs.leading(self.runs)
+        own = [repairs.repairs_sentence(estimates, name)] if name else []
+        return " ".join([*own, joint.joint_sentence(estimates)])
 
     @staticmethod
     def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
