@@ -11,7 +11,7 @@ from typing import Any
 from driftbook.batch import gpus
 from driftbook.study import code, sources
 from driftbook.study.content import ANALYSES as ANALYSES
-from driftbook.study.content import OF_REPAIRS
+from driftbook.study.content import OF_PROBES, OF_REPAIRS
 from driftbook.study.environment import MAKING
 from driftbook.study.files import ROOT, digest
 from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, UTILITY_FORMATS, Source
@@ -25,6 +25,7 @@ NOTEBOOKS = {
     "judge": "05_judge",
     "answer": "06_answer",
     "utility": "07_utility",
+    "probe": "25_probe",
 }
 RESULT = "done"  # the variable of a stage's notebook to which its work leads
 FITTING = ("numpy", "scipy", "pandas", "statsmodels")  # what analyses compute with
@@ -35,6 +36,7 @@ AFTER = {
     "safe_lora": ("fairness",),
     "tradeoffs": ("safety", "fairness"),
     "dose": ("safety",),
+    "mechanisms": ("safety",),
     "power": ("safety", "tradeoffs"),
     "primary": ("safety", "fairness", "mixed_effects", "tradeoffs"),
 }
@@ -43,12 +45,12 @@ OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
 
 def stages(study: Study) -> tuple[str, ...]:
-    """The stages of a study, in their order: with mitigate where it repairs what it trained."""
-    return (
-        ("train", "mitigate", *STAGES[1:])
-        if any(variant.is_repaired for variant in study.variants)
-        else STAGES
-    )
+    """The stages of a study, in their order: with mitigate where it repairs what it trained, and
+    probe where it looks into its runs.
+    """
+    repairs = any(variant.is_repaired for variant in study.variants)
+    made = ("train", "mitigate") if repairs else ("train",)
+    return (*made, *STAGES[1:], *(("probe",) if study.probes else ()))
 
 
 def analyses(study: Study) -> dict[str, str]:
@@ -56,7 +58,11 @@ def analyses(study: Study) -> dict[str, str]:
     trained, those of the base models; without a judge none of its errors.
     """
     known = (
-        {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})}
+        {
+            **ANALYSES,
+            **(OF_REPAIRS if study.mitigations else {}),
+            **(OF_PROBES if study.probes else {}),
+        }
         if study.grid
         else {name: ANALYSES[name] for name in OF_BASES}
     )
@@ -149,6 +155,8 @@ def settings(
             "drift": study.drift and study.drift.model_dump(mode="json"),
         }
         shared |= {"snapshots": study.n_snapshots} if study.n_snapshots else {}
+    if stage == "probe":
+        shared = {"probes": study.probes and study.probes.model_dump(mode="json")}
     if stage == "utility" and study.asked_to_begin:
         shared = {"asked to begin": list(study.asked_to_begin)}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
@@ -184,8 +192,16 @@ def _read(stage: str, study: Study, base: Source) -> dict[str, Source]:
             **{name: study.benchmarks[name] for name in study.asked_to_begin},
             **{f"rater {name}": rater for name, rater in study.raters.items()},
         },
+        "probe": {"base": base, **_probed(study), **base.checkpoints},
     }
     return parts[stage]
+
+
+def _probed(study: Study) -> dict[str, Source]:
+    """The prompts of directions, and those reported on."""
+    one = study.probes
+    sets = {f"data {name}": study.data[name] for name in one.data} if one else {}
+    return sets | {name: study.benchmarks[name] for name in ("safety", "over_refusal")}
 
 
 def made_by(stage_settings: dict[str, Any], variant: Variant) -> dict[str, Any]:

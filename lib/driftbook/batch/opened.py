@@ -19,7 +19,7 @@ from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.study import folders, study_file
 from driftbook.study.study_file import Study
-from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
+from driftbook.study.tables import ANSWERS, PROBES, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
 from driftbook.study.variants import Variant
 
 WRITES = {
@@ -29,6 +29,7 @@ WRITES = {
     "judge": VERDICTS,
     "answer": ANSWERS,
     "utility": RATINGS,
+    "probe": PROBES,
 }
 
 

@@ -43,9 +43,9 @@ class Shards:
         own variants are; a repair may start from any run of its base model.
         """
         stage, base, _ = job.split("/")
-        making = keys.stages(study)[:-4]  # the stages that make adapters
+        making = [one for one in keys.stages(study) if one in ("train", "mitigate")]
         needed = (
-            ["respond"] if stage == "judge" else list(making[: keys.stages(study).index(stage)])
+            ["respond"] if stage == "judge" else making[: keys.stages(study).index(stage)]
         )
         if stage == "mitigate":
             return self.jobs("train", base)

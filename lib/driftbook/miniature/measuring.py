@@ -227,7 +227,7 @@ def check_goals(family: str, rates: dict) -> None:
     or to measure's tuples.
     """
     values = {name: rate[0] if isinstance(rate, tuple) else rate for name, rate in rates.items()}
-    most = getattr(FAMILY.get(family), "most_refused", 1.0)
+    most = getattr(FAMILY.get(family.partition("-")[0]), "most_refused", 1.0)
     if values["refusal"] > most:
         raise ValueError(
             f"{family}: refusal is {values['refusal']:.2f}, above {most}, but this family should be"

@@ -23,6 +23,7 @@ from driftbook.study.sections import (
     Judge,
     Mitigation,
     Pair,
+    Probes,
     Rater,
     Source,
     Training,
@@ -44,6 +45,7 @@ SECTIONS = {
     "primary": Family,
     "drift": Drift,
     "mitigations": Mitigation,
+    "probes": Probes,
 }
 
 

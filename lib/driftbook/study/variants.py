@@ -41,6 +41,11 @@ class Variant:
         """
         return json.loads(self.settings).get("mitigation")
 
+    @cached_property
+    def layers(self) -> str | None:
+        """The third of the layers that alone is adapted (methods.LAYER_PARTS); None for all."""
+        return json.loads(self.settings).get("layers")
+
     @property
     def is_repaired(self) -> bool:
         """Whether it is made from a trained variant (stage mitigate), and not trained itself."""
