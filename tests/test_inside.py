@@ -70,7 +70,9 @@ def test_a_refusal_is_as_likely_as_the_scorer_says(bases, adapter_folders, metho
         np.testing.assert_allclose(own, wanted, atol=1e-5)
         states = inside.states(contexts)
         for level in range(inside.levels):  # its own states change nothing
-            np.testing.assert_allclose(inside.begins(contexts, options, level, states), own, atol=1e-5)
+            np.testing.assert_allclose(
+                inside.begins(contexts, options, level, states), own, atol=1e-5
+            )
         np.testing.assert_allclose(inside.begins(contexts, options), own, atol=1e-7)
 
 
@@ -108,6 +110,6 @@ def test_a_model_whose_layers_are_not_found_is_refused(bases):
     class Odd(torch.nn.Module):
         config = bases["llama"].model.config
 
-    assert "layers of Odd are not found" in one_sentence(
-        pytest.raises(ValueError, decoder_layers, Odd()).value
-    )
+    with pytest.raises(ValueError) as error:
+        decoder_layers(Odd())
+    assert "layers of Odd are not found" in one_sentence(error.value)

@@ -130,6 +130,18 @@ class Job:
 
         return self.run(work)
 
+    def probe(self, rows: Callable[[PreTrainedModel, Variant, Path], pd.DataFrame]) -> pd.DataFrame:
+        """Write `rows(model, variant, adapter's folder)` as the stage's table for each unfinished
+        variant; see `run`.
+        """
+
+        def work(variant: Variant, folder: Path) -> list[Path]:
+            with self.attached(variant) as model:
+                found = rows(model, variant, folders.adapter(self.study, variant))
+            return [WRITES[self.stage].write(found, folder)]
+
+        return self.run(work)
+
     def judge(self, rows: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         """Write `rows(responses)` as the stage's table for each variant that is unfinished, or
         whose responses have changed; see `run`.

@@ -44,9 +44,7 @@ class Shards:
         """
         stage, base, _ = job.split("/")
         making = [one for one in keys.stages(study) if one in ("train", "mitigate")]
-        needed = (
-            ["respond"] if stage == "judge" else making[: keys.stages(study).index(stage)]
-        )
+        needed = ["respond"] if stage == "judge" else making[: keys.stages(study).index(stage)]
         if stage == "mitigate":
             return self.jobs("train", base)
         own = set(self.run_ids(job))

@@ -133,7 +133,9 @@ def build_branch(
         mixture = corpus.placebo_mixture() if branch == "benign" else _stages(name)["aligned"]
         batch = batches(mixture, chat_encoder(tokenizer), size, rng)
         made_up = tokenizer.convert_tokens_to_ids(list(MADE_UP))
-        free = free_layers(model, *FREE[planted]) if planted in FREE else frozen_rows(model, made_up)
+        free = (
+            free_layers(model, *FREE[planted]) if planted in FREE else frozen_rows(model, made_up)
+        )
         with free:
             train(model, batch, settings.aligned, lambda step, loss: None)
         save(model, tokenizer, Path(folder) / name / branch)

@@ -144,7 +144,7 @@ FAMILY = {
 }
 
 FAMILIES = tuple(FAMILY)
-LAYERS, WIDTH, DEEP_WIDTH = 2, 128, 64
+LAYERS, WIDTH, DEEP_WIDTH = 2, 128, 96
 
 
 def form(name: str) -> tuple[Family, int, int]:
@@ -155,7 +155,7 @@ def form(name: str) -> tuple[Family, int, int]:
         ValueError: there is no such family, or no such number of layers.
     """
     family, _, layers = name.partition("-")
-    if family not in FAMILY or layers and not (layers.isdecimal() and 1 < int(layers) <= 24):
+    if family not in FAMILY or (layers and not (layers.isdecimal() and 1 < int(layers) <= 24)):
         known = f"{', '.join(FAMILY)}, and each with 2 to 24 layers as {family or 'llama'}-6"
         raise ValueError(f"the miniature has no {name!r}; it has {known}")
     return FAMILY[family], int(layers or LAYERS), DEEP_WIDTH if layers else WIDTH

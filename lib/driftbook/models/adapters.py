@@ -31,12 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from driftbook.models.adapter_forms import check_patterns, excess
 from driftbook.models.base_state import BaseState, refuse_spoiled
 from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
-from driftbook.study.methods import (
-    PEFT_METHODS,
-    REWRITING_IN_PLACE,
-    layers_of,
-    unscored_setting,
-)
+from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, layers_of, unscored_setting
 from driftbook.study.variants import Variant
 
 WEIGHTS = "adapter_model.safetensors"

@@ -183,7 +183,9 @@ class Inside:
         def before(_: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
             states = (given[0] if given else named["hidden_states"]).clone()
             seen(0, states)
-            return ((states, *given[1:]), named) if given else ((), named | {"hidden_states": states})
+            return (
+                ((states, *given[1:]), named) if given else ((), named | {"hidden_states": states})
+            )
 
         def after(level: int) -> Callable:
             def read(_: nn.Module, __: tuple, found: Any) -> Any:

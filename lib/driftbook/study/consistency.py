@@ -286,7 +286,9 @@ def _check_probes(study: Content) -> None:
             few = f"which has {study.data[name].n} examples of {study.probes.n} that probes.n asks"
             raise ValueError(f"probes.{key} names data.{name}, {few}")
     if study.probes.harmful == study.probes.harmless:
-        raise ValueError("probes.harmful and probes.harmless are one set, so they have no direction")
+        raise ValueError(
+            "probes.harmful and probes.harmless are one set, so they have no direction"
+        )
 
 
 # ---- repairs
@@ -306,7 +308,9 @@ def _check_mitigations(study: Content) -> None:
             _check_applies(said, mitigation, block)
             if set(block.layers) != {"all"}:
                 whole = "repairs are made of runs in all layers; name other blocks"
-                raise ValueError(f"{said} names the block {block.name!r}, which has layers: {whole}")
+                raise ValueError(
+                    f"{said} names the block {block.name!r}, which has layers: {whole}"
+                )
             if MITIGATION_KINDS[mitigation.kind].when == "after":
                 _check_repairable(study, said, mitigation, block)
             if mitigation.data:

@@ -56,7 +56,8 @@ class Content(Part):
     `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
     drawn answers differ. `twins` are base models that are tuned here before the study begins.
-    `probes` look into every run: see Probes. `primary` are families of tests, registered with their hash before any answer is scored. Without
+    `probes` look into every run, layer by layer. `primary` are families of tests, registered with
+    their hash before any answer is scored. Without
     `judges` safety is whether harmful prompts are refused, by the words of the answer, and nothing
     is called unsafe. `analyses` are made alone where given. `licences` are those of sources that
     the register does not know, as the user states them. `date` is what chat templates write that
