@@ -131,10 +131,10 @@ def probes_by_layer(tables: dict) -> tuple[Figure, str]:
     return fig, (
         "Above: the cosine of each run's refusal direction with the base model's, null from"
         " shuffled labels. Middle: how far harmful prompts fall along the base's direction, in"
-        " percent of its gap between harmful and harmless prompts, null from random directions. Below: 1 - cosine"
-        " of the mean states of harmful prompts, null from halves of the base's own prompts. Dots:"
-        " means over seeds; lines: the extreme seeds. Layers without a direction (its halves have a"
-        " cosine below .5) are left out."
+        " percent of its gap between harmful and harmless prompts, null from random directions."
+        " Below: 1 - cosine of the mean states of harmful prompts, null from halves of the base's"
+        " own prompts. Dots: means over seeds; lines: the extreme seeds. Layers without a direction"
+        " (its halves have a cosine below .5) are left out."
     )
 
 
@@ -222,9 +222,9 @@ def change_by_layer(tables: dict) -> tuple[Figure, str]:
     return fig, (
         "Above: what LoRA adds to the output of its modules at the last token of harmful prompts,"
         " over the norm of what the module is given, the mean of its modules; grey: a random update"
-        " of the same norm. Below: the share of that token's attention that goes to the soft prompt;"
-        " grey: the soft prompt's share of the tokens. Dots: means over seeds; lines: the extreme"
-        " seeds."
+        " of the same norm. Below: the share of that token's attention that goes to the soft"
+        " prompt; grey: the soft prompt's share of the tokens. Dots: means over seeds; lines: the"
+        " extreme seeds."
     )
 
 

@@ -445,13 +445,11 @@ def _attention(reference: Reference, inside: Inside) -> Iterator[dict]:
 
 def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[dict]:
     """|dW h| / |h| of each module, and the update's energy in what alignment changed there."""
-    source = mitigations.checkpoint(reference.study.bases[reference.name], reference.study)
-    factored = safe_lora.is_factored(adapter)
-    every = (
-        updates.read(adapter)
-        if factored
-        else updates.merged(adapter, open_checkpoint(source, "base"))
-    )
+    if safe_lora.is_factored(adapter):
+        every = updates.read(adapter)
+    else:
+        source = mitigations.checkpoint(reference.study.bases[reference.name], reference.study)
+        every = updates.merged(adapter, open_checkpoint(source, "base"))
     every = {one.module: one for one in every}
     inputs = inside.module_inputs(reference.reports[HARMFUL], list(every))
     for name, update in every.items():
