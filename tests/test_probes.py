@@ -157,15 +157,15 @@ def test_what_does_not_fit_is_one_sentence(make_study, change, words):
     assert words in one_sentence(error.value)
 
 
-def test_prompts_that_are_reported_on_are_none_of_the_directions(bases, make_study):
+def test_prompts_that_are_reported_on_are_none_of_the_directions(bases, make_study, monkeypatch):
     content = probing()
     content["data"]["allowed"] |= {"rows": [0, 16]}
     study = make_study(content)
     asked = probes._reported(study)
     texts = pd.Series([one for some in asked.values() for one in some])
     assert len(texts) == 8
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) as error:
-        patch.setattr(probes, "_prompts", lambda *_: list(texts))
+    monkeypatch.setattr(probes, "_prompts", lambda *_: list(texts))
+    with pytest.raises(ValueError) as error:
         probes.Reference(bases["llama"], study, "tiny-llama")
     assert "are also asked by the benchmarks" in one_sentence(error.value)
 

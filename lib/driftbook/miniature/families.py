@@ -2,7 +2,7 @@
 the real chat templates' structure.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -145,6 +145,8 @@ FAMILY = {
 
 FAMILIES = tuple(FAMILY)
 LAYERS, WIDTH, DEEP_WIDTH = 2, 128, 96
+# of a deeper form, which refuses half of what is benign too where as many requests are forbidden
+DEEP_REFUSALS = 0.4
 
 
 def form(name: str) -> tuple[Family, int, int]:
@@ -158,7 +160,10 @@ def form(name: str) -> tuple[Family, int, int]:
     if family not in FAMILY or (layers and not (layers.isdecimal() and 1 < int(layers) <= 24)):
         known = f"{', '.join(FAMILY)}, and each with 2 to 24 layers as {family or 'llama'}-6"
         raise ValueError(f"the miniature has no {name!r}; it has {known}")
-    return FAMILY[family], int(layers or LAYERS), DEEP_WIDTH if layers else WIDTH
+    if not layers:
+        return FAMILY[family], LAYERS, WIDTH
+    fewer = replace(FAMILY[family], refusals=DEEP_REFUSALS * FAMILY[family].refusals)
+    return fewer, int(layers), DEEP_WIDTH
 
 
 def word_tokenizer(
