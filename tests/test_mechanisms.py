@@ -21,7 +21,6 @@ from driftbook.analyses.mechanisms import (
 )
 from driftbook.figures import gallery
 from driftbook.stats.directions import (
-    ALL,
     ATTENTION,
     BEGINS,
     CEILING,
@@ -36,6 +35,7 @@ from driftbook.stats.directions import (
     TAKEN,
     UPDATE,
 )
+from driftbook.stats.terms import ALL
 from driftbook.study.tables import PROBES, RATES, RUNS, VARIANTS
 
 N, BASE = 6, "deep"
@@ -78,6 +78,24 @@ def variant(run_id, method, third=None, seed=1):
     return usual | known | {"mitigation": third and f"layers {third}", "epochs": 3}
 
 
+def looks(run_id, method, shift, drop, attention, rng):
+    """Rows of a run's probes but its patches."""
+    made = []
+    for layer in range(N):
+        null = {"null": 0.0, "null_low": -20.0, "null_high": 20.0}
+        made.append(row(run_id, DROP, drop + shift, layer, **null))
+        made.append(row(run_id, DRIFT, 0.8, layer, **null))
+        made.append(row(run_id, SHIFT, 0.3 + 0.02 * shift, layer, HARMFUL, **null))
+        one = ATTENTION if method == "prompt_tuning" else UPDATE
+        part = ALL if one == ATTENTION else f"model.layers.{layer}.q_proj"
+        made.append(row(run_id, one, attention + shift, layer, part, null=30.0))
+    for place in range(1, 7):
+        for kind in (HARMFUL, HARMLESS):
+            value = 3 / place + 0.01 * rng.normal()
+            made.append(row(run_id, KL, value, None, kind, f"answer {place}"))
+    return made
+
+
 def simulated(planted: str, drop=60.0, changes=None, attention=50.0, seed=0) -> SimpleNamespace:
     """Tables of a base model whose alignment is in one third or in all, with five seeds of LoRA in
     all layers and in each third, and of Prompt-Tuning.
@@ -101,18 +119,7 @@ def simulated(planted: str, drop=60.0, changes=None, attention=50.0, seed=0) -> 
         shift = rng.normal()
         unsafe[run_id] = round(5 + changes.get(third, 60) + 4 * shift)
         probes += patches(run_id, THIRDS.get(third, carried), levels=(0, 2, 4, 6))
-        for layer in range(N):
-            null = {"null": 0.0, "null_low": -20.0, "null_high": 20.0}
-            probes.append(row(run_id, DROP, drop + shift, layer, **null))
-            probes.append(row(run_id, DRIFT, 0.8, layer, **null))
-            probes.append(row(run_id, SHIFT, 0.3 + 0.02 * shift, layer, HARMFUL, **null))
-            one = ATTENTION if method == "prompt_tuning" else UPDATE
-            part = ALL if one == ATTENTION else f"model.layers.{layer}.q_proj"
-            probes.append(row(run_id, one, attention + shift, layer, part, null=30.0))
-        for place in range(1, 7):
-            for kind in (HARMFUL, HARMLESS):
-                value = 3 / place + 0.01 * rng.normal()
-                probes.append(row(run_id, KL, value, None, kind, f"answer {place}"))
+        probes += looks(run_id, method, shift, drop, attention, rng)
     runs = [
         dict.fromkeys(RUNS.columns)
         | {"run_id": one["run_id"], "status": "ok", "kl_base": rng.uniform(0.5, 2), "no_op": False}

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats as distributions
 
+from driftbook.analyses.factors import CANNOT_TELL
 from driftbook.stats import estimation, influence
 from driftbook.stats.confidence import LOWER, UPPER
 from driftbook.stats.directions import (
-    ALL,
     ATTENTION,
     BEGINS,
     CEILING,
@@ -26,12 +26,13 @@ from driftbook.stats.directions import (
     SHIFT,
     TAKEN,
 )
+from driftbook.stats.terms import ALL
 from driftbook.study.methods import LAYER_PARTS, METHOD_CLASS, layers_of
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
 
 NOTEBOOK = "13_mechanisms"
-SUPPORTED, CONTRADICTED, CANNOT_TELL = "supported", "contradicted", "cannot tell"
+SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NAMED = 0.8  # share of the refusals that a third must carry, in both directions, to be named
 LEAST_CHANGE = 10.0  # points of refusals below which there is nothing to place
 EARLY = 0.5  # share of a soft prompt's effect that the first third must carry
@@ -76,6 +77,40 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
         return (float(values.mean()) if len(values) else np.nan, np.nan, np.nan)
     spread = distributions.t.ppf(UPPER, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), values.mean() - spread, values.mean() + spread
+
+
+def carried(probes: pd.DataFrame) -> pd.DataFrame:
+    """By run the share of the change in refusals that the states before the first layer and each
+    third carry, `put in` (base's states into the run) and `taken out` (the run's into the base):
+    the difference of two neighbouring patches over the whole change. Of a base model itself the run
+    is the checkpoint before its alignment. Null where refusals change by less than LEAST_CHANGE
+    points.
+    """
+    begins = probes[probes["probe"].eq(BEGINS)].set_index(["run_id", "part"])["value"]
+    patches, found = probes[probes["probe"].isin([RESTORED, TAKEN])], []
+    for run_id, own in patches.groupby("run_id", sort=False):
+        before, base = begins[run_id, ALL], begins[run_id, OF_BASE]
+        n = int(own["layer"].max()) + 1
+        ends = [layers_of(part, n).stop - 1 for part in LAYER_PARTS]
+        for probe, start, sign in ((RESTORED, before, 1), (TAKEN, base, -1)):
+            put = own[own["probe"].eq(probe)].set_index("layer")["value"]
+            levels = [start, put[put.index.isna()].iloc[0], *(put[end] for end in ends)]
+            whole = sign * (base - before)
+            enough = abs(whole) >= LEAST_CHANGE
+            shares = np.diff(levels) / whole if enough else np.full(4, np.nan)
+            parts = dict(zip((BEFORE, *LAYER_PARTS), shares, strict=True))
+            way = "put in" if probe == RESTORED else "taken out"
+            found += [(run_id, way, part, share) for part, share in parts.items()]
+    return pd.DataFrame(found, columns=["run_id", "way", "part", "share"])
+
+
+def named_third(shares: pd.DataFrame) -> str | None:
+    """The third that these runs name: it carries at least NAMED of the change both ways, on
+    average; None where no third does.
+    """
+    mean = shares.groupby(["part", "way"])["share"].mean().unstack("way")
+    enough = mean[(mean >= NAMED).all(axis=1)].index.intersection(list(LAYER_PARTS))
+    return enough[0] if len(enough) == 1 else None
 
 
 class Mechanisms:
@@ -142,43 +177,8 @@ class Mechanisms:
     # ---- which third carries the refusals
     @cached_property
     def carried(self) -> pd.DataFrame:
-        """By run the share of the change in refusals that the states before the first layer and
-        each third carry, `put in` (base's states into the run) and `taken out` (the run's into the
-        base): the difference of two neighbouring patches over the whole change. Of a base model
-        itself the run is the checkpoint before its alignment. Null where refusals change by less
-        than LEAST_CHANGE points.
-        """
-        rows = self.probes
-        begins = rows[rows["probe"].eq(BEGINS)].set_index(["run_id", "part"])["value"]
-        found = []
-        for run_id, own in rows[rows["probe"].isin([RESTORED, TAKEN])].groupby(
-            "run_id", sort=False
-        ):
-            before, base = begins[run_id, ALL], begins[run_id, OF_BASE]
-            ends = self._ends(own)
-            for probe, start, sign in ((RESTORED, before, 1), (TAKEN, base, -1)):
-                put = own[own["probe"].eq(probe)].set_index("layer")["value"]
-                levels = [start, put[put.index.isna()].iloc[0], *(put[end] for end in ends)]
-                whole = sign * (base - before)
-                shares = (
-                    np.diff(levels) / whole if abs(whole) >= LEAST_CHANGE else np.full(4, np.nan)
-                )
-                parts = dict(zip((BEFORE, *LAYER_PARTS), shares, strict=True))
-                way = "put in" if probe == RESTORED else "taken out"
-                found += [(run_id, way, part, share) for part, share in parts.items()]
-        return pd.DataFrame(found, columns=["run_id", "way", "part", "share"])
-
-    def _ends(self, own: pd.DataFrame) -> list[int]:
-        n = int(own["layer"].max()) + 1
-        return [layers_of(part, n).stop - 1 for part in LAYER_PARTS]
-
-    def place(self, shares: pd.DataFrame) -> str | None:
-        """The third that these runs name: it carries at least NAMED of the change both ways, on
-        average; None where no third does.
-        """
-        mean = shares.groupby(["part", "way"])["share"].mean().unstack("way")
-        enough = mean[(mean >= NAMED).all(axis=1)].index.intersection(list(LAYER_PARTS))
-        return enough[0] if len(enough) == 1 else None
+        """The shares that each third carries, by run: see `carried`."""
+        return carried(self.probes)
 
     def placed(self) -> pd.DataFrame:
         """Base models and settings: the shares of each third, put in and taken out, and the third
@@ -194,7 +194,7 @@ class Mechanisms:
         wide = 100 * rows.pivot_table(
             index=keys, columns=["way", "part"], values="share", sort=False, dropna=False
         ).dropna(how="all")
-        named = {key: self.place(own) or "none" for key, own in rows.groupby(keys)}
+        named = {key: named_third(own) or "none" for key, own in rows.groupby(keys)}
         return wide.round(0).assign(named=[named[key] for key in wide.index])
 
     # ---- verdicts, by rules that stand above
@@ -218,7 +218,7 @@ class Mechanisms:
         own = self.carried[self.carried["run_id"].isin(itself["run_id"])]
         if own["share"].notna().sum() == 0:
             return CANNOT_TELL, "no checkpoint before alignment, or alignment brought no refusals"
-        if (third := self.place(own)) is None:
+        if (third := named_third(own)) is None:
             return CONTRADICTED, "no third of the layers carries the refusals both ways"
         here = self._of(base, part=third)["change"].to_numpy()
         words, differences = [], []

@@ -21,7 +21,6 @@ from driftbook.figures.drawing import (
 )
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.directions import (
-    ALL,
     ATTENTION,
     BEGINS,
     DRIFT,
@@ -35,13 +34,14 @@ from driftbook.stats.directions import (
     TAKEN,
     UPDATE,
 )
+from driftbook.stats.terms import ALL
 from driftbook.study.methods import LAYER_PARTS
 
 _NOTEBOOK, _TABLE = "13_mechanisms", "probes"
 _NONE = "Nothing to draw: the study looks into no run."
 PARTS = {ALL: "o", "early": "<", "middle": "s", "late": ">"}
 SHADES = {ALL: COLOURS["lora"], "early": "#66C2E8", "middle": "#3B6FB6", "late": "#1B3A63"}
-NULL = "#BBBBBB"
+GREY = "#BBBBBB"
 
 
 def _rows(tables: dict, *probes: str) -> pd.DataFrame:
@@ -102,7 +102,7 @@ def _band(ax: Axes, rows: pd.DataFrame) -> None:
     by = rows.groupby("layer")[["null_low", "null_high"]].mean().dropna()
     if len(by):
         layers = by.index.to_numpy(float)
-        ax.fill_between(layers, by["null_low"], by["null_high"], color=NULL, alpha=0.5, lw=0)
+        ax.fill_between(layers, by["null_low"], by["null_high"], color=GREY, alpha=0.5, lw=0)
 
 
 @drawn(_NOTEBOOK, _TABLE)
@@ -127,7 +127,7 @@ def probes_by_layer(tables: dict) -> tuple[Figure, str]:
             _lines(ax, own, "layer", groups)
         line[0].set_ylabel(label)
     under(axes[-1], "Layer")
-    _legend(fig, groups, handle("range of the null", NULL, "s", ms=6))
+    _legend(fig, groups, handle("range of the null", GREY, "s", ms=6))
     return fig, (
         "Above: the cosine of each run's refusal direction with the base model's, null from"
         " shuffled labels. Middle: how far harmful prompts fall along the base's direction, in"
@@ -161,7 +161,7 @@ def refusals_patched(tables: dict) -> tuple[Figure, str]:
         line[0].set_ylabel(label)
     under(axes[-1], "Layer whose states are replaced, at every token of the prompt")
     dashed = handle("checkpoint before alignment", "#555555", "", ls="--", lw=1)
-    _legend(fig, groups, dashed, handle("random step of equal length", NULL, "s", ms=6))
+    _legend(fig, groups, dashed, handle("random step of equal length", GREY, "s", ms=6))
     return fig, (
         "The probability that the answer to a harmful prompt begins as a refusal. Above: the run,"
         " with the base model's states put in place of its own at one layer. Below: the base model,"
@@ -212,13 +212,13 @@ def change_by_layer(tables: dict) -> tuple[Figure, str]:
         for ax, base in zip(line, bases(tables), strict=True):
             own = rows[rows["probe"].eq(probe) & rows["base_model"].eq(base)]
             by = own.groupby("layer")["null"].mean()
-            ax.plot(by.index.to_numpy(float), by, color=NULL, lw=2)
+            ax.plot(by.index.to_numpy(float), by, color=GREY, lw=2)
             own = own.groupby(["run_id", "method", "adapted", "layer"])["value"].mean()
             _lines(ax, own.reset_index(), "layer", _groups(rows))
             ax.set_ylim(bottom=0)
         line[0].set_ylabel(label)
     under(axes[-1], "Layer")
-    _legend(fig, _groups(rows), handle("null", NULL, "", ls="-", lw=2))
+    _legend(fig, _groups(rows), handle("null", GREY, "", ls="-", lw=2))
     return fig, (
         "Above: what LoRA adds to the output of its modules at the last token of harmful prompts,"
         " over the norm of what the module is given, the mean of its modules; grey: a random update"

@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "adapters": ["attached", "config"],
         "conversations": ["answer_text", "ask", "conversation_ids", "counted_ids"],
         "endpoint": ["Endpoint"],
-        "inside": ["Inside"],
         "loading": ["load"],
         "requesting": ["Deployed"],
         "scoring": ["Scorer"],

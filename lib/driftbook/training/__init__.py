@@ -6,7 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["mitigations", "probes", "repairs", "updates"],
     submod_attrs={
-        "checkpoints": ["open_checkpoint"],
         "stage": ["pair_spectra", "prepare_all", "repair_variant", "train_variant", "watch"],
         "steps": ["example_loss"],
         "examples": ["examined", "named"],

@@ -31,7 +31,6 @@ from driftbook.models.loading import Loaded, load
 from driftbook.models.scoring import Scorer
 from driftbook.stats.confidence import LOWER, UPPER
 from driftbook.stats.directions import (
-    ALL,
     ATTENTION,
     BEGINS,
     CEILING,
@@ -58,6 +57,7 @@ from driftbook.stats.directions import (
     shuffled,
     unit,
 )
+from driftbook.stats.terms import ALL
 from driftbook.study.methods import LAYER_PARTS, layers_of
 from driftbook.study.study_file import Study
 from driftbook.study.tables import PROBES
