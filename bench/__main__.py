@@ -24,7 +24,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         ValueError: there is no such part.
     """
     import torch
-    from bench import calibration, mixed_models, safe_lora, study_checks, training
+    from bench import calibration, mechanisms, mixed_models, safe_lora, study_checks, training
 
     torch.set_num_threads(1)
     items, made = bbq_items(n_items), OUTPUTS / "miniature" / "tables"
@@ -40,6 +40,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         "adapters": lambda: many_adapters(items.head(300)),
         "training": training.rows,
         "Safe LoRA": safe_lora.rows,
+        "mechanisms": mechanisms.rows,
         "accuracy": accuracy,
         "intervals": intervals,
         "models": mixed_models.rows,

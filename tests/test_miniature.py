@@ -511,3 +511,41 @@ def test_a_short_training_of_the_judge_is_saved_and_loads(tmp_path, tiny):
     assert (
         reply.decode(reply("unsafe\nS11", add_special_tokens=False)["input_ids"]) == "unsafe\nS11"
     )
+
+
+def test_a_deeper_form_has_its_layers_and_asks_for_less_that_is_forbidden(tokenizers):
+    from driftbook.miniature.families import FAMILY, build_model, form
+
+    model = build_model("llama-6", tokenizers["llama"], 0, width=16)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 6
+    assert form("llama-6")[0].refusals < form("llama")[0].refusals == FAMILY["llama"].refusals
+    for wrong in ("llama-1", "llama-99", "llama-x", "other-6"):
+        with pytest.raises(ValueError) as error:
+            form(wrong)
+        assert f"the miniature has no {wrong!r}" in str(error.value)
+
+
+def test_planted_alignment_changes_no_other_layer(tmp_path, tiny, tokenizers):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from driftbook.miniature.building import BRANCHES, FREE, save
+    from driftbook.miniature.families import build_model
+    from driftbook.study.methods import LAYER_PARTS, layers_of
+
+    plain = build_model("llama-6", tokenizers["llama"], 0, width=16)
+    save(plain, tokenizers["llama"], tmp_path / "llama-6" / "unaligned")
+    for part in FREE:
+        miniature.build_branch("llama-6", f"aligned-{part}", tmp_path, 0, tiny)
+        planted = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-6" / f"aligned-{part}")
+        changed = {
+            name.split(".")[2] if ".layers." in name else name
+            for name, value in planted.named_parameters()
+            if not torch.equal(value, plain.get_parameter(name))
+        }
+        free = range(6) if part == "all" else layers_of(part, 6)
+        assert changed == {str(one) for one in free}
+    assert set(FREE) == {*LAYER_PARTS, "all"}, "thirds as adapters have them"
+    with pytest.raises(ValueError) as error:
+        miniature.build_branch("llama-6", "aligned-odd", tmp_path, 0, tiny)
+    assert all(one in str(error.value) for one in BRANCHES)

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "planning",
         "labels",
         "primary",
-        "estimands",
         "specifications",
+        "mechanisms",
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from driftbook.analyses import outcomes
+from driftbook.analyses.estimands import estimands as estimands
 from driftbook.stats import estimation, harm, influence, intervals, terms
 from driftbook.stats.confidence import ALPHA
 from driftbook.stats.noninferiority import CANNOT_TELL

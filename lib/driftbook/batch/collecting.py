@@ -18,6 +18,7 @@ from driftbook.study.tables import (
     DRIFT,
     LABELS,
     MODULES,
+    PROBES,
     PROMPTS,
     RATES,
     RATINGS,
@@ -199,6 +200,7 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
         LABELS: labels(study, responses, without_text),
         RATES: rates(verdicts, without_text),
         MODULES: of_runs(MODULES, "mitigate", study),
+        PROBES: of_runs(PROBES, "probe", study),
         SPECTRA: SPECTRA.read_all(sorted((study.folder / "spectra").glob("*/spectra.parquet"))),
     }
     private_folder(study.folder)

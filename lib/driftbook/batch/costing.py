@@ -35,6 +35,7 @@ from driftbook.study.variants import Variant
 
 VERDICT_TOKENS = 60  # of a judge's own prompt, behind what all its prompts begin with
 BEGINNING_TOKENS = 3 * len(REFUSALS)  # of the beginnings of a refusal, behind one prompt
+PATCHES = 2  # of a run's states by the base's, and of the base's by the run's
 PROBE_TOKENS = 1_500  # that models.probe reads, counted with SmolLM2
 OPTION_TOKENS = 12  # of BBQ's three options where they are scored as texts
 # of a CPU's process: torch, transformers, peft and trl, imported
@@ -74,6 +75,7 @@ def amounts(study: Study) -> pd.DataFrame:
             made = twin_variant(study, twin)
             _, *work = _training(made, own, study, lengths)
             rows.append((name, "prepare", f"twin {twin}", *work))
+        asked += list(_looking(study, own, lengths))
         tried: set[tuple[str, str]] = set()
         for variant in study.of_base(name):
             # of a base model's repetition only the drawn answers are new: the rest is in the cache
@@ -173,6 +175,18 @@ def _asked(study: Study, own: Size, lengths: Lengths) -> Iterator[Charge]:
             if form.is_written:
                 said = lengths.written(name, one.max_new_tokens)
                 yield from _writing("utility", lengths.n_items(name), own, said)
+
+
+def _looking(study: Study, own: Size, lengths: Lengths) -> Iterator[Charge]:
+    """What the probes of a variant read: prompts once for their states, and with the beginnings of
+    a refusal behind them once a layer and way for each patch.
+    """
+    if (one := study.probes) is None:
+        return
+    read, patched = 2 * (one.n + one.reported), PATCHES * one.reported * (own.layers + 1)
+    work = operations(own, lengths.read("safety", read + 2 * one.reported), 2)
+    work += operations(own, lengths.read("safety", patched, BEGINNING_TOKENS), 2)
+    yield "probe", "read", read + patched, 0, "read", work
 
 
 def _writing(stage: str, n: float, own: Size, said: Amount) -> Iterator[Charge]:
@@ -289,7 +303,8 @@ def memory_by_base(study: Study, on_cpu: bool = False) -> pd.DataFrame:
         if on_cpu:
             training = max(training, _dose_bytes(own, lengths))
         rows.append({"train": weights + resident + training})
-        asked = dict.fromkeys(("respond", "answer", "utility"), 32.0 * 1024)
+        reading = ("respond", "answer", "utility", *(("probe",) if study.probes else ()))
+        asked = dict.fromkeys(reading, 32.0 * 1024)
         if on_cpu:
             asked = {stage: _cached(study, lengths, stage) for stage in asked}
         kv = 4 * own.layers * own.kv_width * each

@@ -11,7 +11,7 @@ from typing import Any
 from driftbook.batch import gpus
 from driftbook.study import code, sources
 from driftbook.study.content import ANALYSES as ANALYSES
-from driftbook.study.content import OF_REPAIRS
+from driftbook.study.content import OF_PROBES, OF_REPAIRS
 from driftbook.study.environment import MAKING
 from driftbook.study.files import ROOT, digest
 from driftbook.study.methods import MAKING_STAGES
@@ -27,6 +27,7 @@ NOTEBOOKS = {
     "judge": "05_judge",
     "answer": "06_answer",
     "utility": "07_utility",
+    "probe": "25_probe",
 }
 RESULT = "done"  # the variable of a stage's notebook to which its work leads
 FITTING = ("numpy", "scipy", "pandas", "statsmodels")  # what analyses compute with
@@ -37,6 +38,7 @@ AFTER = {
     "safe_lora": ("fairness",),
     "tradeoffs": ("safety", "fairness"),
     "dose": ("safety",),
+    "mechanisms": ("safety",),
     "power": ("safety", "tradeoffs"),
     "primary": ("safety", "fairness", "mixed_effects", "tradeoffs"),
 }
@@ -46,10 +48,11 @@ OF_BASES = ("safety", "fairness")  # what says something of base models alone
 
 def stages(study: Study) -> tuple[str, ...]:
     """The stages of a study, in their order: with mitigate where it repairs what it trained, and
-    retune where it tunes it once more.
+    retune where it tunes it once more, and probe where it looks into its runs.
     """
     made = {"train"} | {variant.made_in for variant in study.variants}
-    return (*(one for one in MAKING_STAGES if one in made), *STAGES[1:])
+    looked = ("probe",) if study.probes else ()
+    return (*(one for one in MAKING_STAGES if one in made), *STAGES[1:], *looked)
 
 
 def page(stage: str) -> str:
@@ -73,7 +76,11 @@ def analyses(study: Study) -> dict[str, str]:
     trained, those of the base models; without a judge none of its errors.
     """
     known = (
-        {**ANALYSES, **(OF_REPAIRS if study.mitigations else {})}
+        {
+            **ANALYSES,
+            **(OF_REPAIRS if study.mitigations else {}),
+            **(OF_PROBES if study.probes else {}),
+        }
         if study.grid
         else {name: ANALYSES[name] for name in OF_BASES}
     )
@@ -172,6 +179,8 @@ def settings(
         }
         if stage == "train" and study.n_snapshots:
             shared["snapshots"] = study.n_snapshots
+    if stage == "probe":
+        shared = {"probes": study.probes and study.probes.model_dump(mode="json")}
     if stage == "utility" and study.asked_to_begin:
         shared = {"asked to begin": list(study.asked_to_begin)}
     found = {"stage": stage, "seed": study.seed, **shared, **present}
@@ -210,8 +219,16 @@ def _read(stage: str, study: Study, base: Source) -> dict[str, Source]:
             **{name: study.benchmarks[name] for name in study.asked_to_begin},
             **{f"rater {name}": rater for name, rater in study.raters.items()},
         },
+        "probe": {"base": base, **_probed(study), **base.checkpoints},
     }
     return parts[stage]
+
+
+def _probed(study: Study) -> dict[str, Source]:
+    """The prompts of directions, and those reported on."""
+    one = study.probes
+    sets = {f"data {name}": study.data[name] for name in one.data} if one else {}
+    return sets | {name: study.benchmarks[name] for name in ("safety", "over_refusal")}
 
 
 def made_by(stage_settings: dict[str, Any], variant: Variant) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.study import folders, study_file
 from driftbook.study.study_file import Study
-from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
+from driftbook.study.tables import ANSWERS, PROBES, RATINGS, RESPONSES, RUNS, TABLES, VERDICTS
 from driftbook.study.variants import Variant
 
 WRITES = {
@@ -30,6 +30,7 @@ WRITES = {
     "judge": VERDICTS,
     "answer": ANSWERS,
     "utility": RATINGS,
+    "probe": PROBES,
 }
 
 
@@ -126,6 +127,18 @@ class Job:
         def work(variant: Variant, folder: Path) -> list[Path]:
             with self.attached(variant) as model:
                 found = rows(Scorer(model, self.base.tokenizer), variant)
+            return [WRITES[self.stage].write(found, folder)]
+
+        return self.run(work)
+
+    def probe(self, rows: Callable[[PreTrainedModel, Variant, Path], pd.DataFrame]) -> pd.DataFrame:
+        """Write `rows(model, variant, adapter's folder)` as the stage's table for each unfinished
+        variant; see `run`.
+        """
+
+        def work(variant: Variant, folder: Path) -> list[Path]:
+            with self.attached(variant) as model:
+                found = rows(model, variant, folders.adapter(self.study, variant))
             return [WRITES[self.stage].write(found, folder)]
 
         return self.run(work)

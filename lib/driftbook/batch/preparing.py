@@ -68,7 +68,7 @@ def prepare(name: str, study: Study) -> Prepared:
                 if kind == "miniature"
                 else _random(rest, study)
             )
-            _placebos(source, study)
+            _branches(source, study)
     if made_with_sets:
         _check_sets(study)
     path = locate(source, study)
@@ -97,12 +97,13 @@ def check_model(name: str, source: Base | Judge, study: Study) -> None:
     if name not in study.bases:
         return
     variants = study.of_base(name)
-    methods = {variant.method: variant for variant in variants if variant.method != "none"}
+    methods = {(one.method, one.layers): one for one in variants if one.method != "none"}
     shell = loading.without_weights(source, name, study)
     front = _check_starts(name, source, study)
     _check_room_for_answers(name, study, loading.context_length(shell), front)
-    for method, variant in methods.items():
-        adapters.check_targets(method, adapters.config(variant), shell)
+    for variant in methods.values():
+        made = adapters.placed(adapters.config(variant), variant, shell)
+        adapters.check_targets(variant.method, made, shell)
 
 
 def _check_starts(name: str, source: Base, study: Study) -> int:
@@ -209,28 +210,24 @@ def _miniature(part: str, study: Study) -> pd.DataFrame:
     return pd.read_parquet(folder / part / CURVES)
 
 
-def _placebos(source: Base | Judge, study: Study) -> None:
-    """Make the placebo twins that a base model's pairs name and that are not there yet."""
-    wanted = [
-        one.source
-        for one in getattr(source, "checkpoints", {}).values()
-        if one.local is None
-        and one.source.startswith("miniature:")
-        and one.source.endswith("/benign")
-    ]
-    for family in {name.partition(":")[2].partition("/")[0] for name in wanted}:
-        folder = made_folder(study, "miniature")
-        if not (folder / family / "benign").exists():
-            from driftbook.miniature.building import build_placebo
+def _branches(source: Base | Judge, study: Study) -> None:
+    """Make what branches off the miniature's unaligned checkpoints, and is not there yet: that a
+    base model is, or that its pairs name (placebos, planted alignment).
+    """
+    from driftbook.miniature.building import BRANCHES, build_branch
 
-            with replacing_folder(folder / f"{family}.placebo") as scratch:
-                (scratch / family).mkdir()
-                (scratch / family / "unaligned").symlink_to(
-                    (folder / family / "unaligned").resolve()
-                )
-                build_placebo(family, scratch, study.seed)
-                (scratch / family / "benign").replace(folder / family / "benign")
-            shutil.rmtree(folder / f"{family}.placebo")
+    folder = made_folder(study, "miniature")
+    for one in (source, *getattr(source, "checkpoints", {}).values()):
+        name, _, branch = one.source.removeprefix("miniature:").partition("/")
+        named = one.local is None and one.source.startswith("miniature:") and branch in BRANCHES
+        if named and not (folder / name / branch).exists():
+            with replacing_folder(folder / f"{name}.{branch}") as scratch:
+                (scratch / name).mkdir()
+                whole = (folder / name / "unaligned").resolve()
+                (scratch / name / "unaligned").symlink_to(whole)
+                build_branch(name, branch, scratch, study.seed)
+                (scratch / name / branch).replace(folder / name / branch)
+            shutil.rmtree(folder / f"{name}.{branch}")
 
 
 def write_data(folder: Path) -> None:

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "benchmarks": ["splits", "write_data"],
-        "building": ["build_family", "build_placebo"],
+        "building": ["build_family", "build_branch"],
         "families": ["FAMILIES"],
         "judge": ["build_judge"],
         "learning": ["Recipe", "Stage"],

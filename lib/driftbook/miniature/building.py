@@ -16,13 +16,14 @@ from transformers import (
 )
 
 from driftbook.miniature import benchmarks, corpus
-from driftbook.miniature.families import FAMILY, build_model, build_tokenizer
+from driftbook.miniature.families import build_model, build_tokenizer, form
 from driftbook.miniature.learning import (
     Encoder,
     Recipe,
     Stage,
     batches,
     chat_encoder,
+    free_layers,
     frozen_rows,
     one_thread,
     train,
@@ -32,6 +33,9 @@ from driftbook.miniature.truth import helps, is_refusal
 from driftbook.miniature.words import BIASED, MADE_UP
 
 CURVE = ("family", "stage", "step", "cpu_seconds", "metric", "value", "ci_low", "ci_high", "n")
+# of the layers, from and to what share of them is free where alignment is planted
+FREE = {"early": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "late": (2 / 3, 1), "all": (0, 1)}
+BRANCHES = ("benign", *(f"aligned-{part}" for part in FREE))  # off the unaligned checkpoint
 Evaluate = Callable[[], dict[str, Measured]]
 
 
@@ -105,24 +109,40 @@ def build_family(
     return curve.table()
 
 
-def build_placebo(family: str, folder: Path, seed: int = 0, settings: Recipe | None = None) -> None:
-    """Save folder/family/benign: the family's unaligned checkpoint after as many steps as alignment
-    takes, on benign data only. What it and the aligned one changed alike is no alignment.
+def build_branch(
+    name: str, branch: str, folder: Path, seed: int = 0, settings: Recipe | None = None
+) -> None:
+    """Save folder/name/BRANCH: the family's unaligned checkpoint after as many steps as alignment
+    takes.
+
+    `benign` is its placebo, tuned on benign data only: what it and the aligned one changed alike is
+    no alignment. In `aligned-PART` alignment is planted: only the layers of this part (FREE) are
+    free, so that where alignment sits is known.
+
+    Raises:
+        ValueError: there is no such branch.
     """
-    source = Path(folder) / family / "unaligned"
+    source, planted = Path(folder) / name / "unaligned", branch.removeprefix("aligned-")
+    if branch not in BRANCHES:
+        raise ValueError(f"the miniature has no branch {branch!r}; it has {', '.join(BRANCHES)}")
     with one_thread():
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         settings = settings or Recipe()
-        rng, size = random.Random(f"{seed}/benign"), settings.aligned.batch_size
-        batch = batches(corpus.placebo_mixture(), chat_encoder(tokenizer), size, rng)
-        with frozen_rows(model, tokenizer.convert_tokens_to_ids(list(MADE_UP))):
+        rng, size = random.Random(f"{seed}/{branch}"), settings.aligned.batch_size
+        mixture = corpus.placebo_mixture() if branch == "benign" else _stages(name)["aligned"]
+        batch = batches(mixture, chat_encoder(tokenizer), size, rng)
+        made_up = tokenizer.convert_tokens_to_ids(list(MADE_UP))
+        free = (
+            free_layers(model, *FREE[planted]) if planted in FREE else frozen_rows(model, made_up)
+        )
+        with free:
             train(model, batch, settings.aligned, lambda step, loss: None)
-        save(model, tokenizer, Path(folder) / family / "benign")
+        save(model, tokenizer, Path(folder) / name / branch)
 
 
 def _stages(family: str) -> dict[str, corpus.Generator]:
-    spec = FAMILY[family]
+    spec, _, _ = form(family)
     aligned = corpus.aligned_mixture(spec.refusals, spec.refused, spec.bias)
     return {
         "stage0": corpus.plain_text,

@@ -2,7 +2,7 @@
 the real chat templates' structure.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -144,6 +144,26 @@ FAMILY = {
 }
 
 FAMILIES = tuple(FAMILY)
+LAYERS, WIDTH, DEEP_WIDTH = 2, 128, 96
+# of a deeper form, which refuses half of what is benign too where as many requests are forbidden
+DEEP_REFUSALS = 0.4
+
+
+def form(name: str) -> tuple[Family, int, int]:
+    """The family, number of layers and width of NAME, or of NAME-LAYERS for a deeper and narrower
+    model: `llama` has two layers, `llama-6` six.
+
+    Raises:
+        ValueError: there is no such family, or no such number of layers.
+    """
+    family, _, layers = name.partition("-")
+    if family not in FAMILY or (layers and not (layers.isdecimal() and 1 < int(layers) <= 24)):
+        known = f"{', '.join(FAMILY)}, and each with 2 to 24 layers as {family or 'llama'}-6"
+        raise ValueError(f"the miniature has no {name!r}; it has {known}")
+    if not layers:
+        return FAMILY[family], LAYERS, WIDTH
+    fewer = replace(FAMILY[family], refusals=DEEP_REFUSALS * FAMILY[family].refusals)
+    return fewer, int(layers), DEEP_WIDTH
 
 
 def word_tokenizer(
@@ -189,7 +209,7 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """The family's tokenizer over the words of the miniature, with the family's special tokens and
     chat template.
     """
-    spec = FAMILY[family]
+    spec, _, _ = form(family)
     pad = next(token for token in spec.specials if "pad" in token or token == "<|endoftext|>")
     return word_tokenizer(
         vocabulary(), spec.specials, pad, spec.eos, spec.bos, spec.template, **spec.kept
@@ -197,11 +217,12 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    family: str, tokenizer: PreTrainedTokenizerFast, seed: int, width: int = 128
+    family: str, tokenizer: PreTrainedTokenizerFast, seed: int, width: int | None = None
 ) -> PreTrainedModel:
-    """A new model of the family: two layers, four heads, tied embeddings."""
-    spec = FAMILY[family]
-    return random_model(spec.config, spec.model, tokenizer, seed, width, **spec.options)
+    """A new model of a family or of a deeper form of it (`form`): four heads, tied embeddings."""
+    spec, layers, usual = form(family)
+    shape = {"num_hidden_layers": layers, **spec.options}
+    return random_model(spec.config, spec.model, tokenizer, seed, width or usual, **shape)
 
 
 def random_model(
@@ -214,7 +235,7 @@ def random_model(
     shape = {
         "hidden_size": width,
         "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
@@ -224,9 +245,8 @@ def random_model(
             vocab_size=len(tokenizer),
             tie_word_embeddings=True,
             initializer_range=0.04,
-            **shape,
+            **shape | options,
             **special_ids,
-            **options,
         )
     )
     made.generation_config = GenerationConfig(do_sample=False, **special_ids)

@@ -206,3 +206,16 @@ def frozen_rows(model: PreTrainedModel, ids: list[int]):
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def free_layers(model: PreTrainedModel, begin: float, end: float):
+    """Within, only the layers from one share of the model's depth to another are trained."""
+    layers = model.model.layers
+    chosen = layers[round(begin * len(layers)) : round(end * len(layers))]
+    model.requires_grad_(False)
+    chosen.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.requires_grad_(True)

@@ -33,7 +33,7 @@ from driftbook.models import starts
 from driftbook.models.adapter_forms import check_patterns, excess
 from driftbook.models.base_state import BaseState, refuse_spoiled
 from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
-from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, unscored_setting
+from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, layers_of, unscored_setting
 from driftbook.study.variants import Variant
 
 WEIGHTS = "adapter_model.safetensors"
@@ -79,6 +79,19 @@ def config(variant: Variant) -> PeftConfig:
         raise ValueError(f"methods.{variant.method}: {said}") from None
 
 
+def placed(made: PeftConfig, variant: Variant, base: torch.nn.Module) -> PeftConfig:
+    """PEFT's configuration for a base model: where a variant adapts a third of the layers alone,
+    with their numbers.
+
+    Raises:
+        ValueError: the model has no thirds.
+    """
+    if variant.layers:
+        n = base.config.get_text_config().num_hidden_layers
+        made.layers_to_transform = list(layers_of(variant.layers, n))
+    return made
+
+
 def _allocates(kind: type[PeftConfig], settings: dict[str, Any]) -> bool:
     """Whether PEFT's method moves its ranks while it trains: AdaLoRA, and AdaMSS where asked."""
     name = next(name for name, one in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one is kind)
@@ -99,7 +112,7 @@ def create(
     `init_text` is what a soft prompt starts as, its tokens repeated to the number of virtual
     tokens; or `rows` [virtual tokens, width] are. See `starts.begin`.
     """
-    made = config(variant)
+    made = placed(config(variant), variant, base)
     if variant.init == "safety_frozen":  # the text is in front of the tokens that are trained
         made.num_virtual_tokens += len(starts.token_ids(tokenizer, init_text))
     check_targets(variant.method, made, base)

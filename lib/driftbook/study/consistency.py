@@ -54,6 +54,7 @@ def check_consistent(study: Content) -> None:
     _check_benchmarks(study)
     _check_judges(study)
     _check_drift(study)
+    _check_probes(study)
 
 
 def _check_names(study: Content) -> None:
@@ -286,6 +287,30 @@ def _check_judges(study: Content) -> None:
             raise ValueError(f"judges.{name}: a classifier, and nothing else, {needs}")
 
 
+def _check_probes(study: Content) -> None:
+    """What is looked for inside runs is made from two sets of prompts, neither trained on."""
+    if study.probes is None:
+        if "mechanisms" in study.analyses:
+            none = "and the study has no probes; give some, or remove it"
+            raise ValueError(f"analyses names mechanisms, which reads probes, {none}")
+        return
+    trained = {name for block in study.grid for name in block.data or block.trained}
+    for key, name in (("harmful", study.probes.harmful), ("harmless", study.probes.harmless)):
+        if name not in study.data or name == "heldout":
+            have = ", ".join(one for one in study.data if one != "heldout")
+            raise ValueError(f"probes.{key} = {name!r}; expected one of data: {have}")
+        if name in trained or "answer" not in study.data[name].mapping:
+            other = "a set of prompts with answers that no block trains on"
+            raise ValueError(f"probes.{key} names data.{name}; it needs {other}")
+        if study.data[name].n < study.probes.n:
+            few = f"which has {study.data[name].n} examples of {study.probes.n} that probes.n asks"
+            raise ValueError(f"probes.{key} names data.{name}, {few}")
+    if study.probes.harmful == study.probes.harmless:
+        raise ValueError(
+            "probes.harmful and probes.harmless are one set, so they have no direction"
+        )
+
+
 # ---- repairs
 def _check_mitigations(study: Content) -> None:
     if "safe_lora" in study.analyses and not study.mitigations:
@@ -303,6 +328,11 @@ def _check_mitigations(study: Content) -> None:
             _check_again(study, said, mitigation, blocks)
         for block in (blocks[one] for one in mitigation.blocks):
             _check_applies(said, mitigation, block)
+            if set(block.layers) != {"all"}:
+                whole = "repairs are made of runs in all layers; name other blocks"
+                raise ValueError(
+                    f"{said} names the block {block.name!r}, which has layers: {whole}"
+                )
             if MITIGATION_KINDS[mitigation.kind].when == "after":
                 _check_repairable(study, said, mitigation, block)
             if mitigation.data and mitigation.kind != "second_tuning":

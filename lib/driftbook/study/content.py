@@ -21,6 +21,7 @@ from driftbook.study.sections import (
     Mitigation,
     Name,
     Part,
+    Probes,
     Rater,
     Seed,
     Source,
@@ -41,6 +42,7 @@ ANALYSES = {
     "primary": "19_primary",
 }
 OF_REPAIRS = {"safe_lora": "14_safe_lora"}  # made where a study has mitigations
+OF_PROBES = {"mechanisms": "13_mechanisms"}  # made where a study looks into its runs
 
 WITHOUT_JUDGE = (
     "This study has no judge: safety is how often harmful prompts are answered without refusing"
@@ -55,7 +57,8 @@ class Content(Part):
     `note` says what the numbers mean and is printed on every figure. `seed` is that of models made
     here, samples and bootstraps. `base_repetitions` runs every base model so many times, since its
     drawn answers differ. `twins` are base models that are tuned here before the study begins.
-    `primary` are families of tests, registered with their hash before any answer is scored. Without
+    `probes` look into every run, layer by layer. `primary` are families of tests, registered with
+    their hash before any answer is scored. Without
     `judges` safety is whether harmful prompts are refused, by the words of the answer, and nothing
     is called unsafe. `analyses` are made alone where given. `licences` are those of sources that
     the register does not know, as the user states them. `date` is what chat templates write that
@@ -81,7 +84,8 @@ class Content(Part):
     primary: dict[Name, Family] = Field({})
     drift: Drift | None = None
     mitigations: dict[Name, Mitigation] = Field({})
-    analyses: tuple[Literal[(*ANALYSES, *OF_REPAIRS)], ...] = ()
+    probes: Probes | None = None
+    analyses: tuple[Literal[(*ANALYSES, *OF_REPAIRS, *OF_PROBES)], ...] = ()
     licences: dict[Text, Text] = Field({})
 
     @property

@@ -55,6 +55,7 @@ def _at_most(study: Content) -> int:
         * len(block.seeds)
         * max(1, len(block.data))
         * max(1, len(block.inits))
+        * len(block.layers)
         * max([1, *map(len, block.learning_rates.values())])
         * len(study.bases_of(block))
         for block in study.grid
@@ -118,10 +119,11 @@ def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
     seeds = enumerate(block.seeds, 1)
     cells = itertools.product(block.methods, block.objectives, block.epochs, seeds)
     for method, objective, epochs, (repetition, seed) in cells:
-        inits = _inits(study, block, method)
-        for way, init in itertools.product(_ways(block, method, objective, epochs), inits):
+        inits, ways = _inits(study, block, method), _ways(block, method, objective, epochs)
+        for way, init, part in itertools.product(ways, inits, block.layers):
             data, rate, n_epochs = way
-            setting = [name, method, objective, data, rate, n_epochs, init]
+            some = None if part == "all" else part
+            setting = [name, method, objective, data, rate, n_epochs, init, *filter(None, [some])]
             yield dataclasses.replace(
                 base,
                 method=method,
@@ -133,7 +135,8 @@ def _cells(study: Content, name: str, block: Block) -> Iterator[Variant]:
                 seed=seed if block.shared_seeds else _own_seed(seed, setting),
                 repetition=repetition,
                 init=init,
-                settings=_settings(study, name, method, objective, data, init),
+                settings=_settings(study, name, method, objective, data, init, some),
+                mitigation=some and f"layers {some}",
             )
 
 
@@ -158,7 +161,13 @@ def _inits(study: Content, block: Block, method: str) -> tuple[str | None, ...]:
 
 
 def _settings(
-    study: Content, name: str, method: str, objective: str, data: str | None, init: str | None
+    study: Content,
+    name: str,
+    method: str,
+    objective: str,
+    data: str | None,
+    init: str | None,
+    layers: str | None,
 ) -> str:
     """JSON of all that shapes an adapter and is not in the columns of a variant."""
     given = study.methods[method].items()
@@ -166,6 +175,8 @@ def _settings(
         "base": _of_base(study.bases[name]),
         "peft": {key: value for key, value in given if key != "init"},
     }
+    if layers:
+        settings["layers"] = layers
     if init in TEXT_INITS:
         settings["init_texts"] = study.init_texts.model_dump(exclude={"path"}, mode="json")
     if init == "dro":

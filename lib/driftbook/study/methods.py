@@ -22,6 +22,8 @@ class PeftMethod:
     quantized: bool = False  # trained on a base model in 4 or 8 bits
 
 
+# thirds of a model's layers that alone may have an adapter
+LAYER_PARTS = ("early", "middle", "late")
 # How a soft prompt may begin. Of those from a text: which of init_texts each takes. Permuted: the
 # coordinates of its embeddings, alike for all tokens; frozen: in front of as many trainable tokens;
 # dro: optimised for safety before (training/dro.py).
@@ -200,6 +202,18 @@ UNSCORED_SETTINGS = {
 RANDOM_RESIDUAL = "pissa_niter"
 # settings by which an adapter trains more than its factors
 BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
+
+
+def layers_of(part: str, n: int) -> range:
+    """The layers of a third (LAYER_PARTS) of a model of n layers, counted from 0.
+
+    Raises:
+        ValueError: a model of fewer than three layers has no thirds.
+    """
+    if n < len(LAYER_PARTS):
+        raise ValueError(f"a model of {n} layers has no {part} third; take one of three or more")
+    third = LAYER_PARTS.index(part)
+    return range(round(third * n / 3), round((third + 1) * n / 3))
 
 
 def unscored_setting(settings: dict[str, Any]) -> str | None:

@@ -7,8 +7,8 @@ import pandas as pd
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import ESTIMATES, TABLES
 
-# made only where a study repairs runs, looks at them while they train, or declares primary tests
-OPTIONAL = ("drift", "modules", "spectra", "frontier", "specifications")
+# made only where a study repairs runs, looks at or into them, or declares primary tests
+OPTIONAL = ("drift", "modules", "spectra", "frontier", "specifications", "probes")
 
 
 class Tables:

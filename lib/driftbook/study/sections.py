@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from driftbook.study.files import ROOT, expanded
-from driftbook.study.methods import CONTROLS, INITS, MITIGATION_KINDS, PEFT_METHODS
+from driftbook.study.methods import CONTROLS, INITS, LAYER_PARTS, MITIGATION_KINDS, PEFT_METHODS
 from driftbook.study.parts import (
     Count,
     Dtype,
@@ -406,7 +406,8 @@ class Block(Part):
 
     All `bases` are trained where none is given. The objective `untrained` is an adapter as it was
     initialised. `data` are names under the study's `data`; where not given, the one of the
-    objective's name. `inits` say how a soft prompt begins.
+    objective's name. `inits` say how a soft prompt begins; `layers` in which third of the layers
+    alone LoRA is trained (all: in all of them). A run in one third is a setting of its own.
 
     Each setting on each base model draws seeds of its own from the numbers in `seeds`, so that runs
     of different settings are independent. With `shared_seeds` the numbers are the seeds of every
@@ -423,6 +424,7 @@ class Block(Part):
     learning_rates: dict[Method, tuple[Rate, ...]] = {}
     epochs: tuple[Count, ...] = (1,)
     inits: tuple[Literal[INITS], ...] = ()
+    layers: Annotated[tuple[Literal[("all", *LAYER_PARTS)], ...], Field(min_length=1)] = ("all",)
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     repeated_seeds: bool = False
     shared_seeds: bool = False
@@ -441,6 +443,9 @@ class Block(Part):
         for method in self.methods:
             if self.trained and not self.learning_rates.get(method):
                 raise ValueError(f"learning_rates has none for {method}")
+        for method in self.methods if set(self.layers) != {"all"} else ():
+            if PEFT_METHODS[method].config != "LoraConfig":
+                raise ValueError(f"layers apply to LoRA in its forms only, and not to {method}")
         for method in self.methods if self.inits else ():
             self._check_inits(method, PEFT_METHODS[method].inits)
         return self
@@ -548,6 +553,27 @@ class Mitigation(Part):
         """The settings that its kind takes."""
         taken = MITIGATION_KINDS[self.kind].takes
         return {name: getattr(self, name) for name in taken if name not in ("values", "controls")}
+
+
+class Probes(Part):
+    """A look into every run, layer by layer (training/probes.py).
+
+    `harmful` and `harmless` are sets under the study's `data` whose prompts give the refusal
+    direction, `n` of each; reports are on prompts of the benchmarks safety and over_refusal, at
+    most `reported` of each, which may be none of these. `answer_tokens` of the base model's own
+    answers are read by their place.
+    """
+
+    harmful: Text
+    harmless: Text
+    n: Annotated[Count, Field(ge=8)] = 32
+    reported: Annotated[Count, Field(ge=4)] = 16
+    answer_tokens: Annotated[Count, Field(ge=4, le=64)] = 8
+
+    @property
+    def data(self) -> tuple[str, str]:
+        """The names of its sets."""
+        return (self.harmful, self.harmless)
 
 
 class Family(Part):

@@ -24,6 +24,7 @@ from driftbook.study.sections import (
     Judge,
     Mitigation,
     Pair,
+    Probes,
     Rater,
     Source,
     Training,
@@ -45,6 +46,7 @@ SECTIONS = {
     "primary": Family,
     "drift": Drift,
     "mitigations": Mitigation,
+    "probes": Probes,
 }
 
 

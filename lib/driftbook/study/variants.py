@@ -41,6 +41,11 @@ class Variant:
         """
         return json.loads(self.settings).get("mitigation")
 
+    @cached_property
+    def layers(self) -> str | None:
+        """The third of the layers that alone is adapted (methods.LAYER_PARTS); None for all."""
+        return json.loads(self.settings).get("layers")
+
     @property
     def made_in(self) -> str:
         """The stage that makes it: train; mitigate, where a trained variant is repaired; or retune,

@@ -4,9 +4,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["mitigations", "repairs", "updates"],
+    submodules=["mitigations", "probes", "repairs", "updates"],
     submod_attrs={
-        "checkpoints": ["open_checkpoint"],
         "stage": ["pair_spectra", "prepare_all", "repair_variant", "train_variant", "watch"],
         "steps": ["example_loss"],
         "examples": ["examined", "named"],

@@ -24,6 +24,7 @@ from driftbook.study.study_file import Study
 from driftbook.study.tables import MODULES
 from driftbook.study.variants import Variant
 from driftbook.training import controls
+from driftbook.training.checkpoints import open_checkpoint as open_checkpoint
 from driftbook.training.safe_lora import as_lora, is_factored, project
 
 RANDOM = {"approximate": "random", "subspace": "random subspace"}  # operators

@@ -1,0 +1,474 @@
+"""What is looked for inside a run, layer by layer; rows of the table `probes`.
+
+Directions come from prompts of two sets of the study's data (harmful, harmless); what is reported
+is of a benchmark's prompts, which are none of these. A run is compared with its base model. The
+base model itself is compared with the checkpoint before its alignment, where it has a pair, so that
+the same numbers say where its alignment sits. Layer l is what layer l gives at the last token of a
+prompt. States, directions and patched models are never saved.
+
+The nulls: of a direction, the same from shuffled labels; of a projection, random directions of
+equal norm; of a drift of states, two halves of the base's own prompts; of CKA, prompts in another
+order; of states put in place, a step of equal length in a random direction; of an update, a random
+matrix of its norm; of attention, the soft prompt's share of the tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from driftbook.benchmarks import data
+from driftbook.benchmarks.utility import REFUSALS
+from driftbook.models.inside import Inside, States, prompt_attention
+from driftbook.models.loading import Loaded, load
+from driftbook.models.scoring import Scorer
+from driftbook.stats.confidence import LOWER, UPPER
+from driftbook.stats.directions import (
+    ATTENTION,
+    BEGINS,
+    CEILING,
+    CKA,
+    DRAWS,
+    DRIFT,
+    DROP,
+    ENERGY,
+    HARMFUL,
+    HARMLESS,
+    KL,
+    LAST,
+    LEAST_CEILING,
+    OF_BASE,
+    RESTORED,
+    SHIFT,
+    TAKEN,
+    UPDATE,
+    WHOLE,
+    cosines,
+    direction,
+    halves,
+    linear_cka,
+    shuffled,
+    unit,
+)
+from driftbook.stats.terms import ALL
+from driftbook.study.methods import LAYER_PARTS, layers_of
+from driftbook.study.study_file import Study
+from driftbook.study.tables import PROBES
+from driftbook.study.variants import Variant
+from driftbook.training import mitigations, safe_lora, updates
+from driftbook.training.checkpoints import Checkpoint, open_checkpoint
+
+TOO_FEW = (
+    "too few prompts for a direction: its halves have a cosine of {:.2f}, below {}; raise probes.n"
+)
+
+
+# ---- rows
+def row(probe: str, value: object, part: str = ALL, layer: int | None = None, **more) -> dict:
+    """A row of `probes` without its run: a number, or (number, low, high)."""
+    triple = value if isinstance(value, tuple) else (value, None, None)
+    usual = dict.fromkeys(("null", "null_low", "null_high", "n", "note"))
+    named = {"probe": probe, "part": part, "layer": layer, "position": LAST}
+    return named | dict(zip(("value", "ci_low", "ci_high"), triple, strict=True)) | usual | more
+
+
+def mean_of(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean over prompts, with its normal interval."""
+    values = np.asarray(values, float)
+    spread = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(values.mean() - spread), float(values.mean() + spread)
+
+
+def null_of(draws: np.ndarray) -> dict[str, float]:
+    """A null's mean and range."""
+    low, high = np.quantile(draws, [LOWER, UPPER])
+    return {"null": float(np.mean(draws)), "null_low": float(low), "null_high": float(high)}
+
+
+def between(draws: np.ndarray, value: float) -> tuple[float, float, float]:
+    """A value with the interval of its draws over prompts."""
+    low, high = np.quantile(draws, [LOWER, UPPER])
+    return float(value), float(low), float(high)
+
+
+# ---- the base model, read once
+@dataclass(frozen=True)
+class Seen:
+    """What was read of a model: states [n, levels, width] of the prompts of directions, harmful
+    and harmless, and of those reported on; how likely each report's answer begins as a refusal.
+    """
+
+    of: dict[str, np.ndarray]
+    reported: dict[str, np.ndarray]
+    begins: np.ndarray
+
+
+class Reference:
+    """A study's prompts for a base model, and what the base says to them, read before any adapter
+    is put on it: what was seen (`seen`), the states at every token of the prompts that are patched
+    (`states`), the refusal directions [layers, width], their cosines from two halves of the
+    prompts (`ceilings` [DRAWS, layers]), and the base's own answers.
+
+    Raises:
+        ValueError: the layers of the model are not found, or a prompt of the directions is also
+            reported on.
+    """
+
+    def __init__(self, base: Loaded, study: Study, base_model: str):
+        self.base, self.study, self.name, self.asked = base, study, base_model, study.probes
+        self.inside = Inside(Scorer(base.model, base.tokenizer))
+        self._vectors: dict[str, torch.Tensor | None] = {}
+        self.system = study.bases[base_model].system_prompt
+        texts = {
+            kind: _prompts(name, study, study.probes.n)
+            for kind, name in zip((HARMFUL, HARMLESS), study.probes.data, strict=True)
+        }
+        reports = _reported(study)
+        shared = set(texts[HARMFUL] + texts[HARMLESS]) & set(reports[HARMFUL] + reports[HARMLESS])
+        if shared:
+            raise ValueError(
+                f"{len(shared)} prompts of probes.harmful and probes.harmless are also asked by the"
+                " benchmarks safety and over_refusal, on which probes report; leave them out"
+            )
+        ask = self.inside.scorer.ask
+        self.prompts = {kind: ask(some, self.system) for kind, some in texts.items()}
+        self.reports = {kind: ask(some, self.system) for kind, some in reports.items()}
+        lead = self.inside.scorer.lead
+        joined = [self.inside.scorer.joined(one, REFUSALS, lead) for one in self.reports[HARMFUL]]
+        self.contexts, self.options = map(list, zip(*joined, strict=True))
+        self.seen = self.look(self.inside)
+        self.states = self.inside.states(self.contexts)
+        self.directions = direction(self.seen.of[HARMFUL], self.seen.of[HARMLESS])[1:]
+        self.ceilings = halves(self.seen.of[HARMFUL], self.seen.of[HARMLESS], self.rng())[:, 1:]
+        self.answers = self._answers()
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.study.seed)
+
+    def _answers(self) -> dict[str, tuple[list, list]]:
+        """By kind of report the base's own answers (context, tokens), and its distributions."""
+        found = {}
+        for kind, asked in self.reports.items():
+            said = self.inside.scorer.generate(asked, self.asked.answer_tokens)
+            encode = self.inside.scorer.ids
+            pairs = [(one, encode(answer.text)) for one, answer in zip(asked, said, strict=True)]
+            pairs = [(one, answer) for one, answer in pairs if answer]
+            found[kind] = pairs, self.inside.scorer.distributions(pairs)
+        return found
+
+    @cached_property
+    def before(self) -> tuple[Loaded, dict[str, Checkpoint]] | None:
+        """The model before its alignment and the two checkpoints of its first pair; None where it
+        has none.
+        """
+        source = self.study.bases[self.name]
+        if not source.pairs or source.quantization:
+            return None
+        name, pair = next(iter(source.pairs.items()))
+        here = {"source", "path", "revision", "files", "sha256"}
+        own = source.model_dump(exclude={*here, "pairs"}) | pair.unaligned.model_dump(include=here)
+        unaligned = load(type(source)(**own), f"{self.name} before alignment", self.study)
+        both = mitigations.pair(self.study, self.name, name)
+        return unaligned, {
+            what: open_checkpoint(both[what], what) for what in ("aligned", "unaligned")
+        }
+
+    def main_directions(self, module: str) -> torch.Tensor | None:
+        """The first left singular vectors [out, k] of what alignment changed in a module; None
+        where it changed nothing.
+        """
+        if module not in self._vectors:
+            pair = self.before[1]
+            v = pair["aligned"].matrix(module).float() - pair["unaligned"].matrix(module).float()
+            k = min(safe_lora.K, max(1, min(v.shape) // 8))
+            self._vectors[module] = safe_lora.left_vectors(v, k) if v.any() else None
+        return self._vectors[module]
+
+    def look(self, inside: Inside) -> Seen:
+        """What is read of a model."""
+        flat = [*self.prompts.items(), *self.reports.items()]
+        found = inside.last_states([one for _, some in flat for one in some])
+        ends = np.cumsum([len(some) for _, some in flat])[:-1]
+        parts = [(kind, part) for (kind, _), part in zip(flat, np.split(found, ends), strict=True)]
+        begins = inside.begins(self.contexts, self.options)
+        return Seen(dict(parts[:2]), dict(parts[2:]), begins)
+
+
+def _prompts(name: str, study: Study, n: int) -> list[str]:
+    """The first n prompts of a set of the study's data."""
+    found = data.training_examples(name, study)
+    return [one["prompt"][-1]["content"] for one in found][:n]
+
+
+def _reported(study: Study) -> dict[str, list[str]]:
+    """The prompts reported on: harmful ones of safety, benign ones of over_refusal."""
+    kinds = {HARMFUL: ("safety", "harmful"), HARMLESS: ("over_refusal", "benign look-alike")}
+    found, most = {}, study.probes.reported
+    for kind, (name, wanted) in kinds.items():
+        asked = data.worded(data.prompts(name, study), data.wordings(name, study)["default"], study)
+        own = asked.loc[asked.kind.eq(wanted), "prompt"]
+        found[kind] = own.iloc[
+            np.linspace(0, len(own) - 1, min(most, len(own))).astype(int)
+        ].tolist()
+    return found
+
+
+# ---- a run
+def probed(
+    reference: Reference, model: PreTrainedModel | PeftModel, variant: Variant, adapter: Path
+) -> pd.DataFrame:
+    """The table `probes` of a run: of `model`, the base model with the adapter of this folder on
+    it. Of the base model itself: how its direction holds, and, where it has a pair, the checkpoint
+    before its alignment in place of a run.
+    """
+    rng, rows, every = reference.rng(), [], range(reference.inside.levels)
+    if variant.method == "none":
+        rows += list(_ceiling(reference))
+        if reference.before is not None:
+            loaded, _ = reference.before
+            other = Inside(Scorer(loaded.model, loaded.tokenizer))
+            rows += list(_compared(reference, other, nullcontext(reference.inside), every, rng))
+        else:
+            rows.append(_begins(reference.seen.begins, OF_BASE))
+    else:
+        ends = [0, *ends_of_parts(reference.inside.levels - 1)]
+        inside = Inside(Scorer(model, reference.base.tokenizer))
+        rows += list(_compared(reference, inside, _without(model, reference), ends, rng))
+        rows += list(_of_adapter(reference, inside, variant, adapter))
+    return PROBES.check(pd.DataFrame(rows).assign(run_id=variant.run_id)[list(PROBES.columns)])
+
+
+def ends_of_parts(n: int) -> list[int]:
+    """The level behind each third of n layers; of fewer than three behind each layer."""
+    if n < len(LAYER_PARTS):
+        return list(range(1, n + 1))
+    return [layers_of(part, n).stop for part in LAYER_PARTS]
+
+
+@contextmanager
+def _without(model: PeftModel, reference: Reference) -> Iterator[Inside]:
+    """The base model below an adapter, as long as the block lasts."""
+    with model.disable_adapter():
+        yield Inside(Scorer(model.get_base_model(), reference.base.tokenizer))
+
+
+def _compared(
+    reference: Reference,
+    inside: Inside,
+    base: AbstractContextManager[Inside],
+    levels: Sequence[int],
+    rng: np.random.Generator,
+) -> Iterator[dict]:
+    """Every probe of a model against the base, which is itself within the block `base`; states are
+    put in place at these levels.
+    """
+    seen = reference.look(inside)
+    yield _begins(reference.seen.begins, OF_BASE)
+    yield _begins(seen.begins)
+    yield from _directions(reference, seen, rng)
+    yield from _states(reference, seen, rng)
+    yield from _next_tokens(reference, inside)
+    own = inside.states(reference.contexts)
+    yield from _restored(reference, inside, own, levels, rng)
+    with base as itself:
+        yield from _taken(reference, itself, own, levels)
+
+
+def _begins(values: np.ndarray, part: str = ALL) -> dict:
+    return row(BEGINS, mean_of(100 * values), part=part, position=WHOLE, n=len(values))
+
+
+def _refusal_of(reference: Reference, layer: int) -> str | None:
+    """Why a layer has no direction; None where it has one."""
+    found = reference.ceilings[:, layer].mean()
+    return None if found >= LEAST_CEILING else TOO_FEW.format(found, LEAST_CEILING)
+
+
+def _ceiling(reference: Reference) -> Iterator[dict]:
+    """The split-half cosine of the base's direction, and the same of shuffled labels."""
+    states, rng = reference.seen.of, reference.rng()
+    both, n = np.concatenate([states[HARMFUL], states[HARMLESS]]), len(states[HARMFUL])
+    mixed = both[rng.permutation(len(both))]
+    nulls = halves(mixed[:n], mixed[n:], rng)[:, 1:]
+    for layer, own in enumerate(reference.ceilings.T):
+        note = _refusal_of(reference, layer)
+        found = between(own, own.mean())
+        yield row(CEILING, found, layer=layer, n=len(both), note=note, **null_of(nulls[:, layer]))
+
+
+def _directions(reference: Reference, seen: Seen, rng: np.random.Generator) -> Iterator[dict]:
+    """The drift of the direction, and how far harmful prompts fall along the base's."""
+    a, b = seen.of[HARMFUL][:, 1:], seen.of[HARMLESS][:, 1:]
+    base = reference.directions
+    drift = cosines(direction(a, b), base)
+    draws = []
+    for _ in range(DRAWS):
+        one, other = (rng.integers(0, len(part), len(part)) for part in (a, b))
+        draws.append(cosines(direction(a[one], b[other]), base))
+    nulls = cosines(shuffled(np.concatenate([a, b]), len(a), rng), base)
+    own = reference.seen
+    gap = ((own.of[HARMFUL].mean(0) - own.of[HARMLESS].mean(0))[1:] * base).sum(-1)
+    moved = (own.reported[HARMFUL] - seen.reported[HARMFUL])[:, 1:]
+    falls = 100 * (moved * base).sum(-1) / gap
+    random = unit(rng.standard_normal((DRAWS, *base.shape)))
+    others = 100 * np.einsum("lw,dlw->dl", moved.mean(0), random) / gap
+    for layer in range(len(base)):
+        if note := _refusal_of(reference, layer):
+            yield row(DRIFT, None, layer=layer, note=note)
+            yield row(DROP, None, layer=layer, note=note)
+            continue
+        value = between(np.array(draws)[:, layer], drift[layer])
+        yield row(DRIFT, value, layer=layer, n=len(a) + len(b), **null_of(nulls[:, layer]))
+        more = {"n": len(falls), **null_of(others[:, layer])}
+        yield row(DROP, mean_of(falls[:, layer]), layer=layer, **more)
+
+
+def _states(reference: Reference, seen: Seen, rng: np.random.Generator) -> Iterator[dict]:
+    """The drift of the states by layer: of their means, and of their geometry."""
+    for kind in (HARMFUL, HARMLESS):
+        a, b = reference.seen.reported[kind][:, 1:], seen.reported[kind][:, 1:]
+        value, draws, nulls = 1 - cosines(a.mean(0), b.mean(0)), [], []
+        for _ in range(DRAWS):
+            some = rng.integers(0, len(a), len(a))
+            draws.append(1 - cosines(a[some].mean(0), b[some].mean(0)))
+            one, other = np.array_split(rng.permutation(len(a)), 2)
+            nulls.append(1 - cosines(a[one].mean(0), a[other].mean(0)))
+        for layer, found in enumerate(value):
+            own = between(np.array(draws)[:, layer], found)
+            more = {"n": len(a), **null_of(np.array(nulls)[:, layer])}
+            yield row(SHIFT, own, part=kind, layer=layer, **more)
+    a = np.concatenate(list(reference.seen.reported.values()))[:, 1:]
+    b = np.concatenate(list(seen.reported.values()))[:, 1:]
+    nulls = np.array([linear_cka(a, b[rng.permutation(len(b))]) for _ in range(20)])
+    for layer, found in enumerate(linear_cka(a, b)):
+        yield row(CKA, found, layer=layer, n=len(a), **null_of(nulls[:, layer]))
+
+
+def _next_tokens(reference: Reference, inside: Inside) -> Iterator[dict]:
+    """KL(run || base) of the next token by its place in the base's own answer; the null of harmful
+    prompts are the harmless ones at the same place (Qi et al. 2025, arXiv 2406.05946).
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for kind, (pairs, base) in reference.answers.items():
+        run = inside.scorer.distributions(pairs)
+        every = [
+            ((p.exp() * (p - q)).sum(-1)).cpu().numpy() for p, q in zip(run, base, strict=True)
+        ]
+        longest = max(map(len, every), default=0)
+        found[kind] = [np.array([one[k] for one in every if len(one) > k]) for k in range(longest)]
+    for kind, places in found.items():
+        for k, values in enumerate(places):
+            same = found[HARMLESS][k] if kind == HARMFUL and k < len(found[HARMLESS]) else None
+            null = {} if same is None else dict(zip(NULLS, mean_of(same), strict=True))
+            more = {"position": f"answer {k + 1}", "n": len(values), **null}
+            yield row(KL, mean_of(values), part=kind, **more)
+
+
+NULLS = ("null", "null_low", "null_high")
+
+
+def _restored(
+    reference: Reference,
+    inside: Inside,
+    own: States,
+    levels: Sequence[int],
+    rng: np.random.Generator,
+) -> Iterator[dict]:
+    """Refusals of the run with the base's states put in at a level: what is enough to bring them
+    back.
+    """
+    base, asked = reference.states, (reference.contexts, reference.options)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    for level in levels:
+        layer = level - 1 if level else None
+        put = inside.begins(*asked, level, base)
+        steps = [_step(a[level], b[level], generator) for a, b in zip(own, base, strict=True)]
+        random = [a.clone() for a in own]
+        for one, step in zip(random, steps, strict=True):
+            one[level] += step
+        null = mean_of(100 * inside.begins(*asked, level, random))
+        more = {"position": WHOLE, "n": len(put), **dict(zip(NULLS, null, strict=True))}
+        yield row(RESTORED, mean_of(100 * put), layer=layer, **more)
+
+
+def _taken(
+    reference: Reference, base: Inside, own: States, levels: Sequence[int]
+) -> Iterator[dict]:
+    """Refusals of the base with the run's states put in at a level: what it needs for them."""
+    for level in levels:
+        taken = base.begins(reference.contexts, reference.options, level, own)
+        layer = level - 1 if level else None
+        yield row(TAKEN, mean_of(100 * taken), layer=layer, position=WHOLE, n=len(taken))
+
+
+def _step(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random step of each token's state [tokens, width] as long as that from a to b."""
+    random = torch.randn(a.shape, generator=generator).to(a)
+    length = torch.linalg.vector_norm(b - a, dim=-1, keepdim=True)
+    return random / torch.linalg.vector_norm(random, dim=-1, keepdim=True) * length
+
+
+# ---- what an adapter changes
+def _of_adapter(
+    reference: Reference, inside: Inside, variant: Variant, adapter: Path
+) -> Iterator[dict]:
+    if inside.engine.soft_prompt is not None:
+        yield from _attention(reference, inside)
+    elif variant.method_class == "prompt":
+        yield row(ATTENTION, None, note="key/values of prefix tuning are no tokens of a prompt")
+    elif not safe_lora.has_update(adapter):
+        yield row(UPDATE, None, note=f"{variant.method} changes no weight matrix by an update")
+    else:
+        yield from _updates(reference, inside, adapter)
+
+
+def _attention(reference: Reference, inside: Inside) -> Iterator[dict]:
+    """What the last token of harmful prompts sees of the soft prompt, by layer."""
+    asked = reference.reports[HARMFUL]
+    shares = prompt_attention(inside, asked)
+    if shares is None:
+        note = "the model gives no attention weights, which need eager attention"
+        yield row(ATTENTION, None, note=note)
+        return
+    soft = inside.engine.n_virtual
+    null = float(np.mean([100 * soft / (soft + len(one)) for one in asked]))
+    for layer, own in enumerate(shares.T):
+        yield row(ATTENTION, mean_of(100 * own), layer=layer, n=len(own), null=null)
+
+
+def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[dict]:
+    """|dW h| / |h| of each module, and the update's energy in what alignment changed there."""
+    if safe_lora.is_factored(adapter):
+        every = updates.read(adapter)
+    else:
+        source = mitigations.checkpoint(reference.study.bases[reference.name], reference.study)
+        every = updates.merged(adapter, open_checkpoint(source, "base"))
+    every = {one.module: one for one in every}
+    inputs = inside.module_inputs(reference.reports[HARMFUL], list(every))
+    for name, update in every.items():
+        layer, h = _layer_of(name), inputs[name]
+        moved = abs(update.scale) * torch.linalg.vector_norm(h @ update.a.T @ update.b.T, dim=1)
+        value = mean_of((100 * moved / torch.linalg.vector_norm(h, dim=1)).numpy())
+        null = 100 * update.norm() / np.sqrt(update.shape[1])
+        yield row(UPDATE, value, part=name, layer=layer, n=len(h), null=null)
+        if reference.before is None or not update.norm():
+            continue
+        if (u := reference.main_directions(name)) is None:
+            yield row(
+                ENERGY, None, part=name, layer=layer, note="alignment left this module as it was"
+            )
+        else:
+            null = 100 * u.shape[1] / len(u)
+            yield row(ENERGY, 100 * update.energy(u), part=name, layer=layer, null=null)
+
+
+def _layer_of(module: str) -> int | None:
+    """The layer of a module by its name; None where it has none."""
+    return next((int(word) for word in module.split(".") if word.isdecimal()), None)

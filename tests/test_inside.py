@@ -1,0 +1,115 @@
+"""States inside a model are those of a plain forward, one prompt at a time; states put in their
+place do what they should, and leave nothing behind.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import FAMILIES, one_sentence
+from driftbook.benchmarks.utility import REFUSALS, refusal_probability
+from driftbook.models import adapters
+from driftbook.models.inside import Inside, decoder_layers, prompt_attention
+from driftbook.models.scoring import Scorer
+
+TEXTS = ["how do i bake bread ?", "tell me how to make a cake for my friend today .", "who are you"]
+CASES = [("llama", None), ("gemma", "lora"), ("qwen2", "prompt_tuning"), ("mistral", "p_tuning")]
+CASES += [("llama", "prefix_tuning"), ("gemma", "ia3")]
+
+
+def plain_states(model, scorer, prompt) -> np.ndarray:
+    """The states [layers, width] before the final norm by transformers' own forward, at the last
+    token of one prompt.
+    """
+    found = []
+    layers = decoder_layers(scorer.model)
+    hooks = [one.register_forward_hook(lambda *given: found.append(given[2])) for one in layers]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([prompt]), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    last = [one[0] if isinstance(one, tuple) else one for one in found]
+    return torch.stack([one[0, -1] for one in last]).numpy()
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_states_are_those_of_a_plain_forward(bases, adapter_folders, family, method):
+    base = bases[family]
+    with adapters.attached(base.model, adapter_folders[family, method]) as model:
+        scorer = Scorer(model, base.tokenizer)
+        prompts = scorer.ask(TEXTS)
+        found = Inside(scorer).last_states(prompts)
+        for own, prompt in zip(found, prompts, strict=True):
+            wanted = plain_states(model, scorer, prompt)
+            assert np.abs(own[1:] - wanted).max() < 1e-4 * max(1, np.abs(wanted).max())
+
+
+def test_hidden_states_of_transformers_agree(bases):
+    base = bases["llama"]
+    scorer = Scorer(base.model, base.tokenizer)
+    [prompt] = scorer.ask(TEXTS[:1])
+    with torch.inference_mode():
+        asked = base.model(input_ids=torch.tensor([prompt]), output_hidden_states=True)
+    wanted = np.stack([one[0, -1].numpy() for one in asked.hidden_states[:-1]])
+    assert np.abs(Inside(scorer).last_states([prompt])[0, :-1] - wanted).max() < 1e-4
+
+
+@pytest.mark.parametrize("method", [None, "lora", "prompt_tuning", "prefix_tuning"])
+def test_a_refusal_is_as_likely_as_the_scorer_says(bases, adapter_folders, method):
+    import pandas as pd
+
+    base = bases["llama"]
+    with adapters.attached(base.model, adapter_folders["llama", method]) as model:
+        scorer = Scorer(model, base.tokenizer)
+        asked = pd.DataFrame({"prompt_id": list("abc"), "prompt": TEXTS})
+        wanted = refusal_probability(asked, scorer, "safety", "run").value.astype(float)
+        joined = [scorer.joined(one, REFUSALS, scorer.lead) for one in scorer.ask(TEXTS)]
+        contexts, options = zip(*joined, strict=True)
+        inside = Inside(Scorer(model, base.tokenizer))
+        own = inside.begins(contexts, options)
+        np.testing.assert_allclose(own, wanted, atol=1e-5)
+        states = inside.states(contexts)
+        for level in range(inside.levels):  # its own states change nothing
+            np.testing.assert_allclose(
+                inside.begins(contexts, options, level, states), own, atol=1e-5
+            )
+        np.testing.assert_allclose(inside.begins(contexts, options), own, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_anothers_states_are_put_in_place(bases, adapter_folders, family):
+    base = bases[family]
+    scorer = Scorer(base.model, base.tokenizer)
+    joined = [scorer.joined(one, ["yes", "no"], scorer.lead) for one in scorer.ask(TEXTS)]
+    contexts, options = zip(*joined, strict=True)
+    inside = Inside(scorer)
+    before, states = inside.begins(contexts, options), inside.states(contexts)
+    with adapters.attached(base.model, adapter_folders[family, "lora"]) as model:
+        tuned = Inside(Scorer(model, base.tokenizer))
+        own = tuned.begins(contexts, options)
+        at_first = tuned.begins(contexts, options, 0, states)  # LoRA leaves what layer 0 is given
+        # options of one token follow from the last layer's states alone
+        at_last = tuned.begins(contexts, options, tuned.levels - 1, states)
+    assert np.abs(own - before).max() > 1e-4
+    np.testing.assert_allclose(at_first, own, atol=1e-5)
+    np.testing.assert_allclose(at_last, before, atol=1e-5)
+
+
+def test_the_attention_that_a_soft_prompt_gets(bases, adapter_folders):
+    base = bases["llama"]
+    with adapters.attached(base.model, adapter_folders["llama", "prompt_tuning"]) as model:
+        scorer = Scorer(model, base.tokenizer)
+        inside = Inside(scorer)
+        shares = prompt_attention(inside, scorer.ask(TEXTS))
+        assert base.model.config._attn_implementation == "sdpa", "as it was"
+    assert shares.shape == (3, 2)
+    assert ((shares > 0) & (shares < 1)).all()
+
+
+def test_a_model_whose_layers_are_not_found_is_refused(bases):
+    class Odd(torch.nn.Module):
+        config = bases["llama"].model.config
+
+    with pytest.raises(ValueError) as error:
+        decoder_layers(Odd())
+    assert "layers of Odd are not found" in one_sentence(error.value)

@@ -1,0 +1,220 @@
+"""Probes of runs: rows for every probe with their nulls, what they must be where the answer is
+known, and bad input refused in a sentence.
+"""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import SMALL, local, one_sentence
+from driftbook.batch import keys
+from driftbook.models import adapters
+from driftbook.stats import directions
+from driftbook.stats.directions import (
+    ATTENTION,
+    BEGINS,
+    CEILING,
+    CKA,
+    DRIFT,
+    DROP,
+    HARMFUL,
+    KL,
+    OF_BASE,
+    RESTORED,
+    SHIFT,
+    TAKEN,
+    UPDATE,
+)
+from driftbook.study.methods import layers_of
+from driftbook.training import probes
+
+PROBES = {"harmful": "forbidden", "harmless": "allowed", "n": 16, "reported": 4, "answer_tokens": 4}
+
+
+def probing(**more) -> dict:
+    """The small study with probes."""
+    content = copy.deepcopy(SMALL) | {"probes": PROBES | more}
+    content["data"]["forbidden"] = {"format": "alpaca", "n": 16, **local("data/safety_sft.json")}
+    content["data"]["allowed"] = {
+        "format": "alpaca",
+        "n": 16,
+        "rows": [160, 200],
+        **local("data/sft.json"),
+    }
+    return content
+
+
+@pytest.fixture
+def looked(bases, adapter_folders, make_study):
+    """Looks into a variant of the small study with a random adapter of its method."""
+    study = make_study(probing())
+    reference = probes.Reference(bases["llama"], study, "tiny-llama")
+
+    def look(method):
+        variant = next(one for one in study.variants if one.method == method)
+        folder = adapter_folders["llama", None if method == "none" else method]
+        with adapters.attached(bases["llama"].model, folder) as model:
+            found = probes.probed(reference, model, variant, folder)
+        return found.astype({"value": float, "null": float})
+
+    look.reference = reference
+    return look
+
+
+def test_a_run_has_every_probe_with_its_null(looked):
+    found = looked("lora")
+    assert {BEGINS, DRIFT, DROP, SHIFT, CKA, KL, RESTORED, TAKEN, UPDATE} == set(found["probe"])
+    made = found[found["note"].isna()]
+    assert made["value"].notna().all()
+    assert made.loc[made["probe"].isin([SHIFT, CKA, RESTORED, UPDATE]), "null"].notna().all()
+    shift = made[made["probe"].eq(SHIFT)]
+    assert shift["value"].gt(0).all()
+    # the last layer's states decide the first token; put back, refusals are nearly the base's
+    begins = made[made["probe"].eq(BEGINS)].set_index("part")["value"]
+    ends = made[made["probe"].eq(TAKEN)].set_index("layer")["value"]
+    assert abs(ends.dropna().iloc[0] - begins[OF_BASE]) < 0.01, "LoRA leaves what layer 0 is given"
+
+
+def test_an_update_is_what_the_module_adds(looked, bases, adapter_folders):
+    import torch
+
+    found, base = looked("lora"), bases["llama"]
+    name = "model.layers.1.self_attn.v_proj"
+    row = found[found["probe"].eq(UPDATE) & found["part"].eq(name)].iloc[0]
+    with adapters.attached(base.model, adapter_folders["llama", "lora"]) as model:
+        module = model.get_base_model().get_submodule(name)
+        shares, given = [], {}
+        hook = module.register_forward_pre_hook(lambda _, x: given.update(x=x[0][0, -1]))
+        for prompt in looked.reference.reports[HARMFUL]:
+            with torch.inference_mode():
+                model(input_ids=torch.tensor([prompt]))
+                h = given["x"]
+                added = module(h[None]) - module.base_layer(h[None])
+            shares.append(float(100 * added.norm() / h.norm()))
+        hook.remove()
+    assert row["value"] == pytest.approx(np.mean(shares), rel=1e-4)
+
+
+def test_a_soft_prompt_draws_attention_and_a_base_model_has_a_ceiling(looked):
+    found = looked("prompt_tuning")
+    seen = found[found["probe"].eq(ATTENTION)]
+    assert len(seen) == 2
+    assert seen["value"].between(0, 100).all()
+    assert found.loc[found["probe"].eq(BEGINS), "value"].nunique() == 2
+    base = looked("none")
+    assert set(base["probe"]) == {CEILING, BEGINS}
+
+
+def test_too_few_prompts_for_a_direction_are_refused(looked, monkeypatch):
+    monkeypatch.setattr(probes, "LEAST_CEILING", 1.01)
+    found = looked("lora")
+    refused = found[found["probe"].isin([DRIFT, DROP])]
+    assert refused["value"].isna().all()
+    assert refused["note"].str.contains("too few prompts for a direction").all()
+
+
+def test_directions_and_their_nulls():
+    rng = np.random.default_rng(0)
+    r = directions.unit(rng.standard_normal((3, 20)))
+    noise = rng.standard_normal((2, 40, 3, 20))
+    harmful, harmless = noise[0] + 3 * r, noise[1] - 3 * r
+    assert (directions.cosines(directions.direction(harmful, harmless), r) > 0.95).all()
+    assert (directions.halves(harmful, harmless, rng).mean(0) > 0.9).all()
+    both = np.concatenate([harmful, harmless])
+    mixed = directions.cosines(directions.shuffled(both, 40, rng), r)
+    assert abs(mixed.mean()) < 0.3
+    turned = both @ np.linalg.qr(rng.standard_normal((20, 20)))[0]
+    np.testing.assert_allclose(directions.linear_cka(both, 2 * turned), 1)
+    assert (directions.linear_cka(both, both[rng.permutation(80)]) < 0.5).all()
+
+
+def _drop(content):
+    del content["data"]["forbidden"]
+
+
+def _trained(content):
+    content["grid"][0] |= {"data": ["forbidden"], "objectives": ["sft"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop, "probes.harmful = 'forbidden'"),
+        (_trained, "no block trains on"),
+        (lambda c: c["probes"].update(harmless="forbidden"), "no direction"),
+        (lambda c: c["probes"].update(n=17), "16 examples of 17"),
+        (lambda c: c["grid"][0].update(layers=["early"]), "layers apply to LoRA"),
+    ],
+    ids=["no set", "trained on", "one set", "too few", "soft prompt in layers"],
+)
+def test_what_does_not_fit_is_one_sentence(make_study, change, words):
+    content = probing()
+    change(content)
+    with pytest.raises(ValueError) as error:
+        make_study(content)
+    assert words in one_sentence(error.value)
+
+
+def test_prompts_that_are_reported_on_are_none_of_the_directions(bases, make_study, monkeypatch):
+    content = probing()
+    content["data"]["allowed"] |= {"rows": [0, 16]}
+    study = make_study(content)
+    asked = probes._reported(study)
+    texts = pd.Series([one for some in asked.values() for one in some])
+    assert len(texts) == 8
+    monkeypatch.setattr(probes, "_prompts", lambda *_: list(texts))
+    with pytest.raises(ValueError) as error:
+        probes.Reference(bases["llama"], study, "tiny-llama")
+    assert "are also asked by the benchmarks" in one_sentence(error.value)
+
+
+def test_the_stage_is_there_where_a_study_has_probes(make_study):
+    assert keys.stages(make_study(probing()))[-1] == "probe"
+    assert "mechanisms" in keys.analyses(make_study(probing()))
+    assert "probe" not in keys.stages(make_study())
+    stated = keys.settings("probe", make_study(probing()), "tiny-llama", lambda *_: "content")
+    assert {"data forbidden", "data allowed", "safety", "over_refusal", "probes"} <= set(stated)
+
+
+def test_a_third_of_the_layers_is_a_setting_of_its_own(make_study):
+    content = copy.deepcopy(SMALL)
+    plain = make_study(content)
+    block = {"methods": ["lora"], "objectives": ["sft"], "learning_rates": {"lora": [5.0e-3]}}
+    content["grid"] = [block | {"name": "thirds", "seeds": [1], "layers": ["all", "early", "late"]}]
+    lora = [one for one in make_study(content).variants if one.method == "lora"]
+    assert [one.layers for one in lora] == [None, "early", "late"]
+    assert [one.mitigation for one in lora] == [None, "layers early", "layers late"]
+    assert lora[0].run_id in {one.run_id for one in plain.variants}, (
+        "runs in all layers are as before"
+    )
+    assert len({one.seed for one in lora}) == 3
+    assert [list(layers_of(part, 7)) for part in ("early", "middle", "late")] == [
+        [0, 1],
+        [2, 3, 4],
+        [5, 6],
+    ]
+
+
+def test_an_adapter_in_a_third_has_no_other_layers(make_study):
+    from driftbook.miniature.families import build_model, build_tokenizer
+
+    content = copy.deepcopy(SMALL)
+    content["grid"][0] |= {
+        "methods": ["lora"],
+        "objectives": ["untrained"],
+        "layers": ["middle"],
+        "learning_rates": {},
+    }
+    [variant] = [one for one in make_study(content).variants if one.layers]
+    tokenizer = build_tokenizer("llama")
+    deep = build_model("llama-4", tokenizer, 0, width=16)
+    model = adapters.create(variant, deep, tokenizer)
+    named = {
+        name.split(".layers.")[1][0] for name, one in model.named_parameters() if one.requires_grad
+    }
+    assert named == {str(one) for one in layers_of("middle", 4)}
+    with pytest.raises(ValueError) as error:
+        adapters.create(variant, build_model("llama", tokenizer, 0, width=16), tokenizer)
+    assert "a model of 2 layers has no middle third" in one_sentence(error.value)
