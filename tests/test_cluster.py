@@ -122,9 +122,9 @@ def test_weights_that_one_gpu_cannot_hold_are_refused_before_any_work(bases, slu
         sizes.check_fits(Study(**SMALL | {"judges": two, "primary": {}}), 24e9)
     slurm("nvidia-smi", "81559\n24564")
     monkeypatch.setenv(gpus.VISIBLE, "0,1")
-    assert gpus.memory() == 24564 * 2**20
+    assert gpus.gpu_memory() == 24564 * 2**20
     monkeypatch.setenv(gpus.VISIBLE, "")
-    assert gpus.memory() is None
+    assert gpus.gpu_memory() is None
 
 
 def test_without_gpus_a_job_asks_for_the_memory_of_its_processes(bases):

@@ -28,7 +28,7 @@ def numbers() -> list[str]:
     )
 
 
-def memory() -> float | None:
+def gpu_memory() -> float | None:
     """Bytes of the smallest GPU that may be used, as the driver says, since torch takes seconds to
     import; None without one, or where no driver answers.
     """

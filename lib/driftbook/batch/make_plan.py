@@ -92,7 +92,7 @@ def pages(
     study: Study, found: Rates, price: float | None, to_run: str = "", asked: Cluster | None = None
 ) -> str:
     """The plan in words and tables, for this machine or for a cluster."""
-    on, memory = (asked.device, asked.memory) if asked else (None, gpus.memory())
+    on, memory = (asked.device, asked.memory) if asked else (None, gpus.gpu_memory())
     parts = [
         [f"{study.name}: {study.note}", *_variants(study)],
         _hours(study, found, price, asked),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,12 +43,12 @@ LONGEST_PLACE = 80  # bytes of the folder of a socket, whose path may have 107
 
 
 def alone(study: Study) -> contextlib.AbstractContextManager[None]:
-    """Holds the study, so that no second batch works on it at the same time; see `held`."""
-    return held(study.folder, f"the study {study.name} is being run by another make study")
+    """Holds the study, so that no second batch works on it at the same time; see `holding`."""
+    return holding(study.folder, f"the study {study.name} is being run by another make study")
 
 
 @contextlib.contextmanager
-def held(folder: Path, busy: str) -> Iterator[None]:
+def holding(folder: Path, busy: str) -> Iterator[None]:
     """Holds the folder of a study or an audit.
 
     Raises:
@@ -279,6 +279,13 @@ def _end_with_this_process() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _seen(study: Study, shards: Shards) -> Callable[[], tuple[list[Part], float]]:
+    """A function that reads the parts of the work, and says how many seconds ago it was made."""
+    clock = clock_of(study.folder)
+    started = clock()
+    return lambda: (parts(study, shards, started, clock()), clock() - started)
+
+
 def _run_batch(
     study: Study,
     study_file: Path,
@@ -289,12 +296,8 @@ def _run_batch(
     """Run the planned batch with a live display; Snakemake's exit status. Its own words go to
     snakemake.log in the study's folder.
     """
-    clock, parent, shards = clock_of(study.folder), os.getppid(), read_shards(study)
-    started = clock()
-
-    def now() -> tuple[list[Part], float]:
-        return parts(study, shards, started, clock()), clock() - started
-
+    parent, shards = os.getppid(), read_shards(study)
+    now = _seen(study, shards)
     finished = all(part.done == part.total for part in now()[0])
     for stale in study.folder.glob("notebooks/*.error.txt"):
         stale.unlink()
@@ -345,7 +348,7 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
         if asked := cluster.read(profile):
             cluster.check_paths({"the checkout": ROOT, "the folder of outputs": OUTPUTS})
         check_writable(checked.folder)
-        if memory := asked.memory if asked else gpus.memory():
+        if memory := asked.memory if asked else gpus.gpu_memory():
             sizes.check_fits(checked, memory)
         open_files()
         with alone(checked):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from driftbook.batch import cache, keys
-from driftbook.batch.make_study import held
+from driftbook.batch.make_study import holding
 from driftbook.study.commands import command
 from driftbook.study.files import OUTPUTS, ROOT
 from driftbook.study.study_file import Study, load
@@ -35,7 +35,9 @@ def _alone(folder: Path) -> int:
     """
     with contextlib.ExitStack() as stack:
         for one in (folder, *(lock.parent for lock in folder.glob("*/.lock"))):
-            stack.enter_context(held(one, f"{one} is in use by another make study or make audit"))
+            stack.enter_context(
+                holding(one, f"{one} is in use by another make study or make audit")
+            )
         return _purged(folder)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from driftbook.batch import audit_setup
-from driftbook.batch.make_study import held
+from driftbook.batch.make_study import holding
 from driftbook.batch.notebooks import NotebookError, execute
 from driftbook.publishing.audit_files import check_gate
 from driftbook.publishing.audit_finish import CI_FILE, PAGE, begin, could_not_run, has_not_ended
@@ -236,7 +236,7 @@ def run_audit(given: dict[str, Any]) -> dict[str, Any]:
     """
     folder = folder_of(given)
     output = folder / f"{NOTEBOOK}.ipynb"
-    with held(folder, f"the audit {folder} is in use by another make audit or make purge"):
+    with holding(folder, f"the audit {folder} is in use by another make audit or make purge"):
         begin(folder)
         try:
             with _quiet():
