@@ -165,6 +165,11 @@ RANDOM_RESIDUAL = "pissa_niter"
 BESIDE_FACTORS = ("bias", "lora_bias", "modules_to_save", "trainable_token_indices")
 
 
+def is_encoded(method: str, init: str | None) -> bool:
+    """Whether a prompt comes out of an encoder that is fitted to a start."""
+    return method == "p_tuning" and init not in (None, "random")
+
+
 def unscored_setting(settings: dict[str, Any]) -> str | None:
     """The setting of PEFT with which an adapter could not be scored as it was trained, and why;
     None where there is none.
