@@ -1,4 +1,4 @@
-"""Gains in everything at once: words over arms, what an arm adds to the volume that a smaller update
+"""Gains in everything at once: words over arms, what an arm adds to the volume that a smaller one
 dominates, and what it costs, on simulated runs and on cases worked out by hand.
 """
 

@@ -176,6 +176,18 @@ def test_an_encoder_too_small_for_its_start_is_refused(bases, begun):
     assert "encoder_hidden_size" in str(error.value)
 
 
+def test_before_any_work_too(begun, standins):
+    few = {"num_virtual_tokens": 12, "encoder_hidden_size": 4}
+    for settings in ({"num_virtual_tokens": 12}, few):
+        study = begun("safety_text", "p_tuning", {"methods": {"p_tuning": settings}})
+        source = study.bases["tiny-llama"]
+        if settings is not few:
+            preparing.check_model("tiny-llama", source, study)
+    with pytest.raises(ValueError) as error:
+        preparing.check_model("tiny-llama", source, study)
+    assert "methods.p_tuning: the encoder" in one_sentence(error.value)
+
+
 # ---- DRO
 def a_space(width=64, m=3, seed=0):
     rng = np.random.default_rng(seed)

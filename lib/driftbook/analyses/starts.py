@@ -75,8 +75,8 @@ def start_estimates(
     judge: str,
     **labels: str,
 ) -> pd.DataFrame:
-    """The contrasts of starts in every outcome and dose, by method, on each base model and in their
-    mean over those that have both starts; `measured` as of tradeoffs.measured.
+    """The contrasts of starts in every outcome and dose, by method, in the mean over the base
+    models that have both starts, and BY_TRAINING on each; `measured` as of tradeoffs.measured.
 
     The member is the start, `against` the other one. BY_TRAINING over all base models is a family
     of tests for each method, over the outcomes of TESTED, adjusted by Holm's method.
@@ -130,7 +130,7 @@ def _weighed(frame: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame
             for contrast in (BEFORE, AFTER, BY_TRAINING):
                 parts = {base: one[contrast] for base, one in by_base.items() if contrast in one}
                 names = {"method": method, "group": terms.INIT, "member": start, "against": other}
-                for base, part in parts.items():
+                for base, part in parts.items() if contrast == BY_TRAINING else ():
                     yield {**names, "base_model": base, "contrast": contrast}, part
                 every = [part.assign(weight=part["weight"] / len(parts)) for part in parts.values()]
                 if len(every):
@@ -180,8 +180,11 @@ def start_sentence(estimates: pd.DataFrame) -> str:
     if rows.empty or rows["value"].isna().all():
         return ""
     sure = rows[rows["p_adjusted"].lt(ALPHA).fillna(False)]
-    largest = rows.loc[rows["value"].astype(float).abs().idxmax()]
-    words = [_worded(row) for row in (sure if len(sure) else rows.loc[[largest.name]]).itertuples()]
+    size = rows["value"].astype(float).abs().to_numpy()
+    words = [
+        _worded(row)
+        for row in (sure if len(sure) else rows.iloc[[np.nanargmax(size)]]).itertuples()
+    ]
     answer = (
         f"What a soft prompt begins as matters for safety: {len(sure)} of {len(rows)} comparisons"
         f" of starts have an adjusted p {BELOW} ({'; '.join(words)})"

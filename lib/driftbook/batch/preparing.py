@@ -20,10 +20,11 @@ from driftbook.study.files import (
     replacing_folder,
     write_json,
 )
-from driftbook.study.methods import TEXT_INITS
+from driftbook.study.methods import TEXT_INITS, is_encoded
 from driftbook.study.sections import PROMPT_FORMATS, Base, Judge
 from driftbook.study.sources import MODELS, identity, locate, made_folder, twin_folder
 from driftbook.study.study_file import Study
+from driftbook.study.variants import Variant
 
 CURVES = "learning_curve.parquet"
 
@@ -104,6 +105,17 @@ def check_model(name: str, source: Base | Judge, study: Study) -> None:
     for variant in methods.values():
         made = adapters.placed(adapters.config(variant), variant, shell)
         adapters.check_targets(variant.method, made, shell)
+    if encoded := next((one for one in variants if is_encoded(one.method, one.init)), None):
+        _check_encoder(encoded, shell.get_input_embeddings().embedding_dim)
+
+
+def _check_encoder(variant: Variant, width: int) -> None:
+    from driftbook.models import adapters, starts
+
+    try:
+        starts.check_encoder(adapters.config(variant), width)
+    except ValueError as error:
+        raise ValueError(f"methods.{variant.method}: {error}") from None
 
 
 def _check_starts(name: str, source: Base, study: Study) -> int:

@@ -26,7 +26,7 @@ from driftbook.figures.drawing import (
 from driftbook.stats import terms
 from driftbook.stats.confidence import ALPHA, BELOW, PERCENT
 
-AGAINST = {terms.REFUSED: "refusals of benign look-alikes", GAINED: "gain on held-out answers"}
+AGAINST = {terms.REFUSED: "refusals, benign prompts", GAINED: "gain on held-out answers"}
 SHIFT = 0.17  # of the two marks of a row
 
 

@@ -2,8 +2,10 @@
 their coordinates permuted, frozen in front of trainable tokens, or from rows that are given.
 """
 
+import copy
+
 import torch
-from peft import PeftModel
+from peft import PeftModel, PromptEncoder, PromptEncoderConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,6 +100,18 @@ def begin(
         fit_encoder(encoder, rows)
     elif rows is not None:
         encoder.embedding.weight.copy_(rows)
+
+
+def check_encoder(config: PromptEncoderConfig, width: int) -> None:
+    """Raise a ValueError where P-Tuning's encoder, with these settings on a base model of this
+    width, could not give virtual tokens that all differ (see `fit_encoder`).
+    """
+    made = copy.copy(config)
+    made.token_dim, made.num_transformer_submodules = width, 1
+    made.encoder_hidden_size = made.encoder_hidden_size or width
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fit_encoder(PromptEncoder(made), torch.randn(made.num_virtual_tokens, width))
 
 
 @torch.no_grad()

@@ -216,6 +216,11 @@ def layers_of(part: str, n: int) -> range:
     return range(round(third * n / 3), round((third + 1) * n / 3))
 
 
+def is_encoded(method: str, init: str | None) -> bool:
+    """Whether a prompt comes out of an encoder that is fitted to a start."""
+    return method == "p_tuning" and init not in (None, "random")
+
+
 def unscored_setting(settings: dict[str, Any]) -> str | None:
     """The setting of PEFT with which an adapter could not be scored as it was trained, and why;
     None where there is none.
