@@ -4,7 +4,7 @@ from functools import cached_property
 
 import pandas as pd
 
-from driftbook.analyses import information, repairs, rescaling, second_tuning
+from driftbook.analyses import information, joint, repairs, rescaling, second_tuning
 from driftbook.stats import harm
 from driftbook.stats.picking import picked
 from driftbook.study.opening import Tables
@@ -50,18 +50,19 @@ class Repaired:
 
     def estimates(self, levels: pd.DataFrame) -> pd.DataFrame:
         """Every estimate of notebook 14: repairs against parents, base models and controls, against
-        rescaling that keeps as much, and in each BBQ dimension; and what is left of them after
-        a second tuning."""
+        rescaling that keeps as much, in each BBQ dimension, and in all goals at once; and what is
+        left of them after a second tuning."""
         names = {"study": self.study.name, "notebook": "14_safe_lora"}
         chosen = (self.own, self.runs, levels)
         pairs = repairs.repairs_compared(*chosen, self.study.seed, self.silent, **names)
         leading = filter(None, (repairs.leading(self.runs), repairs.leading(self.runs, "rescale")))
         dimensions = repairs.by_dimension(*chosen, leading, self.silent, **names)
         beside = rescaling.beside_rescaling(self.points, self.runs, levels, **names)
-        parts = [pairs, dimensions, beside]
+        at_once = joint.joint(*chosen, pairs, self.study.seed, self.silent, **names)
+        parts = [pairs, dimensions, beside, at_once]
         if len(self.again):
-            chosen = (self.own, self.again, self.worst_rates, self.study.seed)
-            parts.append(second_tuning.defences_compared(*chosen, **names))
+            again = (self.own, self.again, self.worst_rates, self.study.seed)
+            parts.append(second_tuning.defences_compared(*again, **names))
         return ESTIMATES.concat(parts)
 
     # ---- second tunings
@@ -109,10 +110,13 @@ class Repaired:
         return rows.groupby(["base_model", "pair"], sort=False)[columns].mean().astype(float)
 
     def sentence(self, estimates: pd.DataFrame) -> str:
-        """What the leading Safe LoRA repair did at its chosen level, in one sentence; and where the
-        study tunes its runs again, what holds."""
-        said = repairs.repairs_sentence(estimates, repairs.leading(self.runs))
-        return f"{said} {self.held_sentences(estimates)}" if len(self.again) else said
+        """What the leading Safe LoRA repair did at its chosen level, whether any arm gains in
+        everything at once, and where the study tunes its runs again, what holds.
+        """
+        name = repairs.leading(self.runs)
+        own = [repairs.repairs_sentence(estimates, name)] if name else []
+        own.append(joint.joint_sentence(estimates))
+        return " ".join([*own, *([self.held_sentences(estimates)] if len(self.again) else [])])
 
     @staticmethod
     def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:

@@ -211,6 +211,17 @@ def differences(tables: Tables, pairs: pd.DataFrame) -> dict[str, Scores]:
     return found | ({GAIN: gained} if gained is not None else {})
 
 
+def with_gain(tables: Tables, arms: pd.DataFrame) -> dict[str, tuple[Scores, Scores]]:
+    """Levels and differences of runs against what `arms` gives as base_run_id, by outcome, the gain
+    of fine-tuning among them.
+    """
+    found, rows = _measured(tables, arms), gains(tables.ratings)
+    rows = rows.assign(value=-rows["value"])
+    level = influence.rated(rows, 1.0)
+    gained = () if level is None else (level, influence.rated_changes(rows, arms, 1.0))
+    return found | ({GAIN: gained} if gained else {})
+
+
 def _measured(tables: Tables, arms: pd.DataFrame) -> dict[str, tuple[Scores, Scores]]:
     """Levels and differences of runs by outcome, but of the gain: those of `tradeoffs.measured`,
     and how often harmful prompts were declined.
@@ -349,7 +360,7 @@ def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
 
 
 # ---- estimates
-def repair_cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
+def cells_of(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     """Cells of `stats.means`: each repair on each base model, and the mean of the base models where
     all, `every` of them, have it.
     """
@@ -396,12 +407,20 @@ def _estimates(
 def _cells_read(
     pairs: pd.DataFrame, n_bases: int, outcome: str, silent: Sequence[str]
 ) -> pd.DataFrame:
-    """`repair_cells` of an outcome: of bias scores without the silent base models, whose answers do
-    not tell persons apart (notebook 10).
+    """`cells_of` an outcome: of bias scores without the silent base models, whose answers do not
+    tell persons apart (notebook 10).
     """
     if outcome not in information.BIAS:
-        return repair_cells(pairs, n_bases)
-    return repair_cells(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
+        return cells_of(pairs, n_bases)
+    return cells_of(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
+
+
+def changes_of(
+    report: Tables, runs: pd.DataFrame, silent: Sequence[str] = (), **labels: str
+) -> pd.DataFrame:
+    """The changes of runs against their base models, by outcome, on the report half."""
+    pairs = runs.assign(against=runs["base_run_id"])
+    return ESTIMATES.concat(_estimates(report, pairs, terms.CHANGE, silent, **labels))
 
 
 def repairs_compared(

@@ -206,7 +206,7 @@ def _front_of(
         why = "no cell has a score in all goals: there is no front"
         return pd.DataFrame([(*base, None, why, terms.BOTH), *empty], columns=columns)
     names = [base, *((*key, len(rows)) for key, rows in own.groupby(CELL[1:], sort=False))]
-    drawn, single = _drawn(measured, goals, base_run, own, values, n_draws, rng)
+    drawn, single = drawn_points(measured, goals, base_run, own, values, n_draws, rng)
     share = 100 * front(drawn).mean(0)
     what = "; ".join(f"{better} {outcome}" for outcome, better in goals.items())
     how = f"share of {n_draws} draws of all means together, over runs and units; goals: {what}"
@@ -217,7 +217,7 @@ def _front_of(
     return pd.concat([rows, pd.DataFrame(empty, columns=columns)]) if empty else rows
 
 
-def _drawn(
+def drawn_points(
     measured: dict,
     goals: dict[str, str],
     base_run: str,

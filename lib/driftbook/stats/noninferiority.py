@@ -4,7 +4,7 @@ A word is a decision with a known error rate: of all the cells that a family dec
 "preserves" comes in at most half of ALPHA of studies, and so does some false "does not preserve".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import ceil
 
 import numpy as np
@@ -30,6 +30,8 @@ HARMS = {  # which way is harm
     (terms.CORRECT, "utility"): -1,
 }
 _USUAL = tuple(key for key in HARMS if key[0] != terms.UNREFUSED)
+OF_A_CELL = ("study", "notebook", "group", "method", "member", "base_model", "margin")
+MORE_IS_BETTER = ("accuracy", "gain")  # how such an outcome begins
 _ENDS = ("value", "ci_low", "ci_high")
 
 
@@ -38,14 +40,17 @@ def preserves(
     margins: Sequence[float] = (3.0, 2.0, 5.0),
     outcomes: Iterable[tuple[str, str]] = _USUAL,
     group: str = AS_CONFIGURED,
+    better: Collection[str] = (),
+    jointly: str = JOINTLY,
     **labels: str,
 ) -> pd.DataFrame:
     """Is a method not worse than its base model by the margin or more? A row per margin, method,
-    base model and outcome, and one for all outcomes jointly.
+    member, base model and outcome, and one for all outcomes jointly, which is called `jointly`.
 
     `outcomes` are (outcome, benchmark). Values are changes toward harm, so that above zero is
     worse; p is one-sided, that the harm is the margin or more. Jointly, p is the largest
-    (intersection-union, Berger 1982, Technometrics 24, 295).
+    (intersection-union, Berger 1982, Technometrics 24, 295). Outcomes in `better` have to be better
+    than the base model's, whatever the margin.
 
     The word begins `how`. It is decided within its family: all methods, over the base models
     together or on each of them, for one margin, outcome and judge. A cell preserves where Holm's
@@ -67,16 +72,16 @@ def preserves(
         return ESTIMATES.empty()
     worst = _worst(rows)
     harms = [_harm(line, worst) for line in changes.to_dict("records")]
-    single = pd.DataFrame([_tested(harm, margin) for margin in margins for harm in harms])
+    single = pd.DataFrame([_tested(harm, margin, better) for margin in margins for harm in harms])
     single["word"] = _words(single)
     safety = safety_outcome(changes)
     judges = list(dict.fromkeys(changes.loc[changes["outcome"].eq(safety), "judge"]))
-    joint = pd.DataFrame(_joint_rows(single, outcomes, safety, judges or ["none"]))
+    joint = pd.DataFrame(_joint_rows(single, outcomes, safety, judges or ["none"], jointly))
     joint["word"] = _words(joint)
     single["how"] = [_reasons(row) for row in single.to_dict("records")]
     joint["how"] = joint["word"] + ": " + joint["how"]
     every = pd.concat([single, joint], ignore_index=True)
-    order = every.groupby(["method", "base_model", "margin"], sort=False).ngroup()
+    order = every.groupby(["method", "member", "base_model", "margin"], sort=False).ngroup()
     every = every.iloc[order.argsort(kind="stable")].drop(columns=["word", "opposite", "worst"])
     every = every.assign(contrast=HARM, **labels)
     return complete(every.astype({"p": float}).drop(columns=["p_adjusted", "family_of_tests"]))
@@ -98,7 +103,7 @@ def _cell(line: dict) -> tuple:
 
 
 def _sign(line: dict) -> int:
-    usual = -1 if line["outcome"].startswith("accuracy") else 1
+    usual = -1 if line["outcome"].startswith(MORE_IS_BETTER) else 1
     return HARMS.get((line["outcome"], line["benchmark"]), usual)
 
 
@@ -111,8 +116,9 @@ def _harm(line: dict, worst: dict[tuple, float]) -> dict:
     return {**line, **ends, "worst": worst.get(_cell(line), value)}
 
 
-def _tested(harm: dict, margin: float) -> dict:
-    p = None if harm["ci_high"] is None else _p(harm, margin)
+def _tested(harm: dict, margin: float, better: Collection[str]) -> dict:
+    at = 0.0 if harm["outcome"] in better else margin
+    p = None if harm["ci_high"] is None else _p(harm, at)
     return {**harm, "margin": margin, "p": p, "opposite": None if p is None else 1 - p}
 
 
@@ -182,15 +188,19 @@ def _overturning(row: dict, margin: float) -> float:
 
 # ---- jointly
 def _joint_rows(
-    single: pd.DataFrame, outcomes: list[tuple[str, str]], safety: str, judges: list[str]
+    single: pd.DataFrame,
+    outcomes: list[tuple[str, str]],
+    safety: str,
+    judges: list[str],
+    jointly: str,
 ) -> list[dict]:
-    """A row per margin, method, base model and judge of the outcome of safety."""
+    """A row per margin, method, member, base model and judge of the outcome of safety."""
     found = []
-    for _, own in single.groupby(["margin", "method", "base_model"], sort=False):
+    for _, own in single.groupby(["margin", "method", "member", "base_model"], sort=False):
         for judge in judges:
             rows = own[own["outcome"].ne(safety) | own["judge"].eq(judge)]
             if len(rows):
-                found.append(_jointly(rows, outcomes, judge))
+                found.append({**_jointly(rows, outcomes, judge), "outcome": jointly})
     return found
 
 
@@ -205,9 +215,7 @@ def _jointly(rows: pd.DataFrame, outcomes: list[tuple[str, str]], judge: str) ->
     p, opposite = rows["p"].astype(float), rows["opposite"].astype(float)
     first = rows.iloc[0]
     return {
-        **{name: first[name] for name in ("study", "notebook", "group", "method", "base_model")},
-        "margin": first["margin"],
-        "outcome": JOINTLY,
+        **{name: first[name] for name in OF_A_CELL},
         "benchmark": "all",
         "judge": judge,
         "p": None if missing or p.isna().any() else p.max(),
