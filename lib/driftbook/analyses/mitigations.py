@@ -119,6 +119,11 @@ class Repaired:
         return " ".join([*own, *([self.held_sentences(estimates)] if len(self.again) else [])])
 
     @staticmethod
+    def at_once(estimates: pd.DataFrame) -> pd.DataFrame:
+        """Arms x what was found in all goals over all base models, with words and costs."""
+        return joint.arms_shown(estimates)
+
+    @staticmethod
     def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:
         """Repairs x base models: the chosen level, and on how many base models it keeps enough."""
         which = repairs.LEVEL_OF[1:]
