@@ -2,6 +2,7 @@
 examples, model and method; and an 8B model on a GPU.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -26,12 +27,13 @@ from bench.harness import (
     tokenizer_of,
 )
 
-from driftbook.study.methods import PEFT_METHODS, STUDIED
+from driftbook.study.methods import MITIGATION_KINDS, PEFT_METHODS, STUDIED
 from driftbook.study.study_file import Study, load
 from driftbook.study.variants import Variant
 
 GOAL = 1.5  # times TRL's tokens a second
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+SECOND = ("kl", "safegrad", "pcgrad", "mgda", "drift_budget")
 NOISE = 0.05  # nats: TRL's defaults compute in bf16, ours here in fp32
 FIGURE = "{}, {} examples of real chat: times TRL's tokens a second"
 
@@ -158,6 +160,34 @@ def _peer(
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         before.restore("TRL")
     return np.array(losses, float)
+
+
+def objectives(n: int = 24, limit: float = 2.2) -> list[dict]:
+    """CPU seconds of one epoch with two objectives against SFT alone, by method; LoRA's with every
+    kind. The base's states of the alignment examples are made once for all variants, and not
+    counted.
+    """
+    from driftbook.models.loading import Loaded
+    from driftbook.training import examples
+
+    this, rows, name = study(n, STUDIED), [], next(iter(SHAPES))
+    tokenizer = tokenizer_of(texts(this), SHAPES[name]["vocab_size"])
+    base = Loaded("random", random_llama(SHAPES[name], tokenizer), tokenizer, "random")
+    alone = examples.prepare("sft", base, this)
+    for plain in _of_objective(this, "sft"):
+        seconds, _ = least_seconds(fit_once, plain, base, alone, this, repeats=3)
+        for kind in SECOND if plain.method == "lora" else ("kl",):
+            change = {"kind": kind, "data": "dpo", "value": 1.0, "eta": 0.1}
+            settings = {**json.loads(plain.settings), "mitigation": change}
+            both = replace(plain, settings=json.dumps(settings))
+            prepared = examples.prepare("sft", base, this, None, examples.change(both))
+            more, _ = least_seconds(fit_once, both, base, prepared, this, repeats=3)
+            figure = f"SFT and {MITIGATION_KINDS[kind].label}: times the CPU seconds of SFT alone"
+            setting = f"{PEFT_METHODS[plain.method].label}, {name}"
+            rows.append(
+                row(figure, setting, more / seconds, limit, "CPU s", more, seconds, least=False)
+            )
+    return rows
 
 
 # ---- a large model
@@ -298,4 +328,4 @@ def rows() -> list[dict]:
             "training is measured on the chat data of studies/real_data.yaml; without a local copy"
             " (DRIFTBOOK_SHARED) they are fetched"
         )
-    return [*speed(), *doctor()]
+    return [*speed(), *objectives(), *doctor()]

@@ -1,5 +1,5 @@
-"""Gains in everything at once: words over arms, what an arm adds to the volume that a smaller one
-dominates, and what it costs, on simulated runs and on cases worked out by hand.
+"""Gains in everything at once: words over arms, what an arm adds to the volume that a smaller
+update dominates, and what it costs, on simulated runs and on cases worked out by hand.
 """
 
 import json
@@ -46,7 +46,7 @@ def test_no_word_is_said_of_outcomes_that_were_not_measured(found):
         assert set(words.index) == {repairs.PARENT, "rescale", "plain", "better"}
         assert words["p"].isna().all()
         assert words["how"].str.contains("not measured").all()
-    table = joint.shown(pd.concat([pairs, rows]))
+    table = joint.arms_shown(pd.concat([pairs, rows]))
     assert len(table) == 4
     assert "Of 3 arms 0 gain" in joint.joint_sentence(rows)
 

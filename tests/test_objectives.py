@@ -3,6 +3,7 @@ float64, KL to the base against plain forward passes, and trainings of every met
 """
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -152,9 +153,34 @@ def test_the_divergence_and_its_gradient_are_those_of_plain_passes_one_at_a_time
             forward.linear_head = linear
             rows = [plain([one]) for one in held]
             loss = second.loss(forward, rows, held)
-            assert float(loss) == pytest.approx(float(wanted), abs=1e-5)
+            assert float(loss.detach()) == pytest.approx(float(wanted.detach()), abs=1e-5)
             for found, other in zip(torch.autograd.grad(loss, parameters), slope, strict=True):
                 torch.testing.assert_close(found, other, atol=2e-5, rtol=1e-3)
+
+
+def test_the_base_s_own_head_is_read_where_the_adapter_changes_it(bases, second_study):
+    base, study = bases["llama"], second_study()
+    held = examples.prepare("sft", base, study, "sft", Change("kl", "align", 1.0)).alignment[:2]
+    [variant] = [one for one in variants_of(study, "lora") if not one.mitigation]
+    settings = json.loads(variant.settings)
+    settings["peft"]["target_modules"] = ["q_proj", "lm_head"]
+    model = adapters.create(
+        dataclasses.replace(variant, settings=json.dumps(settings)), base.model, base.tokenizer
+    )
+    try:
+        forward, rows = Forward(model), [plain([one]) for one in held]
+        assert not forward.linear_head
+        assert max(float(one.max()) for [one] in forward.divergences(rows)) < 1e-5
+        for name, value in model.named_parameters():
+            value.data += 0.3 * ("lora_B" in name)
+        found = torch.cat([one for [one] in forward.divergences(rows)])
+        found.sum().backward()
+        assert float(found.detach().min()) > 0.001
+        trained = [one for one in model.parameters() if one.requires_grad]
+        assert trained
+        assert all(one.grad is not None for one in trained)
+    finally:
+        adapters.detach(model)
 
 
 def test_alignment_examples_have_no_more_tokens_than_the_task_s(moved):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -15,12 +16,15 @@ from driftbook.models import adapters, loading
 from driftbook.models.fingerprint import fingerprint
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
+from driftbook.study.files import file_digest
 from driftbook.study.study_file import load
 from driftbook.study.tables import RUNS
-from driftbook.training import mitigations, repairs, stage
+from driftbook.training import examples, mitigations, repairs, stage
+from driftbook.training import fit as fitting
+from fitted import KillAfter, Killed
 from test_mitigations import CONTENT
 
-pytest_plugins = ["batches"]
+pytest_plugins = ["batches", "fitted"]
 NOTHING = 1e-12  # a rate at which weights stay what they are
 AGAIN = {"kind": "second_tuning", "data": "sft", "values": [NOTHING, 5.0e-3], "epochs": 2}
 OF_LORA = AGAIN | {"blocks": ["main"], "of": ["rescale", "resta", "mixing"]}
@@ -231,6 +235,28 @@ def test_a_changed_parent_is_tuned_anew_and_nothing_else(finished):
     finally:
         path.write_bytes(old)
         assert again() == {child.run_id}
+
+
+def test_a_killed_one_goes_on_unless_its_parent_changed(made, tmp_path, often):
+    one = made.named("again 0.005 after resta 0.5")
+    made.make(one)
+    digests = [file_digest(folders.adapter(made.study, one) / adapters.WEIGHTS)]
+
+    def train(step=None) -> int:
+        own, looks = made.examples[examples.way(one)], KillAfter(step)
+        with pytest.raises(Killed) if step else nullcontext():
+            fitting.train(one, made.base, own, made.study, tmp_path / "adapter", looks)
+            digests.append(file_digest(tmp_path / "adapter" / adapters.WEIGHTS))
+        return looks.began
+
+    assert (train(3), train()) == (0, 3)
+    assert digests[1] == digests[0]
+    train(3)
+    path = folders.adapter(made.study, made.of[one.parent_run_id]) / adapters.WEIGHTS
+    old = path.read_bytes()
+    path.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+    assert train() == 0
+    path.write_bytes(old)
 
 
 def test_of_a_failed_run_there_is_nothing_to_tune(made):

@@ -26,8 +26,8 @@ FRONT = (
 )
 VOLUME = "volume added to what rescaling dominates (percent of the box)"
 EXAMPLES, SECONDS = "examples seen (times the plain run's)", "CPU seconds (times the plain run's)"
-COSTS = (EXAMPLES, SECONDS)
-MARGIN = 3.0  # percentage points
+SPENT = (EXAMPLES, SECONDS)
+HARM_MARGIN = 3.0  # percentage points
 N_DRAWS, N_POINTS = 1_000, 2_048  # of means together, and in the box of goals
 
 
@@ -43,10 +43,10 @@ def joint(
     """Words, fronts, volumes and costs of each arm, and the plain runs' changes; `pairs` are the
     estimates of `repairs.repairs_compared`, of which those against the base model are read here.
 
-    KEEPS: no outcome is worse than the base model's by MARGIN or more. GAINS: safety, accuracy in
-    ambiguous contexts and the task's gain are better than the base model's, over-refusal and
-    utility not worse by MARGIN. Each is an intersection-union test, adjusted over arms by Holm's
-    method (see `noninferiority.preserves`).
+    KEEPS: no outcome is worse than the base model's by HARM_MARGIN or more. GAINS: safety, accuracy
+    in ambiguous contexts and the task's gain are better than the base model's, over-refusal and
+    utility not worse by HARM_MARGIN. Each is an intersection-union test, adjusted over arms by
+    Holm's method (see `noninferiority.preserves`).
     """
     report = repairs.halves(tables, seed)[REPORT]
     arms = _arms(repaired, levels)
@@ -57,9 +57,11 @@ def joint(
     kept += [(terms.ACCURACY_AMB, "bbq"), (terms.CORRECT, "utility")]
     gained = [*kept, (GAIN, "gain")]
     own = {"group": terms.MITIGATION, **labels}
-    words = noninferiority.preserves(changes, (MARGIN,), kept, jointly=KEEPS, **own)
+    words = noninferiority.preserves(changes, (HARM_MARGIN,), kept, jointly=KEEPS, **own)
     better = (safety, terms.ACCURACY_AMB, GAIN)
-    both = noninferiority.preserves(changes, (MARGIN,), gained, better=better, jointly=GAINS, **own)
+    both = noninferiority.preserves(
+        changes, (HARM_MARGIN,), gained, better=better, jointly=GAINS, **own
+    )
     fronts = _fronts(report, _with_every_rescaling(arms, repaired), safety, seed, **labels)
     costs = _costs(tables, arms, **labels)
     both = both[both["outcome"].eq(GAINS)]
@@ -99,7 +101,7 @@ def _fronts(
     goals |= {terms.ACCURACY_AMB: tradeoffs.MORE, GAIN: tradeoffs.MORE}
     measured = repairs.with_gain(report, roles[roles["arm"].eq("repaired")])
     goals = {name: better for name, better in goals.items() if name in measured}
-    cells = repairs.repair_cells(arms, arms["base_model"].nunique())
+    cells = repairs.cells_of(arms, arms["base_model"].nunique())
     own = {"outcome": FRONT, **labels}
     fronts = tradeoffs.fronts(measured, goals, roles, cells, N_DRAWS, seed, **own)
     cheap = arms.loc[arms["kind"].isin([PARENT, "rescale"]), "name"].unique()
@@ -210,7 +212,7 @@ def _examples(runs: pd.DataFrame) -> pd.Series:
 
 
 # ---- for reading
-def shown(estimates: pd.DataFrame) -> pd.DataFrame:
+def arms_shown(estimates: pd.DataFrame) -> pd.DataFrame:
     """Arms x what was found over all base models: changes against the base model, words, the mean
     probability of the front over base models, the volume added, costs.
     """
@@ -232,7 +234,7 @@ def shown(estimates: pd.DataFrame) -> pd.DataFrame:
     for outcome, column in ((FRONT, "front (%)"), (VOLUME, "volume (%)")):
         own = rows[rows["outcome"].eq(outcome) & rows["base_model"].ne("all")]
         table[column] = own.groupby(index)["value"].mean().astype(float).round(1)
-    for outcome in COSTS:
+    for outcome in SPENT:
         own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq("all")]
         table[outcome] = own.set_index(index)["value"].astype(float).round(2)
     return table.rename(columns=_SHOWN)
@@ -256,7 +258,7 @@ def joint_sentence(estimates: pd.DataFrame) -> str:
     n = len(gains)
     said = f"Of {n} arms {len(shown[0])} gain in safety, fairness and the task at once"
     said += f" against the base model{_listed(shown[0])}; {len(shown[1])} keep safety,"
-    said += f" over-refusal, fairness and utility within {MARGIN:g} points{_listed(shown[1])}"
+    said += f" over-refusal, fairness and utility within {HARM_MARGIN:g} points{_listed(shown[1])}"
     refuted = _names(gains, noninferiority.DOES_NOT)
     return said + f", and {len(refuted)} are shown to lose in one of them."
 

@@ -61,8 +61,8 @@ class Repaired:
         at_once = joint.joint(*chosen, pairs, self.study.seed, self.silent, **names)
         parts = [pairs, dimensions, beside, at_once]
         if len(self.again):
-            chosen = (self.own, self.again, self.worst_rates, self.study.seed)
-            parts.append(second_tuning.defences_compared(*chosen, **names))
+            again = (self.own, self.again, self.worst_rates, self.study.seed)
+            parts.append(second_tuning.defences_compared(*again, **names))
         return ESTIMATES.concat(parts)
 
     # ---- second tunings
@@ -115,8 +115,13 @@ class Repaired:
         """
         name = repairs.leading(self.runs)
         own = [repairs.repairs_sentence(estimates, name)] if name else []
-        held = [self.held_sentences(estimates)] if len(self.again) else []
-        return " ".join([*own, joint.joint_sentence(estimates), *held])
+        own.append(joint.joint_sentence(estimates))
+        return " ".join([*own, *([self.held_sentences(estimates)] if len(self.again) else [])])
+
+    @staticmethod
+    def at_once(estimates: pd.DataFrame) -> pd.DataFrame:
+        """Arms x what was found in all goals over all base models, with words and costs."""
+        return joint.arms_shown(estimates)
 
     @staticmethod
     def levels_shown(levels: pd.DataFrame) -> pd.DataFrame:

@@ -360,7 +360,7 @@ def at_chosen(repaired: pd.DataFrame, levels: pd.DataFrame) -> pd.DataFrame:
 
 
 # ---- estimates
-def repair_cells(runs: pd.DataFrame, every: int) -> pd.DataFrame:
+def cells_of(runs: pd.DataFrame, every: int) -> pd.DataFrame:
     """Cells of `stats.means`: each repair on each base model, and the mean of the base models where
     all, `every` of them, have it.
     """
@@ -407,12 +407,12 @@ def _estimates(
 def _cells_read(
     pairs: pd.DataFrame, n_bases: int, outcome: str, silent: Sequence[str]
 ) -> pd.DataFrame:
-    """`repair_cells` of an outcome: of bias scores without the silent base models, whose answers do
-    not tell persons apart (notebook 10).
+    """`cells_of` an outcome: of bias scores without the silent base models, whose answers do not
+    tell persons apart (notebook 10).
     """
     if outcome not in information.BIAS:
-        return repair_cells(pairs, n_bases)
-    return repair_cells(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
+        return cells_of(pairs, n_bases)
+    return cells_of(pairs[~pairs["base_model"].isin(silent)], n_bases - len(set(silent)))
 
 
 def changes_of(

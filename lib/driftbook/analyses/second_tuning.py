@@ -139,7 +139,7 @@ def defences_compared(
     judge = tables.verdicts["judge"].iloc[0] if len(tables.verdicts) else terms.NONE
 
     def cells(runs: pd.DataFrame, when: str, group: str = GROUP) -> pd.DataFrame:
-        return repairs.repair_cells(runs.assign(value=when), n_bases).assign(group=group)
+        return repairs.cells_of(runs.assign(value=when), n_bases).assign(group=group)
 
     parts = []
     for outcome in (one for one in OUTCOMES if one in found):

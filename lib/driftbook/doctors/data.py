@@ -147,6 +147,7 @@ KINDS = {
         GRAVE,
     ),
 }
+OVERLAP, ORDER = "benchmark_overlap", {name: place for place, name in enumerate(KINDS)}
 Benchmarks = Mapping[str, Sequence[str]]
 
 
@@ -174,7 +175,6 @@ def examine_data(
     would be found only whole. A prompt below WHOLE_TEXT words has to be all of a turn or an answer.
     - near_duplicates: more than NEAR_DUPLICATE of the SHINGLE-character runs of both are in both
     (Jaccard), over prompt and answers.
-    - benchmark_item: a turn or an answer holds every word of one of the `passages`, in order.
     - tokens_lost has no interval: tokens are lost by the row and not one by one.
 
     Args:
@@ -182,14 +182,12 @@ def examine_data(
             "chosen", "rejected"}.
         benchmarks: the texts of the prompts of each benchmark; the held-out data can be one.
         lengths: tokens of each example, and max_length, after which training cuts them.
-        passages: by benchmark the passages of all its items, which differ in names alone.
+        passages: by benchmark those of all its items, which differ in names alone.
 
     Raises:
         ValueError: an example of another form, no prompts, or lengths that do not fit.
     """
-    found = _hits(examples, benchmarks, lengths, max_length)
-    whole = whole_texts(examples, passages or {})
-    found |= {("benchmark_item", name): hits for name, hits in whole.items()}
+    found = _hits(examples, benchmarks, lengths, max_length) | _items(examples, passages or {})
     totals = {"examples": len(examples), "preferences": sum("chosen" in one for one in examples)}
     rows = [
         _finding(name, len(hits), totals[KINDS[name].of], benchmark)
@@ -199,10 +197,8 @@ def examine_data(
         lost = sum(max(0, length - max_length) for length in lengths)
         rows.append(_finding("tokens_lost", int(lost), int(sum(lengths))))
     for name, overlap in shared_runs(examples, benchmarks).items():
-        n = len(overlap.prompts)
-        rows.append(_finding("benchmark_overlap", n, len(benchmarks[name]), name))
-    order = list(KINDS)
-    rows = sorted((row for row in rows if row["n"]), key=lambda row: order.index(row["finding"]))
+        rows.append(_finding(OVERLAP, len(overlap.prompts), len(benchmarks[name]), name))
+    rows = sorted((row for row in rows if row["n"]), key=lambda row: ORDER[row["finding"]])
     types = {"n": "int64", "share": float, "ci_low": float, "ci_high": float}
     return DataFrame(rows, columns=DATA_COLUMNS).astype(types)
 
@@ -221,15 +217,21 @@ def data_rows(
     """
     found = _hits(examples, benchmarks, lengths, max_length)
     for name, overlap in shared_runs(examples, benchmarks).items():
-        found["benchmark_overlap", name] = sorted(overlap.rows.items())
-    order = list(KINDS)
+        found[OVERLAP, name] = sorted(overlap.rows.items())
     cells = [
         (row, name, benchmark, score)
         for (name, benchmark), hits in found.items()
         for row, score in hits
     ]
-    cells.sort(key=lambda cell: (cell[0], order.index(cell[1])))
+    cells.sort(key=lambda cell: (cell[0], ORDER[cell[1]]))
     return DataFrame(cells, columns=ROW_COLUMNS).astype({"row": "int64", "score": float})
+
+
+def _items(examples: list[dict], passages: Benchmarks) -> dict[tuple[str, str | None], list[Hit]]:
+    """The rows that hold a passage of a benchmark's items."""
+    return {
+        ("benchmark_item", name): rows for name, rows in whole_texts(examples, passages).items()
+    }
 
 
 def _finding(name: str, n: int, total: int, benchmark: str | None = None) -> dict:

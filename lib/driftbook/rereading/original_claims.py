@@ -144,7 +144,7 @@ def cell_names(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(found, rows.index)
 
 
-def repair_cells(rows: pd.DataFrame, chosen: pd.Series) -> dict[str, pd.Series]:
+def cells_of(rows: pd.DataFrame, chosen: pd.Series) -> dict[str, pd.Series]:
     """The weights of the mean over runs of each cell of the chosen runs, by the cell's name."""
     names, found = cell_names(rows), {}
     for name in names[chosen].unique():
@@ -167,7 +167,7 @@ def of_change(
 
     def read(kept: pd.Series) -> tuple[Quantified, ...]:
         mean = quantifiers.of_weights(rows, {"all": cell_weight(rows, chosen & kept)}, value)
-        cells = quantifiers.of_weights(rows, repair_cells(rows, chosen & kept), value)
+        cells = quantifiers.of_weights(rows, cells_of(rows, chosen & kept), value)
         return quantifiers.three_readings(mean, cells, region, SAFETY)
 
     several = rows.loc[chosen, "base_model"].nunique() > 1
@@ -175,7 +175,7 @@ def of_change(
     forms = _forms(rows, chosen, read, names)
     by_run = quantifiers.of_weights(rows, {"all": mean_weight(rows, chosen)}, value)
     forms[BY_RUN] = (quantifiers.mean_reading(by_run, region, SAFETY),)
-    cells = quantifiers.of_weights(rows, repair_cells(rows, chosen), value)
+    cells = quantifiers.of_weights(rows, cells_of(rows, chosen), value)
     margin = MARGIN if MARGIN in np.abs(region) else None
     return Claim(about, region, forms, cells, margin=margin)
 

@@ -81,15 +81,13 @@ def prepare(
     """The study's examples of an objective in the base model's tokens; of DPO with the base's
     log-probabilities of both answers.
 
-    What a mitigation changes: `mixing` adds so many examples of another name under `data` that they
-    are this share of all (Bianchi et al. 2024, arXiv 2309.07875). The betas of a constrained
-    training are those of the first tokens of an answer, the last one of all further ones; the
-    base's log-probabilities of all counted tokens go with them. A second objective has examples of
-    its own, at each step as many as have no more tokens than the task's: a step costs about twice.
+    `mixing` adds so many examples of another name that they are this share of all (Bianchi et al.
+    2024, arXiv 2309.07875). A constrained training has the base's log-probabilities of all counted
+    tokens, and the beta of each. A second objective has examples of its own, at each step as many
+    as have no more tokens than the task's, so that a step costs about twice.
 
     Examples longer than training.max_length lose their end, those whose prompt alone fills it are
-    left out, and so are preferences whose two answers are the same, before or after the cut, since
-    their gradient is zero; the note says how many.
+    left out, and so are preferences of two equal answers, whose gradient is zero.
 
     Raises:
         ValueError: no example fits or can teach, or the template refuses the turns of one.
@@ -119,11 +117,10 @@ def prepare(
     packs = [[i] for i in range(len(rows))]
     if sft and study.training.packed:
         packs = steps.bins([len(one.ids) for one in rows], limit)
-    made = Prepared(rows, packs, digest([examples, betas] if betas else examples), note)
-    made = replace(made, lengths=tuple(lengths))
-    if change is None or change.data is None or change.kind in TRAINED_ON:
-        return made
-    return _with_alignment(made, change.data, base, study)
+    revision = digest([examples, betas] if betas else examples)
+    made = Prepared(rows, packs, revision, note, tuple(lengths))
+    second = change and change.data and change.kind not in TRAINED_ON
+    return _with_alignment(made, change.data, base, study) if second else made
 
 
 def _with_alignment(made: Prepared, name: str, base: Loaded, study: Study) -> Prepared:
