@@ -134,6 +134,18 @@ def _drop(content):
     del content["data"]["forbidden"]
 
 
+def _asked_otherwise(content):
+    template = {"kind": "template", "blocks": ["main"], "system_prompt": "please be careful ."}
+    content["mitigations"] = {"template": template}
+
+
+def _repaired(content):
+    rates = {"lora": [5.0e-3]}
+    block = {"methods": ["lora"], "objectives": ["sft"], "learning_rates": rates, "seeds": [1]}
+    content["grid"] = [block | {"name": "thirds", "layers": ["early"]}]
+    content["mitigations"] = {"half": {"kind": "rescale", "blocks": ["thirds"], "values": [0.5]}}
+
+
 def _trained(content):
     content["grid"][0] |= {"data": ["forbidden"], "objectives": ["sft"]}
 
@@ -146,8 +158,18 @@ def _trained(content):
         (lambda c: c["probes"].update(harmless="forbidden"), "no direction"),
         (lambda c: c["probes"].update(n=17), "16 examples of 17"),
         (lambda c: c["grid"][0].update(layers=["early"]), "layers apply to LoRA"),
+        (_asked_otherwise, "asks under another one"),
+        (_repaired, "repairs are made of runs in all layers"),
     ],
-    ids=["no set", "trained on", "one set", "too few", "soft prompt in layers"],
+    ids=[
+        "no set",
+        "trained on",
+        "one set",
+        "too few",
+        "soft prompt in layers",
+        "other system prompt",
+        "repaired",
+    ],
 )
 def test_what_does_not_fit_is_one_sentence(make_study, change, words):
     content = probing()

@@ -35,7 +35,6 @@ from driftbook.stats.directions import (
     UPDATE,
 )
 from driftbook.stats.terms import ALL
-from driftbook.study.methods import LAYER_PARTS
 
 _NOTEBOOK, _TABLE = "13_mechanisms", "probes"
 _NONE = "Nothing to draw: the study looks into no run."
@@ -248,9 +247,8 @@ def refusals_begun(tables: dict) -> tuple[Figure, str]:
         ax.set_ylim(len(groups) - 0.5, -0.5)
         ax.set_xlim(-4, 104)
     under(axes[0], "Answers to harmful prompts that begin as a refusal (percent)")
-    parts = " and ".join(LAYER_PARTS[:1] + LAYER_PARTS[2:])
     return fig, (
         "The probability that the answer to a harmful prompt begins as a refusal. Small marks are"
-        f" seeds, large ones their means, the line is the base model. Settings of {parts} layers"
-        " adapt a third of the layers alone."
+        " seeds, large ones their means, the line is the base model. A setting that names layers"
+        " adapts that third of the layers alone."
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from driftbook.models.engine import Ids
 from driftbook.models.scoring import Scorer
+from driftbook.models.trees import tree
 
 States = list[Tensor]  # of each prompt [levels, its tokens, width]
 
@@ -136,7 +137,7 @@ class Inside:
 
         found = np.zeros(len(contexts))
         with self._hooked(replace) if level is not None else ExitStack():
-            for numbers in self._batches([sum(len(one) for one in row) for row in rows]):
+            for numbers in self._batches([len(tree(one).tokens) for one in rows]):
                 current[:] = numbers
                 members = [[one[:-1] for one in rows[k]] for k in numbers]
                 starts = [[len(contexts[owners[k]])] * len(rows[k]) for k in numbers]

@@ -116,6 +116,13 @@ TITLES = {  # of figures, by theme: the report's tabs
         "no_ops": "With and without no-ops",
         "drift": "Drift while training",
     },
+    "Mechanisms": {
+        "refusals_begun": "How likely answers begin as refusals",
+        "probes_by_layer": "The refusal direction by layer",
+        "refusals_patched": "Which layers carry the refusals",
+        "kl_by_place": "First tokens against later ones",
+        "change_by_layer": "What adapters add and soft prompts draw",
+    },
 }
 OTHERS_DRAWN = "Further figures"
 

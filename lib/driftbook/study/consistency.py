@@ -305,6 +305,10 @@ def _check_probes(study: Content) -> None:
         if study.data[name].n < study.probes.n:
             few = f"which has {study.data[name].n} examples of {study.probes.n} that probes.n asks"
             raise ValueError(f"probes.{key} names data.{name}, {few}")
+    for name, mitigation in study.mitigations.items():
+        if mitigation.system_prompt:
+            own = f"and mitigation {name!r} asks under another one; take it to a study of its own"
+            raise ValueError(f"probes ask under the base model's system prompt, {own}")
     if study.probes.harmful == study.probes.harmless:
         raise ValueError(
             "probes.harmful and probes.harmless are one set, so they have no direction"

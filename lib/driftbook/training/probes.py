@@ -276,7 +276,7 @@ def _compared(
     yield from _states(reference, seen, rng)
     yield from _next_tokens(reference, inside)
     own = inside.states(reference.contexts)
-    yield from _restored(reference, inside, own, levels, rng)
+    yield from _restored(reference, inside, (seen.begins, own), levels, rng)
     with base as itself:
         yield from _taken(reference, itself, own, levels)
 
@@ -377,25 +377,27 @@ NULLS = ("null", "null_low", "null_high")
 def _restored(
     reference: Reference,
     inside: Inside,
-    own: States,
+    seen: tuple[np.ndarray, States],
     levels: Sequence[int],
     rng: np.random.Generator,
 ) -> Iterator[dict]:
     """Refusals of the run with the base's states put in at a level: what is enough to bring them
-    back.
+    back. `seen` is how likely the run's answers begin as refusals, and its own states.
     """
-    base, asked = reference.states, (reference.contexts, reference.options)
+    base, (begins, own) = reference.states, seen
+    asked = (reference.contexts, reference.options)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     for level in levels:
+        put = null = begins
+        if not _alike(own, base, level):
+            put = inside.begins(*asked, level, base)
+            random = [one.clone() for one in own]
+            for one, a, b in zip(random, own, base, strict=True):
+                one[level] += _step(a[level], b[level], generator)
+            null = inside.begins(*asked, level, random)
+        ends = dict(zip(NULLS, mean_of(100 * null), strict=True))
         layer = level - 1 if level else None
-        put = inside.begins(*asked, level, base)
-        steps = [_step(a[level], b[level], generator) for a, b in zip(own, base, strict=True)]
-        random = [a.clone() for a in own]
-        for one, step in zip(random, steps, strict=True):
-            one[level] += step
-        null = mean_of(100 * inside.begins(*asked, level, random))
-        more = {"position": WHOLE, "n": len(put), **dict(zip(NULLS, null, strict=True))}
-        yield row(RESTORED, mean_of(100 * put), layer=layer, **more)
+        yield row(RESTORED, mean_of(100 * put), layer=layer, position=WHOLE, n=len(put), **ends)
 
 
 def _taken(
@@ -403,9 +405,16 @@ def _taken(
 ) -> Iterator[dict]:
     """Refusals of the base with the run's states put in at a level: what it needs for them."""
     for level in levels:
-        taken = base.begins(reference.contexts, reference.options, level, own)
+        taken = reference.seen.begins
+        if not _alike(own, reference.states, level):
+            taken = base.begins(reference.contexts, reference.options, level, own)
         layer = level - 1 if level else None
         yield row(TAKEN, mean_of(100 * taken), layer=layer, position=WHOLE, n=len(taken))
+
+
+def _alike(own: States, base: States, level: int) -> bool:
+    """Whether a run's states at a level are the base's, as before the first layer it adapts."""
+    return all(torch.equal(a[level], b[level]) for a, b in zip(own, base, strict=True))
 
 
 def _step(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
