@@ -389,6 +389,6 @@ def test_what_would_be_refused_later_is_said_while_it_is_planned(
     assert any(line.startswith("NO data.sft:") and "lower n" in line for line in lines)
     assert "2 of" in lines[-1]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10}))
-    assert "make room" in one_sentence(
-        checking.refusals(make_study(content), {"runs": 1.0})["disk"]
-    )
+    said = checking.refusals(make_study(content), {"runs": 1.0}, gpu_memory=1e3)
+    assert "make room" in one_sentence(said["disk"])
+    assert "one GPU has 0 GB" in one_sentence(said["memory"])
