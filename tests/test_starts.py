@@ -30,13 +30,13 @@ FROM_TEXT += [("p_tuning", init) for init in TEXT_INITS if init in ENCODED_INITS
 def begun(make_study, content):
     """Makes a study of one method, of which a soft prompt begins in one way."""
 
-    def make(init, method="prompt_tuning", changes=None, **training):
+    def make(init, method="prompt_tuning", changes=None, objective="sft", **training):
         content["methods"] = {method: {"num_virtual_tokens": 4}}
         content["data"]["forbidden"] = {"format": "alpaca", "n": 8, **local("data/safety_sft.json")}
         content["data"]["sft"]["n"] = 8
         content["data"]["heldout"]["n"] = 2
         content["training"] = {"batch_size": 4, "max_length": 128, **training}
-        block = {"methods": [method], "objectives": ["sft", "untrained"], "inits": [init]}
+        block = {"methods": [method], "objectives": [objective, "untrained"], "inits": [init]}
         content["grid"][0] |= block
         given = content | ({"dro": DRO} if init == "dro" else {}) | (changes or {})
         return make_study({key: one for key, one in given.items() if one is not None})
@@ -340,3 +340,15 @@ def test_a_text_of_no_tokens_is_refused(bases):
 def test_every_start_is_known_to_the_methods_that_have_it():
     assert set(TEXT_INITS) < set(INITS)
     assert set(INITS) - set(ENCODED_INITS) == {"safety_frozen"}
+
+
+def test_preferences_train_behind_frozen_rows_too(bases, begun, data_folder, content, tmp_path):
+    base = bases["llama"]
+    content["data"]["dpo"]["n"] = 8
+    study = begun("safety_frozen", objective="dpo")
+    one = Trainings(base, study, "dpo", tmp_path / "adapter")
+    one.train()
+    front = text_of(base, data_folder, "safety_frozen")
+    saved = adapters_rows(tmp_path / "adapter")
+    assert torch.equal(saved[: len(front)], front)
+    assert len(saved) == len(front) + 4

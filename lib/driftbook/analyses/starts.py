@@ -192,8 +192,12 @@ def start_sentence(estimates: pd.DataFrame) -> str:
         else f"That it matters for safety what a soft prompt begins as is not shown: of {len(rows)}"
         f" comparisons of starts none has an adjusted p {BELOW}; the largest is {words[0]}"
     )
-    null = [_worded(row) for row in rows[rows["against"].eq(NULL)].itertuples()]
-    beside = f" The text against itself permuted: {'; '.join(null)}." if null else ""
+    null, after = (
+        [_worded(row) for row in found[found["against"].eq(NULL)].itertuples()]
+        for found in (rows, picked(told(estimates, AFTER), outcome=safety))
+    )
+    beside = f" The text against itself permuted: {'; '.join(null)}" if null else ""
+    beside += f"; as trained: {'; '.join(after)}." if null else ""
     return (
         f"{answer}, in points of {harm.COUNTED[safety]}, each start's change by training less the"
         f" other's.{beside}"

@@ -3,6 +3,8 @@ their coordinates permuted, frozen in front of trainable tokens, or from rows th
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PromptEncoder, PromptEncoderConfig
@@ -26,6 +28,24 @@ class FrozenFront(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         return nn.functional.embedding(indices, torch.cat([self.front, self.weight]))
+
+
+@contextmanager
+def as_one(model: PeftModel) -> Iterator[None]:
+    """A block in which a prompt with frozen rows is one embedding of all its rows, as PEFT makes
+    it: TRL's DPO copies it by name into an adapter of its own.
+    """
+    encoder = model.prompt_encoder["default"] if hasattr(model, "prompt_encoder") else None
+    frozen = getattr(encoder, "embedding", None)
+    if not isinstance(frozen, FrozenFront):
+        yield
+        return
+    rows = torch.cat([frozen.front, frozen.weight.detach()])
+    encoder.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
+    try:
+        yield
+    finally:
+        encoder.embedding = frozen
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

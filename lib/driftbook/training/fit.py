@@ -15,7 +15,7 @@ from peft import PeftModel
 from trl import DPOConfig, SFTConfig
 
 from driftbook.doctors import adapter
-from driftbook.models import adapters
+from driftbook.models import adapters, starts
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import OutOfMemory, VariantFailure
 from driftbook.study import folders
@@ -229,17 +229,18 @@ def fit(
         second = Second(change(variant), *own, variant.seed)
     if variant.objective != "dpo" and prepared.examples[0].reference is not None:
         kind = steps.ConstrainedSft
-    trainer = kind(
-        model=model,
-        args=arguments(variant, study, str(scratch)),
-        train_dataset=Dataset.from_dict({"members": prepared.packs, "labels": prepared.packs}),
-        processing_class=base.tokenizer,
-        callbacks=callbacks,
-        forward=steps.Forward(model, study.training.autocast),
-        examples=prepared.examples,
-        tokens_per_pass=study.training.tokens_per_batch,
-        second=second,
-    )
+    with starts.as_one(model):
+        trainer = kind(
+            model=model,
+            args=arguments(variant, study, str(scratch)),
+            train_dataset=Dataset.from_dict({"members": prepared.packs, "labels": prepared.packs}),
+            processing_class=base.tokenizer,
+            callbacks=callbacks,
+            forward=steps.Forward(model, study.training.autocast),
+            examples=prepared.examples,
+            tokens_per_pass=study.training.tokens_per_batch,
+            second=second,
+        )
     if "ref" in model.peft_config:  # of TRL's DPO; our reference is the base model, known already
         model.delete_adapter("ref")
     for value in model.parameters():
