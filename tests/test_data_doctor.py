@@ -367,9 +367,8 @@ def texts_of(examples: list[dict]) -> list[str]:
 
 
 def test_sentences_are_one_line_and_tell_no_text():
-    found = examine_data(
-        everything, {**BENCHMARKS, "of\ntwo lines": PROMPTS}, [7] * len(everything), 5
-    )
+    asked = {**BENCHMARKS, "of\ntwo lines": PROMPTS}
+    found = examine_data(everything, asked, [7] * len(everything), 5, asked)
     assert set(found.finding) == set(KINDS)
     assert_tells_no_text(found, texts_of(everything) + PROMPTS)
     assert not any(

@@ -100,9 +100,9 @@ def test_a_safety_run_is_that_of_the_same_repetition():
     merged = [
         one
         for one in variants.values()
-        if one.mitigation and one.repair["kind"] in ("resta", "safe_merge")
+        if one.mitigation and one.repair["kind"] in ("resta", "safe_merge", "soup")
     ]
-    assert len(merged) == 4
+    assert len(merged) == 6
     for one in merged:
         safety = variants[one.repair["safety_run_id"]]
         assert (safety.dataset, safety.method) == ("safety", one.method)
@@ -344,6 +344,11 @@ def test_trained_mitigations_are_trained_otherwise(finished):
         assert runs.n_examples[held.run_id] == runs.n_examples[parent]
         # a training of few steps shows that it differs, not which of the two moves less
         assert 0 < runs.kl_base[held.run_id] != runs.kl_base[parent]
+    for parent, held in of(finished, "safegrad 1").items():
+        assert runs.n_examples[held.run_id] == runs.n_examples[parent]
+        assert 0 < runs.kl_base[held.run_id] != runs.kl_base[parent]
+        said = json.loads(runs.trainer_arguments[held.run_id])
+        assert said["alignment_examples_per_step"] >= 1
 
 
 def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):

@@ -95,6 +95,11 @@ def test_sums_are_exact_whatever_the_ranks_and_scales(saved, tmp_path):
     one, other = dense(saved["plain"]), dense(saved["patterns"])
     controls.averaged([saved["plain"], saved["patterns"]], tmp_path / "average")
     controls.add(saved["plain"], saved["patterns"], tmp_path / "add", 0.7)
+    controls.mixed(saved["plain"], saved["patterns"], tmp_path / "mixed", 0.3)
+    equal(
+        change(tmp_path / "mixed"),
+        {module: 0.7 * one[module] + 0.3 * other[module] for module in one},
+    )
     first = next(iter(one))
     rows = controls.merge_where(
         saved["plain"], saved["patterns"], tmp_path / "merge", [first], 0.25
