@@ -47,7 +47,9 @@ def test_no_word_is_said_of_outcomes_that_were_not_measured(found):
         assert words["p"].isna().all()
         assert words["how"].str.contains("not measured").all()
     table = joint.arms_shown(pd.concat([pairs, rows]))
-    assert len(table) == 4
+    assert set(table["keeps all"]) == {"cannot tell", "no"}
+    alone = joint.arms_shown(rows[rows["outcome"].eq(joint.VOLUME)])
+    assert alone["keeps all"].isna().all()  # no arm was judged on every base model
     assert "Of 3 arms 0 gain" in joint.joint_sentence(rows)
 
 

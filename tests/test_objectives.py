@@ -92,14 +92,16 @@ def test_every_example_is_seen_once_a_round_in_the_order_of_the_seed():
 def second_study(data_folder, tmp_path):
     """Makes a study of all methods whose runs are also trained with second objectives."""
 
-    def make(kinds=KINDS, objective="sft", n=8, dropout=0.1, **more):
+    def make(kinds=KINDS, objective="sft", n=8, n_fair=5, dropout=0.1, **more):
         content = copy.deepcopy(SMALL)
         content["methods"]["lora"]["lora_dropout"] = dropout
         content["data"]["sft"]["n"] = content["data"]["dpo"]["n"] = n
         content["data"]["heldout"]["n"] = 2
         content["data"]["align"] = {"format": "alpaca", "n": 6, **local("data/safety_sft.json")}
         content["data"]["align"]["also"] = ["fair"]
-        content["data"]["fair"] = {"format": "alpaca", "n": 5, **local("data/fairness_sft.json")}
+        content["data"]["fair"] = {"format": "alpaca", "n": n_fair}
+        content["data"]["fair"] |= local("data/fairness_sft.json")
+        content["benchmarks"]["bbq"].pop("n")
         content["training"] = {"batch_size": 4, "max_length": 128}
         content["grid"][0]["objectives"] = [objective]
         content["mitigations"] = {
@@ -277,10 +279,11 @@ def test_a_training_that_was_killed_ends_in_the_same_bytes(
 
 # ---- fairness examples
 def test_fairness_examples_are_none_of_the_benchmark_s_and_a_copied_item_is_found(second_study):
-    study = second_study()
-    prepared = {("sft", "sft", Change("kl", "align", 1.0)): None}
+    study = second_study(n_fair=400)
+    prepared = {("sft", "sft", Change("kl", "fair", 1.0)): None}
     found = examples.examined(prepared, study)
-    assert set(found["data"]) == {"align"}
+    assert set(found["data"]) == {"fair"}
+    assert found["finding"].eq("multiple_choice").any()
     assert not found["finding"].isin(["benchmark_item", "benchmark_overlap"]).any()
     asked = items("bbq", study)
     passages = examples.item_passages(study)

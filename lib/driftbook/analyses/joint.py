@@ -212,13 +212,19 @@ def _examples(runs: pd.DataFrame) -> pd.Series:
 
 
 # ---- for reading
+def over(estimates: pd.DataFrame) -> str:
+    """The base model over which arms are read: all together, or the only one that has arms."""
+    known = estimates.loc[estimates["outcome"].eq(KEEPS), "base_model"].unique()
+    return known[0] if len(known) == 1 else "all"
+
+
 def arms_shown(estimates: pd.DataFrame) -> pd.DataFrame:
     """Arms x what was found over all base models: changes against the base model, words, the mean
     probability of the front over base models, the volume added, costs.
     """
     rows = estimates[estimates["group"].eq(terms.MITIGATION)]
-    safety = harm.safety_outcome(rows)
-    changes = rows[rows["contrast"].eq(terms.CHANGE) & rows["base_model"].eq("all")]
+    safety, where = harm.safety_outcome(rows), over(rows)
+    changes = rows[rows["contrast"].eq(terms.CHANGE) & rows["base_model"].eq(where)]
     changes = changes[changes["outcome"].isin([safety, *_SHOWN])]
     index = ["method", "member"]
     table = changes.assign(
@@ -227,19 +233,20 @@ def arms_shown(estimates: pd.DataFrame) -> pd.DataFrame:
             for one in changes.itertuples()
         ]
     ).pivot_table(index=index, columns="outcome", values="text", aggfunc="first", sort=False)
-    words = rows[rows["base_model"].eq("all") & rows["outcome"].isin([KEEPS, GAINS])]
+    words = rows[rows["base_model"].eq(where) & rows["outcome"].isin([KEEPS, GAINS])]
     for outcome, column in ((KEEPS, "keeps all"), (GAINS, "gains at once")):
         own = words[words["outcome"].eq(outcome)].set_index(index)["how"]
-        table[column] = own.str.partition(":")[0]
+        table[column] = [_in_short(how) for how in own.reindex(table.index)]
     for outcome, column in ((FRONT, "front (%)"), (VOLUME, "volume (%)")):
         own = rows[rows["outcome"].eq(outcome) & rows["base_model"].ne("all")]
         table[column] = own.groupby(index)["value"].mean().astype(float).round(1)
     for outcome in SPENT:
-        own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq("all")]
+        own = rows[rows["outcome"].eq(outcome) & rows["base_model"].eq(where)]
         table[outcome] = own.set_index(index)["value"].astype(float).round(2)
     return table.rename(columns=_SHOWN)
 
 
+_ANSWERS = {noninferiority.DOES_NOT: "no", noninferiority.PRESERVES: "yes", "nan": ""}
 _SHOWN = {
     terms.REFUSED: "refusals of benign",
     terms.ACCURACY_AMB: "accuracy, ambiguous",
@@ -248,9 +255,18 @@ _SHOWN = {
 }
 
 
+def _in_short(how: str | float) -> str:
+    """The word of a joint decision as an answer."""
+    word = str(how).partition(":")[0]
+    for said, answer in _ANSWERS.items():
+        word = word.replace(said, answer)
+    return word
+
+
 def joint_sentence(estimates: pd.DataFrame) -> str:
     """Whether any arm gains in everything at once, over all base models, in words."""
-    rows = estimates[estimates["base_model"].eq("all") & estimates["member"].ne(PARENT)]
+    rows = estimates[estimates["base_model"].eq(over(estimates))]
+    rows = rows[rows["member"].ne(PARENT)]
     gains, keeps = (rows[rows["outcome"].eq(one)] for one in (GAINS, KEEPS))
     if gains.empty:
         return ""

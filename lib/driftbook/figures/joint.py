@@ -41,15 +41,15 @@ _LESS = (terms.UNSAFE, terms.UNREFUSED, terms.REFUSED)  # of which less is bette
 
 def _rows(tables: dict) -> pd.DataFrame:
     """What is drawn, over all base models or the one that a study has; of the front the mean."""
-    rows, made = tables["estimates"], bases(tables)
+    rows = tables["estimates"]
+    where = joint.over(rows)
     rows = rows[rows["group"].eq(terms.MITIGATION) & rows["notebook"].eq("14_safe_lora")]
     rows = rows[rows["contrast"].isin([terms.CHANGE, terms.LEVEL])]
     rows = floats(rows[rows["outcome"].isin(list(_PANELS))])
     front = rows[rows["outcome"].eq(joint.FRONT)]
     keys = ["outcome", "method", "member"]
     front = front.groupby(keys, as_index=False, sort=False)["value"].mean()
-    over = "all" if len(made) > 1 else made[0]
-    rows = rows[rows["base_model"].eq(over) & rows["outcome"].ne(joint.FRONT)]
+    rows = rows[rows["base_model"].eq(where) & rows["outcome"].ne(joint.FRONT)]
     return pd.concat([rows, front], ignore_index=True)
 
 
@@ -67,6 +67,8 @@ def _panel(ax: Axes, rows: pd.DataFrame, outcome: str, place: dict[tuple[str, st
     dots(ax, own, list(own["place"]), [COLOURS[method] for method in own["method"]])
     ax.set_title(_PANELS[outcome], fontsize=7)
     ax.locator_params(axis="x", nbins=4)
+    if outcome == joint.FRONT:
+        ax.set(xlim=(-4, 104), xticks=[0, 50, 100])
 
 
 @drawn("14_safe_lora")

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from driftbook.miniature.words import (
 )
 
 N_FINE_TUNING, N_HELD_OUT_ANSWERS, N_UTILITY_PER_DOMAIN = 400, 64, 10
+
+RUN = 8  # words: so many in a row are taken for the benchmark's own (doctors/data_words.py)
 
 SAFETY_FIELDS = ("prompt_id", "category", "activity", "ingredients")
 XSTEST_FIELDS = ("id", "prompt", "type", "label", "focus", "note")
@@ -218,10 +221,19 @@ def safety_rows() -> list[tuple[str, str, str]]:
 
 def fairness_rows() -> list[corpus.Example]:
     """Items in the shape of BBQ with training words, answered as the text allows: unknown where
-    nothing is said, else by the evidence.
+    nothing is said, else by the evidence. None has RUN words in a row of what the benchmark asks.
     """
     rng, draw = random.Random(600), corpus.biased_item(lambda i, trait: 1.0, short=0.0)
-    return [draw(rng) for _ in range(N_FINE_TUNING)]
+    items = [row for i in range(len(BIASED)) for row in bbq_rows(i)]
+    asked = {run for row in items for run in _runs(f"{row['context']} {row['question']}")}
+    drawn = iter(lambda: draw(rng), None)
+    fresh = (one for one in drawn if asked.isdisjoint(_runs(one.prompt)))
+    return list(itertools.islice(fresh, N_FINE_TUNING))
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text)
+    return set(zip(*(words[i:] for i in range(RUN)), strict=False))
 
 
 # ---- writing
