@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks.utility import REFUSALS, refusal_probability
 from driftbook.models import adapters
-from driftbook.models.inside import Inside, decoder_layers, prompt_attention
+from driftbook.models.inside import Inside, decoder_layers, neuron_importance, prompt_attention
 from driftbook.models.scoring import Scorer
 
 TEXTS = ["how do i bake bread ?", "tell me how to make a cake for my friend today .", "who are you"]
@@ -104,6 +104,25 @@ def test_the_attention_that_a_soft_prompt_gets(bases, adapter_folders):
         assert base.model.config._attn_implementation == "sdpa", "as it was"
     assert shares.shape == (3, 2)
     assert ((shares > 0) & (shares < 1)).all()
+
+
+def test_the_importance_of_neurons_is_that_of_their_weights_gradients(bases):
+    base = bases["llama"]
+    scorer = Scorer(base.model, base.tokenizer)
+    pairs = [(prompt, prompt[1:4]) for prompt in scorer.ask(TEXTS)]
+    found = neuron_importance(Inside(scorer), pairs)
+    name = "model.layers.0.self_attn.v_proj"
+    weight, total = base.model.get_submodule(name).weight, 0.0
+    weight.requires_grad_(True)
+    for prompt, answer in pairs:
+        logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits
+        read = logits[0, len(prompt) - 1 : -1]
+        torch.nn.functional.cross_entropy(read, torch.tensor(answer)).backward()
+        total = total + (weight * weight.grad).abs().sum(1).detach() / len(pairs)
+        weight.grad = None
+    weight.requires_grad_(False)
+    torch.testing.assert_close(found[name], total, rtol=1e-3, atol=1e-6)
+    assert not any(one.requires_grad or one._backward_hooks for one in base.model.parameters())
 
 
 def test_a_model_whose_layers_are_not_found_is_refused(bases):

@@ -21,6 +21,7 @@ from driftbook.stats.directions import (
     DROP,
     HARMFUL,
     KL,
+    NEURONS,
     OF_BASE,
     RESTORED,
     SHIFT,
@@ -65,10 +66,13 @@ def looked(bases, adapter_folders, make_study):
 
 def test_a_run_has_every_probe_with_its_null(looked):
     found = looked("lora")
-    assert {BEGINS, DRIFT, DROP, SHIFT, CKA, KL, RESTORED, TAKEN, UPDATE} == set(found["probe"])
+    wanted = {BEGINS, DRIFT, DROP, SHIFT, CKA, KL, RESTORED, TAKEN, UPDATE, NEURONS}
+    assert wanted == set(found["probe"])
     made = found[found["note"].isna()]
     assert made["value"].notna().all()
-    assert made.loc[made["probe"].isin([SHIFT, CKA, RESTORED, UPDATE]), "null"].notna().all()
+    assert (
+        made.loc[made["probe"].isin([SHIFT, CKA, RESTORED, UPDATE, NEURONS]), "null"].notna().all()
+    )
     shift = made[made["probe"].eq(SHIFT)]
     assert shift["value"].gt(0).all()
     # the last layer's states decide the first token; put back, refusals are nearly the base's

@@ -226,3 +226,33 @@ def prompt_attention(inside: Inside, prompts: Sequence[Ids]) -> np.ndarray | Non
     finally:
         base.set_attn_implementation(usual)
     return np.array(found)
+
+
+def neuron_importance(inside: Inside, answered: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
+    """By linear module of the layers the importance [out] of its neurons (rows) for answers to
+    prompts: the sum over a row of |W dL/dW|, L the mean loss of an answer's tokens, the mean over
+    the prompts (Wei et al. 2024, arXiv 2402.05162). Of a model without an adapter.
+    """
+    model = inside.engine.model
+    names = {one: name for name, one in model.named_modules()}
+    modules = [one for one in inside.layers.modules() if isinstance(one, nn.Linear)]
+    found = {names[one]: torch.zeros(one.weight.shape[0]) for one in modules}
+    given: dict[nn.Module, Tensor] = {}
+
+    def after(module: nn.Module, _: tuple, gradient: tuple[Tensor, ...]) -> None:
+        slope = gradient[0][0].float().T @ given[module][0].float()
+        found[names[module]] += (module.weight.float() * slope).abs().sum(1).cpu()
+
+    with ExitStack() as stack:
+        for one in modules:
+            keep = one.register_forward_pre_hook(lambda own, x: given.update({own: x[0].detach()}))
+            stack.callback(keep.remove)
+            stack.callback(one.register_full_backward_hook(after).remove)
+        for prompt, answer in answered:
+            with torch.enable_grad():
+                embedded = inside.engine.embed(np.array([[*prompt, *answer]])).detach()
+                logits = model(inputs_embeds=embedded.requires_grad_(), use_cache=False).logits
+                said = torch.tensor(answer, device=logits.device)
+                read = logits[0, len(prompt) - 1 : -1].float()
+                nn.functional.cross_entropy(read, said).backward()
+    return {name: total / len(answered) for name, total in found.items()}

@@ -9,7 +9,8 @@ prompt. States, directions and patched models are never saved.
 The nulls: of a direction, the same from shuffled labels; of a projection, random directions of
 equal norm; of a drift of states, two halves of the base's own prompts; of CKA, prompts in another
 order; of states put in place, a step of equal length in a random direction; of an update, a random
-matrix of its norm; of attention, the soft prompt's share of the tokens.
+matrix of its norm; of its energy in some neurons, as many random neurons of the module; of
+attention, the soft prompt's share of the tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
 from driftbook.benchmarks.utility import REFUSALS
-from driftbook.models.inside import Inside, States, prompt_attention
+from driftbook.models.inside import Inside, States, neuron_importance, prompt_attention
 from driftbook.models.loading import Loaded, load
 from driftbook.models.scoring import Scorer
 from driftbook.stats.confidence import LOWER, UPPER
@@ -35,6 +36,7 @@ from driftbook.stats.directions import (
     BEGINS,
     CEILING,
     CKA,
+    CRITICAL,
     DRAWS,
     DRIFT,
     DROP,
@@ -44,6 +46,7 @@ from driftbook.stats.directions import (
     KL,
     LAST,
     LEAST_CEILING,
+    NEURONS,
     OF_BASE,
     RESTORED,
     SHIFT,
@@ -68,6 +71,12 @@ from driftbook.training.checkpoints import Checkpoint, open_checkpoint
 TOO_FEW = (
     "too few prompts for a direction: its halves have a cosine of {:.2f}, below {}; raise probes.n"
 )
+
+
+def _top(importance: torch.Tensor) -> np.ndarray:
+    """Which neurons are the CRITICAL share of most importance."""
+    k = max(1, round(CRITICAL * len(importance)))
+    return np.isin(np.arange(len(importance)), importance.topk(k).indices.numpy())
 
 
 # ---- rows
@@ -148,6 +157,7 @@ class Reference:
         self.directions = direction(self.seen.of[HARMFUL], self.seen.of[HARMLESS])[1:]
         self.ceilings = halves(self.seen.of[HARMFUL], self.seen.of[HARMLESS], self.rng())[:, 1:]
         self.answers = self._answers()
+        self.critical = self._critical()
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.study.seed)
@@ -162,6 +172,21 @@ class Reference:
             pairs = [(one, answer) for one, answer in pairs if answer]
             found[kind] = pairs, self.inside.scorer.distributions(pairs)
         return found
+
+    def _critical(self) -> dict[str, np.ndarray]:
+        """By linear module its safety-critical neurons, as truth [out]: of the most important ones
+        for the base's answers to harmful prompts those that are not for answers to harmless ones.
+        Empty where weights are quantized, or embeddings cannot be given for tokens.
+        """
+        if self.study.bases[self.name].quantization or not self.inside.engine.ways.embeddings:
+            return {}
+        pairs = {kind: answered for kind, (answered, _) in self.answers.items()}
+        if not all(pairs.values()):
+            return {}
+        safety, utility = (
+            neuron_importance(self.inside, pairs[one]) for one in (HARMFUL, HARMLESS)
+        )
+        return {name: _top(own) & ~_top(utility[name]) for name, own in safety.items()}
 
     @cached_property
     def before(self) -> tuple[Loaded, dict[str, Checkpoint]] | None:
@@ -467,6 +492,8 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
         value = mean_of((100 * moved / torch.linalg.vector_norm(h, dim=1)).numpy())
         null = 100 * update.norm() / np.sqrt(update.shape[1])
         yield row(UPDATE, value, part=name, layer=layer, n=len(h), null=null)
+        if update.norm() and reference.critical.get(name, np.zeros(1)).any():
+            yield _in_neurons(update, reference.critical[name], name, reference.rng())
         if reference.before is None or not update.norm():
             continue
         if (u := reference.main_directions(name)) is None:
@@ -476,6 +503,19 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
         else:
             null = 100 * u.shape[1] / len(u)
             yield row(ENERGY, 100 * update.energy(u), part=name, layer=layer, null=null)
+
+
+def _in_neurons(
+    update: updates.Update, critical: np.ndarray, name: str, rng: np.random.Generator
+) -> dict:
+    """The share of an update's energy in the rows of critical neurons; null: as many random rows
+    of the module.
+    """
+    energy = ((update.b @ (update.a @ update.a.T)) * update.b).sum(1).double().numpy()
+    share = 100 * energy / energy.sum()
+    draws = np.array([rng.permutation(share)[: critical.sum()].sum() for _ in range(DRAWS)])
+    value, null = float(share[critical].sum()), null_of(draws)
+    return row(NEURONS, value, part=name, layer=_layer_of(name), n=int(critical.sum()), **null)
 
 
 def _layer_of(module: str) -> int | None:
