@@ -69,7 +69,7 @@ def test_the_contrasts_are_what_they_are_by_hand():
         row = one(found, **wanted, base_model=base, contrast=starts.BY_TRAINING)
         by_hand = moved[base, "safety_text"] - moved[base, "random"]
         assert row["value"] == pytest.approx(by_hand)
-    for contrast, values in ((starts.BEFORE, mean["untrained"]), (starts.AFTER, mean["sft"])):
+    for contrast, values in ((starts.AT_START, mean["untrained"]), (starts.AFTER, mean["sft"])):
         row = one(found, **wanted, base_model="all", contrast=contrast)
         less = values.unstack("init")
         assert row["value"] == pytest.approx((less["safety_text"] - less["random"]).mean())
@@ -77,7 +77,10 @@ def test_the_contrasts_are_what_they_are_by_hand():
     null = one(found, **wanted | {"against": starts.NULL}, base_model="all", contrast=starts.AFTER)
     assert null["how"].endswith("mean over a, b")
     gain = one(
-        found, **wanted | {"outcome": starts.GAINED}, base_model="all", contrast=starts.BY_TRAINING
+        found,
+        **wanted | {"outcome": starts.DOSE_GAIN},
+        base_model="all",
+        contrast=starts.BY_TRAINING,
     )
     value = arms.assign(value=runs["dose_nll"]).groupby(["init", "objective"])["value"].mean()
     sides = [value[init, "sft"] - value[init, "untrained"] for init in ("safety_text", "random")]

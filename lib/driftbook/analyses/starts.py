@@ -22,7 +22,7 @@ from driftbook.stats.picking import picked, with_minus
 from driftbook.study.methods import INITS, METHOD_LABELS, METHODS
 from driftbook.study.tables import ESTIMATES
 
-BEFORE, AFTER, BY_TRAINING = (
+AT_START, AFTER, BY_TRAINING = (
     "untrained prompt, less another start's",
     "trained prompt, less another start's",
     "trained less untrained prompt, less another start's",
@@ -35,14 +35,14 @@ TESTED = (
     terms.BIAS_AMB,
     terms.CORRECT,
 )  # a family for each method; doses say how far a training went, and are not in it
-GAINED, KL = "gain on held-out answers (nats per token)", "KL to the base model (nats per token)"
-DOSE_OUTCOMES = {"dose_nll": GAINED, "kl_base": KL}
+DOSE_GAIN, KL = "gain on held-out answers (nats per token)", "KL to the base model (nats per token)"
+DOSE_OUTCOMES = {"dose_nll": DOSE_GAIN, "kl_base": KL}
 BENCHMARK_OF = {
     **dict.fromkeys(harm.OF_SAFETY, "safety"),
     terms.REFUSED: "over_refusal",
     terms.CORRECT: "utility",
     terms.LOSS: "utility",
-    **dict.fromkeys((GAINED, KL), "heldout"),
+    **dict.fromkeys((DOSE_GAIN, KL), "heldout"),
 }  # all others: bbq
 
 
@@ -127,7 +127,7 @@ def _weighed(frame: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame
                 base: _on_base(part, start, other)
                 for base, part in own.groupby("base_model", sort=False)
             }
-            for contrast in (BEFORE, AFTER, BY_TRAINING):
+            for contrast in (AT_START, AFTER, BY_TRAINING):
                 parts = {base: one[contrast] for base, one in by_base.items() if contrast in one}
                 names = {"method": method, "group": terms.INIT, "member": start, "against": other}
                 for base, part in parts.items() if contrast == BY_TRAINING else ():
@@ -144,11 +144,11 @@ def _on_base(own: pd.DataFrame, start: str, other: str) -> dict[str, pd.DataFram
     same = sorted(both[0] & both[1])
     found = {}
     if all(side["untrained"].any() for side in sides):
-        found[BEFORE] = _difference(*(side[side["untrained"]] for side in sides))
+        found[AT_START] = _difference(*(side[side["untrained"]] for side in sides))
     if same:
         found[AFTER] = _difference(*(side[side["training"].isin(same)] for side in sides))
     if len(found) == 2:
-        less = found[BEFORE].assign(weight=-found[BEFORE]["weight"])
+        less = found[AT_START].assign(weight=-found[AT_START]["weight"])
         found[BY_TRAINING] = pd.concat([found[AFTER], less])
     return found
 

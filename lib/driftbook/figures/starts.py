@@ -5,7 +5,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from driftbook.analyses.starts import BEFORE, BY_TRAINING, GAINED, NULL, named, start_sentence, told
+from driftbook.analyses.starts import (
+    AT_START,
+    BY_TRAINING,
+    DOSE_GAIN,
+    NULL,
+    named,
+    start_sentence,
+    told,
+)
 from driftbook.figures.drawing import (
     COLOURS,
     METHOD_LABELS,
@@ -26,7 +34,7 @@ from driftbook.figures.drawing import (
 from driftbook.stats import terms
 from driftbook.stats.confidence import ALPHA, BELOW, PERCENT
 
-AGAINST = {terms.REFUSED: "refusals, benign prompts", GAINED: "gain on held-out answers"}
+AGAINST = {terms.REFUSED: "refusals, benign prompts", DOSE_GAIN: "gain on held-out answers"}
 SHIFT = 0.17  # of the two marks of a row
 
 
@@ -39,9 +47,9 @@ def starts(tables: dict) -> tuple[Figure, str]:
         terms.ACCURACY_AMB,
         terms.BIAS_AMB,
         terms.CORRECT,
-        GAINED,
+        DOSE_GAIN,
     )
-    trained, untrained = (floats(told(estimates, one)) for one in (BY_TRAINING, BEFORE))
+    trained, untrained = (floats(told(estimates, one)) for one in (BY_TRAINING, AT_START))
     shown = [outcome for outcome in wanted if trained["outcome"].eq(outcome).any()]
     if not shown:
         return nothing(
@@ -64,7 +72,7 @@ def starts(tables: dict) -> tuple[Figure, str]:
     above(
         fig, [*marks, handle("untrained prompts", COLOURS["none"], ls="-", lw=1, marker="s", ms=3)]
     )
-    tested = trained[trained["outcome"].ne(GAINED)]
+    tested = trained[trained["outcome"].ne(DOSE_GAIN)]
     text = (
         "What a soft prompt begins as, against the random start (last rows: the safety text against"
         " itself with its coordinates permuted), in the mean over base models. Coloured: how much"

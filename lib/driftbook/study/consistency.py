@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from driftbook.study.anchors import Dro
 from driftbook.study.content import Content
 from driftbook.study.methods import (
     BESIDE_FACTORS,
@@ -14,7 +15,7 @@ from driftbook.study.methods import (
     TEXT_INITS,
     unscored_setting,
 )
-from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Dro, Mitigation
+from driftbook.study.sections import ITEM_FORMATS, PROMPT_FORMATS, Block, Mitigation
 
 # notebooks that read again what others published, and the folders of outputs/ that they write
 REREADING = {

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from driftbook.study.anchors import Dro, Probes
 from driftbook.study.files import OUTPUTS
 from driftbook.study.sections import (
     PROMPT_FORMATS,
@@ -14,14 +15,12 @@ from driftbook.study.sections import (
     Block,
     Count,
     Drift,
-    Dro,
     Family,
     Judge,
     Method,
     Mitigation,
     Name,
     Part,
-    Probes,
     Rater,
     Seed,
     Source,

@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import ValidationError, model_validator
 
+from driftbook.study.anchors import Dro, Probes
 from driftbook.study.consistency import check_consistent
 from driftbook.study.content import Content
 from driftbook.study.files import ROOT, digest
@@ -24,7 +25,6 @@ from driftbook.study.sections import (
     Judge,
     Mitigation,
     Pair,
-    Probes,
     Rater,
     Source,
     Training,
@@ -47,6 +47,7 @@ SECTIONS = {
     "drift": Drift,
     "mitigations": Mitigation,
     "probes": Probes,
+    "dro": Dro,
 }
 
 

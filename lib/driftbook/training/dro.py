@@ -40,8 +40,8 @@ from driftbook.models.engine import Engine
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import VariantFailure
 from driftbook.models.scoring import Ids, Scorer
+from driftbook.study.anchors import Dro
 from driftbook.study.files import digest
-from driftbook.study.sections import Dro
 from driftbook.study.study_file import Study
 from driftbook.study.variants import Variant
 from driftbook.training.examples import init_text, longest
