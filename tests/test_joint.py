@@ -90,6 +90,12 @@ def test_each_arm_has_its_word_and_all_are_one_family():
     assert words["all_better"] == noninferiority.PRESERVES
     assert words["only_safe"] == noninferiority.DOES_NOT
     assert words["still"] == noninferiority.CANNOT_TELL
+    same = rows[rows["member"].eq("still")].assign(se=None)  # nothing moved: no sign of a loss
+    told = noninferiority.preserves(
+        same, (6.0,), keys, terms.MITIGATION, better=better, jointly=joint.GAINS
+    )
+    word = told.loc[told["outcome"].eq(joint.GAINS), "how"].item().partition(":")[0]
+    assert word == noninferiority.CANNOT_TELL
     alone = noninferiority.preserves(rows, (6.0,), keys[:4], terms.MITIGATION, jointly=joint.KEEPS)
     words = alone[alone["outcome"].eq(joint.KEEPS)].set_index("member")["how"].str.partition(":")[0]
     assert words["still"] == noninferiority.PRESERVES

@@ -119,7 +119,10 @@ def _harm(line: dict, worst: dict[tuple, float]) -> dict:
 def _tested(harm: dict, margin: float, better: Collection[str]) -> dict:
     at = 0.0 if harm["outcome"] in better else margin
     p = None if harm["ci_high"] is None else _p(harm, at)
-    return {**harm, "margin": margin, "p": p, "opposite": None if p is None else 1 - p}
+    # where nothing moved at all there is no sign of harm, however near the margin
+    still = pd.isna(harm["se"]) and harm["value"] == 0
+    opposite = None if p is None else 1.0 if still else 1 - p
+    return {**harm, "margin": margin, "p": p, "opposite": opposite}
 
 
 def _p(harm: dict, margin: float, more: float = 0.0) -> float | None:
