@@ -165,6 +165,20 @@ def test_each_mechanism_is_judged_by_its_rule():
     assert verdicts(simulated("late"))[PROMPTS] == CANNOT_TELL, "looked at, and not early"
 
 
+def test_without_runs_of_a_kind_nothing_is_said_of_it():
+    tables = simulated("early")
+    soft = tables.variants["method"].eq("prompt_tuning")
+    gone = set(tables.variants.loc[soft, "run_id"])
+    for name in ("variants", "runs", "rates", "probes"):
+        frame = vars(tables)[name]
+        setattr(tables, name, frame[~frame["run_id"].isin(gone)])
+    found = Mechanisms(tables).verdicts().set_index("mechanism").loc[PROMPTS]
+    assert (found["verdict"], found["because"]) == (
+        CANNOT_TELL,
+        "fewer than two runs of a soft prompt",
+    )
+
+
 def test_where_refusals_hardly_change_nothing_is_placed():
     tables = simulated("early")
     base = tables.probes["probe"].eq(BEGINS) & tables.probes["part"].eq(OF_BASE)

@@ -236,6 +236,8 @@ class Mechanisms:
 
     def _direction(self, base: str) -> tuple[str, str]:
         runs = self._of(base)
+        if len(runs) < 2:
+            return CANNOT_TELL, "fewer than two runs of an adapter in all layers"
         change = interval(runs["change"])
         rows = self.probes[
             self.probes["probe"].eq(DROP) & self.probes["run_id"].isin(runs["run_id"])
@@ -256,6 +258,8 @@ class Mechanisms:
 
     def _prompts(self, base: str) -> tuple[str, str]:
         runs = self._of(base, "prompt")
+        if len(runs) < 2:
+            return CANNOT_TELL, "fewer than two runs of a soft prompt"
         change = interval(runs["change"])
         rows = self.probes[self.probes["run_id"].isin(runs["run_id"])]
         seen = rows[rows["probe"].eq(ATTENTION)].groupby("run_id")[["value", "null"]].mean()
@@ -339,7 +343,8 @@ class Mechanisms:
         words = []
         for name, own in verdicts.groupby("mechanism", sort=False):
             by = own.groupby("verdict", sort=False)["base_model"].agg(", ".join)
-            words.append(f"That {name} is " + "; ".join(f"{k} on {v}" for k, v in by.items()) + ".")
+            found = "; ".join(f"{verdict} on {where}" for verdict, where in by.items())
+            words.append(f"Hypothesis: {name}. Verdict: {found}.")
         return " ".join(words)
 
 

@@ -150,7 +150,7 @@ def refusals_patched(tables: dict) -> tuple[Figure, str]:
     for line, (probe, label) in zip(axes, shown.items(), strict=True):
         for ax, base in zip(line, bases(tables), strict=True):
             own = rows[rows["probe"].eq(probe) & rows["base_model"].eq(base)]
-            _band(ax, own)
+            _band(ax, own[own["method"].ne("none")])
             before = base_rows[base_rows["probe"].eq(probe) & base_rows["base_model"].eq(base)]
             ax.plot(before["layer"], before["value"], color="#555555", lw=1, ls="--")
             _lines(ax, own, "layer", groups)
