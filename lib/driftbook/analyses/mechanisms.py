@@ -1,7 +1,7 @@
 """Notebook 13: where safety sits in a model, and what adapters and soft prompts change there.
 
 The three mechanisms are those that the original study calls plausible and unproven. Each rule was
-written before its numbers: RULES says it in words, and `verdicts` applies it.
+written before its numbers: MECHANISMS says it in words, and `verdicts` applies it.
 """
 
 from collections.abc import Sequence
