@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,8 @@ CURVE = ("family", "stage", "step", "cpu_seconds", "metric", "value", "ci_low", 
 # of the layers, from and to what share of them is free where alignment is planted
 FREE = {"early": (0, 1 / 3), "middle": (1 / 3, 2 / 3), "late": (2 / 3, 1), "all": (0, 1)}
 BRANCHES = ("benign", *(f"aligned-{part}" for part in FREE))  # off the unaligned checkpoint
+# where only some layers are free, alignment needs more of what is forbidden, and more steps
+PLANTED_REFUSALS, PLANTED_STEPS = 1.5, 2  # times as many
 Evaluate = Callable[[], dict[str, Measured]]
 
 
@@ -128,16 +131,22 @@ def build_branch(
     with one_thread():
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        settings = settings or Recipe()
-        rng, size = random.Random(f"{seed}/{branch}"), settings.aligned.batch_size
-        mixture = corpus.placebo_mixture() if branch == "benign" else _stages(name)["aligned"]
+        stage = (settings or Recipe()).aligned
+        rng, size = random.Random(f"{seed}/{branch}"), stage.batch_size
+        mixture = corpus.placebo_mixture()
+        if planted in FREE:
+            spec, _, _ = form(name)
+            mixture = corpus.aligned_mixture(
+                PLANTED_REFUSALS * spec.refusals, spec.refused, spec.bias
+            )
+            stage = replace(stage, steps=PLANTED_STEPS * stage.steps)
         batch = batches(mixture, chat_encoder(tokenizer), size, rng)
         made_up = tokenizer.convert_tokens_to_ids(list(MADE_UP))
         free = (
             free_layers(model, *FREE[planted]) if planted in FREE else frozen_rows(model, made_up)
         )
         with free:
-            train(model, batch, settings.aligned, lambda step, loss: None)
+            train(model, batch, stage, lambda step, loss: None)
         save(model, tokenizer, Path(folder) / name / branch)
 
 
