@@ -85,6 +85,14 @@ def test_the_safer_setting_is_named_for_each_method(contrast, question, sides):
     assert "P-Tuning +9.0 points" in evidence
 
 
+def test_a_setting_that_was_run_once_shows_nothing():
+    words = {"group": "as configured", "contrast": comparisons.RATE, "method": "lora"}
+    once = row(4.0, 1, None, **words) | {"ci_low": None, "ci_high": None}
+    advice, evidence = advised(once)["Which learning rate?"]
+    assert advice == NOT_SHOWN
+    assert "LoRA +4.0 points (no interval: nothing was repeated)." in evidence
+
+
 def test_what_moved_is_to_be_audited_and_what_did_not_is_said():
     words = {"group": "trained", "contrast": terms.CHANGE, "method": "lora"}
     moved = row(4.0, 1.0, 0.01, **words)

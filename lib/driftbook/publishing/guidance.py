@@ -82,6 +82,9 @@ def _points(row) -> str:
 
 
 def _tested(row) -> str:
+    """The points of a row with its adjusted p value; without where nothing was repeated."""
+    if pd.isna(row.p_adjusted):
+        return _points(row)
     p = float(row.p_adjusted)
     said = "Holm p < .001" if p < 0.001 else f"Holm p {p:.3f}".replace("0.", ".")
     return f"{_points(row)}, {said}"
