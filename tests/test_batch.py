@@ -83,7 +83,9 @@ def test_every_table_holds_every_run(smoke):
         assert len(tables[name]) == size, name
         assert name == "prompts" or tables[name].groupby("run_id").size().nunique() == 1
     assert set(tables["curves"].run_id) == {
-        v.run_id for v in study.variants if v.objective in ("sft", "dpo") and v.made_in == "train"
+        one.run_id
+        for one in study.variants
+        if one.objective in ("sft", "dpo") and one.made_in != "mitigate"
     }
     assert len(tables["labels"]) == 22 * n, "the truth of every answer to a safety prompt is known"
     assert set(tables["labels"].label) <= {"safe", "unsafe"}

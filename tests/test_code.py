@@ -234,15 +234,16 @@ MODELS = {*keys.NOTEBOOKS}
 ALL = {"prepare", *MODELS, "collect", *keys.ANALYSES, "report"}
 # A constant of each package, the jobs that are executed again when it changes, and the stages
 # whose finished work is done again too; what is made from these follows from the Snakefile.
+TRAINS = {"train", "retune"}  # two stages of one notebook
 EDITS = {
     ("batch/collecting.py", "OF_DETECTOR"): ({"collect"}, set()),
     ("publishing/report.py", "TITLES"): ({"report"}, set()),
     ("figures/labels.py", "_MARKS"): ({"labels"}, set()),
-    ("training/fit.py", "RECORDED"): ({"train"}, {"train"}),
+    ("training/fit.py", "RECORDED"): (TRAINS, TRAINS),
     ("analyses/doses.py", "QUARTILES"): ({"dose"}, set()),
     ("rereading/original_claims.py", "MARGIN"): (set(), set()),
-    ("doctors/data_words.py", "NEAR_PROMPT"): ({"train"}, set()),
-    ("benchmarks/judging.py", "HAZARD_TOKENS"): ({"train", "judge"}, {"train", "judge"}),
+    ("doctors/data_words.py", "NEAR_PROMPT"): (TRAINS, set()),
+    ("benchmarks/judging.py", "HAZARD_TOKENS"): ({*TRAINS, "judge"}, {*TRAINS, "judge"}),
     ("stats/laplace.py", "TOLERANCE"): ({"mixed_effects"}, set()),
     ("models/scoring.py", "TAIL"): (MODELS, MODELS),
     ("study/sections.py", "DATA_COLUMNS"): (ALL, MODELS),
