@@ -242,7 +242,7 @@ EDITS = {
     ("training/fit.py", "RECORDED"): (TRAINS, TRAINS),
     ("analyses/doses.py", "QUARTILES"): ({"dose"}, set()),
     ("rereading/original_claims.py", "MARGIN"): (set(), set()),
-    ("doctors/data_words.py", "NEAR_PROMPT"): (TRAINS, set()),
+    ("doctors/data_words.py", "NEAR_PROMPT"): ({"prepare", *TRAINS}, set()),
     ("benchmarks/judging.py", "HAZARD_TOKENS"): ({*TRAINS, "judge"}, {*TRAINS, "judge"}),
     ("stats/laplace.py", "TOLERANCE"): ({"mixed_effects"}, set()),
     ("models/scoring.py", "TAIL"): (MODELS, MODELS),
