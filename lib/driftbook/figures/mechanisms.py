@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from driftbook.figures.drawing import (
     COLOURS,
@@ -80,6 +81,8 @@ def _axes(tables: dict, rows: int, height: float) -> tuple[Figure, np.ndarray]:
     fig, axes = plt.subplots(rows, len(names), **shape)
     for column, name in enumerate(names):
         axes[0, column].set_title(name)
+    for ax in axes.flat:  # layers and tokens are whole
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     return fig, axes
 
 
@@ -124,6 +127,7 @@ def probes_by_layer(tables: dict) -> tuple[Figure, str]:
             own = own[own["part"].eq(HARMFUL)] if probe == SHIFT else own
             _band(ax, own)
             _lines(ax, own, "layer", groups)
+            ax.set_xlim(-0.5, float(rows["layer"].max()) + 0.5)
         line[0].set_ylabel(label)
     under(axes[-1], "Layer")
     _legend(fig, groups, handle("range of the null", GREY, "s", ms=6))
@@ -214,7 +218,7 @@ def change_by_layer(tables: dict) -> tuple[Figure, str]:
             ax.plot(by.index.to_numpy(float), by, color=GREY, lw=2)
             own = own.groupby(["run_id", "method", "adapted", "layer"])["value"].mean()
             _lines(ax, own.reset_index(), "layer", _groups(rows))
-            ax.set_ylim(bottom=0)
+        line[0].set_ylim(bottom=0)  # of the whole line, which is drawn now
         line[0].set_ylabel(label)
     under(axes[-1], "Layer")
     _legend(fig, _groups(rows), handle("null", GREY, "", ls="-", lw=2))
