@@ -120,3 +120,4 @@ def test_a_repair_is_named_that_does_more_than_each_of_its_controls():
     assert advice == "Any of 2, of which none is shown to do more than its controls"
     assert evidence.endswith("Not shown to do more than each of its controls: project.")
     assert advised(repaired("project", -1.0, 0.4))[question][0] == NOT_SHOWN
+    assert advised(*both)[question][0] == "shrink or project, which have no control"

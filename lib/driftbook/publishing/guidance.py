@@ -97,13 +97,13 @@ def _on(row) -> str:
 
 # ---- the questions
 def _base(estimates: pd.DataFrame) -> tuple[str, str]:
-    ends = _safety(estimates, contrast=LEVEL, group=TRAINED)
-    ends = ends[ends["base_model"].ne("all") & ends["ci_low"].notna()]
-    names = list(dict.fromkeys(ends["base_model"]))
+    rows = _safety(estimates, contrast=LEVEL, group=TRAINED)
+    rows = rows[rows["base_model"].ne("all") & rows["ci_low"].notna()]
+    names = list(dict.fromkeys(rows["base_model"]))
     if len(names) < 2:
         return NOT_SHOWN, "One base model was tuned." if names else "No base model was tuned."
     value, low, high = (
-        ends.pivot(index="method", columns="base_model", values=one).astype(float)
+        rows.pivot(index="method", columns="base_model", values=one).astype(float)
         for one in ("value", "ci_low", "ci_high")
     )
     better = {
@@ -113,7 +113,8 @@ def _base(estimates: pd.DataFrame) -> tuple[str, str]:
         and (high.loc[both, one] < low.loc[both, other]).all()
     }
     rate = short_name(safety_outcome(estimates))
-    spans = [f"{name} {value[name].min():.1f} to {value[name].max():.1f} %" for name in names]
+    ends = [(name, f"{value[name].min():.1f}", f"{value[name].max():.1f}") for name in names]
+    spans = [f"{name} {low}{'' if low == high else f' to {high}'} %" for name, low, high in ends]
     evidence = f"The {rate} after training, over methods: {'; '.join(spans)}."
     found = _unbeaten(names, better)
     if len(found) == len(names):
@@ -210,6 +211,8 @@ def _repair(estimates: pd.DataFrame) -> tuple[str, str]:
     evidence = f"Against the parents: {'; '.join(words)}."
     if proven:
         return listed(proven, "or"), f"{evidence} More than each of its controls."
-    if controlled := [name for name in names if name in all_beaten.index]:
-        evidence += f" Not shown to do more than each of its controls: {listed(controlled)}."
+    controlled = [name for name in names if name in all_beaten.index]
+    if not controlled:
+        return f"{listed(names, 'or')}, which have no control", evidence
+    evidence += f" Not shown to do more than each of its controls: {listed(controlled)}."
     return f"Any of {len(names)}, of which none is shown to do more than its controls", evidence
