@@ -43,7 +43,7 @@ def test_the_small_study_ends_well(smoke):
     assert len(smoke.first["stdout"].splitlines()) < 40, "a live display, never a wall of log"
     assert "Traceback" not in smoke.first["stdout"] + smoke.first["stderr"]
     study = smoke.study()
-    assert keys.stages(study) == ("train", "mitigate", *STAGES[1:])
+    assert keys.stages(study) == ("train", "mitigate", "retune", *STAGES[1:])
     for stage in keys.stages(study):
         due = {base: {one.run_id for one in study.of_stage(stage, base)} for base in study.bases}
         assert set(smoke.marks(stage)) == set().union(*due.values())
