@@ -451,7 +451,7 @@ def test_every_figure_is_drawn_or_says_why_not(study):
         "note": "simulated",
     }
     own = [name for name in gallery.every() if "14_safe_lora" in drawing.SOURCES[name]]
-    assert len(own) == 10
+    assert len(own) == 11
     for name in own:
         fig, caption = drawing.FIGURES[name](shown)
         drawn = sum(len(ax.lines) for ax in fig.axes)

@@ -145,8 +145,9 @@ def _volumes(
         {
             **dict(zip(CELL, key, strict=True)),
             "value": 100 * part.mean(),
-            "ci_low": 100 * np.quantile(part, ALPHA / 2),
-            "ci_high": 100 * np.quantile(part, 1 - ALPHA / 2),
+            # a few draws with any volume have a mean beyond their quantiles, both of them 0
+            "ci_low": 100 * min(np.quantile(part, ALPHA / 2), part.mean()),
+            "ci_high": 100 * max(np.quantile(part, 1 - ALPHA / 2), part.mean()),
             "n_runs": int(n_runs[key[1:]] // (1 if key[0] == "all" else n_bases)),
         }
         for key, part in parts.items()
