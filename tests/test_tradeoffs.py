@@ -173,7 +173,7 @@ def test_noise_of_single_runs_counts_once():
     items = rng.normal(size=(40, 200))
     measured = goals([np.zeros(200)], [items], ["a"])
     own = cells(known(40))
-    points, _ = tradeoffs._drawn(
+    points, _ = tradeoffs.drawn_points(
         measured, {"a": LESS}, "base", own, measured["a"][1].value[:, None], 4000, rng
     )
     assert points[:, 1, 0].std() == pytest.approx(1 / np.sqrt(40 * 200), rel=0.2)

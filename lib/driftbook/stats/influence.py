@@ -79,7 +79,8 @@ def seed_clusters(runs: pd.DataFrame, setting: pd.Series) -> pd.Series:
     seed = runs["seed"].astype("string").fillna(runs["run_id"].astype("string"))
     names = of[0] + ", " + of[1] + ", " + of[2] + ", seed " + seed
     again = names.groupby([names, setting.astype("string")]).cumcount()
-    return (names + again.map(lambda n: f", again {n}" if n else "")).astype(object)
+    more = again.map(lambda n: f", again {n}" if n else "").astype("string")  # of no run too
+    return (names + more).astype(object)
 
 
 def cells(arms: pd.DataFrame) -> pd.DataFrame:
