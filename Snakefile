@@ -1,7 +1,8 @@
 # The one definition of the batch: a job is one notebook for a shard of the variants of one base
 # model, or for all of them. Its input is its key, which changes with all that it depends on, and
-# its only output is its mark. `make study` plans before it runs this file (batch/plan.py): here only
-# what it planned is read, so that a node of a cluster that reads the file again changes nothing.
+# its only output is its mark. `make study` plans before it runs this file (batch/plan.py): here
+# only what it planned is read, so that a node of a cluster that reads the file again changes
+# nothing.
 import json
 import sys
 from pathlib import Path

@@ -143,6 +143,24 @@ def rated(run_id, gain) -> pd.DataFrame:
     )
 
 
+def tables_of(made: list[tuple], seed: int, n_prompts: int) -> repairs.Tables:
+    """The tables of runs, each with its share of unsafe answers and its gain; a prompt's own
+    difficulty is the same for all runs.
+    """
+    rng, prompts = np.random.default_rng(seed), asked(n_prompts)
+    ease, ids = rng.normal(size=n_prompts), prompts["prompt_id"]
+    frame = pd.DataFrame([row for row, _, _ in made])
+    verdicts = [judged(rng, ease, row["run_id"], ids, share) for row, share, _ in made]
+    return repairs.Tables(
+        filled(VARIANTS, frame),
+        filled(RUNS, pd.DataFrame({"run_id": frame["run_id"], "status": "ok"})),
+        PROMPTS.check(prompts),
+        filled(VERDICTS, pd.concat(verdicts).assign(**SCORED)),
+        ANSWERS.empty(),
+        filled(RATINGS, pd.concat([rated(row["run_id"], gain) for row, _, gain in made])),
+    )
+
+
 def simulated(
     seed: int = 0,
     n_prompts: int = 160,
@@ -154,22 +172,7 @@ def simulated(
     """A study of parents and repairs whose gains are exact and whose answers are drawn, a prompt's
     own difficulty the same for all runs; unsafe answers grow as this power of the gain kept.
     """
-    rng, prompts = np.random.default_rng(seed), asked(n_prompts)
-    ease = rng.normal(size=n_prompts)
-    variants, verdicts, ratings = [], [], []
-    for row, share, gain in every_run(bases, seeds, datasets, curve):
-        variants.append(row)
-        verdicts.append(judged(rng, ease, row["run_id"], prompts["prompt_id"], share))
-        ratings.append(rated(row["run_id"], gain))
-    frame = pd.DataFrame(variants)
-    return repairs.Tables(
-        filled(VARIANTS, frame),
-        filled(RUNS, pd.DataFrame({"run_id": frame["run_id"], "status": "ok"})),
-        PROMPTS.check(prompts),
-        filled(VERDICTS, pd.concat(verdicts).assign(**SCORED)),
-        ANSWERS.empty(),
-        filled(RATINGS, pd.concat(ratings)),
-    )
+    return tables_of(list(every_run(bases, seeds, datasets, curve)), seed, n_prompts)
 
 
 @pytest.fixture(scope="module")

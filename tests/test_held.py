@@ -1,6 +1,5 @@
 """What holds once and what holds twice, on simulated runs whose truth is known."""
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -17,8 +16,8 @@ from driftbook.analyses.second_tuning import (
 )
 from driftbook.figures import drawing, gallery
 from driftbook.stats import terms
-from driftbook.study.tables import ANSWERS, PROMPTS, RATINGS, RUNS, VARIANTS, VERDICTS
-from test_frontier import LABELS, SCORED, asked, filled, judged, rated, variant
+from driftbook.study.tables import VERDICTS
+from test_frontier import LABELS, tables_of, variant
 
 RATES = (0.001, 0.005, 0.02)
 UNSAFE = 0.7  # of plain runs, tuned once or twice
@@ -66,19 +65,7 @@ def again(parent, of, twice, number, shared):
 
 
 def simulated(seed=0, n_prompts=240, n_seeds=4, bases=("one", "two")) -> repairs.Tables:
-    rng, prompts = np.random.default_rng(seed), asked(n_prompts)
-    ease, made = rng.normal(size=n_prompts), list(every_run(bases, n_seeds))
-    frame = pd.DataFrame([row for row, _, _ in made])
-    ids = prompts["prompt_id"]
-    verdicts = [judged(rng, ease, row["run_id"], ids, share) for row, share, _ in made]
-    return repairs.Tables(
-        filled(VARIANTS, frame),
-        filled(RUNS, pd.DataFrame({"run_id": frame["run_id"], "status": "ok"})),
-        PROMPTS.check(prompts),
-        filled(VERDICTS, pd.concat(verdicts).assign(**SCORED)),
-        ANSWERS.empty(),
-        filled(RATINGS, pd.concat([rated(row["run_id"], gain) for row, _, gain in made])),
-    )
+    return tables_of(list(every_run(bases, n_seeds)), seed, n_prompts)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_a_study_that_is_not_there_is_one_sentence(capsys):
 
 
 @pytest.mark.parametrize("had", [0.5, 2.0])
-def test_a_failure_for_want_of_memory_is_tried_again_where_there_is_more(many, had, monkeypatch):  # noqa: F811
+def test_a_failure_for_want_of_memory_waits_for_more(many, had, monkeypatch):  # noqa: F811
     plan.write(many, 1)
     job = "train/tiny-llama/0"
     run_id = shards.read_shards(many).run_ids(job)[-1]

@@ -26,8 +26,8 @@ check() {
 }
 
 install() {
-    command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null \
-        && return
+    command -v slurmctld >/dev/null && command -v slurmd >/dev/null \
+        && command -v munged >/dev/null && return
     apt-get update -q >/dev/null || true  # the lists may be there already
     DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends slurm-wlm munge \
         >/dev/null || fail "the packages slurm-wlm and munge cannot be installed"

@@ -11,9 +11,30 @@ from driftbook.models.scoring import LOGITS_AT_ONCE
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Numbers [n] that a frozen linear head makes of hidden states [n, width], with the gradient
-    [n, width] of each computed at once and saved by `forward`.
+    """Numbers [n] that a frozen linear head makes of hidden states [n, width] and of what is known
+    of them [n, ...], with the gradient [n, width] of each computed at once.
     """
+
+    rows_of_logits = 1  # that a hidden state needs
+
+    @classmethod
+    def piece(
+        cls, hidden: torch.Tensor, weight: torch.Tensor, known: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of some hidden states, and their gradients."""
+        raise NotImplementedError
+
+    @classmethod
+    def forward(
+        cls, ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, known: torch.Tensor
+    ) -> torch.Tensor:
+        values, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
+        step = max(1, LOGITS_AT_ONCE // len(weight) // cls.rows_of_logits)
+        for first in range(0, len(hidden), step):
+            part = slice(first, first + step)
+            values[part], slope[part] = cls.piece(hidden[part], weight, known[part])
+        ctx.save_for_backward(slope)
+        return values
 
     @staticmethod
     def backward(ctx: Any, above: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -24,37 +45,27 @@ class _FrozenHead(torch.autograd.Function):
 class Targets(_FrozenHead):
     """Log-probabilities [n] of targets."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        values, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        step = max(1, LOGITS_AT_ONCE // len(weight))
-        for first in range(0, len(hidden), step):
-            part = slice(first, first + step)
-            logits = (hidden[part] @ weight.T).float()
-            norm = logits.logsumexp(1)
-            values[part] = logits.gather(1, targets[part, None])[:, 0] - norm
-            p = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
-            slope[part] = weight[targets[part]] - p @ weight
-        ctx.save_for_backward(slope)
-        return values
+    @classmethod
+    def piece(
+        cls, hidden: torch.Tensor, weight: torch.Tensor, known: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = (hidden @ weight.T).float()
+        norm = logits.logsumexp(1)
+        values = logits.gather(1, known[:, None])[:, 0] - norm
+        p = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
+        return values, weight[known] - p @ weight
 
 
 class Divergences(_FrozenHead):
     """KL(base || model) [n] over the whole vocabulary, of the base's hidden states [n, width]."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, base: torch.Tensor
-    ) -> torch.Tensor:
-        values, slope = hidden.new_empty(len(hidden), dtype=torch.float32), torch.empty_like(hidden)
-        step = max(1, LOGITS_AT_ONCE // len(weight) // 2)
-        for first in range(0, len(hidden), step):
-            part = slice(first, first + step)
-            own, held = ((x[part] @ weight.T).float().log_softmax(1) for x in (hidden, base))
-            p = held.exp()
-            values[part] = (p * (held - own)).sum(1)
-            slope[part] = (own.exp_() - p).to(weight.dtype) @ weight
-        ctx.save_for_backward(slope)
-        return values
+    rows_of_logits = 2  # its own, and the base's
+
+    @classmethod
+    def piece(
+        cls, hidden: torch.Tensor, weight: torch.Tensor, known: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own, held = ((x @ weight.T).float().log_softmax(1) for x in (hidden, known))
+        p = held.exp()
+        values = (p * (held - own)).sum(1)
+        return values, (own.exp_() - p).to(weight.dtype) @ weight
