@@ -1,5 +1,8 @@
 """What holds once and what holds twice, on simulated runs whose truth is known."""
 
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -13,13 +16,16 @@ from driftbook.analyses.second_tuning import (
     TWICE,
     UNCLEAR,
     UNDEFENDED,
+    WORDS,
 )
 from driftbook.figures import drawing, gallery
+from driftbook.publishing.guidance import NOT_SHOWN, guidance
 from driftbook.stats import terms
 from driftbook.study.tables import VERDICTS
 from test_frontier import LABELS, tables_of, variant
 
 RATES = (0.001, 0.005, 0.02)
+OUTCOMES = {"Safety": (terms.UNSAFE, "safety")}
 UNSAFE = 0.7  # of plain runs, tuned once or twice
 # of a defence: its kind, unsafe answers once, and at each rate twice with the gain there
 DEFENCES = {
@@ -140,6 +146,18 @@ def test_the_words_follow_from_what_was_put_in(found):
     assert said.index("lasting 1") < said.index("Holds once") < said.index("brief 0.5")
 
 
+def test_the_report_says_what_outlasts_a_second_tuning(found):
+    *_, estimates = found
+    asked = {one.question: one for one in guidance(estimates, OUTCOMES)}
+    _, advice, evidence = asked["What outlasts a second tuning?"]
+    assert advice == "lasting 1 and unless spoiled 2, same norm"
+    of = dict(zip(WORDS[1:], ("brief 0.5", "halved 1", "useless"), strict=True))
+    for word, name in of.items():
+        assert f"{word.capitalize()}: {name} (" in evidence
+    once_only = estimates[~estimates["member"].isin(["lasting 1", "unless spoiled 2, same norm"])]
+    assert guidance(once_only, OUTCOMES)[-1].advice == NOT_SHOWN
+
+
 def test_what_is_left_is_the_second_difference_minus_its_share_of_the_first(found):
     *_, estimates = found
     rows = estimates[estimates["outcome"].eq(terms.UNSAFE)]
@@ -151,9 +169,25 @@ def test_what_is_left_is_the_second_difference_minus_its_share_of_the_first(foun
     families = own.groupby("family_of_tests").size()
     assert len(families) == 3 * 3  # once, twice and what is left; two base models and all
     assert (families == len(DEFENCES)).all()
+    untold = own["contrast"].eq(MORE_LEFT) & own["p"].isna()
+    assert set(own.loc[untold, "member"]) == {"never learns"}
     sweep = rows[rows["group"].eq(second_tuning.SWEEP) & rows["base_model"].eq("all")]
     assert len(sweep) == len(DEFENCES) * len(RATES)
     assert sweep["p_adjusted"].isna().all()
+
+
+def test_numbers_along_narrow_panels_keep_apart():
+    drawing.style()
+    fig, axes = plt.subplots(1, 5, figsize=(drawing.WIDTH, 1))
+    for ax, size in zip(axes, (0.006, 0.09, 1, 30, 900), strict=True):
+        ax.plot([-size, size / 9], [0, 0])
+        drawing.few_ticks(ax)
+    fig.canvas.draw()
+    for ax in axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        inside = [box for box in boxes if ax.bbox.x0 <= (box.x0 + box.x1) / 2 <= ax.bbox.x1]
+        assert len(inside) >= 2
+        assert all(one.x1 < other.x0 for one, other in pairwise(inside))
 
 
 def test_its_figure_shows_each_defence_once_at_each_rate_and_at_the_worst(found, monkeypatch):

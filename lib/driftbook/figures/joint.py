@@ -12,6 +12,7 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
+    few_ticks,
     floats,
     handle,
     name_rows,
@@ -66,7 +67,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, outcome: str, place: dict[tuple[str, st
             ax.axvline(side * joint.HARM_MARGIN, color="#777777", lw=0.7, ls="--", zorder=1)
     dots(ax, own, list(own["place"]), [COLOURS[method] for method in own["method"]])
     ax.set_title(_PANELS[outcome], fontsize=7)
-    ax.locator_params(axis="x", nbins=4)
+    few_ticks(ax)
     if outcome == joint.FRONT:
         ax.set(xlim=(-4, 104), xticks=[0, 50, 100])
 

@@ -24,6 +24,7 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
+    few_ticks,
     floats,
     handle,
     intervals_of,
@@ -121,7 +122,7 @@ def mitigations(tables: dict) -> tuple[Figure, str]:
             ],
         )
         ax.set_title(_NAMES[outcome], fontsize=7)
-        ax.locator_params(axis="x", nbins=4)
+        few_ticks(ax)
     for line in axes:
         name_rows(line[0], [name.replace("_", " ") for name in order])
         line[0].tick_params(axis="y", labelsize=7)
@@ -180,7 +181,7 @@ def controls(tables: dict) -> tuple[Figure, str]:
             dots(ax, own, places, colours, own["p_adjusted"].lt(ALPHA).tolist())
             if number == 0:
                 ax.set_title("all" if base_model == "all" else base_model, fontsize=7.5)
-            ax.locator_params(axis="x", nbins=4)
+            few_ticks(ax)
         minus = [f"{name.replace('_', ' ')} − {RESCALED.get(to, to)}" for name, to in lines]
         name_rows(line[0], minus)
         line[0].tick_params(axis="y", labelsize=6.5)

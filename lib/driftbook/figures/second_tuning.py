@@ -11,6 +11,7 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
+    few_ticks,
     floats,
     handle,
     intervals_of,
@@ -51,7 +52,7 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
         tested = own["family_of_tests"].notna() & ~own["p_adjusted"].lt(ALPHA)
         dots(ax, own, places, colours, (~tested).tolist())
         ax.set_title(title, fontsize=7.5)
-        ax.locator_params(axis="x", nbins=4)
+        few_ticks(ax)
     name_rows(axes[0, 0], [name.replace("_", " ") for name in order])
     axes[0, 0].tick_params(axis="y", labelsize=7)
     outcome = harm.COUNTED[harm.safety_outcome(rows)]

@@ -2,9 +2,9 @@
 to audit and how to repair, each with its evidence, or "Not shown".
 
 The rules are the same for every study. A difference is shown where its family of tests (all pairs
-of methods, all methods, all outcomes and methods, all repairs), adjusted by Holm's method, says so
-at ALPHA; one of base models where the intervals of what their runs end with lie apart, whatever the
-method.
+of methods, all methods, all outcomes and methods, all repairs or defences), adjusted by Holm's
+method, says so at ALPHA; one of base models where the intervals of what their runs end with lie
+apart, whatever the method.
 """
 
 from collections.abc import Callable, Collection
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from driftbook.analyses import second_tuning
 from driftbook.analyses.repairs import AGAINST_PARENT, MINUS
 from driftbook.figures.drawing import short_name, unit_of
 from driftbook.publishing.story import Outcomes, changes, listed, number, who
@@ -53,6 +54,7 @@ def guidance(estimates: pd.DataFrame, outcomes: Outcomes) -> list[Advice]:
         "SFT or DPO?": lambda: _setting(estimates, comparisons.OBJECTIVE),
         "What to audit?": lambda: _audit(estimates, outcomes),
         "How to repair?": lambda: _repair(estimates),
+        "What outlasts a second tuning?": lambda: _outlasts(estimates),
     }
     return [Advice(question, *answer()) for question, answer in asked.items()]
 
@@ -216,3 +218,20 @@ def _repair(estimates: pd.DataFrame) -> tuple[str, str]:
         return f"{listed(names, 'or')}, which have no control", evidence
     evidence += f" Not shown to do more than each of its controls: {listed(controlled)}."
     return f"Any of {len(names)}, of which none is shown to do more than its controls", evidence
+
+
+def _outlasts(estimates: pd.DataFrame) -> tuple[str, str]:
+    rows = _pooled(_safety(estimates, notebook="14_safe_lora", group=second_tuning.GROUP))
+    if rows.empty:
+        return NOT_SHOWN, "Nothing was tuned a second time."
+    said: dict[str, list[str]] = {word: [] for word in second_tuning.WORDS}
+    held = []
+    for (_, name), own in rows.groupby(["base_model", "member"], sort=False):
+        by = own.set_index("contrast")
+        ends = {when: next(by.loc[[when]].itertuples()) for when in second_tuning.TIMES}
+        word, of = second_tuning.word(by), f"{name}{_on(own.iloc[0])}"
+        said[word].append(f"{of} ({' once, '.join(_points(row) for row in ends.values())} twice)")
+        held += [of] * (word == second_tuning.HOLDS_TWICE)
+    words = [f"{word.capitalize()}: {'; '.join(found)}." for word, found in said.items() if found]
+    against = "Against plain runs tuned alike, at the worst rate at which that tuning worked."
+    return listed(held) or NOT_SHOWN, " ".join([against, *words])
