@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from driftbook.analyses.repairs import AGAINST_PARENT, MINUS
+from driftbook.publishing import report
 from driftbook.publishing.guidance import NOT_SHOWN, guidance
+from driftbook.publishing.story import happened
 from driftbook.stats import comparisons, terms
 from driftbook.stats.estimation import complete
 
@@ -33,6 +35,29 @@ def level(base: str, method: str, value: float, half: float = 1.0) -> dict:
 def difference(method: str, against: str, value: float, p: float, **more) -> dict:
     words = {"method": method, "against": against, "group": "trained"}
     return row(value, 1.0, p, contrast=comparisons.DIFFERENCE, **words, **more)
+
+
+def test_a_further_benchmark_is_told_by_safetys_outcome_or_by_its_first():
+    words = {"method": "lora", "group": "trained", "contrast": terms.CHANGE}
+    rows = [
+        row(5.0, 1.0, **words),
+        row(1.0, 1.0, **words | {"benchmark": "rtp", "outcome": terms.REFUSED}),
+        row(2.0, 1.0, **words | {"benchmark": "rtp"}),
+        row(3.0, 1.0, **words | {"benchmark": "two_words", "outcome": "leaning (percent)"}),
+        row(4.0, 1.0, **words | {"benchmark": "by_category", "category": "one"}),
+    ]
+    frame = complete(pd.DataFrame([{"study": "tiny", **one} for one in rows]))
+    found = report.told(frame)
+    further = {title: found[title] for title in found if title not in report.FINDINGS}
+    assert further == {
+        "Rtp": (terms.UNSAFE, "rtp"),
+        "Two words": ("leaning (percent)", "two_words"),
+    }
+    assert (
+        "+3.0"
+        in report.summary(frame).set_index("Change in").loc["Two words: leaning (points)", "LoRA"]
+    )
+    assert "Leaning, two words: rose with LoRA." in happened(frame, found)
 
 
 def test_a_study_that_says_nothing_advises_nothing():

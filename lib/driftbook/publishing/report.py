@@ -35,6 +35,7 @@ from driftbook.stats.picking import picked, plain, with_minus
 from driftbook.stats.populations import counted
 from driftbook.stats.terms import (
     ACCURACY_AMB,
+    ALL,
     AS_CONFIGURED,
     BEGUN_BENIGN,
     BEGUN_HARMFUL,
@@ -128,8 +129,17 @@ OTHERS_DRAWN = "Further figures"
 
 
 def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """FINDINGS with the outcome that tells of safety in these estimates."""
-    return FINDINGS | {"Safety": (safety_outcome(estimates), "safety")}
+    """FINDINGS with the outcome that tells of safety in these estimates, and each further benchmark
+    by that outcome, or by its first one.
+    """
+    safety, known = safety_outcome(estimates), {benchmark for _, benchmark in FINDINGS.values()}
+    found = FINDINGS | {"Safety": (safety, "safety")}
+    rows = picked(estimates, contrast=CHANGE, group=TRAINED, category=ALL, estimator=PRIMARY)
+    for benchmark, own in rows[~rows["benchmark"].isin(known)].groupby("benchmark", sort=False):
+        outcomes = own["outcome"].tolist()
+        outcome = safety if safety in outcomes else outcomes[0]
+        found[benchmark.replace("_", " ").capitalize()] = (outcome, benchmark)
+    return found
 
 
 def sentence(

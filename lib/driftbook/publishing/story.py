@@ -258,7 +258,8 @@ def happened(estimates: pd.DataFrame, outcomes: Outcomes) -> list[str]:
             for (kind, last), own in kinds.items()
             if len(own)
         ]
-        name = PLAIN.get((outcome, benchmark), f"{short_name(outcome)}, {benchmark}")
+        name = f"{short_name(outcome).capitalize()}, {benchmark.replace('_', ' ')}"
+        name = PLAIN.get((outcome, benchmark), name)
         found += [f"{name}: {'; '.join(words)}."] * bool(words)
     return found or ["No change was estimated: the numbers below are the base models' own."]
 
