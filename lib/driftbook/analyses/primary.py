@@ -7,6 +7,7 @@ import pandas as pd
 from driftbook.stats import comparisons, noninferiority, terms
 from driftbook.stats.confidence import ALPHA, BELOW
 from driftbook.stats.noninferiority import JOINTLY
+from driftbook.stats.populations import counted
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.sections import Family
 from driftbook.study.study_file import Study
@@ -180,8 +181,8 @@ def primary_sentence(tested: pd.DataFrame, deviations: list[str]) -> str:
         "declared before any run was scored"
         if not deviations
         else (
-            f"{len(deviations)} deviations from what was declared, so the tests they name are"
-            " exploratory"
+            f"{counted(len(deviations), 'deviation')} from what was declared, so the tests that"
+            f" {'it names' if len(deviations) == 1 else 'they name'} are exploratory"
         )
     )
     return "; ".join(words) + f" ({end})."

@@ -50,7 +50,8 @@ def starts(tables: dict) -> tuple[Figure, str]:
         DOSE_GAIN,
     )
     trained, untrained = (floats(told(estimates, one)) for one in (BY_TRAINING, AT_START))
-    shown = [outcome for outcome in wanted if trained["outcome"].eq(outcome).any()]
+    known = set(trained.loc[trained["value"].notna(), "outcome"])
+    shown = [outcome for outcome in wanted if outcome in known]
     if not shown:
         return nothing(
             "Nothing to draw: no soft prompt began in two ways, each with its untrained prompt."
