@@ -505,12 +505,12 @@ def under(line: np.ndarray, text: str) -> None:
 
 
 class _Roomy(MaxNLocator):
-    """At most four steps, and no more than have room for their numbers."""
+    """At most six steps, and no more than have room for their numbers."""
 
     def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
         size = FontProperties(size=plt.rcParams["xtick.labelsize"]).get_size_in_points()
         width = 72 * self.axis.axes.get_window_extent().width / self.axis.figure.dpi
-        for steps in (4, 3, 2):
+        for steps in (6, 4, 3, 2):
             self.set_params(nbins=steps)
             ticks = super().tick_values(vmin, vmax)
             longest = max(map(len, self.axis.major.formatter.format_ticks(ticks)))

@@ -49,8 +49,7 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
         zero(ax)
         places = [order.index(name) for name in own["member"]]
         colours = [WHEN[when[name]][0] for name in own["member"]]
-        tested = own["family_of_tests"].notna() & ~own["p_adjusted"].lt(ALPHA)
-        dots(ax, own, places, colours, (~tested).tolist())
+        dots(ax, own, places, colours, own["p_adjusted"].lt(ALPHA).tolist())
         ax.set_title(title, fontsize=7.5)
         few_ticks(ax)
     name_rows(axes[0, 0], [name.replace("_", " ") for name in order])
@@ -66,9 +65,9 @@ def tuned_again(tables: dict) -> tuple[Figure, str]:
             f" {counted(len(made), 'base model')}: after one tuning against the plain run of the"
             " same seed, and after a second, benign one against the plain run that was tuned again"
             " alike; at each of its rates, and at the worst one at which that tuning still does"
-            f" its work, which was chosen on other prompts. Lines: {PERCENT} intervals. Open: may"
-            " be chance after Holm's adjustment over all defences (of single rates nothing is"
-            " tested). A defence holds twice where more than"
+            f" its work, which was chosen on other prompts. Lines: {PERCENT} intervals. Filled: not"
+            " chance after Holm's adjustment over all defences; of single rates nothing is tested."
+            " A defence holds twice where more than"
             f" {second_tuning.LEFT:.0%} of its first effect is left.{intervals_of(rows)}"
         ),
     )
