@@ -285,6 +285,22 @@ def refused(small, monkeypatch, capsys):
     return sentence
 
 
+@pytest.mark.parametrize("error", [OSError, ValueError])
+def test_what_fails_because_of_an_interrupt_is_the_interrupt(small, monkeypatch, capsys, error):
+    """As shutil.rmtree does, which closes a folder once more that was closed when it came."""
+
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error("Bad file descriptor")
+
+    monkeypatch.setattr("driftbook.study.content.OUTPUTS", small.outputs)
+    monkeypatch.setattr(batch_run.plan, "write", interrupted)
+    assert batch_run.main(str(small.file)) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
 def test_a_misspelt_key_stops_it_at_once(small, refused):
     small.edit(lambda content: content.update(benchmrks={}))
     assert "did you mean 'benchmarks'" in refused()

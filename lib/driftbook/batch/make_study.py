@@ -363,15 +363,26 @@ def main(study: str, profile: str = "local", *targets: str) -> int:
             status = _run_batch(checked, path, profile, asked, targets)
             if others:  # by now it shows which of them were dead
                 clear_unfinished(checked.folder, watch)
-    except ValueError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if _interrupted(error):
+            print("stopped; make study goes on from here", file=sys.stderr)
+            return 130
+        if not isinstance(error, ValueError):
+            raise
         print(f"driftbook: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; make study goes on from here", file=sys.stderr)
-        return 130
     for line in cluster.stopped(checked) if asked and status else ():
         print(f"driftbook: {line}", file=sys.stderr)
     return conclude(checked, study, status, time.time() - started)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error is an interrupt, or came up while one was handled: what is interrupted
+    between the end of a step and its note of it (shutil.rmtree closing a folder) fails once more.
+    """
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def conclude(study: Study, name: str, status: int, seconds: float) -> int:
