@@ -8,6 +8,7 @@ import pytest
 
 from driftbook.analyses import repairs, second_tuning
 from driftbook.analyses.second_tuning import (
+    HELD,
     HOLDS_ONCE,
     HOLDS_TWICE,
     MORE_LEFT,
@@ -16,9 +17,8 @@ from driftbook.analyses.second_tuning import (
     TWICE,
     UNCLEAR,
     UNDEFENDED,
-    WORDS,
 )
-from driftbook.figures import drawing, gallery
+from driftbook.figures import drawing, gallery, ticks
 from driftbook.publishing.guidance import NOT_SHOWN, guidance
 from driftbook.stats import terms
 from driftbook.study.tables import VERDICTS
@@ -151,7 +151,7 @@ def test_the_report_says_what_outlasts_a_second_tuning(found):
     asked = {one.question: one for one in guidance(estimates, OUTCOMES)}
     _, advice, evidence = asked["What outlasts a second tuning?"]
     assert advice == "lasting 1 and unless spoiled 2, same norm"
-    of = dict(zip(WORDS[1:], ("brief 0.5", "halved 1", "useless"), strict=True))
+    of = dict(zip(HELD[1:], ("brief 0.5", "halved 1", "useless"), strict=True))
     for word, name in of.items():
         assert f"{word.capitalize()}: {name} (" in evidence
     once_only = estimates[~estimates["member"].isin(["lasting 1", "unless spoiled 2, same norm"])]
@@ -181,7 +181,7 @@ def test_numbers_along_narrow_panels_keep_apart():
     fig, axes = plt.subplots(1, 5, figsize=(drawing.WIDTH, 1))
     for ax, size in zip(axes, (0.006, 0.09, 1, 30, 900), strict=True):
         ax.plot([-size, size / 9], [0, 0])
-        drawing.few_ticks(ax)
+        ticks.few_ticks(ax)
     fig.canvas.draw()
     for ax in axes:
         boxes = [label.get_window_extent() for label in ax.get_xticklabels()]

@@ -39,7 +39,7 @@ TIMES = (ONCE, TWICE)
 MORE_LEFT = f"after a second tuning, minus {LEFT:g} of the effect after one"
 HOLDS_TWICE, HOLDS_ONCE = "holds twice", "holds once"
 UNCLEAR, NO_EFFECT = "cannot tell", "no effect shown"
-WORDS = (HOLDS_TWICE, HOLDS_ONCE, UNCLEAR, NO_EFFECT)
+HELD = (HOLDS_TWICE, HOLDS_ONCE, UNCLEAR, NO_EFFECT)
 OUTCOMES = (*harm.OF_SAFETY, terms.REFUSED, terms.CORRECT, GAIN)
 UNDEFENDED = "plain"
 DEFENCE = ["base_model", "method", "objective", "dataset", "name"]  # whose runs share a worst rate
@@ -252,7 +252,7 @@ def plain_sentence(again: pd.DataFrame, found: pd.DataFrame, outcome: str) -> st
 def held_sentence(found: pd.DataFrame) -> str:
     """Which defences hold twice, which once, and of which we cannot tell, in one sentence each."""
     said = []
-    for one in WORDS:
+    for one in HELD:
         own = found[found["word"].eq(one)]
         told = [
             f"{row['defence']} ({row['once']:+.1f} points once, {row['twice']:+.1f} twice)"

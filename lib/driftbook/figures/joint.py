@@ -12,7 +12,6 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
-    few_ticks,
     floats,
     handle,
     name_rows,
@@ -21,6 +20,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.figures.repairs import small_legend
+from driftbook.figures.ticks import few_ticks
 from driftbook.stats import harm, terms
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.populations import counted

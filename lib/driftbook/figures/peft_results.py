@@ -22,8 +22,8 @@ from driftbook.figures.drawing import (
     handle,
     name_rows,
     nothing,
-    number_axis,
 )
+from driftbook.figures.ticks import number_axis
 from driftbook.rereading.peft_results import (
     ACCURACY,
     AS_PUBLISHED,

@@ -24,7 +24,6 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
-    few_ticks,
     floats,
     handle,
     intervals_of,
@@ -35,6 +34,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.figures.ticks import few_ticks
 from driftbook.stats import harm
 from driftbook.stats.confidence import ALPHA, INTERVAL, PERCENT
 from driftbook.stats.populations import counted

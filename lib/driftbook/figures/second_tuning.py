@@ -11,7 +11,6 @@ from driftbook.figures.drawing import (
     bases,
     dots,
     drawn,
-    few_ticks,
     floats,
     handle,
     intervals_of,
@@ -21,6 +20,7 @@ from driftbook.figures.drawing import (
     zero,
 )
 from driftbook.figures.repairs import NULL, OTHER, SAFE, small_legend
+from driftbook.figures.ticks import few_ticks
 from driftbook.stats import harm
 from driftbook.stats.confidence import ALPHA, INTERVAL, PERCENT
 from driftbook.stats.populations import counted

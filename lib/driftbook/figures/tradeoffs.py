@@ -23,7 +23,6 @@ from driftbook.figures.drawing import (
     legend,
     methods_of,
     nothing,
-    number_axis,
     of_runs,
     panels,
     pick,
@@ -32,6 +31,7 @@ from driftbook.figures.drawing import (
     under,
     zero,
 )
+from driftbook.figures.ticks import number_axis
 from driftbook.stats import harm, influence
 from driftbook.stats.confidence import INTERVAL
 from driftbook.stats.populations import counted

@@ -224,7 +224,7 @@ def _outlasts(estimates: pd.DataFrame) -> tuple[str, str]:
     rows = _pooled(_safety(estimates, notebook="14_safe_lora", group=second_tuning.GROUP))
     if rows.empty:
         return NOT_SHOWN, "Nothing was tuned a second time."
-    said: dict[str, list[str]] = {word: [] for word in second_tuning.WORDS}
+    said: dict[str, list[str]] = {word: [] for word in second_tuning.HELD}
     held = []
     for (_, name), own in rows.groupby(["base_model", "member"], sort=False):
         by = own.set_index("contrast")

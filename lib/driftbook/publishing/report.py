@@ -136,8 +136,7 @@ def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
     found = FINDINGS | {"Safety": (safety, "safety")}
     rows = picked(estimates, contrast=CHANGE, group=TRAINED, category=ALL, estimator=PRIMARY)
     for benchmark, own in rows[~rows["benchmark"].isin(known)].groupby("benchmark", sort=False):
-        outcomes = own["outcome"].tolist()
-        outcome = safety if safety in outcomes else outcomes[0]
+        outcome = safety if own["outcome"].eq(safety).any() else own["outcome"].iloc[0]
         found[benchmark.replace("_", " ").capitalize()] = (outcome, benchmark)
     return found
 
