@@ -130,8 +130,14 @@ def test_directions_and_their_nulls():
     mixed = directions.cosines(directions.shuffled(both, 40, rng), r)
     assert abs(mixed.mean()) < 0.3
     turned = both @ np.linalg.qr(rng.standard_normal((20, 20)))[0]
-    np.testing.assert_allclose(directions.linear_cka(both, 2 * turned), 1)
-    assert (directions.linear_cka(both, both[rng.permutation(80)]) < 0.5).all()
+    order = rng.permutation(80)
+    same, other = directions.linear_cka(both, 2 * turned, [np.arange(80), order])
+    np.testing.assert_allclose(same, 1)
+    assert (other < 0.5).all()
+    np.testing.assert_allclose(other, directions.linear_cka(both, turned[order], [range(80)])[0])
+    drawn = [rng.integers(0, 80, n) for n in (80, 40)]
+    slow = np.stack([both[one].mean(0) for one in drawn])
+    np.testing.assert_allclose(directions.means(both, drawn), slow, atol=1e-12)
 
 
 def _drop(content):
