@@ -13,8 +13,8 @@ from driftbook.models.inside import (
     Beginnings,
     Inside,
     decoder_layers,
-    neuron_importance,
     prompt_attention,
+    while_answering,
 )
 from driftbook.models.scoring import Scorer
 
@@ -141,10 +141,14 @@ def test_the_importance_of_neurons_is_that_of_their_weights_gradients(bases):
     base = bases["llama"]
     scorer = Scorer(base.model, base.tokenizer)
     pairs = [(prompt, prompt[1:4]) for prompt in scorer.ask(TEXTS)]
-    found = neuron_importance(Inside(scorer), pairs)
+    found, given = while_answering(Inside(scorer), pairs)["model.layers.0.self_attn.v_proj"]
     name = "model.layers.0.self_attn.v_proj"
     weight, total = base.model.get_submodule(name).weight, 0.0
     weight.requires_grad_(True)
+    inputs = []
+    hook = base.model.get_submodule(name).register_forward_pre_hook(
+        lambda _, x: inputs.append(x[0][0, -3:].detach())
+    )
     for prompt, answer in pairs:
         logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits
         read = logits[0, len(prompt) - 1 : -1]
@@ -152,7 +156,10 @@ def test_the_importance_of_neurons_is_that_of_their_weights_gradients(bases):
         total = total + (weight * weight.grad).abs().sum(1).detach() / len(pairs)
         weight.grad = None
     weight.requires_grad_(False)
-    torch.testing.assert_close(found[name], total, rtol=1e-3, atol=1e-6)
+    hook.remove()
+    torch.testing.assert_close(found, total, rtol=1e-3, atol=1e-6)
+    by_size = [torch.cat(some).sort(0).values for some in (inputs, [given])]  # in any order
+    torch.testing.assert_close(*by_size)
     assert not any(one.requires_grad or one._backward_hooks for one in base.model.parameters())
 
 

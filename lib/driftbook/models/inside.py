@@ -316,20 +316,26 @@ def prompt_attention(inside: Inside, prompts: Sequence[Ids]) -> np.ndarray | Non
     return torch.cat(found).numpy()[np.argsort(order)]
 
 
-def neuron_importance(inside: Inside, answered: Sequence[tuple[Ids, Ids]]) -> dict[str, Tensor]:
-    """By linear module of the layers the importance [out] of its neurons (rows) for answers to
-    prompts: the sum over a row of |W dL/dW|, L the mean loss of an answer's tokens, the mean over
-    the prompts (Wei et al. 2024, arXiv 2402.05162). Of a model without an adapter.
+def while_answering(
+    inside: Inside, answered: Sequence[tuple[Ids, Ids]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By linear module of the layers, for answers to prompts: the importance [out] of its neurons
+    (rows), which is the sum over a row of |W dL/dW|, L the mean loss of an answer's tokens, the
+    mean over the prompts; and what the module is given [tokens, in] at the answers' tokens (Wei et
+    al. 2024, arXiv 2402.05162). Of a model without an adapter.
     """
     model = inside.engine.model
     names = {one: name for name, one in model.named_modules()}
     modules = [one for one in inside.layers.modules() if isinstance(one, nn.Linear)]
     found = {names[one]: torch.zeros(one.weight.shape[0]) for one in modules}
     given: dict[nn.Module, Tensor] = {}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in found}
 
     def after(module: nn.Module, _: tuple, gradient: tuple[Tensor, ...]) -> None:
-        for slope, x in zip(gradient[0].float(), given[module].float(), strict=True):
-            found[names[module]] += (module.weight.float() * (slope.T @ x)).abs().sum(1).cpu()
+        name, rows = names[module], zip(gradient[0].float(), given[module].float(), strict=True)
+        for (slope, x), (prompt, answer) in zip(rows, some, strict=True):
+            found[name] += (module.weight.float() * (slope.T @ x)).abs().sum(1).cpu()
+            inputs[name].append(x[len(prompt) : len(prompt) + len(answer)].cpu())
 
     with ExitStack() as stack:
         for one in modules:
@@ -350,4 +356,4 @@ def neuron_importance(inside: Inside, answered: Sequence[tuple[Ids, Ids]]) -> di
                     for read, (prompt, answer) in zip(logits, some, strict=True)
                 ]
                 torch.stack(losses).sum().backward()
-    return {name: total / len(answered) for name, total in found.items()}
+    return {name: (total / len(answered), torch.cat(inputs[name])) for name, total in found.items()}

@@ -13,13 +13,14 @@ KL = "next token, KL from the base (nats)"
 UPDATE = "adapter's change of a module's output, over its input (percent)"
 ENERGY = "update in the alignment's main directions (percent of its energy)"
 NEURONS = "update in safety-critical neurons (percent of its energy)"
+RANKS = "update in safety-critical ranks (percent of its energy)"
 ATTENTION = "attention on the soft prompt (percent)"
 BEGINS = "answer begins as a refusal (percent)"
 RESTORED = "answer begins as a refusal, base's states put in (percent)"
 TAKEN = "base's answer begins as a refusal, run's states put in (percent)"
 LAST, WHOLE = "last of the prompt", "all of the prompt"
 HARMFUL, HARMLESS, OF_BASE = "harmful", "harmless", "the base itself"
-CRITICAL = 0.1  # share of a module's neurons that are its most important ones
+CRITICAL = 0.1  # share of a module's neurons, or ranks, that are its most important ones
 LEAST_CEILING = 0.5  # cosine of two halves below which there are too few prompts for a direction
 DRAWS = 100  # of prompts, halves, labels and directions
 

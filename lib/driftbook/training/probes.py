@@ -9,8 +9,9 @@ prompt. States, directions and patched models are never saved.
 The nulls: of a direction, the same from shuffled labels; of a projection, random directions of
 equal norm; of a drift of states, two halves of the base's own prompts; of CKA, prompts in another
 order; of states put in place, a step of equal length in a random direction; of an update, a random
-matrix of its norm; of its energy in some neurons, as many random neurons of the module; of
-attention, the soft prompt's share of the tokens.
+matrix of its norm; of its energy in some neurons, as many random neurons of the module; of its
+energy in some ranks, random subspaces of as many; of attention, the soft prompt's share of the
+tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,12 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
+from scipy import stats as distributions
 from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
 from driftbook.benchmarks.utility import REFUSALS
-from driftbook.models.inside import Beginnings, Inside, neuron_importance, prompt_attention
+from driftbook.models.inside import Beginnings, Inside, prompt_attention, while_answering
 from driftbook.models.loading import Loaded, load
 from driftbook.models.scoring import Scorer
 from driftbook.stats.confidence import LOWER, UPPER
@@ -48,6 +50,7 @@ from driftbook.stats.directions import (
     LEAST_CEILING,
     NEURONS,
     OF_BASE,
+    RANKS,
     RESTORED,
     SHIFT,
     TAKEN,
@@ -78,6 +81,52 @@ def _top(importance: torch.Tensor) -> np.ndarray:
     """Which neurons are the CRITICAL share of most importance."""
     k = max(1, round(CRITICAL * len(importance)))
     return np.isin(np.arange(len(importance)), importance.topk(k).indices.numpy())
+
+
+def critical_ranks(
+    weight: torch.Tensor, safety: torch.Tensor, utility: torch.Tensor
+) -> torch.Tensor:
+    """Orthonormal columns [out, k]: the ranks of a weight [out, in] that are critical for safety
+    and not for utility, by what its module is given [tokens, in] at the tokens of answers to
+    harmful and to harmless prompts.
+
+    ActSVD (Wei et al. 2024, arXiv 2402.05162): with W X = U S V', X the inputs of one
+    set, the set's ranks are the first columns of U, here the CRITICAL share of them, and P = U U'.
+    What is critical for safety alone is (I - P_utility) P_safety. An update lies in it as far as
+    in the column space of this product, whose singular values are the sines of the angles between
+    both sets' ranks; columns nearer than 45 degrees to utility's ranks, which would be more
+    utility's than safety's, are left out.
+    """
+    n = min(len(safety), len(utility), *weight.shape)
+    k = max(1, round(CRITICAL * n))
+    one, other = (_top_ranks(weight, x, k) for x in (safety, utility))
+    columns, sines, _ = torch.linalg.svd(one - other @ (other.T @ one), full_matrices=False)
+    return columns[:, sines**2 >= 0.5].float()
+
+
+def _top_ranks(weight: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
+    """The first k left singular vectors of W X, x = X' [tokens, in], without those of a zero."""
+    u, s, _ = torch.linalg.svd(weight.double() @ x.double().T, full_matrices=False)
+    return u[:, :k][:, s[:k] > 1e-9 * s[0]]
+
+
+def random_energy(update: updates.Update, k: int) -> dict[str, float]:
+    """The percentage of an update's energy in a random subspace of k of its d output dimensions:
+    the mean, k / d, and a range by the Beta distribution of the same mean and variance.
+
+    The share is sum w_i b_i, with w_i = s_i^2 / sum s^2 of its singular values, and b_i, which is
+    Beta(k/2, (d - k)/2), the squared length of the subspace's part of the i-th direction. The b_i
+    of all d directions sum to k, so that two of them have the covariance -var(b) / (d - 1). The
+    distribution is exact for an update of one rank.
+    """
+    d, w = update.shape[0], update.concentration()
+    mean, spread = k / d, 2 * k * (d - k) / (d**2 * (d + 2))
+    variance = spread * (w - (1 - w) / max(d - 1, 1))
+    low = high = mean
+    if variance > 1e-12:
+        size = mean * (1 - mean) / variance - 1
+        low, high = distributions.beta.ppf([LOWER, UPPER], mean * size, (1 - mean) * size)
+    return dict(zip(NULLS, (100 * mean, 100 * float(low), 100 * float(high)), strict=True))
 
 
 # ---- rows
@@ -158,7 +207,7 @@ class Reference:
         self.directions = direction(self.seen.of[HARMFUL], self.seen.of[HARMLESS])[1:]
         self.ceilings = halves(self.seen.of[HARMFUL], self.seen.of[HARMLESS], self.rng())[:, 1:]
         self.answers = self._answers()
-        self.critical = self._critical()
+        self.critical, self.ranks = self._critical()
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.study.seed)
@@ -181,20 +230,25 @@ class Reference:
             found[kind] = pairs, self.inside.scorer.distributions(pairs)
         return found
 
-    def _critical(self) -> dict[str, np.ndarray]:
-        """By linear module its safety-critical neurons, as truth [out]: of the most important ones
-        for the base's answers to harmful prompts those that are not for answers to harmless ones.
-        Empty where weights are quantized, or embeddings cannot be given for tokens.
+    def _critical(self) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
+        """By linear module its safety-critical neurons, as truth [out], and ranks [out, k]: of the
+        most important ones for the base's answers to harmful prompts those that are not for answers
+        to harmless ones. Empty where weights are quantized, or embeddings cannot be given for
+        tokens.
         """
         if self.study.bases[self.name].quantization or not self.inside.engine.ways.embeddings:
-            return {}
+            return {}, {}
         pairs = {kind: answered for kind, (answered, _) in self.answers.items()}
         if not all(pairs.values()):
-            return {}
-        safety, utility = (
-            neuron_importance(self.inside, pairs[one]) for one in (HARMFUL, HARMLESS)
-        )
-        return {name: _top(own) & ~_top(utility[name]) for name, own in safety.items()}
+            return {}, {}
+        safety, utility = (while_answering(self.inside, pairs[one]) for one in (HARMFUL, HARMLESS))
+        neurons, ranks = {}, {}
+        for name, (own, x) in safety.items():
+            other, y = utility[name]
+            neurons[name] = _top(own) & ~_top(other)
+            weight = self.inside.engine.model.get_submodule(name).weight.detach().cpu()
+            ranks[name] = critical_ranks(weight, x, y)
+        return neurons, ranks
 
     @cached_property
     def before(self) -> tuple[Loaded, dict[str, Checkpoint]] | None:
@@ -498,6 +552,10 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
         if update.norm() and reference.critical.get(name, np.zeros(1)).any():
             orders = reference.orders(update.shape[0])
             yield _in_neurons(update, reference.critical[name], name, orders)
+        if update.norm() and reference.ranks.get(name, torch.empty(0, 0)).shape[1]:
+            u, null = reference.ranks[name], random_energy(update, reference.ranks[name].shape[1])
+            more = {"layer": layer, "n": u.shape[1], **null}
+            yield row(RANKS, 100 * update.energy(u), part=name, **more)
         if reference.before is None or not update.norm():
             continue
         if (u := reference.main_directions(name)) is None:
