@@ -178,7 +178,7 @@ def test_directions_and_their_nulls():
     np.testing.assert_allclose(other, directions.linear_cka(both, turned[order], [range(80)])[0])
     drawn = [rng.integers(0, 80, n) for n in (80, 40)]
     slow = np.stack([both[one].mean(0) for one in drawn])
-    np.testing.assert_allclose(directions.means(both, drawn), slow, atol=1e-12)
+    np.testing.assert_allclose(directions.mean_states(both, drawn), slow, atol=1e-12)
 
 
 def _drop(content):

@@ -216,7 +216,7 @@ class Beginnings:
     All rows are read once, and their states at the levels of interest kept (`states` are those of
     the contexts): with states put in at a level, the layers before it give what they gave, and are
     not computed again. Whether a model allows that is tried on one row, since layers may share more
-    than their states.
+    than their states; of an adapter on it, `skips` says what was found of the base.
     """
 
     def __init__(
@@ -225,6 +225,7 @@ class Beginnings:
         contexts: Sequence[Ids],
         options: Sequence[Sequence[Ids]],
         levels: Sequence[int] = (),
+        skips: bool | None = None,
     ):
         shared = inside.engine.ways.shared
         self.contexts, self.rows, self.owners = contexts, [], []
@@ -245,7 +246,7 @@ class Beginnings:
                 inside.scored(self, numbers, found)
         self.likely = np.minimum(found, 1.0)
         self.states: States = {level: self._contexts(level, inside.offset) for level in levels}
-        self.skips = bool(levels) and self._may_skip(inside)
+        self.skips = (bool(levels) and self._may_skip(inside)) if skips is None else skips
 
     def _contexts(self, level: int, offset: int) -> list[Tensor]:
         """The states of each context at a level."""

@@ -49,7 +49,7 @@ def halves(harmful: np.ndarray, harmless: np.ndarray, rng: np.random.Generator) 
     both = (harmful, harmless)
     drawn = [[np.array_split(rng.permutation(len(one)), 2) for one in both] for _ in range(DRAWS)]
     pair = [
-        [means(one, [parts[k][half] for parts in drawn]) for k, one in enumerate(both)]
+        [mean_states(one, [parts[k][half] for parts in drawn]) for k, one in enumerate(both)]
         for half in range(2)
     ]
     return cosines(*(a - b for a, b in pair))
@@ -59,10 +59,10 @@ def shuffled(both: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Directions [DRAWS, layers, width] of prompts whose labels are shuffled, n of them harmful."""
     orders = [rng.permutation(len(both)) for _ in range(DRAWS)]
     one, other = zip(*((order[:n], order[n:]) for order in orders), strict=True)
-    return unit(means(both, one) - means(both, other))
+    return unit(mean_states(both, one) - mean_states(both, other))
 
 
-def means(states: np.ndarray, chosen: Sequence[np.ndarray]) -> np.ndarray:
+def mean_states(states: np.ndarray, chosen: Sequence[np.ndarray]) -> np.ndarray:
     """Mean states [draws, layers, width] of the prompts that each draw chose, by their numbers, of
     states [n, layers, width]: one product of matrices for all draws.
     """
