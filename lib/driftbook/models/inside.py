@@ -49,7 +49,6 @@ class Inside:
 
     def __init__(self, scorer: Scorer):
         self.scorer, self.engine = scorer, scorer.engine
-        self.engine.last_layer = None  # every layer is read at every token of a prompt
         self.layers = decoder_layers(self.engine.model)
         self._prefix = self.engine.prefix([]) if self.engine.ways.shared else None
 
@@ -92,7 +91,9 @@ class Inside:
 
             return read
 
+        trimmed, self.engine.last_layer = self.engine.last_layer, None  # its modules are read whole
         with ExitStack() as stack:
+            stack.callback(setattr, self.engine, "last_layer", trimmed)
             for name in names:
                 module = self.engine.model.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(reader(name)).remove)
@@ -214,9 +215,10 @@ class Beginnings:
     contexts (`patched`).
 
     All rows are read once, and their states at the levels of interest kept (`states` are those of
-    the contexts): with states put in at a level, the layers before it give what they gave, and are
-    not computed again. Whether a model allows that is tried on one row, since layers may share more
-    than their states; of an adapter on it, `skips` says what was found of the base.
+    the contexts; of the last level they may be right at the last token alone): with states put in
+    at a level, the layers before it give what they gave, and are not computed again. Whether a
+    model allows that is tried on one row, since layers may share more than their states; of an
+    adapter on it, `skips` says what was found of the base.
     """
 
     def __init__(
