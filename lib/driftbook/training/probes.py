@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from scipy import stats as distributions
+from scipy.special import betaincinv
 from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
@@ -126,7 +126,7 @@ def random_energy(update: updates.Update, k: int) -> dict[str, float]:
     low = high = mean
     if variance > 1e-12:
         size = mean * (1 - mean) / variance - 1
-        low, high = distributions.beta.ppf([LOWER, UPPER], mean * size, (1 - mean) * size)
+        low, high = betaincinv(mean * size, (1 - mean) * size, [LOWER, UPPER])
     return dict(zip(NULLS, (100 * mean, 100 * float(low), 100 * float(high)), strict=True))
 
 
@@ -350,9 +350,17 @@ def ends_of_parts(n: int) -> list[int]:
 
 @contextmanager
 def _without(model: PeftModel, reference: Reference) -> Iterator[Inside]:
-    """The base model below an adapter, as long as the block lasts."""
-    with model.disable_adapter():
+    """The base model below an adapter, as long as the block lasts: as PEFT's disable_adapter, which
+    looks at every module first; a soft prompt is not in the base at all.
+    """
+    inside = not model.active_peft_config.is_prompt_learning
+    try:
+        if inside:
+            model.base_model.disable_adapter_layers()
         yield Inside(Scorer(model.get_base_model(), reference.base.tokenizer))
+    finally:
+        if inside:
+            model.base_model.enable_adapter_layers()
 
 
 def _compared(
