@@ -32,6 +32,7 @@ from driftbook.stats.directions import (
 )
 from driftbook.study.methods import layers_of
 from driftbook.training import probes
+from driftbook.training.critical import critical_ranks, random_energy
 from driftbook.training.updates import Update
 
 PROBES = {"harmful": "forbidden", "harmless": "allowed", "n": 16, "reported": 4, "answer_tokens": 4}
@@ -107,7 +108,7 @@ def test_an_update_in_the_critical_ranks_has_all_its_energy_there():
     utility[:, 0] *= 30  # both sets have a rank in common, which is not safety's alone
     safety[:, 0] *= 30
     safety[:, 1] *= 20
-    found = probes.critical_ranks(weight, safety, utility)
+    found = critical_ranks(weight, safety, utility)
     projectors = []
     for x in (safety, utility):  # the slow way: whole projections [out, out]
         u = torch.linalg.eigh((weight @ x.T @ x @ weight.T).double()).eigenvectors[:, -2:]
@@ -136,7 +137,7 @@ def test_the_energy_in_random_subspaces_is_that_of_draws(k):
     )
     draws = [100 * update.energy(torch.linalg.qr(torch.randn(30, k)).Q) for _ in range(2000)]
     drawn = probes.null_of(draws)
-    found = probes.random_energy(update, k)
+    found = dict(zip(probes.NULLS, random_energy(update, k), strict=True))
     assert found["null"] == pytest.approx(drawn["null"], rel=0.03)
     for end in ("null_low", "null_high"):
         assert found[end] == pytest.approx(drawn[end], abs=0.12 * found["null"])

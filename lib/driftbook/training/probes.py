@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from scipy.special import betaincinv
 from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
@@ -72,6 +71,7 @@ from driftbook.study.tables import PROBES
 from driftbook.study.variants import Variant
 from driftbook.training import mitigations, safe_lora, updates
 from driftbook.training.checkpoints import Checkpoint, open_checkpoint
+from driftbook.training.critical import critical_ranks, random_energy
 
 TOO_FEW = (
     "too few prompts for a direction: its halves have a cosine of {:.2f}, below {}; raise probes.n"
@@ -82,52 +82,6 @@ def _top(importance: torch.Tensor) -> np.ndarray:
     """Which neurons are the CRITICAL share of most importance."""
     k = max(1, round(CRITICAL * len(importance)))
     return np.isin(np.arange(len(importance)), importance.topk(k).indices.numpy())
-
-
-def critical_ranks(
-    weight: torch.Tensor, safety: torch.Tensor, utility: torch.Tensor
-) -> torch.Tensor:
-    """Orthonormal columns [out, k]: the ranks of a weight [out, in] that are critical for safety
-    and not for utility, by what its module is given [tokens, in] at the tokens of answers to
-    harmful and to harmless prompts.
-
-    ActSVD (Wei et al. 2024, arXiv 2402.05162): with W X = U S V', X the inputs of one
-    set, the set's ranks are the first columns of U, here the CRITICAL share of them, and P = U U'.
-    What is critical for safety alone is (I - P_utility) P_safety. An update lies in it as far as
-    in the column space of this product, whose singular values are the sines of the angles between
-    both sets' ranks; columns nearer than 45 degrees to utility's ranks, which would be more
-    utility's than safety's, are left out.
-    """
-    n = min(len(safety), len(utility), *weight.shape)
-    k = max(1, round(CRITICAL * n))
-    one, other = (_top_ranks(weight, x, k) for x in (safety, utility))
-    columns, sines, _ = torch.linalg.svd(one - other @ (other.T @ one), full_matrices=False)
-    return columns[:, sines**2 >= 0.5].float()
-
-
-def _top_ranks(weight: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
-    """The first k left singular vectors of W X, x = X' [tokens, in], without those of a zero."""
-    u, s, _ = torch.linalg.svd(weight.double() @ x.double().T, full_matrices=False)
-    return u[:, :k][:, s[:k] > 1e-9 * s[0]]
-
-
-def random_energy(update: updates.Update, k: int) -> dict[str, float]:
-    """The percentage of an update's energy in a random subspace of k of its d output dimensions:
-    the mean, k / d, and a range by the Beta distribution of the same mean and variance.
-
-    The share is sum w_i b_i, with w_i = s_i^2 / sum s^2 of its singular values, and b_i, which is
-    Beta(k/2, (d - k)/2), the squared length of the subspace's part of the i-th direction. The b_i
-    of all d directions sum to k, so that two of them have the covariance -var(b) / (d - 1). The
-    distribution is exact for an update of one rank.
-    """
-    d, w = update.shape[0], update.concentration()
-    mean, spread = k / d, 2 * k * (d - k) / (d**2 * (d + 2))
-    variance = spread * (w - (1 - w) / max(d - 1, 1))
-    low = high = mean
-    if variance > 1e-12:
-        size = mean * (1 - mean) / variance - 1
-        low, high = betaincinv(mean * size, (1 - mean) * size, [LOWER, UPPER])
-    return dict(zip(NULLS, (100 * mean, 100 * float(low), 100 * float(high)), strict=True))
 
 
 # ---- rows
@@ -568,7 +522,8 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
             orders = reference.orders(update.shape[0])
             yield _in_neurons(update, reference.critical[name], name, orders)
         if update.norm() and reference.ranks.get(name, torch.empty(0, 0)).shape[1]:
-            u, null = reference.ranks[name], random_energy(update, reference.ranks[name].shape[1])
+            u = reference.ranks[name]
+            null = dict(zip(NULLS, random_energy(update, u.shape[1]), strict=True))
             more = {"layer": layer, "n": u.shape[1], **null}
             yield row(RANKS, 100 * update.energy(u), part=name, **more)
         if reference.before is None or not update.norm():
