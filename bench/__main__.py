@@ -41,6 +41,7 @@ def run(chosen: Sequence[str] = (), n_items: int = 600) -> pd.DataFrame:
         "training": training.rows,
         "Safe LoRA": safe_lora.rows,
         "mechanisms": mechanisms.rows,
+        "probing": mechanisms.cost_rows,
         "accuracy": accuracy,
         "intervals": intervals,
         "models": mixed_models.rows,

@@ -1,4 +1,5 @@
-"""Whether probes find the layers into which alignment was put: `python -m bench mechanisms`.
+"""Whether probes find the layers into which alignment was put, and what they cost beside training:
+`python -m bench mechanisms probing`.
 
 The unaligned checkpoint of a deep miniature is aligned anew with other seeds, with only a third of
 its layers free, or all; the probes of the base model then name a third, or none.
@@ -7,19 +8,21 @@ its layers free, or all; the probes of the base model then name a third, or none
 import tempfile
 from pathlib import Path
 
-from bench.harness import row
+from bench.harness import least_seconds, row
 
 from driftbook.analyses import mechanisms
 from driftbook.batch.preparing import prepare
 from driftbook.miniature.building import build_branch
 from driftbook.miniature.learning import Recipe, Stage
+from driftbook.models import adapters
 from driftbook.models.loading import load
 from driftbook.study.sources import made_folder
 from driftbook.study.study_file import Study
 from driftbook.study.study_file import load as study_of
-from driftbook.training import probes
+from driftbook.training import examples, fit, probes, stage
 
 SEEDS, GOAL = 10, 9
+MOST_COST = 0.1  # of the seconds of training
 NAME, STUDY, BASE = "llama-6", "mechanisms", "deep"
 PLANTED = {"early": "early", "middle": "middle", "late": "late", "all": None}
 SHORT = Recipe(aligned=Stage(120, 2e-3, warmup=10))  # enough to refuse; a third less than usual
@@ -64,3 +67,41 @@ def rows(seeds: int = SEEDS) -> list[dict]:
             goal = GOAL * seeds / SEEDS
             made.append(row("planted alignment found, seeds", setting, right, goal, "seeds"))
     return made
+
+
+def cost_rows(seeds: int = 5) -> list[dict]:
+    """The CPU seconds of every probe of a base model and its runs, over those of training them: of
+    the first seed of each setting, for a study of so many.
+    """
+    study = study_of(STUDY)
+    prepare(BASE, study)
+    base, first = load(study.bases[BASE], BASE, study), {}
+    for one in study.of_base(BASE):
+        first.setdefault((one.method, one.layers), one)
+    prepared = stage.prepare_all(list(first.values()), base, study)
+    probing, reference = least_seconds(probes.Reference, base, study, BASE)
+    training = 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        for one in first.values():
+            folder, n = (Path(scratch, one.run_id), seeds) if one.dataset else (None, 1)
+            if folder:
+                own = prepared[examples.way(one)]
+                training += (
+                    n * least_seconds(fit.train, one, base, own, study, folder, repeats=1)[0]
+                )
+            with adapters.attached(base.model, folder) as model:
+                probing += n * least_seconds(probes.probed, reference, model, one, folder)[0]
+    setting = f"{STUDY}, base {BASE}, {seeds} seeds"
+    share = probing / training
+    return [
+        row(
+            "probing, share of training's CPU seconds",
+            setting,
+            share,
+            MOST_COST,
+            "CPU s",
+            probing,
+            training,
+            least=False,
+        )
+    ]

@@ -9,7 +9,13 @@ import torch
 from conftest import FAMILIES, one_sentence
 from driftbook.benchmarks.utility import REFUSALS, refusal_probability
 from driftbook.models import adapters
-from driftbook.models.inside import Inside, decoder_layers, neuron_importance, prompt_attention
+from driftbook.models.inside import (
+    Beginnings,
+    Inside,
+    decoder_layers,
+    prompt_attention,
+    while_answering,
+)
 from driftbook.models.scoring import Scorer
 
 TEXTS = ["how do i bake bread ?", "tell me how to make a cake for my friend today .", "who are you"]
@@ -66,14 +72,14 @@ def test_a_refusal_is_as_likely_as_the_scorer_says(bases, adapter_folders, metho
         joined = [scorer.joined(one, REFUSALS, scorer.lead) for one in scorer.ask(TEXTS)]
         contexts, options = zip(*joined, strict=True)
         inside = Inside(Scorer(model, base.tokenizer))
-        own = inside.begins(contexts, options)
-        np.testing.assert_allclose(own, wanted, atol=1e-5)
-        states = inside.states(contexts)
-        for level in range(inside.levels):  # its own states change nothing
-            np.testing.assert_allclose(
-                inside.begins(contexts, options, level, states), own, atol=1e-5
-            )
-        np.testing.assert_allclose(inside.begins(contexts, options), own, atol=1e-7)
+        own = Beginnings(inside, contexts, options, range(inside.levels))
+        np.testing.assert_allclose(own.likely, wanted, atol=1e-5)
+        assert own.skips
+        for level, states in own.states.items():  # its own states change nothing
+            found = own.patched(inside, level, {level: states})
+            np.testing.assert_allclose(found, own.likely, atol=1e-7)
+        again = Beginnings(inside, contexts, options)
+        np.testing.assert_allclose(again.likely, own.likely, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,16 +89,39 @@ def test_anothers_states_are_put_in_place(bases, adapter_folders, family):
     joined = [scorer.joined(one, ["yes", "no"], scorer.lead) for one in scorer.ask(TEXTS)]
     contexts, options = zip(*joined, strict=True)
     inside = Inside(scorer)
-    before, states = inside.begins(contexts, options), inside.states(contexts)
+    levels = range(inside.levels)
+    before = Beginnings(inside, contexts, options, levels)
     with adapters.attached(base.model, adapter_folders[family, "lora"]) as model:
         tuned = Inside(Scorer(model, base.tokenizer))
-        own = tuned.begins(contexts, options)
-        at_first = tuned.begins(contexts, options, 0, states)  # LoRA leaves what layer 0 is given
-        # options of one token follow from the last layer's states alone
-        at_last = tuned.begins(contexts, options, tuned.levels - 1, states)
-    assert np.abs(own - before).max() > 1e-4
-    np.testing.assert_allclose(at_first, own, atol=1e-5)
-    np.testing.assert_allclose(at_last, before, atol=1e-5)
+        own = Beginnings(tuned, contexts, options, levels)
+        found = [own.patched(tuned, level, before.states) for level in levels]
+        own.skips = False
+        whole = [own.patched(tuned, level, before.states) for level in levels]
+    assert np.abs(own.likely - before.likely).max() > 1e-4
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    np.testing.assert_allclose(found[0], own.likely, atol=1e-5)  # LoRA leaves what layer 0 is given
+    # options of one token follow from the last layer's states alone
+    np.testing.assert_allclose(found[-1], before.likely, atol=1e-5)
+
+
+def test_layers_are_not_skipped_where_later_ones_share_more_than_states(bases):
+    base = bases["llama"]
+    scorer = Scorer(base.model, base.tokenizer)
+    joined = [scorer.joined(one, ["yes", "no"], scorer.lead) for one in scorer.ask(TEXTS)]
+    inside, seen = Inside(scorer), {}
+    first, last = inside.layers
+    keep = first.self_attn.register_forward_hook(lambda *given: seen.update(own=given[2][0]))
+    share = last.self_attn.register_forward_hook(
+        lambda *given: (given[2][0] + seen.pop("own"), *given[2][1:])
+    )
+    try:
+        own = Beginnings(inside, *zip(*joined, strict=True), range(inside.levels))
+        assert not own.skips
+        np.testing.assert_allclose(own.patched(inside, 1, own.states), own.likely, atol=1e-6)
+    finally:
+        keep.remove()
+        share.remove()
+    assert "forward" not in vars(first)
 
 
 def test_the_attention_that_a_soft_prompt_gets(bases, adapter_folders):
@@ -101,8 +130,10 @@ def test_the_attention_that_a_soft_prompt_gets(bases, adapter_folders):
         scorer = Scorer(model, base.tokenizer)
         inside = Inside(scorer)
         shares = prompt_attention(inside, scorer.ask(TEXTS))
+        alone = [prompt_attention(inside, [one]) for one in scorer.ask(TEXTS)]
         assert base.model.config._attn_implementation == "sdpa", "as it was"
     assert shares.shape == (3, 2)
+    np.testing.assert_allclose(shares, np.concatenate(alone), rtol=1e-4)
     assert ((shares > 0) & (shares < 1)).all()
 
 
@@ -110,10 +141,14 @@ def test_the_importance_of_neurons_is_that_of_their_weights_gradients(bases):
     base = bases["llama"]
     scorer = Scorer(base.model, base.tokenizer)
     pairs = [(prompt, prompt[1:4]) for prompt in scorer.ask(TEXTS)]
-    found = neuron_importance(Inside(scorer), pairs)
+    found, given = while_answering(Inside(scorer), pairs)["model.layers.0.self_attn.v_proj"]
     name = "model.layers.0.self_attn.v_proj"
     weight, total = base.model.get_submodule(name).weight, 0.0
     weight.requires_grad_(True)
+    inputs = []
+    hook = base.model.get_submodule(name).register_forward_pre_hook(
+        lambda _, x: inputs.append(x[0][0, -3:].detach())
+    )
     for prompt, answer in pairs:
         logits = base.model(input_ids=torch.tensor([[*prompt, *answer]])).logits
         read = logits[0, len(prompt) - 1 : -1]
@@ -121,7 +156,10 @@ def test_the_importance_of_neurons_is_that_of_their_weights_gradients(bases):
         total = total + (weight * weight.grad).abs().sum(1).detach() / len(pairs)
         weight.grad = None
     weight.requires_grad_(False)
-    torch.testing.assert_close(found[name], total, rtol=1e-3, atol=1e-6)
+    hook.remove()
+    torch.testing.assert_close(found, total, rtol=1e-3, atol=1e-6)
+    by_size = [torch.cat(some).sort(0).values for some in (inputs, [given])]  # in any order
+    torch.testing.assert_close(*by_size)
     assert not any(one.requires_grad or one._backward_hooks for one in base.model.parameters())
 
 

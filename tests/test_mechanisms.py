@@ -30,6 +30,7 @@ from driftbook.stats.directions import (
     HARMLESS,
     KL,
     OF_BASE,
+    RANKS,
     RESTORED,
     SHIFT,
     TAKEN,
@@ -89,6 +90,9 @@ def looks(run_id, method, shift, drop, attention, rng):
         one = ATTENTION if method == "prompt_tuning" else UPDATE
         part = ALL if one == ATTENTION else f"model.layers.{layer}.q_proj"
         made.append(row(run_id, one, attention + shift, layer, part, null=30.0))
+        if one == UPDATE:
+            null = {"null": 10.0, "null_low": 5.0, "null_high": 15.0}
+            made.append(row(run_id, RANKS, 12 + layer + shift, layer, part, **null))
     for place in range(1, 7):
         for kind in (HARMFUL, HARMLESS):
             value = 3 / place + 0.01 * rng.normal()
@@ -179,6 +183,18 @@ def test_without_runs_of_a_kind_nothing_is_said_of_it():
     )
 
 
+def test_what_updates_touch_is_a_mean_of_runs_beside_its_null():
+    tables = simulated("early")
+    found = Mechanisms(tables).touched().set_index(["base_model", "method", "adapted", "probe"])
+    assert set(found.index) == {(BASE, "lora", part, RANKS) for part in {ALL, *THIRDS} - {"spread"}}
+    own = found.loc[BASE, "lora", "late", RANKS]
+    rows = tables.probes[tables.probes["probe"].eq(RANKS)]
+    by_run = rows[rows["run_id"].str.contains("late")].groupby("run_id")["value"].mean()
+    assert own["value"] == pytest.approx(by_run.mean())
+    assert own["ci_low"] < own["value"] < own["ci_high"]
+    assert (own["null"], own["null_low"], own["null_high"], own["n_runs"]) == (10, 5, 15, 5)
+
+
 def test_where_refusals_hardly_change_nothing_is_placed():
     tables = simulated("early")
     base = tables.probes["probe"].eq(BEGINS) & tables.probes["part"].eq(OF_BASE)
@@ -210,6 +226,7 @@ def test_estimates_and_figures_of_the_simulated_study(tmp_path):
     inside = Mechanisms(tables)
     estimates = inside.estimates(inside.mediation(20, 0))
     assert estimates["notebook"].eq("13_mechanisms").all()
+    assert estimates["outcome"].eq(RANKS).sum() == 4
     assert len(inside.sentence(inside.verdicts())) > 50
     drawn = {name: vars(tables)[name] for name in ("variants", "runs", "probes")}
     drawn |= {"estimates": estimates, "note": "simulated"}

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from conftest import SMALL, local, one_sentence
 from driftbook.batch import keys
@@ -23,6 +24,7 @@ from driftbook.stats.directions import (
     KL,
     NEURONS,
     OF_BASE,
+    RANKS,
     RESTORED,
     SHIFT,
     TAKEN,
@@ -30,6 +32,8 @@ from driftbook.stats.directions import (
 )
 from driftbook.study.methods import layers_of
 from driftbook.training import probes
+from driftbook.training.critical import critical_ranks, random_energy
+from driftbook.training.updates import Update
 
 PROBES = {"harmful": "forbidden", "harmless": "allowed", "n": 16, "reported": 4, "answer_tokens": 4}
 
@@ -66,13 +70,12 @@ def looked(bases, adapter_folders, make_study):
 
 def test_a_run_has_every_probe_with_its_null(looked):
     found = looked("lora")
-    wanted = {BEGINS, DRIFT, DROP, SHIFT, CKA, KL, RESTORED, TAKEN, UPDATE, NEURONS}
+    wanted = {BEGINS, DRIFT, DROP, SHIFT, CKA, KL, RESTORED, TAKEN, UPDATE, NEURONS, RANKS}
     assert wanted == set(found["probe"])
     made = found[found["note"].isna()]
     assert made["value"].notna().all()
-    assert (
-        made.loc[made["probe"].isin([SHIFT, CKA, RESTORED, UPDATE, NEURONS]), "null"].notna().all()
-    )
+    nulls = made.loc[made["probe"].isin([SHIFT, CKA, RESTORED, UPDATE, NEURONS, RANKS]), "null"]
+    assert nulls.notna().all()
     shift = made[made["probe"].eq(SHIFT)]
     assert shift["value"].gt(0).all()
     # the last layer's states decide the first token; put back, refusals are nearly the base's
@@ -82,8 +85,6 @@ def test_a_run_has_every_probe_with_its_null(looked):
 
 
 def test_an_update_is_what_the_module_adds(looked, bases, adapter_folders):
-    import torch
-
     found, base = looked("lora"), bases["llama"]
     name = "model.layers.1.self_attn.v_proj"
     row = found[found["probe"].eq(UPDATE) & found["part"].eq(name)].iloc[0]
@@ -99,6 +100,47 @@ def test_an_update_is_what_the_module_adds(looked, bases, adapter_folders):
             shares.append(float(100 * added.norm() / h.norm()))
         hook.remove()
     assert row["value"] == pytest.approx(np.mean(shares), rel=1e-4)
+
+
+def test_an_update_in_the_critical_ranks_has_all_its_energy_there():
+    torch.manual_seed(0)
+    weight, safety, utility = torch.randn(30, 20), torch.randn(50, 20), torch.randn(40, 20)
+    utility[:, 0] *= 30  # both sets have a rank in common, which is not safety's alone
+    safety[:, 0] *= 30
+    safety[:, 1] *= 20
+    found = critical_ranks(weight, safety, utility)
+    projectors = []
+    for x in (safety, utility):  # the slow way: whole projections [out, out]
+        u = torch.linalg.eigh((weight @ x.T @ x @ weight.T).double()).eigenvectors[:, -2:]
+        projectors.append(u @ u.T)
+    p_safety, p_utility = projectors
+    u, s, _ = torch.linalg.svd((torch.eye(30) - p_utility) @ p_safety)
+    slow = u[:, s >= 0.5**0.5]
+    assert found.shape[1] == slow.shape[1] == 1
+    torch.testing.assert_close(found @ found.T, (slow @ slow.T).float(), atol=1e-5, rtol=0)
+    assert (p_utility.float() @ found).norm() < 1e-5
+    inside = Update("m", torch.randn(3, 20), found @ torch.randn(1, 3), 2.0)
+    outside = inside.projected(lambda b: torch.randn(30, 3)).projected(
+        lambda b: b - found @ (found.T @ b)
+    )
+    assert inside.energy(found) == pytest.approx(1, abs=1e-5)
+    assert outside.energy(found) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_energy_in_random_subspaces_is_that_of_draws(k):
+    torch.manual_seed(k)
+    update = Update("m", torch.randn(3, 20), torch.randn(30, 3), 0.5)
+    s = torch.linalg.svdvals(update.b @ update.a)
+    assert update.concentration() == pytest.approx(
+        float((s**4).sum() / (s**2).sum() ** 2), rel=1e-5
+    )
+    draws = [100 * update.energy(torch.linalg.qr(torch.randn(30, k)).Q) for _ in range(2000)]
+    drawn = probes.null_of(draws)
+    found = dict(zip(probes.NULLS, random_energy(update, k), strict=True))
+    assert found["null"] == pytest.approx(drawn["null"], rel=0.03)
+    for end in ("null_low", "null_high"):
+        assert found[end] == pytest.approx(drawn[end], abs=0.12 * found["null"])
 
 
 def test_a_soft_prompt_draws_attention_and_a_base_model_has_a_ceiling(looked):
@@ -130,8 +172,14 @@ def test_directions_and_their_nulls():
     mixed = directions.cosines(directions.shuffled(both, 40, rng), r)
     assert abs(mixed.mean()) < 0.3
     turned = both @ np.linalg.qr(rng.standard_normal((20, 20)))[0]
-    np.testing.assert_allclose(directions.linear_cka(both, 2 * turned), 1)
-    assert (directions.linear_cka(both, both[rng.permutation(80)]) < 0.5).all()
+    order = rng.permutation(80)
+    same, other = directions.linear_cka(both, 2 * turned, [np.arange(80), order])
+    np.testing.assert_allclose(same, 1)
+    assert (other < 0.5).all()
+    np.testing.assert_allclose(other, directions.linear_cka(both, turned[order], [range(80)])[0])
+    drawn = [rng.integers(0, 80, n) for n in (80, 40)]
+    slow = np.stack([both[one].mean(0) for one in drawn])
+    np.testing.assert_allclose(directions.mean_states(both, drawn), slow, atol=1e-12)
 
 
 def _drop(content):

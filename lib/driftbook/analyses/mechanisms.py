@@ -19,9 +19,12 @@ from driftbook.stats.directions import (
     BEGINS,
     CEILING,
     DROP,
+    ENERGY,
     HARMFUL,
     KL,
+    NEURONS,
     OF_BASE,
+    RANKS,
     RESTORED,
     SHIFT,
     TAKEN,
@@ -35,6 +38,7 @@ NOTEBOOK = "13_mechanisms"
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NAMED = 0.8  # share of the refusals that a third must carry, in both directions, to be named
 LEAST_CHANGE = 10.0  # points of refusals below which there is nothing to place
+TOUCHED = (NEURONS, RANKS, ENERGY)
 EARLY = 0.5  # share of a soft prompt's effect that the first third must carry
 FIRST = 3  # tokens of an answer that are its first
 BEFORE = "before the first layer"
@@ -197,6 +201,28 @@ class Mechanisms:
         named = {key: named_third(own) or "none" for key, own in rows.groupby(keys)}
         return wide.round(0).assign(named=[named[key] for key in wide.index])
 
+    # ---- what updates touch
+    def touched(self) -> pd.DataFrame:
+        """By base model and setting, how much of an update lies in the safety-critical neurons and
+        ranks of its modules, and in the main directions of what alignment changed, in percent of
+        its energy: the mean over modules with its interval over runs; and the null, as many random
+        neurons or directions, with the mean of the modules' ranges.
+        """
+        runs = self.tuned.rename(columns={"part": "adapted"})
+        rows = self.probes[self.probes["probe"].isin(TOUCHED)].merge(runs, on="run_id")
+        numbers = ["value", "null", "null_low", "null_high"]
+        keys = ["base_model", "method", "adapted", "probe"]
+        by_run = rows.groupby([*keys, "run_id"], sort=False)[numbers].mean().reset_index()
+        found = []
+        for key, own in by_run.groupby(keys, sort=False):
+            value, low, high = interval(own["value"])
+            ends = {"value": value, "ci_low": low, "ci_high": high, "n_runs": len(own)}
+            found.append(
+                dict(zip(keys, key, strict=True)) | ends | own[numbers[1:]].mean().to_dict()
+            )
+        columns = [*keys, "value", "ci_low", "ci_high", *numbers[1:], "n_runs"]
+        return pd.DataFrame(found, columns=columns)
+
     # ---- verdicts, by rules that stand above
     def verdicts(self) -> pd.DataFrame:
         """A row per base model and mechanism: the verdict, and the numbers that it rests on."""
@@ -317,7 +343,7 @@ class Mechanisms:
 
     # ---- estimates
     def estimates(self, mediation: pd.DataFrame) -> pd.DataFrame:
-        """Every estimate of notebook 13: shares carried by setting, and the mediation."""
+        """Every estimate of notebook 13: shares carried and touched by setting, the mediation."""
         names = {"study": self.study.name, "notebook": NOTEBOOK, "benchmark": "safety"}
         names |= {"judge": "none", "group": "settings", "population": "seeds like these"}
         rows = self.carried.merge(self.tuned, on="run_id", suffixes=("", "_adapted"))
@@ -329,6 +355,12 @@ class Mechanisms:
             more = {"category": way, "outcome": CARRIED.format(part), "contrast": "level"}
             ends = {"value": value, "ci_low": low, "ci_high": high, "n_runs": len(own)}
             found.append(names | who | more | ends | {"how": "t interval over runs"})
+        for one in self.touched().to_dict("records"):
+            shared = {key: one[key] for key in ("value", "ci_low", "ci_high", "n_runs")}
+            who = {"base_model": one["base_model"], "method": one["method"]}
+            who |= {"member": f"layers {one['adapted']}", "outcome": one["probe"]}
+            more = {"contrast": "level", "how": "t interval over runs"}
+            found.append(names | who | more | shared)
         for one in mediation.itertuples():
             who = {"base_model": ALL, "method": ALL, "member": one.probe, "n_runs": one.n_runs}
             ends = {"value": one.value, "ci_low": one.ci_low, "ci_high": one.ci_high}

@@ -1,5 +1,7 @@
 """The names of probes, and the arithmetic of directions and states: numpy alone."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 CEILING = "refusal direction, cosine of two halves"
@@ -11,13 +13,14 @@ KL = "next token, KL from the base (nats)"
 UPDATE = "adapter's change of a module's output, over its input (percent)"
 ENERGY = "update in the alignment's main directions (percent of its energy)"
 NEURONS = "update in safety-critical neurons (percent of its energy)"
+RANKS = "update in safety-critical ranks (percent of its energy)"
 ATTENTION = "attention on the soft prompt (percent)"
 BEGINS = "answer begins as a refusal (percent)"
 RESTORED = "answer begins as a refusal, base's states put in (percent)"
 TAKEN = "base's answer begins as a refusal, run's states put in (percent)"
 LAST, WHOLE = "last of the prompt", "all of the prompt"
 HARMFUL, HARMLESS, OF_BASE = "harmful", "harmless", "the base itself"
-CRITICAL = 0.1  # share of a module's neurons that are its most important ones
+CRITICAL = 0.1  # share of a module's neurons, or ranks, that are its most important ones
 LEAST_CEILING = 0.5  # cosine of two halves below which there are too few prompts for a direction
 DRAWS = 100  # of prompts, halves, labels and directions
 
@@ -43,26 +46,39 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def halves(harmful: np.ndarray, harmless: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Cosines [DRAWS, layers] of the directions of two halves of the prompts."""
-    found = []
-    for _ in range(DRAWS):
-        parts = [rng.permutation(len(one)) for one in (harmful, harmless)]
-        a, b = zip(*(np.array_split(part, 2) for part in parts), strict=True)
-        pair = (direction(harmful[one], harmless[other]) for one, other in (a, b))
-        found.append(cosines(*pair))
-    return np.array(found)
+    both = (harmful, harmless)
+    drawn = [[np.array_split(rng.permutation(len(one)), 2) for one in both] for _ in range(DRAWS)]
+    pair = [
+        [mean_states(one, [parts[k][half] for parts in drawn]) for k, one in enumerate(both)]
+        for half in range(2)
+    ]
+    return cosines(*(a - b for a, b in pair))
 
 
 def shuffled(both: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Directions [DRAWS, layers, width] of prompts whose labels are shuffled, n of them harmful."""
-    orders = (rng.permutation(len(both)) for _ in range(DRAWS))
-    return np.stack([direction(both[order[:n]], both[order[n:]]) for order in orders])
+    orders = [rng.permutation(len(both)) for _ in range(DRAWS)]
+    one, other = zip(*((order[:n], order[n:]) for order in orders), strict=True)
+    return unit(mean_states(both, one) - mean_states(both, other))
 
 
-def linear_cka(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Linear CKA by layer of states [n, layers, width] (Kornblith et al. 2019, arXiv 1905.00414),
-    by the kernels [n, n]: |X'Y|^2 / (|X'X| |Y'Y|), columns centred.
+def mean_states(states: np.ndarray, chosen: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean states [draws, layers, width] of the prompts that each draw chose, by their numbers, of
+    states [n, layers, width]: one product of matrices for all draws.
+    """
+    n, *shape = states.shape
+    shares = [np.bincount(one, minlength=n) / len(one) for one in chosen]
+    flat = states.reshape(n, -1)
+    return (np.array(shares) @ flat.astype(float)).reshape(len(chosen), *shape)
+
+
+def linear_cka(a: np.ndarray, b: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:
+    """Linear CKA [orders, layers] of states [n, layers, width] (Kornblith et al. 2019, arXiv
+    1905.00414), b's prompts in each of these orders, by the kernels [n, n]:
+    |X'Y|^2 / (|X'X| |Y'Y|), columns centred.
     """
     a, b = a - a.mean(0), b - b.mean(0)
     k, m = np.einsum("ilw,jlw->lij", a, a), np.einsum("ilw,jlw->lij", b, b)
     norms = np.sqrt((k * k).sum((1, 2)) * (m * m).sum((1, 2)))
-    return np.divide((k * m).sum((1, 2)), norms, out=np.zeros(len(k)), where=norms > 0)
+    products = np.array([(k * m[:, one][:, :, one]).sum((1, 2)) for one in orders])
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)

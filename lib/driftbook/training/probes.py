@@ -9,14 +9,16 @@ prompt. States, directions and patched models are never saved.
 The nulls: of a direction, the same from shuffled labels; of a projection, random directions of
 equal norm; of a drift of states, two halves of the base's own prompts; of CKA, prompts in another
 order; of states put in place, a step of equal length in a random direction; of an update, a random
-matrix of its norm; of its energy in some neurons, as many random neurons of the module; of
-attention, the soft prompt's share of the tokens.
+matrix of its norm; of its energy in some neurons, as many random neurons of the module; of its
+energy in some ranks, random subspaces of as many; of attention, the soft prompt's share of the
+tokens.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
 from driftbook.benchmarks.utility import REFUSALS
-from driftbook.models.inside import Inside, States, neuron_importance, prompt_attention
+from driftbook.models.inside import Beginnings, Inside, prompt_attention, while_answering
 from driftbook.models.loading import Loaded, load
 from driftbook.models.scoring import Scorer
 from driftbook.stats.confidence import LOWER, UPPER
@@ -48,6 +50,7 @@ from driftbook.stats.directions import (
     LEAST_CEILING,
     NEURONS,
     OF_BASE,
+    RANKS,
     RESTORED,
     SHIFT,
     TAKEN,
@@ -57,6 +60,7 @@ from driftbook.stats.directions import (
     direction,
     halves,
     linear_cka,
+    mean_states,
     shuffled,
     unit,
 )
@@ -67,6 +71,7 @@ from driftbook.study.tables import PROBES
 from driftbook.study.variants import Variant
 from driftbook.training import mitigations, safe_lora, updates
 from driftbook.training.checkpoints import Checkpoint, open_checkpoint
+from driftbook.training.critical import critical_ranks, random_energy
 
 TOO_FEW = (
     "too few prompts for a direction: its halves have a cosine of {:.2f}, below {}; raise probes.n"
@@ -97,33 +102,37 @@ def mean_of(values: np.ndarray) -> tuple[float, float, float]:
 
 def null_of(draws: np.ndarray) -> dict[str, float]:
     """A null's mean and range."""
-    low, high = np.quantile(draws, [LOWER, UPPER])
+    low, high = _ends(draws)
     return {"null": float(np.mean(draws)), "null_low": float(low), "null_high": float(high)}
 
 
 def between(draws: np.ndarray, value: float) -> tuple[float, float, float]:
     """A value with the interval of its draws over prompts."""
-    low, high = np.quantile(draws, [LOWER, UPPER])
-    return float(value), float(low), float(high)
+    return (float(value), *map(float, _ends(draws)))
+
+
+def _ends(draws: np.ndarray) -> np.ndarray:
+    """np.quantile of a few draws at LOWER and UPPER, in a tenth of its time."""
+    places = np.array([LOWER, UPPER]) * (len(draws) - 1)
+    return np.interp(places, np.arange(len(draws)), np.sort(draws))
 
 
 # ---- the base model, read once
 @dataclass(frozen=True)
 class Seen:
     """What was read of a model: states [n, levels, width] of the prompts of directions, harmful
-    and harmless, and of those reported on; how likely each report's answer begins as a refusal.
+    and harmless, and of those reported on.
     """
 
     of: dict[str, np.ndarray]
     reported: dict[str, np.ndarray]
-    begins: np.ndarray
 
 
 class Reference:
     """A study's prompts for a base model, and what the base says to them, read before any adapter
-    is put on it: what was seen (`seen`), the states at every token of the prompts that are patched
-    (`states`), the refusal directions [layers, width], their cosines from two halves of the
-    prompts (`ceilings` [DRAWS, layers]), and the base's own answers.
+    is put on it: what was seen (`seen`), how likely its answers begin as refusals, with the states
+    of the prompts that are patched (`begun`), the refusal directions [layers, width], their cosines
+    from two halves of the prompts (`ceilings` [DRAWS, layers]), and the base's own answers.
 
     Raises:
         ValueError: the layers of the model are not found, or a prompt of the directions is also
@@ -134,6 +143,7 @@ class Reference:
         self.base, self.study, self.name, self.asked = base, study, base_model, study.probes
         self.inside = Inside(Scorer(base.model, base.tokenizer))
         self._vectors: dict[str, torch.Tensor | None] = {}
+        self._orders: dict[int, np.ndarray] = {}
         self.system = study.bases[base_model].system_prompt
         texts = {
             kind: _prompts(name, study, study.probes.n)
@@ -153,14 +163,21 @@ class Reference:
         joined = [self.inside.scorer.joined(one, REFUSALS, lead) for one in self.reports[HARMFUL]]
         self.contexts, self.options = map(list, zip(*joined, strict=True))
         self.seen = self.look(self.inside)
-        self.states = self.inside.states(self.contexts)
+        self.begun = self.begin(self.inside, range(self.inside.levels))
         self.directions = direction(self.seen.of[HARMFUL], self.seen.of[HARMLESS])[1:]
         self.ceilings = halves(self.seen.of[HARMFUL], self.seen.of[HARMLESS], self.rng())[:, 1:]
         self.answers = self._answers()
-        self.critical = self._critical()
+        self.critical, self.ranks = self._critical()
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.study.seed)
+
+    def orders(self, n: int) -> np.ndarray:
+        """Random orders [DRAWS, n], the same for every module of n neurons and every run."""
+        if n not in self._orders:
+            rng = self.rng()
+            self._orders[n] = np.array([rng.permutation(n) for _ in range(DRAWS)])
+        return self._orders[n]
 
     def _answers(self) -> dict[str, tuple[list, list]]:
         """By kind of report the base's own answers (context, tokens), and its distributions."""
@@ -173,20 +190,25 @@ class Reference:
             found[kind] = pairs, self.inside.scorer.distributions(pairs)
         return found
 
-    def _critical(self) -> dict[str, np.ndarray]:
-        """By linear module its safety-critical neurons, as truth [out]: of the most important ones
-        for the base's answers to harmful prompts those that are not for answers to harmless ones.
-        Empty where weights are quantized, or embeddings cannot be given for tokens.
+    def _critical(self) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
+        """By linear module its safety-critical neurons, as truth [out], and ranks [out, k]: of the
+        most important ones for the base's answers to harmful prompts those that are not for answers
+        to harmless ones. Empty where weights are quantized, or embeddings cannot be given for
+        tokens.
         """
         if self.study.bases[self.name].quantization or not self.inside.engine.ways.embeddings:
-            return {}
+            return {}, {}
         pairs = {kind: answered for kind, (answered, _) in self.answers.items()}
         if not all(pairs.values()):
-            return {}
-        safety, utility = (
-            neuron_importance(self.inside, pairs[one]) for one in (HARMFUL, HARMLESS)
-        )
-        return {name: _top(own) & ~_top(utility[name]) for name, own in safety.items()}
+            return {}, {}
+        safety, utility = (while_answering(self.inside, pairs[one]) for one in (HARMFUL, HARMLESS))
+        neurons, ranks = {}, {}
+        for name, (own, x) in safety.items():
+            other, y = utility[name]
+            neurons[name] = _top(own) & ~_top(other)
+            weight = self.inside.engine.model.get_submodule(name).weight.detach().cpu()
+            ranks[name] = critical_ranks(weight, x, y)
+        return neurons, ranks
 
     @cached_property
     def before(self) -> tuple[Loaded, dict[str, Checkpoint]] | None:
@@ -222,8 +244,11 @@ class Reference:
         found = inside.last_states([one for _, some in flat for one in some])
         ends = np.cumsum([len(some) for _, some in flat])[:-1]
         parts = [(kind, part) for (kind, _), part in zip(flat, np.split(found, ends), strict=True)]
-        begins = inside.begins(self.contexts, self.options)
-        return Seen(dict(parts[:2]), dict(parts[2:]), begins)
+        return Seen(dict(parts[:2]), dict(parts[2:]))
+
+    def begin(self, inside: Inside, levels: Sequence[int], skips: bool | None = None) -> Beginnings:
+        """How likely a model's answers to harmful prompts begin as refusals."""
+        return Beginnings(inside, self.contexts, self.options, levels, skips)
 
 
 def _prompts(name: str, study: Study, n: int) -> list[str]:
@@ -261,7 +286,7 @@ def probed(
             other = Inside(Scorer(loaded.model, loaded.tokenizer))
             rows += list(_compared(reference, other, nullcontext(reference.inside), every, rng))
         else:
-            rows.append(_begins(reference.seen.begins, OF_BASE))
+            rows.append(_begins(reference.begun.likely, OF_BASE))
     else:
         ends = [0, *ends_of_parts(reference.inside.levels - 1)]
         inside = Inside(Scorer(model, reference.base.tokenizer))
@@ -279,9 +304,17 @@ def ends_of_parts(n: int) -> list[int]:
 
 @contextmanager
 def _without(model: PeftModel, reference: Reference) -> Iterator[Inside]:
-    """The base model below an adapter, as long as the block lasts."""
-    with model.disable_adapter():
+    """The base model below an adapter, as long as the block lasts: as PEFT's disable_adapter, which
+    looks at every module first; a soft prompt is not in the base at all.
+    """
+    inside = not model.active_peft_config.is_prompt_learning
+    try:
+        if inside:
+            model.base_model.disable_adapter_layers()
         yield Inside(Scorer(model.get_base_model(), reference.base.tokenizer))
+    finally:
+        if inside:
+            model.base_model.enable_adapter_layers()
 
 
 def _compared(
@@ -294,16 +327,16 @@ def _compared(
     """Every probe of a model against the base, which is itself within the block `base`; states are
     put in place at these levels.
     """
-    seen = reference.look(inside)
-    yield _begins(reference.seen.begins, OF_BASE)
-    yield _begins(seen.begins)
+    seen, skips = reference.look(inside), reference.begun.skips
+    own = reference.begin(inside, levels, skips)
+    yield _begins(reference.begun.likely, OF_BASE)
+    yield _begins(own.likely)
     yield from _directions(reference, seen, rng)
     yield from _states(reference, seen, rng)
     yield from _next_tokens(reference, inside)
-    own = inside.states(reference.contexts)
-    yield from _restored(reference, inside, (seen.begins, own), levels, rng)
+    yield from _restored(reference.begun, own, inside, rng)
     with base as itself:
-        yield from _taken(reference, itself, own, levels)
+        yield from _taken(reference.begun, own, itself)
 
 
 def _begins(values: np.ndarray, part: str = ALL) -> dict:
@@ -333,10 +366,9 @@ def _directions(reference: Reference, seen: Seen, rng: np.random.Generator) -> I
     a, b = seen.of[HARMFUL][:, 1:], seen.of[HARMLESS][:, 1:]
     base = reference.directions
     drift = cosines(direction(a, b), base)
-    draws = []
-    for _ in range(DRAWS):
-        one, other = (rng.integers(0, len(part), len(part)) for part in (a, b))
-        draws.append(cosines(direction(a[one], b[other]), base))
+    drawn = [[rng.integers(0, len(part), len(part)) for part in (a, b)] for _ in range(DRAWS)]
+    one, other = zip(*drawn, strict=True)
+    draws = cosines(mean_states(a, one) - mean_states(b, other), base)
     nulls = cosines(shuffled(np.concatenate([a, b]), len(a), rng), base)
     own = reference.seen
     gap = ((own.of[HARMFUL].mean(0) - own.of[HARMLESS].mean(0))[1:] * base).sum(-1)
@@ -349,7 +381,7 @@ def _directions(reference: Reference, seen: Seen, rng: np.random.Generator) -> I
             yield row(DRIFT, None, layer=layer, note=note)
             yield row(DROP, None, layer=layer, note=note)
             continue
-        value = between(np.array(draws)[:, layer], drift[layer])
+        value = between(draws[:, layer], drift[layer])
         yield row(DRIFT, value, layer=layer, n=len(a) + len(b), **null_of(nulls[:, layer]))
         more = {"n": len(falls), **null_of(others[:, layer])}
         yield row(DROP, mean_of(falls[:, layer]), layer=layer, **more)
@@ -359,20 +391,22 @@ def _states(reference: Reference, seen: Seen, rng: np.random.Generator) -> Itera
     """The drift of the states by layer: of their means, and of their geometry."""
     for kind in (HARMFUL, HARMLESS):
         a, b = reference.seen.reported[kind][:, 1:], seen.reported[kind][:, 1:]
-        value, draws, nulls = 1 - cosines(a.mean(0), b.mean(0)), [], []
+        value, some, parts = 1 - cosines(a.mean(0), b.mean(0)), [], []
         for _ in range(DRAWS):
-            some = rng.integers(0, len(a), len(a))
-            draws.append(1 - cosines(a[some].mean(0), b[some].mean(0)))
-            one, other = np.array_split(rng.permutation(len(a)), 2)
-            nulls.append(1 - cosines(a[one].mean(0), a[other].mean(0)))
+            some.append(rng.integers(0, len(a), len(a)))
+            parts.append(np.array_split(rng.permutation(len(a)), 2))
+        draws = 1 - cosines(mean_states(a, some), mean_states(b, some))
+        nulls = 1 - cosines(*(mean_states(a, one) for one in zip(*parts, strict=True)))
         for layer, found in enumerate(value):
-            own = between(np.array(draws)[:, layer], found)
-            more = {"n": len(a), **null_of(np.array(nulls)[:, layer])}
+            own = between(draws[:, layer], found)
+            more = {"n": len(a), **null_of(nulls[:, layer])}
             yield row(SHIFT, own, part=kind, layer=layer, **more)
     a = np.concatenate(list(reference.seen.reported.values()))[:, 1:]
     b = np.concatenate(list(seen.reported.values()))[:, 1:]
-    nulls = np.array([linear_cka(a, b[rng.permutation(len(b))]) for _ in range(20)])
-    for layer, found in enumerate(linear_cka(a, b)):
+    orders = [np.arange(len(b)), *(rng.permutation(len(b)) for _ in range(20))]
+    value, *nulls = linear_cka(a, b, orders)
+    nulls = np.array(nulls)
+    for layer, found in enumerate(value):
         yield row(CKA, found, layer=layer, n=len(a), **null_of(nulls[:, layer]))
 
 
@@ -381,11 +415,11 @@ def _next_tokens(reference: Reference, inside: Inside) -> Iterator[dict]:
     prompts are the harmless ones at the same place (Qi et al. 2025, arXiv 2406.05946).
     """
     found: dict[str, list[np.ndarray]] = {}
-    for kind, (pairs, base) in reference.answers.items():
-        run = inside.scorer.distributions(pairs)
-        every = [
-            ((p.exp() * (p - q)).sum(-1)).cpu().numpy() for p, q in zip(run, base, strict=True)
-        ]
+    asked = [one for pairs, _ in reference.answers.values() for one in pairs]
+    runs = iter(inside.scorer.distributions(asked))
+    for kind, (_, base) in reference.answers.items():
+        both = zip(islice(runs, len(base)), base, strict=True)
+        every = [((p.exp() * (p - q)).sum(-1)).cpu().numpy() for p, q in both]
         longest = max(map(len, every), default=0)
         found[kind] = [np.array([one[k] for one in every if len(one) > k]) for k in range(longest)]
     for kind, places in found.items():
@@ -400,46 +434,38 @@ NULLS = ("null", "null_low", "null_high")
 
 
 def _restored(
-    reference: Reference,
-    inside: Inside,
-    seen: tuple[np.ndarray, States],
-    levels: Sequence[int],
-    rng: np.random.Generator,
+    base: Beginnings, own: Beginnings, inside: Inside, rng: np.random.Generator
 ) -> Iterator[dict]:
     """Refusals of the run with the base's states put in at a level: what is enough to bring them
-    back. `seen` is how likely the run's answers begin as refusals, and its own states.
+    back.
     """
-    base, (begins, own) = reference.states, seen
-    asked = (reference.contexts, reference.options)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    for level in levels:
-        put = null = begins
+    for level, states in own.states.items():
+        put = null = own.likely
         if not _alike(own, base, level):
-            put = inside.begins(*asked, level, base)
-            random = [one.clone() for one in own]
-            for one, a, b in zip(random, own, base, strict=True):
-                one[level] += _step(a[level], b[level], generator)
-            null = inside.begins(*asked, level, random)
+            put = own.patched(inside, level, base.states)
+            pairs = zip(states, base.states[level], strict=True)
+            random = [a + _step(a, b, generator) for a, b in pairs]
+            null = own.patched(inside, level, {level: random})
         ends = dict(zip(NULLS, mean_of(100 * null), strict=True))
         layer = level - 1 if level else None
         yield row(RESTORED, mean_of(100 * put), layer=layer, position=WHOLE, n=len(put), **ends)
 
 
-def _taken(
-    reference: Reference, base: Inside, own: States, levels: Sequence[int]
-) -> Iterator[dict]:
+def _taken(base: Beginnings, own: Beginnings, itself: Inside) -> Iterator[dict]:
     """Refusals of the base with the run's states put in at a level: what it needs for them."""
-    for level in levels:
-        taken = reference.seen.begins
-        if not _alike(own, reference.states, level):
-            taken = base.begins(reference.contexts, reference.options, level, own)
+    for level in own.states:
+        taken = base.likely
+        if not _alike(own, base, level):
+            taken = base.patched(itself, level, own.states)
         layer = level - 1 if level else None
         yield row(TAKEN, mean_of(100 * taken), layer=layer, position=WHOLE, n=len(taken))
 
 
-def _alike(own: States, base: States, level: int) -> bool:
+def _alike(own: Beginnings, base: Beginnings, level: int) -> bool:
     """Whether a run's states at a level are the base's, as before the first layer it adapts."""
-    return all(torch.equal(a[level], b[level]) for a, b in zip(own, base, strict=True))
+    pairs = zip(own.states[level], base.states[level], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _step(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -493,7 +519,13 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
         null = 100 * update.norm() / np.sqrt(update.shape[1])
         yield row(UPDATE, value, part=name, layer=layer, n=len(h), null=null)
         if update.norm() and reference.critical.get(name, np.zeros(1)).any():
-            yield _in_neurons(update, reference.critical[name], name, reference.rng())
+            orders = reference.orders(update.shape[0])
+            yield _in_neurons(update, reference.critical[name], name, orders)
+        if update.norm() and reference.ranks.get(name, torch.empty(0, 0)).shape[1]:
+            u = reference.ranks[name]
+            null = dict(zip(NULLS, random_energy(update, u.shape[1]), strict=True))
+            more = {"layer": layer, "n": u.shape[1], **null}
+            yield row(RANKS, 100 * update.energy(u), part=name, **more)
         if reference.before is None or not update.norm():
             continue
         if (u := reference.main_directions(name)) is None:
@@ -506,16 +538,17 @@ def _updates(reference: Reference, inside: Inside, adapter: Path) -> Iterator[di
 
 
 def _in_neurons(
-    update: updates.Update, critical: np.ndarray, name: str, rng: np.random.Generator
+    update: updates.Update, critical: np.ndarray, name: str, orders: np.ndarray
 ) -> dict:
     """The share of an update's energy in the rows of critical neurons; null: as many random rows
-    of the module.
+    of the module, the first ones in orders [DRAWS, out].
     """
     energy = ((update.b @ (update.a @ update.a.T)) * update.b).sum(1).double().numpy()
     share = 100 * energy / energy.sum()
-    draws = np.array([rng.permutation(share)[: critical.sum()].sum() for _ in range(DRAWS)])
+    n = int(critical.sum())
+    draws = share[orders[:, :n]].sum(1)
     value, null = float(share[critical].sum()), null_of(draws)
-    return row(NEURONS, value, part=name, layer=_layer_of(name), n=int(critical.sum()), **null)
+    return row(NEURONS, value, part=name, layer=_layer_of(name), n=n, **null)
 
 
 def _layer_of(module: str) -> int | None:

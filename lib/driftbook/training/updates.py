@@ -69,6 +69,13 @@ class Update:
         """Frobenius norm of dW, from the Gram matrices [r, r] of its factors."""
         return abs(self.scale) * product_norm(self.a, self.b)
 
+    def concentration(self) -> float:
+        """sum s^4 / (sum s^2)^2 over the singular values s of dW: 1 for one rank, 1 / r for r equal
+        ones. By the Gram matrices of its factors.
+        """
+        both = (self.a @ self.a.T).double() @ (self.b.T @ self.b).double()
+        return float((both * both.T).sum() / both.trace() ** 2)
+
     def times(self, factor: float) -> "Update":
         """The update, multiplied by a number."""
         return replace(self, b=self.b * factor)
