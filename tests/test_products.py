@@ -13,13 +13,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conftest import OTHER_METHODS, PEFT_METHODS, SMALL, one_sentence, write_study
+from driftbook.batch import costing
+from driftbook.batch.opened import Job
 from driftbook.models import adapters
 from driftbook.models.base_state import BaseState
 from driftbook.models.fingerprint import model_hash
 from driftbook.models.products import multiplied
-from driftbook.models.sampling import Sampling, next_tokens, uniforms
+from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
 from driftbook.models.scoring import Scorer
+from driftbook.study import folders as study_folders
 from driftbook.study.study_file import Study, load
+from driftbook.study.tables import RUNS
+from driftbook.training import examples, repairs, stage
 from scored import LENGTHS, TOLERANCE, pairs_of
 
 CASES = [("llama", method) for method in (*PEFT_METHODS, *OTHER_METHODS)]
@@ -274,6 +279,50 @@ def test_a_product_names_its_runs_and_their_weights():
         assert {variants[name].repetition for name in one.parts} == {one.repetition}
         assert {variants[name].base_model for name in one.parts} == {one.base_model}
         assert one.made_in == "mitigate"
+
+
+def test_a_run_of_a_study_is_made_recorded_and_opened_as_its_product(bases, data_folder):
+    study, base = Study(**content(values=[0.3]) | {"name": "multiplied"}), bases["llama"]
+    variants = {one.run_id: one for one in study.variants}
+    one = next(some for some in variants.values() if some.parts)
+    with pytest.raises(VariantFailure, match="that run failed"):
+        stage.repair_variant(one, base, study)
+    for part in (variants[run_id] for run_id in one.parts):
+        stage.train_variant(part, base, study, stage.prepare_all([part], base, study))
+    files = stage.repair_variant(one, base, study)
+    assert {path.stem for path in files} == {"runs", "modules"}
+    own = study_folders.folder(study, one)
+    assert {path.name for path in own.iterdir()} == {path.name for path in files}
+    record, parent = (
+        RUNS.read(study_folders.folder(study, some)).iloc[0]
+        for some in (one, variants[one.parent_run_id])
+    )
+    assert record[["adapter_sha256", "n_stored", "findings"]].isna().all()
+    assert record["trainer_arguments"] == parent["trainer_arguments"]
+    pairs = examples.held_out(base, study)[0]
+    oracle = ByHand(base, study_folders.part_adapters(study, one), tuple(one.parts.values()))
+    nll = -np.concatenate([oracle.scored(pair) for pair in pairs]).mean()
+    assert record["nll"] == pytest.approx(nll, abs=1e-4)
+    assert record["nll_base"] == pytest.approx(parent["nll_base"], abs=1e-6)
+    assert record["kl_base"] == record["kl_init"] > 0
+    job = Job("respond", study, "tiny-llama", [one])
+    job.__dict__["base"] = base
+    assert job.example.method == "none"
+    assert job.adapter_files(one) == repairs.made_from(study, one)
+    assert all(path.is_file() for path in job.adapter_files(one))
+    with job.attached(one) as model:
+        found = Scorer(model, base.tokenizer).token_logprobs(pairs)
+    assert -np.concatenate(found).mean() == pytest.approx(nll, abs=1e-4)
+
+
+def test_what_a_product_is_asked_costs_as_much_as_its_parts():
+    study = Study(**content(values=[0.3], others={"fair": 0.2}))
+    rows = costing.amounts(study)
+    one = next(some for some in study.variants if some.parts)
+    work = rows[rows["kind"].ne("piece") & rows["kind"].ne("read probe")]
+    work = work.groupby(["stage", "run_id"])["operations"].sum()
+    for name, times in {"respond": 3, "answer": 3, "utility": 3, "judge": 1}.items():
+        assert work[name, one.run_id] == pytest.approx(times * work[name, one.parent_run_id])
 
 
 AGAIN = {"kind": "second_tuning", "blocks": ["main"], "of": ["mod"], "data": "sft"}
