@@ -248,11 +248,11 @@ def test_models_of_which_no_product_can_be_made(bases, folders, tmp_path):
     assert model_hash(base.model) == before
 
 
-def content(safe=("lora",), **settings):
+def content(own="lora", safe="lora", **settings):
     """A study with a product of the runs of two blocks, and a third one."""
     made = copy.deepcopy(SMALL)
-    first = made["grid"][0] | {"objectives": ["sft"], "methods": ["lora"]}
-    names = {"main": ["lora"], "safe": list(safe), "fair": ["lora"]}
+    first = made["grid"][0] | {"objectives": ["sft"], "methods": [own]}
+    names = {"main": [own], "safe": [safe], "fair": [own]}
     data = {"main": [], "safe": ["dpo_like"], "fair": ["fair"]}
     rates = made["grid"][0]["learning_rates"]
     made["grid"] = [
@@ -261,8 +261,8 @@ def content(safe=("lora",), **settings):
     ]
     for name in ("dpo_like", "fair"):
         made["data"][name] = made["data"]["sft"]
-    own = {"kind": "mod", "blocks": ["main"], "safety": "safe", "values": [0.25, 0.5]}
-    made["mitigations"] = {"mod": own | settings}
+    mod = {"kind": "mod", "blocks": ["main"], "safety": "safe", "values": [0.25, 0.5]}
+    made["mitigations"] = {"mod": mod | settings}
     return made
 
 
@@ -326,6 +326,7 @@ def test_what_a_product_is_asked_costs_as_much_as_its_parts():
 
 
 AGAIN = {"kind": "second_tuning", "blocks": ["main"], "of": ["mod"], "data": "sft"}
+INT8 = {"bases": {"tiny-llama": {"quantization": "int8"}}}
 WRONG = {
     "no other run": ({"safety": None}, {}, "needs safety"),
     "no weight": ({"values": []}, {}, "needs values"),
@@ -335,9 +336,10 @@ WRONG = {
     "one twice": ({"others": {"safe": 0.1}}, {}, "once is enough"),
     "all of the weight": ({"values": [1.0]}, {}, "leaves nothing"),
     "more than all of it": ({"others": {"fair": 0.5}}, {}, "others have the weight 1, so"),
-    "a run of no such method": ({"safe": ["ia3"]}, {}, "no run of lora on tiny-llama"),
+    "a run of no such method": ({"safe": "ia3"}, {}, "no run of lora on tiny-llama"),
     "tuned again": ({}, {"again": AGAIN | {"values": [1e-3]}}, "no weights to tune"),
     "biases": ({}, {"methods": {"lora": {"bias": "all"}}}, "lora has bias all, which writes over"),
+    "int8": ({"own": "ia3", "safe": "ia3"}, INT8, "to tiny-llama in int8"),
     "a residual": (
         {},
         {"methods": {"lora": {"init_lora_weights": "pissa"}}},
@@ -351,8 +353,9 @@ def test_what_cannot_be_is_said_in_one_sentence(case, tmp_path, data_folder):
     settings, more, words = case
     made = content(**settings)
     made["mitigations"] |= {name: one for name, one in more.items() if name == "again"}
-    for method, own in more.get("methods", {}).items():
-        made["methods"][method] |= own
+    for part in ("methods", "bases"):
+        for name, own in more.get(part, {}).items():
+            made[part][name] |= own
     with pytest.raises(ValueError) as error:
         load(write_study(tmp_path, made)).variants  # noqa: B018
     assert words in one_sentence(error.value)

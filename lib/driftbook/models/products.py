@@ -64,8 +64,8 @@ def multiplied(
 
     Raises:
         ValueError: there are fewer than two parts, the weights are negative or do not sum to one,
-            the base is no model that is loaded here, an adapter belongs to another base or changes
-            the weights of this one; or as `adapters.attached`.
+            the base is no model that is loaded here, or in 8 bits, an adapter belongs to another
+            base or changes the weights of this one; or as `adapters.attached`.
     """
     weights = tuple(weight for _, weight in parts)
     _check(base, weights)
@@ -86,6 +86,11 @@ def _check(base: PreTrainedModel, weights: tuple[float, ...]) -> None:
         raise ValueError(
             f"a product needs every token's probability, which {type(base).__name__} does not give;"
             " use a model that is loaded here"
+        )
+    if getattr(base, "is_loaded_in_8bit", False):
+        raise ValueError(
+            "a base model in 8 bits moves its packed weights in its first pass, so that the parts"
+            " of a product cannot share them; load it in 4 bits or whole"
         )
     if len(weights) < 2:
         raise ValueError(f"a product has at least two parts, and there is {len(weights)}")

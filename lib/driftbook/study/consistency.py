@@ -444,6 +444,9 @@ def _check_pair(study: Content, said: str, name: str, base: str) -> None:
 
 def _check_shared(study: Content, said: str, block: Block) -> None:
     """The runs of a product share the base's weights, so that none may write over them."""
+    if eight := [one for one in study.bases_of(block) if study.bases[one].quantization == "int8"]:
+        moved = "whose packed weights move in its first pass, so that no two parts can share them"
+        raise ValueError(f"{said} is done to {eight[0]} in int8, {moved}; take nf4, or name others")
     for method in block.methods:
         settings = {"bias": "none", "init_lora_weights": "", **study.methods[method]}
         begins = str(settings["init_lora_weights"])
