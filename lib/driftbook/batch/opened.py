@@ -95,7 +95,7 @@ class Job:
         """
         finished = False
         try:
-            with products.opened(self.base.model, self.study, variant) as model:
+            with products.answering(self.base.model, self.study, variant) as model:
                 yield model
                 finished = True
         except SpoiledBase as error:

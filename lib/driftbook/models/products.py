@@ -45,7 +45,7 @@ class Product:
         return nullcontext()
 
 
-def opened(base: PreTrainedModel, study: Study, variant: Variant) -> AbstractContextManager:
+def answering(base: PreTrainedModel, study: Study, variant: Variant) -> AbstractContextManager:
     """A block in which there is what a variant is: the base itself, the base with an adapter on it,
     or a product of several. See `adapters.attached` and `multiplied`.
     """

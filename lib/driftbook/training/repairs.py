@@ -100,7 +100,7 @@ def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[
     """
     new = _record(study, parent(study, variant)) | {"run_id": variant.run_id}
     if variant.parts:
-        with products.opened(base.model, study, variant) as model:
+        with products.answering(base.model, study, variant) as model:
             new |= measure_dose(model, None, base, held_out(base, study)[0])
         return new | dict.fromkeys(("adapter_sha256", "n_stored", "findings"))
     new["adapter_sha256"] = file_digest(adapter / adapters.WEIGHTS)
