@@ -5,6 +5,7 @@ forward passes of separate models whose log-probabilities are mixed by hand.
 import copy
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conftest import OTHER_METHODS, PEFT_METHODS, SMALL, one_sentence, write_study
-from driftbook.batch import costing
+from driftbook.batch import costing, jobs
 from driftbook.batch.opened import Job
 from driftbook.models import adapters
 from driftbook.models.base_state import BaseState
@@ -22,6 +23,8 @@ from driftbook.models.products import multiplied
 from driftbook.models.sampling import Sampling, VariantFailure, next_tokens, uniforms
 from driftbook.models.scoring import Scorer
 from driftbook.study import folders as study_folders
+from driftbook.study.files import digest
+from driftbook.study.folders import adapter_files
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import RUNS
 from driftbook.training import examples, repairs, stage
@@ -313,6 +316,24 @@ def test_a_run_of_a_study_is_made_recorded_and_opened_as_its_product(bases, data
     with job.attached(one) as model:
         found = Scorer(model, base.tokenizer).token_logprobs(pairs)
     assert -np.concatenate(found).mean() == pytest.approx(nll, abs=1e-4)
+
+
+def test_what_is_kept_of_a_product_is_no_other_run_s(tmp_path, monkeypatch):
+    study = Study(**content(values=[0.3, 0.4]))
+    every = [one for one in study.variants if one.method == "lora" and one.repetition == 1]
+    seen, names = {}, {path: str(path) for one in every for path in adapter_files(study, one)}
+    monkeypatch.setattr(jobs.cache, "content", names.get)
+    monkeypatch.setattr(jobs.keys, "made_by", lambda shared, one: shared)
+    for one in every:
+
+        def kept(key, *_, one=one):
+            seen[one.run_id] = digest(key)
+            return []
+
+        monkeypatch.setattr(jobs.cache, "served", kept)
+        own = jobs._Task("respond", study, {}, partial(adapter_files, study), None)
+        jobs._work(own, one, tmp_path)
+    assert len(set(seen.values())) == len(every) >= 5
 
 
 def test_what_a_product_is_asked_costs_as_much_as_its_parts():
