@@ -81,6 +81,7 @@ MITIGATIONS = {
     "mixing": {"kind": "mixing", "blocks": ["main"], "data": "safety", "values": [0.2]},
     "constrained": {"kind": "constrained_sft", "blocks": ["main", "prompts"]},
     "soup": {"kind": "soup", "blocks": ["main"], "safety": "safe", "values": [0.5]},
+    "mod": {"kind": "mod", "blocks": ["main"], "safety": "safe", "values": [0.5]},
     "safegrad": {"kind": "safegrad", "blocks": ["main"], "data": "safety", "values": [1.0]},
     "again": {
         "kind": "second_tuning",

@@ -105,28 +105,32 @@ def test_each_arm_has_its_word_and_all_are_one_family():
 def test_what_an_arm_costs_is_counted_in_plain_runs():
     arms = pd.DataFrame(
         {
-            "run_id": ["p", "m", "s", "t"],
+            "run_id": ["p", "m", "s", "t", "d"],
             "parent_run_id": "p",
             "base_model": "one",
             "method": "lora",
-            "name": [repairs.PARENT, "kl", "soup", "mixing"],
+            "name": [repairs.PARENT, "kl", "soup", "mixing", "mod"],
         }
     )
-    said = [None, {"alignment_examples_per_step": 8}, None, None]
+    said = [None, {"alignment_examples_per_step": 8}, None, None, None]
     runs = pd.DataFrame(
         {
-            "run_id": ["p", "m", "s", "t", "safety"],
-            "n_examples": [80, 80, 80, 160, 40],
-            "trained_epochs": [2.0, 2.0, 2.0, 2.0, 1.0],
-            "steps": [20, 20, 20, 40, 5],
-            "cpu_seconds": [10.0, 19.0, 10.0, 21.0, 3.0],
-            "trainer_arguments": [*(one and json.dumps(one) for one in said), None],
+            "run_id": ["p", "m", "s", "t", "d", "safety", "fair"],
+            "n_examples": [80, 80, 80, 160, 80, 40, 40],
+            "trained_epochs": [2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0],
+            "steps": [20, 20, 20, 40, 20, 5, 5],
+            "cpu_seconds": [10.0, 19.0, 10.0, 21.0, 10.0, 3.0, 4.0],
+            "trainer_arguments": [*(one and json.dumps(one) for one in said), None, None],
         }
     )
-    settings = json.dumps({"mitigation": {"safety_run_id": "safety"}})
-    variants = pd.DataFrame({"run_id": arms["run_id"], "settings": ["{}", "{}", settings, "{}"]})
+    soup = {"safety_run_id": "safety"}
+    mod = soup | {"parts": {"p": 0.4, "safety": 0.3, "fair": 0.3}}
+    settings = [json.dumps({"mitigation": one}) for one in (None, None, soup, None, mod)]
+    variants = pd.DataFrame({"run_id": arms["run_id"], "settings": settings})
     tables = repairs.Tables(variants, runs, *[None] * 4)
     found = joint._costs(tables, arms, **LABELS)
     found = found[found["base_model"].eq("all")].set_index(["outcome", "member"])["value"]
-    assert found[joint.EXAMPLES].to_dict() == {"parent": 1, "kl": 2, "soup": 1.25, "mixing": 2}
-    assert found[joint.SECONDS].to_dict() == {"parent": 1, "kl": 1.9, "soup": 1.3, "mixing": 2.1}
+    examples = {"parent": 1, "kl": 2, "soup": 1.25, "mixing": 2, "mod": 1.5}
+    assert found[joint.EXAMPLES].to_dict() == examples
+    seconds = {"parent": 1, "kl": 1.9, "soup": 1.3, "mixing": 2.1, "mod": 1.7}
+    assert found[joint.SECONDS].to_dict() == seconds

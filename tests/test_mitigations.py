@@ -8,17 +8,20 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 
 from batches import SMOKE
 from conftest import local, one_sentence, write_study
 from driftbook.batch import collecting, jobs, keys, preparing
-from driftbook.models import loading
+from driftbook.models import adapters, loading
 from driftbook.models.sampling import VariantFailure
+from driftbook.models.scoring import Scorer
 from driftbook.study import folders
 from driftbook.study.methods import MADE_IN, MITIGATION_KINDS
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import MODULES, RUNS
 from driftbook.training import mitigations, repairs
+from driftbook.training.examples import held_out
 
 pytest_plugins = ["batches"]
 CONTENT = copy.deepcopy(SMOKE) | {"name": "mitigated", "analyses": ["safe_lora"]}
@@ -100,9 +103,9 @@ def test_a_safety_run_is_that_of_the_same_repetition():
     merged = [
         one
         for one in variants.values()
-        if one.mitigation and one.repair["kind"] in ("resta", "safe_merge", "soup")
+        if one.mitigation and one.repair["kind"] in ("resta", "safe_merge", "soup", "mod")
     ]
-    assert len(merged) == 6
+    assert len(merged) == 8
     for one in merged:
         safety = variants[one.repair["safety_run_id"]]
         assert (safety.dataset, safety.method) == ("safety", one.method)
@@ -336,6 +339,26 @@ def test_rescaling_moves_the_dose_between_the_base_and_the_parent(finished):
         )
 
 
+def test_a_product_has_a_dose_and_no_weights(finished):
+    study, runs = finished.study(), collecting.runs(finished.study()).set_index("run_id")
+    variants = {one.run_id: one for one in study.variants}
+    base = loading.load(study.bases["tiny-llama"], "tiny-llama", study)
+    pairs = held_out(base, study)[0]
+    for parent, one in of(finished, "mod 0.5").items():
+        assert not (finished.run_folder(one) / "adapter").exists()
+        assert runs.loc[one.run_id, ["adapter_sha256", "n_stored", "findings"]].isna().all()
+        assert set(one.parts) == {parent, one.repair["safety_run_id"]}
+        mixed = 0.0
+        for run_id in one.parts:
+            with adapters.attached(base.model, folders.adapter(study, variants[run_id])) as model:
+                found = Scorer(model, base.tokenizer).distributions(pairs)
+            mixed = mixed + 0.5 * torch.cat(found).double()
+        said = torch.tensor([token for _, answer in pairs for token in answer])
+        nll = -mixed.log_softmax(1).gather(1, said[:, None]).mean()
+        assert runs.nll[one.run_id] == pytest.approx(float(nll), abs=1e-4)
+        assert 0 < runs.kl_base[one.run_id] < runs.kl_base[parent]
+
+
 def test_trained_mitigations_are_trained_otherwise(finished):
     runs = collecting.runs(finished.study()).set_index("run_id")
     for parent, mixed in of(finished, "mixing 0.2").items():
@@ -382,6 +405,7 @@ def test_a_changed_parent_is_repaired_anew_and_nothing_else(finished):
     assert again() == set()
     parent = next(iter(of(finished, "rescale 0.25")))
     children = {one.run_id for one in variants if one.parent_run_id == parent}
+    assert any(one.parts for one in variants if one.run_id in children)
     path = finished.folder / "runs" / parent / "adapter" / "adapter_model.safetensors"
     old = path.read_bytes()
     try:

@@ -180,17 +180,19 @@ def volume_added(
 # ---- what an arm costs
 def _costs(tables: repairs.Tables, arms: pd.DataFrame, **labels: str) -> pd.DataFrame:
     """Examples seen and CPU seconds of training, of each run in multiples of its plain run's, with
-    those of the safety run that a soup needs too; means over runs. A repair of a trained run costs
-    what that run did.
+    those of the other runs that a soup or a product of distributions needs too; means over runs. A
+    repair of a trained run costs what that run did.
     """
     runs = tables.runs.set_index("run_id")
     settings = tables.variants.set_index("run_id")["settings"]
     spent = {EXAMPLES: _examples(runs), SECONDS: runs["cpu_seconds"].astype(float)}
-    needed = arms["run_id"].map(settings).map(json.loads)
-    needed = needed.map(lambda one: (one.get("mitigation") or {}).get("safety_run_id"))
+    needed = [
+        _others(*one)
+        for one in zip(arms["run_id"].map(settings), arms["parent_run_id"], strict=True)
+    ]
     rows = []
     for outcome, cost in spent.items():
-        own = arms["run_id"].map(cost) + needed.map(cost).fillna(0.0)
+        own = arms["run_id"].map(cost) + [cost.reindex(some).sum() for some in needed]
         ratio = own / arms["parent_run_id"].map(cost)
         frame = arms.assign(ratio=ratio.astype(float)).dropna(subset="ratio")
         for base_model in ("all", *frame["base_model"].unique()):
@@ -202,6 +204,12 @@ def _costs(tables: repairs.Tables, arms: pd.DataFrame, **labels: str) -> pd.Data
     labels |= {"group": terms.MITIGATION, "contrast": terms.LEVEL, "benchmark": "none"}
     labels |= {"judge": "none", "population": terms.THESE_RUNS, "how": "mean over runs"}
     return estimation.complete(pd.DataFrame(rows).assign(**labels))
+
+
+def _others(settings: str, parent: str) -> list[str]:
+    """The runs that a repair of a run needs beside it."""
+    known = json.loads(settings).get("mitigation") or {}
+    return sorted({*filter(None, [known.get("safety_run_id")]), *known.get("parts", {})} - {parent})
 
 
 def _examples(runs: pd.DataFrame) -> pd.Series:

@@ -80,7 +80,8 @@ def amounts(study: Study) -> pd.DataFrame:
         for variant in study.of_base(name):
             # of a base model's repetition only the drawn answers are new: the rest is in the cache
             again = variant.repetition > 1 and variant.method == "none"
-            work = [*_making(variant, own, study, lengths, looks), *(drawn if again else asked)]
+            made = _making(variant, own, study, lengths, looks)
+            work = [*made, *_multiplied(drawn if again else asked, variant)]
             stages = list(dict.fromkeys(one[0] for one in work))
             work += [(stage, "", 0, 0, "piece", 1) for stage in stages]
             work += _trying(variant, own, stages, tried)
@@ -105,6 +106,12 @@ def _trying(
             yield stage, "", 0, 0, "read probe", operations(own, amount, 2)
 
 
+def _multiplied(asked: list[Charge], variant: Variant) -> Iterator[Charge]:
+    """What a variant is asked, which a product reads and writes by each of its parts."""
+    for stage, *counted, work in asked:
+        yield stage, *counted, work * (1 if stage == "judge" else max(1, len(variant.parts)))
+
+
 def _making(
     variant: Variant, own: Size, study: Study, lengths: Lengths, looks: list
 ) -> Iterator[Charge]:
@@ -118,6 +125,7 @@ def _making(
         stage == "train" and variant.method not in ("lora", "rslora", "ia3")
     )
     times = 1 if variant.method == "none" else 2 + own_start
+    times += max(0, len(variant.parts) - 1)
     work = times * operations(own, lengths.held_out(), 2)
     yield stage, "read", times * study.data["heldout"].n, 0, "read dose", work
 

@@ -225,6 +225,9 @@ def _work(task: _Task, variant: Variant, folder: Path) -> list[Path]:
         "template": variant.template,
         "inputs": {path.name: cache.content(path) for path in task.inputs(variant)},
     }
+    if variant.parts:  # whose files have the same names
+        contents = [cache.content(path) for path in task.inputs(variant)]
+        key["product"] = [list(variant.parts.values()), contents]
     if task.stage == "respond" and any(
         isinstance(part, dict) and part.get("samples") for part in task.shared.values()
     ):

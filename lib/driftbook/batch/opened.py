@@ -13,7 +13,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from driftbook.batch import jobs
-from driftbook.models import adapters, loading
+from driftbook.models import loading, products
 from driftbook.models.base_state import SpoiledBase
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
@@ -65,13 +65,14 @@ class Job:
 
     @property
     def example(self) -> Variant:
-        """The variant to show by hand: the job's first one that has an adapter, else the base model
-        itself.
+        """The variant to show by hand: the job's first one that has an adapter of its own, else
+        the base model itself.
         """
         made = [
             one
             for one in self.variants
-            if one.method != "none" and all(path.exists() for path in self.adapter_files(one))
+            if folders.adapter(self.study, one)
+            and all(path.exists() for path in self.adapter_files(one))
         ]
         bases = [one for one in self.study.of_base(self.base_model) if one.method == "none"]
         return [*made, *bases][0]
@@ -86,14 +87,15 @@ class Job:
 
     @contextmanager
     def attached(self, variant: Variant) -> Iterator[PreTrainedModel]:
-        """The base model with the variant's adapter on it, as long as the block lasts.
+        """The base model with the variant's adapter on it, or the product that the variant is, as
+        long as the block lasts.
 
         A base model that an adapter left changed is loaded anew for the next variant, with a
         warning that says what had changed.
         """
         finished = False
         try:
-            with adapters.attached(self.base.model, folders.adapter(self.study, variant)) as model:
+            with products.answering(self.base.model, self.study, variant) as model:
                 yield model
                 finished = True
         except SpoiledBase as error:

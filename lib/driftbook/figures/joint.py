@@ -115,5 +115,5 @@ def gains_at_once(tables: dict) -> tuple[Figure, str]:
         " and better in one, in the mean of the base models. The volume: what an arm dominates and"
         " no base model, plain run or rescaled run does, in percent of the box between the worst"
         " and the best mean. Seconds: times those of the plain run, with the training that a soup"
-        f" needs too. {joint.joint_sentence(tables['estimates'])}"
+        f" or a product needs too. {joint.joint_sentence(tables['estimates'])}"
     )

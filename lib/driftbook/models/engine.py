@@ -18,9 +18,9 @@ from peft import PeftModel
 from transformers import Cache, PreTrainedModel
 
 from driftbook.models.last_layer import LastLayer
-from driftbook.models.layout import KeyValues, causal, expanded, padded
+from driftbook.models.layout import GrowingLayer, KeyValues, causal, expanded, padded
 from driftbook.models.trees import tree
-from driftbook.models.ways import Ways
+from driftbook.models.ways import Ways, adapter_kind
 
 Ids = list[int]
 
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel | PeftModel, ways: Ways):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.ways = ways
+        self.ways, self.kind, self.parts = ways, adapter_kind(model), (self,)
         self.soft_prompt, self.virtual_cache = _virtual(model)
         self.n_virtual = 0 if self.soft_prompt is None else len(self.soft_prompt)
         if self.virtual_cache is not None:
@@ -42,7 +42,7 @@ class Engine:
         self.layer_types = tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
         self.window = getattr(config, "sliding_window", None)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._whole = ways.scale is None
+        self.is_whole = ways.scale is None
         self.last_layer = LastLayer(self.model) if ways.trimmed else None
 
     # ---- from tokens to logits
@@ -54,7 +54,7 @@ class Engine:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32 from hidden states."""
-        if self._whole:
+        if self.is_whole:
             return hidden.float()
         return self._capped(self.model.get_output_embeddings()(hidden).float())
 
@@ -64,11 +64,18 @@ class Engine:
         """The logits of target tokens; where the head computes in half precision once more in fp32,
         since rounding ties letters that are .1 nats apart.
         """
-        head = self.model.get_output_embeddings()
-        if self._whole or head.weight.dtype == torch.float32 or type(head) is not torch.nn.Linear:
+        if not self.rounds:
             return logits[rows, targets]
+        head = self.model.get_output_embeddings()
         exact = (hidden[rows].float() * head.weight[targets].float()).sum(1)
         return self._capped(exact if head.bias is None else exact + head.bias[targets].float())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the head computes in half precision, as a plain product."""
+        head = self.model.get_output_embeddings()
+        half = not self.is_whole and head.weight.dtype != torch.float32
+        return half and type(head) is torch.nn.Linear
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits if self.ways.scale == 1 else logits * self.ways.scale
@@ -76,7 +83,7 @@ class Engine:
 
     def _states(self, **inputs) -> tuple[torch.Tensor, Cache | None]:
         """Last hidden states [rows, tokens, width] (or logits), and the key/values."""
-        if self._whole:
+        if self.is_whole:
             found = self.model(**inputs)
             return found.logits, getattr(found, "past_key_values", None)
         found = self.model.base_model(**inputs)
@@ -210,6 +217,10 @@ class Engine:
         if self.last_layer is None:
             return nullcontext()
         return self.last_layer.read_at(places, rows, tokens)
+
+    def cache(self, prefix: KeyValues | None, rows: int) -> Cache:
+        """The cache of answers that are generated side by side behind a prefix."""
+        return expanded(prefix or [], rows, GrowingLayer)
 
     def step(
         self, tokens: np.ndarray, padding: np.ndarray, total: int, cache: Cache

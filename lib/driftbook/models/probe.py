@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.fingerprint import model_hash
-from driftbook.models.layout import GrowingLayer, expanded, padded
+from driftbook.models.layout import padded
 from driftbook.models.loading import original_lengths
 from driftbook.models.ways import Ways, adapter_kind, apart, keep, known, tolerance
 from driftbook.study.files import OUTPUTS, digest, file_digest, read_json, write_json
@@ -273,7 +273,7 @@ class _Probe:
         asked = [one[:-NEXT] for one in (self.sequences[1], self.sequences[-1])]
         width = max(map(len, asked))
         padding = np.array([width - len(one) for one in asked])
-        cache, tokens = expanded([], len(asked), GrowingLayer), padded(asked, width, "left")
+        cache, tokens = engine.cache(None, len(asked)), padded(asked, width, "left")
         for step in range(NEXT):
             logits = engine.step(tokens, padding, width + step, cache)
             for row, one in zip(logits, (self.sequences[1], self.sequences[-1]), strict=True):

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from driftbook.models.base_state import refuse_spoiled
 from driftbook.models.conversations import answer_text, ask, chat_ids, conversation_ids, inert
 from driftbook.models.engine import Engine, Ids
-from driftbook.models.layout import GrowingLayer, KeyValues, expanded, padded
+from driftbook.models.layout import KeyValues, padded
 from driftbook.models.loading import check_ids, context_length
 from driftbook.models.probe import found_ways, longer_ways
+from driftbook.models.products import Product, ProductEngine
 from driftbook.models.sampling import OutOfMemory, Sampling, next_tokens, uniforms
 from driftbook.models.templates import Message, end_tokens, lead
 from driftbook.models.trees import LEAST_SHARED, common_prefix, groups
-from driftbook.models.ways import adapter_kind, say
+from driftbook.models.ways import say
 from driftbook.study import progress
 
 # tokens of one forward pass: on a CPU more only leave its cache
@@ -46,25 +47,26 @@ class Answer:
 
 
 class Scorer:
-    """Scores texts by a model: the base itself, or a PeftModel on it. No result depends on batch
-    size, order or padding (to 1e-4).
+    """Scores texts by a model: the base itself, a PeftModel on it, or a product of several. No
+    result depends on batch size, order or padding (to 1e-4).
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | Product,
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_batch: int | None = None,
     ):
-        self.tokenizer, self.kind = tokenizer, adapter_kind(model)
-        self.engine = engine_of(model)
+        self.tokenizer, self.engine = tokenizer, engine_of(model)
         self.model = self.engine.model
-        self.model.eval()
+        for part in self.engine.parts:
+            part.model.eval()
         usual = TOKENS_PER_BATCH.get(self.model.device.type, 16_384)
         if self.engine.ways.scale is None:  # then a batch has logits in place of hidden states
             usual = min(usual, LOGITS_AT_ONCE // self.model.get_input_embeddings().weight.shape[0])
         self.tokens_per_batch = tokens_per_batch or usual
-        self.cached_tokens = tokens_per_batch or _cached_tokens(self.model)
+        cached = _cached_tokens(self.model) // len(self.engine.parts)
+        self.cached_tokens = tokens_per_batch or cached
         self.context_length = context_length(self.model) - self.engine.n_virtual
 
     # ---- scoring
@@ -228,7 +230,8 @@ class Scorer:
         if not engine.ways.shared:
             return False
         if engine.ways.limit is not None and length > engine.ways.limit:
-            engine.ways = longer_ways(self.model, self.kind, engine.ways)
+            for part in engine.parts:
+                part.ways = longer_ways(part.model, part.kind, part.ways)
         return engine.ways.limit is None or length <= engine.ways.limit
 
     def _say_plain(self, rows: list[Ids]) -> None:
@@ -311,7 +314,7 @@ class Scorer:
         rest = [context[shared:] for context in contexts]
         width = max(map(len, rest))
         padding = np.array([width - len(row) for row in rest])
-        cache = expanded(prefix or [], len(rest), GrowingLayer)
+        cache = self.engine.cache(prefix, len(rest))
         draws = None if sampling is None else uniforms(contexts, sampling, max_new_tokens)
         ends = end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
@@ -443,12 +446,15 @@ class Scorer:
         ]
 
 
-def engine_of(model: PreTrainedModel | PeftModel) -> Engine:
-    """The engine of a model in the ways that were found to be its own.
+def engine_of(model: PreTrainedModel | PeftModel | Product) -> Engine | ProductEngine:
+    """The engine of a model in the ways that were found to be its own; of a product, in those of
+    each part.
 
     Raises:
         ValueError: the model's own forward cannot be reproduced with this adapter.
     """
+    if isinstance(model, Product):
+        return ProductEngine([engine_of(one) for one in model.parts], model.weights)
     refuse_spoiled(model.get_base_model() if isinstance(model, PeftModel) else model)
     ways = found_ways(model)
     engine = Engine(model, ways)

@@ -8,8 +8,8 @@ scale their logits, and LLM.int8 depends on the other rows of a batch.
 
 import warnings
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from peft import PeftModel
@@ -40,6 +40,7 @@ class Ways:
     reason: str = ""
 
 
+TRUTHS = tuple(one.name for one in fields(Ways) if one.type is bool)
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: {kind of adapter: Ways}
 _SAID: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model: what was said of it
 
@@ -53,6 +54,16 @@ def adapter_kind(model: PreTrainedModel | PeftModel) -> str:
     config = model.active_peft_config
     invoked = getattr(config, "alora_invocation_tokens", None)
     return f"{config.peft_type}{' by invocation' if invoked else ''}"
+
+
+def common(ways: Sequence[Ways]) -> Ways:
+    """What may be relied on with each of several, which have one scale."""
+    first, *others = ways
+    for one in others:
+        both = {name: getattr(first, name) and getattr(one, name) for name in TRUTHS}
+        limit = min(filter(None, (first.limit, one.limit)), default=None)
+        first = replace(first, **both, limit=limit, reason=first.reason or one.reason)
+    return first
 
 
 def known(model: PreTrainedModel, kind: str) -> Ways | None:

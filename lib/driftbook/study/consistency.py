@@ -307,6 +307,9 @@ def _check_probes(study: Content) -> None:
             few = f"which has {study.data[name].n} examples of {study.probes.n} that probes.n asks"
             raise ValueError(f"probes.{key} names data.{name}, {few}")
     for name, mitigation in study.mitigations.items():
+        if mitigation.kind == "mod":
+            none = "which is a product of distributions and has no layers; take it to another study"
+            raise ValueError(f"probes look into runs, and mitigation {name!r} makes one {none}")
         if mitigation.system_prompt:
             own = f"and mitigation {name!r} asks under another one; take it to a study of its own"
             raise ValueError(f"probes ask under the base model's system prompt, {own}")
@@ -338,8 +341,13 @@ def _check_mitigations(study: Content) -> None:
                 raise ValueError(
                     f"{said} names the block {block.name!r}, which has layers: {whole}"
                 )
+            if block.name in (mitigation.safety, *mitigation.others):
+                safe = "give a block that was trained on other data, such as safety data"
+                raise ValueError(f"{said} adds the block {block.name!r} to itself; {safe}")
             if MITIGATION_KINDS[mitigation.kind].when == "after":
                 _check_repairable(study, said, mitigation, block)
+            if mitigation.kind == "mod":
+                _check_shared(study, said, block)
             if mitigation.data and mitigation.kind != "second_tuning":
                 _check_data_named(study, said, mitigation, block)
             for base in study.bases_of(block) if mitigation.pair else ():
@@ -347,7 +355,11 @@ def _check_mitigations(study: Content) -> None:
 
 
 def _check_named(said: str, name: str, mitigation: Mitigation, blocks: dict[str, Block]) -> None:
-    for wanted in (*mitigation.blocks, *filter(None, [mitigation.safety])):
+    if mitigation.safety in mitigation.others:
+        raise ValueError(
+            f"{said} names {mitigation.safety!r} under safety and others; once is enough"
+        )
+    for wanted in (*mitigation.blocks, *filter(None, [mitigation.safety]), *mitigation.others):
         if wanted not in blocks:
             has = f"the grid has {', '.join(blocks)}"
             raise ValueError(f"{said} names the grid block {wanted!r}; {has}")
@@ -399,6 +411,9 @@ def _check_again(
     for name in mitigation.of:
         if name not in known:
             raise ValueError(f"{said} names {name!r} under of; expected some of {', '.join(known)}")
+        if own[name].kind == "mod":
+            none = "which is a product of distributions and has no weights to tune; name others"
+            raise ValueError(f"{said} tunes {name} again, {none}")
         shared = [block for block in own[name].blocks if block in mitigation.blocks]
         if not shared:
             control = "so that no plain run tuned again stands beside it"
@@ -427,14 +442,26 @@ def _check_pair(study: Content, said: str, name: str, base: str) -> None:
         raise ValueError(f"bases.{base}.pairs.{name} {same}, {zero}")
 
 
+def _check_shared(study: Content, said: str, block: Block) -> None:
+    """The runs of a product share the base's weights, so that none may write over them."""
+    if eight := [one for one in study.bases_of(block) if study.bases[one].quantization == "int8"]:
+        moved = "whose packed weights move in its first pass, so that no two parts can share them"
+        raise ValueError(f"{said} is done to {eight[0]} in int8, {moved}; take nf4, or name others")
+    for method in block.methods:
+        settings = {"bias": "none", "init_lora_weights": "", **study.methods[method]}
+        begins = str(settings["init_lora_weights"])
+        key = "bias" if settings["bias"] != "none" else "init_lora_weights"
+        if key == "bias" or begins.lower().startswith(REWRITING):
+            writes = "which writes over weights of the base model that all parts share"
+            take = f"take {key} from methods.{method}, or name other blocks"
+            raise ValueError(f"{said}: {method} has {key} {settings[key]}, {writes}; {take}")
+
+
 def _check_repairable(study: Content, said: str, mitigation: Mitigation, block: Block) -> None:
     """A repair leaves no part of an adapter as it was trained, and can be done to what the settings
     of each method make.
     """
     known = MITIGATION_KINDS[mitigation.kind]
-    if mitigation.safety == block.name:
-        safe = "give a block that was trained on safety data under safety"
-        raise ValueError(f"{said} adds the block {block.name!r} to itself; {safe}")
     with_bias = known.keeps_bias and set(mitigation.controls) <= {"random subspace"}
     for method in block.methods:
         settings, where = study.methods[method], f"from methods.{method}"

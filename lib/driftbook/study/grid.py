@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from driftbook.study.content import Content
@@ -228,13 +228,16 @@ def _repaired(
     if mitigation.kind == "template" and parents:
         itself = base_variant(study, base)  # what does the system prompt do to the base model?
         parents = {itself.run_id: itself} | parents
-    safety = trained[mitigation.safety] if mitigation.safety else []
     for parent in parents.values():
-        yield from _repairs(study, name, mitigation, parent, safety)
+        yield from _repairs(study, name, mitigation, parent, trained)
 
 
 def _repairs(
-    study: Content, name: str, mitigation: Mitigation, parent: Variant, safety: Sequence[Variant]
+    study: Content,
+    name: str,
+    mitigation: Mitigation,
+    parent: Variant,
+    trained: dict[str, list[Variant]],
 ) -> Iterator[Variant]:
     """The variants that a mitigation makes of a run: one of each value, and of each of its
     controls.
@@ -245,7 +248,11 @@ def _repairs(
         hidden = {"aligned": paths, "unaligned": paths}
         own["checkpoints"] = pair.model_dump(mode="json", exclude=hidden)
     if mitigation.safety:
-        own["safety_run_id"] = _safety_run(name, mitigation, parent, safety).run_id
+        own["safety_run_id"] = _run_beside(name, mitigation.safety, parent, trained).run_id
+    others = {
+        _run_beside(name, block, parent, trained).run_id: weight
+        for block, weight in mitigation.others.items()
+    }
     if mitigation.data:
         template = study.data[mitigation.data].template  # named even where there is none
         own["examples"] = {**_of_data(study, mitigation.data), "template": template}
@@ -255,6 +262,9 @@ def _repairs(
     for value, control in itertools.product(values, controls):
         label = name if value is None else f"{name} {value:g}"
         repair = {**own, "value": value, "control": control}
+        if mitigation.kind == "mod":
+            rest = {own["safety_run_id"]: value, **others}
+            repair["parts"] = {parent.run_id: 1 - sum(rest.values()), **rest}
         settings = json.loads(parent.settings) | {"mitigation": repair}
         yield dataclasses.replace(
             parent,
@@ -265,17 +275,17 @@ def _repairs(
         )
 
 
-def _safety_run(
-    name: str, mitigation: Mitigation, parent: Variant, safety: Sequence[Variant]
+def _run_beside(
+    name: str, block: str, parent: Variant, trained: dict[str, list[Variant]]
 ) -> Variant:
-    """The run of the safety block that goes with a parent: the same method and seed, else the same
+    """The run of another block that goes with a parent: the same method and seed, else the same
     repetition.
     """
-    alike = [one for one in safety if one.method == parent.method]
+    alike = [one for one in trained[block] if one.method == parent.method]
     for same in ("seed", "repetition"):
         if found := [one for one in alike if getattr(one, same) == getattr(parent, same)]:
             return found[0]
-    no_run = f"the block {mitigation.safety!r} has no run of {parent.method} on {parent.base_model}"
+    no_run = f"the block {block!r} has no run of {parent.method} on {parent.base_model}"
     give = "give it the same methods and seeds"
     raise ValueError(f"mitigation {name!r}: {no_run} with the seed {parent.seed}; {give}")
 

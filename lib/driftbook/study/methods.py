@@ -155,6 +155,13 @@ MITIGATION_KINDS = {
         needs=("system_prompt",),
         takes=("system_prompt",),
     ),
+    "mod": MitigationKind(
+        "product of distributions at decoding (MOD)",
+        "test",
+        needs=("safety", "values"),
+        takes=("safety", "others", "values"),
+        open_ends=(0, 1),
+    ),
     "mixing": MitigationKind(
         "safety data mixed in",
         "training",

@@ -453,14 +453,15 @@ class Mitigation(Part):
     touched, or the number of modules (select: top); of rescale the factor of the update; of average
     the share of the training, from its end, over which updates are averaged; of resta the factor of
     the safety update; of reduce_intruders the share that an intruder dimension loses; of mixing the
-    share of safety data among all examples; of soup the share of the safety run's update, whose sum
-    with the run's own is one; of kl the weight of KL(base || model) in nats per token (beta), of
-    safegrad that of its gradient (rho), of drift_budget the KL that may be used (epsilon), and of
-    second_tuning a learning rate.
+    share of safety data among all examples; of soup the share of the safety run's update, of mod
+    the power of its distribution, which sums to one with the run's own (and those of `others`); of
+    kl the weight of KL(base || model) in nats per token (beta), of safegrad that of its gradient
+    (rho), of drift_budget the KL that may be used (epsilon), and of second_tuning a learning rate.
 
     `pair` is a name under `pairs` of the base models, `rank` the dimension of the subspace,
-    `safety` a block of the grid that was trained on safety data, `weight` the share of its update
-    where it is merged, `snapshots` how many are taken along a training, `data` what is mixed in, or
+    `safety` a block of the grid that was trained on safety data, `others` further blocks, each with
+    the power of its runs' distributions, `weight` the share of the safety run's update where it is
+    merged, `snapshots` how many are taken along a training, `data` what is mixed in, or
     the examples of a second objective, by its name under `data`, `eta` the step of a drift budget's
     multiplier for each nat above the budget, and `betas` the constraint on an answer's first
     tokens; the last is of all further ones. A second tuning goes on training, by supervised
@@ -477,6 +478,7 @@ class Mitigation(Part):
     select: Literal["threshold", "top"] = "threshold"
     controls: tuple[Literal[CONTROLS], ...] = ()
     safety: Text | None = None
+    others: dict[Text, Annotated[float, Field(gt=0, lt=1)]] = {}
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     snapshots: Annotated[int, Strict(), Field(ge=2)] = 10
     system_prompt: Text | None = None
@@ -527,6 +529,9 @@ class Mitigation(Part):
         if value in known.open_ends:
             below = " and below 1" if 1 in known.open_ends else ""
             raise ValueError(f"{said} leaves nothing; give a value above 0{below}")
+        if (whole := value + sum(self.others.values())) >= 1 and self.others:
+            rest = "so that nothing is left of the run itself; all weights sum to one"
+            raise ValueError(f"{said} and others have the weight {whole:g}, {rest}")
         if "snapshots" in known.takes and value * self.snapshots <= 1:
             last = f"value {value:g} of {self.snapshots} snapshots is the last one alone"
             raise ValueError(f"{last}, the run itself; give a larger share, or more snapshots")

@@ -42,6 +42,11 @@ class Variant:
         return json.loads(self.settings).get("mitigation")
 
     @cached_property
+    def parts(self) -> dict[str, float]:
+        """The runs whose distributions it multiplies, each with its weight; empty for all else."""
+        return (self.repair or {}).get("parts", {})
+
+    @cached_property
     def layers(self) -> str | None:
         """The third of the layers that alone is adapted (methods.LAYER_PARTS); None for all."""
         return json.loads(self.settings).get("layers")

@@ -9,13 +9,14 @@ from peft import PeftModel
 from driftbook.doctors.study_no_ops import NO_OP_KL
 from driftbook.models import adapters
 from driftbook.models.loading import Loaded
+from driftbook.models.products import Product
 from driftbook.models.scoring import Ids, Scorer
 
 DISTRIBUTIONS_AT_ONCE = 2**27  # numbers in each of three: half a gigabyte in fp32
 
 
 def measure_dose(
-    model: PeftModel,
+    model: PeftModel | Product,
     initial: dict[str, torch.Tensor] | None,
     base: Loaded,
     pairs: list[tuple[Ids, Ids]],

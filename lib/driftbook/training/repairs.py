@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from driftbook.doctors import adapter as adapter_doctor
-from driftbook.models import adapters
+from driftbook.models import adapters, products
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
@@ -38,6 +38,7 @@ def made_from(study: Study, variant: Variant) -> list[Path]:
     made = [parent(study, variant)]
     if "safety_run_id" in variant.repair:
         made.append(by_id(study, variant.repair["safety_run_id"]))
+    made = [variant] if variant.parts else made
     files = [file for one in made for file in folders.adapter_files(study, one)]
     averaged = snapshots(study, variant) if variant.repair["kind"] == "average" else []
     return files + [folder / adapters.WEIGHTS for folder in averaged]
@@ -85,7 +86,8 @@ def _anew(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         yield Path(scratch, out.name)
         shutil.rmtree(out, ignore_errors=True)
-        Path(scratch, out.name).replace(out)
+        if Path(scratch, out.name).exists():  # a product has none
+            Path(scratch, out.name).replace(out)
 
 
 def _record(study: Study, variant: Variant) -> dict[str, Any]:
@@ -93,12 +95,16 @@ def _record(study: Study, variant: Variant) -> dict[str, Any]:
 
 
 def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[str, Any]:
-    """The parent's record with the repaired adapter's dose, bytes and findings."""
-    new = _record(study, parent(study, variant)) | {
-        "run_id": variant.run_id,
-        "adapter_sha256": file_digest(adapter / adapters.WEIGHTS),
-        "n_stored": adapters.n_stored(adapter),
-    }
+    """The parent's record with the repaired adapter's dose, bytes and findings; of a product, which
+    has no adapter, the dose.
+    """
+    new = _record(study, parent(study, variant)) | {"run_id": variant.run_id}
+    if variant.parts:
+        with products.answering(base.model, study, variant) as model:
+            new |= measure_dose(model, None, base, held_out(base, study)[0])
+        return new | dict.fromkeys(("adapter_sha256", "n_stored", "findings"))
+    new["adapter_sha256"] = file_digest(adapter / adapters.WEIGHTS)
+    new["n_stored"] = adapters.n_stored(adapter)
     if variant.repair["kind"] == "template":
         return new
     with adapters.attached(base.model, adapter) as model:

@@ -65,7 +65,7 @@ def repair_variant(variant: Variant, base: Loaded, study: Study) -> list[Path]:
     folder = folders.folder(study, variant)
     record, modules = repairs.make(variant, study, base, folder)
     files = [RUNS.write(pd.DataFrame([record]), folder), MODULES.write(modules, folder)]
-    return files + folders.adapter_files(study, variant)
+    return files if variant.parts else files + folders.adapter_files(study, variant)
 
 
 def pair_spectra(base_model: str, study: Study) -> pd.DataFrame:
