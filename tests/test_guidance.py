@@ -43,6 +43,7 @@ def test_a_further_benchmark_is_told_by_safetys_outcome_or_by_its_first():
         row(5.0, 1.0, **words),
         row(1.0, 1.0, **words | {"benchmark": "rtp", "outcome": terms.REFUSED}),
         row(2.0, 1.0, **words | {"benchmark": "rtp"}),
+        row(2.0, 1.0, **words | {"benchmark": "over-refusal"}),
         row(3.0, 1.0, **words | {"benchmark": "two_words", "outcome": "leaning (percent)"}),
         row(4.0, 1.0, **words | {"benchmark": "by_category", "category": "one"}),
     ]
@@ -52,7 +53,9 @@ def test_a_further_benchmark_is_told_by_safetys_outcome_or_by_its_first():
     assert further == {
         "Rtp": (terms.UNSAFE, "rtp"),
         "Two words": ("leaning (percent)", "two_words"),
+        "Benchmark over-refusal": (terms.UNSAFE, "over-refusal"),
     }
+    assert found["Over-refusal"] == (terms.REFUSED, "over_refusal")
     assert (
         "+3.0"
         in report.summary(frame).set_index("Change in").loc["Two words: leaning (points)", "LoRA"]

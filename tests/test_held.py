@@ -158,6 +158,32 @@ def test_the_report_says_what_outlasts_a_second_tuning(found):
     assert guidance(once_only, OUTCOMES)[-1].advice == NOT_SHOWN
 
 
+def test_two_methods_with_one_defence_are_told_apart(found):
+    *_, worst, estimates = found
+    both = pd.concat([estimates, estimates.assign(method="prompt_tuning")], ignore_index=True)
+    [told] = [one.evidence for one in guidance(both, OUTCOMES) if "outlasts" in one.question]
+    assert told.count("lasting 1 of LoRA (") == told.count("lasting 1 of Prompt-Tuning (") == 1
+    every = pd.concat([worst, worst.assign(method="prompt_tuning")])
+    held = second_tuning.what_holds(both, every)
+    said = second_tuning.held_sentence(held)
+    assert said.count("useless of LoRA (") == said.count("useless of Prompt-Tuning (") == 1
+    settings = pd.concat([worst, worst.assign(dataset="another")])
+    assert second_tuning.what_holds(estimates, settings)["works on"].max() == 2  # base models
+
+
+def test_where_no_second_answer_was_judged_nothing_can_be_told(found):
+    *_, worst, estimates = found
+    lost = estimates["member"].eq("lasting 1") & estimates["contrast"].ne(ONCE)
+    for rows in (estimates[~lost], estimates.assign(value=estimates["value"].mask(lost))):
+        held = second_tuning.what_holds(rows, worst).set_index("defence")
+        assert pd.isna(held.at["lasting 1", "twice"])
+        evidence = guidance(rows, OUTCOMES)[-1].evidence
+        assert "once, not known twice)" in evidence
+    assert held["word"].drop("lasting 1").ne(NO_EFFECT).sum() == len(DEFENCES) - 2
+    held = second_tuning.what_holds(estimates[~lost], worst).set_index("defence")
+    assert held.at["lasting 1", "word"] == UNCLEAR
+
+
 def test_what_is_left_is_the_second_difference_minus_its_share_of_the_first(found):
     *_, estimates = found
     rows = estimates[estimates["outcome"].eq(terms.UNSAFE)]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import OTHER_METHODS, PEFT_METHODS, SMALL, one_sentence, write_study
 from driftbook.batch import costing, jobs
 from driftbook.batch.opened import Job
-from driftbook.models import adapters
+from driftbook.models import adapters, base_state
 from driftbook.models.base_state import BaseState
 from driftbook.models.fingerprint import model_hash
 from driftbook.models.products import multiplied
@@ -249,17 +250,46 @@ def test_models_of_which_no_product_can_be_made(bases, folders, tmp_path):
     with pytest.raises(ValueError, match="writes over weights"), multiplied(model, parts):
         pass
     assert model_hash(base.model) == before
+    parts = [(own, 0.5), (own, 0.5)]
+    with (
+        adapters.attached(base.model, own),
+        pytest.raises(ValueError, match="without adapters"),
+        multiplied(base.model, parts),
+    ):
+        pass
+    spoiled = copy.deepcopy(base.model)
+    base_state._SPOILED[spoiled] = "it was changed"
+    with pytest.raises(base_state.SpoiledBase), multiplied(spoiled, parts):
+        pass
 
 
-def content(own="lora", safe="lora", **settings):
-    """A study with a product of the runs of two blocks, and a third one."""
+def test_a_base_that_is_given_other_weights_is_multiplied_with_them(bases, folders):
+    model, own = copy.deepcopy(bases["llama"].model), folders["llama", "lora"][0]
+    with multiplied(model, [(own, 0.5), (None, 0.5)]):
+        pass
+    others = {name: 1.1 * one for name, one in model.state_dict().items()}
+    model.load_state_dict(others, assign=True)
+    model.tie_weights()
+    with multiplied(model, [(None, 0.5), (None, 0.5)]) as product:
+        tensors = {id(one) for one in model.parameters()}
+        assert all(id(one) in tensors for part in product.parts for one in part.parameters())
+
+
+def content(own="lora", safe="lora", same=(), twice="", early="", **settings):
+    """A study with a product of the runs of two blocks, and a third one; two of them may be the
+    `same`, one have two sets of data (`twice`), one be of the first layers (`early`).
+    """
     made = copy.deepcopy(SMALL)
     first = made["grid"][0] | {"objectives": ["sft"], "methods": [own]}
     names = {"main": [own], "safe": [safe], "fair": [own]}
     data = {"main": [], "safe": ["dpo_like"], "fair": ["fair"]}
+    data |= dict.fromkeys(same, data[same[0]] if same else [])
+    data |= {twice: ["dpo_like", "fair"]} if twice else {}
     rates = made["grid"][0]["learning_rates"]
     made["grid"] = [
-        first | {"name": name, "methods": methods, "data": data[name], "learning_rates": rates}
+        first
+        | {"name": name, "methods": methods, "data": data[name], "learning_rates": rates}
+        | ({"layers": ["early"]} if name == early else {})
         for name, methods in names.items()
     ]
     for name in ("dpo_like", "fair"):
@@ -307,7 +337,8 @@ def test_a_run_of_a_study_is_made_recorded_and_opened_as_its_product(bases, data
     nll = -np.concatenate([oracle.scored(pair) for pair in pairs]).mean()
     assert record["nll"] == pytest.approx(nll, abs=1e-4)
     assert record["nll_base"] == pytest.approx(parent["nll_base"], abs=1e-6)
-    assert record["kl_base"] == record["kl_init"] > 0
+    assert record["kl_base"] > 0
+    assert (pd.isna(record["kl_init"]), record["no_op"]) == (True, False)  # it has no start
     job = Job("respond", study, "tiny-llama", [one])
     job.__dict__["base"] = base
     assert job.example.method == "none"
@@ -357,6 +388,15 @@ WRONG = {
     "one twice": ({"others": {"safe": 0.1}}, {}, "once is enough"),
     "all of the weight": ({"values": [1.0]}, {}, "leaves nothing"),
     "more than all of it": ({"others": {"fair": 0.5}}, {}, "others have the weight 1, so"),
+    "all of it by rounding": ({"values": [0.3], "others": {"fair": 0.7}}, {}, "weight 1, so"),
+    "one run under two names": (
+        {"others": {"fair": 0.2}, "same": ("safe", "fair")},
+        {},
+        "by itself",
+    ),
+    "the run itself": ({"same": ("main", "safe")}, {}, "by itself"),
+    "several runs beside": ({"twice": "safe"}, {}, "has 2 runs of lora"),
+    "a block of few layers": ({"early": "safe"}, {}, "which has layers"),
     "a run of no such method": ({"safe": "ia3"}, {}, "no run of lora on tiny-llama"),
     "tuned again": ({}, {"again": AGAIN | {"values": [1e-3]}}, "no weights to tune"),
     "biases": ({}, {"methods": {"lora": {"bias": "all"}}}, "lora has bias all, which writes over"),

@@ -28,6 +28,7 @@ from driftbook.analyses import repairs
 from driftbook.analyses.repairs import AGAIN, CALIBRATION, GAIN, HARM, REPORT, Tables
 from driftbook.stats import comparisons, estimation, harm, terms
 from driftbook.stats.confidence import ALPHA
+from driftbook.study.methods import METHOD_LABELS
 from driftbook.study.tables import ESTIMATES
 
 MAY_LACK = 10.0  # percent of the plain run's gain, at which a second tuning still does its work
@@ -199,14 +200,14 @@ def what_holds(estimates: pd.DataFrame, worst: pd.DataFrame) -> pd.DataFrame:
     harmed = rows[rows["outcome"].eq(harm.safety_outcome(rows))]
     made = []
     for (method, name), own in harmed.groupby(["method", "member"], sort=False):
-        by = own.set_index("contrast")
+        by = own.set_index("contrast").reindex([*TIMES, MORE_LEFT])
         gain = rows[rows["outcome"].eq(GAIN) & rows["member"].eq(name) & rows["method"].eq(method)]
         rates = worst[worst["name"].eq(name) & worst["method"].eq(method)]
         made.append(
             {"method": method, "defence": name}
             | {f"{when} {end}".strip(): by.at[of, column] for when, of, end, column in _SHOWN}
             | {f"gain {when}": gain.set_index("contrast")["value"].get(of) for when, of in _WHEN}
-            | {"worst rate": _span(rates["rate"]), "works on": int(rates["works"].sum())}
+            | {"worst rate": _span(rates["rate"]), "works on": _bases_of(rates)}
             | {"word": word(by)}
         )
     return pd.DataFrame(made)
@@ -220,6 +221,11 @@ _SHOWN = [
 ]
 
 
+def _bases_of(rates: pd.DataFrame) -> int:
+    """On how many base models the second tuning does its work, in every setting."""
+    return int(rates.groupby("base_model")["works"].all().sum())
+
+
 def _span(rates: pd.Series) -> str:
     low, high = rates.min(), rates.max()
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -229,7 +235,7 @@ def word(by: pd.DataFrame) -> str:
     """The word of a defence, by the rule above; `by` are its estimates of safety on all base models
     (or the one), indexed by contrast.
     """
-    by = by[["value", "p_adjusted"]].astype(float)
+    by = by[["value", "p_adjusted"]].reindex([*TIMES, MORE_LEFT]).astype(float)
     if not (by.at[ONCE, "value"] < 0 and by.at[ONCE, "p_adjusted"] < ALPHA):
         return NO_EFFECT
     if not by.at[MORE_LEFT, "p_adjusted"] < ALPHA:
@@ -249,13 +255,19 @@ def plain_sentence(again: pd.DataFrame, found: pd.DataFrame, outcome: str) -> st
     )
 
 
+def _named(row: pd.Series, found: pd.DataFrame) -> str:
+    """A defence, with its method where there are several."""
+    label = METHOD_LABELS.get(row["method"], row["method"])
+    return row["defence"] if found["method"].nunique() == 1 else f"{row['defence']} of {label}"
+
+
 def held_sentence(found: pd.DataFrame) -> str:
     """Which defences hold twice, which once, and of which we cannot tell, in one sentence each."""
     said = []
     for one in HELD:
         own = found[found["word"].eq(one)]
         told = [
-            f"{row['defence']} ({row['once']:+.1f} points once, {row['twice']:+.1f} twice)"
+            f"{_named(row, found)} ({row['once']:+.1f} points once, {row['twice']:+.1f} twice)"
             for _, row in own.iterrows()
         ]
         said.append(f"{one.capitalize()}: {', '.join(told) or 'none'}.")

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Cache, PreTrainedModel
 
 from driftbook.models import adapters
+from driftbook.models.base_state import refuse_spoiled
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.fingerprint import model_hash
 from driftbook.models.layout import KeyValues
@@ -87,6 +89,9 @@ def _check(base: PreTrainedModel, weights: tuple[float, ...]) -> None:
             f"a product needs every token's probability, which {type(base).__name__} does not give;"
             " use a model that is loaded here"
         )
+    refuse_spoiled(base)
+    if any(isinstance(one, BaseTunerLayer) for one in base.modules()):
+        raise ValueError("a product is made on a base without adapters; take off the one on it")
     if getattr(base, "is_loaded_in_8bit", False):
         raise ValueError(
             "a base model in 8 bits moves its packed weights in its first pass, so that the parts"
@@ -101,8 +106,11 @@ def _check(base: PreTrainedModel, weights: tuple[float, ...]) -> None:
 
 def _sharing(base: PreTrainedModel, n: int) -> list[PreTrainedModel]:
     """Models with modules of their own and the base's tensors; kept, since each is tried once."""
-    made = _TWINS.setdefault(base, [])
     tensors = {id(one): one for one in (*base.parameters(), *base.buffers())}
+    made = _TWINS.setdefault(base, [])
+    held = [one for twin in made for one in (*twin.parameters(), *twin.buffers())]
+    if any(id(one) not in tensors for one in held):
+        made.clear()  # the base has other tensors by now
     made += [copy.deepcopy(base, dict(tensors)) for _ in range(n - len(made))]
     return made[:n]
 

@@ -226,12 +226,20 @@ def _outlasts(estimates: pd.DataFrame) -> tuple[str, str]:
         return NOT_SHOWN, "Nothing was tuned a second time."
     said: dict[str, list[str]] = {word: [] for word in second_tuning.HELD}
     held = []
-    for (_, name), own in rows.groupby(["base_model", "member"], sort=False):
-        by = own.set_index("contrast")
-        ends = {when: next(by.loc[[when]].itertuples()) for when in second_tuning.TIMES}
-        word, of = second_tuning.word(by), f"{name}{_on(own.iloc[0])}"
-        said[word].append(f"{of} ({' once, '.join(_points(row) for row in ends.values())} twice)")
+    several = rows["method"].nunique() > 1
+    for (_, method, name), own in rows.groupby(["base_model", "method", "member"], sort=False):
+        by = own.set_index("contrast", drop=False)
+        ends = [
+            _points(next(by.loc[[when]].itertuples())) if when in by.index else "not known"
+            for when in second_tuning.TIMES
+        ]
+        with_method = f" of {METHOD_LABELS[method]}" if several else ""
+        word, of = second_tuning.word(by), f"{name}{with_method}{_on(own.iloc[0])}"
+        said[word].append(f"{of} ({' once, '.join(ends)} twice)")
         held += [of] * (word == second_tuning.HOLDS_TWICE)
     words = [f"{word.capitalize()}: {'; '.join(found)}." for word, found in said.items() if found]
-    against = "Against plain runs tuned alike, at the worst rate at which that tuning worked."
+    against = (
+        "Against plain runs tuned alike, at the worst rate at which that tuning worked (where it"
+        " worked at none, at the nearest)."
+    )
     return listed(held) or NOT_SHOWN, " ".join([against, *words])

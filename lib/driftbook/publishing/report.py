@@ -129,15 +129,14 @@ OTHERS_DRAWN = "Further figures"
 
 
 def told(estimates: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """FINDINGS with the outcome that tells of safety in these estimates, and each further benchmark
-    by that outcome, or by its first one.
-    """
+    """FINDINGS by safety's outcome here, and further benchmarks by that outcome or their first."""
     safety, known = safety_outcome(estimates), {benchmark for _, benchmark in FINDINGS.values()}
     found = FINDINGS | {"Safety": (safety, "safety")}
     rows = picked(estimates, contrast=CHANGE, group=TRAINED, category=ALL, estimator=PRIMARY)
     for benchmark, own in rows[~rows["benchmark"].isin(known)].groupby("benchmark", sort=False):
         outcome = safety if own["outcome"].eq(safety).any() else own["outcome"].iloc[0]
-        found[benchmark.replace("_", " ").capitalize()] = (outcome, benchmark)
+        title = benchmark.replace("_", " ").capitalize()
+        found[title if title not in found else f"Benchmark {benchmark}"] = (outcome, benchmark)
     return found
 
 

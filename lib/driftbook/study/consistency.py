@@ -334,13 +334,15 @@ def _check_mitigations(study: Content) -> None:
         _check_named(said, name, mitigation, blocks)
         if MITIGATION_KINDS[mitigation.kind].when == "again":
             _check_again(study, said, mitigation, blocks)
-        for block in (blocks[one] for one in mitigation.blocks):
-            _check_applies(said, mitigation, block)
+        beside = [*filter(None, [mitigation.safety]), *mitigation.others]
+        for block in (blocks[one] for one in (*mitigation.blocks, *beside)):
             if set(block.layers) != {"all"}:
                 whole = "repairs are made of runs in all layers; name other blocks"
                 raise ValueError(
                     f"{said} names the block {block.name!r}, which has layers: {whole}"
                 )
+        for block in (blocks[one] for one in mitigation.blocks):
+            _check_applies(said, mitigation, block)
             if block.name in (mitigation.safety, *mitigation.others):
                 safe = "give a block that was trained on other data, such as safety data"
                 raise ValueError(f"{said} adds the block {block.name!r} to itself; {safe}")

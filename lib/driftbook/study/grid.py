@@ -249,22 +249,21 @@ def _repairs(
         own["checkpoints"] = pair.model_dump(mode="json", exclude=hidden)
     if mitigation.safety:
         own["safety_run_id"] = _run_beside(name, mitigation.safety, parent, trained).run_id
-    others = {
-        _run_beside(name, block, parent, trained).run_id: weight
+    others = [
+        (_run_beside(name, block, parent, trained).run_id, weight)
         for block, weight in mitigation.others.items()
-    }
+    ]
     if mitigation.data:
         template = study.data[mitigation.data].template  # named even where there is none
         own["examples"] = {**_of_data(study, mitigation.data), "template": template}
-        if others := study.data[mitigation.data].also:
-            own["also"] = {one: _of_data(study, one) for one in others}
+        if also := study.data[mitigation.data].also:
+            own["also"] = {one: _of_data(study, one) for one in also}
     values, controls = mitigation.values or (None,), (None, *mitigation.controls)
     for value, control in itertools.product(values, controls):
         label = name if value is None else f"{name} {value:g}"
         repair = {**own, "value": value, "control": control}
         if mitigation.kind == "mod":
-            rest = {own["safety_run_id"]: value, **others}
-            repair["parts"] = {parent.run_id: 1 - sum(rest.values()), **rest}
+            repair["parts"] = _parts(name, parent, [(own["safety_run_id"], value), *others])
         settings = json.loads(parent.settings) | {"mitigation": repair}
         yield dataclasses.replace(
             parent,
@@ -275,15 +274,36 @@ def _repairs(
         )
 
 
+def _parts(name: str, parent: Variant, others: list[tuple[str, float]]) -> dict[str, float]:
+    """The runs that are multiplied, each with its weight: the parent's is what is left to one."""
+    parts = {parent.run_id: 1 - sum(weight for _, weight in others), **dict(others)}
+    if len(parts) <= len(others):
+        apart = "give blocks that differ in their data or settings"
+        raise ValueError(
+            f"mitigation {name!r} multiplies a run by itself: on {parent.base_model} two of its"
+            f" blocks hold the same run of {parent.method}; {apart}"
+        )
+    return parts
+
+
 def _run_beside(
     name: str, block: str, parent: Variant, trained: dict[str, list[Variant]]
 ) -> Variant:
     """The run of another block that goes with a parent: the same method and seed, else the same
-    repetition.
+    repetition; of several the one with the parent's rate, epochs, init and objective.
     """
     alike = [one for one in trained[block] if one.method == parent.method]
     for same in ("seed", "repetition"):
         if found := [one for one in alike if getattr(one, same) == getattr(parent, same)]:
+            for more in ("learning_rate", "epochs", "init", "objective"):
+                own = [one for one in found if getattr(one, more) == getattr(parent, more)]
+                found = own or found
+            if len({one.run_id for one in found}) > 1:
+                raise ValueError(
+                    f"mitigation {name!r}: the block {block!r} has {len(found)} runs of"
+                    f" {parent.method} on {parent.base_model} that go with one run; give it one"
+                    " set of data and settings"
+                )
             return found[0]
     no_run = f"the block {block!r} has no run of {parent.method} on {parent.base_model}"
     give = "give it the same methods and seeds"

@@ -529,7 +529,8 @@ class Mitigation(Part):
         if value in known.open_ends:
             below = " and below 1" if 1 in known.open_ends else ""
             raise ValueError(f"{said} leaves nothing; give a value above 0{below}")
-        if (whole := value + sum(self.others.values())) >= 1 and self.others:
+        whole = value + sum(self.others.values())
+        if self.others and whole > 1 - 1e-9:  # by rounding too
             rest = "so that nothing is left of the run itself; all weights sum to one"
             raise ValueError(f"{said} and others have the weight {whole:g}, {rest}")
         if "snapshots" in known.takes and value * self.snapshots <= 1:

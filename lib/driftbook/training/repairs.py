@@ -13,6 +13,7 @@ import pandas as pd
 
 from driftbook.doctors import adapter as adapter_doctor
 from driftbook.models import adapters, products
+from driftbook.models.base_state import SpoiledBase
 from driftbook.models.loading import Loaded
 from driftbook.models.sampling import VariantFailure
 from driftbook.study import folders
@@ -62,6 +63,8 @@ def make(
         with _anew(folder / "adapter") as out:
             repair = Repair(variant, study, base, folders.adapter(study, old), out)
             rows = getattr(mitigations, variant.repair["kind"])(repair)
+    except SpoiledBase:
+        raise
     except ValueError as error:  # of this repair: the others are made
         raise VariantFailure(str(error)) from error
     rows = rows.reindex(columns=[name for name in MODULES.columns if name != "run_id"])
@@ -102,6 +105,9 @@ def record(variant: Variant, study: Study, base: Loaded, adapter: Path) -> dict[
     if variant.parts:
         with products.answering(base.model, study, variant) as model:
             new |= measure_dose(model, None, base, held_out(base, study)[0])
+        idle = [_record(study, by_id(study, one))["no_op"] for one in variant.parts]
+        no_op = bool(pd.Series(idle, dtype="boolean").fillna(False).all())
+        new |= {"kl_init": None, "no_op": no_op}  # a product has no start of its own
         return new | dict.fromkeys(("adapter_sha256", "n_stored", "findings"))
     new["adapter_sha256"] = file_digest(adapter / adapters.WEIGHTS)
     new["n_stored"] = adapters.n_stored(adapter)
