@@ -149,7 +149,7 @@ WRONG = {
     "a soft prompt": (
         (*M, "blocks"),
         ["prompts"],
-        ["prompt_tuning", "no weight update", "template, mixing, constrained_sft"],
+        ["prompt_tuning", "no weight update", "template, mod, mixing, constrained_sft"],
     ),
     "averaging of IA3": (
         ("mitigations", "average", "blocks"),
