@@ -41,7 +41,9 @@ def study(shared):
                 text=True,
                 timeout=600,
             )
-            assert ended.returncode == 0, said(ended)
+            log = this.folder / "snakemake.log"
+            last = log.read_text()[-3000:] if log.exists() else ""
+            assert ended.returncode == 0, said(ended) + last
     return this
 
 

@@ -4,6 +4,7 @@ driver is lost. `make test-slurm` runs it.
 
 import contextlib
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -24,6 +25,8 @@ SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 CLUSTER = "partition: test\njobs: 4\ngpu_memory: 80\nhours: 0.5\n"
 COLLECTED = "jobs/collect.json"  # all that runs a model, and no analysis
 PATIENCE = 600  # seconds
+N_KILLS = int(os.environ.get("DRIFTBOOK_KILLS", 0))  # 20 for the whole trial, a quarter of an hour
+VICTIMS = ("driver", "job", "node")
 
 
 def cluster(*words: str) -> None:
@@ -79,12 +82,63 @@ def test_a_study_on_two_nodes_outlives_the_loss_of_one_and_ends_as_on_one_machin
     ended = {number: (state, node) for number, state, node in jobs(batch)}
     assert {ended[number] for number in lost} <= {("COMPLETED", "n1"), ("COMPLETED", "n2")}
     assert {state for state, _ in ended.values()} == {"COMPLETED"}
+    assert_as_on_one_machine(batch, tmp_path)
+
+
+def assert_as_on_one_machine(batch: Batch, tmp_path: Path) -> None:
     alone = Batch(tmp_path / "alone", batch.content)
     here = alone.run(COLLECTED)
     assert here.returncode == 0, said(here)
     assert batch.tables().keys() == alone.tables().keys()
     for name, table in alone.tables().items():
         assert table.equals(batch.tables()[name]), name
+
+
+@pytest.mark.skipif(not N_KILLS, reason="DRIFTBOOK_KILLS says how many kills there are to be")
+def test_kills_at_any_moment_lose_nothing_and_double_nothing(batch, tmp_path):
+    """The driver, a job's processes or a whole node; where the study has ended too soon, it is
+    begun anew.
+    """
+    seed = int.from_bytes(os.urandom(4))
+    print(f"moments of this run: random.Random({seed})")
+    rng, done = random.Random(seed), {}
+    process = batch.start(COLLECTED)
+    for number in range(N_KILLS):
+        end = time.monotonic() + rng.uniform(2, 20)
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(0.2)
+        if process.poll() == 0:
+            shutil.rmtree(batch.folder)
+            process, done = batch.start(COLLECTED), {}
+            wait_for(lambda: jobs(batch, "running"), process)
+        strike(VICTIMS[number % len(VICTIMS)], batch, process, rng)
+        marks = {path: path.stat().st_mtime_ns for path in batch.folder.glob("runs/*/*.done.json")}
+        again = [path for path, when in done.items() if marks.get(path) != when]
+        assert not again, f"seed {seed}, kill {number}: done again: {again}"
+        done = marks
+        if process.poll() is not None:
+            process = batch.start(COLLECTED)
+    process.wait(PATIENCE)
+    finish(batch.start(COLLECTED), batch)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items()), f"seed {seed}"
+    assert not list(batch.folder.rglob(".lease.*")), f"seed {seed}: leases stay behind"
+    assert_as_on_one_machine(batch, tmp_path)
+
+
+def strike(victim: str, batch: Batch, process: subprocess.Popen, rng: random.Random) -> None:
+    """Kill one of a batch's processes, jobs or nodes; the driver where no job runs."""
+    there = jobs(batch, "running")
+    if victim == "driver" or not there:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return
+    job, _, node = rng.choice(there)
+    if victim == "node":
+        cluster("lose", node)
+        cluster("regain", node)
+    else:
+        subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
 
 
 def test_the_jobs_of_a_killed_driver_go_on_and_a_second_one_ends_the_study(batch):
