@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -28,22 +29,28 @@ pytestmark = pytest.mark.slow
 FILE = ROOT / "tests" / "real_pipeline.yaml"
 
 
+def _run() -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "driftbook.batch.make_study", str(FILE), "local"],
+        env=os.environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.fixture(scope="module")
 def study(shared):
     this = load(FILE)
     with locked("real pipeline"):
         if not (this.folder / "report.html").exists():
-            ended = subprocess.run(
-                [sys.executable, "-m", "driftbook.batch.make_study", str(FILE), "local"],
-                env=os.environ,
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
+            ended = _run()
             log = this.folder / "snakemake.log"
-            last = log.read_text()[-3000:] if log.exists() else ""
-            assert ended.returncode == 0, said(ended) + last
+            if ended.returncode:  # seldom a job ends without a word: the log says more
+                warnings.warn(f"{said(ended)}{log.read_text()[-3000:]}", stacklevel=1)
+                ended = _run()  # goes on from there
+            assert ended.returncode == 0, said(ended) + log.read_text()[-3000:]
     return this
 
 
