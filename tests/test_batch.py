@@ -4,6 +4,8 @@ kill at any moment loses nothing.
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -15,7 +17,7 @@ from conftest import OUTPUTS, SMALL, one_sentence
 from driftbook.batch import keys, plan
 from driftbook.batch import make_study as batch_run
 from driftbook.study import files
-from driftbook.study.files import read_json
+from driftbook.study.files import ROOT, read_json
 from driftbook.study.tables import TABLES
 
 pytest_plugins = ["batches"]
@@ -488,7 +490,36 @@ def test_how_it_ended_is_said_with_the_notebook_and_the_exit_status(make_study, 
     assert "02_train stopped" in one_sentence(capsys.readouterr().err)
     trace.unlink()
     assert batch_run.conclude(study, "ended", 1, 60.0) == 1
-    assert "snakemake.log" in one_sentence(capsys.readouterr().err)
+    said = one_sentence(capsys.readouterr().err)
+    assert "stopped; see" in said
+    assert "snakemake.log; make study STUDY=ended goes on" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "died with <Signals.SIGKILL"),
+        ("raise SystemExit(3)", "returned non-zero exit status 3"),
+    ],
+)
+def test_a_job_that_ended_without_a_word_is_named(make_study, content, tmp_path, capsys, code, how):
+    """By the words of Snakemake itself, which runs a rule like the batch's."""
+    study = make_study(content | {"name": "silent"})
+    study.folder.mkdir(parents=True, exist_ok=True)
+    page, parameters = "notebooks/04_respond.tiny-llama.0.ipynb", json.dumps({"study": "it's"})
+    (tmp_path / "Snakefile").write_text(
+        "import sys\n"
+        f"rule all:\n    output: 'made'\n    log: {page!r}\n"
+        f"    params: code={code!r}, own={parameters!r}\n"
+        "    shell: '{sys.executable:q} -c {params.code:q} x/notebooks/04.ipynb {log:q}"
+        " {params.own:q}'\n"
+    )
+    command = [sys.executable, "-m", "snakemake", "--profile", ROOT / "profiles" / "local"]
+    with (study.folder / "snakemake.log").open("w") as log:
+        subprocess.run(command, cwd=tmp_path, stdout=log, stderr=log, timeout=120)
+    assert batch_run.conclude(study, "silent", 1, 60.0) == 1
+    said = one_sentence(capsys.readouterr().err)
+    assert f"the batch stopped: 04_respond.tiny-llama.0 {how}" in said
 
 
 def test_a_failed_variant_makes_the_exit_status_one(smoke_tables, capsys):

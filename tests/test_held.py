@@ -156,6 +156,10 @@ def test_the_report_says_what_outlasts_a_second_tuning(found):
         assert f"{word.capitalize()}: {name} (" in evidence
     once_only = estimates[~estimates["member"].isin(["lasting 1", "unless spoiled 2, same norm"])]
     assert guidance(once_only, OUTCOMES)[-1].advice == NOT_SHOWN
+    of_one = estimates["member"].eq("useless") & estimates["base_model"].ne("one")
+    partly = guidance(estimates[~of_one], OUTCOMES)[-1].evidence
+    assert "useless on one (" in partly
+    assert "lasting 1 (" in partly
 
 
 def test_two_methods_with_one_defence_are_told_apart(found):

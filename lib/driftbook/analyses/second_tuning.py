@@ -255,10 +255,9 @@ def plain_sentence(again: pd.DataFrame, found: pd.DataFrame, outcome: str) -> st
     )
 
 
-def _named(row: pd.Series, found: pd.DataFrame) -> str:
+def with_method(defence: str, method: str, methods: pd.Series) -> str:
     """A defence, with its method where there are several."""
-    label = METHOD_LABELS.get(row["method"], row["method"])
-    return row["defence"] if found["method"].nunique() == 1 else f"{row['defence']} of {label}"
+    return f"{defence} of {METHOD_LABELS[method]}" if methods.nunique() > 1 else defence
 
 
 def held_sentence(found: pd.DataFrame) -> str:
@@ -267,7 +266,8 @@ def held_sentence(found: pd.DataFrame) -> str:
     for one in HELD:
         own = found[found["word"].eq(one)]
         told = [
-            f"{_named(row, found)} ({row['once']:+.1f} points once, {row['twice']:+.1f} twice)"
+            f"{with_method(row['defence'], row['method'], found['method'])}"
+            f" ({row['once']:+.1f} points once, {row['twice']:+.1f} twice)"
             for _, row in own.iterrows()
         ]
         said.append(f"{one.capitalize()}: {', '.join(told) or 'none'}.")

@@ -8,6 +8,7 @@ import fcntl
 import getpass
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +22,7 @@ from urllib.parse import quote
 
 from driftbook.batch import cluster, gpus, plan, sizes
 from driftbook.batch.leases import JOBS, Watch, began, clear_dead, living, own_words
-from driftbook.batch.make_status import failures
+from driftbook.batch.make_status import as_run, failures
 from driftbook.batch.shards import Shards, read_shards
 from driftbook.batch.warm import DRIVER
 from driftbook.batch.watching import Part, clock_of, display, parts
@@ -385,14 +386,30 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+# how Snakemake tells of a job that failed
+_FAILED_JOB = re.compile(
+    r"Command '.*? '?notebooks/([^'\s]+)\.ipynb.*?' (died with .*?>|returned .*? status \d+)\.",
+    re.DOTALL,
+)
+
+
+def _silent(log: str) -> str:
+    """Which jobs ended without a word of their own, as a process does that the system kills."""
+    found = dict.fromkeys(f"{job} {how}" for job, how in _FAILED_JOB.findall(log))
+    return f": {', '.join(found)}" if found else ""
+
+
 def conclude(study: Study, name: str, status: int, seconds: float) -> int:
     """Say how it ended: the report, or what failed and where to look; the exit status."""
     said = failures(study, name)
     for line in said:
         print(f"driftbook: {line}", file=sys.stderr)
     if status and not said:
+        log = study.folder / "snakemake.log"
+        jobs = _silent(log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
         print(
-            f"driftbook: the batch stopped; see {study.folder / 'snakemake.log'}", file=sys.stderr
+            f"driftbook: the batch stopped{jobs}; see {log}; {as_run(name)} goes on from there",
+            file=sys.stderr,
         )
     if status:
         return 1

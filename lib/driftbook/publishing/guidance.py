@@ -221,20 +221,20 @@ def _repair(estimates: pd.DataFrame) -> tuple[str, str]:
 
 
 def _outlasts(estimates: pd.DataFrame) -> tuple[str, str]:
-    rows = _pooled(_safety(estimates, notebook="14_safe_lora", group=second_tuning.GROUP))
-    if rows.empty:
+    every = _safety(estimates, notebook="14_safe_lora", group=second_tuning.GROUP)
+    if every.empty:
         return NOT_SHOWN, "Nothing was tuned a second time."
+    rows = pd.concat([_pooled(own) for _, own in every.groupby(["method", "member"], sort=False)])
     said: dict[str, list[str]] = {word: [] for word in second_tuning.HELD}
     held = []
-    several = rows["method"].nunique() > 1
     for (_, method, name), own in rows.groupby(["base_model", "method", "member"], sort=False):
         by = own.set_index("contrast", drop=False)
         ends = [
             _points(next(by.loc[[when]].itertuples())) if when in by.index else "not known"
             for when in second_tuning.TIMES
         ]
-        with_method = f" of {METHOD_LABELS[method]}" if several else ""
-        word, of = second_tuning.word(by), f"{name}{with_method}{_on(own.iloc[0])}"
+        word = second_tuning.word(by)
+        of = second_tuning.with_method(name, method, rows["method"]) + _on(own.iloc[0])
         said[word].append(f"{of} ({' once, '.join(ends)} twice)")
         held += [of] * (word == second_tuning.HOLDS_TWICE)
     words = [f"{word.capitalize()}: {'; '.join(found)}." for word, found in said.items() if found]
