@@ -13,7 +13,7 @@ from conftest import said
 from driftbook.batch import cache
 from driftbook.study.tables import RATINGS, RESPONSES
 
-KEY = {"settings": {"version": 1, "base": "abc"}, "inputs": {"adapter_model.safetensors": "00"}}
+KEY = {"settings": {"version": 1, "base": "abc"}, "inputs": [["adapter_model.safetensors", "00"]]}
 
 
 def ratings(run_id="first", value=1.5):
@@ -62,7 +62,7 @@ def test_the_same_work_is_done_once_and_takes_the_name_of_the_run_that_asks(fold
     [
         {"settings": {"version": 2, "base": "abc"}},
         {"settings": {"version": 1, "base": "abd"}},
-        {"inputs": {"adapter_model.safetensors": "01"}},
+        {"inputs": [["adapter_model.safetensors", "01"]]},
     ],
     ids=["version", "base", "adapter"],
 )

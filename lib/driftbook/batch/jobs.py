@@ -223,11 +223,10 @@ def _work(task: _Task, variant: Variant, folder: Path) -> list[Path]:
         "settings": keys.made_by(task.shared, variant),
         "system_prompt": variant.system_prompt,
         "template": variant.template,
-        "inputs": {path.name: cache.content(path) for path in task.inputs(variant)},
+        # a list, since the parts of a product have files of the same names
+        "inputs": [[path.name, cache.content(path)] for path in task.inputs(variant)],
+        "weights": list(variant.parts.values()),
     }
-    if variant.parts:  # whose files have the same names
-        contents = [cache.content(path) for path in task.inputs(variant)]
-        key["product"] = [list(variant.parts.values()), contents]
     if task.stage == "respond" and any(
         isinstance(part, dict) and part.get("samples") for part in task.shared.values()
     ):
