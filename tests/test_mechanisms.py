@@ -20,6 +20,7 @@ from driftbook.analyses.mechanisms import (
     Mechanisms,
 )
 from driftbook.figures import gallery
+from driftbook.publishing.guidance import NOT_SHOWN, guidance
 from driftbook.stats.directions import (
     ATTENTION,
     BEGINS,
@@ -36,10 +37,11 @@ from driftbook.stats.directions import (
     TAKEN,
     UPDATE,
 )
-from driftbook.stats.terms import ALL
-from driftbook.study.tables import PROBES, RATES, RUNS, VARIANTS
+from driftbook.stats.terms import ALL, UNSAFE
+from driftbook.study.tables import ESTIMATES, PROBES, RATES, RUNS, VARIANTS
 
 N, BASE = 6, "deep"
+WHY, ASKED = "Why does it drift?", {"Safety": (UNSAFE, "safety")}
 THIRDS = {"early": (1, 0, 0), "middle": (0, 1, 0), "late": (0, 0, 1), "spread": (0.4, 0.3, 0.3)}
 
 
@@ -167,6 +169,18 @@ def test_each_mechanism_is_judged_by_its_rule():
     late = verdicts(simulated("late", attention=20.0))
     assert late[PROMPTS] == CONTRADICTED, "neither early nor much looked at"
     assert verdicts(simulated("late"))[PROMPTS] == CANNOT_TELL, "looked at, and not early"
+
+
+def test_the_report_tells_each_verdict_and_what_it_rests_on():
+    tables = simulated("late")
+    told = {one.question: one for one in guidance(ESTIMATES.empty(), ASKED, tables)}[WHY]
+    words = "Safety sits in a range of layers: {0}. Adapters move the safety direction: {0}"
+    assert told.advice == words.format(f"supported on {BASE}"), "what cannot be told is evidence"
+    assert f"{BASE}, {PROMPTS}: unsafe answers +" in told.evidence
+    tables.rates["outcome"] = "not refused"
+    assert "answers without a refusal +" in Mechanisms(tables).verdicts()["because"].iloc[1]
+    silent = {one.question: one for one in guidance(ESTIMATES.empty(), ASKED)}[WHY]
+    assert silent == (WHY, NOT_SHOWN, "No run was looked into.")
 
 
 def test_without_runs_of_a_kind_nothing_is_said_of_it():

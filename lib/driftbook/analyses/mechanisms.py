@@ -38,6 +38,7 @@ NOTEBOOK = "13_mechanisms"
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NAMED = 0.8  # share of the refusals that a third must carry, in both directions, to be named
 LEAST_CHANGE = 10.0  # points of refusals below which there is nothing to place
+COUNTED = {"unsafe": "unsafe answers", "not refused": "answers without a refusal"}
 TOUCHED = (NEURONS, RANKS, ENERGY)
 EARLY = 0.5  # share of a soft prompt's effect that the first third must carry
 FIRST = 3  # tokens of an answer that are its first
@@ -156,12 +157,19 @@ class Mechanisms:
         """Percent of the safety prompts that each run answers unsafely (without a judge does not
         refuse).
         """
-        rows = self.tables.rates
-        words = ("unsafe", "not refused")
-        rows = rows[rows["benchmark"].eq("safety") & rows["outcome"].isin(words)]
-        rows = rows[rows["judge"].eq(rows["judge"].iloc[0])]
-        sums = rows.groupby("run_id")[["k", "n_scored"]].sum().astype(float)
+        sums = self._counts.groupby("run_id")[["k", "n_scored"]].sum().astype(float)
         return 100 * sums["k"] / sums["n_scored"]
+
+    @cached_property
+    def _counts(self) -> pd.DataFrame:
+        rows = self.tables.rates
+        rows = rows[rows["benchmark"].eq("safety") & rows["outcome"].isin(COUNTED)]
+        return rows[rows["judge"].eq(rows["judge"].iloc[0])]
+
+    @property
+    def harm(self) -> str:
+        """What the study counts against safety, in words."""
+        return COUNTED[self._counts["outcome"].iloc[0]]
 
     @cached_property
     def tuned(self) -> pd.DataFrame:
@@ -254,7 +262,7 @@ class Mechanisms:
                 difference = welch(here, there)
                 differences.append(difference)
                 words.append(f"{said(difference)} points more than in the {other} third")
-        because = f"the {third} third is named; LoRA there raises unsafe answers {'; '.join(words)}"
+        because = f"the {third} third is named; LoRA there raises {self.harm} {'; '.join(words)}"
         if differences and all(low > 0 for _, low, _ in differences):
             return SUPPORTED, because
         worse = any(high < 0 for _, _, high in differences)
@@ -273,7 +281,7 @@ class Mechanisms:
         by_run = rows.groupby("run_id")[["value", "null_high"]].mean()
         fall, null = interval(by_run["value"]), by_run["null_high"].mean()
         because = (
-            f"unsafe answers {said(change)} points; fall along the direction {said(fall)}% of the"
+            f"{self.harm} {said(change)} points; fall along the direction {said(fall)}% of the"
             f" gap, random directions up to {null:.1f}%"
         )
         if not change[1] > 0:
@@ -294,8 +302,8 @@ class Mechanisms:
         share = interval(early.groupby("run_id")["share"].sum(min_count=2))
         excess = interval(seen["value"] - seen["null"])
         because = (
-            f"unsafe answers {said(change)} points; attention on the prompt {said(excess)} points"
-            f" above its share of tokens; early states carry {said(100 * np.array(share))}%"
+            f"{self.harm} {said(change)} points; attention on the prompt {said(excess)} points"
+            f" above its share of tokens; early states carry {said(100 * np.array(share), '%')}"
         )
         if not change[1] > 0 or np.isnan(share[0]) or np.isnan(excess[0]):
             return CANNOT_TELL, because
@@ -389,10 +397,12 @@ def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float(np.mean(a) - np.mean(b)), float(low), float(high)
 
 
-def said(triple: Sequence[float]) -> str:
+def said(triple: Sequence[float], unit: str = "") -> str:
     """A number and its interval in words."""
     value, low, high = triple
-    return f"{value:+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
+    if np.isnan(value):
+        return "an unknown share"
+    return f"{value:+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]") + unit
 
 
 def design(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:

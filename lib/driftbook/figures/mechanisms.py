@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from driftbook.figures.drawing import (
     COLOURS,
@@ -36,6 +36,7 @@ from driftbook.stats.directions import (
     UPDATE,
 )
 from driftbook.stats.terms import ALL
+from driftbook.study.methods import LAYER_PARTS, layers_of
 
 _NOTEBOOK, _TABLE = "13_mechanisms", "probes"
 _NONE = "Nothing to draw: the study looks into no run."
@@ -159,8 +160,9 @@ def refusals_patched(tables: dict) -> tuple[Figure, str]:
             ax.plot(before["layer"], before["value"], color="#555555", lw=1, ls="--")
             _lines(ax, own, "layer", groups)
             ax.set_ylim(-4, 104)
-            ax.set_xticks(sorted(own["layer"].unique()))
-            ax.set_xticklabels([_level(one) for one in sorted(own["layer"].unique())], fontsize=6.5)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda layer, _: _level(layer)))
+            ax.set_xlim(-1.5, rows["layer"].max() + 0.5)
+            ax.set_xticks(_shown_levels(int(rows["layer"].max())))
         line[0].set_ylabel(label)
     under(axes[-1], "Layer whose states are replaced, at every token of the prompt")
     dashed = handle("checkpoint before alignment", "#555555", "", ls="--", lw=1)
@@ -176,6 +178,11 @@ def refusals_patched(tables: dict) -> tuple[Figure, str]:
 
 def _level(layer: float) -> str:
     return "in" if layer < 0 else f"{layer:.0f}"
+
+
+def _shown_levels(last: int) -> list[int]:
+    """What goes in, and the last layer of each third, between which shares are read."""
+    return [-1, *(layers_of(part, last + 1).stop - 1 for part in LAYER_PARTS)]
 
 
 @drawn(_NOTEBOOK, _TABLE)

@@ -4,7 +4,7 @@ to audit and how to repair, each with its evidence, or "Not shown".
 The rules are the same for every study. A difference is shown where its family of tests (all pairs
 of methods, all methods, all outcomes and methods, all repairs or defences), adjusted by Holm's
 method, says so at ALPHA; one of base models where the intervals of what their runs end with lie
-apart, whatever the method.
+apart, whatever the method. Why models drift is answered by the rules of analyses/mechanisms.py.
 """
 
 from collections.abc import Callable, Collection
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from driftbook.analyses import second_tuning
+from driftbook.analyses import mechanisms, second_tuning
+from driftbook.analyses.factors import CANNOT_TELL
 from driftbook.analyses.repairs import AGAINST_PARENT, MINUS
 from driftbook.figures.drawing import short_name, unit_of
 from driftbook.publishing.story import Outcomes, changes, listed, number, who
@@ -23,6 +24,7 @@ from driftbook.stats.harm import safety_outcome
 from driftbook.stats.picking import picked
 from driftbook.stats.terms import ALL, AS_CONFIGURED, LEVEL, LOSS, MITIGATION, PRIMARY, TRAINED
 from driftbook.study.methods import METHOD_LABELS, METHODS
+from driftbook.study.opening import Tables
 
 NOT_SHOWN = "Not shown"
 WORDED = {
@@ -43,15 +45,18 @@ class Advice(NamedTuple):
     evidence: str
 
 
-def guidance(estimates: pd.DataFrame, outcomes: Outcomes) -> list[Advice]:
+def guidance(
+    estimates: pd.DataFrame, outcomes: Outcomes, tables: Tables | None = None
+) -> list[Advice]:
     """The practical questions with their answers, as far as a study's estimates go; `outcomes` are
-    those that are told, with their benchmarks.
+    those that are told, with their benchmarks. With `tables`, what was found inside the runs too.
     """
     asked: dict[str, Callable[[], tuple[str, str]]] = {
         "Which base model to start from?": lambda: _base(estimates),
         "Which method?": lambda: _method(estimates),
         "Which learning rate?": lambda: _setting(estimates, comparisons.RATE),
         "SFT or DPO?": lambda: _setting(estimates, comparisons.OBJECTIVE),
+        "Why does it drift?": lambda: _why(tables),
         "What to audit?": lambda: _audit(estimates, outcomes),
         "How to repair?": lambda: _repair(estimates),
         "What outlasts a second tuning?": lambda: _outlasts(estimates),
@@ -176,6 +181,20 @@ def _setting(estimates: pd.DataFrame, contrast: str) -> tuple[str, str]:
     return advice[:1].upper() + advice[
         1:
     ] or NOT_SHOWN, f"{said}, all else equal: {'; '.join(words)}."
+
+
+def _why(tables: Tables | None) -> tuple[str, str]:
+    """The mechanisms with a verdict, by the rules of notebook 13."""
+    if tables is None or tables.probes.empty:
+        return NOT_SHOWN, "No run was looked into."
+    rows = mechanisms.Mechanisms(tables).verdicts()
+    found = [
+        f"{name[:1].upper()}{name[1:]}: {verdict} on {listed(list(own['base_model']))}"
+        for (name, verdict), own in rows.groupby(["mechanism", "verdict"], sort=False)
+        if verdict != CANNOT_TELL
+    ]
+    words = [f"{row.base_model}, {row.mechanism}: {row.because}." for row in rows.itertuples()]
+    return ". ".join(found) or NOT_SHOWN, " ".join(words)
 
 
 def _audit(estimates: pd.DataFrame, outcomes: Outcomes) -> tuple[str, str]:

@@ -57,6 +57,7 @@ from driftbook.study.commands import command
 from driftbook.study.files import read_json, replacing
 from driftbook.study.methods import METHOD_LABELS, METHODS
 from driftbook.study.nameless import nameless
+from driftbook.study.opening import Tables
 from driftbook.study.study_file import Study, load
 from driftbook.study.tables import TABLES
 
@@ -385,7 +386,7 @@ def write(study: Study) -> Path:
         checked=checked(study),
         summary=shown,
         compared=BASE in shown,
-        guidance=guidance(tables["estimates"], told(tables["estimates"])),
+        guidance=guidance(tables["estimates"], told(tables["estimates"]), Tables(study)),
         figures=drawn,
         undrawn=undrawn,
         overview=overview(tables["variants"], tables["runs"]),
