@@ -174,8 +174,9 @@ def test_each_mechanism_is_judged_by_its_rule():
 def test_the_report_tells_each_verdict_and_what_it_rests_on():
     tables = simulated("late")
     told = {one.question: one for one in guidance(ESTIMATES.empty(), ASKED, tables)}[WHY]
-    words = "Safety sits in a range of layers: {0}. Adapters move the safety direction: {0}"
-    assert told.advice == words.format(f"supported on {BASE}"), "what cannot be told is evidence"
+    words = "Hypothesis: {}. Verdict: supported on deep."
+    shown = " ".join(words.format(name) for name in (SAFETY, DIRECTION))
+    assert told.advice == shown, "what cannot be told is evidence"
     assert f"{BASE}, {PROMPTS}: unsafe answers +" in told.evidence
     tables.rates["outcome"] = "not refused"
     assert "answers without a refusal +" in Mechanisms(tables).verdicts()["because"].iloc[1]

@@ -46,11 +46,11 @@ def study(shared):
     with locked("real pipeline"):
         if not (this.folder / "report.html").exists():
             ended = _run()
-            log = this.folder / "snakemake.log"
             if "the batch stopped" in ended.stderr:  # seldom a process is killed from without
-                warnings.warn(f"{said(ended)}{log.read_text()[-3000:]}", stacklevel=1)
+                last = (this.folder / "snakemake.log").read_text()[-3000:]
+                warnings.warn(f"{said(ended)}{last}", stacklevel=1)
                 ended = _run()  # goes on from there, as it says
-            assert ended.returncode == 0, said(ended) + log.read_text()[-3000:]
+            assert ended.returncode == 0, said(ended)
     return this
 
 

@@ -301,9 +301,10 @@ class Mechanisms:
         early = own[own["part"].isin([BEFORE, LAYER_PARTS[0]]) & own["way"].eq("put in")]
         share = interval(early.groupby("run_id")["share"].sum(min_count=2))
         excess = interval(seen["value"] - seen["null"])
+        known = f"{said(100 * np.array(share))}%" if pd.notna(share[0]) else "an unknown share"
         because = (
             f"{self.harm} {said(change)} points; attention on the prompt {said(excess)} points"
-            f" above its share of tokens; early states carry {said(100 * np.array(share), '%')}"
+            f" above its share of tokens; early states carry {known}"
         )
         if not change[1] > 0 or np.isnan(share[0]) or np.isnan(excess[0]):
             return CANNOT_TELL, because
@@ -397,12 +398,10 @@ def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float(np.mean(a) - np.mean(b)), float(low), float(high)
 
 
-def said(triple: Sequence[float], unit: str = "") -> str:
+def said(triple: Sequence[float]) -> str:
     """A number and its interval in words."""
     value, low, high = triple
-    if np.isnan(value):
-        return "an unknown share"
-    return f"{value:+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]") + unit
+    return f"{value:+.1f}" + ("" if np.isnan(low) else f" [{low:+.1f}, {high:+.1f}]")
 
 
 def design(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:

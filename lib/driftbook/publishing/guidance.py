@@ -187,14 +187,11 @@ def _why(tables: Tables | None) -> tuple[str, str]:
     """The mechanisms with a verdict, by the rules of notebook 13."""
     if tables is None or tables.probes.empty:
         return NOT_SHOWN, "No run was looked into."
-    rows = mechanisms.Mechanisms(tables).verdicts()
-    found = [
-        f"{name[:1].upper()}{name[1:]}: {verdict} on {listed(list(own['base_model']))}"
-        for (name, verdict), own in rows.groupby(["mechanism", "verdict"], sort=False)
-        if verdict != CANNOT_TELL
-    ]
+    inside = mechanisms.Mechanisms(tables)
+    rows = inside.verdicts()
     words = [f"{row.base_model}, {row.mechanism}: {row.because}." for row in rows.itertuples()]
-    return ". ".join(found) or NOT_SHOWN, " ".join(words)
+    told = inside.sentence(rows[rows["verdict"].ne(CANNOT_TELL)])
+    return told or NOT_SHOWN, " ".join(words)
 
 
 def _audit(estimates: pd.DataFrame, outcomes: Outcomes) -> tuple[str, str]:
