@@ -14,8 +14,9 @@ import browsing
 from driftbook.batch import collecting
 from driftbook.figures import gallery
 from driftbook.publishing import publish, report
-from driftbook.publishing.story import happened
+from driftbook.publishing.story import happened, story
 from driftbook.stats import estimation, influence, terms
+from driftbook.study import opening
 from driftbook.study.files import ROOT
 from driftbook.study.opening import OPTIONAL
 from driftbook.study.study_file import load
@@ -293,3 +294,45 @@ def test_overview_counts_every_run(study):
         ),
         pd.DataFrame,
     )
+
+
+def published_tables(name: str) -> opening.Tables:
+    tables = opening.Tables(load(name))
+    tables.folder = ROOT / "outputs" / "published" / name / "tables"
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("pocket_objectives", "several data sets (sft and second)"), ("pocket", "")]
+)
+def test_a_mean_over_data_sets_is_said_to_be_one(name, said):
+    """The pocket study tunes each base model on one set of its own, so no change mixes them."""
+    tables = published_tables(name)
+    told = dict(story(tables.study, tables, report.told(tables.estimates)))["How sure"][0]
+    assert ("several data sets" in told) == bool(said)
+    assert said in told
+
+
+def test_layers_are_in_their_order_and_panels_without_a_number_are_not_drawn():
+    tables, draw = published_tables("pocket_objectives"), gallery.every()
+    rows = [text.get_text() for text in draw["touched"](tables)[0].axes[0].get_yticklabels()]
+    assert rows == [f"{layer}.{part}_proj" for layer in range(30) for part in "qv"]
+    assert len(draw["safety_fairness"](tables)[0].axes) == 1, "its bias scores are no findings"
+    assert [ax.get_title() for ax in draw["fairness_dimensions"](tables)[0].axes] == [
+        "Accuracy, ambiguous"
+    ]
+    assert "no method was trained by SFT and DPO" in draw["mixed_terms"](tables)[1]
+
+
+@pytest.mark.parametrize("name", ["objectives", "pocket_objectives", "second_tuning"])
+def test_a_figure_is_the_same_before_and_after_repairs_were_estimated(name):
+    """Repairs' estimates of an outcome name another judge, and do not stand in for the study's."""
+    tables = published_tables(name)
+    fig, caption = gallery.every()["over_refusal"](tables)
+    assert "; refusal rate by refusal detector: " in caption
+    tables.estimates = tables.estimates[tables.estimates["notebook"].eq("09_safety")]
+    before, words = gallery.every()["over_refusal"](tables)
+    assert words == caption
+    for one, other in zip(before.axes, fig.axes, strict=True):
+        assert len(one.lines) == len(other.lines)
+        assert len(one.collections) == len(other.collections)

@@ -143,10 +143,13 @@ def pick(
     benchmark: str | None = None,
     estimator: str = PRIMARY,
 ) -> pd.DataFrame:
-    """The estimates of an outcome, contrast and estimator, of the first judge."""
+    """The estimates of an outcome, contrast and estimator, of the first judge; those of repairs,
+    which have figures of their own and name no detector of refusals, are left to them.
+    """
     rows = tables["estimates"]
     rows = rows[
-        rows["outcome"].eq(outcome)
+        rows["notebook"].ne("14_safe_lora")
+        & rows["outcome"].eq(outcome)
         & rows["contrast"].eq(contrast)
         & rows["estimator"].eq(estimator)
         & rows["benchmark"].eq(benchmark or rows["benchmark"])

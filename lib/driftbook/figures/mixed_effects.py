@@ -22,6 +22,7 @@ from driftbook.figures.drawing import (
     method_rows,
     methods_of,
     name_rows,
+    nothing,
     of_runs,
     panels,
     panels_with_all,
@@ -137,17 +138,19 @@ def mixed_terms(tables: dict) -> tuple[Figure, str]:
         title: pick(tables, harm_of(tables), contrast, "safety", "mixed")
         for title, contrast in contrasts.items()
     }
-    fig = None
-    if any(len(rows) for rows in found.values()):
-        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.4), sharey=True, sharex=True)
-        for ax, (title, rows) in zip(axes, found.items(), strict=True):
-            zero(ax)
-            ax.set_title(title)
-            for place, method in enumerate(methods_of(tables)):
-                row = rows[rows["method"].eq(method)]
-                dots(ax, row, place, COLOURS[method])
-        name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
-        under(axes, f"Difference in {harm_name(tables)} (percentage points, {INTERVAL})")
+    found = {title: rows for title, rows in found.items() if rows["value"].notna().any()}
+    if not found:
+        return nothing("Nothing to draw: no method was trained by SFT and DPO or at two rates.")
+    shape = {"figsize": (WIDTH, 2.4), "sharey": True, "sharex": True, "squeeze": False}
+    fig, [axes] = plt.subplots(1, len(found), **shape)
+    for ax, (title, rows) in zip(axes, found.items(), strict=True):
+        zero(ax)
+        ax.set_title(title)
+        for place, method in enumerate(methods_of(tables)):
+            row = rows[rows["method"].eq(method)]
+            dots(ax, row, place, COLOURS[method])
+    name_rows(axes[0], [METHOD_LABELS[method] for method in methods_of(tables)])
+    under(axes, f"Difference in {harm_name(tables)} (percentage points, {INTERVAL})")
     text = (
         "What objective and learning rate do within each method, from the mixed model (run-level"
         " degrees of freedom)."

@@ -211,7 +211,9 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
         & rows["base_model"].eq("all")
         & rows["contrast"].eq(CHANGE)
     ]
-    if rows.empty:
+    scored = set(rows.loc[rows["value"].notna(), "outcome"])
+    shown = [one for one in (ACCURACY_AMB, BIAS_AMB) if one in scored]
+    if not shown:
         return nothing("Nothing to draw: no repair was scored on BBQ on every base model.")
     known = repairs.repairs(tables["variants"], tables["runs"])
     styles = {
@@ -222,8 +224,9 @@ def fairness_dimensions(tables: dict) -> tuple[Figure, str]:
     rows = floats(rows).assign(name=rows["member"], dimension=rows["category"])
     order = sorted(rows["dimension"].unique())
     names = [name for name in styles if rows["name"].eq(name).any()]
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.4 * len(order)), sharey=True)
-    for ax, outcome in zip(axes, (ACCURACY_AMB, BIAS_AMB), strict=True):
+    shape = {"figsize": (WIDTH, 1 + 0.4 * len(order)), "sharey": True, "squeeze": False}
+    fig, [axes] = plt.subplots(1, len(shown), **shape)
+    for ax, outcome in zip(axes, shown, strict=True):
         zero(ax)
         for place, name in enumerate(names):
             own = rows[rows["outcome"].eq(outcome) & rows["name"].eq(name)]
@@ -342,6 +345,11 @@ def cosine(tables: dict) -> tuple[Figure, str]:
     )
 
 
+def _by_layer(module: str) -> list[tuple[int, str]]:
+    """The parts of a module's name, its layer as a number: layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
+
+
 @drawn("14_safe_lora", "modules")
 def touched(tables: dict) -> tuple[Figure, str]:
     """Which modules were projected at each level, and how much of their update was kept."""
@@ -350,7 +358,7 @@ def touched(tables: dict) -> tuple[Figure, str]:
     rows = rows[rows["name"].eq(repairs.leading(known))]
     if rows.empty:
         return nothing("Nothing to draw: no run was repaired by Safe LoRA.")
-    order = sorted(rows["module"].unique())
+    order = sorted(rows["module"].unique(), key=_by_layer)
     fig, axes = panels(tables, 1, [0.5 + 0.22 * len(order)])
     for ax, base_model in zip(axes[0], bases(tables), strict=True):
         own = rows[rows["base_model"].eq(base_model)]

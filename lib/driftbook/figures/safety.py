@@ -145,7 +145,7 @@ def methods_compared(tables: dict) -> tuple[Figure, str]:
     ]
     fig = None
     if any(len(part) for part in rows):
-        fig, axes = panels_with_all(tables, 0.8 + 0.24 * len(pairs))
+        fig, axes = panels_with_all(tables, 1.3 + 0.24 * len(pairs))
         for base_model, ax in axes.items():
             zero(ax)
             for place, (part, (method, _)) in enumerate(zip(rows, pairs, strict=True)):

@@ -141,16 +141,18 @@ def efficiency(tables: dict) -> tuple[Figure, str]:
 
 def against(tables: dict, x: tuple[str, str], ys: list[tuple[str, str]]) -> Figure | None:
     """Change against change: base models are columns, the outcomes `ys` are rows."""
-    joined = [
-        of_runs(tables, *x).merge(
+    joined = {
+        y: of_runs(tables, *x).merge(
             of_runs(tables, *y)[["run_id", "value"]], on="run_id", suffixes=("_x", "_y")
         )
         for y in ys
-    ]
-    if not any(len(frame.dropna(subset=["value_x", "value_y"])) for frame in joined):
+    }
+    both = ["value_x", "value_y"]
+    joined = {y: frame for y, frame in joined.items() if len(frame.dropna(subset=both))}
+    if not joined:
         return None
-    fig, axes = panels(tables, len(ys), [1.75] * len(ys), sharex="all")
-    for line, frame, y in zip(axes, joined, ys, strict=True):
+    fig, axes = panels(tables, len(joined), [1.75] * len(joined), sharex="all")
+    for line, (y, frame) in zip(axes, joined.items(), strict=True):
         means = [pick(tables, outcome, CHANGE, benchmark) for outcome, benchmark in (x, y)]
         for ax, base_model in zip(line, bases(tables), strict=True):
             scatter(

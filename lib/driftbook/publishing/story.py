@@ -145,7 +145,7 @@ def story(
     arms = influence.arms(tables["variants"], tables["runs"])
     return [
         ("What happened", happened(tables["estimates"], outcomes)),
-        ("How sure", [_how_sure(tables["estimates"], outcomes)]),
+        ("How sure", [_how_sure(tables["estimates"], outcomes, arms)]),
         ("What it does not say", _unsaid(study, tables, arms, outcomes)),
         ("What was asked", [_asked(tables, arms)]),
         ("Of whom", [_of_whom(tables, arms)]),
@@ -270,7 +270,7 @@ def _shown(estimates: pd.DataFrame, outcomes: Outcomes) -> pd.DataFrame:
     return pd.concat([part for part in parts if len(part)] or [estimates.iloc[:0]])
 
 
-def _how_sure(estimates: pd.DataFrame, outcomes: Outcomes) -> str:
+def _how_sure(estimates: pd.DataFrame, outcomes: Outcomes, arms: pd.DataFrame) -> str:
     rows = _shown(estimates, outcomes)
     known = rows[rows["ci_low"].notna()]
     if rows.empty:
@@ -287,7 +287,20 @@ def _how_sure(estimates: pd.DataFrame, outcomes: Outcomes) -> str:
         f" left out. Brackets are {INTERVAL}s; they hold for {populations.held_for(known)}. Of"
         f" {counted(n, 'change')} with an interval {told} can be told from no change. The intervals"
         " are not adjusted for their number: where nothing changed at all, about"
-        f" {n * ALPHA:.1f} of them would seem to."
+        f" {n * ALPHA:.1f} of them would seem to.{_over_data(arms)}"
+    )
+
+
+def _over_data(arms: pd.DataFrame) -> str:
+    """That a method's change is a mean over data sets, where its runs were trained on several."""
+    trained = arms[arms["arm"].eq(TRAINED) & arms["dataset"].notna()]
+    n = trained.groupby(["base_model", "method"])["dataset"].transform("nunique")
+    if not n.gt(1).any():
+        return ""
+    names = listed(list(trained.loc[n.gt(1), "dataset"].unique()))
+    return (
+        f" Runs of one method were trained on several data sets ({names}), and its change is the"
+        " mean over them, which may hide that they differ: safety by settings tells them apart."
     )
 
 
