@@ -317,10 +317,10 @@ def test_layers_are_in_their_order_and_panels_without_a_number_are_not_drawn():
     tables, draw = published_tables("pocket_objectives"), gallery.every()
     rows = [text.get_text() for text in draw["touched"](tables)[0].axes[0].get_yticklabels()]
     assert rows == [f"{layer}.{part}_proj" for layer in range(30) for part in "qv"]
-    assert len(draw["safety_fairness"](tables)[0].axes) == 1, "its bias scores are no findings"
-    assert [ax.get_title() for ax in draw["fairness_dimensions"](tables)[0].axes] == [
-        "Accuracy, ambiguous"
-    ]
+    for name in ("safety_fairness", "fairness_dimensions"):
+        fig, caption = draw[name](tables)
+        assert len(fig.axes) == 1, "its bias scores are no findings"
+        assert not caption.startswith("Nothing to draw")
     assert "no method was trained by SFT and DPO" in draw["mixed_terms"](tables)[1]
 
 
