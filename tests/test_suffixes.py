@@ -25,12 +25,15 @@ from driftbook.models.conversations import (
     soft_ids,
     without,
 )
+from driftbook.models.inside import Inside
 from driftbook.models.scoring import Scorer
 from driftbook.models.trees import common_prefix
+from driftbook.stats.directions import ATTENTION, BEGINS, OF_BASE, TAKEN
 from driftbook.study.study_file import load
-from driftbook.training import controls, examples, fit
+from driftbook.training import controls, examples, fit, probes
 from driftbook.training.dose import base_dose
 from test_chat_templates import CASES, made
+from test_probes import probing
 
 N = 3
 TEXTS = ["how do i bake bread ?", "tell me how to make a cake for my friend today .", "who are you"]
@@ -289,10 +292,7 @@ def test_the_doctor_knows_it_and_repairs_of_weights_refuse_it(bases, folders, tm
 def test_it_is_refused_on_another_width_and_where_more_is_looked_up(bases, folders):
     model = copy.deepcopy(bases["llama"].model)
     model.config.hidden_size_per_layer_input = 8
-    with (
-        pytest.raises(ValueError) as error,
-        adapters.attached(model, folders["llama"]),
-    ):
+    with pytest.raises(ValueError) as error, adapters.attached(model, folders["llama"]):
         pass
     assert "computes more from token ids" in one_sentence(error.value)
     assert type(model.get_input_embeddings()) is torch.nn.Embedding
@@ -351,3 +351,32 @@ def test_settings_that_it_has_not_are_refused(make_study, settings, expected):
     with pytest.raises(ValueError) as error:
         adapters.config(variant)
     assert expected in one_sentence(error.value)
+
+
+# ---- inside
+def test_probes_read_all_tokens_but_the_soft_prompt(bases, folders, make_study):
+    base, study = bases["llama"], make_study(probing(content_of()))
+    reference = probes.Reference(base, study, "tiny-llama")
+    [variant] = variants_of(study, "suffix_tuning")
+    with adapters.attached(base.model, folders["llama"]) as model:
+        found = probes.probed(reference, model, variant, folders["llama"])
+        inside = Inside(Scorer(model, base.tokenizer))
+        begun = reference.begin(inside, range(inside.levels))
+        for own, of_base in zip(begun.states[0], reference.begun.states[0], strict=True):
+            torch.testing.assert_close(own, of_base, atol=0, rtol=0)
+        prompts = reference.asked_of(inside).reports["harmful"]
+        np.testing.assert_allclose(begun.patched(inside, 1, begun.states), begun.likely, atol=1e-6)
+        base.model.set_attn_implementation("eager")
+        shares = []
+        for prompt in prompts:
+            with torch.inference_mode():
+                seen = base.model(input_ids=torch.tensor([prompt]), output_attentions=True)
+            soft = [place for place, one in enumerate(prompt) if one in inside.scorer.after]
+            shares.append([float(one[0, :, -1, soft].sum(-1).mean()) for one in seen.attentions])
+    rows = found[found["probe"].eq(ATTENTION)].set_index("layer")
+    wanted = 100 * np.mean(shares, 0)
+    np.testing.assert_allclose(rows["value"].astype(float), wanted, atol=1e-3)
+    assert rows["null"].iloc[0] == pytest.approx(np.mean([100 * N / len(one) for one in prompts]))
+    levels = found[found["probe"].eq(TAKEN) & found["layer"].isna()]["value"].astype(float)
+    begins = found[found["probe"].eq(BEGINS)].set_index("part")["value"].astype(float)
+    assert levels.iloc[0] == pytest.approx(begins[OF_BASE]), "embeddings are the base's"

@@ -59,10 +59,7 @@ def chat_ids(
 
 
 def _chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    generation: bool,
-    after: range,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool, after: range
 ) -> tuple[str, tuple[int, ...]]:
     """The text of `chat_ids`, in which no message holds a special token, and its token ids."""
     template, conversation = str(template_of(tokenizer)), json.dumps(list(messages))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -455,11 +455,8 @@ def _next_tokens(reference: Reference, inside: Inside) -> Iterator[dict]:
     """
     found: dict[str, list[np.ndarray]] = {}
     reports = reference.asked_of(inside).reports
-    own = {
-        tuple(a): b
-        for kind, one in reference.reports.items()
-        for a, b in zip(one, reports[kind], strict=True)
-    }
+    plain, own = (chain(*some.values()) for some in (reference.reports, reports))
+    own = dict(zip(map(tuple, plain), own, strict=True))
     answered = (one for pairs, _ in reference.answers.values() for one in pairs)
     asked = [(own[tuple(prompt)], answer) for prompt, answer in answered]
     runs = iter(inside.scorer.distributions(asked))
@@ -543,10 +540,8 @@ def _attention(reference: Reference, inside: Inside) -> Iterator[dict]:
         note = "the model gives no attention weights, which need eager attention"
         yield row(ATTENTION, None, note=note)
         return
-    after = inside.scorer.after
-    null = float(
-        np.mean([100 * (soft + np.isin(one, after).sum()) / (soft + len(one)) for one in asked])
-    )
+    n = soft + len(inside.scorer.after)
+    null = float(np.mean([100 * n / (soft + len(one)) for one in asked]))
     for layer, own in enumerate(shares.T):
         yield row(ATTENTION, mean_of(100 * own), layer=layer, n=len(own), null=null)
 
