@@ -90,7 +90,6 @@ def prepare(
     tokens, and the beta of each. A second objective has examples of its own, at each step as many
     as have no more tokens than the task's, so that a step costs about twice.
 
-    A soft prompt behind the user's text is in the examples, and not counted in their lengths.
     Examples longer than training.max_length lose their end, those whose prompt alone fills it are
     left out, and so are preferences of two equal answers, whose gradient is zero.
 
@@ -105,7 +104,7 @@ def prepare(
         made = _in_tokens(objective, examples, base, study, after_ids(base, n_after))
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
-    lengths = [max(len(one.ids) for one in row) - n_after for row in made]
+    lengths = tuple(max(len(one.ids) for one in row) - n_after for row in made)
     cut = [[_cut(one, limit + n_after) for one in row] for row in made]
     fits = [all(len(one.counted) for one in row) for row in cut]
     if not any(fits):
@@ -122,8 +121,7 @@ def prepare(
     packs = [[i] for i in range(len(rows))]
     if sft and study.training.packed:
         packs = steps.bins([len(one.ids) - n_after for one in rows], limit)
-    revision = digest([examples, betas] if betas else examples)
-    made = Prepared(rows, packs, revision, note, tuple(lengths))
+    made = Prepared(rows, packs, digest([examples, betas] if betas else examples), note, lengths)
     second = change and change.data and change.kind not in TRAINED_ON
     return _with_alignment(made, change.data, base, study) if second else made
 
