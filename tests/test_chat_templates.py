@@ -157,7 +157,7 @@ def test_a_model_is_trained_on_the_prompt_that_it_is_asked(case, system):
 def test_a_letter_is_read_where_a_trained_answer_begins(case):
     tokenizer, *_ = case
     scorer = object.__new__(Scorer)
-    scorer.tokenizer = tokenizer
+    scorer.tokenizer, scorer.after = tokenizer, range(0)
     context, [option] = scorer.joined(ask(tokenizer, "Hello?"), ["A"], scorer.lead)
     asked, said = conversation_ids(tokenizer, TURNS[:1], "A")
     assert [*context, *option] == [*asked, *said][: len(context) + len(option)]

@@ -126,7 +126,7 @@ def mixed_study(tmp_path, data_folder):
 def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     plain, mixed = (
         examples.prepare("sft", bases["llama"], mixed_study, "sft", more)
-        for more in (None, Change("mixing", "safety", 0.2))
+        for more in (None, Change("mixing", "safety", 0.2), 0)
     )
     assert len(mixed.examples) == 40
     assert (
@@ -144,9 +144,9 @@ def test_a_variant_says_how_its_examples_are_prepared(mixed_study):
         for one in mixed_study.of_stage("train", "tiny-llama")
         if one.dataset == "sft"
     }
-    assert ways[None] == ("sft", "sft", None)
-    assert ways["mixing"] == ("sft", "sft", Change("mixing", "safety", 0.2))
-    assert ways["constrained_sft"] == ("sft", "sft", held((0.5, 2.0, 2.0, 2.0, 2.0, 0.1)))
+    assert ways[None] == ("sft", "sft", None, 0)
+    assert ways["mixing"] == ("sft", "sft", Change("mixing", "safety", 0.2), 0)
+    assert ways["constrained_sft"] == ("sft", "sft", held((0.5, 2.0, 2.0, 2.0, 2.0, 0.1)), 0)
     assert examples.named(ways["mixing"]) == "sft on sft, mixing 0.2 of safety"
     assert examples.named(ways["constrained_sft"]) == "sft on sft, constrained_sft"
 

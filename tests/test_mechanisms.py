@@ -38,6 +38,7 @@ from driftbook.stats.directions import (
     UPDATE,
 )
 from driftbook.stats.terms import ALL, UNSAFE
+from driftbook.study.methods import SUFFIX
 from driftbook.study.tables import ESTIMATES, PROBES, RATES, RUNS, VARIANTS
 
 N, BASE = 6, "deep"
@@ -89,7 +90,7 @@ def looks(run_id, method, shift, drop, attention, rng):
         made.append(row(run_id, DROP, drop + shift, layer, **null))
         made.append(row(run_id, DRIFT, 0.8, layer, **null))
         made.append(row(run_id, SHIFT, 0.3 + 0.02 * shift, layer, HARMFUL, **null))
-        one = ATTENTION if method == "prompt_tuning" else UPDATE
+        one = UPDATE if method == "lora" else ATTENTION
         part = ALL if one == ATTENTION else f"model.layers.{layer}.q_proj"
         made.append(row(run_id, one, attention + shift, layer, part, null=30.0))
         if one == UPDATE:
@@ -102,9 +103,12 @@ def looks(run_id, method, shift, drop, attention, rng):
     return made
 
 
-def simulated(planted: str, drop=60.0, changes=None, attention=50.0, seed=0) -> SimpleNamespace:
+def simulated(
+    planted: str, drop=60.0, changes=None, attention=50.0, seed=0, behind=None
+) -> SimpleNamespace:
     """Tables of a base model whose alignment is in one third or in all, with five seeds of LoRA in
-    all layers and in each third, and of Prompt-Tuning.
+    all layers and in each third, and of Prompt-Tuning; where `behind` is given also of a soft
+    prompt behind the text, which raises unsafe answers by as many points.
     """
     rng = np.random.default_rng(seed)
     carried = THIRDS[planted]
@@ -119,11 +123,13 @@ def simulated(planted: str, drop=60.0, changes=None, attention=50.0, seed=0) -> 
     probes += [row("base", CEILING, 0.9, layer) for layer in range(N)]
     arms = [("lora", None), ("prompt_tuning", None)]
     arms += [("lora", third) for third in ("early", "middle", "late")]
+    arms += [] if behind is None else [(SUFFIX, None)]
     for (method, third), number in ((arm, k) for arm in arms for k in range(1, 6)):
         run_id = f"{method}.{third}.{number}"
         variants.append(variant(run_id, method, third, number))
         shift = rng.normal()
-        unsafe[run_id] = round(5 + changes.get(third, 60) + 4 * shift)
+        rise = behind if method == SUFFIX else changes.get(third, 60)
+        unsafe[run_id] = round(5 + rise + 4 * shift)
         probes += patches(run_id, THIRDS.get(third, carried), levels=(0, 2, 4, 6))
         probes += looks(run_id, method, shift, drop, attention, rng)
     runs = [
@@ -182,6 +188,16 @@ def test_the_report_tells_each_verdict_and_what_it_rests_on():
     assert "answers without a refusal +" in Mechanisms(tables).verdicts()["because"].iloc[1]
     silent = {one.question: one for one in guidance(ESTIMATES.empty(), ASKED)}[WHY]
     assert silent == (WHY, NOT_SHOWN, "No run was looked into.")
+
+
+@pytest.mark.parametrize(
+    ("behind", "verdict"), [(10, SUPPORTED), (60, CANNOT_TELL), (85, CONTRADICTED)]
+)
+def test_a_prompt_behind_the_text_is_where_the_mechanism_of_prompts_should_break(behind, verdict):
+    found = verdicts(simulated("early", behind=behind))
+    assert found == {SAFETY: SUPPORTED, DIRECTION: SUPPORTED, PROMPTS: verdict}
+    because = Mechanisms(simulated("early", behind=behind)).verdicts()["because"]
+    assert because.str.contains("a prompt behind the user's text raises").tolist() == [0, 0, 1]
 
 
 def test_without_runs_of_a_kind_nothing_is_said_of_it():

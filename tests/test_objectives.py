@@ -280,7 +280,7 @@ def test_a_training_that_was_killed_ends_in_the_same_bytes(
 # ---- fairness examples
 def test_fairness_examples_are_none_of_the_benchmark_s_and_a_copied_item_is_found(second_study):
     study = second_study(n_fair=400)
-    prepared = {("sft", "sft", Change("kl", "fair", 1.0)): None}
+    prepared = {("sft", "sft", Change("kl", "fair", 1.0), 0): None}
     found = examples.examined(prepared, study)
     assert set(found["data"]) == {"fair"}
     assert found["finding"].eq("multiple_choice").any()

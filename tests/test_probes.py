@@ -38,9 +38,9 @@ from driftbook.training.updates import Update
 PROBES = {"harmful": "forbidden", "harmless": "allowed", "n": 16, "reported": 4, "answer_tokens": 4}
 
 
-def probing(**more) -> dict:
-    """The small study with probes."""
-    content = copy.deepcopy(SMALL) | {"probes": PROBES | more}
+def probing(study: dict = SMALL, **more) -> dict:
+    """The small study with probes, or another one."""
+    content = copy.deepcopy(study) | {"probes": PROBES | more}
     content["data"]["forbidden"] = {"format": "alpaca", "n": 16, **local("data/safety_sft.json")}
     content["data"]["allowed"] = {
         "format": "alpaca",

@@ -30,7 +30,7 @@ from driftbook.stats.directions import (
     TAKEN,
 )
 from driftbook.stats.terms import ALL
-from driftbook.study.methods import LAYER_PARTS, METHOD_CLASS, layers_of
+from driftbook.study.methods import LAYER_PARTS, METHOD_CLASS, SUFFIX, layers_of
 from driftbook.study.opening import Tables
 from driftbook.study.tables import ESTIMATES
 
@@ -58,9 +58,11 @@ MECHANISMS = {
     ),
     "soft prompts act early and draw attention": (
         "Supported: unsafe answers rise, the soft prompt gets more attention than its share of the"
-        " tokens (mean over layers), and the states before and in the first third carry at least"
-        " half of the refusals lost. Contradicted: unsafe answers rise and neither holds. Breaks"
-        " where the prompt comes after the user's text, which these methods do not allow."
+        " tokens (mean over layers), the states before and in the first third carry at least half"
+        " of the refusals lost, and a soft prompt behind the user's text raises unsafe answers by"
+        " less (interval of the difference above 0). Contradicted: unsafe answers rise, and neither"
+        " of the first two holds or a prompt behind the text raises them by more. Breaks where the"
+        " prompt comes after the user's text; a study without such runs is judged by the first two."
     ),
 }
 SAFETY, DIRECTION, PROMPTS = MECHANISMS
@@ -244,8 +246,8 @@ class Mechanisms:
 
     def _of(self, base: str, method: str | None = None, part: str = ALL) -> pd.DataFrame:
         rows = self.tuned[self.tuned["base_model"].eq(base) & self.tuned["part"].eq(part)]
-        prompts = rows["method"].map(METHOD_CLASS).eq("prompt")
-        return rows[prompts if method == "prompt" else ~prompts]
+        prompts, behind = rows["method"].map(METHOD_CLASS).eq("prompt"), rows["method"].eq(SUFFIX)
+        return rows[{None: ~prompts, "prompt": prompts & ~behind, SUFFIX: behind}[method]]
 
     def _where(self, base: str) -> tuple[str, str]:
         itself = self.runs[self.runs["base_model"].eq(base) & self.runs["method"].eq("none")]
@@ -306,12 +308,17 @@ class Mechanisms:
             f"{self.harm} {said(change)} points; attention on the prompt {said(excess)} points"
             f" above its share of tokens; early states carry {known}"
         )
+        holds, fails = [excess[1] > 0, share[1] > EARLY], all((excess[2] < 0, share[2] < EARLY))
+        if len(behind := self._of(base, SUFFIX)["change"]):
+            less = welch(runs["change"].to_numpy(), behind.to_numpy())
+            because += f"; a prompt behind the user's text raises {self.harm}"
+            because += f" {said(less)} points less"
+            holds, fails = [*holds, less[1] > 0], fails or less[2] < 0
         if not change[1] > 0 or np.isnan(share[0]) or np.isnan(excess[0]):
             return CANNOT_TELL, because
-        holds, fails = (excess[1] > 0, share[1] > EARLY), (excess[2] < 0, share[2] < EARLY)
         if all(holds):
             return SUPPORTED, because
-        return (CONTRADICTED if all(fails) else CANNOT_TELL), because
+        return (CONTRADICTED if fails else CANNOT_TELL), because
 
     # ---- mediation
     @cached_property

@@ -41,6 +41,7 @@ from driftbook.benchmarks.formats import FORMATS
 from driftbook.benchmarks.responding import responses
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapters, loading
+from driftbook.models.conversations import soft_ids
 from driftbook.models.endpoint import NO_LOSSES, Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
@@ -436,11 +437,11 @@ class Audit:
             return nothing | {"said": "the candidate is no adapter"}
         if "heldout" not in study.data:
             return nothing | {"said": f"{study.name} has no held-out answers"}
-        try:
-            pairs, _ = held_out(self.base, study)
-        except ValueError as error:  # its file is not there, or no answer fits
-            return nothing | {"said": str(error)}
         with adapters.attached(self.base.model, self.candidate.folder) as model:
+            try:
+                pairs, _ = held_out(self.base, study, len(soft_ids(self.base.model)))
+            except ValueError as error:  # its file is not there, or no answer fits
+                return nothing | {"said": str(error)}
             found = measure_dose(model, None, self.base, pairs)
         losses = {"loss_base": found["nll_base"], "loss_candidate": found["nll"]}
         whose = f"{len(pairs)} held-out answers of {study.name}"

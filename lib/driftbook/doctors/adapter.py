@@ -49,6 +49,7 @@ WAYS = {  # prefix tuning's tensors are keys and values, no token embeddings
     "IA3": ia3_scales,
     "PROMPT_TUNING": soft_prompt,
     "P_TUNING": soft_prompt,
+    "SUFFIX_TUNING": soft_prompt,
 }
 OTHER_UPDATES = """
     kasa_config use_qalora use_bdlora velora_config monteclora_config arrow_config

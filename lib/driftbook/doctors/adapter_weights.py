@@ -264,8 +264,8 @@ def _ia3_rounded(w: Tensor, dtype: torch.dtype | None) -> Finding:
 # ---- soft prompts
 def soft_prompt(adapter: AdapterFiles, base: BaseFiles | None) -> Iterator[Finding]:
     """The norm of the virtual tokens against the rows of the embedding table."""
-    there = "prompt_embeddings" in adapter.shapes
-    tokens = adapter.tensor("prompt_embeddings").float() if there else torch.empty(0)
+    names = [one for one in adapter.shapes if one.endswith(("prompt_embeddings", ".suffix_rows"))]
+    tokens = adapter.tensor(names[0]).float() if names else torch.empty(0)
     if tokens.ndim != 2:
         yield error("shapes", "it holds no prompt_embeddings of one row per virtual token")
         return

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from driftbook.models import starts
 from driftbook.models.adapter_forms import check_patterns, excess
 from driftbook.models.base_state import BaseState, refuse_spoiled
+from driftbook.models.suffixes import SuffixConfig, check_replaceable
 from driftbook.study.files import OUTPUTS, check_safetensors, remedy_of
 from driftbook.study.methods import PEFT_METHODS, REWRITING_IN_PLACE, layers_of, unscored_setting
 from driftbook.study.variants import Variant
@@ -69,7 +70,7 @@ def config(variant: Variant) -> PeftConfig:
     settings = json.loads(variant.settings)["peft"] | method.fixed
     if variant.init in ("vocabulary", "safety_frozen") and variant.method == "prompt_tuning":
         settings["prompt_tuning_init"] = "SAMPLE_VOCAB"
-    kind = getattr(peft, method.config)
+    kind = SuffixConfig if variant.n_after else getattr(peft, method.config)
     if _allocates(kind, settings):
         raise ValueError(f"methods.{variant.method}: {ALLOCATING.format(method.config)}")
     try:
@@ -135,9 +136,11 @@ def create(
 
 def check_targets(method: str, config: PeftConfig, base: torch.nn.Module) -> None:
     """Raise a ValueError where one of the modules that a method names is not in the base model:
-    PEFT passes over it in silence.
+    PEFT passes over it in silence; or one that it replaces cannot be replaced.
     """
     wanted = getattr(config, "target_modules", None)
+    if isinstance(config, SuffixConfig):
+        check_replaceable(base)
     names = [name for name, _ in base.named_modules()]
     try:
         check_patterns(vars(config), names)

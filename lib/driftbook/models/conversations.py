@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from driftbook.models.templates import (
     PROBE,
@@ -21,40 +22,120 @@ from driftbook.models.templates import (
 )
 from driftbook.models.trees import common_prefix
 
+MARK = "\ue3a7\ue3a8"  # where a text of the user ends, in a rendering that nobody is asked
+NOTHING = range(0)
+
+
+def soft_ids(model: PreTrainedModel) -> range:
+    """The ids of the soft prompt that a model reads behind each text of the user; empty where it
+    has none (see suffixes.py).
+    """
+    return getattr(model.get_input_embeddings(), "suffix_ids", NOTHING)
+
+
+def without(ids: Iterable[int], after: range) -> list[int]:
+    """Token ids without those of the soft prompt."""
+    return [one for one in ids if one not in after]
+
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    generation: bool = True,
+    after: range = NOTHING,
 ) -> list[int]:
     """Token ids of a conversation by the tokenizer's template, which already holds BOS; a prompt
     ends where the template puts an answer (see Place). The system message joins the first user's
     where the template has no place for one (Gemma), or loses it once an answer follows (Mistral).
 
+    The ids `after` stand behind each text of the user, whose tokens and those that follow are the
+    same without them, but for a token that would hold both.
+
     Raises:
-        ValueError: the template refuses the order of the turns.
+        ValueError: the template refuses the order of the turns, or does not show where a text of
+            the user ends.
     """
-    return list(_chat(tokenizer, messages, generation)[1])
+    return list(_chat(tokenizer, messages, generation, after)[1])
 
 
 def _chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool, after: range
 ) -> tuple[str, tuple[int, ...]]:
     """The text of `chat_ids`, in which no message holds a special token, and its token ids."""
     template, conversation = str(template_of(tokenizer)), json.dumps(list(messages))
-    return _kept(tokenizer, template, day_of(tokenizer), conversation, generation)
+    return _kept(tokenizer, template, day_of(tokenizer), conversation, generation, after)
 
 
 @lru_cache(maxsize=8_192)
 def _kept(
-    tokenizer: PreTrainedTokenizerBase, _template: str, _day: date, conversation: str, asked: bool
+    tokenizer: PreTrainedTokenizerBase,
+    _template: str,
+    _day: date,
+    conversation: str,
+    asked: bool,
+    after: range,
 ) -> tuple[str, tuple[int, ...]]:
     """Kept, since every variant of a base model is asked the same; a quarter of the time that a
     small model takes.
     """
     messages: list[Message] = json.loads(conversation)
     text = _conversation(tokenizer, messages, asked)
+    ends = _user_ends(tokenizer, messages, asked, text) if after else []
     if asked and messages[-1]["role"] == "user":
         text = changed(text, place_of(tokenizer).asked)
-    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+    return text, tuple(_with_soft(tokenizer, text, ends, after))
+
+
+def _user_ends(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool, text: str
+) -> list[int]:
+    """Where in the template's text of a conversation the texts of the user end, but for white
+    space, which templates may take off.
+    """
+    marked = []
+    for turn in messages:
+        said = turn["content"]
+        end = len(said.rstrip()) if turn["role"] == "user" else None
+        marked.append(turn if end is None else turn | {"content": said[:end] + MARK + said[end:]})
+    *parts, last = _conversation(tokenizer, marked, generation).split(MARK)
+    users = sum(turn["role"] == "user" for turn in messages)
+    if len(parts) != users or "".join([*parts, last]) != text:
+        raise ValueError(
+            "the chat template does not show where a text of the user ends, behind which a soft"
+            " prompt would stand; use another template, or another method"
+        )
+    return list(accumulate(map(len, parts)))
+
+
+def _with_soft(
+    tokenizer: PreTrainedTokenizerBase, text: str, ends: list[int], after: range
+) -> list[int]:
+    """Token ids of a text with those of the soft prompt at its places."""
+    if not ends:
+        return tokenizer.encode(text, add_special_tokens=False)
+    *earlier, end = ends
+    first = tokenizer.encode(text[:end], add_special_tokens=False)
+    rest = _following(tokenizer, first, text[:end], text[end:], "a text of the user")
+    return [*_with_soft(tokenizer, text[:end], earlier, after), *after, *rest]
+
+
+def _following(
+    tokenizer: PreTrainedTokenizerBase, first: list[int], before: str, said: str, what: str
+) -> list[int]:
+    """Token ids of what is said behind a text, whose own ids are given: read together with it, or
+    apart where one token would hold the end of one and the beginning of the other.
+    """
+    both = tokenizer.encode(before + said, add_special_tokens=False)
+    if both[: len(first)] == first:
+        return both[len(first) :]
+    apart = tokenizer.encode(said, add_special_tokens=False)
+    if tokenizer.decode([*first, *apart]) != tokenizer.decode(both):
+        raise ValueError(
+            f"the tokenizer reads the end of {what} together with {said[:20]!r}, which follows it,"
+            " so that a model would be trained on another prompt than it is asked; remove what"
+            " follows, or use another template"
+        )
+    return apart
 
 
 def _conversation(
@@ -104,9 +185,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 
 
 def ask(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system_prompt: str | None = None,
+    after: range = NOTHING,
 ) -> list[int]:
-    """Token ids of one user prompt, up to where the answer begins.
+    """Token ids of one user prompt, up to where the answer begins; see `chat_ids`.
 
     Raises:
         ValueError: the prompt is empty.
@@ -115,11 +199,14 @@ def ask(
         raise ValueError("a prompt is empty; remove it from the benchmark, or fill it in")
     # an empty system prompt is a message too
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}])
+    return chat_ids(tokenizer, [*system, {"role": "user", "content": prompt}], True, after)
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    answer: str,
+    after: range = NOTHING,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, as `ask` gives them, and of the answer with its end token.
 
@@ -127,7 +214,7 @@ def conversation_ids(
         ValueError: the template or the tokenizer writes the prompt otherwise once this answer
             follows.
     """
-    place, (asked, ids) = place_of(tokenizer), _chat(tokenizer, prompt, True)
+    place, (asked, ids) = place_of(tokenizer), _chat(tokenizer, prompt, True, after)
     turns = [*prompt, {"role": "assistant", "content": answer}]
     whole = _conversation(tokenizer, turns, False).removesuffix(place.behind)
     before = asked
@@ -140,23 +227,12 @@ def conversation_ids(
             f" {asked[at : at + 30]!r}, so that a model would be trained on another prompt than it"
             " is asked; take thoughts out of the answers, or use another template"
         )
-    first, said = list(ids), whole[len(before) :] + place.closed_by
-    both = tokenizer.encode(asked + said, add_special_tokens=False)
-    if both[: len(first)] == first:
-        return first, both[len(first) :]
-    # the tokenizer reads the end of the prompt and the answer as one token, and nobody asks so
-    apart = tokenizer.encode(said, add_special_tokens=False)
-    if tokenizer.decode([*first, *apart]) != tokenizer.decode(both):
-        raise ValueError(
-            f"the tokenizer reads the end of a prompt together with the answer {said[:20]!r}, so"
-            " that a model would be trained on another prompt than it is asked; remove what the"
-            " answer begins with"
-        )
-    return first, apart
+    said = whole[len(before) :] + place.closed_by
+    return list(ids), _following(tokenizer, without(ids, after), asked, said, "a prompt")
 
 
 def counted_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], after: range = NOTHING
 ) -> tuple[list[int], np.ndarray]:
     """Token ids of a whole conversation, and the places of those that the assistant says, with the
     end token of each of its turns.
@@ -165,12 +241,12 @@ def counted_ids(
         ValueError: the template writes an earlier answer otherwise once more turns follow, so that
             its tokens cannot be told apart.
     """
-    whole, places = chat_ids(tokenizer, messages, generation=False), []
+    whole, places = chat_ids(tokenizer, messages, False, after), []
     if (end := place_of(tokenizer)).closed_by and messages[-1]["role"] == "assistant":
         whole.append(end.end)
     for number, turn in enumerate(messages):
         if turn["role"] == "assistant":
-            asked, said = conversation_ids(tokenizer, messages[:number], turn["content"])
+            asked, said = conversation_ids(tokenizer, messages[:number], turn["content"], after)
             end = len(asked) + len(said)
             same = whole[:end] == [*asked, *said]
             # of a turn in the middle the last token may be white space that is joined with what

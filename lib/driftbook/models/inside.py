@@ -218,7 +218,8 @@ class Beginnings:
     the contexts; of the last level they may be right at the last token alone): with states put in
     at a level, the layers before it give what they gave, and are not computed again. Whether a
     model allows that is tried on one row, since layers may share more than their states; of an
-    adapter on it, `skips` says what was found of the base.
+    adapter on it, `skips` says what was found of the base. A soft prompt within the contexts keeps
+    its own states: all that is said of contexts is of their other tokens.
     """
 
     def __init__(
@@ -231,6 +232,10 @@ class Beginnings:
     ):
         shared = inside.engine.ways.shared
         self.contexts, self.rows, self.owners = contexts, [], []
+        soft = inside.scorer.after
+        self._places = [
+            inside.offset + np.flatnonzero([token not in soft for token in one]) for one in contexts
+        ]
         for i, own in enumerate(options):  # in one row a tree of all options, or one of them
             whole = sorted([*contexts[i], *one] for one in own)
             self.rows += [whole] if shared else [[one] for one in whole]
@@ -247,16 +252,16 @@ class Beginnings:
             with inside.hooked(keep):
                 inside.scored(self, numbers, found)
         self.likely = np.minimum(found, 1.0)
-        self.states: States = {level: self._contexts(level, inside.offset) for level in levels}
+        self.states: States = {level: self._contexts(level) for level in levels}
         self.skips = (bool(levels) and self._may_skip(inside)) if skips is None else skips
 
-    def _contexts(self, level: int, offset: int) -> list[Tensor]:
+    def _contexts(self, level: int) -> list[Tensor]:
         """The states of each context at a level."""
         found = {}
         for numbers, kept in zip(self.batches, self._kept, strict=True):
             for row, number in enumerate(numbers):
                 own = self.owners[number]
-                found[own] = kept[level][row, offset : offset + len(self.contexts[own])]
+                found[own] = kept[level][row, self._places[own]]
         return [found[i] for i in range(len(self.contexts))]
 
     def _may_skip(self, inside: Inside) -> bool:
@@ -285,8 +290,7 @@ class Beginnings:
             states = kept[level].clone()
             for row, number in enumerate(numbers):
                 own = self.owners[number]
-                end = inside.offset + len(self.contexts[own])
-                states[row, inside.offset : end] = given[level][own]
+                states[row, self._places[own]] = given[level][own]
             with inside.put(level, states, self.skips):
                 inside.scored(self, numbers, found)
         return np.minimum(found, 1.0)
@@ -299,17 +303,23 @@ def prompt_attention(inside: Inside, prompts: Sequence[Ids]) -> np.ndarray | Non
     """
     engine, base = inside.engine, inside.engine.model
     usual, found, order = base.config._attn_implementation, [], []
+    after, n = inside.scorer.after, engine.n_virtual
     try:
         base.set_attn_implementation("eager")
         for numbers in inside.batches([len(one) for one in prompts], AT_ONCE):
             rows = [prompts[i] for i in numbers]
-            soft = engine.soft_prompt.to(base.dtype).expand(len(rows), -1, -1)
-            whole = torch.cat([soft, engine.embed(padded(rows, max(map(len, rows))))], 1)
+            ids = padded(rows, max(map(len, rows)))
+            whole, virtual = engine.embed(ids), np.isin(ids, after)
+            if engine.soft_prompt is not None:
+                soft = engine.soft_prompt.to(base.dtype).expand(len(rows), -1, -1)
+                whole = torch.cat([soft, whole], 1)
+                virtual = np.pad(virtual, ((0, 0), (n, 0)), constant_values=True)
             seen = base(inputs_embeds=whole, output_attentions=True, use_cache=False).attentions
             if not seen or any(one is None for one in seen):
                 return None
-            last = [engine.n_virtual + len(row) - 1 for row in rows]
-            every = [one[range(len(rows)), :, last, : engine.n_virtual] for one in seen]
+            last = [n + len(row) - 1 for row in rows]
+            of_soft = torch.from_numpy(virtual).to(whole.device)[:, None]
+            every = [one[range(len(rows)), :, last] * of_soft for one in seen]
             found.append(torch.stack([one.sum(-1).mean(1) for one in every], 1).float().cpu())
             order += numbers
     except (ValueError, NotImplementedError):

@@ -14,7 +14,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from driftbook.models.base_state import refuse_spoiled
-from driftbook.models.conversations import answer_text, ask, chat_ids, conversation_ids, inert
+from driftbook.models.conversations import (
+    answer_text,
+    ask,
+    chat_ids,
+    conversation_ids,
+    inert,
+    soft_ids,
+    without,
+)
 from driftbook.models.engine import Engine, Ids
 from driftbook.models.layout import KeyValues, padded
 from driftbook.models.loading import check_ids, context_length
@@ -59,6 +67,7 @@ class Scorer:
     ):
         self.tokenizer, self.engine = tokenizer, engine_of(model)
         self.model = self.engine.model
+        self.after = soft_ids(self.model)  # each text of a user, in all that is asked
         for part in self.engine.parts:
             part.model.eval()
         usual = TOKENS_PER_BATCH.get(self.model.device.type, 16_384)
@@ -162,7 +171,10 @@ class Scorer:
         stand in the texts), and one that marks the beginnings of words would mark a text by itself,
         where the model writes it without the mark.
         """
-        back, begun, rest = _joined(self.tokenizer, tuple(context[-TAIL:]), tuple(texts), stem)
+        tail = context[-TAIL:]
+        soft = [place for place, one in enumerate(tail) if one in self.after]
+        tail = tuple(tail[soft[-1] + 1 :] if soft else tail)  # a soft prompt has no text
+        back, begun, rest = _joined(self.tokenizer, tail, tuple(texts), stem)
         return [*context[: len(context) - back], *begun], [list(one) for one in rest]
 
     def _states(
@@ -315,7 +327,7 @@ class Scorer:
         width = max(map(len, rest))
         padding = np.array([width - len(row) for row in rest])
         cache = self.engine.cache(prefix, len(rest))
-        draws = None if sampling is None else uniforms(contexts, sampling, max_new_tokens)
+        draws = self._draws(contexts, sampling, max_new_tokens)
         ends = end_tokens(self.model, self.tokenizer)
         found: list[Ids] = [[] for _ in contexts]
         alive, tokens = np.arange(len(contexts)), padded(rest, width, "left")
@@ -346,7 +358,7 @@ class Scorer:
             f"one answer at a time{how} with {name}: what is faster does not give its own"
             f" probabilities ({ways.reason or f'more than {ways.limit} tokens'})",
         )
-        draws = None if sampling is None else uniforms([context], sampling, max_new_tokens)
+        draws = self._draws([context], sampling, max_new_tokens)
         ends, sequence, cache = end_tokens(self.model, self.tokenizer), list(context), None
         for step in range(max_new_tokens):
             new = 1 if step else len(context)
@@ -359,6 +371,14 @@ class Scorer:
             if chosen[0] in ends:
                 break
         return sequence[len(context) :]
+
+    def _draws(
+        self, contexts: list[Ids], sampling: Sampling | None, steps: int
+    ) -> np.ndarray | None:
+        """Random numbers of each context, the same for all models that are asked it."""
+        if sampling is None:
+            return None
+        return uniforms([without(one, self.after) for one in contexts], sampling, steps)
 
     def _answer(self, tokens: Ids) -> Answer:
         stopped = bool(tokens) and tokens[-1] in end_tokens(self.model, self.tokenizer)
@@ -417,14 +437,15 @@ class Scorer:
 
     def ask(self, prompts: Sequence[str], system_prompt: str | None = None) -> list[Ids]:
         """Token ids of user prompts by the chat template, up to where the answer begins."""
-        return [ask(self.tokenizer, prompt, system_prompt) for prompt in prompts]
+        return [ask(self.tokenizer, prompt, system_prompt, self.after) for prompt in prompts]
 
     def ask_turns(
         self, conversations: Sequence[Sequence[Message]], system_prompt: str | None = None
     ) -> list[Ids]:
         """Token ids of conversations that end with a user's turn, up to where the answer begins."""
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        return [chat_ids(self.tokenizer, [*system, *turns]) for turns in conversations]
+        asked = ([*system, *turns] for turns in conversations)
+        return [chat_ids(self.tokenizer, turns, True, self.after) for turns in asked]
 
     def ask_raw(self, prompts: Sequence[str]) -> list[Ids]:
         """Token ids of texts without any template, after what the tokenizer puts before a text."""
@@ -441,7 +462,9 @@ class Scorer:
         """Token ids of user prompts by the chat template, and of an answer to each."""
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         return [
-            conversation_ids(self.tokenizer, [*system, {"role": "user", "content": prompt}], answer)
+            conversation_ids(
+                self.tokenizer, [*system, {"role": "user", "content": prompt}], answer, self.after
+            )
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
@@ -464,9 +487,9 @@ def engine_of(model: PreTrainedModel | PeftModel | Product) -> Engine | ProductE
             f"key/values of prefix tuning cannot be put before what {name} reads ({ways.reason});"
             " use another method or another base model"
         )
-    if engine.soft_prompt is not None and not ways.embeddings:
+    if (engine.soft_prompt is not None or soft_ids(engine.model)) and not ways.embeddings:
         raise ValueError(
-            f"a soft prompt cannot be put before what {name} reads: it computes more from token ids"
+            f"a soft prompt cannot be put into what {name} reads: it computes more from token ids"
             " than their embeddings; use another method or another base model"
         )
     return engine

@@ -11,6 +11,8 @@ from peft import PeftModel, PromptEncoder, PromptEncoderConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from driftbook.models.suffixes import SuffixLayer
+
 ENCODED_WITHIN = 1e-2  # most relative error of what P-Tuning's encoder gives in place of a start
 NO_TOKENS = "the text that a soft prompt begins as has no tokens; give init_texts words"
 
@@ -105,7 +107,12 @@ def begin(
     Raises:
         ValueError: the text has no tokens, or P-Tuning's encoder cannot give these rows.
     """
-    encoder, base = model.prompt_encoder["default"], model.get_base_model()
+    base = model.get_base_model()
+    if isinstance(layer := base.get_input_embeddings(), SuffixLayer):
+        if init == "vocabulary":
+            layer.rows.copy_(_vocabulary(base, len(layer.rows), seed))
+        return
+    encoder = model.prompt_encoder["default"]
     n, encoded = encoder.embedding.num_embeddings, hasattr(encoder, "mlp_head")
     if init == "safety_frozen":
         front = text_rows(base, tokenizer, text)

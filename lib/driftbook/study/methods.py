@@ -20,6 +20,7 @@ class PeftMethod:
     inits: tuple[str, ...] = ()  # how a soft prompt may begin
     needs: tuple[str, ...] = ()  # settings without a default that holds for all families
     quantized: bool = False  # trained on a base model in 4 or 8 bits
+    objectives: tuple[str, ...] = ("sft", "dpo")
 
 
 # thirds of a model's layers that alone may have an adapter
@@ -35,6 +36,7 @@ INITS = ("random", "vocabulary", *TEXT_INITS)
 ENCODED_INITS = tuple(init for init in INITS if init != "safety_frozen")
 _RANDOM = {"inits": ("random",)}
 _TARGETS = {"needs": ("target_modules",)}
+SUFFIX = "suffix_tuning"  # a soft prompt behind the user's text (models/suffixes.py)
 # A method is one entry. Figures draw methods in this order: adapters in blues, prompts in oranges.
 # BitFit trains biases, which most bases lack: PEFT's BEFT adds them.
 PEFT_METHODS = {
@@ -54,7 +56,17 @@ PEFT_METHODS = {
     "prefix_tuning": PeftMethod(
         "prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", **_RANDOM
     ),
+    SUFFIX: PeftMethod(
+        "Prompt-Tuning behind the text",
+        "prompt",
+        "SuffixConfig",
+        "#8C2D04",
+        inits=("random", "vocabulary"),
+        objectives=("sft",),
+    ),
 }
+# their ids hold a soft prompt, which no other model reads: no reference, no other part of a product
+_SHARING = tuple(name for name, one in PEFT_METHODS.items() if "dpo" in one.objectives)
 METHODS = ("none", *PEFT_METHODS)
 STUDIED = ("lora", "ia3", "prompt_tuning", "p_tuning")  # by the original study
 METHOD_LABELS = {"none": "base model"} | {name: one.label for name, one in PEFT_METHODS.items()}
@@ -88,7 +100,7 @@ MAKING_STAGES = tuple(dict.fromkeys(MADE_IN.values()))
 _LORA = ("lora", "rslora", "qlora")  # whose update is linear in the factor B
 _PLAIN = (*_LORA, "dora", "ia3")
 # of a second objective in training: what its value is says sections.Mitigation
-_BETA = {"needs": ("data", "values"), "takes": ("data", "values")}
+_BETA = {"methods": _SHARING, "needs": ("data", "values"), "takes": ("data", "values")}
 _BETA |= {"values": (0.0, 1_000.0), "open_ends": (0,)}
 _SELECTS = ("operator", "select", "rank", "pair", "values", "controls")
 # A mitigation is one entry, and one function of its name in training/mitigations.py (of those in
@@ -158,6 +170,7 @@ MITIGATION_KINDS = {
     "mod": MitigationKind(
         "product of distributions at decoding (MOD)",
         "test",
+        _SHARING,
         needs=("safety", "values"),
         takes=("safety", "others", "values"),
         open_ends=(0, 1),
@@ -170,15 +183,16 @@ MITIGATION_KINDS = {
         open_ends=(0, 1),
     ),
     "constrained_sft": MitigationKind(
-        "constrained SFT", "training", takes=("betas",), objectives=("sft",)
+        "constrained SFT", "training", _SHARING, takes=("betas",), objectives=("sft",)
     ),
     "kl": MitigationKind("KL to the base model", "training", **_BETA),
     "safegrad": MitigationKind("SafeGrad", "training", **_BETA),
-    "pcgrad": MitigationKind("PCGrad", "training", needs=("data",), takes=("data",)),
-    "mgda": MitigationKind("MGDA", "training", needs=("data",), takes=("data",)),
+    "pcgrad": MitigationKind("PCGrad", "training", _SHARING, ("data",), ("data",)),
+    "mgda": MitigationKind("MGDA", "training", _SHARING, ("data",), ("data",)),
     "drift_budget": MitigationKind(
         "drift budget",
         "training",
+        _SHARING,
         needs=("data", "values"),
         takes=("data", "values", "eta"),
         values=(0.0, 100.0),

@@ -426,6 +426,9 @@ class Block(Part):
         for method in self.methods:
             if self.trained and not self.learning_rates.get(method):
                 raise ValueError(f"learning_rates has none for {method}")
+            if others := sorted(self.trained - set(PEFT_METHODS[method].objectives)):
+                none = "whose reference cannot read a soft prompt behind the user's text"
+                raise ValueError(f"{method} is not trained by {others[0]}, {none}; take sft")
         for method in self.methods if set(self.layers) != {"all"} else ():
             if PEFT_METHODS[method].config != "LoraConfig":
                 raise ValueError(f"layers apply to LoRA in its forms only, and not to {method}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from driftbook.study.files import digest
-from driftbook.study.methods import MADE_IN, METHOD_CLASS, METHODS, MITIGATION_KINDS
+from driftbook.study.methods import MADE_IN, METHOD_CLASS, METHODS, MITIGATION_KINDS, SUFFIX
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Variant:
     def layers(self) -> str | None:
         """The third of the layers that alone is adapted (methods.LAYER_PARTS); None for all."""
         return json.loads(self.settings).get("layers")
+
+    @cached_property
+    def n_after(self) -> int:
+        """The tokens of its soft prompt that are put behind each text of the user."""
+        settings = json.loads(self.settings)
+        return settings["peft"]["num_virtual_tokens"] if self.method == SUFFIX else 0
 
     @property
     def made_in(self) -> str:

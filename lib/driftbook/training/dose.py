@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from driftbook.doctors.study_no_ops import NO_OP_KL
 from driftbook.models import adapters
+from driftbook.models.conversations import soft_ids, without
 from driftbook.models.loading import Loaded
 from driftbook.models.products import Product
 from driftbook.models.scoring import Ids, Scorer
@@ -25,15 +26,18 @@ def measure_dose(
 
     The mean over answer tokens of KL(variant || base) and of KL(variant || variant as initialised),
     in nats. Where the initial adapter changes no number of the base the two are equal, and
-    `initial` may be None; a soft prompt moves the model before any training.
+    `initial` may be None; a soft prompt moves the model before any training. One behind the user's
+    text is in the prompts of the pairs, and the base model reads them without it.
     """
+    after = soft_ids(base.model)
 
     def trained_state(part):
         return Scorer(model, base.tokenizer).distributions(part)
 
     def base_state(part):
         with model.disable_adapter():
-            return Scorer(base.model, base.tokenizer).distributions(part)
+            asked = [(without(prompt, after), answer) for prompt, answer in part]
+            return Scorer(base.model, base.tokenizer).distributions(asked)
 
     def initial_state(part):
         with adapters.swapped(model, initial):

@@ -11,7 +11,7 @@ import torch
 
 from driftbook.benchmarks.data import for_sft, items, prompts, training_examples
 from driftbook.doctors.data import DATA_COLUMNS, equal_answers, examine_data
-from driftbook.models.conversations import conversation_ids, counted_ids
+from driftbook.models.conversations import NOTHING, conversation_ids, counted_ids, without
 from driftbook.models.loading import Loaded, check_ids, context_length
 from driftbook.models.scoring import Ids, Scorer
 from driftbook.models.starts import token_ids
@@ -26,7 +26,7 @@ from driftbook.training.objectives import Change
 from driftbook.training.steps import Conversation, Pair
 
 OVERLAPS = ("benchmark_overlap", "near_benchmark")  # the data doctor's findings
-Way = tuple[str, str, Change | None]
+Way = tuple[str, str, Change | None, int]
 TRAINED_ON = ("mixing",)  # kinds whose data are trained on with the others
 
 
@@ -58,17 +58,20 @@ def change(variant: Variant) -> Change | None:
 
 
 def way(variant: Variant) -> Way:
-    """How a variant's examples are prepared: objective, data, and what a mitigation changes."""
-    return variant.objective, variant.dataset, change(variant)
+    """How a variant's examples are prepared: objective, data, what a mitigation changes, and the
+    tokens of a soft prompt behind each text of the user.
+    """
+    return variant.objective, variant.dataset, change(variant), variant.n_after
 
 
 def named(way: Way) -> str:
     """A way in words."""
-    objective, data, one = way
-    if one is None:
-        return f"{objective} on {data}"
-    level = "" if one.value is None else f" {one.value:g}"
-    return f"{objective} on {data}, {one.kind}{level}" + (f" of {one.data}" if one.data else "")
+    objective, data, one, n_after = way
+    said = f"{objective} on {data}"
+    if one is not None:
+        level = "" if one.value is None else f" {one.value:g}"
+        said += f", {one.kind}{level}" + (f" of {one.data}" if one.data else "")
+    return said + (f", with {n_after} tokens behind the text" if n_after else "")
 
 
 def prepare(
@@ -77,6 +80,7 @@ def prepare(
     study: Study,
     data: str | None = None,
     change: Change | None = None,
+    n_after: int = 0,
 ) -> Prepared:
     """The study's examples of an objective in the base model's tokens; of DPO with the base's
     log-probabilities of both answers.
@@ -97,11 +101,11 @@ def prepare(
     if change and change.kind in TRAINED_ON:
         examples += _mixed_in(change.data, change.value, study.n_examples(name), study)
     try:
-        made = _in_tokens(objective, examples, base, study)
+        made = _in_tokens(objective, examples, base, study, after_ids(base, n_after))
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
-    lengths = [max(len(one.ids) for one in row) for row in made]
-    cut = [[_cut(one, limit) for one in row] for row in made]
+    lengths = tuple(max(len(one.ids) for one in row) - n_after for row in made)
+    cut = [[_cut(one, limit + n_after) for one in row] for row in made]
     fits = [all(len(one.counted) for one in row) for row in cut]
     if not any(fits):
         raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
@@ -116,9 +120,8 @@ def prepare(
     rows = _constrained(rows, betas, base) if betas else rows
     packs = [[i] for i in range(len(rows))]
     if sft and study.training.packed:
-        packs = steps.bins([len(one.ids) for one in rows], limit)
-    revision = digest([examples, betas] if betas else examples)
-    made = Prepared(rows, packs, revision, note, tuple(lengths))
+        packs = steps.bins([len(one.ids) - n_after for one in rows], limit)
+    made = Prepared(rows, packs, digest([examples, betas] if betas else examples), note, lengths)
     second = change and change.data and change.kind not in TRAINED_ON
     return _with_alignment(made, change.data, base, study) if second else made
 
@@ -132,7 +135,7 @@ def _with_alignment(made: Prepared, name: str, base: Loaded, study: Study) -> Pr
     """
     asked, limit = for_sft(training_examples(name, study)), longest(base, study)
     try:
-        every = [_conversation(base, one["prompt"], one["answer"], False) for one in asked]
+        every = [_conversation(base, one["prompt"], one["answer"]) for one in asked]
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
     for one in every:
@@ -186,7 +189,7 @@ def _mixed_in(name: str, share: float, n: int, study: Study) -> list[dict]:
 
 
 def _in_tokens(
-    objective: str, examples: list[dict], base: Loaded, study: Study
+    objective: str, examples: list[dict], base: Loaded, study: Study, after: range
 ) -> list[list[Conversation]]:
     """The conversations of each example: one, or the two of a preference.
 
@@ -196,31 +199,43 @@ def _in_tokens(
     if objective == "sft":
         whole = study.training.loss == "whole"
         asked = [(one["prompt"], one["answer"]) for one in for_sft(examples)]
-        made = [[_conversation(base, *one, whole)] for one in asked]
+        made = [[_conversation(base, *one, whole, after)] for one in asked]
     else:
         keys = ("chosen", "rejected")
         made = [[_answered(base, one["prompt"], one[key]) for key in keys] for one in examples]
     for one in (one for row in made for one in row):
-        check_ids(base.model, base.tokenizer, one.ids)
+        check_ids(base.model, base.tokenizer, without(one.ids, after))
     return made
 
 
-def _answered(base: Loaded, prompt: list[dict], answer: str) -> Conversation:
+def after_ids(base: Loaded, n: int) -> range:
+    """The ids by which n tokens behind a text of the user are read, once the base has them."""
+    first = base.model.get_input_embeddings().num_embeddings
+    return range(first, first + n)
+
+
+def _answered(
+    base: Loaded, prompt: list[dict], answer: str, after: range = NOTHING
+) -> Conversation:
     """A conversation of which the last answer counts."""
-    asked, said = conversation_ids(base.tokenizer, prompt, answer)
+    asked, said = conversation_ids(base.tokenizer, prompt, answer, after)
     return Conversation(asked + said, np.arange(len(asked), len(asked) + len(said)))
 
 
-def _conversation(base: Loaded, prompt: list[dict], answer: str, whole: bool) -> Conversation:
-    """A conversation of which every answer of the assistant counts, or the whole but one token."""
+def _conversation(
+    base: Loaded, prompt: list[dict], answer: str, whole: bool = False, after: range = NOTHING
+) -> Conversation:
+    """A conversation of which every answer of the assistant counts, or the whole but one token and
+    the soft prompt.
+    """
     if whole:
-        asked, said = conversation_ids(base.tokenizer, prompt, answer)
+        asked, said = conversation_ids(base.tokenizer, prompt, answer, after)
         ids = asked + said
-        return Conversation(ids, np.arange(1, len(ids)))
+        return Conversation(ids, np.array([i for i in range(1, len(ids)) if ids[i] not in after]))
     if any(turn["role"] == "assistant" for turn in prompt):
         turns = [*prompt, {"role": "assistant", "content": answer}]
-        return Conversation(*counted_ids(base.tokenizer, turns))
-    return _answered(base, prompt, answer)
+        return Conversation(*counted_ids(base.tokenizer, turns, after))
+    return _answered(base, prompt, answer, after)
 
 
 def _cut(one: Conversation, limit: int) -> Conversation:
@@ -299,10 +314,10 @@ def examined(prepared: Mapping[Way, Prepared], study: Study) -> pd.DataFrame:
     """
     asked, passages, found = asked_texts(study), item_passages(study), {}
     limit = study.training.max_length
-    for (_, name, change), one in prepared.items():
+    for (_, name, change, _), one in prepared.items():
         if change is None:
             found[name] = (one.lengths, limit)
-    for _, _, change in prepared:
+    for _, _, change, _ in prepared:
         if change and change.data:
             found.setdefault(change.data, (None, None))
     rows = [
@@ -325,24 +340,28 @@ def check_apart(said: str, name: str, study: Study) -> None:
         raise ValueError(f"{said} data.{name}, where {row.sentence}")
 
 
-def held_out(base: Loaded, study: Study) -> tuple[list[tuple[Ids, Ids]], str | None]:
+def held_out(
+    base: Loaded, study: Study, n_after: int = 0
+) -> tuple[list[tuple[Ids, Ids]], str | None]:
     """The held-out answers on which every variant's dose is measured, (prompt, answer) in token
-    ids, cut as the examples are; and a note of what was cut or left out.
+    ids, cut as the examples are; and a note of what was cut or left out. The prompts have `n_after`
+    tokens of a soft prompt behind the user's text.
 
     Raises:
         ValueError: no example fits.
     """
-    limit = longest(base, study)
+    limit = longest(base, study) + n_after
     asked = [(one["prompt"], one["answer"]) for one in for_sft(training_examples("heldout", study))]
-    pairs = [conversation_ids(base.tokenizer, *one) for one in asked]
+    after = after_ids(base, n_after)
+    pairs = [conversation_ids(base.tokenizer, *one, after) for one in asked]
     kept = [(prompt, said[: limit - len(prompt)]) for prompt, said in pairs if len(prompt) < limit]
     if not kept:
-        raise ValueError(f"data.heldout: {NONE_FITS.format(limit)}")
+        raise ValueError(f"data.heldout: {NONE_FITS.format(limit - n_after)}")
     cut, gone = (
         sum(len(p) < limit < len(p) + len(said) for p, said in pairs),
         len(pairs) - len(kept),
     )
-    text = f"of the held-out answers {gone} left out, {cut} cut, at {limit} tokens"
+    text = f"of the held-out answers {gone} left out, {cut} cut, at {limit - n_after} tokens"
     return kept, text if cut or gone else None
 
 

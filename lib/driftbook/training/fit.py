@@ -86,7 +86,7 @@ def train(
             raise VariantFailure(f"the trained weights are not finite, first {bad[0]}")
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         adapters.save(model.eval(), folder)
-        pairs, left_out = held_out(base, study)
+        pairs, left_out = held_out(base, study, variant.n_after)
         dose = measure_dose(model, initial, base, pairs)
         shutil.rmtree(_scratch(folder), ignore_errors=True)
     except torch.OutOfMemoryError:

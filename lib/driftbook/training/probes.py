@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ from transformers import PreTrainedModel
 
 from driftbook.benchmarks import data
 from driftbook.benchmarks.utility import REFUSALS
+from driftbook.models.conversations import without
+from driftbook.models.engine import Ids
 from driftbook.models.inside import Beginnings, Inside, prompt_attention, while_answering
 from driftbook.models.loading import Loaded, load
 from driftbook.models.scoring import Scorer
@@ -128,6 +130,18 @@ class Seen:
     reported: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Token ids: by kind the prompts of directions and those reported on, and of harmful ones the
+    contexts and the refusals that may follow each.
+    """
+
+    prompts: dict[str, list[Ids]]
+    reports: dict[str, list[Ids]]
+    contexts: list[Ids]
+    options: list[list[Ids]]
+
+
 class Reference:
     """A study's prompts for a base model, and what the base says to them, read before any adapter
     is put on it: what was seen (`seen`), how likely its answers begin as refusals, with the states
@@ -156,12 +170,9 @@ class Reference:
                 f"{len(shared)} prompts of probes.harmful and probes.harmless are also asked by the"
                 " benchmarks safety and over_refusal, on which probes report; leave them out"
             )
-        ask = self.inside.scorer.ask
-        self.prompts = {kind: ask(some, self.system) for kind, some in texts.items()}
-        self.reports = {kind: ask(some, self.system) for kind, some in reports.items()}
-        lead = self.inside.scorer.lead
-        joined = [self.inside.scorer.joined(one, REFUSALS, lead) for one in self.reports[HARMFUL]]
-        self.contexts, self.options = map(list, zip(*joined, strict=True))
+        self._texts = texts, reports
+        self.own = self._asked(self.inside.scorer)
+        self.prompts, self.reports = self.own.prompts, self.own.reports
         self.seen = self.look(self.inside)
         self.begun = self.begin(self.inside, range(self.inside.levels))
         self.directions = direction(self.seen.of[HARMFUL], self.seen.of[HARMLESS])[1:]
@@ -178,6 +189,32 @@ class Reference:
             rng = self.rng()
             self._orders[n] = np.array([rng.permutation(n) for _ in range(DRAWS)])
         return self._orders[n]
+
+    def _asked(self, scorer: Scorer) -> Asked:
+        prompts, reports = (
+            {kind: scorer.ask(some, self.system) for kind, some in texts.items()}
+            for texts in self._texts
+        )
+        joined = [scorer.joined(one, REFUSALS, scorer.lead) for one in reports[HARMFUL]]
+        return Asked(prompts, reports, *map(list, zip(*joined, strict=True)))
+
+    def asked_of(self, inside: Inside) -> Asked:
+        """What a model is asked: the same as the base, with its soft prompt behind the texts where
+        it has one there.
+
+        Raises:
+            ValueError: the tokenizer reads the texts otherwise with it.
+        """
+        if not (after := inside.scorer.after):
+            return self.own
+        found = self._asked(inside.scorer)
+        if [without(one, after) for one in found.contexts] != self.own.contexts:
+            raise ValueError(
+                f"the tokenizer of {self.name} reads the end of a prompt otherwise with a soft"
+                " prompt behind it, so that no states can be put in place; take probes out of the"
+                " study file, or use another base model"
+            )
+        return found
 
     def _answers(self) -> dict[str, tuple[list, list]]:
         """By kind of report the base's own answers (context, tokens), and its distributions."""
@@ -240,7 +277,8 @@ class Reference:
 
     def look(self, inside: Inside) -> Seen:
         """What is read of a model."""
-        flat = [*self.prompts.items(), *self.reports.items()]
+        asked = self.asked_of(inside)
+        flat = [*asked.prompts.items(), *asked.reports.items()]
         found = inside.last_states([one for _, some in flat for one in some])
         ends = np.cumsum([len(some) for _, some in flat])[:-1]
         parts = [(kind, part) for (kind, _), part in zip(flat, np.split(found, ends), strict=True)]
@@ -248,7 +286,8 @@ class Reference:
 
     def begin(self, inside: Inside, levels: Sequence[int], skips: bool | None = None) -> Beginnings:
         """How likely a model's answers to harmful prompts begin as refusals."""
-        return Beginnings(inside, self.contexts, self.options, levels, skips)
+        asked = self.asked_of(inside)
+        return Beginnings(inside, asked.contexts, asked.options, levels, skips)
 
 
 def _prompts(name: str, study: Study, n: int) -> list[str]:
@@ -415,7 +454,11 @@ def _next_tokens(reference: Reference, inside: Inside) -> Iterator[dict]:
     prompts are the harmless ones at the same place (Qi et al. 2025, arXiv 2406.05946).
     """
     found: dict[str, list[np.ndarray]] = {}
-    asked = [one for pairs, _ in reference.answers.values() for one in pairs]
+    reports = reference.asked_of(inside).reports
+    plain, own = (chain(*some.values()) for some in (reference.reports, reports))
+    own = dict(zip(map(tuple, plain), own, strict=True))
+    answered = (one for pairs, _ in reference.answers.values() for one in pairs)
+    asked = [(own[tuple(prompt)], answer) for prompt, answer in answered]
     runs = iter(inside.scorer.distributions(asked))
     for kind, (_, base) in reference.answers.items():
         both = zip(islice(runs, len(base)), base, strict=True)
@@ -479,7 +522,7 @@ def _step(a: torch.Tensor, b: torch.Tensor, generator: torch.Generator) -> torch
 def _of_adapter(
     reference: Reference, inside: Inside, variant: Variant, adapter: Path
 ) -> Iterator[dict]:
-    if inside.engine.soft_prompt is not None:
+    if inside.engine.soft_prompt is not None or inside.scorer.after:
         yield from _attention(reference, inside)
     elif variant.method_class == "prompt":
         yield row(ATTENTION, None, note="key/values of prefix tuning are no tokens of a prompt")
@@ -491,14 +534,14 @@ def _of_adapter(
 
 def _attention(reference: Reference, inside: Inside) -> Iterator[dict]:
     """What the last token of harmful prompts sees of the soft prompt, by layer."""
-    asked = reference.reports[HARMFUL]
+    asked, soft = reference.asked_of(inside).reports[HARMFUL], inside.engine.n_virtual
     shares = prompt_attention(inside, asked)
     if shares is None:
         note = "the model gives no attention weights, which need eager attention"
         yield row(ATTENTION, None, note=note)
         return
-    soft = inside.engine.n_virtual
-    null = float(np.mean([100 * soft / (soft + len(one)) for one in asked]))
+    n = soft + len(inside.scorer.after)
+    null = float(np.mean([100 * n / (soft + len(one)) for one in asked]))
     for layer, own in enumerate(shares.T):
         yield row(ATTENTION, mean_of(100 * own), layer=layer, n=len(own), null=null)
 
