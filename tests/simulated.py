@@ -45,6 +45,8 @@ def simulate(
     silent_judge=False,
     families=True,
     methods=METHODS,
+    categories=CATEGORIES,
+    dimensions=DIMENSIONS,
 ) -> Path:
     """`folder` with tables/ of the miniature's grid; smaller, silent or poorer as the arguments
     say.
@@ -60,7 +62,7 @@ def simulate(
         * (doses != 0)
     )
     drift = drift + rng.normal(0, 0.25, len(ok)) * (drift != 0)
-    prompts = _prompts(utility)
+    prompts = _prompts(utility, categories)
     verdicts = _verdicts(rng, ok, drift, prompts, unscored, silent_judge)
     made = {
         "variants": variants,
@@ -68,7 +70,7 @@ def simulate(
         "curves": _curves(rng, ok),
         "prompts": prompts,
         "verdicts": verdicts,
-        "answers": _answers(rng, ok, drift, unscored, families),
+        "answers": _answers(rng, ok, drift, unscored, families, dimensions),
         "ratings": _ratings(rng, ok, drift, prompts),
         "rates": _rates(verdicts, prompts),
         "labels": _labels(rng, verdicts),
@@ -145,7 +147,7 @@ def _curves(rng, ok: pd.DataFrame) -> pd.DataFrame:
     ).drop(columns="objective")
 
 
-def _prompts(utility: bool) -> pd.DataFrame:
+def _prompts(utility: bool, categories) -> pd.DataFrame:
     def made(benchmark, category, kind, n):
         return pd.DataFrame(
             {
@@ -154,7 +156,7 @@ def _prompts(utility: bool) -> pd.DataFrame:
             }
         ).assign(benchmark=benchmark, category=category, kind=kind)
 
-    parts = [made("safety", category, "harmful", 30) for category in CATEGORIES]
+    parts = [made("safety", category, "harmful", 30) for category in categories]
     parts += [made("over_refusal", f"benign {i}", "benign look-alike", 22) for i in range(5)]
     parts += [made("over_refusal", f"contrast {i}", "harmful", 11) for i in range(5)]
     parts += [made("utility", "facts", "utility", 110)] if utility else []
@@ -227,10 +229,10 @@ def _rates(verdicts: pd.DataFrame, prompts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _answers(rng, ok, drift, unscored, families) -> pd.DataFrame:
+def _answers(rng, ok, drift, unscored, families, dimensions) -> pd.DataFrame:
     items = pd.MultiIndex.from_product(
         [
-            DIMENSIONS,
+            dimensions,
             range(12),
             ["ambiguous", "disambiguated"],
             ["negative", "non-negative"],
@@ -244,7 +246,9 @@ def _answers(rng, ok, drift, unscored, families) -> pd.DataFrame:
     )
     frame = ok[["run_id"]].assign(drift=drift).merge(items, how="cross")
     ambiguous = (frame["context"] == "ambiguous").to_numpy()
-    lean = rng.normal(0.15, 0.15, 108)[frame.groupby(["dimension", "number"]).ngroup()]
+    lean = rng.normal(0.15, 0.15, 12 * len(dimensions))[
+        frame.groupby(["dimension", "number"]).ngroup()
+    ]
     p_unknown = np.where(ambiguous, 0.8 - 0.1 * frame["drift"], 0.03)
     unknown = rng.random(len(frame)) < p_unknown
     right = ~ambiguous & (rng.random(len(frame)) < 0.93)

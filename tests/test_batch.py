@@ -63,6 +63,7 @@ def test_the_small_study_ends_well(smoke):
         "report",
     }
     assert (smoke.folder / "report.html").stat().st_size > 10_000
+    assert (OUTPUTS / "finished" / "plan.json").is_file(), "the time left was planned"
 
 
 def test_every_table_holds_every_run(smoke):

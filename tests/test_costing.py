@@ -4,9 +4,8 @@ what it says when it cannot know.
 
 import copy
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pandas as pd
@@ -213,25 +212,17 @@ def test_memory_grows_with_the_weights_and_shrinks_with_their_bits(make_study, c
     )
 
 
-def plan(tmp_path, name, *words):
-    environment = {**os.environ, "DRIFTBOOK_OUTPUTS": str(tmp_path / "outputs")}
-    return subprocess.run(
-        [sys.executable, "-m", "driftbook.batch.make_plan", name, *words],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_the_command_plans_and_dry_runs_without_doing_anything(tmp_path):
-    ended = plan(tmp_path, "paper", "L40S", "2.5")
-    assert ended.returncode == 0, ended.stderr
-    assert "jobs to run: prepare 5, train " in ended.stdout
-    assert "at 2.5 an hour" in ended.stdout
-    assert "HEx-PHI" in ended.stdout
-    assert not (tmp_path / "outputs" / "paper").exists()
+def test_the_command_plans_and_dry_runs_without_doing_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("driftbook.study.content.OUTPUTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_plan", "paper", "L40S", "2.5"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(make_plan.__file__, run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "jobs to run: prepare 5, train " in said
+    assert "at 2.5 an hour" in said
+    assert "HEx-PHI" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from driftbook.figures import gallery
 from driftbook.stats import estimation, terms
 from driftbook.study import methods
 from executed import run_notebook
-from simulated import simulate
+from simulated import CATEGORIES, DIMENSIONS, simulate
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,8 @@ OF_STUDIES = {
 }
 FEWER = {"n_boot": 50, "n_draws": 50, "n_sets": 4}  # of what the notebooks draw and simulate
 POOR = {"bases": ["mini-llama"], "seeds": [1], "methods": ("none", "lora", "prompt_tuning")}
+# an analysis takes as long as there are of them
+POOR |= {"categories": CATEGORIES[:3], "dimensions": DIMENSIONS[:3]}
 STUDIES = {
     "usual": None,
     "one base, one seed, no utility, no families": {**POOR, "utility": False, "families": False},

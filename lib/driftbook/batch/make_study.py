@@ -235,12 +235,12 @@ def _named() -> dict[str, str]:
 def _planned(
     study_file: Path, path: Path, profile: str, surroundings: dict[str, str], finished: bool
 ) -> Iterator[Path]:
-    """The file in which the plan of the time left will be, made in a process of its own: it reads
-    the study's texts and tokenizers, which takes seconds.
+    """The file in which the plan of the time left will be, made in a process of its own, forked
+    where jobs are: it reads the study's texts and tokenizers, which takes seconds.
     """
     path.unlink(missing_ok=True)
     words = [str(study_file), str(path), profile]
-    command = [sys.executable, "-m", "driftbook.batch.schedule", *words]
+    command = [sys.executable, "-m", "driftbook.batch.warm", "plan", *words]
     quiet = {"env": surroundings, "cwd": ROOT, "stdout": subprocess.DEVNULL}
     process = None if finished else subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet)
     try:

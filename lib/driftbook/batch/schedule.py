@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,5 +141,7 @@ def write_plan(study: Study, path: Path, asked: cluster.Cluster | None = None) -
     write_json(path, kept)
 
 
-if __name__ == "__main__":
-    write_plan(load(sys.argv[1]), Path(sys.argv[2]), cluster.read(sys.argv[3]))
+def main(study: str, path: str, profile: str) -> int:
+    """Write the plan of a study file's work with a profile; the exit status."""
+    write_plan(load(study), Path(path), cluster.read(profile))
+    return 0

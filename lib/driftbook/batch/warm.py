@@ -1,12 +1,12 @@
-"""A process that has imported the heavy packages once and forks a kernel, or the run of a notebook,
-per request (CPU only).
+"""A process that has imported the heavy packages once and forks a kernel, the run of a notebook, or
+the plan of the time left, per request (CPU only).
 
 Imports of torch, transformers, peft and trl cost more than ten CPU seconds; a study has some thirty
 jobs. Started by `make study`: `warm.py serve SOCKET PID`, its own pid; asked by `warm.py notebook
-NOTEBOOK OUTPUT PARAMETERS` (a job) and `warm.py kernel -f CONNECTION` (a kernelspec). Nothing may
-touch CUDA before a fork, so machines with a GPU use ordinary kernels. This file imports only the
-standard library at its top, because the two askers must start at once. Every process here ends when
-the one that started it does.
+NOTEBOOK OUTPUT PARAMETERS` (a job), `warm.py kernel -f CONNECTION` (a kernelspec) and `warm.py plan
+STUDY PLAN PROFILE`. Nothing may touch CUDA before a fork, so machines with a GPU use ordinary
+kernels. This file imports only the standard library at its top, because the askers must start at
+once. Every process here ends when the one that started it does.
 """
 
 import contextlib
@@ -147,14 +147,23 @@ def _become(request: dict, files: list[int], attendant: int) -> int:
 
             IPKernelApp.launch_instance(argv=request["arguments"])
             return 0
-        from driftbook.batch.notebooks import run_notebook
-
-        return run_notebook(*request["arguments"])
+        return _do(request["kind"], request["arguments"])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _do(kind: str, arguments: list[str]) -> int:
+    """Run a notebook, or make a plan, in this process; its exit status."""
+    if kind == "plan":
+        from driftbook.batch import schedule
+
+        return schedule.main(*arguments)
+    from driftbook.batch.notebooks import run_notebook
+
+    return run_notebook(*arguments)
 
 
 def _end_with_parent(parent: int, stop: threading.Event | None = None) -> threading.Thread:
@@ -208,6 +217,4 @@ if __name__ == "__main__":
     else:
         if driver := os.environ.get(DRIVER):
             _end_with_driver(*driver.split())
-        from driftbook.batch.notebooks import run_notebook
-
-        sys.exit(run_notebook(*rest))
+        sys.exit(_do(command, rest))
