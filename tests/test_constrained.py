@@ -126,7 +126,7 @@ def mixed_study(tmp_path, data_folder):
 def test_safety_examples_are_a_share_of_all(bases, mixed_study):
     plain, mixed = (
         examples.prepare("sft", bases["llama"], mixed_study, "sft", more)
-        for more in (None, Change("mixing", "safety", 0.2), 0)
+        for more in (None, Change("mixing", "safety", 0.2))
     )
     assert len(mixed.examples) == 40
     assert (
