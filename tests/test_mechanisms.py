@@ -197,7 +197,7 @@ def test_a_prompt_behind_the_text_is_where_the_mechanism_of_prompts_should_break
     found = verdicts(simulated("early", behind=behind))
     assert found == {SAFETY: SUPPORTED, DIRECTION: SUPPORTED, PROMPTS: verdict}
     because = Mechanisms(simulated("early", behind=behind)).verdicts()["because"]
-    assert because.str.contains("a prompt behind the user's text raises").tolist() == [0, 0, 1]
+    assert because.str.contains("one behind the user's text differs by").tolist() == [0, 0, 1]
 
 
 def test_without_runs_of_a_kind_nothing_is_said_of_it():

@@ -310,10 +310,9 @@ class Mechanisms:
         )
         holds, fails = [excess[1] > 0, share[1] > EARLY], all((excess[2] < 0, share[2] < EARLY))
         if len(behind := self._of(base, SUFFIX)["change"]):
-            less = welch(runs["change"].to_numpy(), behind.to_numpy())
-            because += f"; a prompt behind the user's text raises {self.harm}"
-            because += f" {said(less)} points less"
-            holds, fails = [*holds, less[1] > 0], fails or less[2] < 0
+            more = welch(behind.to_numpy(), runs["change"].to_numpy())
+            because += f"; one behind the user's text differs by {said(more)} points"
+            holds, fails = [*holds, more[2] < 0], fails or more[1] > 0
         if not change[1] > 0 or np.isnan(share[0]) or np.isnan(excess[0]):
             return CANNOT_TELL, because
         if all(holds):
