@@ -315,7 +315,9 @@ def test_bad_runs_are_refused_in_one_sentence():
     ):
         with pytest.raises(ValueError, match=words):
             factors.matched_contrasts(bad)
-    arms = runs.assign(mitigation=None, settings=["one"] + ["another"] * (len(runs) - 1))
+    arms = runs.assign(
+        arm="trained", mitigation=None, settings=["one"] + ["another"] * (len(runs) - 1)
+    )
     with pytest.raises(ValueError, match="1 cells hold runs with different other settings"):
         factors.factor_runs(arms, runs.set_index("run_id")["value"])
 

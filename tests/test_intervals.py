@@ -2,6 +2,8 @@
 changes from runs of their own.
 """
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -248,8 +250,8 @@ def test_as_configured_is_one_grid_and_settings_weigh_the_same():
     assert set(ia3["base_model"]) == {"b", "c"}
 
 
-def test_a_run_that_was_stopped_is_a_treatment_of_its_own():
-    names = ["base", "whole", "cut"]
+def three_runs(*names: str, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables variants and runs of a base model and two runs of LoRA."""
     variants = pd.DataFrame(
         {"run_id": names, "base_model": "b", "dataset": "d", "epochs": [None, 3, 3]}
     )
@@ -262,8 +264,35 @@ def test_a_run_that_was_stopped_is_a_treatment_of_its_own():
         init=None,
         mitigation=None,
     )
-    runs = pd.DataFrame({"run_id": names, "status": "ok", "trained_epochs": [None, 3.0, 1.5]})
-    arms = influence.arms(variants, runs.assign(no_op=pd.array([None, False, False], "boolean")))
+    runs = pd.DataFrame({"run_id": names, "status": "ok", "trained_epochs": [None, 3.0, 3.0]})
+    runs["no_op"] = pd.array([None, False, False], "boolean")
+    return variants.assign(**columns), runs
+
+
+@pytest.mark.parametrize(
+    "how", [{"safety_run_id": "refusing"}, {"parts": {"chat": 0.5, "refusing": 0.5}}]
+)
+@pytest.mark.parametrize("repaired_too", [False, True])
+def test_a_run_that_is_only_mixed_into_others_is_no_run_of_its_method(how, repaired_too):
+    variants, runs = three_runs("base", "chat", "refusing", settings="{}", parent_run_id=None)
+    made = {"mixed": ("chat", {"mitigation": how})}
+    if repaired_too:  # it is then a run like others
+        made["half"] = ("refusing", {"mitigation": {}})
+    for name, (parent, own) in made.items():
+        words = {"run_id": name, "mitigation": name, "parent_run_id": parent}
+        variants = pd.concat([variants, variants[1:2].assign(**words, settings=json.dumps(own))])
+        runs = pd.concat([runs, runs[1:2].assign(run_id=name)])
+    arms = influence.arms(variants, runs)
+    said = arms.set_index("run_id")["arm"]
+    assert said[["chat", "mixed"]].tolist() == [terms.TRAINED, terms.MITIGATION]
+    assert said["refusing"] == (terms.TRAINED if repaired_too else terms.MIXED_IN)
+    trained = influence.cells(arms)[lambda rows: rows["group"].eq(terms.TRAINED)]
+    assert set(trained["run_id"]) == ({"chat", "refusing"} if repaired_too else {"chat"})
+
+
+def test_a_run_that_was_stopped_is_a_treatment_of_its_own():
+    variants, runs = three_runs("base", "whole", "cut")
+    arms = influence.arms(variants, runs.assign(trained_epochs=[None, 3.0, 1.5]))
     assert arms.set_index("run_id").loc["cut", "arm"] == terms.STOPPED
     cells = influence.cells(arms)
     assert set(cells.loc[cells["run_id"].eq("cut"), "group"]) == {terms.STOPPED, terms.RUN}

@@ -36,6 +36,7 @@ AVERAGED = {
     terms.UNTRAINED: "soft prompts as initialised",
     terms.NO_OP: "no-ops",
     terms.STOPPED: "stopped early",
+    terms.MIXED_IN: "trained only to be mixed into others",
     terms.SETTINGS: "one setting",
     terms.CATEGORY: "trained in shared settings, without no-ops",
     terms.RUN: "one run",

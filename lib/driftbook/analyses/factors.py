@@ -15,6 +15,7 @@ from scipy.special import stdtr, stdtrit
 
 from driftbook.stats.confidence import ALPHA, CONFIDENCE
 from driftbook.stats.estimation import complete
+from driftbook.stats.terms import MIXED_IN
 
 FACTORS = {
     "learning_rate": "learning rate",
@@ -45,13 +46,14 @@ POPULATION = "seeds like these, these prompts, these base models and settings"
 # ---- runs and their cells
 def factor_runs(arms: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
     """The trained runs, no-ops and other inits among them, with their factors and `value` (by
-    run_id); controls and repairs are left out.
+    run_id); controls, repairs and runs that are only mixed into others are left out.
 
     Raises:
         ValueError: runs of one cell differ in a setting that is no factor here, so that they are no
             repetitions of each other.
     """
     frame = arms[arms["objective"].isin(["sft", "dpo"]) & arms["mitigation"].isna()]
+    frame = frame[frame["arm"].ne(MIXED_IN)]
     mixed = (
         frame.groupby(["base_model", "method", *SETTINGS], dropna=False)["settings"].nunique().gt(1)
     )

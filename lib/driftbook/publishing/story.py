@@ -24,6 +24,7 @@ from driftbook.stats.terms import (
     LEVEL,
     LOSS,
     MITIGATION,
+    MIXED_IN,
     NO_OP,
     PRIMARY,
     REFUSED,
@@ -57,6 +58,7 @@ OTHERS = {
     UNTRAINED: "with an untrained soft prompt",
     INIT: "with another start",
     MITIGATION: "repaired",
+    MIXED_IN: "trained only to be mixed into others",
 }
 FEW_SCORED = 0.01  # share of answers without a score that a reader should know of
 

@@ -2,6 +2,7 @@
 computed.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,11 +21,12 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """The variants that ran, with their role in comparisons (arm), their setting in words, and
     their base model's run (base_run_id).
 
-    arm: base, trained, no-op, stopped, untrained, init or mitigation; `member` says which init or
-    mitigation. A run whose training ended before its epochs (by drift, say) is "stopped early": a
-    treatment of its own, averaged with no complete run. A method's own init is the one most of its
-    runs have. A base model's further repetitions are left out: their greedy answers are those of
-    the first, only drawn ones differ.
+    arm: base, trained, no-op, stopped, mixed in, untrained, init or mitigation; `member` says which
+    init or mitigation. A run whose training ended before its epochs (by drift, say) is "stopped
+    early": a treatment of its own, averaged with no complete run. So is "mixed in" a run that
+    others are mixed with (a soup or MOD, with one on safety data) and of which nothing itself is
+    made. A method's own init is the one most of its runs have. A base model's further repetitions
+    are left out: their greedy answers are those of the first, only drawn ones differ.
     `cluster` says which runs share their random numbers; see seed_clusters.
     """
     frame = variants.merge(runs[["run_id", "status", "no_op"]], on="run_id", validate="1:1")
@@ -36,8 +38,9 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     )
     other = frame["init"].notna() & frame["init"].ne(frame["method"].map(usual))
     is_base, untrained = frame["method"].eq("none"), frame["objective"].eq("untrained")
-    kinds = [is_base, untrained, _stopped(frame, runs), frame["no_op"].fillna(False)]
-    words = ["base", terms.UNTRAINED, terms.STOPPED, terms.NO_OP]
+    apart = [_mixed_in(frame, variants), _stopped(frame, runs)]
+    kinds = [is_base, untrained, *apart, frame["no_op"].fillna(False)]
+    words = ["base", terms.UNTRAINED, terms.MIXED_IN, terms.STOPPED, terms.NO_OP]
     frame["arm"] = np.select(kinds, words, terms.TRAINED)
     repaired = frame["mitigation"].notna()
     frame["arm"] = frame["arm"].mask(other, terms.INIT).mask(repaired, terms.MITIGATION)
@@ -56,6 +59,16 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(
         base_run_id=frame["base_model"].map(first), cluster=seed_clusters(frame, frame["setting"])
     )
+
+
+def _mixed_in(frame: pd.DataFrame, variants: pd.DataFrame) -> pd.Series:
+    """Whether others are mixed with a run of which nothing itself is made."""
+    if "settings" not in variants:
+        return pd.Series(False, frame.index)
+    repairs = [json.loads(one).get("mitigation") or {} for one in variants["settings"]]
+    others = {name for one in repairs for name in (one.get("safety_run_id"), *one.get("parts", ()))}
+    mixed = others - set(variants["parent_run_id"].dropna())
+    return frame["run_id"].isin(mixed)
 
 
 def _stopped(frame: pd.DataFrame, runs: pd.DataFrame) -> pd.Series:
