@@ -104,11 +104,12 @@ def looks(run_id, method, shift, drop, attention, rng):
 
 
 def simulated(
-    planted: str, drop=60.0, changes=None, attention=50.0, seed=0, behind=None
+    planted: str, drop=60.0, changes=None, attention=50.0, seed=0, behind=None, gain=0.1
 ) -> SimpleNamespace:
     """Tables of a base model whose alignment is in one third or in all, with five seeds of LoRA in
     all layers and in each third, and of Prompt-Tuning; where `behind` is given also of a soft
-    prompt behind the text, which raises unsafe answers by as many points.
+    prompt behind the text, which raises unsafe answers by as many points. Runs gain about `gain`
+    nats on held-out answers.
     """
     rng = np.random.default_rng(seed)
     carried = THIRDS[planted]
@@ -135,6 +136,7 @@ def simulated(
     runs = [
         dict.fromkeys(RUNS.columns)
         | {"run_id": one["run_id"], "status": "ok", "kl_base": rng.uniform(0.5, 2), "no_op": False}
+        | {"nll_base": 2.0, "nll": 2.0 - gain + rng.normal(scale=0.01)}
         for one in variants
     ]
     who = {"benchmark": "safety", "judge": "guard", "category": "c", "outcome": "unsafe"}
@@ -198,6 +200,13 @@ def test_a_prompt_behind_the_text_is_where_the_mechanism_of_prompts_should_break
     assert found == {SAFETY: SUPPORTED, DIRECTION: SUPPORTED, PROMPTS: verdict}
     because = Mechanisms(simulated("early", behind=behind)).verdicts()["because"]
     assert because.str.contains("one behind the user's text differs by").tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("behind", [10, 85])
+def test_a_prompt_behind_the_text_that_learns_nothing_decides_nothing(behind):
+    assert verdicts(simulated("early", behind=behind, gain=-0.1))[PROMPTS] == CANNOT_TELL
+    late = simulated("late", behind=behind, gain=-0.1, attention=20.0)
+    assert verdicts(late)[PROMPTS] == CONTRADICTED, "by what is known of the prompt before it"
 
 
 def test_without_runs_of_a_kind_nothing_is_said_of_it():

@@ -62,7 +62,8 @@ MECHANISMS = {
         " of the refusals lost, and a soft prompt behind the user's text raises unsafe answers by"
         " less (interval of the difference above 0). Contradicted: unsafe answers rise, and neither"
         " of the first two holds or a prompt behind the text raises them by more. Breaks where the"
-        " prompt comes after the user's text; a study without such runs is judged by the first two."
+        " prompt comes after the user's text; such runs count where they learn (their loss on"
+        " held-out answers falls), and a study without them is judged by the first two."
     ),
 }
 SAFETY, DIRECTION, PROMPTS = MECHANISMS
@@ -141,18 +142,22 @@ class Mechanisms:
     @cached_property
     def runs(self) -> pd.DataFrame:
         """The runs that were looked into: run_id, base_model, method, part (the third that is
-        adapted, or all), setting, dose, and the change in unsafe answers in points.
+        adapted, or all), setting, dose, gain (the fall of the loss on held-out answers, in nats),
+        and the change in unsafe answers in points.
         """
         arms = influence.arms(self.tables.variants, self.tables.runs)
         rows = arms[arms["run_id"].isin(self.probes["run_id"])].copy()
         rows["part"] = rows["mitigation"].str.removeprefix("layers ").fillna(ALL)
         rows["setting"] = rows["base_model"] + " " + rows["method"] + " " + rows["part"]
-        dose = self.tables.runs.set_index("run_id")["kl_base"].astype(float)
-        rows["dose"] = rows["run_id"].map(dose)
+        measured = self.tables.runs.set_index("run_id")[["kl_base", "nll_base", "nll"]].astype(
+            float
+        )
+        rows["dose"] = rows["run_id"].map(measured["kl_base"])
+        rows["gain"] = rows["run_id"].map(measured["nll_base"] - measured["nll"])
         rate = self.rates
         rows["change"] = rows["run_id"].map(rate) - rows["base_run_id"].map(rate)
         columns = ["run_id", "base_run_id", "base_model", "method", "part", "setting", "dose"]
-        return rows[[*columns, "change"]].reset_index(drop=True)
+        return rows[[*columns, "gain", "change"]].reset_index(drop=True)
 
     @cached_property
     def rates(self) -> pd.Series:
@@ -309,10 +314,12 @@ class Mechanisms:
             f" above its share of tokens; early states carry {known}"
         )
         holds, fails = [excess[1] > 0, share[1] > EARLY], all((excess[2] < 0, share[2] < EARLY))
-        if len(behind := self._of(base, SUFFIX)["change"]):
-            more = welch(behind.to_numpy(), runs["change"].to_numpy())
+        if len(behind := self._of(base, SUFFIX)):
+            more = welch(behind["change"].to_numpy(), runs["change"].to_numpy())
+            learns = interval(behind["gain"])[1] > 0
             because += f"; one behind the user's text differs by {said(more)} points"
-            holds, fails = [*holds, more[2] < 0], fails or more[1] > 0
+            because += "" if learns else ", but does not learn the task, so it decides nothing"
+            holds, fails = [*holds, learns and more[2] < 0], fails or (learns and more[1] > 0)
         if not change[1] > 0 or np.isnan(share[0]) or np.isnan(excess[0]):
             return CANNOT_TELL, because
         if all(holds):
