@@ -439,7 +439,8 @@ class Audit:
             return nothing | {"said": f"{study.name} has no held-out answers"}
         with adapters.attached(self.base.model, self.candidate.folder) as model:
             try:
-                pairs, _ = held_out(self.base, study, len(soft_ids(self.base.model)))
+                soft = getattr(model.active_peft_config, "num_virtual_tokens", None) or 0
+                pairs, _ = held_out(self.base, study, len(soft_ids(self.base.model)), soft)
             except ValueError as error:  # its file is not there, or no answer fits
                 return nothing | {"said": str(error)}
             found = measure_dose(model, None, self.base, pairs)
