@@ -107,12 +107,7 @@ def prepare(
         raise ValueError(f"data.{name}: {error}") from None
     lengths = tuple(max(_size(one.ids, after) for one in row) for row in made)
     cut = [[_cut(one, limit, after) for one in row] for row in made]
-    fits = [all(len(one.counted) for one in row) for row in cut]
-    if not any(fits):
-        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
-    sizes = [len(one.ids) for row, whole in zip(cut, fits, strict=True) if whole for one in row]
-    if max(sizes) > (room := context_length(base.model)):
-        raise ValueError(f"data.{name}: {TOO_LONG.format(max(sizes), room)}")
+    fits = _that_fit(name, cut, limit, context_length(base.model))
     ties = [equal_answers(one) or _are_equal(row) for one, row in zip(examples, cut, strict=True)]
     tied = [whole and tie and not sft for whole, tie in zip(fits, ties, strict=True)]
     kept = [row for row, whole, tie in zip(cut, fits, tied, strict=True) if whole and not tie]
@@ -258,6 +253,21 @@ def _cut(one: Conversation, limit: int, after: range = NOTHING) -> Conversation:
     own = [place for place, token in enumerate(one.ids) if token not in after]
     end = own[limit] if limit < len(own) else len(one.ids)
     return Conversation(one.ids[:end], one.counted[one.counted < end])
+
+
+def _that_fit(name: str, cut: list[list[Conversation]], limit: int, context: int) -> list[bool]:
+    """Of which examples, cut at a limit, a token counts.
+
+    Raises:
+        ValueError: of none; or one has more tokens with its soft prompts than the model reads.
+    """
+    fits = [all(len(one.counted) for one in row) for row in cut]
+    if not any(fits):
+        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
+    sizes = [len(one.ids) for row, whole in zip(cut, fits, strict=True) if whole for one in row]
+    if max(sizes) > context:
+        raise ValueError(f"data.{name}: {TOO_LONG.format(max(sizes), context)}")
+    return fits
 
 
 def _note(n: int, n_lost: int, n_cut: int, n_tied: int, limit: int) -> str | None:
