@@ -159,6 +159,17 @@ def test_every_answer_of_a_longer_conversation_counts_behind_the_ids(bases):
         assert ids.count(after[0]) == len(TEXTS)
 
 
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_a_token_without_an_embedding_is_never_read_as_the_soft_prompt(bases, where):
+    tokenizer = copy.deepcopy(bases["llama"].tokenizer)
+    tokenizer.add_tokens(["brioche"])  # more than the table has rows for
+    after = range(tokenizer.convert_tokens_to_ids("brioche"), len(tokenizer) + N)
+    asked, said = ("a brioche", "cake") if where == "prompt" else ("a cake", "brioche")
+    with pytest.raises(ValueError) as error:
+        conversation_ids(tokenizer, [{"role": "user", "content": asked}], said, after)
+    assert "the token brioche, for which the model has no" in one_sentence(error.value)
+
+
 def test_a_token_that_holds_the_end_of_a_text_is_read_in_two_parts():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '.\\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
