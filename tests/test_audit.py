@@ -412,32 +412,53 @@ def test_usefulness_without_right_answers_is_called_what_it_is():
         assert audit_record._of_area(row, asked, likely)["outcome"] == outcome
 
 
+def configured(folder, kind="LORA", **settings):
+    """The folder of an adapter, of which only its configuration is looked at."""
+    content = json.dumps({"peft_type": kind, **settings})
+    (folder / "adapter_config.json").write_text(content)
+    return folder
+
+
+SOFT = {"num_virtual_tokens": 8}
+OF_KINDS = {"LORA": (0, 0), "PROMPT_TUNING": (0, 8), "SUFFIX_TUNING": (8, 8)}
+
+
+@pytest.mark.parametrize("kind", OF_KINDS)
 @pytest.mark.parametrize("own", [True, False])
-def test_the_dose_is_on_answers_that_were_held_out_of_the_adapters_training(own, monkeypatch):
+def test_the_dose_is_on_answers_that_were_held_out_of_the_adapters_training(
+    own, kind, tmp_path, monkeypatch
+):
     asked, trained = (SimpleNamespace(name=n, data={"heldout": 1}) for n in ("asked", "trained"))
     read = []
-    monkeypatch.setattr(auditing, "held_out", lambda _, study: read.append(study) or ([1, 2], None))
+
+    def taken(_, *given):
+        read.extend(given)
+        return [1, 2], None
+
+    monkeypatch.setattr(auditing, "held_out", taken)
     monkeypatch.setattr(auditing.adapters, "attached", lambda *_: nullcontext())
     found = {"nll_base": 2.0, "nll": 1.5, "kl_base": 0.25, "no_op": False}
     monkeypatch.setattr(auditing, "measure_dose", lambda *_: found)
     one = opened("all", {})
     one.__dict__["base"] = SimpleNamespace(model=None)
     one.__dict__["study"] = asked
-    given = SimpleNamespace(kind="adapter", folder=None, study=trained if own else None)
+    folder = configured(tmp_path, kind, **({} if kind == "LORA" else SOFT))
+    given = SimpleNamespace(kind="adapter", folder=folder, study=trained if own else None)
     one.__dict__["candidate"] = given
     told = audit_record._dose(one)
-    assert read == [trained if own else asked]
+    assert read == [trained if own else asked, *OF_KINDS[kind]]
     assert (told["kl"], told["loss_base"], told["loss_candidate"]) == (0.25, 2.0, 1.5)
     assert told["sentence"].startswith(f"On 2 held-out answers of {read[0].name}")
     assert ("if the adapter was not trained on them" in told["sentence"]) != own
 
 
-def test_a_dose_without_held_out_answers_is_not_known(study, monkeypatch):
+def test_a_dose_without_held_out_answers_is_not_known(study, tmp_path, monkeypatch):
     def fails(*_):
         raise ValueError("data.heldout: /data/her/x.json is not there")
 
     one = opened("all", {})
-    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", study=None)
+    folder = configured(tmp_path)
+    one.__dict__["candidate"] = SimpleNamespace(kind="adapter", study=None, folder=folder)
     one.__dict__["base"] = None
     one.__dict__["study"] = SimpleNamespace(name="mine", data={})
     told = audit_record._dose(one)

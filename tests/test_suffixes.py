@@ -4,8 +4,10 @@ refuses it.
 """
 
 import copy
+import json
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -157,6 +159,17 @@ def test_every_answer_of_a_longer_conversation_counts_behind_the_ids(bases):
         assert ids.count(after[0]) == len(TEXTS)
 
 
+@pytest.mark.parametrize("where", ["prompt", "answer"])
+def test_a_token_without_an_embedding_is_never_read_as_the_soft_prompt(bases, where):
+    tokenizer = copy.deepcopy(bases["llama"].tokenizer)
+    tokenizer.add_tokens(["brioche"])  # more than the table has rows for
+    after = range(tokenizer.convert_tokens_to_ids("brioche"), len(tokenizer) + N)
+    asked, said = ("a brioche", "cake") if where == "prompt" else ("a cake", "brioche")
+    with pytest.raises(ValueError) as error:
+        conversation_ids(tokenizer, [{"role": "user", "content": asked}], said, after)
+    assert "the token brioche, for which the model has no" in one_sentence(error.value)
+
+
 def test_a_token_that_holds_the_end_of_a_text_is_read_in_two_parts():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '.\\n' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -271,6 +284,59 @@ def first_loss(base, variant, prepared):
     return total / n
 
 
+@pytest.fixture
+def turns(make_study, tmp_path):
+    """A study of conversations in which the user speaks three times, cut at so many tokens."""
+    said = [word for pair in zip(TEXTS, ANSWERS, strict=True) for word in pair]
+    roles = ["user", "assistant"] * len(TEXTS)
+    messages = [{"role": a, "content": b} for a, b in zip(roles, said, strict=True)]
+    source = tmp_path / "turns.json"
+    source.write_text(json.dumps([{"messages": messages}] * 3))
+
+    def made(limit):
+        content = content_of()
+        form = {"source": str(source), "format": "messages", "n": 3}
+        content["data"] = {"sft": form, "heldout": form}
+        content["training"]["max_length"] = limit
+        return make_study(content)
+
+    return made
+
+
+@pytest.mark.parametrize("limit", [62, 70])
+def test_no_token_of_a_longer_conversation_is_lost_to_the_soft_prompts(bases, turns, limit):
+    base, study = bases["llama"], turns(limit)
+    after = examples.after_ids(base, 4)
+    plain, found = (examples.prepare("sft", base, study, n_after=n) for n in (0, 4))
+    assert (found.note, found.lengths) == (plain.note, plain.lengths)
+    assert bool(plain.note) is (limit == 62), "of the two, one cuts"
+    for one, own in zip(plain.examples, found.examples, strict=True):
+        assert without(own.ids, after) == one.ids
+        assert [own.ids[i] for i in own.counted] == [one.ids[i] for i in one.counted]
+    held, note = examples.held_out(base, study)
+    own, same = examples.held_out(base, study, 4)
+    assert [(without(a, after), b) for a, b in own] == held
+    assert note == same
+
+
+def test_what_is_longer_than_the_model_reads_is_refused(bases, turns):
+    base, study = bases["llama"], turns(70)
+    with patch.object(examples, "context_length", lambda _: 75), pytest.raises(ValueError) as error:
+        examples.prepare("sft", base, study, n_after=4)
+    assert "and the model reads 75" in one_sentence(error.value)
+
+
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_held_out_answers_leave_room_for_an_adapter_of_another_study(bases, study, kind):
+    base, n = bases["llama"], 10  # more than any soft prompt of the study
+    pairs, _ = examples.held_out(base, study)
+    longest = max(len(a) + len(b) for a, b in pairs)
+    with patch.object(examples, "context_length", lambda _: longest):
+        own, _ = examples.held_out(base, study, n if kind == "after" else 0, n)
+    room = longest if kind == "after" else longest - n
+    assert max(len(a) + len(b) for a, b in own) == room
+
+
 # ---- what does not know it, and bad input
 def test_another_tool_refuses_its_type(folders):
     code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
@@ -286,7 +352,7 @@ def test_the_doctor_knows_it_and_repairs_of_weights_refuse_it(bases, folders, tm
     assert "3 virtual tokens" in found["soft_prompt"]
     with pytest.raises(ValueError) as error:
         controls.rescaled(folders["llama"], tmp_path / "half", 0.5)
-    assert "SUFFIX_TUNING" in one_sentence(error.value)
+    assert "is a soft prompt (SUFFIX_TUNING)" in one_sentence(error.value)
 
 
 def test_it_is_refused_on_another_width_and_where_more_is_looked_up(bases, folders):
@@ -302,6 +368,10 @@ REFUSED = {
     "trained by dpo": (
         {"grid": [{"objectives": ["dpo"]}], "data": {"dpo": SMALL["data"]["dpo"]}},
         "suffix_tuning is not trained by dpo",
+    ),
+    "no number of tokens": (
+        {"methods": {"suffix_tuning": {"init": "random"}}},
+        "methods.suffix_tuning has no num_virtual_tokens",
     ),
     "an init from text": (
         {"methods": {"suffix_tuning": {"num_virtual_tokens": 4, "init": "task_text"}}},
@@ -336,21 +406,13 @@ def test_what_does_not_apply_is_refused_in_a_sentence(tmp_path, data_folder, cas
     assert expected in one_sentence(error.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, "num_virtual_tokens is None; give a whole number from 1 on"),
-        ({"num_virtual_tokens": 2, "position": "after"}, "unexpected keyword argument 'position'"),
-    ],
-)
-def test_settings_that_it_has_not_are_refused(make_study, settings, expected):
-    study = make_study(content_of())
-    [variant] = variants_of(study, "suffix_tuning")
-    object.__setattr__(variant, "settings", f'{{"peft": {settings}}}'.replace("'", '"'))
-    variant.__dict__["n_after"] = 2
+def test_settings_that_it_has_not_are_refused(make_study):
+    content = content_of()
+    content["methods"]["suffix_tuning"]["position"] = "after"
+    [variant] = variants_of(make_study(content), "suffix_tuning")
     with pytest.raises(ValueError) as error:
         adapters.config(variant)
-    assert expected in one_sentence(error.value)
+    assert "unexpected keyword argument 'position'" in one_sentence(error.value)
 
 
 # ---- inside

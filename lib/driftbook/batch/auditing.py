@@ -40,14 +40,13 @@ from driftbook.benchmarks import bbq, data, deployed, judging, utility
 from driftbook.benchmarks.formats import FORMATS
 from driftbook.benchmarks.responding import responses
 from driftbook.doctors.adapter import examine
-from driftbook.models import adapters, loading
-from driftbook.models.conversations import soft_ids
+from driftbook.models import adapters, loading, suffixes
 from driftbook.models.endpoint import NO_LOSSES, Endpoint
 from driftbook.models.loading import Loaded
 from driftbook.models.scoring import Scorer
 from driftbook.models.templates import template_of
 from driftbook.study import code
-from driftbook.study.files import OUTPUTS, check_writable, digest, private_folder
+from driftbook.study.files import OUTPUTS, check_writable, digest, private_folder, read_json
 from driftbook.study.sources import identity
 from driftbook.study.study_file import Study
 from driftbook.study.tables import ANSWERS, RATINGS, RESPONSES, VERDICTS, Table
@@ -437,11 +436,14 @@ class Audit:
             return nothing | {"said": "the candidate is no adapter"}
         if "heldout" not in study.data:
             return nothing | {"said": f"{study.name} has no held-out answers"}
+        made = read_json(self.candidate.folder / "adapter_config.json")
+        virtual = made.get("num_virtual_tokens") or 0
+        behind = virtual if made.get("peft_type") == suffixes.TYPE else 0
+        try:
+            pairs, _ = held_out(self.base, study, behind, virtual)
+        except ValueError as error:  # its file is not there, or no answer fits
+            return nothing | {"said": str(error)}
         with adapters.attached(self.base.model, self.candidate.folder) as model:
-            try:
-                pairs, _ = held_out(self.base, study, len(soft_ids(self.base.model)))
-            except ValueError as error:  # its file is not there, or no answer fits
-                return nothing | {"said": str(error)}
             found = measure_dose(model, None, self.base, pairs)
         losses = {"loss_base": found["nll_base"], "loss_candidate": found["nll"]}
         whose = f"{len(pairs)} held-out answers of {study.name}"

@@ -24,6 +24,10 @@ from driftbook.models.trees import common_prefix
 
 MARK = "\ue3a7\ue3a8"  # where a text of the user ends, in a rendering that nobody is asked
 NOTHING = range(0)
+NO_EMBEDDING = (
+    "a text has the token {}, for which the model has no embedding (its table has {} rows); take it"
+    " out of the text"
+)
 
 
 def soft_ids(model: PreTrainedModel) -> range:
@@ -107,28 +111,42 @@ def _user_ends(
     return list(accumulate(map(len, parts)))
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, after: range) -> list[int]:
+    """Token ids of a text, none of which is the soft prompt's."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if after and max(ids, default=0) >= after.start:  # as where a tokenizer has more than the table
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(NO_EMBEDDING.format(token, after.start))
+    return ids
+
+
 def _with_soft(
     tokenizer: PreTrainedTokenizerBase, text: str, ends: list[int], after: range
 ) -> list[int]:
     """Token ids of a text with those of the soft prompt at its places."""
     if not ends:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return _encoded(tokenizer, text, after)
     *earlier, end = ends
-    first = tokenizer.encode(text[:end], add_special_tokens=False)
-    rest = _following(tokenizer, first, text[:end], text[end:], "a text of the user")
+    first = _encoded(tokenizer, text[:end], after)
+    rest = _following(tokenizer, first, text[:end], text[end:], "a text of the user", after)
     return [*_with_soft(tokenizer, text[:end], earlier, after), *after, *rest]
 
 
 def _following(
-    tokenizer: PreTrainedTokenizerBase, first: list[int], before: str, said: str, what: str
+    tokenizer: PreTrainedTokenizerBase,
+    first: list[int],
+    before: str,
+    said: str,
+    what: str,
+    after: range,
 ) -> list[int]:
     """Token ids of what is said behind a text, whose own ids are given: read together with it, or
     apart where one token would hold the end of one and the beginning of the other.
     """
-    both = tokenizer.encode(before + said, add_special_tokens=False)
+    both = _encoded(tokenizer, before + said, after)
     if both[: len(first)] == first:
         return both[len(first) :]
-    apart = tokenizer.encode(said, add_special_tokens=False)
+    apart = _encoded(tokenizer, said, after)
     if tokenizer.decode([*first, *apart]) != tokenizer.decode(both):
         raise ValueError(
             f"the tokenizer reads the end of {what} together with {said[:20]!r}, which follows it,"
@@ -228,7 +246,7 @@ def conversation_ids(
             " is asked; take thoughts out of the answers, or use another template"
         )
     said = whole[len(before) :] + place.closed_by
-    return list(ids), _following(tokenizer, without(ids, after), asked, said, "a prompt")
+    return list(ids), _following(tokenizer, without(ids, after), asked, said, "a prompt", after)
 
 
 def counted_ids(

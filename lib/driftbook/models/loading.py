@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from driftbook.models import templates
-from driftbook.models.conversations import chat_ids, soft_ids
+from driftbook.models.conversations import NO_EMBEDDING, chat_ids, soft_ids
 from driftbook.study import access
 from driftbook.study.limits import too_large, tried
 from driftbook.study.sections import Base, Judge, Rater, Source
@@ -313,7 +313,4 @@ def check_ids(
     rows, most = model.get_input_embeddings().weight.shape[0], int(np.max(ids, initial=0))
     if most >= rows + len(soft_ids(model)):
         token = tokenizer.convert_ids_to_tokens(most)
-        raise ValueError(
-            f"a text has the token {token}, for which the model has no embedding (its table has"
-            f" {rows} rows); take it out of the text"
-        )
+        raise ValueError(NO_EMBEDDING.format(token, rows))

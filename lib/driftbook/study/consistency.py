@@ -176,8 +176,8 @@ def _check_methods(study: Content) -> None:
             may = " or ".join(known.inits) or "none: it has no prompt"
             raise ValueError(f"methods.{method}.init = {settings['init']!r}; expected {may}")
         if missing := [name for name in known.needs if name not in settings]:
-            why = "PEFT's default differs by family, so name them"
-            raise ValueError(f"methods.{method} has no {missing[0]}; {why}")
+            why = "which has no default that holds for all models; give it"
+            raise ValueError(f"methods.{method} has no {missing[0]}, {why}")
         _check_init(method, settings)
         _check_ranges(method, settings)
         if fixed := [name for name in known.fixed if name in settings]:

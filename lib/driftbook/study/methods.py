@@ -34,7 +34,7 @@ TEXT_INITS = {"task_text": "task"} | dict.fromkeys(
 INITS = ("random", "vocabulary", *TEXT_INITS)
 # an encoder makes all virtual tokens, so none of them can be frozen
 ENCODED_INITS = tuple(init for init in INITS if init != "safety_frozen")
-_RANDOM = {"inits": ("random",)}
+_TOKENS = {"needs": ("num_virtual_tokens",)}
 _TARGETS = {"needs": ("target_modules",)}
 SUFFIX = "suffix_tuning"  # a soft prompt behind the user's text (models/suffixes.py)
 # A method is one entry. Figures draw methods in this order: adapters in blues, prompts in oranges.
@@ -43,10 +43,10 @@ PEFT_METHODS = {
     "lora": PeftMethod("LoRA", "adapter", "LoraConfig", "#0072B2"),
     "ia3": PeftMethod("IA3", "adapter", "IA3Config", "#56B4E9", **_TARGETS),
     "prompt_tuning": PeftMethod(
-        "Prompt-Tuning", "prompt", "PromptTuningConfig", "#D55E00", inits=INITS
+        "Prompt-Tuning", "prompt", "PromptTuningConfig", "#D55E00", inits=INITS, **_TOKENS
     ),
     "p_tuning": PeftMethod(
-        "P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", inits=ENCODED_INITS
+        "P-Tuning", "prompt", "PromptEncoderConfig", "#E69F00", inits=ENCODED_INITS, **_TOKENS
     ),
     "qlora": PeftMethod("QLoRA", "adapter", "LoraConfig", "#003D73", quantized=True),
     "dora": PeftMethod("DoRA", "adapter", "LoraConfig", "#009E9E", {"use_dora": True}),
@@ -54,7 +54,7 @@ PEFT_METHODS = {
     "bitfit": PeftMethod("bias tuning", "adapter", "BeftConfig", "#4B4BA8", **_TARGETS),
     "ln_tuning": PeftMethod("LayerNorm tuning", "adapter", "LNTuningConfig", "#86C5B5"),
     "prefix_tuning": PeftMethod(
-        "prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", **_RANDOM
+        "prefix tuning", "prompt", "PrefixTuningConfig", "#B5651D", inits=("random",), **_TOKENS
     ),
     SUFFIX: PeftMethod(
         "Prompt-Tuning behind the text",
@@ -63,6 +63,7 @@ PEFT_METHODS = {
         "#8C2D04",
         inits=("random", "vocabulary"),
         objectives=("sft",),
+        **_TOKENS,
     ),
 }
 # their ids hold a soft prompt, which no other model reads: no reference, no other part of a product

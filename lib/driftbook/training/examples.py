@@ -100,15 +100,14 @@ def prepare(
     examples, betas = training_examples(name, study), change.betas if change else ()
     if change and change.kind in TRAINED_ON:
         examples += _mixed_in(change.data, change.value, study.n_examples(name), study)
+    after = after_ids(base, n_after)
     try:
-        made = _in_tokens(objective, examples, base, study, after_ids(base, n_after))
+        made = _in_tokens(objective, examples, base, study, after)
     except ValueError as error:
         raise ValueError(f"data.{name}: {error}") from None
-    lengths = tuple(max(len(one.ids) for one in row) - n_after for row in made)
-    cut = [[_cut(one, limit + n_after) for one in row] for row in made]
-    fits = [all(len(one.counted) for one in row) for row in cut]
-    if not any(fits):
-        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
+    lengths = tuple(max(_size(one.ids, after) for one in row) for row in made)
+    cut = [[_cut(one, limit, after) for one in row] for row in made]
+    fits = _that_fit(name, cut, limit, context_length(base.model))
     ties = [equal_answers(one) or _are_equal(row) for one, row in zip(examples, cut, strict=True)]
     tied = [whole and tie and not sft for whole, tie in zip(fits, ties, strict=True)]
     kept = [row for row, whole, tie in zip(cut, fits, tied, strict=True) if whole and not tie]
@@ -120,7 +119,7 @@ def prepare(
     rows = _constrained(rows, betas, base) if betas else rows
     packs = [[i] for i in range(len(rows))]
     if sft and study.training.packed:
-        packs = steps.bins([len(one.ids) - n_after for one in rows], limit)
+        packs = steps.bins([_size(one.ids, after) for one in rows], limit)
     made = Prepared(rows, packs, digest([examples, betas] if betas else examples), note, lengths)
     second = change and change.data and change.kind not in TRAINED_ON
     return _with_alignment(made, change.data, base, study) if second else made
@@ -169,6 +168,10 @@ def conversations(example: Conversation | Pair) -> list[Conversation]:
     return [example] if isinstance(example, Conversation) else [example.chosen, example.rejected]
 
 
+TOO_LONG = (
+    "with a soft prompt behind each text of the user an example has {} tokens, and the model reads"
+    " {}; lower training.max_length, or take data of one turn"
+)
 NONE_FITS = "no example fits training.max_length={} tokens; raise it"
 EQUAL = "their two answers being the same up to max_length or to white space at the ends"
 NONE_DIFFERS = (
@@ -238,8 +241,33 @@ def _conversation(
     return _answered(base, prompt, answer, after)
 
 
-def _cut(one: Conversation, limit: int) -> Conversation:
-    return Conversation(one.ids[:limit], one.counted[one.counted < limit])
+def _size(ids: Ids, after: range) -> int:
+    """The tokens of a text without those of the soft prompt, which stand in it once a user's
+    turn.
+    """
+    return len(without(ids, after))
+
+
+def _cut(one: Conversation, limit: int, after: range = NOTHING) -> Conversation:
+    """A conversation up to so many tokens that are not of the soft prompt."""
+    own = [place for place, token in enumerate(one.ids) if token not in after]
+    end = own[limit] if limit < len(own) else len(one.ids)
+    return Conversation(one.ids[:end], one.counted[one.counted < end])
+
+
+def _that_fit(name: str, cut: list[list[Conversation]], limit: int, context: int) -> list[bool]:
+    """Of which examples, cut at a limit, a token counts.
+
+    Raises:
+        ValueError: of none; or one has more tokens with its soft prompts than the model reads.
+    """
+    fits = [all(len(one.counted) for one in row) for row in cut]
+    if not any(fits):
+        raise ValueError(f"data.{name}: {NONE_FITS.format(limit)}")
+    sizes = [len(one.ids) for row, whole in zip(cut, fits, strict=True) if whole for one in row]
+    if max(sizes) > context:
+        raise ValueError(f"data.{name}: {TOO_LONG.format(max(sizes), context)}")
+    return fits
 
 
 def _note(n: int, n_lost: int, n_cut: int, n_tied: int, limit: int) -> str | None:
@@ -341,39 +369,42 @@ def check_apart(said: str, name: str, study: Study) -> None:
 
 
 def held_out(
-    base: Loaded, study: Study, n_after: int = 0
+    base: Loaded, study: Study, n_after: int = 0, virtual: int = 0
 ) -> tuple[list[tuple[Ids, Ids]], str | None]:
     """The held-out answers on which every variant's dose is measured, (prompt, answer) in token
     ids, cut as the examples are; and a note of what was cut or left out. The prompts have `n_after`
-    tokens of a soft prompt behind the user's text.
+    tokens of a soft prompt behind the user's text; an adapter that is not of the study may have
+    `virtual` tokens, wherever they stand.
 
     Raises:
         ValueError: no example fits.
     """
-    limit = longest(base, study) + n_after
+    limit = longest(base, study, virtual)
     asked = [(one["prompt"], one["answer"]) for one in for_sft(training_examples("heldout", study))]
     after = after_ids(base, n_after)
     pairs = [conversation_ids(base.tokenizer, *one, after) for one in asked]
-    kept = [(prompt, said[: limit - len(prompt)]) for prompt, said in pairs if len(prompt) < limit]
+    room = [limit - _size(prompt, after) for prompt, _ in pairs]
+    both = list(zip(pairs, room, strict=True))
+    kept = [(prompt, said[:left]) for (prompt, said), left in both if left > 0]
     if not kept:
-        raise ValueError(f"data.heldout: {NONE_FITS.format(limit - n_after)}")
-    cut, gone = (
-        sum(len(p) < limit < len(p) + len(said) for p, said in pairs),
-        len(pairs) - len(kept),
-    )
-    text = f"of the held-out answers {gone} left out, {cut} cut, at {limit - n_after} tokens"
+        raise ValueError(f"data.heldout: {NONE_FITS.format(limit)}")
+    cut = sum(0 < left < len(said) for (_, said), left in both)
+    gone = len(pairs) - len(kept)
+    text = f"of the held-out answers {gone} left out, {cut} cut, at {limit} tokens"
     return kept, text if cut or gone else None
 
 
-def longest(base: Loaded, study: Study) -> int:
-    """The most tokens of an example: max_length, or the context less the longest soft prompt and
-    the text that is frozen in front of one.
+def longest(base: Loaded, study: Study, virtual: int = 0) -> int:
+    """The most tokens of an example: max_length, or the context less the longest soft prompt (of
+    the study, or of another adapter's `virtual` tokens) and the text that is frozen in front of
+    one.
     """
     soft = [int(settings.get("num_virtual_tokens", 0)) for settings in study.methods.values()]
+    soft.append(virtual)
     front = 0
     if "safety_frozen" in study.inits:
         front = len(token_ids(base.tokenizer, start_text("safety_frozen", study)))
-    room = context_length(base.model) - max(soft, default=0) - front
+    room = context_length(base.model) - max(soft) - front
     return min(study.training.max_length, room)
 
 

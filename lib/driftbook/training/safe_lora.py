@@ -38,7 +38,9 @@ OPERATORS = ("approximate", "exact", "subspace", "zero", "random", "random subsp
 BY_ENERGY = ("subspace", "random subspace")  # selected by the energy, the others by the cosine
 SMALL = 1_024  # the smaller side of V up to which its spectrum is computed whole
 PROBES, OVERSAMPLED, PASSES, K = 32, 10, 4, 16
-PROMPTS = "PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT ADAPTION_PROMPT".split()
+PROMPTS = """
+    PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT ADAPTION_PROMPT SUFFIX_TUNING
+""".split()
 UNREADABLE = {
     "target_parameters": "whose modules have no counterpart in a checkpoint",
     "layer_replication": "whose modules have no counterpart in a checkpoint",
@@ -190,8 +192,8 @@ def check_adapter(adapter: Path) -> dict:
     if kind in PROMPTS:
         raise ValueError(
             f"{name} is a soft prompt ({kind}), which has no weight update to project; to it apply"
-            " a safety template at test time, safety data mixed into its training, and constrained"
-            " fine-tuning"
+            " a safety template at test time, safety data mixed into its training, and, where it is"
+            " in front of the user's text, constrained fine-tuning"
         )
     if kind not in ("LORA", "IA3"):
         raise ValueError(
