@@ -14,6 +14,7 @@ from driftbook.analyses.mechanisms import (
     CANNOT_TELL,
     CONTRADICTED,
     DIRECTION,
+    MECHANISMS,
     PROMPTS,
     SAFETY,
     SUPPORTED,
@@ -185,7 +186,9 @@ def test_the_report_tells_each_verdict_and_what_it_rests_on():
     words = "Hypothesis: {}. Verdict: supported on deep."
     shown = " ".join(words.format(name) for name in (SAFETY, DIRECTION))
     assert told.advice == shown, "what cannot be told is evidence"
-    assert f"{BASE}, {PROMPTS}: unsafe answers +" in told.evidence
+    lines = told.evidence.splitlines()
+    assert len(lines) == len(MECHANISMS), "a line for each, on one base model"
+    assert lines[-1].startswith(f"{BASE}, {PROMPTS}: unsafe answers +")
     tables.rates["outcome"] = "not refused"
     assert "answers without a refusal +" in Mechanisms(tables).verdicts()["because"].iloc[1]
     silent = {one.question: one for one in guidance(ESTIMATES.empty(), ASKED)}[WHY]

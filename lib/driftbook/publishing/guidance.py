@@ -191,7 +191,7 @@ def _why(tables: Tables | None) -> tuple[str, str]:
     rows = inside.verdicts()
     words = [f"{row.base_model}, {row.mechanism}: {row.because}." for row in rows.itertuples()]
     told = inside.sentence(rows[rows["verdict"].ne(CANNOT_TELL)])
-    return told or NOT_SHOWN, " ".join(words)
+    return told or NOT_SHOWN, "\n".join(words)
 
 
 def _audit(estimates: pd.DataFrame, outcomes: Outcomes) -> tuple[str, str]:
