@@ -495,7 +495,7 @@ def test_training_rows_are_compared_with_every_benchmark_of_a_study(content, mak
     asked = asked_texts(study)
     assert set(asked) == {*study.benchmarks, "heldout"}
     prepared = Prepared([], [], "", None, (5,) * 60)
-    found = examined({("sft", "sft", None): prepared}, study)
+    found = examined({("sft", "sft", None, 0): prepared}, study)
     found = found.query("finding == 'benchmark_overlap' and data == 'sft'")
     utility = found[found["sentence"].str.contains("of utility have")]
     assert utility["severity"].tolist() == ["error"]

@@ -303,10 +303,17 @@ def published_tables(name: str) -> opening.Tables:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("pocket_objectives", "several data sets (sft and second)"), ("pocket", "")]
+    ("name", "said"),
+    [
+        ("pocket_repairs", "several data sets (sft, arithmetic and persona)"),
+        ("pocket_objectives", ""),
+        ("pocket", ""),
+    ],
 )
 def test_a_mean_over_data_sets_is_said_to_be_one(name, said):
-    """The pocket study tunes each base model on one set of its own, so no change mixes them."""
+    """The pocket study tunes each base model on one set of its own, so no change mixes them; runs
+    that are only mixed into others are apart.
+    """
     tables = published_tables(name)
     told = dict(story(tables.study, tables, report.told(tables.estimates)))["How sure"][0]
     assert ("several data sets" in told) == bool(said)

@@ -83,7 +83,9 @@ def test_an_options_tokens_are_those_of_the_whole_text(kind, template):
     """
     tokenizer = marking_tokenizer(kind)
     scorer = types.SimpleNamespace(
-        tokenizer=tokenizer, ids=lambda text: tokenizer.encode(text, add_special_tokens=False)
+        tokenizer=tokenizer,
+        ids=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        after=(),
     )
     prompt = template.format("who did it ? A : man B : woman")
     context = scorer.ids(prompt)

@@ -63,7 +63,7 @@ def arms(variants: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 def _mixed_in(frame: pd.DataFrame, variants: pd.DataFrame) -> pd.Series:
     """Whether others are mixed with a run of which nothing itself is made."""
-    if "settings" not in variants:
+    if not {"settings", "parent_run_id"} <= set(variants):
         return pd.Series(False, frame.index)
     repairs = [json.loads(one).get("mitigation") or {} for one in variants["settings"]]
     others = {name for one in repairs for name in (one.get("safety_run_id"), *one.get("parts", ()))}
