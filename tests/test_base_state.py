@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftType, PromptTuningConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +105,7 @@ NEEDED = {
     "VERA": {"target_modules": ["q_proj"], "r": 4},
     "WAVEFT": {"n_frequency": 20},
 }
+OWN = tuple(PeftType)  # not our own type, whose change shows where its ids stand
 WITHOUT_TARGETS = ("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "TRAINABLE_TOKENS")
 
 
@@ -123,7 +124,7 @@ def config_of(method: str, kind: type):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", sorted(str(m.value) for m in PEFT_TYPE_TO_CONFIG_MAPPING))
+@pytest.mark.parametrize("method", sorted(m.value for m in PEFT_TYPE_TO_CONFIG_MAPPING if m in OWN))
 def test_each_method_is_undone_to_the_bit_or_refused_by_name(tokenizer, tmp_path, method):
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     base = model()

@@ -27,6 +27,7 @@ from driftbook.models.conversations import (
     soft_ids,
     without,
 )
+from driftbook.models.fingerprint import fingerprint
 from driftbook.models.inside import Inside
 from driftbook.models.scoring import Scorer
 from driftbook.models.trees import common_prefix
@@ -83,6 +84,7 @@ def by_hand(base, rows, prompt, answer):
 def test_the_scorer_reads_the_rows_where_they_stand(bases, folders, family):
     base, rows = bases[family], rows_of(folders[family])
     wanted = [by_hand(base, rows, *pair) for pair in zip(TEXTS, ANSWERS, strict=True)]
+    before = fingerprint(base.model)
     with adapters.attached(base.model, folders[family]) as model:
         scorer = Scorer(model, base.tokenizer)
         pairs = scorer.answered(TEXTS, ANSWERS)
@@ -97,6 +99,7 @@ def test_the_scorer_reads_the_rows_where_they_stand(bases, folders, family):
         letters = scorer.letters(asked)
         np.testing.assert_allclose(letters[1], scorer.letters(asked[1:2])[0], atol=1e-4)
     assert soft_ids(base.model) == range(0)
+    assert before.differences(fingerprint(base.model)) == []
     plain = Scorer(base.model, base.tokenizer).token_logprobs(
         [(without(a, scorer.after), b) for a, b in pairs]
     )
