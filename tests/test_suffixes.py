@@ -16,6 +16,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from conftest import FAMILIES, SMALL, one_sentence, variants_of, write_study
+from driftbook.batch.audit_setup import Candidate
 from driftbook.doctors.adapter import examine
 from driftbook.models import adapters, suffixes
 from driftbook.models.base_state import BaseState
@@ -31,9 +32,10 @@ from driftbook.models.fingerprint import fingerprint
 from driftbook.models.inside import Inside
 from driftbook.models.scoring import Scorer
 from driftbook.models.trees import common_prefix
+from driftbook.publishing import make_repair
 from driftbook.stats.directions import ATTENTION, BEGINS, OF_BASE, TAKEN
 from driftbook.study.study_file import load
-from driftbook.training import controls, examples, fit, probes
+from driftbook.training import examples, fit, probes
 from driftbook.training.dose import base_dose
 from test_chat_templates import CASES, made
 from test_probes import probing
@@ -353,9 +355,11 @@ def test_the_doctor_knows_it_and_repairs_of_weights_refuse_it(bases, folders, tm
     found = examine(folders["llama"], bases["llama"]).set_index("finding")["sentence"]
     assert set(found.index) == {"base", "soft_prompt"}, found.tolist()  # no base is named in it
     assert "3 virtual tokens" in found["soft_prompt"]
-    with pytest.raises(ValueError) as error:
-        controls.rescaled(folders["llama"], tmp_path / "half", 0.5)
-    assert "is a soft prompt (SUFFIX_TUNING)" in one_sentence(error.value)
+    one = Candidate("adapter", "x", "x", folders["llama"], None, None)
+    for kind in make_repair.KINDS:
+        with pytest.raises(ValueError) as error:
+            make_repair.repaired(one, {"WITH": kind}, tmp_path / kind)
+        assert "is a soft prompt (SUFFIX_TUNING)" in one_sentence(error.value)
 
 
 def test_it_is_refused_on_another_width_and_where_more_is_looked_up(bases, folders):
@@ -375,6 +379,10 @@ REFUSED = {
     "no number of tokens": (
         {"methods": {"suffix_tuning": {"init": "random"}}},
         "methods.suffix_tuning has no num_virtual_tokens",
+    ),
+    "no whole number of tokens": (
+        {"methods": {"suffix_tuning": {"num_virtual_tokens": True, "init": "random"}}},
+        "expected a whole number above 0",
     ),
     "an init from text": (
         {"methods": {"suffix_tuning": {"num_virtual_tokens": 4, "init": "task_text"}}},

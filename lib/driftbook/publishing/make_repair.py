@@ -27,7 +27,7 @@ from driftbook.stats.picking import with_minus
 from driftbook.study.files import ROOT, check_path
 from driftbook.training import controls
 from driftbook.training.mitigations import checkpoint
-from driftbook.training.safe_lora import project
+from driftbook.training.safe_lora import check_adapter, project
 
 KINDS = ("rescale", "safe_lora")
 USUAL = {"rescale": 0.5, "safe_lora": 0.35}  # the factor; the published threshold
@@ -49,6 +49,7 @@ def repaired(one: Candidate, given: Mapping[str, str], out: Path) -> float:
     if kind == "rescale":
         controls.rescaled(one.folder, out, value)
         return value
+    check_adapter(one.folder)  # before a checkpoint is asked for that would not help
     pair = [_checkpoint(given, name) for name in ("ALIGNED", "UNALIGNED")]
     rows = project(one.folder, *pair, out, value=value)
     kept = np.hypot.reduce(rows["share_kept"] * rows["norm_update"])

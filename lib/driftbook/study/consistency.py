@@ -229,7 +229,7 @@ def _check_ranges(method: str, settings: dict[str, Any]) -> None:
         where = f"methods.{method}.{key} = {value!r}"
         if key.endswith("dropout") and not (_is_number(value) and 0 <= value < 1):
             raise ValueError(f"{where}; a share of what is dropped is from 0 to below 1")
-        if key in SIZES and not (isinstance(value, int) and value > 0):
+        if key in SIZES and not (type(value) is int and value > 0):  # true is no size
             raise ValueError(f"{where}; expected a whole number above 0")
         if isinstance(value, dict) and len(value) > MOST_ENTRIES:
             raise ValueError(f"methods.{method}.{key} has {len(value):,} entries; give a pattern")
