@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from scipy.special import ndtr
 
 from comparing import LABELS, UNITS, draw, made
+from driftbook.analyses import outcomes
 from driftbook.stats import comparisons, estimation, influence, intervals, terms
 from driftbook.study.tables import ESTIMATES, TABLES
 from simulated import simulate
@@ -385,6 +386,14 @@ def test_deltas_of_cells_are_means_over_base_models(study):
         (own["lora", "mini-llama"] + own["lora", "mini-mistral"]) / 2
     )
     assert rows["value"].between(-1, 1).all()
+
+
+def test_where_no_prompt_of_a_kind_was_asked_nothing_is_estimated(study):
+    """A small n can leave a benchmark without prompts of a kind, so that no run has a score."""
+    arms, cells, values = study
+    found = outcomes.rate_estimates(values.iloc[:0], arms, cells, **LABELS)
+    assert found["value"].isna().all()
+    assert comparisons.cliffs_delta(influence.paired(values.iloc[:0], arms), cells, **LABELS).empty
 
 
 def test_delta_interval_covers_the_delta_of_normal_runs():

@@ -194,8 +194,7 @@ def _front_of(
 ) -> pd.DataFrame:
     """method, group, member, value, n_runs, population and how of one base model and its cells."""
     changes = [measured[outcome][1] for outcome in goals]
-    values = np.stack([change.value[change.at(cells["run_id"])] for change in changes], 1)
-    values[np.stack([change.at(cells["run_id"]) < 0 for change in changes], 1)] = np.nan
+    values = np.stack([change.of(cells["run_id"]) for change in changes], 1)
     keys = pd.MultiIndex.from_frame(cells[CELL[1:]])
     lacking = [key for key in keys.unique() if np.isnan(values[keys == key]).any()]
     own, values = cells[~keys.isin(lacking)], values[~keys.isin(lacking)]

@@ -349,9 +349,9 @@ def _delta(scores: Scores, own: pd.DataFrame, other: pd.DataFrame | None) -> dic
     """The mean delta over the base models of `own`, joined by MOVER."""
     sides, parts = [own] if other is None else [own, other], []
     for base_model in dict.fromkeys(own["base_model"]):
-        at = [scores.at(side.loc[side["base_model"].eq(base_model), "run_id"]) for side in sides]
-        values = [scores.value[place] for place in at]
-        if any((place < 0).any() for place in at) or np.isnan(np.concatenate(values)).any():
+        runs = [side.loc[side["base_model"].eq(base_model), "run_id"] for side in sides]
+        values = [scores.of(some) for some in runs]
+        if np.isnan(np.concatenate(values)).any():
             return None
         parts.append(one_sample(*values) if other is None else two_samples(*values))
     population = "runs like these, these prompts, these base models"

@@ -179,6 +179,10 @@ class Scores:
         """The positions of these runs; -1 where a run has no score."""
         return self.runs.get_indexer(pd.Index(run_ids))
 
+    def of(self, run_ids: Iterable[str]) -> np.ndarray:
+        """The scores of these runs; nan where a run has none."""
+        return pd.Series(self.value, self.runs, dtype=float).reindex(run_ids).to_numpy()
+
 
 def ratio(
     top: np.ndarray,
