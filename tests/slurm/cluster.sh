@@ -112,9 +112,9 @@ lose() {
 
 regain() {
     daemon "$1" >/dev/null || slurmd -N "$1"
-    for _ in $(seq 50); do  # it may come back by itself, and is then refused as resumed
+    for _ in $(seq 100); do  # it may come back by itself, and is then refused as resumed
         scontrol update nodename="$1" state=resume 2>/dev/null || true
-        [ "$(sinfo -h -n "$1" -o %t)" = idle ] && return
+        case $(sinfo -h -n "$1" -o %t) in idle | mix | alloc) return ;; esac  # a waiting job may be quick
         sleep 0.2
     done
     fail "$1 does not come back"
