@@ -70,8 +70,8 @@ test: $(READY) ## run all checks and tests
 check: $(READY) ## in 90 seconds, for work in progress: format, lint, imports, hygiene and the fast laws
 	@$(CHECK) && $(PY) -m pytest -m "not slow"
 
-test-slurm: $(READY) ## run a study on a Slurm cluster of two nodes, started on this machine; needs root and Debian's packages
-	@trap 'tests/slurm/cluster.sh stop' EXIT; tests/slurm/cluster.sh start && $(PY) -m pytest -n 0 -m slurm tests/test_slurm.py
+test-slurm: $(READY) ## run a study on a Slurm cluster of two nodes, started on this machine; needs root and Debian's packages; ONLY=words of a test's name
+	@trap 'tests/slurm/cluster.sh stop' EXIT; tests/slurm/cluster.sh start && $(PY) -m pytest -n 0 -m slurm -k "$${ONLY:-test}" tests/test_slurm.py
 
 bench: $(READY) ## measure scoring against lm-evaluation-harness and our goals; writes outputs/bench
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -W ignore -m bench
