@@ -15,7 +15,9 @@ fail() { echo "cluster.sh: $*" >&2; exit 1; }
 
 daemon() {  # the process of a daemon of this cluster, if it runs
     local pid
-    pid=$(cat "$STATE/$1.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null && echo "$pid"
+    pid=$(cat "$STATE/$1.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null || return
+    grep -q '^State:.Z' "/proc/$pid/status" 2>/dev/null && return 1  # killed, and not yet collected
+    echo "$pid"
 }
 
 check() {
