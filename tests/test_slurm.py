@@ -164,6 +164,17 @@ def test_a_driver_that_is_a_job_itself_starts_jobs_of_their_own_size(batch):
     assert ended.returncode == 0, log.read_text()[-3000:]
 
 
+def test_the_first_jobs_of_a_study_end_on_nodes(batch):
+    """The short one, which CI runs."""
+    first = ["jobs/prepare/tiny-llama.json", "jobs/train/tiny-llama/0.json"]
+    finish(batch.start(*first), batch)
+    ended = jobs(batch)
+    assert {(state, node in ("n1", "n2")) for _, state, node in ended} == {("COMPLETED", True)}
+    assert len(ended) == len(first), "a job each"
+    assert all((batch.folder / name).is_file() for name in first)
+    assert list(batch.folder.glob("runs/*/adapter"))
+
+
 def test_a_partition_that_is_not_there_is_said_before_any_work(batch):
     Path(batch.profile, "cluster.yaml").write_text(CLUSTER.replace("test", "fast"))
     ended = batch.run()
