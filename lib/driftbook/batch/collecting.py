@@ -210,9 +210,9 @@ def collect(study: Study) -> dict[str, pd.DataFrame]:
 
 
 def status(study: Study) -> int:
-    """The number of failed runs among those that were collected."""
-    if (
-        not TABLES["runs"].path(study.folder / "tables").is_file()
-    ):  # only earlier jobs were asked for
+    """The number of failed runs among those that were collected; none where only earlier jobs were
+    asked for.
+    """
+    if not TABLES["runs"].path(study.folder / "tables").is_file():
         return 0
     return int(TABLES["runs"].read(study.folder / "tables")["status"].eq("failed").sum())
